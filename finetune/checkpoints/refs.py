@@ -1,0 +1,92 @@
+"""Floor 0. What a user calls a checkpoint: `runs/a@400`, `runs/a@best`, a directory, a Hub id, a file in a package.
+
+Every command and `base.checkpoint` of every recipe read refs here, so they mean the same everywhere.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.checkpoints.manifest import MANIFEST, Checkpoint, read
+from finetune.checkpoints.retention import Saved, best
+from finetune.checkpoints.store import Store
+from finetune.errors import CheckpointError
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
+_HUB = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w./-]+))?")
+_PACKAGE = re.compile(r"package:(?P<name>\w+(\.\w+)*)/(?P<file>.+\.gguf)")
+_FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, or package:NAME/FILE.gguf"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parsed ref. Which fields are set follows from the kind:
+
+    `run` (run, step), `base` (run: the run's own base, RUN@0), `checkpoint` and `model` (path), `hub` (repo, revision),
+    `package` (repo is the Python package, path the file inside it). `is_implied`: the text was a bare run, taken as @last.
+    """
+
+    kind: Literal["run", "base", "checkpoint", "model", "hub", "package"]
+    text: str
+    run: Path | None = None
+    step: int | Literal["last", "best"] | None = None
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    is_implied: bool = False
+
+
+def parse(text: str) -> Ref:
+    """What a ref names. Directories that exist come first, then RUN@STEP, then Hub ids."""
+    if Path(text).is_dir():
+        return _directory(text)
+    if match := _RUN.fullmatch(text):
+        run, step = Path(match["run"]), match["step"]
+        if step in ("last", "best"):
+            return Ref("run", text, run=run, step=step)
+        return Ref("run" if int(step) else "base", text, run=run, step=int(step))
+    if match := _PACKAGE.fullmatch(text):
+        return Ref("package", text, repo=match["name"], path=Path(match["file"]))
+    if match := _HUB.fullmatch(text):
+        return Ref("hub", text, repo=match["repo"], revision=match["revision"])
+    raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=_FORMS)
+
+
+def _directory(text: str) -> Ref:
+    path = Path(text)
+    if (path / MANIFEST).exists():
+        return Ref("checkpoint", text, path=path)
+    if (path / "plan.json").exists():
+        return Ref("run", text, run=path, step="last", is_implied=True)
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return Ref("model", text, path=path)
+    message = "is no run, checkpoint or model: it has no plan.json, manifest.json, config.json or adapter_config.json"
+    raise CheckpointError(message, where=text, hint=_FORMS)
+
+
+def find(ref: Ref) -> Checkpoint:
+    """The committed checkpoint that a ref of the kind `run` or `checkpoint` names; its manifest is sound, its bytes are not verified."""
+    if ref.kind == "checkpoint":
+        return read(ref.path)
+    if ref.kind != "run":
+        raise CheckpointError(f"`{ref.text}` is not a checkpoint of a run", hint="name RUN@STEP, RUN@last or RUN@best")
+    if not ref.run.is_dir():
+        raise CheckpointError(
+            f"there is no run `{ref.run}`", hint="check the path; runs are made by `finetune train --run DIR`"
+        )
+    store = Store(ref.run)
+    if isinstance(ref.step, int):
+        return store.find(ref.step)
+    committed = {item.step: item for item in store.checkpoints()}
+    if not committed:
+        raise CheckpointError(f"{ref.run} has no checkpoint yet", hint="`finetune train` commits the first one")
+    if ref.step == "last":
+        return committed[max(committed)]
+    steps = best([Saved(step, item.manifest.metrics) for step, item in committed.items()], 1)
+    if not steps:
+        names = ", ".join(map(str, committed))
+        hint = "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"
+        raise CheckpointError(f"{ref.run} has no evaluated checkpoint; committed: {names}", hint=hint)
+    return committed[steps.pop()]

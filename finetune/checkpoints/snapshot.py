@@ -1,0 +1,106 @@
+"""Floor 2. Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
+
+Every checkpoint directory loads with plain `from_pretrained` (peft's, for an adapter). `run` calls `write` inside an
+attempt of the store, and `read` on a verified checkpoint.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from finetune.checkpoints.store import Attempt, Checkpoint
+from finetune.checkpoints.tensors import Tensor
+from finetune.errors import CheckpointError
+from finetune.model import adapter
+from finetune.plan import Plan
+from finetune.state import TrainState
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "adapter_config.json", "manifest.json")
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer, template, generation config
+
+
+def write(state: TrainState, plan: Plan, base_directory: Path, attempt: Attempt) -> None:
+    """All files of a checkpoint but its manifest."""
+    weights = [_tensor(name, tensor) for name, tensor in adapter.weights(state.model).items()]
+    if adapter.is_adapter(state.model):
+        attempt.write_tensors("adapter_model.safetensors", weights, {"format": "pt"})
+        attempt.write_json("adapter_config.json", adapter_config(state.model, plan))
+    else:
+        attempt.write_tensors("model.safetensors", weights, {"format": "pt"})
+        attempt.write_json("config.json", _config(base_directory))
+    for file in companions(base_directory):
+        attempt.write_bytes(file.name, file.read_bytes())
+    moments, scalars = _optimizer_state(state)
+    attempt.write_tensors("optimizer.safetensors", [_tensor(name, tensor) for name, tensor in moments.items()], {})
+    attempt.write_json("state.json", {"step": state.step, "optimizer": plan.recipe.optimizer.name, "scalars": scalars})
+
+
+def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
+    """Brings a state at step 0 to the checkpoint's step."""
+    weights = "adapter_model.safetensors" if adapter.is_adapter(state.model) else "model.safetensors"
+    adapter.load_weights(state.model, load_file(checkpoint.path / weights))
+    record = json.loads((checkpoint.path / "state.json").read_bytes())
+    _restore_optimizer(state, load_file(checkpoint.path / "optimizer.safetensors"), record["scalars"], checkpoint)
+    state.step = record["step"]
+
+
+def companions(directory: Path) -> list[Path]:
+    """The small files that travel with weights: tokenizer, chat template, generation config."""
+    return sorted(file for pattern in COMPANIONS for file in directory.glob(pattern) if file.name not in NOT_COPIED)
+
+
+def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
+    """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
+    config = model.peft_config[adapter.NAME].to_dict()
+    base = plan.recipe.base
+    named = base.origin or base.checkpoint
+    config["base_model_name_or_path"] = Path(named).name if named.startswith(("/", "~")) else named
+    config["revision"] = plan.base.revision
+    config["inference_mode"] = True
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def _config(base_directory: Path) -> dict:
+    """The base's own config with the type of the weights that are really there: fp32, whatever the base was."""
+    config = json.loads((base_directory / "config.json").read_bytes())
+    config.pop("torch_dtype", None)
+    return config | {"dtype": "float32"}
+
+
+def _tensor(name: str, tensor: torch.Tensor) -> Tensor:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return Tensor(name, DTYPES[tensor.dtype], tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy()))
+
+
+def _optimizer_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Moments by `<parameter name>.<state key>`, and single numbers (the update counter) by the same kind of name."""
+    moments, scalars = {}, {}
+    for name, parameter in state.trainable.items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue
+            if value.ndim == 0:
+                scalars[f"{name}.{key}"] = value.item()
+            else:
+                moments[f"{name}.{key}"] = value
+    return moments, scalars
+
+
+def _restore_optimizer(state: TrainState, moments: dict, scalars: dict[str, float], checkpoint: Checkpoint) -> None:
+    expected = set(moments) | set(scalars)
+    for name, parameter in state.trainable.items():
+        slots = {}
+        for full_name in [key for key in expected if key.rpartition(".")[0] == name]:
+            key = full_name.rpartition(".")[2]
+            if full_name in moments:
+                slots[key] = moments[full_name].to(parameter.device)
+            else:
+                slots[key] = torch.tensor(scalars[full_name], dtype=torch.float32, device=parameter.device)
+            expected.discard(full_name)
+        if slots:
+            state.optimizer.state[parameter] = slots
+    if expected:
+        raise CheckpointError(f"has moments of unknown parameters: {sorted(expected)[:3]}", where=str(checkpoint.path))

@@ -1,0 +1,304 @@
+"""Floor 0. The checkpoints of a run on disk: staged, committed by one rename, verified, removed. `run` writes, everyone reads.
+
+The protocol: every file is hashed while written and synced; the attempt's directory is synced; `manifest.json` is written and synced;
+the directory is synced again and renamed into `checkpoints/`; that rename, synced, is the commit. Whatever goes wrong before leaves
+an attempt, which nobody reads. Only the holder of the run's `lease` writes.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import blake3
+
+from finetune.checkpoints import tensors as safetensors
+from finetune.checkpoints.manifest import (
+    MANIFEST,
+    STEP_NAME,
+    Checkpoint,
+    Damage,
+    FileRecord,
+    Manifest,
+    ManifestError,
+    check_name,
+    damage_of,
+    read,
+    to_json,
+    verify,
+)
+from finetune.checkpoints.tensors import PIECE_BYTES, Tensor, TensorRecord, pieces
+from finetune.errors import CheckpointError, FinetuneError
+
+NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
+HINTS = {
+    errno.ENOSPC: "free some space on this disk, or use another one; nothing that was committed is lost",
+    errno.EDQUOT: "free some of your disk quota, or use another disk; nothing that was committed is lost",
+    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
+    errno.EIO: "the disk reports errors: look at `dmesg`, and use another disk",
+    errno.EROFS: "the disk is mounted read-only: use another directory",
+    errno.ENOENT: "somebody removed a directory of the run",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check owner and permissions of the directory, or use another one"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST), "a file is where a directory should be: move it, or use another directory"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A directory in a checkpoint's place whose manifest is damaged, foreign or from the future."""
+
+    path: Path
+    step: int
+    damage: Damage
+
+
+class Attempt:
+    """A save under way, in a directory that is not a checkpoint yet. After any error the directory is gone; begin another."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.step = step
+        self.files: dict[str, FileRecord] = {}
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self._create(name) as file:
+            for piece in pieces(data):
+                file.write(piece)
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write_bytes(name, f"{to_json(value)}\n".encode())
+
+    def write_tensors(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
+        with self._create(name) as file:
+            file.tensors = tuple(safetensors.write(file, tensors, metadata))
+
+    def link(self, name: str, source: Path, record: FileRecord) -> None:
+        """An identical file of an earlier checkpoint: hard-linked, or copied (and compared) where links are impossible."""
+        check_name(name)
+        with self.saving(self.path / name):
+            try:
+                os.link(source, self.path / name)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+            else:
+                self.files[name] = record
+                return
+        with self._create(name) as file, source.open("rb", buffering=0) as original:
+            file.tensors = record.tensors
+            shutil.copyfileobj(original, file, PIECE_BYTES)
+        if self.files[name] != record:
+            self.discard()
+            raise CheckpointError(
+                "the file changed since it was committed", where=str(source), hint="see `finetune verify`"
+            )
+
+    def discard(self) -> None:
+        """Removes the directory as far as the disk allows; the rest is swept by the next holder of the lease."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def saving(self, path: Path) -> Iterator[None]:
+        """Where a step of the save fails, the whole attempt goes: after a failed fsync nobody knows which bytes are on the disk
+        (https://lwn.net/Articles/752063)."""
+        try:
+            with failures(path):
+                yield
+        except CheckpointError:
+            self.discard()
+            raise
+
+    @contextmanager
+    def _create(self, name: str) -> Iterator["HashedFile"]:
+        path = self.path / check_name(name)
+        with self.saving(path), durable(path) as file:
+            yield file
+        self.files[name] = FileRecord(file.bytes, file.digest(), file.tensors)
+
+
+class Store:
+    """The checkpoints of one run."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.directory = run / "checkpoints"
+
+    def begin(self, step: int, attempt_id: str) -> Attempt:
+        path = self.run / "attempts" / f"step-{step:08d}-{attempt_id}-{secrets.token_hex(4)}"
+        attempt = Attempt(path, step)
+        with attempt.saving(path):
+            make_directory(self.directory)
+            make_directory(path.parent)
+            path.mkdir()
+        return attempt
+
+    def commit(self, attempt: Attempt, manifest: Manifest, *, verify_digests: bool = False) -> Checkpoint:
+        """Makes an attempt a checkpoint, and reads it back. `manifest.files` is taken from the attempt.
+
+        A damaged checkpoint of the same step makes room; a sound one is an error, for a committed checkpoint does not change.
+        """
+        if manifest.step != attempt.step:
+            raise ValueError(f"a manifest of step {manifest.step} for an attempt at step {attempt.step}")
+        destination = self.directory / f"step-{attempt.step:08d}"
+        with attempt.saving(destination):
+            replaced = self._make_room(destination)
+            sync_directory(attempt.path)
+            with durable(attempt.path / MANIFEST) as file:
+                for piece in pieces(replace(manifest, files=attempt.files).to_bytes()):
+                    file.write(piece)
+            sync_directory(attempt.path)
+            os.rename(attempt.path, destination)
+            try:
+                sync_directory(self.directory)
+            except OSError:  # whether the rename is on the disk is not known: take it back
+                os.rename(destination, attempt.path)
+                raise
+        if damage := verify(destination, digests=verify_digests):
+            hint = "this disk cannot be trusted: use another one; earlier checkpoints were not touched"
+            message = f"does not read back as it was written: {damage[0].file}: {damage[0].message}"
+            raise CheckpointError(message, where=str(destination), hint=hint)
+        if replaced:
+            with failures(replaced):
+                shutil.rmtree(replaced)
+        return read(destination)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The committed checkpoints with a sound manifest, by step."""
+        return [item for item in self._scan() if isinstance(item, Checkpoint)]
+
+    def unreadable(self) -> list[Unreadable]:
+        """The directories in a checkpoint's place that are none, by step."""
+        return [item for item in self._scan() if isinstance(item, Unreadable)]
+
+    def find(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; a CheckpointError says why there is none, and which there are."""
+        path = self.directory / f"step-{step:08d}"
+        if path.is_dir():
+            return read(path)
+        steps = ", ".join(str(item.step) for item in self.checkpoints())
+        hint = "name one of these steps, `last` or `best`" if steps else "`finetune train` commits checkpoints"
+        raise CheckpointError(f"{self.run} has no step {step}; committed: {steps or 'none'}", hint=hint)
+
+    def newest_sound(self) -> tuple[Checkpoint | None, list[Damage]]:
+        """The newest checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`)."""
+        damages: list[Damage] = []
+        for item in reversed(self._scan()):
+            # A stray file is no reason to lose steps: nothing reads it.
+            found = [damage for damage in verify(item.path) if damage.check != "extra"]
+            if isinstance(item, Checkpoint) and not found:
+                return item, damages
+            damages += [replace(damage, file=f"{item.path.name}/{damage.file}") for damage in found]
+        return None, damages
+
+    def remove(self, checkpoint: Checkpoint | Unreadable) -> None:
+        """Takes a checkpoint away in one rename, and then its bytes: a crash in between leaves no half of it in sight."""
+        with failures(checkpoint.path):
+            trash = self._to_trash(checkpoint.path)
+            sync_directory(self.directory)
+            shutil.rmtree(trash)
+
+    def sweep(self) -> None:
+        """Empties `attempts/` and `trash/` of what dead processes left; for the holder of the lease before its first save."""
+        for directory in (self.run / "attempts", self.run / "trash"):
+            with failures(directory):
+                for path in directory.iterdir() if directory.is_dir() else ():
+                    shutil.rmtree(path)
+
+    def _scan(self) -> list[Checkpoint | Unreadable]:
+        with failures(self.directory, what="cannot read"):
+            names = sorted(os.listdir(self.directory)) if self.directory.is_dir() else []
+        return [_open(self.directory / name) for name in names if STEP_NAME.fullmatch(name)]
+
+    def _make_room(self, destination: Path) -> Path | None:
+        if not destination.exists():
+            return None
+        if {damage.check for damage in verify(destination)} <= {"extra", "foreign", "future"}:
+            hint = "a committed checkpoint does not change: remove it first, or use another run directory"
+            raise CheckpointError("this step is committed already", where=str(destination), hint=hint)
+        return self._to_trash(destination)
+
+    def _to_trash(self, path: Path) -> Path:
+        trash = self.run / "trash" / f"{path.name}-{secrets.token_hex(4)}"
+        make_directory(trash.parent)
+        os.rename(path, trash)
+        return trash
+
+
+def _open(path: Path) -> Checkpoint | Unreadable:
+    try:
+        return read(path)
+    except ManifestError as error:
+        return Unreadable(path, int(path.name.removeprefix("step-")), damage_of(error))
+
+
+class HashedFile:
+    """A file under way; what is written passes through the digest, so nothing is read twice."""
+
+    def __init__(self, raw: BinaryIO):
+        self.bytes = 0
+        self.tensors: tuple[TensorRecord, ...] = ()
+        self._raw = raw
+        self._blake3 = blake3.blake3()
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:  # an unbuffered write may take less than it is given
+            count = self._raw.write(view)
+            self._blake3.update(view[:count])
+            self.bytes += count
+            view = view[count:]
+
+    def digest(self) -> str:
+        return f"blake3:{self._blake3.hexdigest()}"
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[HashedFile]:
+    """A new file, synced before it is closed. It is read-only for everybody within the umask, and only this descriptor writes it."""
+    with open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o444)) as raw:
+        yield HashedFile(raw)
+        os.fsync(raw.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a whole file, durably and read-only, so that a crash leaves the old or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with durable(temporary) as file:
+        file.write(data)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """`mkdir -p` whose directory is still there after a power cut, also if a killed process made it and had no time to sync."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable: fsync of a file does not sync its name."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def failures(path: Path, kind: type[FinetuneError] = CheckpointError, *, what: str = "cannot write") -> Iterator[None]:
+    """Turns whatever the disk answers into one clear error about `path`; the OSError stays its `__cause__`."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{what}: {(error.strerror or str(error)).lower()}"
+        raise kind(message, where=str(path), hint=HINTS.get(error.errno)) from error

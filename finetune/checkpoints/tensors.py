@@ -1,0 +1,185 @@
+"""Floor 0. Safetensors files: a writer that streams and hashes, and a reader of headers that believes nothing.
+
+The safetensors library writes without syncing and leaves mode 0600; here `store` owns the file and this module only its bytes.
+The format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without holes
+(https://huggingface.co/docs/safetensors, "Format").
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+from finetune.errors import CheckpointError
+
+PIECE_BYTES = 1 << 20
+HEADER_MAX_BYTES = 100_000_000  # the limit of the reference implementation
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+}
+
+
+class Writable(Protocol):
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written; `data` are its contiguous, little-endian bytes, `dtype` is spelled as safetensors does (`BF16`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What a manifest says of a tensor. The records of a file are in the order of its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * prod(self.shape)
+
+
+class Place(NamedTuple):
+    """Where a header says that a tensor is; `start` and `end` count from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def write(file: Writable, tensors: Sequence[Tensor], metadata: dict[str, str]) -> list[TensorRecord]:
+    """Streams a whole safetensors file in pieces of at most 1 MiB; each tensor is hashed on the way.
+
+    Wide items come first and the header is padded to 8 bytes, so every tensor is aligned and there are no holes.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
+    header = _header(ordered, metadata)
+    file.write(struct.pack("<Q", len(header)))
+    for piece in pieces(header):
+        file.write(piece)
+    records = []
+    for tensor in ordered:
+        digest = xxhash.xxh3_128()
+        for piece in pieces(tensor.data):
+            file.write(piece)
+            digest.update(piece)
+        records.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, f"xxh3-128:{digest.hexdigest()}"))
+    return records
+
+
+def pieces(data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
+    """The bytes of a buffer in views of at most 1 MiB."""
+    view = memoryview(data)
+    if view.nbytes:  # an empty view cannot be cast
+        view = view.cast("B")
+        for start in range(0, len(view), PIECE_BYTES):
+            yield view[start : start + PIECE_BYTES]
+
+
+def _header(tensors: Sequence[Tensor], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + ITEM_BYTES[tensor.dtype] * prod(tensor.shape)
+        if memoryview(tensor.data).nbytes != end - start:
+            raise ValueError(
+                f"{tensor.name}: {memoryview(tensor.data).nbytes} bytes are not {tensor.dtype} of shape {tensor.shape}"
+            )
+        if tensor.name in entries:
+            raise ValueError(f"{tensor.name}: two tensors have this name")
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file is, after every rule of the format was checked; a CheckpointError names the rule that broke."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > HEADER_MAX_BYTES or 8 + length > size:
+            raise _broken(path, f"a header of {length:,} bytes does not fit a file of {size:,}")
+        header = file.read(length)
+    try:
+        entries = json.loads(header.decode(), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"the header is not valid JSON: {error}") from error
+    if not header.startswith(b"{"):
+        raise _broken(path, "the header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "`__metadata__` is not a map of strings")
+    places = {name: _place(path, name, entry, base=8 + length) for name, entry in entries.items()}
+    position = 8 + length
+    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
+        if place.start != position:
+            raise _broken(path, f"`{name}` begins at byte {place.start:,}, and the bytes before it end at {position:,}")
+        position = place.end
+    if position != size:
+        raise _broken(path, f"the tensors end at byte {position:,}, the file at {size:,}")
+    return places
+
+
+def damaged(path: Path, size: int, records: Sequence[TensorRecord]) -> list[str]:
+    """The names of the tensors whose bytes are not those that were written into this file of `size` bytes.
+
+    Their places are derived from the records, for the file's own header may be what is damaged.
+    """
+    names = []
+    with path.open("rb", buffering=0) as file:
+        file.seek(size - sum(record.bytes for record in records))
+        for record in records:
+            digest, left = xxhash.xxh3_128(), record.bytes
+            while left and (piece := file.read(min(left, PIECE_BYTES))):
+                digest.update(piece)
+                left -= len(piece)
+            if f"xxh3-128:{digest.hexdigest()}" != record.digest:
+                names.append(record.name)
+    return names
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key is repeated")
+    return entries
+
+
+def _place(path: Path, name: str, entry: object, *, base: int) -> Place:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"`{name}` does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _broken(path, f"`{name}` has the unknown dtype {dtype}")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise _broken(path, f"`{name}` has the shape {shape} and the offsets {offsets}")
+    if offsets[1] - offsets[0] != ITEM_BYTES[dtype] * prod(shape):
+        raise _broken(path, f"`{name}` takes {offsets[1] - offsets[0]:,} bytes, which is not {dtype} of shape {shape}")
+    return Place(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)  # a bool is no count
+
+
+def _broken(path: Path, message: str) -> CheckpointError:
+    return CheckpointError(message, where=os.fspath(path), hint="the file is damaged or is not safetensors")

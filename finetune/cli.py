@@ -1,0 +1,225 @@
+"""Floor 7. The command line: one thin function a command. Whatever imports torch is imported inside.
+
+Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143 and 130 after signals.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from finetune import __version__
+from finetune.errors import CheckpointError, FinetuneError, Stopped
+
+OVERRIDE = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1.")
+RUN = click.option("--run", type=click.Path(path_type=Path), help="The run directory. Default: runs/<recipe name>.")
+JSON = click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
+RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+REFS = click.argument("refs", nargs=-1, required=True, metavar="REF...")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="%(version)s")
+def cli() -> None:
+    """Fine-tune pretrained checkpoints; every checkpoint is a commit.
+
+    A REF is RUN@STEP, RUN@last, RUN@best, a checkpoint or model directory, or a Hub id with @revision.
+    """
+
+
+@cli.command()
+@RECIPE
+@OVERRIDE
+@RUN
+@JSON
+def plan(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json: bool) -> None:
+    """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
+    from finetune.recipe.load import load
+
+    loaded = load(recipe, overrides)
+    from finetune import estimate
+    from finetune.model import base
+    from finetune.resolve import micro_batch_tokens, resolve
+
+    resolved, run = resolve(loaded), run or _default_run(recipe)
+    config = base.load_config(resolved.base_directory)
+    facts = estimate.forecast(resolved.plan, config, micro_batch_tokens(resolved.plan.recipe), run)
+    _print(facts, estimate.table(facts), is_json)
+    estimate.refuse_small_disk(resolved.plan, run)
+
+
+@cli.command()
+@RECIPE
+@OVERRIDE
+def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Download what a recipe names, for a host without a network."""
+    from finetune.recipe.load import load
+
+    loaded = load(recipe, overrides)
+    from finetune.model import base
+    from finetune.resolve import resolve
+
+    resolved = resolve(loaded)
+    click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
+
+
+@cli.command()
+@RECIPE
+@OVERRIDE
+@RUN
+@click.option("--quiet", is_flag=True, help="Print commits and problems only.")
+def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool) -> None:
+    """Train a recipe: start its run, or resume it where it stopped."""
+    from finetune.recipe.load import load
+
+    loaded = load(recipe, overrides)
+    from finetune.run import train as train_run
+
+    train_run(loaded, run or _default_run(recipe), quiet)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@JSON
+def log(run: Path, is_json: bool) -> None:
+    """List the checkpoints of a run."""
+    from finetune import history
+
+    checkpoints = history.checkpoints(run)
+    _print({"checkpoints": checkpoints}, history.table(checkpoints), is_json)
+
+
+@cli.command()
+@click.argument("ref")
+@JSON
+def show(ref: str, is_json: bool) -> None:
+    """Show what a checkpoint is: step, parent, figures, files."""
+    from finetune import history
+
+    facts = history.describe(ref)
+    _print(facts, history.listing(facts), is_json)
+
+
+@cli.command()
+@click.argument("ref")
+@JSON
+def verify(ref: str, is_json: bool) -> None:
+    """Check every byte of a checkpoint, or of all checkpoints of a run."""
+    from finetune import history
+
+    problems = history.problems(ref)
+    lines = [f"{problem['file']}: {problem['tensor'] or problem['check']}: {problem['message']}" for problem in problems]
+    _print({"ok": not problems, "problems": problems}, "\n".join(lines) or "every byte is as it was committed", is_json)
+    if problems:
+        sys.exit(CheckpointError.exit_code)
+
+
+@cli.command()
+@REFS
+@click.option("--recipe", type=click.Path(path_type=Path), help="Evaluate on the held-out rows of this recipe, not of the refs' own runs.")
+@OVERRIDE
+@JSON
+def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_json: bool) -> None:
+    """Evaluate models on held-out rows."""
+    from finetune.compare.evaluate import evaluate as evaluate_refs
+
+    results = evaluate_refs(refs, recipe, overrides)
+    lines = [f"{result['ref']}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items()) for result in results]
+    _print({"results": results}, "\n".join(lines), is_json)
+
+
+@cli.command()
+@REFS
+@click.option("--prompt", "prompts", multiple=True, help="What to answer; may be given several times.")
+@click.option("--prompt-file", type=click.File(), help="A file with one prompt.")
+@click.option("--max-new-tokens", default=128, show_default=True, help="The longest answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
+@click.option("--seed", default=0, show_default=True, help="Decides the samples when the temperature is not 0.")
+@JSON
+def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_json) -> None:  # noqa: ANN001 click's options
+    """Let models answer prompts."""
+    prompts = [*prompts, *([prompt_file.read().strip()] if prompt_file else [])]
+    if not prompts:
+        raise click.UsageError("give --prompt TEXT or --prompt-file FILE")
+    from finetune.compare.generate import generate as generate_answers
+
+    results = generate_answers(refs, prompts, max_new_tokens, temperature, seed)
+    _print({"results": results}, "\n".join(f"--- {result['ref']}\n{result['text']}" for result in results), is_json)
+
+
+@cli.command()
+@click.argument("ref")
+@click.argument("directory", type=click.Path(path_type=Path))
+@JSON
+def package(ref: str, directory: Path, is_json: bool) -> None:
+    """Write a checkpoint as a model folder, loaded back and compared with what was trained."""
+    from finetune.package.export import package as package_ref
+
+    facts = package_ref(ref, directory)
+    lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
+    _print(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]), is_json)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def schema(file: Path | None) -> None:
+    """Print the JSON Schema of recipes, or write it to a file."""
+    from finetune.recipe.schema import Recipe
+
+    text = json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
+    if file:
+        file.write_text(text)
+    else:
+        click.echo(text, nl=False)
+
+
+@cli.command()
+@JSON
+def doctor(is_json: bool) -> None:
+    """Look at this machine: versions, devices, memory, disk, and what is wrong with them."""
+    from finetune import doctor as examination
+
+    facts = examination.facts()
+    _print(facts, examination.listing(facts), is_json)
+
+
+def main() -> None:
+    """The console script: errors become messages and exit codes."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `train` takes over once it has something to save
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as request:
+        sys.exit(request.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except Stopped as stop:
+        sys.exit(stop.exit_code)
+    except FinetuneError as error:
+        _report(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output went away, as in `finetune log … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _report(error: FinetuneError) -> None:
+    if os.environ.get("RANK", "0") != "0":  # all ranks meet the same error; one says so
+        return
+    if "--json" in sys.argv:
+        facts = {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
+        click.echo(json.dumps({"error": facts}))
+    click.echo(str(error), err=True)
+
+
+def _print(facts: dict, text: str, is_json: bool) -> None:
+    click.echo(json.dumps(facts) if is_json else text)
+
+
+def _default_run(recipe: Path) -> Path:
+    return Path("runs") / recipe.stem

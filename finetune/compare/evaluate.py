@@ -1,0 +1,39 @@
+"""Floor 6. Held-out figures of anything a ref can name, on the rows that a run or a recipe holds out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune import plan as plans
+from finetune.checkpoints.loading import open_model, run_of
+from finetune.checkpoints.refs import parse
+from finetune.errors import DataError, FinetuneError
+from finetune.model import attention, losses
+from finetune.recipe.load import LoadedRecipe, load
+from finetune.resolve import Resolved, resolve
+from finetune.run import evaluate as evaluate_objective
+from finetune.state import Objective, start_accelerator
+from finetune.tasks import TASKS
+
+
+def evaluate(texts: Sequence[str], recipe: Path | None, overrides: Sequence[str]) -> list[dict]:
+    """One {ref, metrics} a ref. Rows come from `recipe`, or else from each ref's own run."""
+    shared = resolve(load(recipe, overrides)) if recipe else None
+    return [{"ref": text, "metrics": _metrics(text, shared or _rows_of_run(text))} for text in texts]
+
+
+def _rows_of_run(text: str) -> Resolved:
+    run = run_of(parse(text))
+    if run is None:
+        raise FinetuneError("is not part of a run, so it has no held-out rows of its own", where=text, hint="give them with --recipe FILE")
+    plan, _ = plans.load(run)
+    return resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan)
+
+
+def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
+    recipe = resolved.plan.recipe
+    if len(resolved.holdout) == 0:
+        raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
+    model = open_model(text, attention.PER_ROW if recipe.task.packing else "sdpa").model
+    accelerator = start_accelerator(recipe.train)
+    objective = accelerator.prepare_model(Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy), evaluation_mode=True)
+    return evaluate_objective(resolved, accelerator, objective)

@@ -1,0 +1,43 @@
+"""Floor 6. Answers of anything a ref can name to a prompt: the quickest look at what training did."""
+
+from collections.abc import Sequence
+
+import torch
+
+from finetune.checkpoints.loading import open_model
+from finetune.model import base
+
+
+def generate(texts: Sequence[str], prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[dict]:
+    """One {ref, prompt, text} a ref and prompt; temperature 0 takes the likeliest token each time.
+
+    With a chat template the prompt is a user's message, without one it is the beginning of a text.
+    """
+    return [
+        {"ref": text, "prompt": prompt, "text": answer}
+        for text in texts
+        for prompt, answer in zip(prompts, _answers(text, prompts, max_new_tokens, temperature, seed), strict=True)
+    ]
+
+
+def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+    opened = open_model(text)
+    tokenizer = base.load_tokenizer(opened.directory)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = opened.model.to(device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    answers = []
+    for prompt in prompts:
+        if tokenizer.chat_template:
+            message = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = inputs.to(device)
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs, **sampling, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=tokenizer.eos_token_id
+            )
+        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return answers

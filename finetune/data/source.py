@@ -1,0 +1,293 @@
+"""Floor 1. Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
+
+`resolve` opens every source of a recipe to pin and to count it, `encode` reads its rows. A row is a plain dict of columns, renamed
+as the recipe's `columns` say; what is wrong with it is a DataError that names its place, like `data/train.jsonl:12`.
+"""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from blake3 import blake3
+from pydantic_core import from_json
+
+from finetune.errors import DataError
+from finetune.recipe.schema import Source
+
+Row = dict[str, object]
+
+HUB_SECONDS = 30
+SCAN_BYTES = 16 * 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Reader(Protocol):
+    """Rows of one place, under the column names that they have there."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def where(self, index: int) -> str: ...
+
+
+class Rows:
+    """The rows of a source, map-style; `fingerprint` speaks of their content alone, not of file names or times."""
+
+    def __init__(self, reader: Reader, name: str, fingerprint: str, columns: Mapping[str, str]):
+        self.name = name
+        self.fingerprint = fingerprint
+        self._reader = reader
+        self._columns = dict(columns)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, from 0; each field of `columns` holds its column, and the other columns keep their names."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} rows of {self.name}")
+        row = self._reader[index]
+        for field, column in self._columns.items():
+            if column not in row:
+                hint = f"correct `columns.{field}` in the recipe"
+                raise DataError(f"no column `{column}`, there is {_listed(row)}", where=self.where(index), hint=hint)
+        kept = {column: value for column, value in row.items() if column not in self._columns.values()}
+        return kept | {field: row[column] for field, column in self._columns.items()}
+
+    def where(self, index: int) -> str:
+        """Where a person finds row `index`: the line of a file, or the row, from 0, of a Parquet file or data set."""
+        return self._reader.where(index)
+
+
+def open_source(source: Source, revision: str | None = None) -> Rows:
+    """Opens a recipe's source and reads its first row; `revision` is a Hub data set's pin, found out here if not given."""
+    if source.dataset is not None:
+        if Path(source.dataset).exists():  # `datasets` would take that in place of the Hub's, whatever the pin
+            raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
+        pin = revision or pin_dataset(source)
+        identity = json.dumps([source.dataset, pin, source.name, source.split]).encode()
+        rows = Rows(HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source.columns)
+    else:
+        assert source.path is not None
+        reader = _reader_of(source.path)
+        digest = blake3(max_threads=blake3.AUTO).update_mmap(source.path).hexdigest()
+        rows = Rows(reader, source.path, f"blake3:{digest}", source.columns)
+    if len(rows) == 0:
+        raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
+    rows[0]  # so that a source of the wrong shape is refused before anything heavy happens
+    return rows
+
+
+def pin_dataset(source: Source) -> str:
+    """The commit that a Hub data set's `revision` stands for now; a full commit hash is its own pin and asks nobody."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+
+    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return source.revision
+    try:
+        return HfApi().dataset_info(source.dataset, revision=source.revision, timeout=HUB_SECONDS).sha
+    except (HTTPError, OSError, ValueError) as error:
+        raise _hub_error(source, error) from error
+
+
+def _reader_of(name: str) -> Reader:
+    file = Path(name)
+    if not file.exists():
+        raise DataError("no such file", where=name, hint="a path is seen from the working directory")
+    if not file.is_file():
+        raise DataError("is not a file", where=name, hint="list the files one by one in the recipe")
+    if file.suffix.lower() not in READERS:
+        ending = f"unknown ending `{file.suffix}`" if file.suffix else "has no ending"
+        raise DataError(ending, where=name, hint="rows are read from .jsonl, .parquet and .csv")
+    if file.stat().st_size == 0:
+        raise DataError("is empty", where=name, hint="training needs at least one row")
+    try:
+        return READERS[file.suffix.lower()](name)
+    except PermissionError as error:
+        raise DataError("cannot be read: permission denied", where=name) from error
+
+
+class JsonLines:
+    """One JSON object a line. The file is mapped and a row is parsed when it is asked for; memory: 16 bytes a row."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._bytes = np.memmap(name, dtype=np.uint8, mode="r")
+        size = len(self._bytes)
+        scans = (range(size)[start : start + SCAN_BYTES] for start in range(0, size, SCAN_BYTES))
+        newlines = [scan.start + np.flatnonzero(self._bytes[scan.start : scan.stop] == ord("\n")) for scan in scans]
+        end = [] if self._bytes[-1] == ord("\n") else [size]
+        self._edges = np.concatenate([[-1], *newlines, end]).astype(np.int64)  # line k is between edges k and k + 1
+        firsts = self._bytes[self._edges[:-1] + 1]
+        blanks = [line for line in np.flatnonzero(np.isin(firsts, list(b" \t\r\n"))) if not self._line(line).strip()]
+        self._lines = np.delete(np.arange(len(firsts)), blanks)
+
+    def _line(self, line: int) -> bytes:
+        content = self._bytes[self._edges[line] + 1 : self._edges[line + 1]].tobytes()
+        return content.removeprefix(BYTE_ORDER_MARK) if line == 0 else content
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Row:
+        content = self._line(self._lines[index])
+        hint = 'each line holds one JSON object, like `{"text": "..."}`'
+        if content.lstrip().startswith(b"["):
+            hint += "; `jq -c '.[]'` makes lines of an array"
+        try:
+            row = from_json(content.decode())
+        except UnicodeDecodeError as error:
+            raise DataError("is not UTF-8 text", where=self.where(index), hint="save the file as UTF-8") from error
+        except ValueError as error:
+            reason = re.sub(r" at line \d+ column (\d+)$", r" at column \1", str(error))
+            raise DataError(f"bad JSON: {reason}", where=self.where(index), hint=hint) from error
+        if not isinstance(row, dict):
+            raise DataError("is not a JSON object", where=self.where(index), hint=hint)
+        return row
+
+    def where(self, index: int) -> str:
+        return f"{self._name}:{self._lines[index] + 1}"
+
+
+class Csv:
+    """Comma-separated values under one line of column names (RFC 4180), in UTF-8; held in memory, every value is text."""
+
+    def __init__(self, name: str):
+        self._name = name
+        content = Path(name).read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise DataError("is not UTF-8 text", where=f"{name}:{line}", hint="save the file as UTF-8") from error
+        csv.field_size_limit(sys.maxsize)  # the default refuses values over 131,072 characters
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        self._rows: list[tuple[int, list[str]]] = []
+        start = 1
+        try:
+            for values in lines:
+                if values:
+                    self._rows.append((start, values))
+                start = lines.line_num + 1
+        except csv.Error as error:
+            hint = "a quote inside a quoted value is written twice"
+            raise DataError(f"bad CSV: {error}", where=f"{name}:{start}", hint=hint) from error
+        self._columns = self._rows.pop(0)[1] if self._rows else []
+        self._check()
+
+    def _check(self) -> None:
+        if len(set(self._columns)) < len(self._columns):
+            raise DataError(f"repeated column name among {_listed(self._columns)}", where=f"{self._name}:1")
+        for line, values in self._rows:
+            if len(values) != len(self._columns):
+                message = f"{len(values)} values for {len(self._columns)} columns"
+                hint = "put a value that holds a comma in double quotes"
+                raise DataError(message, where=f"{self._name}:{line}", hint=hint)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return dict(zip(self._columns, self._rows[index][1], strict=True))
+
+    def where(self, index: int) -> str:
+        return f"{self._name}:{self._rows[index][0]}"
+
+
+class Parquet:
+    """A Parquet file; the two row groups read last stay in memory."""
+
+    def __init__(self, name: str):
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        self._name = name
+        self._damage = (pyarrow.ArrowException, OSError)
+        try:
+            file = ParquetFile(name, memory_map=True)
+        except self._damage as error:
+            raise DataError("is not a whole Parquet file", where=name, hint="write or fetch it again") from error
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._read_group = lru_cache(maxsize=2)(file.read_row_group)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            return self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
+        except self._damage as error:
+            raise DataError(f"is damaged: {_first_line(error)}", where=self.where(index)) from error
+
+    def where(self, index: int) -> str:
+        return f"{self._name} row {index}"
+
+
+class HubDataset:
+    """A split of a Hub data set at one commit, in the cache of `datasets`; a split may be a slice, like `train[:100]`."""
+
+    def __init__(self, source: Source, revision: str):
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+        from httpx2 import HTTPError
+
+        self._place = f"{source.dataset}@{revision[:8]} {source.split}"
+        try:
+            self._rows = load_dataset(source.dataset, source.name, split=source.split, revision=revision)
+        except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script
+            raise _hub_error(source, error) from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+    def where(self, index: int) -> str:
+        return f"{self._place} row {index}"
+
+
+READERS: dict[str, Callable[[str], Reader]] = {
+    ".jsonl": JsonLines,
+    ".json": JsonLines,
+    ".parquet": Parquet,
+    ".csv": Csv,
+}
+
+
+def _hub_error(source: Source, error: Exception) -> DataError:
+    from datasets.exceptions import DatasetNotFoundError
+    from httpx2 import TransportError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RevisionNotFoundError):
+        message, hint = (
+            f"has no revision `{source.revision}`",
+            "correct `revision`, or leave it out for the main branch",
+        )
+    elif isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
+        message, hint = "no such data set on the Hub", "check its name; a private or gated one needs `hf auth login`"
+    elif isinstance(error, ConnectionError | TransportError):
+        message, hint = "the Hub cannot be reached", "check the network, or name a local file with `path`"
+    else:
+        message, hint = f"cannot be loaded: {_first_line(error)}", "check `name`, `split` and `revision` in the recipe"
+    return DataError(message, where=source.dataset, hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(f"`{column}`" for column in columns)

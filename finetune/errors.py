@@ -1,0 +1,98 @@
+"""Floor 0. Every failure that a user can meet, as one tree; raised on every floor, printed by `cli`.
+
+FinetuneError                exit 1   what happened, where, and on its own line what to do
+├── RecipeError              exit 2   all problems of a recipe at once, each with file, line and key
+├── DataError                         rows that are missing, empty or of the wrong shape
+├── BaseError                         a base checkpoint that is not there or cannot be trained
+├── AdapterError             exit 2   an adapter that does not fit the base
+├── RunError                          a run directory that is in use, unwritable or of another recipe
+├── CheckpointError                   a checkpoint that is missing, damaged, foreign or from the future
+├── NotFiniteError                    a loss or gradient norm that is not a number: the step was refused
+└── PackageError                      a package that is not what was trained
+Stopped                      exit 143 or 130: a signal asked for the end, and the last finished step is committed
+"""
+
+from dataclasses import dataclass
+
+
+class FinetuneError(Exception):
+    """An expected failure: catch this one to catch them all."""
+
+    code = "error"
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None):
+        self.message = message
+        self.where = where
+        self.hint = hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        first = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{first}\nhint: {self.hint}" if self.hint else first
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: `where` is FILE:LINE, `key` the dotted recipe key."""
+
+    where: str
+    key: str
+    message: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        first = f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"
+        return f"{first}\nhint: {self.hint}" if self.hint else first
+
+
+class RecipeError(FinetuneError):
+    """All problems of a recipe; str() has one block a problem, in the order of the lines."""
+
+    code = "recipe"
+    exit_code = 2
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+        self.where, self.hint = problems[0].where, problems[0].hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DataError(FinetuneError):
+    code = "data"
+
+
+class BaseError(FinetuneError):
+    code = "base"
+
+
+class AdapterError(FinetuneError):
+    code = "adapter"
+    exit_code = 2
+
+
+class RunError(FinetuneError):
+    code = "run"
+
+
+class CheckpointError(FinetuneError):
+    code = "checkpoint"
+
+
+class NotFiniteError(FinetuneError):
+    code = "not_finite"
+
+
+class PackageError(FinetuneError):
+    code = "package"
+
+
+class Stopped(Exception):
+    """A signal asked for the end; `exit_code` is 128 + its number."""
+
+    def __init__(self, signal_number: int):
+        self.exit_code = 128 + signal_number
+        super().__init__(f"stopped by signal {signal_number}")

@@ -1,0 +1,168 @@
+"""Floor 0. What happened in a run: `journal.jsonl`, one line a step or event, and `rows/`, the loss of every row.
+
+The holder of the run's lease appends; `log`, `replay`, `bisect` and resume read. A crash can tear only the last line, which is
+dropped when the journal is next opened for writing.
+"""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.checkpoints.manifest import to_json
+from finetune.checkpoints.store import failures, make_directory, replace_file, sync_directory
+from finetune.errors import RunError
+
+# What differs between two runs of one step, besides durations and rates.
+VOLATILE = frozenset({"time", "seconds", "attempt"})
+_VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
+_ROWS_NAME = re.compile(r"step-(\d+)-(\d+)\.parquet")
+
+
+class Journal:
+    """The one writer of a run's journal. Records are `{"kind": "step", "step": k, …}` or `{"kind": "event", "event": …, …}`."""
+
+    def __init__(self, run: Path):
+        self.path = run / "journal.jsonl"
+        with failures(self.path, RunError):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            data = self.path.read_bytes()
+            sound = _sound_length(data)
+            if sound < len(data):
+                os.ftruncate(self._descriptor, sound)
+            os.fsync(self._descriptor)
+            sync_directory(run)
+
+    def append(self, record: dict[str, object]) -> None:
+        """One line, by one write; durable after the next `sync`."""
+        line = f"{to_json(record)}\n".encode()
+        with failures(self.path, RunError):
+            written = os.write(self._descriptor, line)
+            if written < len(
+                line
+            ):  # the disk is full: without its torn half, the line after this one can still be read
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        """Makes all appended records durable; before each manifest, so that no checkpoint is ahead of its journal."""
+        with failures(self.path, RunError):
+            os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read(run: Path) -> list[dict[str, object]]:
+    """All records of a run, oldest first; a torn last line is left out, and a broken one before it is a RunError."""
+    path = run / "journal.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    records = []
+    for number, line in enumerate(data[: _sound_length(data)].splitlines(), start=1):
+        record = _record(line)
+        if record is None:
+            hint = f"the file is damaged; with lines {number} and after removed, their steps are run again from the last checkpoint before"
+            raise RunError("is not a record of a journal", where=f"{path}:{number}", hint=hint)
+        records.append(record)
+    return records
+
+
+def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
+    """The record that counts for each step: its last one, for a step may have been run again after a crash."""
+    return {record["step"]: record for record in records if record["kind"] == "step"}
+
+
+def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
+    """The first field in which two records of one step differ, times and attempt aside; None when the step was exact."""
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key in VOLATILE or key.endswith(_VOLATILE_ENDINGS):
+            continue
+        if key not in old or key not in new or to_json(old[key]) != to_json(new[key]):
+            return key
+    return None
+
+
+def _sound_length(data: bytes) -> int:
+    """How many bytes are left when torn lines are taken from the end."""
+    end = data.rfind(b"\n") + 1
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        if _record(data[start:end]) is not None:
+            break
+        end = start
+    return end
+
+
+def _record(line: bytes) -> dict[str, object] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+class RowLoss(NamedTuple):
+    """What one example contributed to the loss of a step; `row` is the id of the row that it was made of."""
+
+    step: int
+    example: int
+    row: int
+    loss: float
+    tokens: int
+
+
+class RowLosses:
+    """Collects the losses of rows, and writes a columnar file for each span of steps."""
+
+    def __init__(self, run: Path):
+        self.directory = run / "rows"
+        self._buffer: list[RowLoss] = []
+
+    def add(self, losses: Iterable[RowLoss]) -> None:
+        self._buffer.extend(losses)
+
+    def flush(self, first_step: int, last_step: int) -> None:
+        """Writes what was collected for these steps to `rows/step-<first>-<last>.parquet`, durably, and forgets it."""
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        span = [item for item in self._buffer if first_step <= item.step <= last_step]
+        types = {
+            "step": pa.int64(),
+            "example": pa.int64(),
+            "row": pa.int64(),
+            "loss": pa.float64(),
+            "tokens": pa.int64(),
+        }
+        columns = zip(*span, strict=True) if span else [()] * len(types)
+        table = pa.table(
+            [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)], list(types)
+        )
+        sink = pa.BufferOutputStream()
+        parquet.write_table(table, sink, compression="zstd")
+        path = self.directory / f"step-{first_step:08d}-{last_step:08d}.parquet"
+        with failures(path, RunError):
+            make_directory(self.directory)
+            replace_file(path, sink.getvalue())
+        self._buffer = [item for item in self._buffer if not first_step <= item.step <= last_step]
+
+
+def read_rows(run: Path, step: int) -> list[RowLoss]:
+    """The row losses of a step, from the last written file that covers it; empty where none does."""
+    import pyarrow.parquet as parquet
+
+    covering = [path for path in (run / "rows").glob("*.parquet") if _covers(path.name, step)]
+    if not covering:
+        return []
+    # Two files cover a step only after a fall-back; then they agree, or the run has said that exactness is lost.
+    newest = max(covering, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    table = parquet.read_table(newest, filters=[("step", "=", step)])
+    return [RowLoss(**item) for item in table.to_pylist()]
+
+
+def _covers(name: str, step: int) -> bool:
+    match = _ROWS_NAME.fullmatch(name)
+    return bool(match) and int(match[1]) <= step <= int(match[2])

@@ -1,0 +1,167 @@
+"""Floor 3. The only backward and the only optimizer step. A generator: whoever iterates logs, saves, evaluates and stops.
+
+`run.execute` is the everyday consumer. Order, schedule and seeds are functions of the step, so a loop that starts at
+step 400 does what one that came from step 0 does.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from finetune.data.batches import Batches
+from finetune.errors import NotFiniteError
+from finetune.order import derive
+from finetune.plan import Plan
+from finetune.state import TrainState
+
+EVALUATED_AT_ONCE = 64  # examples arranged together: enough to fill micro-batches well
+
+
+class Wishes(NamedTuple):
+    """What a rank wants at a step's edge; what all ranks then do is agreed by `agree`."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
+class StepReport:
+    step: int
+    loss: float
+    """Mean nats a supervised token, over the whole step and all ranks."""
+    grad_norm: float
+    """2-norm of the gradient of that mean, before clipping."""
+    learning_rate: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    examples: np.ndarray
+    rows: np.ndarray
+    """Row of each example, counted through the sources."""
+    row_losses: list[float]
+    """Mean nats a supervised token of each example."""
+    row_tokens: list[int]
+    """Supervised tokens of each example."""
+    is_save_due: bool
+    """A rank's clock asked for a save before this step."""
+
+
+def steps(
+    state: TrainState, plan: Plan, batches: Batches, until: int, wishes: Callable[[], Wishes]
+) -> Iterator[StepReport]:
+    """One report an update, up to step `until`, or until a rank wished to stop."""
+    while state.step < until:
+        agreed = agree(state.accelerator, wishes())
+        if agreed.stop:
+            return
+        yield train_step(state, plan, batches, agreed.save)
+
+
+def train_step(state: TrainState, plan: Plan, batches: Batches, is_save_due: bool = False) -> StepReport:
+    """One update. Raises NotFiniteError, with the weights untouched, when loss or gradient norm is not a number."""
+    started = time.perf_counter()
+    accelerator, examples, step = state.accelerator, batches.examples, state.step + 1
+    ids = plan.order.examples_of(step)
+    total = int(examples.targets[ids].sum())
+    row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
+    micro_batches = batches.of(ids)
+    for micro_batch in micro_batches:
+        torch.manual_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
+        is_last = micro_batch is micro_batches[-1]
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
+            loss_sum, rows = state.objective(_to(micro_batch.inputs, accelerator.device))
+            # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
+            accelerator.backward(loss_sum * (0.0 if micro_batch.is_idle else accelerator.num_processes / total))
+        if not micro_batch.is_idle:
+            row_sums[micro_batch.indices] = rows.detach().double()
+    row_sums = accelerator.reduce(row_sums, "sum")
+    norm = accelerator.clip_grad_norm_(state.trainable.values(), plan.recipe.optimizer.max_grad_norm)
+    *sums, grad_norm = torch.cat([row_sums, norm.detach().double().reshape(1)]).tolist()  # the one read of the device
+    loss = math.fsum(sums) / total
+    row_tokens = examples.targets[ids].tolist()
+    row_losses = [row_sum / count for row_sum, count in zip(sums, row_tokens, strict=True)]
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        state.optimizer.zero_grad()
+        raise _not_finite(step, loss, grad_norm, examples.rows[ids], row_losses)
+    learning_rate = plan.learning_rate(step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step = step
+    return StepReport(
+        step=step,
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        tokens=int(examples.lengths[ids].sum()),
+        supervised_tokens=total,
+        seconds=time.perf_counter() - started,
+        examples=ids,
+        rows=examples.rows[ids],
+        row_losses=row_losses,
+        row_tokens=row_tokens,
+        is_save_due=is_save_due,
+    )
+
+
+def evaluate(
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    batches: Batches,
+    score: Callable,
+    wishes: Callable[[], Wishes] = Wishes,
+) -> dict[str, float] | None:
+    """Figures over all examples of `batches`; streamed, nothing is gathered. None when a rank wished to stop.
+
+    Leaves no trace in training: dropout is off and every training forward seeds itself.
+    """
+    examples = batches.examples
+    sums: list[float] = []
+    objective.eval()
+    try:
+        for first in range(0, len(examples), EVALUATED_AT_ONCE):
+            if agree(accelerator, wishes()).stop:
+                return None
+            ids = np.arange(first, min(first + EVALUATED_AT_ONCE, len(examples)))
+            row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
+            for micro_batch in batches.of(ids):
+                with torch.inference_mode():
+                    _, rows = objective(_to(micro_batch.inputs, accelerator.device))
+                if not micro_batch.is_idle:
+                    row_sums[micro_batch.indices] = rows.double()
+            sums += accelerator.reduce(row_sums, "sum").tolist()
+    finally:
+        objective.train()
+    return score(math.fsum(sums), int(examples.targets.sum()), len(examples))
+
+
+def agree(accelerator: Accelerator, wishes: Wishes) -> Wishes:
+    """What any rank wishes, all do."""
+    if accelerator.num_processes == 1:
+        return wishes
+    counts = torch.tensor(wishes, dtype=torch.int32, device=accelerator.device)
+    return Wishes(*(count > 0 for count in accelerator.reduce(counts, "sum").tolist()))
+
+
+def _to(inputs: object, device: torch.device) -> object:
+    if isinstance(inputs, dict):
+        return {name: _to(value, device) for name, value in inputs.items()}
+    return inputs.to(device, non_blocking=True) if isinstance(inputs, torch.Tensor) else inputs
+
+
+def _not_finite(step: int, loss: float, grad_norm: float, rows: np.ndarray, row_losses: list[float]) -> NotFiniteError:
+    suspects = [int(row) for row, row_loss in zip(rows, row_losses, strict=True) if not math.isfinite(row_loss)]
+    blamed = f"rows {suspects}" if suspects else f"one of rows {rows.tolist()}"
+    return NotFiniteError(
+        f"loss {loss:g} and gradient norm {grad_norm:g} are not finite, so the update was refused; {blamed}",
+        where=f"step {step}",
+        hint="look at those rows, lower optimizer.learning_rate, or use train.precision: fp32",
+    )

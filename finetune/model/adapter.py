@@ -1,0 +1,105 @@
+"""Floor 1. What of the base is trained: everything, all but some tensors, or low-rank matrices beside it.
+
+A member of `ADAPTERS` takes the loaded model (also on the meta device, for counting) and returns the model to train.
+"""
+
+import fnmatch
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from finetune.errors import AdapterError, CheckpointError
+from finetune.recipe.schema import FrozenAdapter, LoraAdapter
+
+NAME = "default"  # peft's name of the one adapter; it appears in parameter names
+
+
+def lora(model: torch.nn.Module, settings: LoraAdapter) -> torch.nn.Module:
+    """The model with peft's LoRA matrices, fp32; only they are trained."""
+    import peft
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    is_all = settings.targets == ["all-linear"]
+    missed = [target for target in settings.targets if not is_all and not _named(target, linear)]
+    if missed:  # peft itself is silent as long as one of the targets matches
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise AdapterError(
+            f"no linear layer is called {_quoted(missed)}", where="adapter.targets", hint=f"the base has {_quoted(known)}"
+        )
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear" if is_all else list(settings.targets),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft still asks transformers by an old name
+        return peft.get_peft_model(model, config)
+
+
+def frozen(model: torch.nn.Module, settings: FrozenAdapter) -> torch.nn.Module:
+    """The model itself; parameters whose names match a pattern of `freeze` keep their values."""
+    names = [name for name, _ in model.named_parameters()]
+    missed = [pattern for pattern in settings.freeze if not fnmatch.filter(names, pattern)]
+    if missed:
+        raise AdapterError(
+            f"no parameter is called {_quoted(missed)}", where="adapter.freeze", hint=f"parameters are called like {_quoted(names[:3])}"
+        )
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.freeze):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AdapterError("every parameter is frozen, so there is nothing to train", where="adapter.freeze", hint="freeze fewer")
+    return model
+
+
+ADAPTERS: dict[str, Callable] = {"lora": lora, "frozen": frozen}
+
+
+def apply(model: torch.nn.Module, settings: LoraAdapter | FrozenAdapter | None) -> torch.nn.Module:
+    """The model to train; without an adapter section every parameter is."""
+    return ADAPTERS[settings.name](model, settings) if settings else model
+
+
+def is_adapter(model: torch.nn.Module) -> bool:
+    """Whether the model's checkpoints hold an adapter, not whole weights."""
+    return hasattr(model, "peft_config")
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors a checkpoint stores, by the names that `from_pretrained` (or peft's) expects; tied ones once."""
+    if is_adapter(model):
+        import peft
+
+        return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies a checkpoint's tensors into the model. A name too many or too few is an error."""
+    with torch.no_grad():
+        own = weights(model)
+        if own.keys() != tensors.keys():
+            surprise = sorted(own.keys() ^ tensors.keys())
+            raise CheckpointError(f"does not fit the model: {_quoted(surprise[:5])} in only one of them")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def attach(model: torch.nn.Module, directory: Path) -> torch.nn.Module:
+    """A base with the adapter of a checkpoint or peft directory on it, not trainable."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(directory), adapter_name=NAME)
+
+
+def _named(target: str, names: list[str]) -> list[str]:
+    return [name for name in names if f".{name}".endswith(f".{target}")]
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,219 @@
+"""Floor 1. The one place that loads weights: where a base is, what exactly it is, and its config, tokenizer and model.
+
+No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is refused, weights are safetensors only.
+`resolve` pins a base, `state` loads it, `package/export` loads it again.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import blake3
+import torch
+
+from finetune import cache
+from finetune.checkpoints.refs import Ref, find, parse
+from finetune.errors import BaseError
+from finetune.plan import PinnedBase
+from finetune.recipe.schema import Base
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
+CONVERSION = 1  # of the GGUF conversion below; part of the cache key
+
+
+def pin(base: Base) -> PinnedBase:
+    """What exactly the base is: the commit of a Hub id, or a digest over the files of a local one."""
+    ref = parse(base.checkpoint)
+    if ref.kind == "hub":
+        return PinnedBase(kind="hub", revision=_commit_of(ref.repo, base.revision or ref.revision), digest=None)
+    if base.revision is not None:
+        raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
+    return PinnedBase(kind="package" if ref.kind == "package" else "directory", revision=None, digest=_digest(_local(ref)))
+
+
+def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
+    """A directory that `from_pretrained` reads, downloaded or converted if need be; checked against the pin."""
+    ref = parse(base.checkpoint)
+    if ref.kind == "hub":
+        return _download(ref.repo, pinned.revision, SMALL_FILES + WEIGHTS if with_weights else SMALL_FILES)
+    local = _local(ref)
+    if _digest(local) != pinned.digest:
+        raise BaseError("is not what it was when the run was planned", where=base.checkpoint, hint="restore it, or start a new run")
+    return local
+
+
+def load_config(path: Path):
+    """The config of a language model; read as JSON first, so that nothing in it can name code to run."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        raw = json.loads((path / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise BaseError("has no config.json, so it is not a checkpoint", where=path.name, hint="name a transformers checkpoint") from None
+    except ValueError as error:
+        raise BaseError(f"its config.json is damaged: {error}", where=path.name) from None
+    if "auto_map" in raw:
+        raise BaseError("needs code of its own (`auto_map`), which is never run", where=path.name, hint="choose a base that transformers knows")
+    if raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BaseError(
+            f"is not a language model: transformers has no causal LM of type `{raw.get('model_type')}`",
+            where=path.name,
+            hint="choose a base that generates text",
+        )
+    architectures = raw.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
+        raise BaseError(f"is not a language model but a {architectures[0]}", where=path.name, hint="choose a base that generates text")
+    return AutoConfig.from_pretrained(path)
+
+
+def load_tokenizer(path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.is_fast:
+        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=path.name)
+    return tokenizer
+
+
+def stop_tokens(path: Path, tokenizer) -> frozenset[int]:
+    """Ids that end generation, by tokenizer and generation config together."""
+    stops = {tokenizer.eos_token_id}
+    if (path / "generation_config.json").exists():
+        named = json.loads((path / "generation_config.json").read_bytes()).get("eos_token_id")
+        stops.update(named if isinstance(named, list) else [named])
+    return frozenset(stops - {None})
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
+    """The model with all its weights, on the CPU, in eval mode. A missing or surplus weight is an error."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    if not list(path.glob("*.safetensors")):
+        hint = "convert it: load it in transformers once and call save_pretrained"
+        raise BaseError("has no safetensors weights", where=path.name, hint=hint)
+    with _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+        )
+    wrong = {kind: names for kind in ("missing_keys", "mismatched_keys") if (names := sorted(map(str, info[kind])))}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise BaseError(f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}", where=path.name)
+    model.config.use_cache = False  # with a cache, packed rows would silently see one another
+    return model
+
+
+def empty_model(path: Path) -> torch.nn.Module:
+    """The model on the meta device: names and shapes, no memory, for counting and for checking an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), _quiet():
+        model = AutoModelForCausalLM.from_config(load_config(path))
+    model.tie_weights()
+    return model
+
+
+def _local(ref: Ref) -> Path:
+    """The directory of a base that is not on the Hub."""
+    if ref.kind == "package":
+        return _converted(_package_file(ref))
+    if ref.kind == "run":
+        ref = Ref("checkpoint", ref.text, path=find(ref).path)
+    if not ref.path.is_dir():
+        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
+    if (ref.path / "adapter_config.json").exists():
+        raise BaseError("is an adapter, not a whole model", where=ref.text, hint="package it merged first: finetune package REF DIR")
+    return ref.path
+
+
+def _package_file(ref: Ref) -> Path:
+    """A file inside an installed package, found without importing it."""
+    spec = importlib.util.find_spec(ref.repo.partition(".")[0])
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseError(f"no installed package is called `{ref.repo}`", where=ref.text, hint="install it with pip")
+    directory = Path(next(iter(spec.submodule_search_locations)), *ref.repo.split(".")[1:])
+    if not (directory / ref.path).is_file():
+        there = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "no GGUF file"
+        raise BaseError(f"the package has no file {ref.path}", where=ref.text, hint=f"it has {there}")
+    return directory / ref.path
+
+
+def _converted(gguf: Path) -> Path:
+    """A GGUF file as safetensors, dequantised to fp32: done once, kept in the cache by the file's digest."""
+    key = f"{_file_digest(gguf)[:32]}-{CONVERSION}"
+
+    def convert(target: Path) -> None:
+        print(f"converting {gguf.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),  # else the model stays quantised and refuses to be saved
+                dtype=torch.float32,
+            )
+            model.save_pretrained(target)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+    return cache.built("converted", key, convert)
+
+
+def _digest(path: Path) -> str:
+    """Over names and contents of the files that make the checkpoint."""
+    total = blake3.blake3()
+    for file in sorted(file for pattern in SMALL_FILES + WEIGHTS for file in path.glob(pattern) if file.name != "manifest.json"):
+        total.update(f"{file.name}\0{_file_digest(file)}\0".encode())
+    return "blake3:" + total.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()
+
+
+def _commit_of(repo: str, revision: str | None) -> str:
+    import huggingface_hub
+
+    with _hub_errors(repo, revision):
+        return huggingface_hub.HfApi().model_info(repo, revision=revision).sha
+
+
+def _download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
+    import huggingface_hub
+
+    with _hub_errors(repo, commit):
+        return Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise BaseError("is gated", where=where, hint=f"ask for access at its page, then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise BaseError("is not on the Hub, or private", where=where, hint="check the name; for a private one set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise BaseError("the repository has no such revision", where=where, hint="name a branch, a tag or a commit") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseError(f"the Hub cannot be reached: {reason}", where=where, hint="`finetune fetch` a recipe where there is a network") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading without the progress bars and notices of libraries, which would break up our own lines; errors still raise."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        yield

@@ -1,0 +1,63 @@
+"""Floor 1. What the terminal shows of a run: messages as lines of their own, progress in place on a terminal.
+
+Everything goes to stderr, flushed at once. `run` owns the one `Progress`; other ranks than the first own a silent one.
+"""
+
+import sys
+import time
+
+LINES_EVERY_SECONDS = 10.0  # into a pipe; a terminal's line is redrawn twice a second
+REDRAW_EVERY_SECONDS = 0.5
+
+
+class Progress:
+    def __init__(self, steps: int, is_quiet: bool = False, is_silent: bool = False):
+        self._steps = steps
+        self._is_quiet = is_quiet or is_silent
+        self._is_silent = is_silent
+        self._is_terminal = sys.stderr.isatty()
+        self._drawn_at = -float("inf")
+        self._is_line_open = False
+        self._seconds_per_step: float | None = None
+
+    def say(self, message: str) -> None:
+        """A message on its own line, also with --quiet."""
+        if not self._is_silent:
+            self._clear()
+            print(message, file=sys.stderr, flush=True)
+
+    def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float) -> None:
+        """The figures of a finished step; `tokens` and `seconds` are of this step."""
+        slow = self._seconds_per_step
+        self._seconds_per_step = seconds if slow is None else 0.9 * slow + 0.1 * seconds
+        interval = REDRAW_EVERY_SECONDS if self._is_terminal else LINES_EVERY_SECONDS
+        is_last = step == self._steps
+        if self._is_quiet or (not is_last and time.monotonic() - self._drawn_at < interval):
+            return
+        self._drawn_at = time.monotonic()
+        left = duration((self._steps - step) * self._seconds_per_step)
+        width = len(str(self._steps))
+        line = (
+            f"step {step:{width}d}/{self._steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {learning_rate:.2e}  "
+            f"{tokens / seconds:,.0f} tokens/s  {left} left"
+        )
+        self._clear()
+        print(line, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)
+        self._is_line_open = self._is_terminal
+
+    def close(self) -> None:
+        if self._is_line_open:
+            print(file=sys.stderr, flush=True)
+            self._is_line_open = False
+
+    def _clear(self) -> None:
+        if self._is_line_open:
+            print("\r\x1b[2K", end="", file=sys.stderr)
+            self._is_line_open = False
+
+
+def duration(seconds: float) -> str:
+    """Like 0:07, 12:30 or 3:04:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

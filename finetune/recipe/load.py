@@ -1,0 +1,84 @@
+"""Floor 0. A recipe file to a checked `Recipe`, or to every problem it has, each with its line; `cli` and `resolve` call it."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from finetune.errors import Problem, RecipeError
+from finetune.recipe.check import check
+from finetune.recipe.nodes import MAX_BYTES, override, parse, plain, shown, where
+from finetune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe, its verbatim text, and the line of every key that is written; line 0 is `--set`."""
+
+    recipe: Recipe
+    text: str
+    file: str
+    lines: Mapping[str, int]
+
+    def problem(self, key: str, message: str, hint: str | None = None) -> Problem:
+        """What was found later about a key; one that is not written counts at its nearest parent's line."""
+        return Problem(where(self.file, _line(self.lines, key)), key, message, hint)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Reads and checks a recipe file with `--set` overrides like `optimizer.learning_rate=1e-4`; raises RecipeError."""
+    file = str(path)
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(file, map(str, Path(path).parent.glob("*.yaml")), n=1)
+        _refuse(file, "no such file", f"did you mean `{near[0]}`?" if near else None)
+    except IsADirectoryError:
+        _refuse(file, "is a directory, not a recipe", "name a `.yaml` file in it")
+    except OSError as error:
+        _refuse(file, f"cannot be read: {error.strerror}")
+    try:
+        text = content.decode("utf-8", errors="strict" if len(content) <= MAX_BYTES else "replace")
+    except UnicodeDecodeError as error:
+        _refuse(where(file, content.count(b"\n", 0, error.start) + 1), "is not UTF-8 text", "save the file as UTF-8")
+    return loads(text, file, overrides)
+
+
+def loads(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Checks a recipe's text; `file` is what its problems call it."""
+    document = parse(text, file)
+    root, found = document.root, document.repeated
+    if root is None or root.value is None:
+        _refuse(file, "is empty", "a recipe needs `base`, `task`, `data`, `optimizer` and `train`")
+    if not isinstance(root.value, dict):
+        _refuse(
+            where(file, root.line),
+            f"must be a section with keys, not {shown(plain(root, {}))}",
+            "a recipe starts like `base:`",
+        )
+    for setting in overrides:
+        try:
+            found += override(root, setting)
+        except RecipeError as error:
+            found += [(0, problem) for problem in error.problems]
+    lines: dict[str, int] = {}
+    checked = check(plain(root, lines))
+    if isinstance(checked, Recipe) and not found:
+        return LoadedRecipe(checked, text, file, lines)
+    if not isinstance(checked, Recipe):
+        for key, message, hint in checked:
+            line = _line(lines, key)
+            found.append((line, Problem(where(file, line), key, message, hint)))
+    raise RecipeError([problem for _, problem in sorted(found, key=lambda item: (item[0] == 0, item[0]))])
+
+
+def _refuse(place: str, message: str, hint: str | None = None) -> NoReturn:
+    raise RecipeError([Problem(place, "", message, hint)])
+
+
+def _line(lines: Mapping[str, int], key: str) -> int:
+    while key not in lines:
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+    return lines[key]

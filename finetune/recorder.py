@@ -1,0 +1,147 @@
+"""Floor 4. A run directory that is being written: plan, journal, row losses, checkpoints. `run` tells it what happened.
+
+Only rank 0 has one that writes; the others' does nothing, so that what a rank does never depends on which one it is.
+"""
+
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune import journal as journals
+from finetune.checkpoints import snapshot
+from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
+from finetune.checkpoints.retention import Saved, keep
+from finetune.checkpoints.store import Store, replace_file
+from finetune.loop import StepReport
+from finetune.plan import Plan
+from finetune.progress import Progress
+from finetune.state import TrainState
+
+# Facts that are recorded, not promised: where they differ on resume, bit equality may be lost.
+WORLD = ("device", "world_size", "threads", "micro_batch_tokens")
+
+
+class Recorder:
+    def __init__(self, path: Path, plan: Plan, facts: dict, attempt: str, progress: Progress, is_writer: bool):
+        self.path = path
+        self.plan = plan
+        self.progress = progress
+        self.is_writer = is_writer
+        self.committed_at = time.monotonic()
+        self._facts = facts
+        self._attempt = attempt
+        self._store = Store(path)
+        self._last: Checkpoint | None = None
+        records = journals.read(path)
+        self._steps = journals.steps(records)
+
+    def open(self, recipe_text: str, changes: list[str]) -> tuple[Checkpoint | None, list[Damage]]:
+        """Writes down what is about to happen; returns the newest sound checkpoint, and what is wrong with newer ones."""
+        self._last, damages = self._store.newest_sound()
+        if self.is_writer:
+            self._store.sweep()
+            replace_file(self.path / "recipe.yaml", recipe_text.encode())
+            replace_file(self.path / "plan.json", self.plan.dump(self._facts))
+            self._journal = journals.Journal(self.path)
+            self._rows = journals.RowLosses(self.path)
+            self.event("started", step=self.last_step, plan_id=self.plan.plan_id, changes=changes, world=self._world())
+            for damage in damages:
+                self.event("damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message)
+        return self._last, damages
+
+    @property
+    def last_step(self) -> int:
+        """The step of the newest commit; 0 before the first."""
+        return self._last.step if self._last else 0
+
+    def event(self, name: str, **figures: object) -> None:
+        if self.is_writer:
+            self._journal.append({"kind": "event", "event": name, "attempt": self._attempt, "time": _now(), **figures})
+
+    def step(self, report: StepReport) -> None:
+        """Appends a step to the journal. A step that ran before must give the same figures, or the run says so at once."""
+        record = {
+            "kind": "step",
+            "step": report.step,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "tokens": report.tokens,
+            "supervised_tokens": report.supervised_tokens,
+            "seconds": round(report.seconds, 6),
+            "attempt": self._attempt,
+            "time": _now(),
+        }
+        earlier = self._steps.get(report.step)
+        self._steps[report.step] = record
+        if self.is_writer:
+            self._journal.append(record)
+            self._rows.add(_row_losses(report))
+            changed = journals.difference(earlier, record) if earlier else None
+            if changed:
+                was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
+                self.progress.say(f"step {report.step} ran before and is not the same: {was}; exactness is lost")
+                self.event("not_exact", step=report.step, quantity=changed)
+        self.progress.step(report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds)
+
+    def history(self, quantity: str, before: int, count: int) -> list[float]:
+        """A recorded quantity in the `count` steps before a step."""
+        window = range(max(1, before - count), before)
+        return [self._steps[step][quantity] for step in window if step in self._steps]
+
+    def commit(self, state: TrainState, base_directory: Path, metrics: dict | None) -> None:
+        """Makes the state a checkpoint, then removes what need not stay."""
+        if self.is_writer:
+            started = time.monotonic()
+            self._rows.flush(self.last_step + 1, state.step)
+            self._journal.sync()
+            attempt = self._store.begin(state.step, self._attempt)
+            snapshot.write(state, self.plan, base_directory, attempt)
+            attempt.write_json("trainer_state.json", self._trainer_state(state.step))
+            self._last = self._store.commit(attempt, self._manifest(state.step, metrics))
+            self.event("committed", step=state.step, save_seconds=round(time.monotonic() - started, 3))
+            self.progress.say(f"committed step {state.step}")
+            self._remove_old()
+        self.committed_at = time.monotonic()
+
+    def _manifest(self, step: int, metrics: dict | None) -> Manifest:
+        last = self._last
+        return Manifest(
+            run=self._facts["run"],
+            attempt=self._attempt,
+            step=step,
+            parent={"ref": f"{self.path.name}@{last.step}", "digest": last.manifest.digest} if last else None,
+            plan_id=self.plan.plan_id,
+            metrics=metrics or {},
+            versions=self._facts["versions"],
+            world=self._world(),
+        )
+
+    def _world(self) -> dict:
+        return {name: self._facts[name] for name in WORLD}
+
+    def _trainer_state(self, step: int) -> dict:
+        """Loss history in the form that tools read from other trainers' runs."""
+        names = ("step", "loss", "grad_norm", "learning_rate")
+        history = [{name: record[name] for name in names} for _, record in sorted(self._steps.items()) if record["step"] <= step]
+        return {"global_step": step, "max_steps": self.plan.steps, "log_history": history}
+
+    def _remove_old(self) -> None:
+        """Retention, after the successor was committed and read back."""
+        checkpoints = self._store.checkpoints()
+        saved = [Saved(checkpoint.step, checkpoint.manifest.metrics) for checkpoint in checkpoints]
+        kept = keep(saved, self.plan.recipe.checkpoint.keep, protected=set())
+        for checkpoint in checkpoints:
+            if checkpoint.step not in kept:
+                self._store.remove(checkpoint)
+                self.event("removed", step=checkpoint.step)
+
+
+def _row_losses(report: StepReport) -> Iterable[journals.RowLoss]:
+    columns = zip(report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens, strict=True)
+    return [journals.RowLoss(report.step, *column) for column in columns]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

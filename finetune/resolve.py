@@ -1,0 +1,203 @@
+"""Floor 2. Recipe to plan: pins revisions, encodes and counts rows, and refuses what cannot work before anything is trained.
+
+On resume the pins of the run's own plan are used again, and the plan that comes out must be the same.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data.batches import Examples
+from finetune.data.encode import Encoded, encode
+from finetune.data.source import open_source, pin_dataset
+from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
+from finetune.model import adapter, base
+from finetune.order import permute
+from finetune.plan import FREE_SECTIONS, Counts, PinnedSource, Plan
+from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.schema import Recipe, Source, count_of
+from finetune.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Resolved:
+    plan: Plan
+    base_directory: Path
+    """Config and tokenizer of the base; the weights too, once `base.directory` was asked for them."""
+    tokenizer: object
+    train: Examples
+    holdout: Examples
+
+
+def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
+    """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold."""
+    recipe = loaded.recipe
+    pinned = earlier.base if earlier else base.pin(recipe.base)
+    directory = base.directory(recipe.base, pinned, with_weights=False)
+    config = base.load_config(directory)
+    tokenizer = base.load_tokenizer(directory)
+    problems = _problems(loaded, config, tokenizer, pinned)
+    if problems:
+        raise RecipeError(problems)
+    encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, base.stop_tokens(directory, tokenizer))
+    encoding = _encoding_digest(recipe, tokenizer)
+
+    def read(sources: Sequence[Source], pins: Sequence[PinnedSource] | None) -> tuple[list[PinnedSource], list[Encoded]]:
+        pairs = [_read(source, pin, encoder, encoding) for source, pin in zip(sources, pins or [None] * len(sources), strict=True)]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    has_own_holdout = isinstance(recipe.data.holdout, list)
+    train_pins, encoded = read(recipe.data.train, earlier.train if earlier else None)
+    holdout_pins, holdout_encoded = read(recipe.data.holdout, earlier.holdout if earlier else None) if has_own_holdout else ([], [])
+    rows = [pin.rows for pin in train_pins]
+    held_out = np.zeros(0, dtype=np.int64) if has_own_holdout else _held_out(recipe, sum(rows))
+    train, train_counts = _select(encoded, rows, held_out, is_kept=False)
+    if has_own_holdout:
+        holdout, holdout_counts = _select(holdout_encoded, [pin.rows for pin in holdout_pins], held_out, is_kept=False)
+    else:
+        holdout, holdout_counts = _select(encoded, rows, held_out, is_kept=True)
+    if not all(train.sizes):
+        raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
+    total, trainable = _count_parameters(loaded, directory)
+    steps = recipe.train.steps or recipe.train.epochs * -(-len(train) // recipe.train.batch_size)
+    plan = Plan(
+        recipe=recipe,
+        base=pinned,
+        train=tuple(train_pins),
+        holdout=tuple(holdout_pins),
+        encoding=encoding,
+        counts=train_counts,
+        holdout_counts=holdout_counts,
+        sizes=train.sizes,
+        steps=steps,
+        warmup_steps=min(steps, count_of(recipe.optimizer.warmup, steps)),
+        total_parameters=total,
+        trainable_parameters=trainable,
+    )
+    if earlier is not None:
+        _refuse_change(earlier, plan)
+    return Resolved(plan, directory, tokenizer, train, holdout)
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Tokens of a micro-batch: as the recipe says, else twice the longest example, at least 1,024."""
+    named = recipe.train.micro_batch_tokens
+    return named if isinstance(named, int) else max(1024, 2 * recipe.task.max_length)
+
+
+def differences(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
+    """Every key in which two recipes differ: dotted name, old value, new value."""
+    return list(_differences("", old.model_dump(mode="json"), new.model_dump(mode="json")))
+
+
+def is_free(key: str) -> bool:
+    """Whether a recipe key may change between a run's start and its resume: what it touches is not what is trained."""
+    return key.partition(".")[0] in FREE_SECTIONS or key == "train.micro_batch_tokens"
+
+
+def _differences(prefix: str, old: object, new: object):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
+    elif old != new:
+        yield prefix, old, new
+
+
+def _refuse_change(earlier: Plan, plan: Plan) -> None:
+    if earlier.plan_id == plan.plan_id:
+        return
+    old, new = earlier.model_dump(mode="json"), plan.model_dump(mode="json")
+    changed = [f"{key}: {before} -> {after}" for key, before, after in _differences("", old, new) if not key.startswith("recipe.")]
+    raise RunError(
+        "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),
+        hint="restore the old files, or start a new run",
+    )
+
+
+def _problems(loaded: LoadedRecipe, config, tokenizer, pinned) -> list[Problem]:
+    """What base and recipe cannot do together; all of it at once."""
+    recipe, problems = loaded.recipe, []
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest and recipe.task.max_length > longest:
+        problems.append(loaded.problem("task.max_length", f"{recipe.task.max_length} is more than the base's {longest} positions"))
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((size for size in windows if size), default=None)
+    if recipe.task.packing and window and recipe.task.max_length > window:
+        problems.append(
+            loaded.problem(
+                "task.packing", f"the base attends within {window} tokens, which packing does not keep to", "set task.packing: false"
+            )
+        )
+    if len(tokenizer) > text.vocab_size:
+        problems.append(loaded.problem("base.checkpoint", f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"))
+    if recipe.package.form == "adapter" and pinned.kind != "hub" and recipe.base.origin is None:
+        problems.append(
+            loaded.problem(
+                "package.form",
+                "an adapter of a local base would name a base that others do not have",
+                "set base.origin to the Hub checkpoint it is equal to, or use `merged`",
+            )
+        )
+    return problems
+
+
+def _encoding_digest(recipe: Recipe, tokenizer) -> str:
+    """Over everything that decides which tokens a row becomes, packing aside."""
+    from finetune.tasks.chat import template_of
+
+    settings = recipe.task.model_dump(mode="json", exclude={"packing", "template"})
+    template = template_of(tokenizer, recipe.task) if recipe.task.name == "chat" else ""
+    parts = [repr(sorted(settings.items())), template, tokenizer.backend_tokenizer.to_str(), repr(tokenizer.special_tokens_map)]
+    return "sha256:" + hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _read(source: Source, earlier: PinnedSource | None, encoder, encoding: str) -> tuple[PinnedSource, Encoded]:
+    revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
+    rows = open_source(source, revision)
+    pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
+    columns = repr(sorted(source.columns.items()))
+    return pin, encode(rows, rows.where, encoder, rows.fingerprint, columns, encoding)
+
+
+def _held_out(recipe: Recipe, rows: int) -> np.ndarray:
+    """Rows drawn for evaluation, counted through the sources: the start of a permutation keyed by the seed."""
+    count = count_of(recipe.data.holdout, rows)
+    if count >= rows:
+        raise DataError(f"data.holdout takes {count} of {rows} rows, so none is left to train on", hint="hold out fewer")
+    return np.sort(permute(np.arange(count), rows, recipe.train.seed, "holdout"))
+
+
+def _select(encoded: Sequence[Encoded], rows: Sequence[int], held_out: np.ndarray, is_kept: bool) -> tuple[Examples, Counts]:
+    """The examples whose row is (or is not) among `held_out`, with what encoding found in them."""
+    firsts = np.cumsum([0, *rows])
+    parts, left_out = [], 0
+    for source, first in zip(encoded, firsts, strict=False):
+        chosen = np.flatnonzero(np.isin(source.rows + first, held_out) == is_kept)
+        parts.append((source, chosen, int(first)))
+        left_out += int((np.isin(np.array(source.left_out_rows, dtype=np.int64) + first, held_out) == is_kept).sum())
+    examples = Examples(parts)
+    counts = Counts(
+        rows=len(held_out) if is_kept else sum(rows) - len(held_out),
+        examples=len(examples),
+        tokens=int(examples.lengths.sum()),
+        supervised_tokens=int(examples.targets.sum()),
+        cut_rows=int((examples.cut_tokens > 0).sum()),
+        cut_tokens=int(examples.cut_tokens.sum()),
+        left_out_rows=left_out,
+        longest=int(examples.lengths.max(initial=0)),
+    )
+    return examples, counts
+
+
+def _count_parameters(loaded: LoadedRecipe, directory: Path) -> tuple[int, int]:
+    """All parameters and the trainable ones, tied ones once, without loading a weight."""
+    try:
+        model = adapter.apply(base.empty_model(directory), loaded.recipe.adapter)
+    except AdapterError as error:
+        raise RecipeError([loaded.problem(error.where, error.message, error.hint)]) from None
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

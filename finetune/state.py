@@ -1,0 +1,105 @@
+"""Floor 2. What changes while training: model, optimizer and the number of the last finished step.
+
+`run` builds one from a plan, `loop` moves it, `checkpoints/snapshot` writes and reads it.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from finetune.errors import FinetuneError
+from finetune.model import adapter, attention, base, losses, optimizer
+from finetune.order import derive
+from finetune.plan import Plan
+from finetune.recipe.schema import Recipe, Train
+from finetune.tasks import TASKS
+
+
+class Objective(torch.nn.Module):
+    """The model with its loss inside, so that the forward that DDP or FSDP wraps is the one that is differentiated."""
+
+    def __init__(self, model: torch.nn.Module, loss: Callable, token_losses: Callable):
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._token_losses = token_losses
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """A collated micro-batch -> summed loss (nats) and the sum of each row."""
+        return self._loss(self.model, batch, self._token_losses)
+
+
+@dataclass
+class TrainState:
+    accelerator: Accelerator
+    objective: torch.nn.Module
+    """The prepared (wrapped) objective; the only thing `loop` calls."""
+    model: torch.nn.Module
+    """The bare model inside it; the only thing snapshots read."""
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Trainable parameters by name, tied ones once."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+def start_accelerator(settings: Train) -> Accelerator:
+    """Devices, precision and processes. Fails when the launcher started more processes than know of each other."""
+    if settings.reproducibility == "exact":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        # Plain DDP rebuilds its buckets after the first backward, so a resumed run would sum in another order than an
+        # uninterrupted one (seen with 3 and 4 ranks); with unused-parameter search on, it never rebuilds them.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+    )
+    declared = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != declared:
+        raise FinetuneError(
+            f"the launcher declared {declared} processes, but only {accelerator.num_processes} know of each other",
+            hint="on CPUs use `torchrun --nproc-per-node N -m finetune train …`",
+        )
+    return accelerator
+
+
+def trained_model(recipe: Recipe, base_directory: Path) -> torch.nn.Module:
+    """The base's model with the recipe's adapter on it, as it is at step 0."""
+    is_packed = recipe.task.packing
+    model = base.load_model(base_directory, attention=attention.PER_ROW if is_packed else "sdpa")
+    torch.manual_seed(derive(recipe.train.seed, "adapter"))
+    return adapter.apply(model, recipe.adapter)
+
+
+def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:
+    """The state at step 0."""
+    recipe = plan.recipe
+    model = trained_model(recipe, base_directory)
+    if recipe.task.packing:
+        check_packing(model)
+    model.train()
+    objective = Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy)
+    objective, prepared = accelerator.prepare(objective, optimizer.build(model.parameters(), recipe.optimizer))
+    return TrainState(accelerator, objective, model, prepared)
+
+
+def check_packing(model: torch.nn.Module) -> None:
+    """Runs two short rows packed and alone: a model that mixes them would train on the wrong thing, silently."""
+    rows = torch.arange(2, 18).reshape(2, 8) % model.get_input_embeddings().num_embeddings
+    rows = rows.to(next(model.parameters()).device)
+    packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": [0, 8, 16]}
+    with torch.inference_mode():
+        together = model(input_ids=rows.reshape(1, 16), use_cache=False, **packed).logits.reshape(2, 8, -1)
+        alone = model(input_ids=rows, use_cache=False, row_bounds=[0, 8]).logits
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-2):
+        raise FinetuneError(
+            "this base mixes packed rows", where="task.packing", hint="set task.packing: false"
+        )

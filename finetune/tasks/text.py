@@ -1,0 +1,41 @@
+"""Floor 1. Plain text to examples: every token is supervised, and a long row becomes several examples, nothing lost."""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from finetune.errors import DataError
+from finetune.example import Example
+from finetune.recipe.schema import TextTask
+
+
+def encoder(tokenizer, task: TextTask, stop_tokens: Collection[int]):
+    """A function from rows and their places to the examples of each row; each row ends with the tokenizer's end token."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("the base's tokenizer has no end-of-text token", hint="choose a base that has one")
+
+    def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
+        texts = [_text_of(row, place) for row, place in zip(rows, places, strict=True)]
+        return [_divided([*ids, end], task.max_length) for ids in tokenizer(texts)["input_ids"]]
+
+    return encode
+
+
+def _text_of(row: dict, place: str) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        present = ", ".join(sorted(row)) or "none"
+        raise DataError(
+            f"has no `text`; its columns are: {present}", where=place, hint="map a column with data.train[].columns, like {text: body}"
+        )
+    if not text.strip():
+        raise DataError("has an empty text", where=place, hint="remove the row")
+    return text
+
+
+def _divided(ids: list[int], max_length: int) -> list[Example]:
+    """Stretches of at most `max_length` tokens; each begins with the last token of the one before, so that every token is predicted."""
+    tokens = np.array(ids, dtype=np.int32)
+    starts = range(0, max(1, len(tokens) - 1), max(1, max_length - 1))
+    return [Example(piece := tokens[start : start + max_length], np.ones(len(piece), dtype=bool)) for start in starts]

@@ -1,0 +1,149 @@
+"""Tiny random models and data, made here: no test needs a network or a download. Sockets beyond loopback are blocked."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share two cores with each other; equal results need equal threads
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = "the model reads a row and writes an answer that ends when it has said what was asked of it".split()
+
+
+@pytest.fixture(autouse=True)
+def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests stay on this machine; {address[0]} is not")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the test session's own."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["FINETUNE_CACHE"] = str(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level tokenizer of 300 tokens with ChatML's control tokens and template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
+    """A random Llama of two layers with tied embeddings, saved as a checkpoint; the same weights in every session."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("tiny") / "base"
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 chat rows of different lengths in train.jsonl, 8 in holdout.jsonl."""
+    directory = tmp_path_factory.mktemp("data")
+    for name, first, count in (("train", 0, 40), ("holdout", 40, 8)):
+        rows = [chat_row(number) for number in range(first, first + count)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def chat_row(number: int) -> dict:
+    question = " ".join(WORDS[(number + index) % len(WORDS)] for index in range(3 + number % 7))
+    answer = " ".join(WORDS[(2 * number + index) % len(WORDS)] for index in range(2 + number % 5))
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_base: Path, chat_data: Path):
+    """A function that writes a small, valid recipe with the given sections changed, and returns its path."""
+
+    def write(name: str = "tiny", **sections: object) -> Path:
+        recipe = {
+            "base": {"checkpoint": str(tiny_base)},
+            "task": {"name": "chat", "max_length": 64},
+            "data": {"train": [{"path": str(chat_data / "train.jsonl")}], "holdout": [{"path": str(chat_data / "holdout.jsonl")}]},
+            "adapter": {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
+            "optimizer": {"learning_rate": 0.01},
+            "train": {"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
+            "checkpoint": {"every": "4 steps"},
+        }
+        recipe |= sections
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+        return path
+
+    return write
+
+
+def finetune(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, as a user runs it."""
+    command = [sys.executable, "-m", "finetune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, **options)
+
+
+@pytest.fixture(name="finetune")
+def finetune_command():
+    return finetune
+
+
+@pytest.fixture
+def train():
+    """Trains a recipe file in this process, from any state of the run directory; returns the run."""
+
+    def train(recipe: Path, run: Path, *overrides: str) -> Path:
+        from accelerate.state import AcceleratorState
+
+        from finetune.recipe.load import load
+        from finetune.run import train as train_run
+
+        AcceleratorState._reset_state(True)  # accelerate keeps precision and devices for the life of a process
+        train_run(load(recipe, overrides), run, is_quiet=True)
+        return run
+
+    return train

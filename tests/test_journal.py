@@ -1,0 +1,155 @@
+"""The journal survives a torn end, stays strict JSON, and says when a step was not exact."""
+
+import errno
+import json
+import math
+
+import pytest
+
+from finetune import journal
+from finetune.errors import RunError
+from finetune.journal import Journal, RowLoss, RowLosses, difference, read, read_rows, steps
+
+
+def step(number, **fields):
+    return {"kind": "step", "step": number, **fields}
+
+
+def written(run, *records):
+    writer = Journal(run)
+    for record in records:
+        writer.append(record)
+    writer.sync()
+    writer.close()
+
+
+def test_records_come_back_in_order_and_floats_to_the_bit(tmp_path):
+    records = [step(1, loss=0.1 + 0.2), {"kind": "event", "event": "committed", "step": 1}, step(2, loss=1e-310)]
+    written(tmp_path, *records[:1])
+    written(tmp_path, *records[1:])
+    assert read(tmp_path) == records
+    assert (
+        (tmp_path / "journal.jsonl")
+        .read_text()
+        .startswith('{"kind": "step", "step": 1, "loss": 0.30000000000000004}\n')
+    )
+
+
+def test_a_run_without_a_journal_has_no_records(tmp_path):
+    assert read(tmp_path) == []
+
+
+def test_non_finite_floats_leave_strict_json(tmp_path):
+    written(tmp_path, step(1, loss=math.nan, norms=[math.inf, -math.inf]))
+    line = (tmp_path / "journal.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == step(1, loss="nan", norms=["inf", "-inf"])
+
+
+def test_wherever_the_last_line_is_torn_it_is_left_out_and_cut_off(tmp_path):
+    written(tmp_path, step(1), step(2, loss=2.5))
+    path = tmp_path / "journal.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        assert read(tmp_path) == [step(1)]
+        written(tmp_path, step(3))
+        assert read(tmp_path) == [step(1), step(3)]
+
+
+@pytest.mark.parametrize("tail", [b"\0\0\0", b"\0\0\n", b'{"kind": "st\n{"ki\n', b"17\n", b"\xff\n"])
+def test_a_tail_that_is_no_record_is_cut_off(tmp_path, tail):
+    written(tmp_path, step(1))
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(tail)
+    assert read(tmp_path) == [step(1)]
+    written(tmp_path, step(2))
+    assert read(tmp_path) == [step(1), step(2)]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    written(tmp_path, step(1), step(2), step(3))
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"kind": "step", "step": 2', b'{"kind": "step", "step" 2'))
+    with pytest.raises(RunError, match=r"journal.jsonl:2: is not a record of a journal\nhint: the file is damaged"):
+        read(tmp_path)
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path, monkeypatch):
+    writer = Journal(tmp_path)
+    writer.append(step(1))
+    real_write = journal.os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
+        with pytest.raises(
+            RunError, match="journal.jsonl: cannot write: no space left on device\nhint: free some space"
+        ) as caught:
+            writer.append(step(2))
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    writer.append(step(3))
+    writer.close()
+    assert read(tmp_path) == [step(1), step(3)]
+
+
+def test_a_directory_in_the_way_is_a_clear_error(tmp_path):
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(RunError, match="journal.jsonl: cannot write: is a directory"):
+        Journal(tmp_path)
+
+
+def test_the_last_record_of_a_step_counts():
+    records = [
+        step(1, attempt="a"),
+        step(2, attempt="a"),
+        {"kind": "event", "event": "resumed", "step": 1},
+        step(2, attempt="b"),
+    ]
+    assert steps(records) == {1: step(1, attempt="a"), 2: step(2, attempt="b")}
+
+
+def test_an_exact_step_differs_in_times_and_attempt_only():
+    old = step(1, loss=0.5, rows=["a", "b"], norm="nan", time="10:00", seconds=1.0, attempt="a", save_seconds=2.0)
+    new = step(
+        1, loss=0.5, rows=("a", "b"), norm=math.nan, time="11:00", seconds=1.5, attempt="b", tokens_per_second=9.0
+    )
+    assert difference(old, new) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"loss": math.nextafter(0.5, 1)}, "loss"),
+        ({"rows": ["b"]}, "rows"),
+        ({"extra": 1}, "extra"),
+        ({"step": 2, "loss": 1}, "step"),
+    ],
+)
+def test_the_first_field_that_differs_is_named(change, field):
+    old = step(1, loss=0.5, rows=["a"])
+    assert difference(old, old | change) == difference(old | change, old) == field
+
+
+def row(step_number, example, loss=1.0):
+    return RowLoss(step_number, example, 10 + example, loss, 7)
+
+
+def test_row_losses_are_written_by_span_and_read_by_step(tmp_path):
+    losses = RowLosses(tmp_path)
+    losses.add([row(1, 5), row(1, 3)])
+    losses.add([row(2, 4, math.nan), row(3, 9)])
+    losses.flush(1, 2)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["step-00000001-00000002.parquet"]
+    assert read_rows(tmp_path, 1) == [row(1, 5), row(1, 3)]
+    assert math.isnan(read_rows(tmp_path, 2)[0].loss)
+    assert read_rows(tmp_path, 3) == []
+    losses.flush(3, 4)
+    assert read_rows(tmp_path, 3) == [row(3, 9)]
+    assert read_rows(tmp_path, 4) == []
+
+
+def test_of_two_files_that_cover_a_step_the_last_written_counts(tmp_path):
+    for first, loss in ((2, 1.0), (1, 2.0)):
+        losses = RowLosses(tmp_path)
+        losses.add([row(2, 1, loss)])
+        losses.flush(first, 2)
+    assert read_rows(tmp_path, 2) == [row(2, 1, 2.0)]
