@@ -29,7 +29,9 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=entry.parent))
     except OSError as error:
         raise FinetuneError(
-            f"the cache cannot be written: {error.strerror}", where=str(entry.parent), hint="set FINETUNE_CACHE to a directory of yours"
+            f"the cache cannot be written: {error.strerror}",
+            where=str(entry.parent),
+            hint="set FINETUNE_CACHE to a directory of yours",
         ) from error
     try:
         build(unfinished)

@@ -14,7 +14,9 @@ import click
 from finetune import __version__
 from finetune.errors import CheckpointError, FinetuneError, Stopped
 
-OVERRIDE = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1.")
+OVERRIDE = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
+)
 RUN = click.option("--run", type=click.Path(path_type=Path), help="The run directory. Default: runs/<recipe name>.")
 JSON = click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -111,7 +113,9 @@ def verify(ref: str, is_json: bool) -> None:
     from finetune import history
 
     problems = history.problems(ref)
-    lines = [f"{problem['file']}: {problem['tensor'] or problem['check']}: {problem['message']}" for problem in problems]
+    lines = [
+        f"{problem['file']}: {problem['tensor'] or problem['check']}: {problem['message']}" for problem in problems
+    ]
     _print({"ok": not problems, "problems": problems}, "\n".join(lines) or "every byte is as it was committed", is_json)
     if problems:
         sys.exit(CheckpointError.exit_code)
@@ -119,7 +123,11 @@ def verify(ref: str, is_json: bool) -> None:
 
 @cli.command()
 @REFS
-@click.option("--recipe", type=click.Path(path_type=Path), help="Evaluate on the held-out rows of this recipe, not of the refs' own runs.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Evaluate on the held-out rows of this recipe, not of the refs' own runs.",
+)
 @OVERRIDE
 @JSON
 def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_json: bool) -> None:
@@ -127,7 +135,10 @@ def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, .
     from finetune.compare.evaluate import evaluate as evaluate_refs
 
     results = evaluate_refs(refs, recipe, overrides)
-    lines = [f"{result['ref']}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items()) for result in results]
+    lines = [
+        f"{result['ref']}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
+        for result in results
+    ]
     _print({"results": results}, "\n".join(lines), is_json)
 
 
@@ -188,7 +199,9 @@ def doctor(is_json: bool) -> None:
 
 def main() -> None:
     """The console script: errors become messages and exit codes."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `train` takes over once it has something to save
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # `train` takes over once it has something to save
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as request:

@@ -1,4 +1,4 @@
-"""Floor 1. A look at this machine for `finetune doctor`: what is there, and what would go wrong."""
+"""Floor 0. A look at this machine for `finetune doctor`: what is there, and what would go wrong."""
 
 import os
 import platform
@@ -10,7 +10,17 @@ from pathlib import Path
 from finetune import cache
 from finetune.estimate import readable
 
-PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "huggingface_hub", "bitsandbytes")
+PACKAGES = (
+    "finetune",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "huggingface_hub",
+    "bitsandbytes",
+)
 
 
 def facts() -> dict:
@@ -37,7 +47,11 @@ def facts() -> dict:
 
 def listing(found: dict) -> str:
     """The same for a reader."""
-    lines = [f"{name:16}{value}" for name, value in found.items() if name not in ("packages", "warnings", "memory_bytes", "free_bytes")]
+    lines = [
+        f"{name:16}{value}"
+        for name, value in found.items()
+        if name not in ("packages", "warnings", "memory_bytes", "free_bytes")
+    ]
     lines += [f"{name:16}{readable(found[name])}" for name in ("memory_bytes", "free_bytes")]
     lines += [f"{name:16}{installed or 'not installed'}" for name, installed in found["packages"].items()]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in found["warnings"])])
@@ -46,7 +60,9 @@ def listing(found: dict) -> str:
 def _warnings(found: dict) -> list[str]:
     warnings = []
     if found["device"] == "cpu" and shutil.which("nvidia-smi"):
-        warnings.append("there is an NVIDIA driver, but this torch sees no GPU: install a torch built for its CUDA version")
+        warnings.append(
+            "there is an NVIDIA driver, but this torch sees no GPU: install a torch built for its CUDA version"
+        )
     if not found["has_hard_links"]:
         warnings.append("this file system has no hard links: what does not change is copied into every checkpoint")
     if os.environ.get("PYTHONDONTWRITEBYTECODE"):

@@ -1,4 +1,4 @@
-"""Floor 1. What a plan will need: bytes of memory, of one checkpoint, of the whole run. Formulas, no measuring.
+"""Floor 0. What a plan will need: bytes of memory, of one checkpoint, of the whole run. Formulas, no measuring.
 
 `plan` prints the forecast; `plan` and `train` refuse a run that cannot fit on the disk.
 """
@@ -6,11 +6,14 @@
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.errors import RunError
 from finetune.plan import Plan
 from finetune.recipe.schema import LoraAdapter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the products
 PROCESS_BYTES = 700 * 2**20  # interpreter, torch, transformers and their buffers, seen on a CPU
@@ -27,11 +30,13 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-def shape_of(config) -> Shape:
+def shape_of(config: "PretrainedConfig") -> Shape:
     """The shape in a transformers config, by the names its families use."""
     text = config.get_text_config()
     hidden = text.hidden_size
-    return Shape(text.num_hidden_layers, hidden, getattr(text, "intermediate_size", None) or 4 * hidden, text.vocab_size)
+    return Shape(
+        text.num_hidden_layers, hidden, getattr(text, "intermediate_size", None) or 4 * hidden, text.vocab_size
+    )
 
 
 def memory_bytes(plan: Plan, shape: Shape, micro_batch_tokens: int) -> int:
@@ -42,14 +47,20 @@ def memory_bytes(plan: Plan, shape: Shape, micro_batch_tokens: int) -> int:
     # a decoder layer keeps about 10 hidden and 4 intermediate vectors a token
     kept = micro_batch_tokens * shape.layers * (10 * shape.hidden + 4 * shape.intermediate) * width
     share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
-    logits = 3 * FLOAT * round(share * micro_batch_tokens) * shape.vocabulary  # fp32 logits, their softmax, their gradient
+    logits = (
+        3 * FLOAT * round(share * micro_batch_tokens) * shape.vocabulary
+    )  # fp32 logits, their softmax, their gradient
     casts = width * plan.total_parameters if plan.recipe.train.precision == "bf16" else 0
     return PROCESS_BYTES + state + kept + logits + casts
 
 
 def checkpoint_bytes(plan: Plan) -> int:
     """One committed checkpoint: weights as stored, moments, tokenizer and configs."""
-    moments = MOMENTS[plan.recipe.optimizer.name] if plan.recipe.optimizer.name == "adamw" or plan.recipe.optimizer.momentum else 0
+    moments = (
+        MOMENTS[plan.recipe.optimizer.name]
+        if plan.recipe.optimizer.name == "adamw" or plan.recipe.optimizer.momentum
+        else 0
+    )
     stored = plan.trainable_parameters if isinstance(plan.recipe.adapter, LoraAdapter) else plan.total_parameters
     return FLOAT * (stored + moments * plan.trainable_parameters) + COMPANION_BYTES
 
@@ -72,7 +83,7 @@ def refuse_small_disk(plan: Plan, run: Path) -> None:
         )
 
 
-def forecast(plan: Plan, config, micro_batch_tokens: int, run: Path) -> dict:
+def forecast(plan: Plan, config: "PretrainedConfig", micro_batch_tokens: int, run: Path) -> dict:
     """The facts that `plan --json` prints; sizes in bytes, counts of all epochs unless named otherwise."""
     shape, counts = shape_of(config), plan.counts
     steps_per_epoch = plan.order.steps_per_epoch
@@ -111,23 +122,40 @@ def table(facts: dict) -> str:
     pin = base["revision"] or f"{base['digest'][:19]}…"
     rows = [("base", f"{base['checkpoint']}  {pin}")]
     for part in ("train", "holdout"):
-        rows += [(part, f"{pin['name']}  {pin['rows']:,} rows  {pin['revision'] or pin['fingerprint'][:19] + '…'}") for pin in facts[part]]
+        rows += [
+            (part, f"{pin['name']}  {pin['rows']:,} rows  {pin['revision'] or pin['fingerprint'][:19] + '…'}")
+            for pin in facts[part]
+        ]
     share = facts["supervised_tokens_per_epoch"] / facts["tokens_per_epoch"]
     rows += [
-        ("rows", f"{facts['rows']:,} to train on, {facts['holdout_rows']:,} held out ({facts['holdout_tokens']:,} tokens)"),
-        ("tokens", f"{facts['tokens_per_epoch']:,} an epoch, {facts['supervised_tokens_per_epoch']:,} supervised ({share:.0%})"),
-        ("cut", f"{facts['cut_rows']:,} rows by {facts['cut_tokens']:,} tokens; the longest kept has {facts['longest']:,}"),
+        (
+            "rows",
+            f"{facts['rows']:,} to train on, {facts['holdout_rows']:,} held out ({facts['holdout_tokens']:,} tokens)",
+        ),
+        (
+            "tokens",
+            f"{facts['tokens_per_epoch']:,} an epoch, {facts['supervised_tokens_per_epoch']:,} supervised ({share:.0%})",
+        ),
+        (
+            "cut",
+            f"{facts['cut_rows']:,} rows by {facts['cut_tokens']:,} tokens; the longest kept has {facts['longest']:,}",
+        ),
         ("left out", f"{facts['left_out_rows']:,} rows with nothing to learn within task.max_length"),
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
-        ("memory", f"about {readable(facts['memory_bytes'])}; this machine has {readable(facts['machine_memory_bytes'])}"),
+        (
+            "memory",
+            f"about {readable(facts['memory_bytes'])}; this machine has {readable(facts['machine_memory_bytes'])}",
+        ),
         ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
         ("disk", f"{readable(facts['free_bytes'])} free"),
         ("plan", facts["plan_id"]),
     ]
     lines = [f"{name:11}{text}" for name, text in rows]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
-        lines.append("warning: the memory forecast is more than this machine has; lower train.micro_batch_tokens, or use adapter: {name: lora}")
+        lines.append(
+            "warning: the memory forecast is more than this machine has; lower train.micro_batch_tokens, or use adapter: {name: lora}"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Floor 1. What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
+"""Floor 0. What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
 
 from pathlib import Path
 
@@ -13,7 +13,11 @@ from finetune.estimate import readable
 def checkpoints(run: Path) -> list[dict]:
     """The committed checkpoints of a run, oldest first, as `log --json` prints them."""
     if not (run / "plan.json").exists():
-        raise RunError("is not a run directory: it has no plan.json", where=str(run), hint="name a directory that `finetune train` made")
+        raise RunError(
+            "is not a run directory: it has no plan.json",
+            where=str(run),
+            hint="name a directory that `finetune train` made",
+        )
     trained = journal.steps(journal.read(run))
     return [_summary(run, checkpoint, trained.get(checkpoint.step, {})) for checkpoint in Store(run).checkpoints()]
 
@@ -48,7 +52,10 @@ def describe(text: str) -> dict:
         "metrics": manifest.metrics,
         "versions": manifest.versions,
         "world": manifest.world,
-        "files": {name: {"bytes": file.bytes, "digest": file.digest, "tensors": len(file.tensors)} for name, file in manifest.files.items()},
+        "files": {
+            name: {"bytes": file.bytes, "digest": file.digest, "tensors": len(file.tensors)}
+            for name, file in manifest.files.items()
+        },
     }
 
 
@@ -58,7 +65,10 @@ def listing(facts: dict) -> str:
     lines.append(f"{'parent':10}{facts['parent']['ref'] if facts['parent'] else 'the base'}")
     for part in ("metrics", "versions", "world"):
         lines.append(f"{part:10}" + "  ".join(f"{name} {_figure(value)}" for name, value in facts[part].items()))
-    lines += [f"{name:28}{readable(file['bytes']):>12}  {file['tensors'] or '':>4}  {file['digest']}" for name, file in facts["files"].items()]
+    lines += [
+        f"{name:28}{readable(file['bytes']):>12}  {file['tensors'] or '':>4}  {file['digest']}"
+        for name, file in facts["files"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -66,7 +76,9 @@ def problems(text: str) -> list[dict]:
     """Everything wrong with a checkpoint, or with every directory in a checkpoint's place of a run; files as in the run."""
     ref = parse(text)
     if ref.kind not in ("run", "checkpoint"):
-        raise CheckpointError("is neither a run nor a checkpoint of one", where=text, hint="name RUN, RUN@STEP or a checkpoint directory")
+        raise CheckpointError(
+            "is neither a run nor a checkpoint of one", where=text, hint="name RUN, RUN@STEP or a checkpoint directory"
+        )
     if ref.is_implied:
         store = Store(ref.run)
         paths = sorted(item.path for item in [*store.checkpoints(), *store.unreadable()])
@@ -74,7 +86,9 @@ def problems(text: str) -> list[dict]:
     else:
         path = ref.run / "checkpoints" / f"step-{ref.step:08d}" if isinstance(ref.step, int) else find(ref).path
         found = [("", damage) for damage in verify(path)]
-    return [{"check": d.check, "file": f"{prefix}{d.file}", "tensor": d.tensor, "message": d.message} for prefix, d in found]
+    return [
+        {"check": d.check, "file": f"{prefix}{d.file}", "tensor": d.tensor, "message": d.message} for prefix, d in found
+    ]
 
 
 def _checkpoint(text: str) -> Checkpoint:

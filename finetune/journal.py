@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.checkpoints.durable import failures, make_directory, replace_file, sync_directory
 from finetune.checkpoints.manifest import to_json
-from finetune.checkpoints.store import failures, make_directory, replace_file, sync_directory
 from finetune.errors import RunError
 
 # What differs between two runs of one step, besides durations and rates.

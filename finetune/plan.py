@@ -103,9 +103,13 @@ def load(run: Path) -> tuple[Plan, dict]:
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise RunError("is not a run directory: it has no plan.json", where=str(run), hint="start it with `finetune train`") from None
+        raise RunError(
+            "is not a run directory: it has no plan.json", where=str(run), hint="start it with `finetune train`"
+        ) from None
     except ValueError as error:
-        raise RunError(f"is damaged: {error}", where=str(path), hint="restore it from a copy, or start a new run") from None
+        raise RunError(
+            f"is damaged: {error}", where=str(path), hint="restore it from a copy, or start a new run"
+        ) from None
     if record.get("schema", 0) > SCHEMA:
         raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
     facts = record.pop("facts")
@@ -113,5 +117,9 @@ def load(run: Path) -> tuple[Plan, dict]:
     record.pop("schema")
     plan = Plan.model_validate(record)
     if plan.plan_id != plan_id:
-        raise RunError("does not have the content its plan_id stands for", where=str(path), hint="it was edited: restore it, or `branch`")
+        raise RunError(
+            "does not have the content its plan_id stands for",
+            where=str(path),
+            hint="it was edited: restore it, or `branch`",
+        )
     return plan, facts

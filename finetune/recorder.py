@@ -10,9 +10,10 @@ from pathlib import Path
 
 from finetune import journal as journals
 from finetune.checkpoints import snapshot
+from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
 from finetune.checkpoints.retention import Saved, keep
-from finetune.checkpoints.store import Store, replace_file
+from finetune.checkpoints.store import Store
 from finetune.loop import StepReport
 from finetune.plan import Plan
 from finetune.progress import Progress
@@ -47,7 +48,9 @@ class Recorder:
             self._rows = journals.RowLosses(self.path)
             self.event("started", step=self.last_step, plan_id=self.plan.plan_id, changes=changes, world=self._world())
             for damage in damages:
-                self.event("damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message)
+                self.event(
+                    "damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message
+                )
         return self._last, damages
 
     @property
@@ -83,7 +86,9 @@ class Recorder:
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
                 self.progress.say(f"step {report.step} ran before and is not the same: {was}; exactness is lost")
                 self.event("not_exact", step=report.step, quantity=changed)
-        self.progress.step(report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds)
+        self.progress.step(
+            report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds
+        )
 
     def history(self, quantity: str, before: int, count: int) -> list[float]:
         """A recorded quantity in the `count` steps before a step."""
@@ -124,7 +129,11 @@ class Recorder:
     def _trainer_state(self, step: int) -> dict:
         """Loss history in the form that tools read from other trainers' runs."""
         names = ("step", "loss", "grad_norm", "learning_rate")
-        history = [{name: record[name] for name in names} for _, record in sorted(self._steps.items()) if record["step"] <= step]
+        history = [
+            {name: record[name] for name in names}
+            for _, record in sorted(self._steps.items())
+            if record["step"] <= step
+        ]
         return {"global_step": step, "max_steps": self.plan.steps, "log_history": history}
 
     def _remove_old(self) -> None:

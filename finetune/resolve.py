@@ -4,19 +4,21 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune.data.batches import Examples
-from finetune.data.encode import Encoded, encode
+from finetune.data.encode import Encoder, encode
 from finetune.data.source import open_source, pin_dataset
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
+from finetune.example import Encoded
 from finetune.model import adapter, base
 from finetune.order import permute
-from finetune.plan import FREE_SECTIONS, Counts, PinnedSource, Plan
+from finetune.plan import FREE_SECTIONS, Counts, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Recipe, Source, count_of
 from finetune.tasks import TASKS
@@ -27,7 +29,7 @@ class Resolved:
     plan: Plan
     base_directory: Path
     """Config and tokenizer of the base; the weights too, once `base.directory` was asked for them."""
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     train: Examples
     holdout: Examples
 
@@ -45,13 +47,20 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
     encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, base.stop_tokens(directory, tokenizer))
     encoding = _encoding_digest(recipe, tokenizer)
 
-    def read(sources: Sequence[Source], pins: Sequence[PinnedSource] | None) -> tuple[list[PinnedSource], list[Encoded]]:
-        pairs = [_read(source, pin, encoder, encoding) for source, pin in zip(sources, pins or [None] * len(sources), strict=True)]
+    def read(
+        sources: Sequence[Source], pins: Sequence[PinnedSource] | None
+    ) -> tuple[list[PinnedSource], list[Encoded]]:
+        pairs = [
+            _read(source, pin, encoder, encoding)
+            for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
+        ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     has_own_holdout = isinstance(recipe.data.holdout, list)
     train_pins, encoded = read(recipe.data.train, earlier.train if earlier else None)
-    holdout_pins, holdout_encoded = read(recipe.data.holdout, earlier.holdout if earlier else None) if has_own_holdout else ([], [])
+    holdout_pins, holdout_encoded = (
+        read(recipe.data.holdout, earlier.holdout if earlier else None) if has_own_holdout else ([], [])
+    )
     rows = [pin.rows for pin in train_pins]
     held_out = np.zeros(0, dtype=np.int64) if has_own_holdout else _held_out(recipe, sum(rows))
     train, train_counts = _select(encoded, rows, held_out, is_kept=False)
@@ -98,7 +107,7 @@ def is_free(key: str) -> bool:
     return key.partition(".")[0] in FREE_SECTIONS or key == "train.micro_batch_tokens"
 
 
-def _differences(prefix: str, old: object, new: object):
+def _differences(prefix: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
@@ -110,30 +119,44 @@ def _refuse_change(earlier: Plan, plan: Plan) -> None:
     if earlier.plan_id == plan.plan_id:
         return
     old, new = earlier.model_dump(mode="json"), plan.model_dump(mode="json")
-    changed = [f"{key}: {before} -> {after}" for key, before, after in _differences("", old, new) if not key.startswith("recipe.")]
+    changed = [
+        f"{key}: {before} -> {after}"
+        for key, before, after in _differences("", old, new)
+        if not key.startswith("recipe.")
+    ]
     raise RunError(
         "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),
         hint="restore the old files, or start a new run",
     )
 
 
-def _problems(loaded: LoadedRecipe, config, tokenizer, pinned) -> list[Problem]:
+def _problems(
+    loaded: LoadedRecipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, pinned: PinnedBase
+) -> list[Problem]:
     """What base and recipe cannot do together; all of it at once."""
     recipe, problems = loaded.recipe, []
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if longest and recipe.task.max_length > longest:
-        problems.append(loaded.problem("task.max_length", f"{recipe.task.max_length} is more than the base's {longest} positions"))
+        problems.append(
+            loaded.problem("task.max_length", f"{recipe.task.max_length} is more than the base's {longest} positions")
+        )
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
     window = min((size for size in windows if size), default=None)
     if recipe.task.packing and window and recipe.task.max_length > window:
         problems.append(
             loaded.problem(
-                "task.packing", f"the base attends within {window} tokens, which packing does not keep to", "set task.packing: false"
+                "task.packing",
+                f"the base attends within {window} tokens, which packing does not keep to",
+                "set task.packing: false",
             )
         )
     if len(tokenizer) > text.vocab_size:
-        problems.append(loaded.problem("base.checkpoint", f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"))
+        problems.append(
+            loaded.problem(
+                "base.checkpoint", f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
+            )
+        )
     if recipe.package.form == "adapter" and pinned.kind != "hub" and recipe.base.origin is None:
         problems.append(
             loaded.problem(
@@ -145,17 +168,24 @@ def _problems(loaded: LoadedRecipe, config, tokenizer, pinned) -> list[Problem]:
     return problems
 
 
-def _encoding_digest(recipe: Recipe, tokenizer) -> str:
+def _encoding_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     """Over everything that decides which tokens a row becomes, packing aside."""
     from finetune.tasks.chat import template_of
 
     settings = recipe.task.model_dump(mode="json", exclude={"packing", "template"})
     template = template_of(tokenizer, recipe.task) if recipe.task.name == "chat" else ""
-    parts = [repr(sorted(settings.items())), template, tokenizer.backend_tokenizer.to_str(), repr(tokenizer.special_tokens_map)]
+    parts = [
+        repr(sorted(settings.items())),
+        template,
+        tokenizer.backend_tokenizer.to_str(),
+        repr(tokenizer.special_tokens_map),
+    ]
     return "sha256:" + hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _read(source: Source, earlier: PinnedSource | None, encoder, encoding: str) -> tuple[PinnedSource, Encoded]:
+def _read(
+    source: Source, earlier: PinnedSource | None, encoder: Encoder, encoding: str
+) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     rows = open_source(source, revision)
     pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
@@ -167,11 +197,15 @@ def _held_out(recipe: Recipe, rows: int) -> np.ndarray:
     """Rows drawn for evaluation, counted through the sources: the start of a permutation keyed by the seed."""
     count = count_of(recipe.data.holdout, rows)
     if count >= rows:
-        raise DataError(f"data.holdout takes {count} of {rows} rows, so none is left to train on", hint="hold out fewer")
+        raise DataError(
+            f"data.holdout takes {count} of {rows} rows, so none is left to train on", hint="hold out fewer"
+        )
     return np.sort(permute(np.arange(count), rows, recipe.train.seed, "holdout"))
 
 
-def _select(encoded: Sequence[Encoded], rows: Sequence[int], held_out: np.ndarray, is_kept: bool) -> tuple[Examples, Counts]:
+def _select(
+    encoded: Sequence[Encoded], rows: Sequence[int], held_out: np.ndarray, is_kept: bool
+) -> tuple[Examples, Counts]:
     """The examples whose row is (or is not) among `held_out`, with what encoding found in them."""
     firsts = np.cumsum([0, *rows])
     parts, left_out = [], 0

@@ -9,6 +9,7 @@ import platform
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetune.model import base
 from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.schema import Every
 from finetune.recorder import WORLD, Recorder
 from finetune.resolve import Resolved, differences, is_free, micro_batch_tokens, resolve
 from finetune.state import TrainState, build, start_accelerator
@@ -104,7 +106,9 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
 
     def wishes() -> loop.Wishes:
         age = (time.monotonic() - recorder.committed_at) / 60
-        return loop.Wishes(signals.received is not None, recorder.is_writer and any(age >= limit for limit in save_minutes))
+        return loop.Wishes(
+            signals.received is not None, recorder.is_writer and any(age >= limit for limit in save_minutes)
+        )
 
     def evaluate_and_record() -> dict | None:
         metrics = evaluate(resolved, state.accelerator, state.objective, wishes)
@@ -125,7 +129,9 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
             recorder.step(report)
             is_end = report.step == plan.steps
             is_save = is_end or report.is_save_due or any(report.step % steps == 0 for steps in save_steps)
-            is_evaluation = is_end or (is_save and recipe.checkpoint.keep.best) or _is_due(recipe.evaluate.every, report.step)
+            is_evaluation = (
+                is_end or (is_save and recipe.checkpoint.keep.best) or _is_due(recipe.evaluate.every, report.step)
+            )
             metrics = evaluate_and_record() if has_holdout and is_evaluation else None
             if is_save:
                 recorder.commit(state, base_directory, metrics)
@@ -157,7 +163,12 @@ def batches(plan: Plan, examples: Examples, accelerator: Accelerator) -> Batches
     )
 
 
-def evaluate(resolved: Resolved, accelerator: Accelerator, objective: torch.nn.Module, wishes=loop.Wishes) -> dict | None:
+def evaluate(
+    resolved: Resolved,
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    wishes: Callable[[], loop.Wishes] = loop.Wishes,
+) -> dict | None:
     """Held-out figures of a prepared objective; None when a signal cut them short."""
     score = TASKS[resolved.plan.recipe.task.name].score
     return loop.evaluate(accelerator, objective, batches(resolved.plan, resolved.holdout, accelerator), score, wishes)
@@ -198,7 +209,7 @@ def _facts(loaded: LoadedRecipe, accelerator: Accelerator) -> dict:
     }
 
 
-def _is_due(every, step: int) -> bool:
+def _is_due(every: Every | None, step: int) -> bool:
     return every is not None and step % every.steps == 0
 
 

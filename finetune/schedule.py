@@ -21,6 +21,6 @@ def learning_rate(peak: float, schedule: str, warmup_steps: int, steps: int, ste
     update after the last, so that no update is wasted on a rate of zero.
     """
     if step <= warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)  # in this order the last of them is the peak exactly
     progress = (step - warmup_steps - 1) / max(1, steps - warmup_steps)
     return peak * SCHEDULES[schedule](progress)

@@ -55,6 +55,9 @@ def start_accelerator(settings: Train) -> Accelerator:
     if settings.reproducibility == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # a check for careless kernels that writes every buffer twice
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
@@ -85,6 +88,8 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     model = trained_model(recipe, base_directory)
     if recipe.task.packing:
         check_packing(model)
+    if recipe.train.precision == "bf16" and adapter.is_adapter(model):
+        adapter.store_frozen_as_bf16(model)
     model.train()
     objective = Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy)
     objective, prepared = accelerator.prepare(objective, optimizer.build(model.parameters(), recipe.optimizer))
@@ -100,6 +105,4 @@ def check_packing(model: torch.nn.Module) -> None:
         together = model(input_ids=rows.reshape(1, 16), use_cache=False, **packed).logits.reshape(2, 8, -1)
         alone = model(input_ids=rows, use_cache=False, row_bounds=[0, 8]).logits
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-2):
-        raise FinetuneError(
-            "this base mixes packed rows", where="task.packing", hint="set task.packing: false"
-        )
+        raise FinetuneError("this base mixes packed rows", where="task.packing", hint="set task.packing: false")

@@ -17,7 +17,28 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "the model reads a row and writes an answer that ends when it has said what was asked of it".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "row",
+    "and",
+    "writes",
+    "an",
+    "answer",
+    "that",
+    "ends",
+    "when",
+    "it",
+    "has",
+    "said",
+    "what",
+    "was",
+    "asked",
+    "of",
+    "it",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +72,9 @@ def tiny_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
@@ -107,7 +130,10 @@ def recipe_file(tmp_path: Path, tiny_base: Path, chat_data: Path):
         recipe = {
             "base": {"checkpoint": str(tiny_base)},
             "task": {"name": "chat", "max_length": 64},
-            "data": {"train": [{"path": str(chat_data / "train.jsonl")}], "holdout": [{"path": str(chat_data / "holdout.jsonl")}]},
+            "data": {
+                "train": [{"path": str(chat_data / "train.jsonl")}],
+                "holdout": [{"path": str(chat_data / "holdout.jsonl")}],
+            },
             "adapter": {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
             "optimizer": {"learning_rate": 0.01},
             "train": {"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},

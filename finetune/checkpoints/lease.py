@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from finetune.checkpoints.durable import failures, make_directory
 from finetune.checkpoints.manifest import to_json
-from finetune.checkpoints.store import failures, make_directory
 from finetune.errors import RunError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

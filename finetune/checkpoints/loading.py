@@ -77,7 +77,9 @@ def _open_adapter(path: Path, attention: str) -> Opened:
     """A plain peft directory, on the base that it names."""
     named = json.loads((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     if not named:
-        raise BaseError("is an adapter that does not name its base", where=str(path), hint="set base_model_name_or_path")
+        raise BaseError(
+            "is an adapter that does not name its base", where=str(path), hint="set base_model_name_or_path"
+        )
     below = open_model(named, attention)
     model = adapter.attach(below.model, path).eval()
     has_tokenizer = (path / "tokenizer_config.json").exists()

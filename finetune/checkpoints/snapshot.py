@@ -1,4 +1,4 @@
-"""Floor 2. Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
+"""Floor 3. Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
 
 Every checkpoint directory loads with plain `from_pretrained` (peft's, for an adapter). `run` calls `write` inside an
 attempt of the store, and `read` on a verified checkpoint.

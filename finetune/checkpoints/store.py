@@ -13,11 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
-
-import blake3
 
 from finetune.checkpoints import tensors as safetensors
+from finetune.checkpoints.durable import HashedFile, durable, failures, make_directory, sync_directory
 from finetune.checkpoints.manifest import (
     MANIFEST,
     STEP_NAME,
@@ -32,22 +30,10 @@ from finetune.checkpoints.manifest import (
     to_json,
     verify,
 )
-from finetune.checkpoints.tensors import PIECE_BYTES, Tensor, TensorRecord, pieces
-from finetune.errors import CheckpointError, FinetuneError
+from finetune.checkpoints.tensors import PIECE_BYTES, Tensor, pieces
+from finetune.errors import CheckpointError
 
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
-HINTS = {
-    errno.ENOSPC: "free some space on this disk, or use another one; nothing that was committed is lost",
-    errno.EDQUOT: "free some of your disk quota, or use another disk; nothing that was committed is lost",
-    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
-    errno.EIO: "the disk reports errors: look at `dmesg`, and use another disk",
-    errno.EROFS: "the disk is mounted read-only: use another directory",
-    errno.ENOENT: "somebody removed a directory of the run",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "check owner and permissions of the directory, or use another one"),
-    **dict.fromkeys(
-        (errno.ENOTDIR, errno.EEXIST), "a file is where a directory should be: move it, or use another directory"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -236,69 +222,3 @@ def _open(path: Path) -> Checkpoint | Unreadable:
         return read(path)
     except ManifestError as error:
         return Unreadable(path, int(path.name.removeprefix("step-")), damage_of(error))
-
-
-class HashedFile:
-    """A file under way; what is written passes through the digest, so nothing is read twice."""
-
-    def __init__(self, raw: BinaryIO):
-        self.bytes = 0
-        self.tensors: tuple[TensorRecord, ...] = ()
-        self._raw = raw
-        self._blake3 = blake3.blake3()
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:  # an unbuffered write may take less than it is given
-            count = self._raw.write(view)
-            self._blake3.update(view[:count])
-            self.bytes += count
-            view = view[count:]
-
-    def digest(self) -> str:
-        return f"blake3:{self._blake3.hexdigest()}"
-
-
-@contextmanager
-def durable(path: Path) -> Iterator[HashedFile]:
-    """A new file, synced before it is closed. It is read-only for everybody within the umask, and only this descriptor writes it."""
-    with open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o444)) as raw:
-        yield HashedFile(raw)
-        os.fsync(raw.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file, durably and read-only, so that a crash leaves the old or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with durable(temporary) as file:
-        file.write(data)
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def make_directory(path: Path) -> None:
-    """`mkdir -p` whose directory is still there after a power cut, also if a killed process made it and had no time to sync."""
-    if not path.is_dir():
-        make_directory(path.parent)
-        path.mkdir(exist_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable: fsync of a file does not sync its name."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def failures(path: Path, kind: type[FinetuneError] = CheckpointError, *, what: str = "cannot write") -> Iterator[None]:
-    """Turns whatever the disk answers into one clear error about `path`; the OSError stays its `__cause__`."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{what}: {(error.strerror or str(error)).lower()}"
-        raise kind(message, where=str(path), hint=HINTS.get(error.errno)) from error

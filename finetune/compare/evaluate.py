@@ -24,7 +24,11 @@ def evaluate(texts: Sequence[str], recipe: Path | None, overrides: Sequence[str]
 def _rows_of_run(text: str) -> Resolved:
     run = run_of(parse(text))
     if run is None:
-        raise FinetuneError("is not part of a run, so it has no held-out rows of its own", where=text, hint="give them with --recipe FILE")
+        raise FinetuneError(
+            "is not part of a run, so it has no held-out rows of its own",
+            where=text,
+            hint="give them with --recipe FILE",
+        )
     plan, _ = plans.load(run)
     return resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan)
 
@@ -35,5 +39,7 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
         raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
     model = open_model(text, attention.PER_ROW if recipe.task.packing else "sdpa").model
     accelerator = start_accelerator(recipe.train)
-    objective = accelerator.prepare_model(Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy), evaluation_mode=True)
+    objective = accelerator.prepare_model(
+        Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy), evaluation_mode=True
+    )
     return evaluate_objective(resolved, accelerator, objective)

@@ -8,7 +8,9 @@ from finetune.checkpoints.loading import open_model
 from finetune.model import base
 
 
-def generate(texts: Sequence[str], prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[dict]:
+def generate(
+    texts: Sequence[str], prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+) -> list[dict]:
     """One {ref, prompt, text} a ref and prompt; temperature 0 takes the likeliest token each time.
 
     With a chat template the prompt is a user's message, without one it is the beginning of a text.

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.encode import Encoded
-from finetune.example import Example
+from finetune.example import Encoded, Example
 
 
 class Examples:

@@ -12,35 +12,13 @@ import numpy as np
 
 from finetune import cache
 from finetune.errors import DataError
-from finetune.example import Example
+from finetune.example import Encoded, Example
 
 VERSION = 1  # of the format below; part of every key
 ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads, small enough for memory
 
 # rows and their places in, the examples of each row out
 Encoder = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
-
-
-class Encoded:
-    """Examples of one source, memory-mapped.
-
-    Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example (int64): `rows` (the row it came from),
-    `targets` (tokens its loss is summed over) and `cut_tokens`; `offsets` has one entry more.
-    """
-
-    def __init__(self, directory: Path):
-        self.tokens, self.supervised, self.offsets, self.rows, self.targets, self.cut_tokens = (
-            np.load(directory / f"{name}.npy", mmap_mode="r")
-            for name in ("tokens", "supervised", "offsets", "rows", "targets", "cut_tokens")
-        )
-        self.left_out_rows = json.loads((directory / "left_out.json").read_text())
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        start, end = self.offsets[index], self.offsets[index + 1]
-        return Example(self.tokens[start:end], self.supervised[start:end], int(self.cut_tokens[index]))
 
 
 def encode(rows: Sequence[dict], where: Callable[[int], str], encoder: Encoder, *key: str) -> Encoded:
@@ -72,7 +50,9 @@ def _write(directory: Path, rows: Sequence[dict], where: Callable[[int], str], e
                     cut_tokens.append(example.cut_tokens)
     if not lengths:
         raise DataError(
-            "no row has a supervised token within task.max_length", where=where(0), hint="raise task.max_length, or look at the rows"
+            "no row has a supervised token within task.max_length",
+            where=where(0),
+            hint="raise task.max_length, or look at the rows",
         )
     np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     for name, values in (("rows", row_ids), ("targets", targets), ("cut_tokens", cut_tokens)):

@@ -23,6 +23,7 @@ from finetune.recipe.schema import Source
 
 Row = dict[str, object]
 
+SPLIT = "train"  # of a Hub data set, where the recipe names none
 HUB_SECONDS = 30
 SCAN_BYTES = 16 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -73,7 +74,7 @@ def open_source(source: Source, revision: str | None = None) -> Rows:
         if Path(source.dataset).exists():  # `datasets` would take that in place of the Hub's, whatever the pin
             raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
         pin = revision or pin_dataset(source)
-        identity = json.dumps([source.dataset, pin, source.name, source.split]).encode()
+        identity = json.dumps([source.dataset, pin, source.name, source.split or SPLIT]).encode()
         rows = Rows(HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source.columns)
     else:
         assert source.path is not None
@@ -242,9 +243,9 @@ class HubDataset:
         from datasets.exceptions import DatasetsError
         from httpx2 import HTTPError
 
-        self._place = f"{source.dataset}@{revision[:8]} {source.split}"
+        self._place = f"{source.dataset}@{revision[:8]} {source.split or SPLIT}"
         try:
-            self._rows = load_dataset(source.dataset, source.name, split=source.split, revision=revision)
+            self._rows = load_dataset(source.dataset, source.name, split=source.split or SPLIT, revision=revision)
         except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script
             raise _hub_error(source, error) from error
 

@@ -25,17 +25,20 @@ def per_row(
 ) -> tuple[Tensor, None]:
     """Causal attention of (1, heads, T, head size) in the rows that `row_bounds` delimits; returns (1, T, heads, head size)."""
     bounds = row_bounds or [0, query.shape[2]]
+    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    # split, not slices: the gradient of a slice is a zero tensor of the whole length, once for every row
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     rows = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
+            row_query,
+            row_key,
+            row_value,
             is_causal=True,
             scale=scaling,
             dropout_p=dropout,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for row_query, row_key, row_value in parts
     ]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import blake3
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import cache
 from finetune.checkpoints.refs import Ref, find, parse
@@ -35,7 +36,9 @@ def pin(base: Base) -> PinnedBase:
         return PinnedBase(kind="hub", revision=_commit_of(ref.repo, base.revision or ref.revision), digest=None)
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
-    return PinnedBase(kind="package" if ref.kind == "package" else "directory", revision=None, digest=_digest(_local(ref)))
+    return PinnedBase(
+        kind="package" if ref.kind == "package" else "directory", revision=None, digest=_digest(_local(ref))
+    )
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
@@ -45,11 +48,13 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
         return _download(ref.repo, pinned.revision, SMALL_FILES + WEIGHTS if with_weights else SMALL_FILES)
     local = _local(ref)
     if _digest(local) != pinned.digest:
-        raise BaseError("is not what it was when the run was planned", where=base.checkpoint, hint="restore it, or start a new run")
+        raise BaseError(
+            "is not what it was when the run was planned", where=base.checkpoint, hint="restore it, or start a new run"
+        )
     return local
 
 
-def load_config(path: Path):
+def load_config(path: Path) -> PretrainedConfig:
     """The config of a language model; read as JSON first, so that nothing in it can name code to run."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -57,11 +62,17 @@ def load_config(path: Path):
     try:
         raw = json.loads((path / "config.json").read_bytes())
     except FileNotFoundError:
-        raise BaseError("has no config.json, so it is not a checkpoint", where=path.name, hint="name a transformers checkpoint") from None
+        raise BaseError(
+            "has no config.json, so it is not a checkpoint", where=path.name, hint="name a transformers checkpoint"
+        ) from None
     except ValueError as error:
         raise BaseError(f"its config.json is damaged: {error}", where=path.name) from None
     if "auto_map" in raw:
-        raise BaseError("needs code of its own (`auto_map`), which is never run", where=path.name, hint="choose a base that transformers knows")
+        raise BaseError(
+            "needs code of its own (`auto_map`), which is never run",
+            where=path.name,
+            hint="choose a base that transformers knows",
+        )
     if raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BaseError(
             f"is not a language model: transformers has no causal LM of type `{raw.get('model_type')}`",
@@ -69,12 +80,18 @@ def load_config(path: Path):
             hint="choose a base that generates text",
         )
     architectures = raw.get("architectures") or []
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures):
-        raise BaseError(f"is not a language model but a {architectures[0]}", where=path.name, hint="choose a base that generates text")
+    if architectures and not any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    ):
+        raise BaseError(
+            f"is not a language model but a {architectures[0]}",
+            where=path.name,
+            hint="choose a base that generates text",
+        )
     return AutoConfig.from_pretrained(path)
 
 
-def load_tokenizer(path: Path):
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -83,7 +100,7 @@ def load_tokenizer(path: Path):
     return tokenizer
 
 
-def stop_tokens(path: Path, tokenizer) -> frozenset[int]:
+def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end generation, by tokenizer and generation config together."""
     stops = {tokenizer.eos_token_id}
     if (path / "generation_config.json").exists():
@@ -102,12 +119,19 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = 
         raise BaseError("has no safetensors weights", where=path.name, hint=hint)
     with _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     wrong = {kind: names for kind in ("missing_keys", "mismatched_keys") if (names := sorted(map(str, info[kind])))}
     if wrong:
         kind, names = next(iter(wrong.items()))
-        raise BaseError(f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}", where=path.name)
+        raise BaseError(
+            f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}", where=path.name
+        )
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
     return model
 
@@ -131,7 +155,9 @@ def _local(ref: Ref) -> Path:
     if not ref.path.is_dir():
         raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
     if (ref.path / "adapter_config.json").exists():
-        raise BaseError("is an adapter, not a whole model", where=ref.text, hint="package it merged first: finetune package REF DIR")
+        raise BaseError(
+            "is an adapter, not a whole model", where=ref.text, hint="package it merged first: finetune package REF DIR"
+        )
     return ref.path
 
 
@@ -159,7 +185,9 @@ def _converted(gguf: Path) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),  # else the model stays quantised and refuses to be saved
+                quantization_config=GgufConfig(
+                    dequantize=True
+                ),  # else the model stays quantised and refuses to be saved
                 dtype=torch.float32,
             )
             model.save_pretrained(target)
@@ -171,7 +199,9 @@ def _converted(gguf: Path) -> Path:
 def _digest(path: Path) -> str:
     """Over names and contents of the files that make the checkpoint."""
     total = blake3.blake3()
-    for file in sorted(file for pattern in SMALL_FILES + WEIGHTS for file in path.glob(pattern) if file.name != "manifest.json"):
+    for file in sorted(
+        file for pattern in SMALL_FILES + WEIGHTS for file in path.glob(pattern) if file.name != "manifest.json"
+    ):
         total.update(f"{file.name}\0{_file_digest(file)}\0".encode())
     return "blake3:" + total.hexdigest()
 
@@ -202,14 +232,22 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise BaseError("is gated", where=where, hint=f"ask for access at its page, then set HF_TOKEN") from None
+        raise BaseError("is gated", where=where, hint="ask for access at its page, then set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
-        raise BaseError("is not on the Hub, or private", where=where, hint="check the name; for a private one set HF_TOKEN") from None
+        raise BaseError(
+            "is not on the Hub, or private", where=where, hint="check the name; for a private one set HF_TOKEN"
+        ) from None
     except errors.RevisionNotFoundError:
-        raise BaseError("the repository has no such revision", where=where, hint="name a branch, a tag or a commit") from None
+        raise BaseError(
+            "the repository has no such revision", where=where, hint="name a branch, a tag or a commit"
+        ) from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise BaseError(f"the Hub cannot be reached: {reason}", where=where, hint="`finetune fetch` a recipe where there is a network") from None
+        raise BaseError(
+            f"the Hub cannot be reached: {reason}",
+            where=where,
+            hint="`finetune fetch` a recipe where there is a network",
+        ) from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     PositiveInt,
     Tag,
     ValidationInfo,
@@ -94,9 +95,9 @@ def _listed(value: object) -> object:
 
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 _EVERY_SCHEMA = {"type": "string", "pattern": r"^[0-9.]+ (steps?|minutes?)$"}
-Cadence = Annotated[Every, BeforeValidator(_every), WithJsonSchema(_EVERY_SCHEMA)]
+Cadence = Annotated[Every, BeforeValidator(_every), PlainSerializer(str), WithJsonSchema(_EVERY_SCHEMA)]
 StepCadence = Annotated[
-    Every, BeforeValidator(_every_steps), WithJsonSchema({"type": "string", "pattern": r"^\d+ steps?$"})
+    Every, BeforeValidator(_every_steps), PlainSerializer(str), WithJsonSchema({"type": "string", "pattern": r"^\d+ steps?$"})
 ]
 CountOrShare = Annotated[
     int | str,
@@ -159,8 +160,8 @@ class Source(Section):
     """A Hub data set (`owner/name`), instead of `path`."""
     name: str | None = None
     """The configuration of a Hub data set, where it has several."""
-    split: str = "train"
-    """The split of a Hub data set."""
+    split: str | None = None
+    """The split of a Hub data set. Default: `train`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; the plan pins it to a commit."""
     weight: float | None = Field(default=None, gt=0)
@@ -173,7 +174,7 @@ class Source(Section):
         if (self.path is None) == (self.dataset is None):
             raise ValueError("needs either `path` or `dataset`")
         if self.path is not None and (
-            self.name is not None or self.revision is not None or "split" in self.model_fields_set
+            self.name is not None or self.revision is not None or self.split is not None
         ):
             raise ValueError("`name`, `split` and `revision` go with `dataset`, not with `path`")
         return self

@@ -57,7 +57,7 @@ def collate_padded(examples: Sequence[Example]) -> dict:
     }
 
 
-def loss(model, batch: dict, token_losses: TokenLosses) -> tuple[Tensor, Tensor]:
+def loss(model: torch.nn.Module, batch: dict, token_losses: TokenLosses) -> tuple[Tensor, Tensor]:
     """The summed loss in nats (fp32 scalar) and the sum of each row (fp32, shape (R,)).
 
     Only the logits of supervised positions are computed, by the model's own head.

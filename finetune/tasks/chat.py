@@ -4,16 +4,19 @@ A row holds `messages`, or `prompt` and `completion` (text, or lists of messages
 conversation up to a turn and as a whole, so any template works whose renderings are prefixes of one another.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError
 from finetune.example import Example
 from finetune.recipe.schema import ChatTask
+
+Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
 TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 
@@ -24,7 +27,7 @@ class Conversation(NamedTuple):
     """So many messages at the start are given: their assistant turns are not learnt (`prompt` and `completion` rows)."""
 
 
-def encoder(tokenizer, task: ChatTask, stop_tokens: Collection[int]):
+def encoder(tokenizer: PreTrainedTokenizerBase, task: ChatTask, stop_tokens: Collection[int]) -> Encode:
     """A function from rows and their places to the one example of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
@@ -42,7 +45,8 @@ def encoder(tokenizer, task: ChatTask, stop_tokens: Collection[int]):
             supervised = np.zeros(len(tokens), dtype=bool)
             starts, ends = np.array(batch["offset_mapping"][number], dtype=np.int64).reshape(-1, 2).T
             for first, last in spans:
-                turn = np.flatnonzero((starts >= first) & (starts < last) & (ends > starts))
+                # a token that header and answer share counts, or the answer's first word would never be learnt
+                turn = np.flatnonzero((ends > first) & (starts < last))
                 turn = turn[: _without_trailing_space(turn, starts, ends, text)]
                 if not len(turn) or tokens[turn[-1]] not in stop_tokens:
                     raise _no_stop_token(tokenizer, tokens[turn[-1:]], stop_tokens, places[number])
@@ -54,13 +58,15 @@ def encoder(tokenizer, task: ChatTask, stop_tokens: Collection[int]):
     return encode
 
 
-def template_of(tokenizer, task: ChatTask) -> str:
+def template_of(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> str:
     """The chat template in force: the recipe's file, or the base's own."""
     if task.template is not None:
         try:
             return Path(task.template).read_text()
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=task.template, hint="task.template names a file") from None
+            raise DataError(
+                f"cannot be read: {error.strerror}", where=task.template, hint="task.template names a file"
+            ) from None
     if not tokenizer.chat_template:
         raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
     return tokenizer.chat_template
@@ -87,7 +93,9 @@ def conversation_of(row: dict, place: str) -> Conversation:
         raise DataError("begins with an assistant turn, which answers nothing", where=place, hint="remove the turn")
     turns = [message for message in conversation.messages[conversation.given :] if message["role"] == "assistant"]
     if not turns:
-        raise DataError("has no assistant turn, so there is nothing to learn from it", where=place, hint="remove the row")
+        raise DataError(
+            "has no assistant turn, so there is nothing to learn from it", where=place, hint="remove the row"
+        )
     if not all(turn["content"].strip() for turn in turns):
         raise DataError("has an empty assistant turn", where=place, hint="remove the row")
     return conversation
@@ -104,7 +112,9 @@ def _messages(messages: object, column: str, place: str) -> list[dict]:
     return messages
 
 
-def _refuse_control_tokens(conversations: list[Conversation], places: Sequence[str], tokenizer) -> None:
+def _refuse_control_tokens(
+    conversations: list[Conversation], places: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Text that spells a control token would become that token, and end or forge a turn."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for conversation, place in zip(conversations, places, strict=True):
@@ -112,11 +122,15 @@ def _refuse_control_tokens(conversations: list[Conversation], places: Sequence[s
             for token in control:
                 if token in message["content"]:
                     raise DataError(
-                        f"a {message['role']} message spells the control token `{token}`", where=place, hint="remove or respell it"
+                        f"a {message['role']} message spells the control token `{token}`",
+                        where=place,
+                        hint="remove or respell it",
                     )
 
 
-def _render(tokenizer, template: str, conversation: Conversation, place: str) -> tuple[str, list[tuple[int, int]]]:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, place: str
+) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and the span in characters of each assistant turn to learn, from after its header to its end."""
     messages = conversation.messages
 
@@ -140,19 +154,23 @@ def _render(tokenizer, template: str, conversation: Conversation, place: str) ->
                     )
                 spans.append((len(before), len(through)))
     except jinja2.TemplateError as error:
-        raise DataError(f"the chat template refuses the row: {error}", where=place, hint="look at the order of roles in it") from None
+        raise DataError(
+            f"the chat template refuses the row: {error}", where=place, hint="look at the order of roles in it"
+        ) from None
     return text, spans
 
 
 def _without_trailing_space(turn: np.ndarray, starts: np.ndarray, ends: np.ndarray, text: str) -> int:
     """How many tokens of the turn remain without the blanks that a template writes after the stop token."""
     count = len(turn)
-    while count and text[starts[turn[count - 1]] : ends[turn[count - 1]]].isspace():
+    while count and not text[starts[turn[count - 1]] : ends[turn[count - 1]]].strip():
         count -= 1
     return count
 
 
-def _no_stop_token(tokenizer, last: np.ndarray, stop_tokens: Collection[int], place: str) -> DataError:
+def _no_stop_token(
+    tokenizer: PreTrainedTokenizerBase, last: np.ndarray, stop_tokens: Collection[int], place: str
+) -> DataError:
     ending = tokenizer.decode(last) if len(last) else "nothing"
     stops = ", ".join(f"`{tokenizer.decode([token])}`" for token in sorted(stop_tokens)) or "none"
     return DataError(

@@ -1,15 +1,18 @@
 """Floor 1. Plain text to examples: every token is supervised, and a long row becomes several examples, nothing lost."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError
 from finetune.example import Example
 from finetune.recipe.schema import TextTask
 
+Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
-def encoder(tokenizer, task: TextTask, stop_tokens: Collection[int]):
+
+def encoder(tokenizer: PreTrainedTokenizerBase, task: TextTask, stop_tokens: Collection[int]) -> Encode:
     """A function from rows and their places to the examples of each row; each row ends with the tokenizer's end token."""
     end = tokenizer.eos_token_id
     if end is None:
@@ -17,7 +20,9 @@ def encoder(tokenizer, task: TextTask, stop_tokens: Collection[int]):
 
     def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
         texts = [_text_of(row, place) for row, place in zip(rows, places, strict=True)]
-        return [_divided([*ids, end], task.max_length) for ids in tokenizer(texts)["input_ids"]]
+        # some tokenizers end every text themselves
+        ended = [ids if ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts)["input_ids"]]
+        return [_divided(ids, task.max_length) for ids in ended]
 
     return encode
 
@@ -27,7 +32,9 @@ def _text_of(row: dict, place: str) -> str:
     if not isinstance(text, str):
         present = ", ".join(sorted(row)) or "none"
         raise DataError(
-            f"has no `text`; its columns are: {present}", where=place, hint="map a column with data.train[].columns, like {text: body}"
+            f"has no `text`; its columns are: {present}",
+            where=place,
+            hint="map a column with data.train[].columns, like {text: body}",
         )
     if not text.strip():
         raise DataError("has an empty text", where=place, hint="remove the row")

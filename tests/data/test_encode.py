@@ -1,0 +1,126 @@
+"""Rows are encoded once; the cache speaks of content and settings, and what is read back is what was encoded."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.data import encode as encode_module
+from finetune.data.encode import encode
+from finetune.errors import DataError
+from finetune.example import Example
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Counting:
+    """An encoder that makes what the row says: a list of (tokens, supervised) an example; it counts the rows it has seen."""
+
+    def __init__(self):
+        self.seen = 0
+        self.places = []
+
+    def __call__(self, rows, places):
+        self.seen += len(rows)
+        self.places += places
+        return [
+            [Example(np.array(tokens, dtype=np.int32), np.array(supervised, dtype=bool), row.get("cut", 0)) for tokens, supervised in row["examples"]]
+            for row in rows
+        ]
+
+
+def where(row):
+    return f"data.jsonl:{row + 1}"
+
+
+def row(*lengths, cut=0):
+    return {"examples": [(range(length), [True] * length) for length in lengths], "cut": cut}
+
+
+def test_what_is_read_back_is_what_was_encoded():
+    rows = [row(3), row(2, 4), row(5, cut=7)]
+    encoded = encode(rows, where, Counting(), "content", "settings")
+    assert len(encoded) == 4
+    assert encoded.rows.tolist() == [0, 1, 1, 2]
+    assert encoded.offsets.tolist() == [0, 3, 5, 9, 14]
+    assert encoded.targets.tolist() == [2, 1, 3, 4]
+    assert encoded.cut_tokens.tolist() == [0, 0, 0, 7]
+    assert encoded.left_out_rows == []
+    assert [encoded[index].tokens.tolist() for index in range(4)] == [[0, 1, 2], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert encoded[3].cut_tokens == 7
+    assert encoded.tokens.dtype == np.int32 and encoded.supervised.dtype == bool
+
+
+SPANS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(SPANS, min_size=1, max_size=12), st.integers(0, 10**9))
+def test_every_example_with_something_to_learn_is_kept_in_order(spans, key):
+    rows = [{"examples": [(range(index, index + len(span)), span) for index, span in enumerate(each)]} for each in spans]
+    kept = [(number, example) for number, each in enumerate(rows) for example in each["examples"] if any(example[1][1:])]
+    if not kept:
+        return
+    encoded = encode(rows, where, Counting(), repr(rows), str(key))
+    assert [(int(source), example.tokens.tolist(), example.supervised.tolist()) for source, example in zip(encoded.rows, encoded, strict=True)] == [
+        (number, list(tokens), span) for number, (tokens, span) in kept
+    ]
+    assert encoded.targets.tolist() == [sum(span[1:]) for _, (_, span) in kept]
+    assert encoded.left_out_rows == sorted(set(range(len(rows))) - {number for number, _ in kept})
+
+
+def test_the_same_content_and_settings_are_encoded_once():
+    encoder = Counting()
+    first = encode([row(3), row(2)], where, encoder, "content", "settings")
+    second = encode([], where, encoder, "content", "settings")  # not asked: the cache has it
+    assert encoder.seen == 2
+    assert np.array_equal(first.tokens, second.tokens)
+
+
+def test_other_content_or_other_settings_are_encoded_anew(monkeypatch):
+    encoder = Counting()
+    for key in (("content", "settings"), ("other content", "settings"), ("content", "other settings"), ("content",)):
+        encode([row(3)], where, encoder, *key)
+    monkeypatch.setattr(encode_module, "VERSION", 2)
+    encode([row(3)], where, encoder, "content", "settings")
+    assert encoder.seen == 5
+
+
+def test_the_arrays_are_mapped_not_read(own_cache):
+    encoded = encode([row(3)], where, Counting(), "content")
+    for name in ("tokens", "supervised", "offsets", "rows", "targets", "cut_tokens"):
+        array = getattr(encoded, name)
+        assert isinstance(array, np.memmap) and not array.flags.writeable
+    assert isinstance(encoded[0].tokens, np.memmap)
+    [entry] = (own_cache / "encoded").iterdir()
+    assert not list(entry.glob("*.raw"))
+
+
+def test_rows_are_given_to_the_encoder_a_part_at_a_time_with_their_places(monkeypatch):
+    monkeypatch.setattr(encode_module, "ROWS_AT_ONCE", 4)
+    encoder = Counting()
+    encoded = encode([row(2 + number) for number in range(10)], where, encoder, "content")
+    assert encoder.places == [where(number) for number in range(10)]
+    assert np.diff(encoded.offsets).tolist() == list(range(2, 12))
+    assert encoded.rows.tolist() == list(range(10))
+
+
+def test_a_row_with_nothing_to_learn_within_its_length_is_left_out_and_counted():
+    only_first = {"examples": [(range(3), [True, False, False])]}  # the first token of an example is never predicted
+    encoded = encode([row(3), only_first, row(2)], where, Counting(), "content")
+    assert encoded.left_out_rows == [1]
+    assert encoded.rows.tolist() == [0, 2]
+
+
+def test_rows_without_anything_to_learn_are_refused_and_leave_no_entry(own_cache):
+    with pytest.raises(DataError) as caught:
+        encode([{"examples": [(range(3), [False] * 3)]}], where, Counting(), "content")
+    assert str(caught.value) == (
+        "data.jsonl:1: no row has a supervised token within task.max_length\n"
+        "hint: raise task.max_length, or look at the rows"
+    )
+    assert list((own_cache / "encoded").iterdir()) == []

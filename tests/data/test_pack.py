@@ -1,0 +1,54 @@
+"""An arrangement holds each example of the step once, keeps to its budget, and depends on nothing but the lengths."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.data.pack import packed, padded
+
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
+BUDGETS = st.integers(1, 400)
+
+
+def tokens_of(arrange, lengths, slot):
+    """Tokens a micro-batch costs: padded ones pay for the longest row each."""
+    within = [lengths[index] for index in slot]
+    return sum(within) if arrange is packed else len(within) * max(within)
+
+
+@pytest.mark.parametrize("arrange", [packed, padded])
+@given(LENGTHS, BUDGETS)
+def test_each_example_is_in_exactly_one_micro_batch(arrange, lengths, budget):
+    slots = arrange(lengths, budget)
+    assert sorted(index for slot in slots for index in slot) == list(range(len(lengths)))
+    assert all(slots)
+
+
+@pytest.mark.parametrize("arrange", [packed, padded])
+@given(LENGTHS, BUDGETS)
+def test_a_micro_batch_keeps_to_its_budget_unless_one_example_alone_exceeds_it(arrange, lengths, budget):
+    for slot in arrange(lengths, budget):
+        assert tokens_of(arrange, lengths, slot) <= budget or len(slot) == 1
+
+
+@given(LENGTHS, BUDGETS)
+def test_packing_never_leaves_two_micro_batches_that_fit_into_one(lengths, budget):
+    sums = sorted(sum(lengths[index] for index in slot) for slot in packed(lengths, budget))
+    assert len(sums) < 2 or sums[0] + sums[1] > budget
+
+
+@given(st.lists(st.sampled_from([1, 5, 9]), min_size=1, max_size=30))
+def test_the_longest_come_first_and_equal_lengths_in_their_own_order(lengths):
+    alone = packed(lengths, 1)
+    assert alone == padded(lengths, 1) == [[index] for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))]
+
+
+def test_packing_fills_what_padding_leaves_empty():
+    lengths = [60, 10, 40, 30, 50, 10]
+    assert packed(lengths, 100) == [[0, 2], [4, 3, 1, 5]]
+    assert padded(lengths, 100) == [[0], [4, 2], [3, 1, 5]]
+
+
+@pytest.mark.parametrize("arrange", [packed, padded])
+def test_no_examples_make_no_micro_batch(arrange):
+    assert arrange([], 100) == []

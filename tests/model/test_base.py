@@ -1,0 +1,226 @@
+"""A base is pinned to its content, its code is never run, its pickles are never read, and what it lacks is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from finetune.errors import BaseError, CheckpointError
+from finetune.model.base import (
+    directory,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pin,
+    stop_tokens,
+)
+from finetune.recipe.schema import Base
+
+
+@pytest.fixture
+def copied(tiny_base, tmp_path):
+    """A copy of the tiny base that a test may spoil."""
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed Python package that would end the process if it were imported."""
+    folder = tmp_path / "site" / "carrier"
+    (folder / "models").mkdir(parents=True)
+    for file in (folder / "__init__.py", folder / "models" / "__init__.py"):
+        file.write_text("raise SystemExit('a carrier must not be imported')\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return folder
+
+
+def edit(path, **changes):
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in (record | changes).items() if value is not None}))
+
+
+def refusal(function, *arguments):
+    with pytest.raises((BaseError, CheckpointError)) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_the_model_loads_whole_in_fp32_and_in_eval_mode_without_a_cache(tiny_base):
+    model = load_model(tiny_base)
+    assert not model.training and model.dtype == torch.float32 and not model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert load_model(tiny_base, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_an_empty_model_counts_like_the_whole_one_and_takes_no_memory(tiny_base):
+    empty, whole = empty_model(tiny_base), load_model(tiny_base)
+    shapes = [{name: tuple(parameter.shape) for name, parameter in model.named_parameters()} for model in (empty, whole)]
+    assert shapes[0] == shapes[1]
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert sum(parameter.numel() for parameter in empty.parameters()) == sum(parameter.numel() for parameter in whole.parameters())
+
+
+def test_a_config_without_a_causal_lm_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"]}))
+    assert refusal(load_config, tmp_path) == (
+        f"{tmp_path.name}: is not a language model: transformers has no causal LM of type `clip`\n"
+        "hint: choose a base that generates text"
+    )
+
+
+def test_a_masked_language_model_is_refused(tmp_path):
+    from transformers import BertConfig
+
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    assert refusal(load_config, tmp_path) == (
+        f"{tmp_path.name}: is not a language model but a BertForMaskedLM\nhint: choose a base that generates text"
+    )
+
+
+@pytest.mark.parametrize("read", [load_config, load_model, empty_model])
+def test_code_of_a_checkpoint_is_refused_and_never_run(copied, read):
+    (copied / "modeling.py").write_text("raise SystemExit('code of a checkpoint was run')\n")
+    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    edit(copied / "config.json", auto_map=auto_map)
+    assert refusal(read, copied) == (
+        "base: needs code of its own (`auto_map`), which is never run\nhint: choose a base that transformers knows"
+    )
+
+
+def test_code_of_a_tokenizer_is_never_run(copied):
+    (copied / "tokenizing.py").write_text("raise SystemExit('code of a checkpoint was run')\n")
+    edit(copied / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenizing.Fast"]})
+    try:
+        tokenizer = load_tokenizer(copied)
+    except BaseError as error:
+        assert "auto_map" in str(error)
+    else:
+        assert type(tokenizer).__module__.startswith("transformers.")
+
+
+def test_a_base_of_pickles_alone_is_refused_unread(copied):
+    (copied / "model.safetensors").unlink()
+    (copied / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert refusal(load_model, copied) == (
+        "base: has no safetensors weights\nhint: convert it: load it in transformers once and call save_pretrained"
+    )
+
+
+def test_a_base_that_lacks_a_weight_is_refused(copied):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    assert refusal(load_model, copied) == (
+        "base: lacks weights of its own config (missing keys): model.layers.1.mlp.up_proj.weight"
+    )
+
+
+def test_a_base_whose_weight_has_another_shape_is_refused(copied):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(7)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    assert "model.norm.weight" in refusal(load_model, copied)
+
+
+def test_a_directory_without_a_config_is_refused(tmp_path):
+    assert refusal(load_config, tmp_path) == (
+        f"{tmp_path.name}: has no config.json, so it is not a checkpoint\nhint: name a transformers checkpoint"
+    )
+
+
+def test_a_damaged_config_is_refused(copied):
+    (copied / "config.json").write_text("{")
+    assert refusal(load_config, copied).startswith("base: its config.json is damaged: ")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"a"'])
+def test_a_config_that_is_not_an_object_is_refused(copied, content):
+    (copied / "config.json").write_text(content)
+    assert refusal(load_config, copied).startswith("base: its config.json is damaged: ")
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path):
+    missing = str(tmp_path / "missing")
+    assert missing in refusal(pin, Base(checkpoint=missing))
+
+
+def test_an_adapter_is_not_a_base(copied):
+    (copied / "adapter_config.json").write_text("{}")
+    assert refusal(pin, Base(checkpoint=str(copied))) == (
+        f"{copied}: is an adapter, not a whole model\nhint: package it merged first: finetune package REF DIR"
+    )
+
+
+def test_a_revision_of_a_local_base_is_refused(tiny_base):
+    assert refusal(pin, Base(checkpoint=str(tiny_base), revision="main")) == (
+        f"{tiny_base}: `base.revision` goes with a Hub checkpoint only\nhint: remove it"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_the_digest_changes_with_each_file_and_a_changed_base_is_refused(tiny_base, copied, name):
+    base = Base(checkpoint=str(copied))
+    pinned = pin(base)
+    assert pinned.kind == "directory" and pinned.digest.startswith("blake3:")
+    assert pinned == pin(Base(checkpoint=str(tiny_base)))  # the same content elsewhere
+    assert directory(base, pinned) == copied
+    with open(copied / name, "ab") as file:
+        file.write(b" ")
+    assert pin(base).digest != pinned.digest
+    assert refusal(directory, base, pinned) == (
+        f"{copied}: is not what it was when the run was planned\nhint: restore it, or start a new run"
+    )
+
+
+def test_the_digest_does_not_change_with_a_file_that_is_no_part_of_the_checkpoint(copied):
+    before = pin(Base(checkpoint=str(copied)))
+    (copied / "README.md").write_text("about")
+    (copied / "pytorch_model.bin").write_bytes(b"unread")
+    assert pin(Base(checkpoint=str(copied))) == before
+
+
+def test_stop_tokens_are_those_of_tokenizer_and_generation_config(copied):
+    tokenizer = load_tokenizer(copied)
+    end = tokenizer.eos_token_id
+    edit(copied / "generation_config.json", eos_token_id=[end, 0])
+    assert stop_tokens(copied, tokenizer) == {end, 0}
+    edit(copied / "generation_config.json", eos_token_id=7)
+    assert stop_tokens(copied, tokenizer) == {end, 7}
+    edit(copied / "generation_config.json", eos_token_id=None)
+    assert stop_tokens(copied, tokenizer) == {end}
+    (copied / "generation_config.json").unlink()
+    assert stop_tokens(copied, tokenizer) == {end}
+    tokenizer.eos_token = None
+    assert stop_tokens(copied, tokenizer) == frozenset()
+
+
+def test_a_package_that_is_not_installed_is_named():
+    assert refusal(pin, Base(checkpoint="package:no_such_carrier/model.gguf")) == (
+        "package:no_such_carrier/model.gguf: no installed package is called `no_such_carrier`\nhint: install it with pip"
+    )
+
+
+@pytest.mark.parametrize("name", ["carrier", "carrier.models"])
+def test_a_package_without_the_file_says_what_it_has_and_is_not_imported(package, name):
+    text = f"package:{name}/model.gguf"
+    assert refusal(pin, Base(checkpoint=text)) == f"{text}: the package has no file model.gguf\nhint: it has no GGUF file"
+    for file in ("b.gguf", "a.gguf"):
+        (package.joinpath(*name.split(".")[1:]) / file).write_bytes(b"")
+    assert refusal(pin, Base(checkpoint=text)) == f"{text}: the package has no file model.gguf\nhint: it has a.gguf, b.gguf"
+
+
+def test_a_module_that_is_no_package_carries_nothing():
+    assert "no installed package is called `json_`" in refusal(pin, Base(checkpoint="package:json_/model.gguf"))
+    assert "no installed package is called `this`" in refusal(pin, Base(checkpoint="package:this/model.gguf"))
+
+
+def test_the_hub_is_named_when_it_cannot_be_reached():
+    message = refusal(pin, Base(checkpoint="owner/name"))
+    assert message.startswith("owner/name: the Hub cannot be reached: ")
+    assert message.endswith("\nhint: `finetune fetch` a recipe where there is a network")

@@ -1,0 +1,125 @@
+"""Real processes: killed, stopped, doubled, side by side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune import journal
+
+ROOT = Path(__file__).parents[2]
+LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 100
+    while max(journal.steps(journal.read(run)), default=0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def events(run: Path, name: str) -> list[dict]:
+    return [record for record in journal.read(run) if record.get("event") == name]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_the_last_finished_step_committed(number, code, recipe_file, finetune, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG, checkpoint={"every": "100 steps"}), tmp_path / "run"
+    process = start("train", recipe, "--run", run)
+    wait_for_step(run, 7)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    last = max(journal.steps(journal.read(run)))
+    assert said.splitlines()[-1] == f"committed step {last}"
+    log = json.loads(finetune("log", run, "--json").stdout)
+    assert [checkpoint["step"] for checkpoint in log["checkpoints"]][-1] == last
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_commits_nothing(recipe_file, tmp_path) -> None:
+    process = start("train", recipe_file(), "--run", tmp_path / "run")
+    time.sleep(1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_second_process_on_a_run_directory_refuses(recipe_file, finetune, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG), tmp_path / "run"
+    first = start("train", recipe, "--run", run)
+    wait_for_step(run, 3)
+    second = finetune("train", recipe, "--run", run)
+    assert second.returncode == 1
+    assert f"{run}: is in use by process {first.pid} on " in second.stderr
+    assert "Traceback" not in second.stderr
+    first.kill()
+    first.communicate()
+
+
+def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tmp_path) -> None:
+    recipe = recipe_file(train={"steps": 8, "batch_size": 9, "precision": "fp32", "micro_batch_tokens": 128})
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert finetune("train", recipe, "--run", one).returncode == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # the lone -- keeps torchrun from reading our --run as an abbreviation of its --run-path
+    command = [*torchrun, "-m", "--", "finetune", "train", str(recipe), "--run", str(two)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr
+    assert "finished at step 8" in result.stderr.splitlines()
+    steps, others = journal.steps(journal.read(one)), journal.steps(journal.read(two))
+    for step in range(1, 9):
+        assert others[step]["loss"] == pytest.approx(steps[step]["loss"], rel=1e-5)
+        assert others[step]["grad_norm"] == pytest.approx(steps[step]["grad_norm"], rel=1e-4)
+        rows = [[loss.row for loss in journal.read_rows(run, step)] for run in (one, two)]
+        assert rows[0] == rows[1]
+    (first,), (second,) = events(one, "evaluated")[-1:], events(two, "evaluated")[-1:]
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_accelerate_launch_runs_the_same_program(recipe_file, tmp_path) -> None:
+    recipe, run = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32"}), tmp_path / "run"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*accelerate, "-m", "finetune", "train", str(recipe), "--run", str(run)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=110, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "finished at step 2" in result.stderr.splitlines()
+
+
+def test_a_finished_run_says_so_and_does_nothing(recipe_file, finetune, tmp_path) -> None:
+    recipe, run = recipe_file(train={"steps": 3, "batch_size": 6, "precision": "fp32"}), tmp_path / "run"
+    first = finetune("train", recipe, "--run", run, "--quiet")
+    assert [line for line in first.stderr.splitlines() if line[0] in "rcf"] == [
+        "committed step 3",
+        "finished at step 3",
+    ]
+    before = sorted(path.name for path in run.rglob("*") if path.name != "lease.json")
+    again = finetune("train", recipe, "--run", run, "--quiet")
+    assert (again.returncode, again.stderr.splitlines()) == (0, ["resumed from step 3", "finished at step 3"])
+    assert sorted(path.name for path in run.rglob("*") if path.name != "lease.json") == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_sigkills_leave_no_trace(recipe_file, tmp_path) -> None:
+    recipe = recipe_file(train=LONG, checkpoint={"every": "10 steps", "keep": {"last": 2, "best": 1}})
+    command = [sys.executable, ROOT / "scripts/faults/sigkill.py", recipe, "--kills", "20", "--work", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "equal: every tensor" in result.stdout

@@ -1,0 +1,324 @@
+"""The loss is on what the assistant says and on the token that ends its turn, whatever the template; bad rows are named."""
+
+import copy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from finetune.errors import DataError
+from finetune.recipe.schema import ChatTask
+from finetune.tasks.chat import encoder
+
+LLAMA_3 = (
+    "{{ '<|endoftext|>' }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LATER_TURNS_CHANGE_EARLIER_ONES = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and not loop.last %}{{ 'cut' }}{% else %}{{ message['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WITHOUT_STOP_TOKEN = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+STRICT = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user and assistant') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HINT = "\nhint: give a chat template of your own with task.template: FILE"
+
+
+def turns(*contents, roles=("user", "assistant")):
+    return [{"role": roles[number % len(roles)], "content": content} for number, content in enumerate(contents)]
+
+
+@pytest.fixture
+def encoded(tiny_tokenizer, tmp_path):
+    """A function from a row to its example, with a template and settings of the test's own."""
+
+    def encoded(row, template=None, tokenizer=tiny_tokenizer, stop_tokens=None, **task):
+        if template is not None:
+            (tmp_path / "template.jinja").write_text(template)
+            task["template"] = str(tmp_path / "template.jinja")
+        stops = {tokenizer.eos_token_id} if stop_tokens is None else stop_tokens
+        [[example]] = encoder(tokenizer, ChatTask(name="chat", **task), stops)([row], ["data.jsonl:1"])
+        return example
+
+    return encoded
+
+
+@pytest.fixture
+def learnt(encoded, tiny_tokenizer):
+    """A function from a row to the texts that the loss is on, one a stretch of supervised tokens."""
+
+    def learnt(row, template=None, **options):
+        tokens, supervised, _ = encoded(row, template, **options)
+        stretches, is_open = [], False
+        for token, is_supervised in zip(tokens.tolist(), supervised.tolist(), strict=True):
+            if is_supervised and not is_open:
+                stretches.append([])
+            if is_supervised:
+                stretches[-1].append(token)
+            is_open = is_supervised
+        return [tiny_tokenizer.decode(stretch) for stretch in stretches]
+
+    return learnt
+
+
+def complaint(encoded, row, template=None, **options):
+    with pytest.raises(DataError) as caught:
+        encoded(row, template, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_3, DEFAULT_SYSTEM, STRICT])
+def test_the_answer_and_its_stop_token_are_learnt_and_nothing_else(learnt, template):
+    assert learnt({"messages": turns("the question", "an answer")}, template) == ["an answer<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_3, DEFAULT_SYSTEM, STRICT])
+def test_every_assistant_turn_of_a_conversation_is_learnt(learnt, template):
+    row = {"messages": turns("one", "the first", "two", "the second", "a question without an answer")}
+    assert learnt(row, template) == ["the first<|im_end|>", "the second<|im_end|>"]
+
+
+def test_two_assistant_turns_in_a_row_are_both_learnt_without_the_header_between(learnt):
+    row = {"messages": turns("ask", "one", "two", roles=("user", "assistant", "assistant"))}
+    assert learnt(row) == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_the_tokens_are_those_of_the_whole_rendered_conversation(encoded, tiny_tokenizer):
+    row = {"messages": turns("the question", "an answer")}
+    text = "<|im_start|>user\nthe question<|im_end|>\n<|im_start|>assistant\nan answer<|im_end|>\n"
+    example = encoded(row)
+    assert tiny_tokenizer.decode(example.tokens) == text
+    assert example.tokens.tolist() == tiny_tokenizer.apply_chat_template(row["messages"])["input_ids"]
+    assert example.cut_tokens == 0
+    assert not example.supervised[-1]  # the newline that the template writes after the stop token
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_3, DEFAULT_SYSTEM])
+def test_a_system_message_is_given_not_learnt(learnt, template):
+    row = {"messages": turns("be brief", "ask", "answer", roles=("system", "user", "assistant"))}
+    assert learnt(row, template) == ["answer<|im_end|>"]
+
+
+def test_a_default_system_prompt_of_the_template_is_in_the_text_but_not_learnt(encoded, learnt, tiny_tokenizer):
+    row = {"messages": turns("ask", "answer")}
+    assert "Be kind." in tiny_tokenizer.decode(encoded(row, DEFAULT_SYSTEM).tokens)
+    assert learnt(row, DEFAULT_SYSTEM) == ["answer<|im_end|>"]
+
+
+def test_prompt_and_completion_are_a_question_and_its_answer(encoded):
+    from_texts = encoded({"prompt": "ask", "completion": "answer"})
+    from_lists = encoded({"prompt": turns("ask"), "completion": turns("answer", roles=("assistant",))})
+    from_messages = encoded({"messages": turns("ask", "answer")})
+    for example in (from_texts, from_lists):
+        assert example.tokens.tolist() == from_messages.tokens.tolist()
+        assert example.supervised.tolist() == from_messages.supervised.tolist()
+
+
+def test_an_assistant_turn_of_the_prompt_is_not_learnt(learnt):
+    prompt = turns("one", "the first", "two")
+    assert learnt({"prompt": prompt, "completion": "the second"}) == ["the second<|im_end|>"]
+    completion = turns("the second", "three", "the third", roles=("assistant", "user"))
+    assert learnt({"prompt": prompt, "completion": completion}) == ["the second<|im_end|>", "the third<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["你好，世界", "🤖👩‍👩‍👧‍👦 done", "naïve — Ünïcödé ✓", " a  b   c ", "one\n\n    two\n", "\tx", "مرحبا", "a\u0301", "0\x00\x7f", "\ufeffx"],
+)
+@pytest.mark.parametrize("is_trimming", [False, True])
+def test_no_character_of_an_answer_is_lost(learnt, tiny_tokenizer, content, is_trimming):
+    """Byte-level tokens split characters, and tokenizers like Llama 3's leave blanks out of their offsets."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=is_trimming)
+    row = {"messages": turns(content, content, content, content)}
+    assert learnt(row, tokenizer=tokenizer) == [f"{content}<|im_end|>"] * 2
+
+
+def test_blanks_that_end_a_header_are_not_learnt_by_a_tokenizer_that_trims_offsets(learnt, tiny_tokenizer):
+    template = (
+        "{% for message in messages %}{{ message['role'] + ':  ' + message['content'] + '<|im_end|>  ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:  ' }}{% endif %}"
+    )
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert learnt({"messages": turns("ask", "!yes", "more", "!no")}, template, tokenizer=tokenizer) == [
+        "!yes<|im_end|>",
+        "!no<|im_end|>",
+    ]
+
+
+CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=20).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
+def test_what_is_learnt_is_what_the_assistant_says_for_any_text(learnt, pairs):
+    row = {"messages": [message for pair in pairs for message in turns(*pair)]}
+    assert learnt(row) == [f"{answer}<|im_end|>" for _, answer in pairs]
+
+
+def test_a_long_row_is_cut_at_max_length_and_says_by_how_much(encoded):
+    row = {"messages": turns("the question", "an answer")}
+    whole = encoded(row)
+    for max_length in (1, len(whole.tokens) - 3, len(whole.tokens) - 1, len(whole.tokens), len(whole.tokens) + 1):
+        example = encoded(row, max_length=max_length)
+        assert example.tokens.tolist() == whole.tokens[:max_length].tolist()
+        assert example.supervised.tolist() == whole.supervised[:max_length].tolist()
+        assert example.cut_tokens == max(0, len(whole.tokens) - max_length)
+
+
+def test_a_word_that_shares_its_first_token_with_the_header_is_learnt_whole(learnt):
+    template = WITHOUT_STOP_TOKEN.replace("'\n' }}{% endfor", "'<|im_end|>\n' }}{% endfor")
+    assert learnt({"messages": turns("ask", "answer")}, template) == [" answer<|im_end|>"]  # ` an` is one token
+
+
+def test_any_token_that_ends_generation_may_end_a_turn(learnt, tiny_tokenizer):
+    template = WITHOUT_STOP_TOKEN.replace("message['content'] + ", "message['content'] + '<|endoftext|>' + ")
+    stops = set(tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    assert learnt({"messages": turns("ask", "answer")}, template, stop_tokens=stops) == [" answer<|endoftext|>"]
+
+
+def test_a_template_without_a_stop_token_is_refused(encoded):
+    assert complaint(encoded, {"messages": turns("ask", "!")}, WITHOUT_STOP_TOKEN) == (
+        "data.jsonl:1: the chat template ends the assistant's turn with `!`, not with a stop token (`<|im_end|>`): "
+        "the tuned model would not stop" + HINT
+    )
+
+
+def test_a_base_without_a_stop_token_is_refused(encoded):
+    assert complaint(encoded, {"messages": turns("ask", "answer")}, stop_tokens=set()) == (
+        "data.jsonl:1: the chat template ends the assistant's turn with `<|im_end|>`, not with a stop token (none): "
+        "the tuned model would not stop" + HINT
+    )
+
+
+def test_a_template_that_drops_what_the_assistant_says_is_refused(encoded):
+    template = "{% for message in messages %}{{ message['role'] }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    assert complaint(encoded, {"messages": turns("ask", "answer")}, template) == (
+        "data.jsonl:1: the chat template ends the assistant's turn with `nothing`, not with a stop token (`<|im_end|>`): "
+        "the tuned model would not stop" + HINT
+    )
+
+
+def test_a_template_whose_renderings_are_not_prefixes_is_refused(encoded, learnt):
+    assert learnt({"messages": turns("ask", "answer")}, LATER_TURNS_CHANGE_EARLIER_ONES) == ["answer<|im_end|>"]
+    row = {"messages": turns("ask", "answer", "more", "another")}
+    assert complaint(encoded, row, LATER_TURNS_CHANGE_EARLIER_ONES) == (
+        "data.jsonl:1: the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart"
+        + HINT
+    )
+
+
+def test_a_template_that_refuses_the_order_of_roles_is_quoted(encoded):
+    row = {"messages": turns("one", "two", "answer", roles=("user", "user", "assistant"))}
+    assert complaint(encoded, row, STRICT) == (
+        "data.jsonl:1: the chat template refuses the row: roles must alternate user and assistant\n"
+        "hint: look at the order of roles in it"
+    )
+
+
+def test_a_template_with_a_mistake_in_it_is_quoted(encoded):
+    message = complaint(encoded, {"messages": turns("ask", "answer")}, "{% for message in messages %}")
+    assert message.startswith("data.jsonl:1: the chat template refuses the row: Unexpected end of template")
+
+
+def test_a_template_file_that_is_not_there_is_named(tiny_tokenizer, tmp_path):
+    file = str(tmp_path / "missing.jinja")
+    with pytest.raises(DataError) as caught:
+        encoder(tiny_tokenizer, ChatTask(name="chat", template=file), set())
+    assert str(caught.value) == f"{file}: cannot be read: No such file or directory\nhint: task.template names a file"
+
+
+def test_a_base_without_a_template_is_refused(encoded, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    assert complaint(encoded, {"messages": turns("a", "b")}, tokenizer=tokenizer) == "the base has no chat template" + HINT
+
+
+@pytest.mark.parametrize("speaker", [0, 1])
+def test_text_that_spells_a_control_token_is_refused(encoded, speaker):
+    contents = ["ask", "answer"]
+    contents[speaker] += " <|im_start|>system"
+    assert complaint(encoded, {"messages": turns(*contents)}) == (
+        f"data.jsonl:1: a {('user', 'assistant')[speaker]} message spells the control token `<|im_start|>`\n"
+        "hint: remove or respell it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "has neither `messages` nor `prompt` and `completion`; its columns are: none"),
+        ({"text": "a", "prompt": "b"}, "has neither `messages` nor `prompt` and `completion`; its columns are: prompt, text"),
+    ],
+)
+def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
+    assert complaint(encoded, row) == (
+        f"data.jsonl:1: {message}\nhint: map columns with data.train[].columns, like {{messages: conversations}}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": turns("ask")}, "has no assistant turn, so there is nothing to learn from it\nhint: remove the row"),
+        ({"messages": turns("ask", "")}, "has an empty assistant turn\nhint: remove the row"),
+        ({"messages": turns("ask", " \n\t")}, "has an empty assistant turn\nhint: remove the row"),
+        ({"messages": turns("ask", "yes", "more", "")}, "has an empty assistant turn\nhint: remove the row"),
+        ({"prompt": "ask", "completion": ""}, "has an empty assistant turn\nhint: remove the row"),
+        (
+            {"messages": turns("hello", "ask", roles=("assistant", "user"))},
+            "begins with an assistant turn, which answers nothing\nhint: remove the turn",
+        ),
+        (
+            {"prompt": turns("hello", roles=("assistant",)), "completion": "answer"},
+            "begins with an assistant turn, which answers nothing\nhint: remove the turn",
+        ),
+        (
+            {"prompt": turns("ask", "yes", "more"), "completion": turns("again")},
+            "has no assistant turn, so there is nothing to learn from it\nhint: remove the row",
+        ),
+        ({"messages": "hello"}, "`messages` must be a list of messages, each with `role` and `content`"),
+        ({"messages": []}, "`messages` must be a list of messages, each with `role` and `content`"),
+        ({"prompt": 3, "completion": "a"}, "`prompt` must be a list of messages, each with `role` and `content`"),
+        ({"prompt": "a", "completion": []}, "`completion` must be a list of messages, each with `role` and `content`"),
+        ({"messages": ["hello"]}, "`messages[0]` must have a `role`"),
+        ({"messages": [*turns("ask"), {"from": "gpt", "value": "a"}]}, "`messages[1]` must have a `role`"),
+        ({"messages": [*turns("ask"), {"role": "assistant"}]}, "`messages[1]` must have a `content` that is text"),
+        (
+            {"messages": [*turns("ask"), {"role": "assistant", "content": [{"type": "text"}]}]},
+            "`messages[1]` must have a `content` that is text",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_learnt_from_is_named(encoded, row, message):
+    assert complaint(encoded, row) == f"data.jsonl:1: {message}"
+
+
+def test_an_empty_user_turn_and_a_null_column_are_no_problem(learnt):
+    assert learnt({"messages": turns("", "answer")}) == ["answer<|im_end|>"]
+    assert learnt({"messages": None, "prompt": "", "completion": "answer"}) == ["answer<|im_end|>"]
+
+
+def test_of_many_rows_the_bad_one_is_named(tiny_tokenizer):
+    encode = encoder(tiny_tokenizer, ChatTask(name="chat"), {tiny_tokenizer.eos_token_id})
+    good = {"messages": turns("ask", "answer")}
+    assert [len(examples) for examples in encode([good] * 3, ["a:1", "a:2", "a:3"])] == [1, 1, 1]
+    with pytest.raises(DataError, match="^a:2: has no assistant turn"):
+        encode([good, {"messages": turns("ask")}, good], ["a:1", "a:2", "a:3"])
