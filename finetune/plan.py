@@ -100,22 +100,20 @@ class Plan(Pin):
 def load(run: Path) -> tuple[Plan, dict]:
     """The plan of a run, and the facts recorded beside it."""
     path = run / "plan.json"
+    damaged_hint = "restore it from a copy, or start a new run"
     try:
         record = json.loads(path.read_bytes())
+        schema = record.pop("schema")
+        if schema > SCHEMA:
+            raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
+        facts, plan_id = record.pop("facts"), record.pop("plan_id")
+        plan = Plan.model_validate(record)
     except FileNotFoundError:
-        raise RunError(
-            "is not a run directory: it has no plan.json", where=str(run), hint="start it with `finetune train`"
-        ) from None
-    except ValueError as error:
-        raise RunError(
-            f"is damaged: {error}", where=str(path), hint="restore it from a copy, or start a new run"
-        ) from None
-    if record.get("schema", 0) > SCHEMA:
-        raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
-    facts = record.pop("facts")
-    plan_id = record.pop("plan_id")
-    record.pop("schema")
-    plan = Plan.model_validate(record)
+        hint = "start it with `finetune train`"
+        raise RunError("is not a run directory: it has no plan.json", where=str(run), hint=hint) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's errors are ValueErrors
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"is damaged: {reason}", where=str(path), hint=damaged_hint) from None
     if plan.plan_id != plan_id:
         raise RunError(
             "does not have the content its plan_id stands for",

@@ -111,6 +111,9 @@ def _differences(prefix: str, old: object, new: object) -> Iterator[tuple[str, o
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(f"{prefix}[{index}]", *pair)
     elif old != new:
         yield prefix, old, new
 

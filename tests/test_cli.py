@@ -137,7 +137,7 @@ def test_what_may_change_on_resume_is_taken_and_recorded(recipe_file, train, cap
     capsys.readouterr()
     train(recipe_file(), run, "checkpoint.every=2 steps", "train.micro_batch_tokens=256")
     said = capsys.readouterr().err
-    assert "taken from the recipe: checkpoint.every: ['4 steps'] -> ['2 steps']" in said
+    assert "taken from the recipe: checkpoint.every[0]: 4 steps -> 2 steps" in said
     assert "micro_batch_tokens changed: 128 -> 256; bit equality may be lost" in said
     assert str(plan.load(run)[0].recipe.checkpoint.every[0]) == "2 steps"
     started = [record for record in journal.read(run) if record.get("event") == "started"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.order import Order, derive, permute
@@ -25,6 +25,7 @@ def test_a_permutation_has_every_position_once(size):
     assert np.array_equal(np.sort(permute(np.arange(size), size, "key", 0)), np.arange(size))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
 def test_a_permutation_has_every_position_once_for_any_key(size, seed, epoch):
     images = permute(np.arange(size), size, seed, epoch)
@@ -61,6 +62,7 @@ def test_a_derived_seed_depends_on_every_part_and_on_their_order():
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 50), st.integers(0, 5), st.integers(0, 3))
 def test_every_example_comes_exactly_once_an_epoch_and_no_update_crosses_its_edge(sizes, batch_size, seed, epoch):
     order = Order(seed, batch_size, sizes)
@@ -70,6 +72,7 @@ def test_every_example_comes_exactly_once_an_epoch_and_no_update_crosses_its_edg
     assert 1 <= len(steps[-1]) <= batch_size
 
 
+@settings(deadline=None)
 @given(SIZES, st.data())
 def test_unweighted_sources_are_spread_evenly_over_an_epoch(sizes, data):
     order = Order(0, 8, sizes)
@@ -79,20 +82,38 @@ def test_unweighted_sources_are_spread_evenly_over_an_epoch(sizes, data):
     assert all(abs(count - until * size / total) < len(sizes) for count, size in zip(drawn, sizes, strict=True))
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 99), st.integers(1, 99), st.integers(0, 10**7), st.integers(1, 300))
-def test_each_of_two_weighted_sources_has_its_share_of_every_stretch_to_within_one_row(a, b, weight, other, start, length):
+@settings(deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.integers(1, 99),
+    st.integers(1, 99),
+    st.integers(0, 10**7),
+    st.integers(1, 300),
+)
+def test_each_of_two_weighted_sources_has_its_share_of_every_stretch_to_within_one_row(
+    a, b, weight, other, start, length
+):
     order = Order(0, 8, (a, b), (weight / 100, other / 100))
     drawn = np.bincount(sources_of(order, np.arange(start, start + length)), minlength=2)
     assert abs(drawn[0] - length * weight / (weight + other)) < 1 + 1e-9
 
 
-@given(st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0, 3.5]), min_size=3, max_size=5), st.integers(0, 10**6), st.integers(1, 300))
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0, 3.5]), min_size=3, max_size=5),
+    st.integers(0, 10**6),
+    st.integers(1, 300),
+)
 def test_each_of_many_weighted_sources_has_its_share_of_every_stretch_to_within_a_few_rows(weights, start, length):
     order = Order(0, 8, tuple(7 + 3 * index for index in range(len(weights))), tuple(weights))
     drawn = np.bincount(sources_of(order, np.arange(start, start + length)), minlength=len(weights))
     shares = [weight / sum(weights) for weight in weights]
     # a source divides what the ones before it left over: each adds at most one row to the error
-    assert all(abs(count - length * share) < number + 1 for number, (count, share) in enumerate(zip(drawn, shares, strict=True), 1))
+    assert all(
+        abs(count - length * share) < number + 1
+        for number, (count, share) in enumerate(zip(drawn, shares, strict=True), 1)
+    )
 
 
 def test_a_weighted_source_that_runs_out_starts_a_new_permutation():
@@ -121,12 +142,17 @@ def test_seeking_far_finds_what_walking_there_finds(weights):
     """The source of a position is found by closed formula; here it is counted, source by source, from the start."""
     order = Order(5, 4, (7, 11, 3), weights)
     walked = order.examples_at(np.arange(3000))
-    assert np.array_equal(np.concatenate([order.examples_at(np.array([position])) for position in range(2900, 3000)]), walked[2900:])
+    assert np.array_equal(
+        np.concatenate([order.examples_at(np.array([position])) for position in range(2900, 3000)]), walked[2900:]
+    )
     drawn = [0, 0, 0]
     firsts = [0, 7, 18]
     for position, source in enumerate(sources_of(order, np.arange(3000))):
         epoch, within = divmod(drawn[source], order.sizes[source])
-        assert walked[position] == firsts[source] + permute(np.array([within]), order.sizes[source], 5, int(source), epoch)[0]
+        assert (
+            walked[position]
+            == firsts[source] + permute(np.array([within]), order.sizes[source], 5, int(source), epoch)[0]
+        )
         drawn[source] += 1
 
 

@@ -3,12 +3,13 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.schedule import SCHEDULES, learning_rate
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 500), st.integers(0, 500))
 def test_the_learning_rate_rises_to_its_peak_and_never_rises_again(schedule, steps, warmup):
     warmup = min(warmup, steps)

@@ -113,7 +113,13 @@ def attach(model: torch.nn.Module, directory: Path) -> torch.nn.Module:
     """A base with the adapter of a checkpoint or peft directory on it, not trainable."""
     import peft
 
-    return peft.PeftModel.from_pretrained(model, str(directory), adapter_name=NAME)
+    with _old_names():
+        return peft.PeftModel.from_pretrained(model, str(directory), adapter_name=NAME)
+
+
+def _old_names() -> warnings.catch_warnings:
+    """peft 0.21 asks transformers by names that it will drop in version 6."""
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 def _named(target: str, names: list[str]) -> list[str]:

@@ -20,12 +20,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import cache
 from finetune.checkpoints.refs import Ref, find, parse
-from finetune.errors import BaseError
+from finetune.checkpoints.tensors import read_header
+from finetune.errors import BaseError, CheckpointError
 from finetune.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CONVERSION = 1  # of the GGUF conversion below; part of the cache key
 
 
@@ -56,46 +58,51 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
 
 def load_config(path: Path) -> PretrainedConfig:
     """The config of a language model; read as JSON first, so that nothing in it can name code to run."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    try:
-        raw = json.loads((path / "config.json").read_bytes())
-    except FileNotFoundError:
-        raise BaseError(
-            "has no config.json, so it is not a checkpoint", where=path.name, hint="name a transformers checkpoint"
-        ) from None
-    except ValueError as error:
-        raise BaseError(f"its config.json is damaged: {error}", where=path.name) from None
+    if not (path / "config.json").exists():
+        message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
+        raise BaseError(message, where=path.name, hint=hint)
+    raw = _json(path / "config.json")
     if "auto_map" in raw:
-        raise BaseError(
+        message, hint = (
             "needs code of its own (`auto_map`), which is never run",
-            where=path.name,
-            hint="choose a base that transformers knows",
+            "choose a base that transformers knows",
         )
-    if raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BaseError(
-            f"is not a language model: transformers has no causal LM of type `{raw.get('model_type')}`",
-            where=path.name,
-            hint="choose a base that generates text",
-        )
+        raise BaseError(message, where=path.name, hint=hint)
     architectures = raw.get("architectures") or []
-    if architectures and not any(
-        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
-    ):
-        raise BaseError(
-            f"is not a language model but a {architectures[0]}",
-            where=path.name,
-            hint="choose a base that generates text",
+    is_known = raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
+        what = (
+            architectures[0]
+            if is_known
+            else f"of type `{raw.get('model_type')}`, which has no causal LM in transformers"
         )
-    return AutoConfig.from_pretrained(path)
+        raise BaseError(
+            f"is not a language model: it is {what}", where=path.name, hint="choose a base that generates text"
+        )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise _damaged(path / "config.json", " ".join(str(error).split())) from None
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer; only a fast one tells which characters a token stands for."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer.is_fast:
+    if (path / "tokenizer.json").exists():
+        _json(path / "tokenizer.json")  # tokenizers answers a torn file with a bare Exception
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseError(
+            f"its tokenizer cannot be loaded: {reason}", where=path.name, hint="add its tokenizer.json"
+        ) from None
+    if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=path.name)
     return tokenizer
 
@@ -104,19 +111,20 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     """Ids that end generation, by tokenizer and generation config together."""
     stops = {tokenizer.eos_token_id}
     if (path / "generation_config.json").exists():
-        named = json.loads((path / "generation_config.json").read_bytes()).get("eos_token_id")
+        named = _json(path / "generation_config.json").get("eos_token_id")
         stops.update(named if isinstance(named, list) else [named])
     return frozenset(stops - {None})
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
-    """The model with all its weights, on the CPU, in eval mode. A missing or surplus weight is an error."""
+    """The model with all its weights, on the CPU, in eval mode. A missing weight or one of another shape is an error.
+
+    Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
+    """
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
-    if not list(path.glob("*.safetensors")):
-        hint = "convert it: load it in transformers once and call save_pretrained"
-        raise BaseError("has no safetensors weights", where=path.name, hint=hint)
+    _check_weight_files(path)
     with _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -124,16 +132,45 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = 
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,
         )
-    wrong = {kind: names for kind in ("missing_keys", "mismatched_keys") if (names := sorted(map(str, info[kind])))}
-    if wrong:
-        kind, names = next(iter(wrong.items()))
-        raise BaseError(
-            f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}", where=path.name
-        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
+            wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}"
+            raise BaseError(wrong, where=path.name)
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
     return model
+
+
+def _check_weight_files(path: Path) -> None:
+    """Refuses pickles, torn files and missing shards before transformers meets them."""
+    index = path / "model.safetensors.index.json"
+    named = set(_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    if not list(path.glob("*.safetensors")):
+        hint = "convert it: load it in transformers once and call save_pretrained"
+        raise BaseError("has no safetensors weights", where=path.name, hint=hint)
+    for name in sorted(named):
+        if not (path / name).is_file():
+            raise BaseError(f"lacks its weight file {name}", where=path.name, hint="download or copy it again")
+        try:
+            read_header(path / name)
+        except CheckpointError as error:
+            raise _damaged(path / name, error.message) from None
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "it does not hold an object")
+    return value
+
+
+def _damaged(path: Path, reason: str) -> BaseError:
+    return BaseError(f"its {path.name} is damaged: {reason}", where=path.parent.name, hint="download or copy it again")
 
 
 def empty_model(path: Path) -> torch.nn.Module:

@@ -230,7 +230,7 @@ class Optimizer(Section):
     warmup: CountOrShare = "3%"
     """Steps, or the share of all steps, in which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, on matrices only (not on biases and norms)."""
+    """Weight decay, on matrices only (not on biases and norms); decoupled from the gradient for `adamw`."""
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_pair)] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0)

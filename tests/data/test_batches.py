@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.batches import Batches, Examples
@@ -29,13 +29,20 @@ def all_of(source, first_row=0):
 
 
 def batches(lengths, budget=20, arrange=packed, **place):
-    return Batches(Examples([all_of(Source(lengths))]), arrange, collate=lambda examples: {"examples": examples}, budget=budget, **place)
+    return Batches(
+        Examples([all_of(Source(lengths))]),
+        arrange,
+        collate=lambda examples: {"examples": examples},
+        budget=budget,
+        **place,
+    )
 
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=30)
 
 
 @pytest.mark.parametrize("arrange", [packed, padded])
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5))
 def test_the_slots_of_a_step_do_not_depend_on_the_world_size(arrange, lengths, world_size):
     ids = np.arange(len(lengths))
@@ -47,6 +54,7 @@ def test_the_slots_of_a_step_do_not_depend_on_the_world_size(arrange, lengths, w
     assert sorted(index for indices in alone.values() for index in indices) == ids.tolist()
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5))
 def test_all_ranks_run_equally_many_micro_batches_and_the_surplus_ones_are_idle(lengths, world_size):
     ids = np.arange(len(lengths))
@@ -56,6 +64,11 @@ def test_all_ranks_run_equally_many_micro_batches_and_the_surplus_ones_are_idle(
     assert slots == list(range(len(slots)))
     idle = [micro_batch.slot for rank in ranks for micro_batch in rank if micro_batch.is_idle]
     assert len(idle) < world_size and sorted(idle) == slots[len(slots) - len(idle) :]
+
+
+def test_slots_are_dealt_to_the_ranks_in_turn():
+    ranks = [batches([20] * 5, rank=rank, world_size=2).of(np.arange(5)) for rank in range(2)]
+    assert [[micro_batch.slot for micro_batch in rank] for rank in ranks] == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_an_idle_micro_batch_repeats_the_first_slot():
@@ -85,7 +98,9 @@ def test_examples_count_through_their_sources_and_so_do_their_rows():
 
 def test_a_source_of_which_nothing_is_chosen_takes_no_place():
     nothing = np.zeros(0, dtype=np.int64)
-    examples = Examples([(Source([2]), nothing, 0), all_of(Source([3]), 1), (Source([4]), nothing, 2), all_of(Source([5]), 3)])
+    examples = Examples(
+        [(Source([2]), nothing, 0), all_of(Source([3]), 1), (Source([4]), nothing, 2), all_of(Source([5]), 3)]
+    )
     assert [len(examples[index].tokens) for index in range(2)] == [3, 5]
     assert examples.rows.tolist() == [1, 3]
     assert len(Examples([])) == 0

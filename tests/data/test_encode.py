@@ -28,7 +28,10 @@ class Counting:
         self.seen += len(rows)
         self.places += places
         return [
-            [Example(np.array(tokens, dtype=np.int32), np.array(supervised, dtype=bool), row.get("cut", 0)) for tokens, supervised in row["examples"]]
+            [
+                Example(np.array(tokens, dtype=np.int32), np.array(supervised, dtype=bool), row.get("cut", 0))
+                for tokens, supervised in row["examples"]
+            ]
             for row in rows
         ]
 
@@ -61,14 +64,19 @@ SPANS = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, ma
 @settings(max_examples=30, deadline=None)
 @given(st.lists(SPANS, min_size=1, max_size=12), st.integers(0, 10**9))
 def test_every_example_with_something_to_learn_is_kept_in_order(spans, key):
-    rows = [{"examples": [(range(index, index + len(span)), span) for index, span in enumerate(each)]} for each in spans]
-    kept = [(number, example) for number, each in enumerate(rows) for example in each["examples"] if any(example[1][1:])]
+    rows = [
+        {"examples": [(range(index, index + len(span)), span) for index, span in enumerate(each)]} for each in spans
+    ]
+    kept = [
+        (number, example) for number, each in enumerate(rows) for example in each["examples"] if any(example[1][1:])
+    ]
     if not kept:
         return
     encoded = encode(rows, where, Counting(), repr(rows), str(key))
-    assert [(int(source), example.tokens.tolist(), example.supervised.tolist()) for source, example in zip(encoded.rows, encoded, strict=True)] == [
-        (number, list(tokens), span) for number, (tokens, span) in kept
-    ]
+    assert [
+        (int(source), example.tokens.tolist(), example.supervised.tolist())
+        for source, example in zip(encoded.rows, encoded, strict=True)
+    ] == [(number, list(tokens), span) for number, (tokens, span) in kept]
     assert encoded.targets.tolist() == [sum(span[1:]) for _, (_, span) in kept]
     assert encoded.left_out_rows == sorted(set(range(len(rows))) - {number for number, _ in kept})
 

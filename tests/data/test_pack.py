@@ -1,7 +1,7 @@
 """An arrangement holds each example of the step once, keeps to its budget, and depends on nothing but the lengths."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.pack import packed, padded
@@ -17,6 +17,7 @@ def tokens_of(arrange, lengths, slot):
 
 
 @pytest.mark.parametrize("arrange", [packed, padded])
+@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_each_example_is_in_exactly_one_micro_batch(arrange, lengths, budget):
     slots = arrange(lengths, budget)
@@ -25,22 +26,29 @@ def test_each_example_is_in_exactly_one_micro_batch(arrange, lengths, budget):
 
 
 @pytest.mark.parametrize("arrange", [packed, padded])
+@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_a_micro_batch_keeps_to_its_budget_unless_one_example_alone_exceeds_it(arrange, lengths, budget):
     for slot in arrange(lengths, budget):
         assert tokens_of(arrange, lengths, slot) <= budget or len(slot) == 1
 
 
+@settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_packing_never_leaves_two_micro_batches_that_fit_into_one(lengths, budget):
     sums = sorted(sum(lengths[index] for index in slot) for slot in packed(lengths, budget))
     assert len(sums) < 2 or sums[0] + sums[1] > budget
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([1, 5, 9]), min_size=1, max_size=30))
 def test_the_longest_come_first_and_equal_lengths_in_their_own_order(lengths):
     alone = packed(lengths, 1)
-    assert alone == padded(lengths, 1) == [[index] for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))]
+    assert (
+        alone
+        == padded(lengths, 1)
+        == [[index] for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))]
+    )
 
 
 def test_packing_fills_what_padding_leaves_empty():

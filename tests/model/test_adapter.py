@@ -61,7 +61,11 @@ def test_lora_matrices_have_the_rank_scale_and_dropout_of_the_recipe_and_change_
 
 @pytest.mark.parametrize(
     ("targets", "missed"),
-    [(["c_attn"], "`c_attn`"), (["q_proj", "proj", "query"], "`proj`, `query`"), (["all-linear", "q_proj"], "`all-linear`")],
+    [
+        (["c_attn"], "`c_attn`"),
+        (["q_proj", "proj", "query"], "`proj`, `query`"),
+        (["all-linear", "q_proj"], "`all-linear`"),
+    ],
 )
 def test_a_target_that_matches_nothing_is_an_error_that_names_the_layers(tiny_base, targets, missed):
     with pytest.raises(AdapterError) as caught:
@@ -94,7 +98,10 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_shows_names(tiny_base):
 def test_freezing_everything_is_an_error(tiny_base):
     with pytest.raises(AdapterError) as caught:
         apply(empty_model(tiny_base), frozen("*"))
-    assert str(caught.value) == "adapter.freeze: every parameter is frozen, so there is nothing to train\nhint: freeze fewer"
+    assert (
+        str(caught.value)
+        == "adapter.freeze: every parameter is frozen, so there is nothing to train\nhint: freeze fewer"
+    )
 
 
 @pytest.mark.parametrize("settings", [None, lora(), frozen("model.embed_tokens.*")])
@@ -119,7 +126,9 @@ def test_weights_of_another_model_are_refused_by_name(tiny_base):
     model = load_model(tiny_base)
     stored = weights(model)
     with pytest.raises(CheckpointError) as caught:
-        load_weights(model, {name: stored[name] for name in stored if name != "model.norm.weight"} | {"surplus": torch.zeros(1)})
+        load_weights(
+            model, {name: stored[name] for name in stored if name != "model.norm.weight"} | {"surplus": torch.zeros(1)}
+        )
     assert str(caught.value) == "does not fit the model: `model.norm.weight`, `surplus` in only one of them"
 
 

@@ -11,7 +11,10 @@ BOUNDS = [0, 3, 4, 9, 16]
 
 def tensors(heads=4, key_heads=4, length=16, size=8):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, count, length, size, generator=generator, requires_grad=True) for count in (heads, key_heads, key_heads)]
+    return [
+        torch.randn(1, count, length, size, generator=generator, requires_grad=True)
+        for count in (heads, key_heads, key_heads)
+    ]
 
 
 def masked(query, key, value, bounds, scaling=None):
@@ -19,7 +22,9 @@ def masked(query, key, value, bounds, scaling=None):
     rows = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.tensor(bounds).diff())
     mask = (rows[:, None] == rows[None]) & torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
     is_grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
+    ).transpose(1, 2)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])

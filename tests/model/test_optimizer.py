@@ -50,7 +50,9 @@ def test_weight_decay_is_for_matrices_and_not_for_biases_and_norms(tiny_base, na
     matrices, others = build(model.parameters(), settings(name, weight_decay=0.3)).param_groups
     assert matrices["weight_decay"] == 0.3 and others["weight_decay"] == 0.0
     names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
-    assert {names[id(parameter)] for parameter in others["params"]} == {name for name in names.values() if "norm" in name}
+    assert {names[id(parameter)] for parameter in others["params"]} == {
+        name for name in names.values() if "norm" in name
+    }
     assert {id(parameter) for group in (matrices, others) for parameter in group["params"]} == names.keys()
 
 

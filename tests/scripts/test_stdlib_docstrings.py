@@ -45,7 +45,7 @@ def holdout(folder):
 
 def test_there_are_enough_rows_to_train_and_to_compare(train, holdout):
     assert len(train) >= 1500
-    assert len(holdout) == 160
+    assert len(holdout) == 120
 
 
 def test_both_sides_come_from_different_modules(train, holdout):

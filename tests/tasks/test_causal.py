@@ -22,7 +22,9 @@ def models(tiny_base):
 def examples_of(lengths, seed=0):
     """Random rows in which about half the tokens, the last one always, are supervised."""
     chance = np.random.default_rng(seed)
-    rows = [Example(chance.integers(3, 300, length).astype(np.int32), chance.random(length) < 0.5) for length in lengths]
+    rows = [
+        Example(chance.integers(3, 300, length).astype(np.int32), chance.random(length) < 0.5) for length in lengths
+    ]
     for row in rows:
         row.supervised[-1] = True
     return rows
@@ -72,7 +74,9 @@ def test_packed_logits_are_those_of_each_row_alone(models):
     model, batch = models[collate_packed], collate_packed(EXAMPLES)
     with torch.no_grad():
         packed = model(**batch["model_inputs"] | {"logits_to_keep": 0}, use_cache=False).logits[0]
-        alone = [models[collate_padded](torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0] for row in EXAMPLES]
+        alone = [
+            models[collate_padded](torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0] for row in EXAMPLES
+        ]
     assert (packed - torch.cat(alone)).abs().max() < 2e-6
 
 
@@ -81,7 +85,9 @@ def test_a_row_is_blind_to_its_neighbours_to_the_bit(models):
     before, after = (examples_of([9, 14, 6], seed) for seed in (1, 2))
     after[1] = before[1]
     with torch.no_grad():
-        rows = [loss(models[collate_packed], collate_packed(examples), cross_entropy)[1] for examples in (before, after)]
+        rows = [
+            loss(models[collate_packed], collate_packed(examples), cross_entropy)[1] for examples in (before, after)
+        ]
     assert torch.equal(rows[0][1], rows[1][1])
     assert rows[0][0] != rows[1][0]
 
@@ -125,7 +131,10 @@ def test_only_logits_of_supervised_positions_are_computed(models, collate):
 
 def test_one_row_packs_and_pads_alike(models):
     with torch.no_grad():
-        sums = [loss(models[collate], collate(EXAMPLES[:1]), cross_entropy)[0].item() for collate in (collate_packed, collate_padded)]
+        sums = [
+            loss(models[collate], collate(EXAMPLES[:1]), cross_entropy)[0].item()
+            for collate in (collate_packed, collate_padded)
+        ]
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 
 

@@ -139,7 +139,18 @@ def test_an_assistant_turn_of_the_prompt_is_not_learnt(learnt):
 
 @pytest.mark.parametrize(
     "content",
-    ["你好，世界", "🤖👩‍👩‍👧‍👦 done", "naïve — Ünïcödé ✓", " a  b   c ", "one\n\n    two\n", "\tx", "مرحبا", "a\u0301", "0\x00\x7f", "\ufeffx"],
+    [
+        "你好，世界",
+        "🤖👩‍👩‍👧‍👦 done",
+        "naïve — Ünïcödé ✓",
+        " a  b   c ",
+        "one\n\n    two\n",
+        "\tx",
+        "مرحبا",
+        "a\u0301",
+        "0\x00\x7f",
+        "\ufeffx",
+    ],
 )
 @pytest.mark.parametrize("is_trimming", [False, True])
 def test_no_character_of_an_answer_is_lost(learnt, tiny_tokenizer, content, is_trimming):
@@ -163,7 +174,9 @@ def test_blanks_that_end_a_header_are_not_learnt_by_a_tokenizer_that_trims_offse
     ]
 
 
-CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=20).filter(str.strip)
+CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=20).filter(
+    str.strip
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -248,7 +261,9 @@ def test_a_template_file_that_is_not_there_is_named(tiny_tokenizer, tmp_path):
 def test_a_base_without_a_template_is_refused(encoded, tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = None
-    assert complaint(encoded, {"messages": turns("a", "b")}, tokenizer=tokenizer) == "the base has no chat template" + HINT
+    assert (
+        complaint(encoded, {"messages": turns("a", "b")}, tokenizer=tokenizer) == "the base has no chat template" + HINT
+    )
 
 
 @pytest.mark.parametrize("speaker", [0, 1])
@@ -265,7 +280,10 @@ def test_text_that_spells_a_control_token_is_refused(encoded, speaker):
     ("row", "message"),
     [
         ({}, "has neither `messages` nor `prompt` and `completion`; its columns are: none"),
-        ({"text": "a", "prompt": "b"}, "has neither `messages` nor `prompt` and `completion`; its columns are: prompt, text"),
+        (
+            {"text": "a", "prompt": "b"},
+            "has neither `messages` nor `prompt` and `completion`; its columns are: prompt, text",
+        ),
     ],
 )
 def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
@@ -277,7 +295,10 @@ def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": turns("ask")}, "has no assistant turn, so there is nothing to learn from it\nhint: remove the row"),
+        (
+            {"messages": turns("ask")},
+            "has no assistant turn, so there is nothing to learn from it\nhint: remove the row",
+        ),
         ({"messages": turns("ask", "")}, "has an empty assistant turn\nhint: remove the row"),
         ({"messages": turns("ask", " \n\t")}, "has an empty assistant turn\nhint: remove the row"),
         ({"messages": turns("ask", "yes", "more", "")}, "has an empty assistant turn\nhint: remove the row"),

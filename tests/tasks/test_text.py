@@ -18,6 +18,7 @@ def encoded(tokenizer, text, max_length=1024):
     return examples
 
 
+@settings(deadline=None)
 @given(st.integers(2, 200), st.integers(2, 50))
 def test_a_divided_text_has_every_token_predicted_exactly_once(length, max_length):
     examples = _divided(list(range(length)), max_length)
@@ -38,7 +39,9 @@ def test_the_examples_of_a_text_spell_it_and_its_end(tiny_tokenizer, text, max_l
 def test_a_text_ends_with_the_end_token_once_even_when_the_tokenizer_writes_it(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     end = ("<|im_end|>", tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[end]
+    )
     [example] = encoded(tokenizer, "the row")
     [plain] = encoded(tiny_tokenizer, "the row")
     assert example.tokens.tolist() == plain.tokens.tolist()

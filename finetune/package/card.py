@@ -1,0 +1,197 @@
+"""Floor 6. The model card: what a package is, what it was made from and how, in figures. `export` writes it as README.md.
+
+A pure function of the run's record: no clock, no path, no host, no row. The front matter is what the Hub reads
+(https://huggingface.co/docs/hub/model-cards).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.checkpoints.manifest import Manifest
+from finetune.checkpoints.refs import parse
+from finetune.package import record
+from finetune.plan import PinnedSource, Plan
+from finetune.recipe.schema import Source
+
+METHODS = {None: "full fine-tuning", "lora": "LoRA", "frozen": "fine-tuning with some weights frozen"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a card is made of."""
+
+    plan: Plan
+    manifest: Manifest
+    figures: Sequence[Mapping]
+    """The figures-only journal up to the step."""
+    checks: Sequence[Mapping]
+    form: str
+    """`merged` or `adapter`."""
+    dtype: str
+    licence: Mapping[str, str] | None
+    """Licence keys of the base's own card, or None where it is not known."""
+
+
+def card(facts: Facts) -> str:
+    """The whole README.md."""
+    parts = [
+        f"---\n{record.to_yaml(_front_matter(facts))}---",
+        f"# {_title(facts.plan)}",
+        _summary(facts),
+        "## Figures",
+        _figures(facts),
+        "![Training and held-out loss over steps](training/loss.png)",
+        "Every step and evaluation: [training/journal.jsonl](training/journal.jsonl).",
+        "## How to use it",
+        _usage(facts),
+        "## How it was made",
+        _recipe(facts),
+        "## Checks",
+        "Made when the package was written; without every one of them there would be no package.",
+        _table(("check", "found"), [(check["name"], check["message"]) for check in facts.checks]),
+        "## Lineage",
+        _lineage(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def hub_base(plan: Plan) -> tuple[str, str | None] | None:
+    """The Hub checkpoint that a run started from and its commit, if known; None for a base that others cannot name."""
+    if plan.recipe.base.origin:
+        return plan.recipe.base.origin, None
+    return (parse(plan.recipe.base.checkpoint).repo, plan.base.revision) if plan.base.kind == "hub" else None
+
+
+def _front_matter(facts: Facts) -> dict:
+    recipe, hub = facts.plan.recipe, hub_base(facts.plan)
+    datasets = list(dict.fromkeys(source.dataset for source in recipe.data.train if source.dataset))
+    is_adapter = facts.form == "adapter"
+    return {
+        **(facts.licence or {}),
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": hub[0], "base_model_relation": "adapter" if is_adapter else "finetune"} if hub else {}),
+        **({"datasets": datasets} if datasets else {}),
+        "tags": ["finetune", *(["lora"] if _method(facts.plan) == "lora" else []), *(["conversational"] if _is_chat(facts.plan) else [])],
+    }
+
+
+def _title(plan: Plan) -> str:
+    if plan.recipe.publish:
+        return plan.recipe.publish.repo.partition("/")[2]
+    hub = hub_base(plan)
+    base = hub[0] if hub else record.public_name(plan.recipe.base.checkpoint)
+    return f"{base.rpartition('/')[2]}, fine-tuned"
+
+
+def _summary(facts: Facts) -> str:
+    plan, step = facts.plan, facts.manifest.step
+    form = f"the adapter alone, {facts.dtype}" if facts.form == "adapter" else f"whole weights, {facts.dtype}"
+    if facts.form == "merged" and _method(plan) == "lora":
+        form += ", the adapter merged in"
+    lines = [
+        f"A language model made by {METHODS[_method(plan)]} of {_base(plan)}; this is step {step} of {plan.steps} ({form}).",
+        "It was trained on:\n\n" + "\n".join(map(_source, plan.recipe.data.train, plan.train)),
+        f"{_number(plan.counts.examples)} examples, {_number(plan.counts.tokens)} tokens, of them "
+        f"{_number(plan.counts.supervised_tokens)} with a loss.",
+    ]
+    if plan.recipe.base.origin:
+        lines.append(f"The base was a local checkpoint that the recipe declares equal to `{plan.recipe.base.origin}`.")
+    if facts.licence is None:
+        lines.append("The licence is not known: the base does not state one. Ask its authors before you pass this model on.")
+    return "\n\n".join(lines)
+
+
+def _base(plan: Plan) -> str:
+    hub = hub_base(plan)
+    if hub:
+        return f"[{hub[0]}](https://huggingface.co/{hub[0]})" + (f" at revision `{hub[1]}`" if hub[1] else "")
+    return f"the local checkpoint `{record.public_name(plan.recipe.base.checkpoint)}` (`{plan.base.digest}`)"
+
+
+def _source(source: Source, pinned: PinnedSource) -> str:
+    if source.dataset:
+        place = f"[{source.dataset}](https://huggingface.co/datasets/{source.dataset}) at revision `{pinned.revision}`"
+        place += f", split `{source.split or 'train'}`"
+    else:
+        place = f"`{record.public_name(pinned.name)}`"
+    weight = f", weight {source.weight:g}" if source.weight else ""
+    return f"- {place}: {_number(pinned.rows)} rows{weight}, content `{pinned.fingerprint}`"
+
+
+def _figures(facts: Facts) -> str:
+    steps = [item for item in facts.figures if item["kind"] == "step"]
+    evaluated = {item["step"]: item for item in facts.figures if item.get("event") == "evaluated"}
+    columns = [("base", evaluated.get(0)), (f"step {facts.manifest.step}", evaluated.get(facts.manifest.step))]
+    rows = [(name, *(_figure(found, key) for _, found in columns)) for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))]
+    counted = evaluated.get(facts.manifest.step) or evaluated.get(0)
+    held_out = f"On {_number(counted['rows'])} held-out rows ({_number(counted['tokens'])} tokens with a loss)." if counted else "No rows were held out."
+    sums = [sum(item[key] for item in steps) for key in ("tokens", "supervised_tokens")]
+    seen = f"Trained for {_number(len(steps))} steps on {_number(sums[0])} tokens, of them {_number(sums[1])} with a loss."
+    return "\n\n".join([_table(("", *(name for name, _ in columns)), rows), held_out, seen]) if counted else f"{held_out} {seen}"
+
+
+def _usage(facts: Facts) -> str:
+    repo = facts.plan.recipe.publish.repo if facts.plan.recipe.publish else "path/to/this/folder"
+    prompt = '[{"role": "user", "content": "…"}]' if _is_chat(facts.plan) else '"…"'
+    if facts.form == "merged":
+        lines = ["from transformers import pipeline", "", f'generate = pipeline("text-generation", model="{repo}")']
+    else:
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer, pipeline",
+            "",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+            'generate = pipeline("text-generation", model=model, tokenizer=tokenizer)',
+        ]
+    return "\n".join(["```python", *lines, f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])', "```"])
+
+
+def _recipe(facts: Facts) -> str:
+    world = facts.manifest.world
+    environment = [(name, version) for name, version in facts.manifest.versions.items()]
+    environment += [(name.replace("_", " "), str(value)) for name, value in world.items()]
+    commands = f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
+    return "\n\n".join(
+        [
+            f"```console\n{commands}\n```",
+            "with [training/recipe.yaml](training/recipe.yaml); files are named without their folders:",
+            f"```yaml\n{record.recipe(facts.plan)}```",
+            "Environment of the training:",
+            _table(("", ""), environment),
+        ]
+    )
+
+
+def _lineage(facts: Facts) -> str:
+    manifest, parent = facts.manifest, facts.manifest.parent
+    rows = [
+        ("base", _base(facts.plan)),
+        ("plan", f"`{manifest.plan_id}`"),
+        ("run", f"`{manifest.run}`"),
+        ("checkpoint", f"step {manifest.step}, manifest `{manifest.digest}`"),
+        ("checkpoint before it", f"`{parent['ref']}`, manifest `{parent['digest']}`" if parent else "none"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _method(plan: Plan) -> str | None:
+    return plan.recipe.adapter.name if plan.recipe.adapter else None
+
+
+def _is_chat(plan: Plan) -> bool:
+    return plan.recipe.task.name == "chat"
+
+
+def _figure(found: Mapping | None, key: str) -> str:
+    return f"{found[key]:.4f}" if found else "not evaluated"
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,235 @@
+"""Floor 6. A checkpoint of a run as a model folder that plain transformers (or peft) loads; `cli` calls `package`.
+
+Everything is written beside the target, loaded back in a fresh process and compared with what was trained, synced, and renamed
+into place at the very end: there is a proven package, or none.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from finetune import journal
+from finetune.checkpoints.loading import Opened, open_model, run_of
+from finetune.checkpoints.refs import parse
+from finetune.checkpoints.snapshot import DTYPES
+from finetune.checkpoints.store import failures, make_directory, sync_directory
+from finetune.errors import BaseError, CheckpointError, PackageError
+from finetune.model import adapter, base
+from finetune.package import licence, proof, record
+from finetune.package.card import Facts, card, hub_base
+from finetune.package.proof import Check, Look
+from finetune.plan import Plan
+from finetune.tasks.chat import template_of
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# All of a checkpoint's small files that go into a package, byte for byte; what is not named here stays home.
+SMALL_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json"),
+)
+TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
+
+
+def package(ref: str, directory: Path) -> dict:
+    """Writes a checkpoint as a package; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
+
+    PackageError names the check that failed; then no folder is left.
+    """
+    run = _run_of(ref)
+    _refuse_existing(directory)
+    opened = open_model(ref)
+    recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
+    form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
+    _refuse_unnamed_base(plan, form)
+    tokenizer = base.load_tokenizer(opened.directory)
+    if recipe.task.name == "chat":
+        tokenizer.chat_template = template_of(tokenizer, recipe.task)
+    checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
+    base_directory = _base_directory(plan)
+    figures = record.figures(journal.read(run), manifest.step)
+    with _staged(directory) as staging:
+        model, changes = _converted(opened.model, form, PRECISIONS[dtype], tokenizer)
+        trained = Look.at(model, tokenizer)
+        _write_small_files(opened, tokenizer.chat_template, base_directory, staging)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries would break up our own lines
+            write_weights(model, opened, form, PRECISIONS[dtype], staging)
+        loaded = proof.load_back(staging, opened.base_directory if form == "adapter" else None)
+        checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[PRECISIONS[dtype]])]
+        checks.append(Check("private", "no file names a folder of the machine it was made on"))
+        found = [check.to_dict() for check in checks]
+        facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))
+        _write_record(facts, staging)
+        _refuse_private(staging, [run, opened.base_directory, directory])
+        files = _files(staging)
+    return {"path": str(directory), "files": files, "checks": found}
+
+
+def write_weights(model: torch.nn.Module, opened: Opened, form: str, dtype: torch.dtype, directory: Path) -> None:
+    """Weights and config: whole and in shards, or an adapter that names its base on the Hub."""
+    if form == "adapter":
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in adapter.weights(model).items()}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        repo, revision = hub_base(opened.plan)
+        config = json.loads((opened.directory / "adapter_config.json").read_bytes())
+        _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
+        return
+    # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.
+    config = json.loads((opened.base_directory / "config.json").read_bytes())
+    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "_name_or_path")}
+    generation = directory / "generation_config.json"
+    own = generation.read_bytes() if generation.exists() else None
+    model.config.use_cache = config.get("use_cache", True)  # `base.load_model` had turned it off
+    model.generation_config = GenerationConfig.from_model_config(model.config)  # the base's own may be one that refuses to be saved
+    model.save_pretrained(directory, max_shard_size=opened.plan.recipe.package.max_shard_bytes)
+    _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    if own is not None:
+        generation.write_bytes(own)
+
+
+def _converted(model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer) -> tuple[torch.nn.Module, list[Check]]:
+    """The model as it will be packaged, and how far each change moved it from what was trained. Works in place."""
+    checks, trained = [], proof.probe.logits(model, tokenizer)
+    if form == "merged" and adapter.is_adapter(model):
+        model = model.merge_and_unload()
+        merged = proof.probe.logits(model, tokenizer)
+        checks.append(proof.within("merge", "merging the adapter in fp32", trained, merged, proof.MERGE_BOUND))
+    if dtype != torch.float32:
+        with torch.no_grad():
+            _cast(model, form, dtype)
+        cast = proof.probe.logits(model, tokenizer)
+        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, cast, proof.CAST_BOUND))
+    return model, checks
+
+
+def _cast(model: torch.nn.Module, form: str, dtype: torch.dtype) -> None:
+    if form == "adapter":  # peft computes in fp32 with what the file holds
+        for tensor in adapter.weights(model).values():
+            tensor.copy_(tensor.to(dtype))
+        return
+    # Not model.to(dtype): that would also cast what is computed and not saved, like rotary frequencies, and from_pretrained does not.
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _run_of(ref: str) -> Path:
+    """The run directory around a checkpoint; a package needs its plan and journal."""
+    parsed = parse(ref)
+    run = run_of(parsed) if parsed.kind in ("run", "checkpoint") else None
+    if run is None:
+        raise PackageError("is not a checkpoint of a run", where=ref, hint="name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run")
+    return run
+
+
+def _refuse_existing(directory: Path) -> None:
+    with failures(directory, PackageError, what="cannot be read"):
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise PackageError("is there already", where=str(directory), hint="name a new directory, or remove this one")
+
+
+def _refuse_unnamed_base(plan: Plan, form: str) -> None:
+    if form == "adapter" and hub_base(plan) is None:
+        raise PackageError(
+            "an adapter of a local base would name a base that others do not have",
+            where="package.form",
+            hint="set base.origin to the Hub checkpoint it is equal to, or use `merged`",
+        )
+
+
+def _base_directory(plan: Plan) -> Path | None:
+    """Config, tokenizer and licence of the base. None where a full fine-tune outlived it: the card then says that the licence is unknown."""
+    try:
+        return base.directory(plan.recipe.base, plan.base, with_weights=False)
+    except (BaseError, CheckpointError):
+        return None
+
+
+def _write_small_files(opened: Opened, template: str | None, base_directory: Path | None, directory: Path) -> None:
+    with failures(directory, PackageError):
+        for name in SMALL_FILES:
+            if (opened.directory / name).is_file():
+                shutil.copyfile(opened.directory / name, directory / name)
+        if template != base.load_tokenizer(opened.directory).chat_template:
+            (directory / "chat_template.jinja").write_text(template)
+        for file in licence.texts(base_directory) if base_directory else ():
+            shutil.copyfile(file, directory / file.name)
+
+
+def _write_record(facts: Facts, directory: Path) -> None:
+    training = directory / "training"
+    with failures(directory, PackageError):
+        training.mkdir()
+        (training / "recipe.yaml").write_text(record.recipe(facts.plan))
+        (training / "journal.jsonl").write_text(record.to_lines(facts.figures))
+        (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
+        (directory / "README.md").write_text(card(facts))
+
+
+def _refuse_private(directory: Path, places: list[Path]) -> None:
+    """A folder of this machine tells others its user and its layout, and means nothing to them."""
+    private = {str(place.absolute().parent) for place in places} | {str(Path.home()), str(Path.cwd())}
+    private = {place for place in private if place.count("/") > 1}  # `/` and `/root` are everywhere
+    for file in sorted(file for file in directory.rglob("*") if file.suffix in TEXT_FILES):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for place in sorted(private):
+            if place in text:
+                message = f"private: {file.relative_to(directory)} names {place}"
+                raise PackageError(message, where="package", hint="remove it there, or move the file it comes from; nothing was written")
+
+
+def _files(directory: Path) -> list[dict]:
+    """What is in the package, with the digests that the Hub uses too."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    found = []
+    for file in files:
+        with file.open("rb") as content:
+            digest = f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
+        found.append({"name": str(file.relative_to(directory)), "bytes": file.stat().st_size, "digest": digest})
+    return found
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A directory beside the target that becomes it, synced, if nothing goes wrong, and vanishes otherwise."""
+    staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
+    try:
+        with failures(directory, PackageError):
+            make_directory(directory.parent)
+            staging.mkdir()
+        yield staging
+        with failures(directory, PackageError):
+            _sync(staging)
+            os.rename(staging, directory)
+            sync_directory(directory.parent)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise PackageError(f"cannot write weights: {error}", where=str(directory), hint="look at the free space of this disk") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    mode = directory.stat().st_mode & 0o666  # safetensors leaves 0600, whatever the umask
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+            continue
+        path.chmod(mode)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(directory)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,79 @@
+"""Floor 6, and a program: looks at a model, either the trained one in this process or a package in a fresh one.
+
+`proof` starts it as `python probe.py DIRECTORY OUT THREADS [BASE]`; `export` calls `logits` and `facts` on what was trained, so
+both sides are seen by the same lines. It imports nothing of finetune: what it loads must load anywhere.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+QUESTION = [{"role": "user", "content": "What is a checkpoint good for?"}]
+TEXTS = ("Hello, world!", "  two  blanks\tand a tab\n", "naïve café, 東京, 🙂", "def f(x):\n    return x ** 2", "1234567890 <|x|> </s>")
+SEQUENCES, LENGTH = 4, 64
+
+
+def logits(model: torch.nn.Module, tokenizer) -> dict[str, Tensor]:
+    """fp32 logits of a fixed batch, and of a rendered question where there is a chat template."""
+    inputs = {"batch": batch(model.config)}
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
+        inputs["question"] = rendered["input_ids"]
+    with torch.inference_mode():
+        return {name: model(input_ids=ids, use_cache=False).logits.float() for name, ids in inputs.items()}
+
+
+def batch(config) -> Tensor:
+    """Token ids that depend on the size of the vocabulary alone, spread over all of it (Knuth's multiplicative hash)."""
+    text = config.get_text_config()
+    length = min(LENGTH, getattr(text, "max_position_embeddings", LENGTH))
+    return (torch.arange(SEQUENCES * length) * 2_654_435_761 % text.vocab_size).reshape(SEQUENCES, length)
+
+
+def facts(model: torch.nn.Module, tokenizer) -> dict:
+    """Everything about model and tokenizer that must survive packaging, as JSON: bytes of every tensor, ids, template."""
+    state = model.state_dict()
+    by_place: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        by_place.setdefault(tensor.data_ptr(), []).append(name)
+    rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False) if tokenizer.chat_template else None
+    return {
+        "weights": {name: digest(tensor) for name, tensor in state.items()},
+        "tied": sorted(names for names in by_place.values() if len(names) > 1),
+        "tokenizer": {"size": len(tokenizer), "special": tokenizer.special_tokens_map, "ids": tokenizer(list(TEXTS))["input_ids"]},
+        "template": {"source": tokenizer.chat_template, "rendered": rendered},
+        "vocabulary": model.config.get_text_config().vocab_size,
+    }
+
+
+def digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+def main(directory: str, out: str, threads: str, base: str | None = None) -> None:
+    """Writes logits.safetensors and facts.json to `out`; with a base, the directory is an adapter of it."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(int(threads))
+    options = {"use_safetensors": True, "attn_implementation": "sdpa", "output_loading_info": True}
+    if base:
+        from peft import PeftModel
+
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+        model = PeftModel.from_pretrained(model, directory).eval()
+    else:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **options)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    keys = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    save_file(logits(model, tokenizer), Path(out, "logits.safetensors"))
+    Path(out, "facts.json").write_text(json.dumps({"keys": keys, **facts(model, tokenizer)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,139 @@
+"""Floor 6. Is a folder the model that was trained? Loads it back in a fresh process and compares; `export` calls it.
+
+A check that holds is a `Check`, with its figures; one that fails is a PackageError that names it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from finetune.checkpoints.tensors import read_header
+from finetune.errors import PackageError
+from finetune.package import probe
+
+# Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; rounding weights to bf16 changes
+# the weights. Measured with LoRA on SmolLM2-135M: 5e-10 and 2e-3.
+MERGE_BOUND = 1e-5
+CAST_BOUND = 2e-2
+NOT_FOR_THE_PROBE = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it needs no network, hence no secret
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was found to hold of a package."""
+
+    name: str
+    message: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "message": self.message, **self.figures}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What `probe` sees of a model."""
+
+    logits: dict[str, torch.Tensor]
+    facts: dict
+
+    @classmethod
+    def at(cls, model: torch.nn.Module, tokenizer) -> "Look":
+        return cls(probe.logits(model, tokenizer), json.loads(json.dumps(probe.facts(model, tokenizer))))
+
+
+def within(name: str, what: str, reference: Mapping, other: Mapping, bound: float) -> Check:
+    """A change of the logits that must be small: mean divergence of the next token's distribution from the reference's."""
+    figures = drift(reference, other) | {"bound": bound}
+    if not figures["mean_kl"] <= bound:
+        hint = "set package.dtype: fp32" if name == "cast" else "report it: the adapter does not merge"
+        raise _failed(name, f"{what} changes the model by a mean KL of {figures['mean_kl']:.3g}; the bound is {bound:g}", hint)
+    message = (
+        f"{what} changes logits by at most {figures['max_difference']:.3g}, mean KL {figures['mean_kl']:.2g} (bound {bound:g}), "
+        f"same likeliest token at {figures['top1_agreement']:.2%} of positions"
+    )
+    return Check(name, message, figures)
+
+
+def drift(reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of a logit, mean KL divergence in nats, and the share of positions with the same likeliest token."""
+    largest, divergence, same, positions = 0.0, 0.0, 0, 0
+    for name in reference:
+        for before, after in zip(reference[name], other[name], strict=True):  # (T, V) at a time: fp64 of a whole batch is large
+            largest = max(largest, (before - after).abs().max().item())
+            logs = [F.log_softmax(one.double(), dim=-1) for one in (before, after)]
+            divergence += F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+            positions += len(before)
+    # identical distributions give a sum of rounding errors, which may be below zero
+    return {"max_difference": largest, "mean_kl": max(0.0, divergence / positions), "top1_agreement": same / positions}
+
+
+def load_back(directory: Path, base: Path | None) -> Look:
+    """A look at a package, by a process that knows nothing of this one; with a base, the package is an adapter of it."""
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROBE}
+    with tempfile.TemporaryDirectory() as out:
+        # -P: without it the program's own folder comes first on the import path
+        command = [sys.executable, "-P", probe.__file__, directory, out, str(torch.get_num_threads()), *([base] if base else [])]
+        result = subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        if result.returncode:
+            reason = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
+            raise _failed("load", f"cannot be loaded in a fresh process: {reason}")
+        return Look(load_file(Path(out, "logits.safetensors")), json.loads(Path(out, "facts.json").read_bytes()))
+
+
+def equal(trained: Look, loaded: Look) -> list[Check]:
+    """That the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits."""
+    wrong = [name for names in loaded.facts["keys"].values() for name in names]
+    if wrong:
+        raise _failed("keys", f"{len(wrong)} weights are missing, surplus or of another shape: {', '.join(wrong[:3])}")
+    for name in ("weights", "tied", "tokenizer", "template"):
+        if trained.facts[name] != loaded.facts[name]:
+            raise _failed(name, _difference(name, trained.facts[name], loaded.facts[name]))
+    size, vocabulary = loaded.facts["tokenizer"]["size"], loaded.facts["vocabulary"]
+    if size > vocabulary:
+        raise _failed("vocabulary", f"the tokenizer has {size:,} tokens, the model only {vocabulary:,}")
+    figures = drift(trained.logits, loaded.logits)
+    if not all(torch.equal(trained.logits[name], loaded.logits[name]) for name in trained.logits):
+        raise _failed("logits", f"a fresh process computes logits that differ by up to {figures['max_difference']:.3g}")
+    tensors, positions = len(loaded.facts["weights"]), sum(one.shape[0] * one.shape[1] for one in loaded.logits.values())
+    return [
+        Check("keys", "no weight is missing, surplus or of another shape"),
+        Check("weights", f"all {tensors} tensors, loaded in a fresh process, equal the trained ones bit for bit", {"tensors": tensors}),
+        Check("tied", "tied weights are tied again" if loaded.facts["tied"] else "the model ties no weights"),
+        Check("tokenizer", f"{len(probe.TEXTS)} texts become the same tokens", {"tokens": size}),
+        Check("template", "the chat template is the one of the training" if loaded.facts["template"]["source"] else "no chat template"),
+        Check("vocabulary", f"{size:,} tokens fit the model's {vocabulary:,}", {"vocabulary": vocabulary}),
+        Check("logits", f"a fresh process computes the same logits at {positions} positions, bit for bit", figures | {"positions": positions}),
+    ]
+
+
+def stored_as(directory: Path, dtype: str) -> Check:
+    """That every floating-point tensor in the files has the declared type (spelled as safetensors does), and is there once."""
+    places = [item for file in sorted(directory.glob("*.safetensors")) for item in read_header(file).items()]
+    names = [name for name, _ in places]
+    other = [f"{name} is {place.dtype}" for name, place in places if place.dtype.startswith(("F", "BF")) and place.dtype != dtype]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if other or repeated:
+        raise _failed("dtype", f"weights must be {dtype}, each stored once: {', '.join((other + repeated)[:3])}")
+    return Check("dtype", f"all {len(names)} stored tensors are {dtype}", {"tensors": len(names)})
+
+
+def _difference(name: str, trained: object, loaded: object) -> str:
+    if isinstance(trained, dict) and isinstance(loaded, dict):
+        changed = [key for key in sorted(trained.keys() | loaded.keys()) if trained.get(key) != loaded.get(key)]
+        return f"{len(changed)} of {len(trained)} are not as trained: {', '.join(changed[:3])}"
+    return f"{loaded} is not {trained}, as trained"
+
+
+def _failed(check: str, message: str, hint: str = "package it again; if it fails again, report it") -> PackageError:
+    return PackageError(f"{check}: {message}", where="package", hint=f"{hint}; nothing was written")

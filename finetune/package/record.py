@@ -1,0 +1,86 @@
+"""Floor 6. What a package tells of its training: recipe, figures and loss curve, without paths, hosts or rows.
+
+`export` writes these files, `card` shows them. Everything is taken from the plan and the journal, so the same run gives the same bytes.
+"""
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from finetune import journal
+from finetune.plan import Plan
+
+EVENTS = ("evaluated", "committed")
+LEFT_OUT = ("time", "attempt")
+
+
+def recipe(plan: Plan) -> str:
+    """The recipe in force, `--set` included, as YAML; only what differs from defaults, without the user's comments and folders."""
+    return to_yaml(_public(plan.recipe.model_dump(mode="json", exclude_defaults=True)))
+
+
+def to_yaml(value: object) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue()
+
+
+def public_name(text: str) -> str:
+    """A path of this machine as its last part; anything else as it is."""
+    return Path(text).name if text.startswith(("/", "~")) else text
+
+
+def figures(records: Iterable[dict], step: int) -> list[dict]:
+    """Steps, evaluations and commits up to a step, in order, with nothing in them but numbers; the last record of each counts."""
+    records = list(records)
+    kept = {(number, 0): record for number, record in journal.steps(records).items()}
+    for record in records:
+        if record["kind"] == "event" and record["event"] in EVENTS:
+            kept[record["step"], 1 + EVENTS.index(record["event"])] = record
+    return [_numbers(record) for (number, _), record in sorted(kept.items(), key=lambda item: item[0]) if number <= step]
+
+
+def to_lines(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def loss_curve(records: list[dict]) -> bytes:
+    """A PNG of training loss and held-out loss over steps; the same records give the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "step"]
+    held_out = [(record["step"], record["loss"]) for record in records if record.get("event") == "evaluated"]
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | {"backend": matplotlib.rcParams["backend"]}):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=0.8, alpha=0.7, label="training, each step")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out")
+        axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats per supervised token)", title="Loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})  # else the version is in the bytes
+    return stream.getvalue()
+
+
+def _numbers(record: dict) -> dict:
+    names = {name: record[name] for name in ("kind", "event") if name in record}
+    return names | {key: value for key, value in record.items() if isinstance(value, int | float) and key not in LEFT_OUT}
+
+
+def _public(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return public_name(value) if isinstance(value, str) else value
