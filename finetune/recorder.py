@@ -110,6 +110,10 @@ class Recorder:
             self._remove_old()
         self.committed_at = time.monotonic()
 
+    def close(self) -> None:
+        if self.is_writer:
+            self._journal.close()
+
     def _manifest(self, step: int, metrics: dict | None) -> Manifest:
         last = self._last
         return Manifest(

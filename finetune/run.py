@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from finetune import estimate, guard, loop
 from finetune import plan as plans
 from finetune.checkpoints import lease, snapshot
+from finetune.checkpoints.manifest import Checkpoint, Damage
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
 from finetune.errors import FinetuneError, NotFiniteError, RunError, Stopped
@@ -79,21 +80,15 @@ def train(loaded: LoadedRecipe, path: Path, is_quiet: bool = False) -> None:
             for change in changes:
                 progress.say(change)
             checkpoint, damages = recorder.open(loaded.text, changes)
-            state = build(resolved.plan, base_directory, accelerator)
-            accelerator.wait_for_everyone()
-            for damage in damages:
-                progress.say(f"damaged: {damage.file}: {f'{damage.tensor}: ' if damage.tensor else ''}{damage.message}")
-            if damages:
-                lost = max(int(damage.file[5:13]) for damage in damages) - recorder.last_step
-                progress.say(f"falling back to step {recorder.last_step}: {lost} steps are run again")
-            if checkpoint:
-                snapshot.read(state, resolved.plan, checkpoint)
-                progress.say(f"resumed from step {state.step}")
-            signals.is_training = True
             try:
+                state = build(resolved.plan, base_directory, accelerator)
+                accelerator.wait_for_everyone()
+                _resume(state, resolved.plan, recorder, checkpoint, damages)
+                signals.is_training = True
                 execute(resolved, base_directory, state, recorder, signals)
             finally:
                 progress.close()
+                recorder.close()
     if state.step < resolved.plan.steps:
         raise Stopped(signals.received or signal.SIGTERM)
 
@@ -143,6 +138,21 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
     commit_last()
     if state.step == plan.steps:
         recorder.progress.say(f"finished at step {state.step}")
+
+
+def _resume(
+    state: TrainState, plan: Plan, recorder: Recorder, checkpoint: Checkpoint | None, damages: list[Damage]
+) -> None:
+    """Brings the state to the newest sound checkpoint, and says what that costs where newer ones are damaged."""
+    for damage in damages:
+        place = f"{damage.file}: {damage.tensor}" if damage.tensor else damage.file
+        recorder.progress.say(f"damaged: {place}: {damage.message}")
+    if damages:
+        lost = max(int(damage.file[5:13]) for damage in damages) - recorder.last_step
+        recorder.progress.say(f"falling back to step {recorder.last_step}: {lost} steps are run again")
+    if checkpoint:
+        snapshot.read(state, plan, checkpoint)
+        recorder.progress.say(f"resumed from step {state.step}")
 
 
 class SpikeError(FinetuneError):

@@ -146,7 +146,7 @@ def test_every_launcher_command_runs(words: list[str], workplace: Path, tmp_path
     monkeypatch.setenv("PATH", PATH)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert run(words)[0] == 0
-    assert (Path(words[words.index("--run") + 1]) / "checkpoints/step-00000060/manifest.json").exists()
+    assert list(Path(words[words.index("--run") + 1]).glob("checkpoints/step-*/manifest.json"))
 
 
 def test_every_script_that_a_page_names_is_there() -> None:

@@ -1,0 +1,55 @@
+"""A setting that no code reads is a lie to the person who sets it."""
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import get_args
+
+from finetune.recipe.schema import Recipe, Section
+
+ROOT = Path(__file__).parents[1]
+# These three say what a recipe may hold; they act on nothing.
+DECLARATIONS = {"schema.py", "check.py", "nodes.py"}
+READERS = [
+    path for path in (ROOT / "finetune").rglob("*.py") if path.parent.name != "recipe" or path.name not in DECLARATIONS
+]
+
+
+def keys(model: type[Section], key: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a recipe: dotted, and its last part."""
+    for name, field in model.model_fields.items():
+        place = f"{key}.{name}".removeprefix(".")
+        yield place, name
+        for section in sections(field.annotation):
+            yield from keys(section, place)
+
+
+def sections(annotation: object) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections(argument)
+
+
+def attributes_read(paths: Iterable[Path]) -> set[str]:
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def unread(model: type[Section]) -> list[str]:
+    read = attributes_read(READERS)
+    return sorted({place for place, name in keys(model) if name not in read})
+
+
+def test_every_setting_is_read_by_some_code() -> None:
+    assert unread(Recipe) == []
+
+
+def test_a_setting_that_nobody_reads_is_found() -> None:
+    class Shelf(Section):
+        never_read_by_anyone: int = 0
+
+    class Added(Recipe):
+        shelves: list[Shelf] | None = None
+
+    assert {"shelves", "shelves.never_read_by_anyone"} <= set(unread(Added))
