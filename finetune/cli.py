@@ -109,13 +109,11 @@ def show(ref: str, is_json: bool) -> None:
 @click.argument("ref")
 @JSON
 def verify(ref: str, is_json: bool) -> None:
-    """Check every byte of a checkpoint, or of all checkpoints of a run."""
+    """Check every byte of a checkpoint or of a whole run."""
     from finetune import history
 
     problems = history.problems(ref)
-    lines = [
-        f"{problem['file']}: {problem['tensor'] or problem['check']}: {problem['message']}" for problem in problems
-    ]
+    lines = [f"{problem['file']}: {problem['message']}" for problem in problems]
     _print({"ok": not problems, "problems": problems}, "\n".join(lines) or "every byte is as it was committed", is_json)
     if problems:
         sys.exit(CheckpointError.exit_code)
@@ -132,6 +130,8 @@ def verify(ref: str, is_json: bool) -> None:
 @JSON
 def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_json: bool) -> None:
     """Evaluate models on held-out rows."""
+    if overrides and not recipe:
+        raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
     from finetune.compare.evaluate import evaluate as evaluate_refs
 
     results = evaluate_refs(refs, recipe, overrides)
@@ -166,7 +166,7 @@ def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_j
 @click.argument("directory", type=click.Path(path_type=Path))
 @JSON
 def package(ref: str, directory: Path, is_json: bool) -> None:
-    """Write a checkpoint as a model folder, loaded back and compared with what was trained."""
+    """Write a checkpoint as a model folder that is proven to be what was trained."""
     from finetune.package.export import package as package_ref
 
     facts = package_ref(ref, directory)
@@ -190,7 +190,7 @@ def schema(file: Path | None) -> None:
 @cli.command()
 @JSON
 def doctor(is_json: bool) -> None:
-    """Look at this machine: versions, devices, memory, disk, and what is wrong with them."""
+    """Look at this machine: versions, devices, memory, disk."""
     from finetune import doctor as examination
 
     facts = examination.facts()

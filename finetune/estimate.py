@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.errors import RunError
 from finetune.plan import Plan
-from finetune.recipe.schema import LoraAdapter
+from finetune.recipe.schema import LoraAdapter, Publish
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -113,7 +113,13 @@ def forecast(plan: Plan, config: "PretrainedConfig", micro_batch_tokens: int, ru
         "checkpoint_bytes": checkpoint_bytes(plan),
         "run_bytes": run_bytes(plan),
         "free_bytes": free_bytes(run),
+        "guard": {"spike": plan.recipe.guard.spike, "not_finite": plan.recipe.guard.not_finite},
+        "publish": _target(plan.recipe.publish),
     }
+
+
+def _target(publish: Publish | None) -> dict | None:
+    return {"repo": publish.repo, "private": publish.private} if publish else None
 
 
 def table(facts: dict) -> str:
@@ -149,8 +155,13 @@ def table(facts: dict) -> str:
         ),
         ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
         ("disk", f"{readable(facts['free_bytes'])} free"),
+        ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
         ("plan", facts["plan_id"]),
     ]
+    if facts["publish"]:
+        rows.append(
+            ("publish", f"{facts['publish']['repo']}, {'private' if facts['publish']['private'] else 'public'}")
+        )
     lines = [f"{name:11}{text}" for name, text in rows]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
         lines.append(

@@ -118,6 +118,6 @@ def load(run: Path) -> tuple[Plan, dict]:
         raise RunError(
             "does not have the content its plan_id stands for",
             where=str(path),
-            hint="it was edited: restore it, or `branch`",
+            hint="it was edited: restore it from a copy",
         )
     return plan, facts

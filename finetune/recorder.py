@@ -40,6 +40,7 @@ class Recorder:
     def open(self, recipe_text: str, changes: list[str]) -> tuple[Checkpoint | None, list[Damage]]:
         """Writes down what is about to happen; returns the newest sound checkpoint, and what is wrong with newer ones."""
         self._last, damages = self._store.newest_sound()
+        self._damaged = {damage.file.partition("/")[0] for damage in damages}
         if self.is_writer:
             self._store.sweep()
             replace_file(self.path / "recipe.yaml", recipe_text.encode())
@@ -102,9 +103,10 @@ class Recorder:
             self._rows.flush(self.last_step + 1, state.step)
             self._journal.sync()
             attempt = self._store.begin(state.step, self._attempt)
-            snapshot.write(state, self.plan, base_directory, attempt)
+            snapshot.write(state, self.plan, base_directory, self._last, attempt)
             attempt.write_json("trainer_state.json", self._trainer_state(state.step))
-            self._last = self._store.commit(attempt, self._manifest(state.step, metrics))
+            self._last = self._store.commit(attempt, self._manifest(state.step, metrics), verify_digests=True)
+            self._damaged.discard(self._last.path.name)
             self.event("committed", step=state.step, save_seconds=round(time.monotonic() - started, 3))
             self.progress.say(f"committed step {state.step}")
             self._remove_old()
@@ -141,9 +143,10 @@ class Recorder:
         return {"global_step": step, "max_steps": self.plan.steps, "log_history": history}
 
     def _remove_old(self) -> None:
-        """Retention, after the successor was committed and read back."""
+        """Retention, after the successor was committed and every byte of it read back. A damaged checkpoint counts for nothing."""
         checkpoints = self._store.checkpoints()
-        saved = [Saved(checkpoint.step, checkpoint.manifest.metrics) for checkpoint in checkpoints]
+        sound = [checkpoint for checkpoint in checkpoints if checkpoint.path.name not in self._damaged]
+        saved = [Saved(checkpoint.step, checkpoint.manifest.metrics) for checkpoint in sound]
         kept = keep(saved, self.plan.recipe.checkpoint.keep, protected=set())
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:

@@ -145,8 +145,7 @@ def _resume(
 ) -> None:
     """Brings the state to the newest sound checkpoint, and says what that costs where newer ones are damaged."""
     for damage in damages:
-        place = f"{damage.file}: {damage.tensor}" if damage.tensor else damage.file
-        recorder.progress.say(f"damaged: {place}: {damage.message}")
+        recorder.progress.say(f"damaged: {damage.file}: {damage.message}")
     if damages:
         lost = max(int(damage.file[5:13]) for damage in damages) - recorder.last_step
         recorder.progress.say(f"falling back to step {recorder.last_step}: {lost} steps are run again")

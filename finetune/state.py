@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.errors import FinetuneError
@@ -58,6 +59,7 @@ def start_accelerator(settings: Train) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = (
             False  # a check for careless kernels that writes every buffer twice
         )
+    AcceleratorState._reset_state()  # else a second one in this process inherits the first one's precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
@@ -69,7 +71,7 @@ def start_accelerator(settings: Train) -> Accelerator:
     if accelerator.num_processes != declared:
         raise FinetuneError(
             f"the launcher declared {declared} processes, but only {accelerator.num_processes} know of each other",
-            hint="on CPUs use `torchrun --nproc-per-node N -m finetune train …`",
+            hint="on CPUs use `torchrun --nproc-per-node N -m -- finetune train RECIPE`",
         )
     return accelerator
 

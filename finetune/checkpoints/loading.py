@@ -59,8 +59,9 @@ def _open_checkpoint(checkpoint: Checkpoint, attention: str) -> Opened:
     damages = [damage for damage in verify(checkpoint.path) if damage.check != "extra"]
     if damages:
         first = damages[0]
-        message = f"{first.file}: {f'{first.tensor}: ' if first.tensor else ''}{first.message}"
-        raise CheckpointError(message, where=str(checkpoint.path), hint="use another checkpoint of the run")
+        raise CheckpointError(
+            f"{first.file}: {first.message}", where=str(checkpoint.path), hint="use another checkpoint of the run"
+        )
     run = run_of(Ref("checkpoint", "", path=checkpoint.path))
     plan = plans.load(run)[0] if run else None
     if (checkpoint.path / "adapter_config.json").exists():

@@ -22,8 +22,8 @@ NOT_COPIED = ("config.json", "model.safetensors.index.json", "adapter_config.jso
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer, template, generation config
 
 
-def write(state: TrainState, plan: Plan, base_directory: Path, attempt: Attempt) -> None:
-    """All files of a checkpoint but its manifest."""
+def write(state: TrainState, plan: Plan, base_directory: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
+    """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
     weights = [_tensor(name, tensor) for name, tensor in adapter.weights(state.model).items()]
     if adapter.is_adapter(state.model):
         attempt.write_tensors("adapter_model.safetensors", weights, {"format": "pt"})
@@ -32,7 +32,7 @@ def write(state: TrainState, plan: Plan, base_directory: Path, attempt: Attempt)
         attempt.write_tensors("model.safetensors", weights, {"format": "pt"})
         attempt.write_json("config.json", _config(base_directory))
     for file in companions(base_directory):
-        attempt.write_bytes(file.name, file.read_bytes())
+        _write_or_link(file, previous, attempt)
     moments, scalars = _optimizer_state(state)
     attempt.write_tensors("optimizer.safetensors", [_tensor(name, tensor) for name, tensor in moments.items()], {})
     attempt.write_json("state.json", {"step": state.step, "optimizer": plan.recipe.optimizer.name, "scalars": scalars})
@@ -50,6 +50,16 @@ def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
 def companions(directory: Path) -> list[Path]:
     """The small files that travel with weights: tokenizer, chat template, generation config."""
     return sorted(file for pattern in COMPANIONS for file in directory.glob(pattern) if file.name not in NOT_COPIED)
+
+
+def _write_or_link(file: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
+    content = file.read_bytes()
+    earlier = previous.path / file.name if previous else None
+    # compared, not trusted: a damaged copy is not handed on
+    if earlier and file.name in previous.manifest.files and earlier.is_file() and earlier.read_bytes() == content:
+        attempt.link(file.name, earlier, previous.manifest.files[file.name])
+    else:
+        attempt.write_bytes(file.name, content)
 
 
 def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CONVERSION = 1  # of the GGUF conversion below; part of the cache key
+
+
+class HubUnreachableError(BaseError):
+    """No network, no answer, or offline mode, and the cache does not hold what is asked for."""
 
 
 def pin(base: Base) -> PinnedBase:
@@ -248,10 +253,20 @@ def _file_digest(path: Path) -> str:
 
 
 def _commit_of(repo: str, revision: str | None) -> str:
+    """The commit of a revision now; where the Hub cannot be reached, the one that `finetune fetch` left in the cache."""
     import huggingface_hub
 
-    with _hub_errors(repo, revision):
-        return huggingface_hub.HfApi().model_info(repo, revision=revision).sha
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    try:
+        with _hub_errors(repo, revision):
+            return huggingface_hub.HfApi().model_info(repo, revision=revision).sha
+    except HubUnreachableError:
+        with _hub_errors(repo, revision):
+            cached = huggingface_hub.snapshot_download(
+                repo, revision=revision, local_files_only=True, allow_patterns="config.json"
+            )
+        return Path(cached).name
 
 
 def _download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
@@ -280,7 +295,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise BaseError(
+        raise HubUnreachableError(
             f"the Hub cannot be reached: {reason}",
             where=where,
             hint="`finetune fetch` a recipe where there is a network",

@@ -81,7 +81,7 @@ def _title(plan: Plan) -> str:
         return plan.recipe.publish.repo.partition("/")[2]
     hub = hub_base(plan)
     base = hub[0] if hub else record.public_name(plan.recipe.base.checkpoint)
-    return f"{base.rpartition('/')[2]}, fine-tuned"
+    return f"{base.rpartition('/')[2].removesuffix('.gguf')}, fine-tuned"
 
 
 def _summary(facts: Facts) -> str:

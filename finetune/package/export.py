@@ -27,9 +27,9 @@ from finetune.checkpoints.snapshot import DTYPES
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import adapter, base
-from finetune.package import licence, proof, record
+from finetune.package import licence, probe, proof, record
 from finetune.package.card import Facts, card, hub_base
-from finetune.package.proof import Check, Look
+from finetune.package.proof import Check, Logits, Look
 from finetune.plan import Plan
 from finetune.tasks.chat import template_of
 
@@ -60,8 +60,8 @@ def package(ref: str, directory: Path) -> dict:
     base_directory = _base_directory(plan)
     figures = record.figures(journal.read(run), manifest.step)
     with _staged(directory) as staging:
-        model, changes = _converted(opened.model, form, PRECISIONS[dtype], tokenizer)
-        trained = Look.at(model, tokenizer)
+        model, logits, changes = _converted(opened.model, form, PRECISIONS[dtype], tokenizer)
+        trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
         _write_small_files(opened, tokenizer.chat_template, base_directory, staging)
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries would break up our own lines
             write_weights(model, opened, form, PRECISIONS[dtype], staging)
@@ -98,19 +98,20 @@ def write_weights(model: torch.nn.Module, opened: Opened, form: str, dtype: torc
         generation.write_bytes(own)
 
 
-def _converted(model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer) -> tuple[torch.nn.Module, list[Check]]:
-    """The model as it will be packaged, and how far each change moved it from what was trained. Works in place."""
-    checks, trained = [], proof.probe.logits(model, tokenizer)
+def _converted(model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer) -> tuple[torch.nn.Module, Logits, list[Check]]:
+    """The model as it will be packaged, its logits, and how far each change moved them from the trained ones. Works in place."""
+    trained = logits = probe.logits(model, tokenizer)
+    checks = []
     if form == "merged" and adapter.is_adapter(model):
         model = model.merge_and_unload()
-        merged = proof.probe.logits(model, tokenizer)
-        checks.append(proof.within("merge", "merging the adapter in fp32", trained, merged, proof.MERGE_BOUND))
+        logits = probe.logits(model, tokenizer)
+        checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, proof.MERGE_BOUND))
     if dtype != torch.float32:
         with torch.no_grad():
             _cast(model, form, dtype)
-        cast = proof.probe.logits(model, tokenizer)
-        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, cast, proof.CAST_BOUND))
-    return model, checks
+        logits = probe.logits(model, tokenizer)
+        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, proof.CAST_BOUND))
+    return model, logits, checks
 
 
 def _cast(model: torch.nn.Module, form: str, dtype: torch.dtype) -> None:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from finetune.package import probe
 # the weights. Measured with LoRA on SmolLM2-135M: 5e-10 and 2e-3.
 MERGE_BOUND = 1e-5
 CAST_BOUND = 2e-2
+Logits = dict[str, torch.Tensor]
 NOT_FOR_THE_PROBE = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it needs no network, hence no secret
 
 
@@ -43,15 +43,12 @@ class Check:
 class Look:
     """What `probe` sees of a model."""
 
-    logits: dict[str, torch.Tensor]
+    logits: Logits
     facts: dict
-
-    @classmethod
-    def at(cls, model: torch.nn.Module, tokenizer) -> "Look":
-        return cls(probe.logits(model, tokenizer), json.loads(json.dumps(probe.facts(model, tokenizer))))
+    """As read from JSON."""
 
 
-def within(name: str, what: str, reference: Mapping, other: Mapping, bound: float) -> Check:
+def within(name: str, what: str, reference: Logits, other: Logits, bound: float) -> Check:
     """A change of the logits that must be small: mean divergence of the next token's distribution from the reference's."""
     figures = drift(reference, other) | {"bound": bound}
     if not figures["mean_kl"] <= bound:
@@ -64,7 +61,7 @@ def within(name: str, what: str, reference: Mapping, other: Mapping, bound: floa
     return Check(name, message, figures)
 
 
-def drift(reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def drift(reference: Logits, other: Logits) -> dict[str, float]:
     """Largest difference of a logit, mean KL divergence in nats, and the share of positions with the same likeliest token."""
     largest, divergence, same, positions = 0.0, 0.0, 0, 0
     for name in reference:
@@ -102,18 +99,19 @@ def equal(trained: Look, loaded: Look) -> list[Check]:
     size, vocabulary = loaded.facts["tokenizer"]["size"], loaded.facts["vocabulary"]
     if size > vocabulary:
         raise _failed("vocabulary", f"the tokenizer has {size:,} tokens, the model only {vocabulary:,}")
-    figures = drift(trained.logits, loaded.logits)
-    if not all(torch.equal(trained.logits[name], loaded.logits[name]) for name in trained.logits):
-        raise _failed("logits", f"a fresh process computes logits that differ by up to {figures['max_difference']:.3g}")
+    for name, logits in trained.logits.items():
+        if not torch.equal(logits, loaded.logits[name]):
+            largest = (logits - loaded.logits[name]).abs().max().item()
+            raise _failed("logits", f"a fresh process computes logits that differ by up to {largest:.3g}")
     tensors, positions = len(loaded.facts["weights"]), sum(one.shape[0] * one.shape[1] for one in loaded.logits.values())
     return [
         Check("keys", "no weight is missing, surplus or of another shape"),
         Check("weights", f"all {tensors} tensors, loaded in a fresh process, equal the trained ones bit for bit", {"tensors": tensors}),
         Check("tied", "tied weights are tied again" if loaded.facts["tied"] else "the model ties no weights"),
         Check("tokenizer", f"{len(probe.TEXTS)} texts become the same tokens", {"tokens": size}),
-        Check("template", "the chat template is the one of the training" if loaded.facts["template"]["source"] else "no chat template"),
+        Check("template", "the chat template is the one that was trained with" if loaded.facts["template"]["source"] else "no chat template"),
         Check("vocabulary", f"{size:,} tokens fit the model's {vocabulary:,}", {"vocabulary": vocabulary}),
-        Check("logits", f"a fresh process computes the same logits at {positions} positions, bit for bit", figures | {"positions": positions}),
+        Check("logits", f"a fresh process computes the same logits at {positions} positions, bit for bit", {"max_difference": 0.0, "positions": positions}),
     ]
 
 

@@ -97,7 +97,10 @@ _HUB_ID = r"[\w.-]+/[\w.-]+"
 _EVERY_SCHEMA = {"type": "string", "pattern": r"^[0-9.]+ (steps?|minutes?)$"}
 Cadence = Annotated[Every, BeforeValidator(_every), PlainSerializer(str), WithJsonSchema(_EVERY_SCHEMA)]
 StepCadence = Annotated[
-    Every, BeforeValidator(_every_steps), PlainSerializer(str), WithJsonSchema({"type": "string", "pattern": r"^\d+ steps?$"})
+    Every,
+    BeforeValidator(_every_steps),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+ steps?$"}),
 ]
 CountOrShare = Annotated[
     int | str,
@@ -173,9 +176,7 @@ class Source(Section):
     def _one_place(self) -> "Source":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("needs either `path` or `dataset`")
-        if self.path is not None and (
-            self.name is not None or self.revision is not None or self.split is not None
-        ):
+        if self.path is not None and (self.name is not None or self.revision is not None or self.split is not None):
             raise ValueError("`name`, `split` and `revision` go with `dataset`, not with `path`")
         return self
 
@@ -367,6 +368,13 @@ def _train_has_a_length(train: Train) -> str | None:
     return "train: needs `epochs` or `steps`" if train.epochs is None and train.steps is None else None
 
 
+def _optimizer_has_its_settings(optimizer: Optimizer) -> str | None:
+    fields = Optimizer.model_fields
+    foreign = ("momentum",) if optimizer.name == "adamw" else ("betas", "eps")
+    set_in_vain = [name for name in foreign if getattr(optimizer, name) != fields[name].default]
+    return f"optimizer.{set_in_vain[0]}: has no meaning for `{optimizer.name}`" if set_in_vain else None
+
+
 def _evaluation_has_rows(evaluate: Evaluate, data: Data) -> str | None:
     return (
         "evaluate.every: needs held-out rows; set `data.holdout`" if evaluate.every and not _has_holdout(data) else None
@@ -401,6 +409,7 @@ def _has_holdout(data: Data) -> bool:
 _RULES = [
     _all_weights_or_none,
     _train_has_a_length,
+    _optimizer_has_its_settings,
     _evaluation_has_rows,
     _best_has_rows,
     _micro_batch_holds_a_row,

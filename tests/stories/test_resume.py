@@ -6,6 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from finetune import journal
+from finetune.checkpoints.manifest import verify
 from finetune.recorder import Recorder
 
 ADAPTERS = {
@@ -16,7 +17,7 @@ ADAPTERS = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing is cleaned up (`test_sigkill` sends the real one)."""
+    """Stands for SIGKILL: nothing catches it, nothing is cleaned up (`test_processes` sends the real one)."""
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -115,7 +116,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(recipe_file, train,
     capsys.readouterr()
     train(recipe, damaged)
     said = capsys.readouterr().err
-    assert "damaged: step-00000010/adapter_model.safetensors: base_model.model." in said
+    assert "damaged: step-00000010/adapter_model.safetensors: tensor base_model.model." in said
     assert "falling back to step 9: 1 steps are run again\nresumed from step 9\n" in said
     assert_same_run(whole, damaged)
     assert not [record for record in journal.read(damaged) if record.get("event") == "not_exact"]
@@ -138,3 +139,27 @@ def test_a_step_that_changes_when_run_again_is_reported_at_once(
     said = capsys.readouterr().err
     assert "step 5 ran before and is not the same: loss was 1" in said
     assert [record["step"] for record in journal.read(tmp_path / "run") if record.get("event") == "not_exact"] == [5]
+
+
+def test_retention_counts_on_sound_checkpoints_only(recipe_file, train, killed_at, tmp_path, monkeypatch) -> None:
+    recipe = recipe_file(checkpoint={"every": "1 step", "keep": {"last": 1}})
+    run = train(recipe, tmp_path / "run", "checkpoint.keep.last=3")
+    for step in (9, 10):
+        file = run / f"checkpoints/step-{step:08d}/adapter_model.safetensors"
+        file.chmod(0o644)
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    killed_at(9)
+    with pytest.raises(Killed):
+        train(recipe, run)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000008"
+    train(recipe, run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+    assert not verify(run / "checkpoints/step-00000010")
+
+
+def test_small_files_are_linked_from_checkpoint_to_checkpoint(recipe_file, train, tmp_path) -> None:
+    run = train(recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3}}), tmp_path / "run")
+    tokenizers = [path / "tokenizer.json" for path in (run / "checkpoints").iterdir()]
+    assert len({path.stat().st_ino for path in tokenizers}) == 1
+    assert tokenizers[0].stat().st_nlink == 3
