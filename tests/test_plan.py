@@ -128,7 +128,7 @@ def test_an_edited_plan_is_refused(plan, tmp_path):
     path = tmp_path / "plan.json"
     path.write_bytes(plan.dump({}).replace(b'"learning_rate": 0.01', b'"learning_rate": 0.02'))
     assert refusal(tmp_path) == (
-        f"{path}: does not have the content its plan_id stands for\nhint: it was edited: restore it, or `branch`"
+        f"{path}: does not have the content its plan_id stands for\nhint: it was edited: restore it from a copy"
     )
 
 

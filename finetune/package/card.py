@@ -57,9 +57,9 @@ def card(facts: Facts) -> str:
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:
     """The Hub checkpoint that a run started from and its commit, if known; None for a base that others cannot name."""
-    if plan.recipe.base.origin:
-        return plan.recipe.base.origin, None
-    return (parse(plan.recipe.base.checkpoint).repo, plan.base.revision) if plan.base.kind == "hub" else None
+    if plan.base.kind == "hub":
+        return parse(plan.recipe.base.checkpoint).repo, plan.base.revision
+    return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
 
 
 def _front_matter(facts: Facts) -> dict:
@@ -72,7 +72,11 @@ def _front_matter(facts: Facts) -> dict:
         "pipeline_tag": "text-generation",
         **({"base_model": hub[0], "base_model_relation": "adapter" if is_adapter else "finetune"} if hub else {}),
         **({"datasets": datasets} if datasets else {}),
-        "tags": ["finetune", *(["lora"] if _method(facts.plan) == "lora" else []), *(["conversational"] if _is_chat(facts.plan) else [])],
+        "tags": [
+            "finetune",
+            *(["lora"] if _method(facts.plan) == "lora" else []),
+            *(["conversational"] if _is_chat(facts.plan) else []),
+        ],
     }
 
 
@@ -95,10 +99,12 @@ def _summary(facts: Facts) -> str:
         f"{_number(plan.counts.examples)} examples, {_number(plan.counts.tokens)} tokens, of them "
         f"{_number(plan.counts.supervised_tokens)} with a loss.",
     ]
-    if plan.recipe.base.origin:
+    if plan.recipe.base.origin and plan.base.kind != "hub":
         lines.append(f"The base was a local checkpoint that the recipe declares equal to `{plan.recipe.base.origin}`.")
     if facts.licence is None:
-        lines.append("The licence is not known: the base does not state one. Ask its authors before you pass this model on.")
+        lines.append(
+            "The licence is not known: the base does not state one. Ask its authors before you pass this model on."
+        )
     return "\n\n".join(lines)
 
 
@@ -123,12 +129,25 @@ def _figures(facts: Facts) -> str:
     steps = [item for item in facts.figures if item["kind"] == "step"]
     evaluated = {item["step"]: item for item in facts.figures if item.get("event") == "evaluated"}
     columns = [("base", evaluated.get(0)), (f"step {facts.manifest.step}", evaluated.get(facts.manifest.step))]
-    rows = [(name, *(_figure(found, key) for _, found in columns)) for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))]
+    rows = [
+        (name, *(_figure(found, key) for _, found in columns))
+        for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
+    ]
     counted = evaluated.get(facts.manifest.step) or evaluated.get(0)
-    held_out = f"On {_number(counted['rows'])} held-out rows ({_number(counted['tokens'])} tokens with a loss)." if counted else "No rows were held out."
+    held_out = (
+        f"On {_number(counted['rows'])} held-out rows ({_number(counted['tokens'])} tokens with a loss)."
+        if counted
+        else "No rows were held out."
+    )
     sums = [sum(item[key] for item in steps) for key in ("tokens", "supervised_tokens")]
-    seen = f"Trained for {_number(len(steps))} steps on {_number(sums[0])} tokens, of them {_number(sums[1])} with a loss."
-    return "\n\n".join([_table(("", *(name for name, _ in columns)), rows), held_out, seen]) if counted else f"{held_out} {seen}"
+    seen = (
+        f"Trained for {_number(len(steps))} steps on {_number(sums[0])} tokens, of them {_number(sums[1])} with a loss."
+    )
+    return (
+        "\n\n".join([_table(("", *(name for name, _ in columns)), rows), held_out, seen])
+        if counted
+        else f"{held_out} {seen}"
+    )
 
 
 def _usage(facts: Facts) -> str:
@@ -145,14 +164,18 @@ def _usage(facts: Facts) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
             'generate = pipeline("text-generation", model=model, tokenizer=tokenizer)',
         ]
-    return "\n".join(["```python", *lines, f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])', "```"])
+    return "\n".join(
+        ["```python", *lines, f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])', "```"]
+    )
 
 
 def _recipe(facts: Facts) -> str:
     world = facts.manifest.world
     environment = [(name, version) for name, version in facts.manifest.versions.items()]
     environment += [(name.replace("_", " "), str(value)) for name, value in world.items()]
-    commands = f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
+    commands = (
+        f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
+    )
     return "\n\n".join(
         [
             f"```console\n{commands}\n```",

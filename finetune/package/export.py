@@ -71,7 +71,7 @@ def package(ref: str, directory: Path) -> dict:
         found = [check.to_dict() for check in checks]
         facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))
         _write_record(facts, staging)
-        _refuse_private(staging, [run, opened.base_directory, directory])
+        refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
 
@@ -91,14 +91,18 @@ def write_weights(model: torch.nn.Module, opened: Opened, form: str, dtype: torc
     generation = directory / "generation_config.json"
     own = generation.read_bytes() if generation.exists() else None
     model.config.use_cache = config.get("use_cache", True)  # `base.load_model` had turned it off
-    model.generation_config = GenerationConfig.from_model_config(model.config)  # the base's own may be one that refuses to be saved
+    model.generation_config = GenerationConfig.from_model_config(
+        model.config
+    )  # the base's own may be one that refuses to be saved
     model.save_pretrained(directory, max_shard_size=opened.plan.recipe.package.max_shard_bytes)
     _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if own is not None:
         generation.write_bytes(own)
 
 
-def _converted(model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer) -> tuple[torch.nn.Module, Logits, list[Check]]:
+def _converted(
+    model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer
+) -> tuple[torch.nn.Module, Logits, list[Check]]:
     """The model as it will be packaged, its logits, and how far each change moved them from the trained ones. Works in place."""
     trained = logits = probe.logits(model, tokenizer)
     checks = []
@@ -110,7 +114,9 @@ def _converted(model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer)
         with torch.no_grad():
             _cast(model, form, dtype)
         logits = probe.logits(model, tokenizer)
-        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, proof.CAST_BOUND))
+        checks.append(
+            proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, proof.CAST_BOUND)
+        )
     return model, logits, checks
 
 
@@ -130,14 +136,18 @@ def _run_of(ref: str) -> Path:
     parsed = parse(ref)
     run = run_of(parsed) if parsed.kind in ("run", "checkpoint") else None
     if run is None:
-        raise PackageError("is not a checkpoint of a run", where=ref, hint="name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run")
+        raise PackageError(
+            "is not a checkpoint of a run", where=ref, hint="name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run"
+        )
     return run
 
 
 def _refuse_existing(directory: Path) -> None:
     with failures(directory, PackageError, what="cannot be read"):
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise PackageError("is there already", where=str(directory), hint="name a new directory, or remove this one")
+            raise PackageError(
+                "is there already", where=str(directory), hint="name a new directory, or remove this one"
+            )
 
 
 def _refuse_unnamed_base(plan: Plan, form: str) -> None:
@@ -158,27 +168,25 @@ def _base_directory(plan: Plan) -> Path | None:
 
 
 def _write_small_files(opened: Opened, template: str | None, base_directory: Path | None, directory: Path) -> None:
-    with failures(directory, PackageError):
-        for name in SMALL_FILES:
-            if (opened.directory / name).is_file():
-                shutil.copyfile(opened.directory / name, directory / name)
-        if template != base.load_tokenizer(opened.directory).chat_template:
-            (directory / "chat_template.jinja").write_text(template)
-        for file in licence.texts(base_directory) if base_directory else ():
-            shutil.copyfile(file, directory / file.name)
+    for name in SMALL_FILES:
+        if (opened.directory / name).is_file():
+            shutil.copyfile(opened.directory / name, directory / name)
+    if template != base.load_tokenizer(opened.directory).chat_template:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for file in licence.texts(base_directory) if base_directory else ():
+        shutil.copyfile(file, directory / file.name)
 
 
 def _write_record(facts: Facts, directory: Path) -> None:
     training = directory / "training"
-    with failures(directory, PackageError):
-        training.mkdir()
-        (training / "recipe.yaml").write_text(record.recipe(facts.plan))
-        (training / "journal.jsonl").write_text(record.to_lines(facts.figures))
-        (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
-        (directory / "README.md").write_text(card(facts))
+    training.mkdir()
+    (training / "recipe.yaml").write_text(record.recipe(facts.plan), encoding="utf-8")
+    (training / "journal.jsonl").write_text(record.to_lines(facts.figures), encoding="utf-8")
+    (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
+    (directory / "README.md").write_text(card(facts), encoding="utf-8")
 
 
-def _refuse_private(directory: Path, places: list[Path]) -> None:
+def refuse_private(directory: Path, places: list[Path]) -> None:
     """A folder of this machine tells others its user and its layout, and means nothing to them."""
     private = {str(place.absolute().parent) for place in places} | {str(Path.home()), str(Path.cwd())}
     private = {place for place in private if place.count("/") > 1}  # `/` and `/root` are everywhere
@@ -187,7 +195,11 @@ def _refuse_private(directory: Path, places: list[Path]) -> None:
         for place in sorted(private):
             if place in text:
                 message = f"private: {file.relative_to(directory)} names {place}"
-                raise PackageError(message, where="package", hint="remove it there, or move the file it comes from; nothing was written")
+                raise PackageError(
+                    message,
+                    where="package",
+                    hint="remove it there, or move the file it comes from; nothing was written",
+                )
 
 
 def _files(directory: Path) -> list[dict]:
@@ -209,13 +221,18 @@ def _staged(directory: Path) -> Iterator[Path]:
         with failures(directory, PackageError):
             make_directory(directory.parent)
             staging.mkdir()
-        yield staging
-        with failures(directory, PackageError):
+            yield staging
             _sync(staging)
             os.rename(staging, directory)
-            sync_directory(directory.parent)
+            try:
+                sync_directory(directory.parent)
+            except OSError:  # whether the rename is on the disk is not known: take it back
+                os.rename(directory, staging)
+                raise
     except SafetensorError as error:  # how the library reports a full disk
-        raise PackageError(f"cannot write weights: {error}", where=str(directory), hint="look at the free space of this disk") from error
+        raise PackageError(
+            f"cannot write weights: {error}", where=str(directory), hint="look at the free space of this disk"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

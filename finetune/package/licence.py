@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from finetune.checkpoints.refs import parse
 from finetune.recipe.schema import Base
@@ -33,7 +33,10 @@ def texts(directory: Path) -> list[Path]:
 def _of_card(directory: Path) -> dict:
     card = directory / "README.md"
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
-    metadata = YAML(typ="safe", pure=True).load(match[1]) if match else None
+    try:
+        metadata = YAML(typ="safe", pure=True).load(match[1]) if match else None
+    except YAMLError:  # what cannot be read states nothing
+        return {}
     return metadata if isinstance(metadata, dict) else {}
 
 
@@ -46,5 +49,9 @@ def _of_gguf(package: str, file: Path) -> dict:
         return {}
     path = importlib.metadata.distribution(carriers[0]).locate_file(Path(*package.split("."), file))
     fields = gguf.GGUFReader(path).fields
-    names = {"license": "general.license", "license_name": "general.license.name", "license_link": "general.license.link"}
+    names = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
     return {key: fields[name].contents() for key, name in names.items() if name in fields}

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 QUESTION = [{"role": "user", "content": "What is a checkpoint good for?"}]
-TEXTS = ("Hello, world!", "  two  blanks\tand a tab\n", "naïve café, 東京, 🙂", "def f(x):\n    return x ** 2", "1234567890 <|x|> </s>")
+TEXTS = (
+    "Hello, world!",
+    "  two  blanks\tand a tab\n",
+    "naïve café, 東京, 🙂",
+    "def f(x):\n    return x ** 2",
+    "1234567890 <|x|> </s>",
+)
 SEQUENCES, LENGTH = 4, 64
 
 
@@ -44,7 +50,11 @@ def facts(model: torch.nn.Module, tokenizer) -> dict:
     return {
         "weights": {name: digest(tensor) for name, tensor in state.items()},
         "tied": sorted(names for names in by_place.values() if len(names) > 1),
-        "tokenizer": {"size": len(tokenizer), "special": tokenizer.special_tokens_map, "ids": tokenizer(list(TEXTS))["input_ids"]},
+        "tokenizer": {
+            "size": len(tokenizer),
+            "special": tokenizer.special_tokens_map,
+            "ids": tokenizer(list(TEXTS))["input_ids"],
+        },
         "template": {"source": tokenizer.chat_template, "rendered": rendered},
         "vocabulary": model.config.get_text_config().vocab_size,
     }

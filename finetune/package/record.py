@@ -45,7 +45,9 @@ def figures(records: Iterable[dict], step: int) -> list[dict]:
     for record in records:
         if record["kind"] == "event" and record["event"] in EVENTS:
             kept[record["step"], 1 + EVENTS.index(record["event"])] = record
-    return [_numbers(record) for (number, _), record in sorted(kept.items(), key=lambda item: item[0]) if number <= step]
+    return [
+        _numbers(record) for (number, _), record in sorted(kept.items(), key=lambda item: item[0]) if number <= step
+    ]
 
 
 def to_lines(records: Iterable[dict]) -> str:
@@ -75,7 +77,9 @@ def loss_curve(records: list[dict]) -> bytes:
 
 def _numbers(record: dict) -> dict:
     names = {name: record[name] for name in ("kind", "event") if name in record}
-    return names | {key: value for key, value in record.items() if isinstance(value, int | float) and key not in LEFT_OUT}
+    return names | {
+        key: value for key, value in record.items() if isinstance(value, int | float) and key not in LEFT_OUT
+    }
 
 
 def _public(value: object) -> object:

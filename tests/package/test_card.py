@@ -1,0 +1,170 @@
+"""The model card: what the Hub reads, what a person reads, and nothing private."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from finetune.checkpoints.manifest import Manifest
+from finetune.package import record
+from finetune.package.card import Facts, card
+from finetune.plan import Counts, PinnedBase, PinnedSource, Plan
+from finetune.recipe.schema import Recipe
+
+HOME = "/home/planted-user"
+COUNTS = Counts(
+    rows=40, examples=40, tokens=1200, supervised_tokens=300, cut_rows=0, cut_tokens=0, left_out_rows=0, longest=60
+)
+FIGURES = (
+    {"kind": "event", "event": "evaluated", "step": 0, "loss": 3.0, "perplexity": 20.0855, "rows": 8, "tokens": 90},
+    {"kind": "step", "step": 1, "loss": 2.9, "tokens": 500, "supervised_tokens": 50},
+    {"kind": "step", "step": 2, "loss": 2.5, "tokens": 700, "supervised_tokens": 70},
+    {"kind": "event", "event": "evaluated", "step": 2, "loss": 2.0, "perplexity": 7.3891, "rows": 8, "tokens": 90},
+)
+
+
+def facts(
+    base: dict | None = None, source: dict | None = None, pin: PinnedBase | None = None, **sections: object
+) -> Facts:
+    recipe = Recipe.model_validate(
+        {
+            "base": base or {"checkpoint": f"{HOME}/models/tiny"},
+            "task": {"name": "chat"},
+            "data": {"train": [source or {"path": f"{HOME}/secret/train.jsonl"}]},
+            "adapter": {"name": "lora"},
+            "optimizer": {"learning_rate": 0.01},
+            "train": {"steps": 2},
+            **sections,
+        }
+    )
+    place = recipe.data.train[0].dataset or recipe.data.train[0].path
+    plan = Plan(
+        recipe=recipe,
+        base=pin or PinnedBase(kind="directory", revision=None, digest="blake3:ba5e"),
+        train=(
+            PinnedSource(
+                name=place,
+                revision="c0ffee" if recipe.data.train[0].dataset else None,
+                fingerprint="blake3:da7a",
+                rows=40,
+            ),
+        ),
+        holdout=(),
+        encoding="sha256:0",
+        counts=COUNTS,
+        holdout_counts=COUNTS,
+        sizes=(40,),
+        steps=2,
+        warmup_steps=0,
+        total_parameters=10,
+        trainable_parameters=5,
+    )
+    manifest = Manifest(
+        run="1234",
+        attempt="a",
+        step=2,
+        parent=None,
+        plan_id=plan.plan_id,
+        versions={"torch": "2.13.0"},
+        digest="blake3:5678",
+    )
+    return Facts(
+        plan, manifest, FIGURES, ({"name": "logits", "message": "a|b"},), "merged", "bf16", {"license": "apache-2.0"}
+    )
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_base_on_the_hub_is_named_with_its_pin() -> None:
+    pin = PinnedBase(kind="hub", revision="abc123", digest=None)
+    text = card(facts({"checkpoint": "owner/base@main"}, pin=pin))
+    metadata = front_matter(text)
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("owner/base", "finetune")
+    assert (metadata["license"], metadata["library_name"], metadata["pipeline_tag"]) == (
+        "apache-2.0",
+        "transformers",
+        "text-generation",
+    )
+    assert "[owner/base](https://huggingface.co/owner/base) at revision `abc123`" in text
+
+
+def test_a_local_base_is_left_out_of_the_front_matter_and_named_in_the_text() -> None:
+    text = card(facts())
+    assert not {"base_model", "base_model_relation"} & front_matter(text).keys()
+    assert "LoRA of the local checkpoint `tiny` (`blake3:ba5e`)" in text
+
+
+def test_a_declared_origin_counts_as_the_base_and_is_said_to_be_declared() -> None:
+    text = card(facts({"checkpoint": f"{HOME}/tiny", "origin": "owner/tiny"}))
+    assert front_matter(text)["base_model"] == "owner/tiny"
+    assert "The base was a local checkpoint that the recipe declares equal to `owner/tiny`." in text
+
+
+def test_an_adapter_alone_is_one_for_peft() -> None:
+    text = card(
+        replace(facts({"checkpoint": "x/y"}, pin=PinnedBase(kind="hub", revision="r", digest=None)), form="adapter")
+    )
+    metadata = front_matter(text)
+    assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
+    assert "AutoPeftModelForCausalLM" in text
+
+
+def test_an_unknown_licence_is_left_out_and_said_to_be_unknown() -> None:
+    text = card(replace(facts(), licence=None))
+    assert "license" not in front_matter(text)
+    assert "The licence is not known" in text
+
+
+def test_data_sets_of_the_hub_are_listed_with_their_revision() -> None:
+    text = card(facts(source={"dataset": "owner/rows"}))
+    assert front_matter(text)["datasets"] == ["owner/rows"]
+    assert "at revision `c0ffee`, split `train`: 40 rows, content `blake3:da7a`" in text
+
+
+def test_figures_of_base_and_checkpoint_stand_side_by_side() -> None:
+    text = card(facts())
+    assert "| held-out loss (nats per token) | 3.0000 | 2.0000 |" in text
+    assert "Trained for 2 steps on 1,200 tokens, of them 120 with a loss." in text
+    without = card(replace(facts(), figures=FIGURES[1:3]))
+    assert "No rows were held out." in without
+
+
+def test_a_bar_in_a_message_does_not_break_its_table() -> None:
+    assert "| logits | a\\|b |" in card(facts())
+
+
+def test_no_folder_of_this_machine_is_in_a_card() -> None:
+    text = card(facts())
+    assert "planted-user" not in text and "secret" not in text
+    assert "train.jsonl" in text
+
+
+@pytest.mark.parametrize("adapter", [None, {"name": "lora"}, {"name": "frozen", "freeze": ["model.*"]}])
+def test_the_same_facts_give_the_same_bytes(adapter) -> None:
+    assert card(facts(adapter=adapter)) == card(facts(adapter=adapter))
+
+
+def test_a_loss_curve_has_no_date_and_the_same_bytes_each_time() -> None:
+    curve = record.loss_curve(list(FIGURES))
+    assert curve == record.loss_curve(list(FIGURES))
+    assert curve.startswith(b"\x89PNG") and b"tEXt" not in curve and b"tIME" not in curve
+
+
+def test_figures_keep_the_last_record_of_a_step_and_numbers_only() -> None:
+    step = {"kind": "step", "step": 1, "attempt": "a", "time": "now", "seconds": 1.5}
+    records = [
+        {**step, "loss": 9.0},
+        {**step, "loss": 2.0},
+        {**step, "step": 2},
+        {"kind": "event", "event": "started", "step": 0, "world": {}},
+    ]
+    assert record.figures(records, 1) == [{"kind": "step", "step": 1, "seconds": 1.5, "loss": 2.0}]
+
+
+def test_a_card_is_made_without_torch() -> None:
+    code = "import finetune.package.card, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

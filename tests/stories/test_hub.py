@@ -1,0 +1,207 @@
+"""A base and data by Hub id, from a Hub on the loopback with the real clients: pinned, moved, refused, cut short, offline.
+
+Commands run in processes of their own, since `huggingface_hub` reads the address of its Hub once, when it is imported.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from finetune import journal
+from tests.hub import Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of nothing
+RUN_IN_TURN = """
+import contextlib, io, json, sys
+from finetune.cli import main
+results = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, printed, said, code = ["finetune", *arguments], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    results.append([code, printed.getvalue(), said.getvalue()])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def hub():
+    with Hub(seconds=110) as hub:
+        yield hub
+
+
+@pytest.fixture
+def online(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """The environment of a user of this Hub, with an empty cache and no token."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "huggingface"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "FINETUNE_CACHE": str(tmp_path / "cache"),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+@pytest.fixture
+def base(hub: Hub, tiny_base: Path):
+    """`tiny/base`; its branch `next` has one file more than `main`."""
+    repo = hub.add("model", "tiny/base")
+    repo.commit_directory(tiny_base)
+    repo.commit({"README.md": b"the next version"}, branch="next")
+    return repo
+
+
+@pytest.fixture
+def rows(hub: Hub, chat_data: Path):
+    """`tiny/rows`: 40 chat rows as JSON Lines, and a card."""
+    repo = hub.add("dataset", "tiny/rows")
+    repo.commit({"README.md": b"# Rows\n", "train.jsonl": (chat_data / "train.jsonl").read_bytes()})
+    return repo
+
+
+def in_turn(env: dict[str, str], *commands: tuple[object, ...]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command; all in one process, as starting one takes seconds."""
+    arguments = json.dumps([[str(part) for part in command] for command in commands])
+    command = [sys.executable, "-c", RUN_IN_TURN, arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr  # it ends with the traceback
+    return [tuple(result) for result in json.loads(done.stdout)]
+
+
+def plan_of(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def pins(plan: dict) -> list[str]:
+    return [plan["base"]["revision"], *(source["revision"] for source in plan["train"] + plan["holdout"])]
+
+
+def parquet(lines: bytes) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([json.loads(line) for line in lines.splitlines()]), file)
+    return file.getvalue()
+
+
+def test_a_branch_of_a_base_and_a_tag_of_a_data_set_are_pinned_to_their_commits(
+    hub, online, base, rows, chat_data, recipe_file, finetune
+) -> None:
+    rows.tags["v1"] = rows.branches["main"]
+    rows.commit({"train.jsonl": b'{"text": "of no use to whoever asks for v1"}\n'})
+    held_out = hub.add("dataset", "tiny/held-out")
+    held_out.commit({"data/test-00000-of-00001.parquet": parquet((chat_data / "holdout.jsonl").read_bytes())})
+    data = {
+        "train": [{"dataset": "tiny/rows", "revision": "v1"}],
+        "holdout": [{"dataset": "tiny/held-out", "split": "test"}],
+    }
+    recipe = recipe_file(base={"checkpoint": "tiny/base", "revision": "next"}, data=data)
+    plan = plan_of(finetune("plan", recipe, "--json", env=online))
+    assert pins(plan) == [base.branches["next"], rows.tags["v1"], held_out.branches["main"]]
+    assert (plan["rows"], plan["holdout_rows"]) == (40, 8)
+    assert not hub.seen("GET", r"\.safetensors$"), "a plan downloads nothing heavy"
+
+
+def test_what_cannot_be_had_from_the_hub_is_one_clear_error(hub, online, base, rows, recipe_file) -> None:
+    small = {path: file.content for path, file in base.at("main").files.items() if path != "model.safetensors"}
+    gated = hub.add("model", "tiny/gated", is_gated=True).commit(small)
+    hub.add("model", "tiny/pickled").commit(small | {"pytorch_model.bin": b"a pickle"})
+    hub.add("model", "tiny/private", is_private=True, readers={"hf_of_others"}).commit(small)
+    hub.add("dataset", "tiny/gated-rows", is_gated=True).commit({"train.jsonl": b'{"text": "a"}\n'})
+    ask = "hint: ask for access at its page, then set HF_TOKEN"
+    absent = "is not on the Hub, or private\nhint: check the name; for a private one set HF_TOKEN"
+    unknown = "the repository has no such revision\nhint: name a branch, a tag or a commit"
+    pickled = "has no safetensors weights\nhint: convert it: load it in transformers once and call save_pretrained"
+    no_data = "no such data set on the Hub\nhint: check its name; a private or gated one needs `hf auth login`"
+    no_split = """cannot be loaded: Unknown split "gone". Should be one of ['train']
+hint: check `name`, `split` and `revision` in the recipe"""
+    moved = "hint: correct `revision`, or leave it out for the main branch"
+    cases = [
+        ("plan", "tiny/none", {}, f"tiny/none: {absent}"),
+        ("plan", "tiny/private", {}, f"tiny/private: {absent}"),
+        ("plan", "tiny/base@gone", {}, f"tiny/base@gone: {unknown}"),
+        ("plan", f"tiny/base@{COMMIT}", {}, f"tiny/base@{COMMIT}: {unknown}"),
+        ("plan", "tiny/gated", {}, f"tiny/gated@{gated}: is gated\n{ask}"),
+        ("plan", "tiny/pickled", {}, f"tiny/pickled: {pickled}"),
+        ("fetch", "tiny/pickled", {}, f"tiny/pickled: {pickled}"),
+        ("plan", "tiny/base", {"dataset": "tiny/none"}, f"tiny/none: {no_data}"),
+        ("plan", "tiny/base", {"dataset": "tiny/gated-rows"}, f"tiny/gated-rows: is gated\n{ask}"),
+        ("plan", "tiny/base", {"dataset": "tiny/rows", "revision": "gone"}, f"tiny/rows: has no revision `gone`\n{moved}"),
+        ("plan", "tiny/base", {"dataset": "tiny/rows", "revision": COMMIT}, f"tiny/rows: has no revision `{COMMIT}`\n{moved}"),
+        ("plan", "tiny/base", {"dataset": "tiny/rows", "split": "gone"}, f"tiny/rows: {no_split}"),
+    ]
+    commands = []
+    for number, (command, checkpoint, source, _) in enumerate(cases):
+        data = {"data": {"train": [source], "holdout": 4}} if source else {}
+        commands.append((command, recipe_file(f"case-{number}", base={"checkpoint": checkpoint}, **data)))
+    results = in_turn(online, *commands)
+    assert [(code, said) for code, _, said in results] == [(1, f"{said}\n") for *_, said in cases]
+
+
+def test_what_was_fetched_trains_without_a_network_on_the_same_pins_after_a_cut_download(
+    hub, online, base, rows, recipe_file, finetune, tmp_path
+) -> None:
+    old = [base.branches["next"], rows.branches["main"]]
+    rows.tags["v1"] = old[1]
+    new_rows = rows.commit({"train.jsonl": b"".join(rows.at("v1").files["train.jsonl"].content.splitlines(True)[:8])})
+    data = {"train": [{"dataset": "tiny/rows", "revision": "v1"}], "holdout": 4}
+    recipe = recipe_file(base={"checkpoint": "tiny/base", "revision": "next"}, data=data)
+    newer = recipe_file("newer", data={"train": [{"dataset": "tiny/rows"}], "holdout": 4}, base={"checkpoint": "tiny/base"})
+
+    hub.cut("GET", r"/model\.safetensors$", after_bytes=1000)
+    hub.cut("GET", r"/train\.jsonl$", after_bytes=10)
+    fetched = in_turn(online, ("fetch", recipe), ("fetch", newer))
+    assert [code for code, *_ in fetched] == [0, 0], fetched
+    weights = Path(fetched[0][1].strip()) / "model.safetensors"
+    assert weights.read_bytes() == base.at("next").files["model.safetensors"].content
+    assert not [fault for fault in hub.faults if fault.times], "both downloads were cut"
+
+    hub.close()
+    offline = in_turn(online | {"HF_HUB_OFFLINE": "1"}, ("plan", recipe, "--json"), ("plan", newer, "--json"))
+    assert [code for code, *_ in offline] == [0, 0], offline
+    plans = [json.loads(printed) for _, printed, _ in offline]
+    assert [pins(plan) for plan in plans] == [old, [base.branches["main"], new_rows]]
+    assert [plan["rows"] for plan in plans] == [36, 4]
+    trained = finetune("train", recipe, "--run", tmp_path / "run", "--set", "train.steps=2", env=online)
+    assert trained.returncode == 0, trained.stderr
+    assert pins(json.loads((tmp_path / "run" / "plan.json").read_text())) == old
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_its_pins_when_branches_have_moved(
+    hub, online, base, rows, recipe_file, finetune, tmp_path
+) -> None:
+    data = {"train": [{"dataset": "tiny/rows"}], "holdout": 4}
+    train = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe, run = recipe_file(base={"checkpoint": "tiny/base"}, data=data, train=train), tmp_path / "run"
+    old = [base.branches["main"], rows.branches["main"]]
+    command = [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run)]
+    process = subprocess.Popen(command, env=online, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while max(journal.steps(journal.read(run)), default=0) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+
+    base.commit({"config.json": b"{}", "model.safetensors": b"another model"})
+    rows.commit({"train.jsonl": b'{"text": "other rows"}\n'})
+    resumed = finetune("train", recipe, "--run", run, env=online)
+    assert resumed.returncode == 0, resumed.stderr
+    assert pins(json.loads((run / "plan.json").read_text())) == old
+    assert sorted(journal.steps(journal.read(run))) == list(range(1, 61))
