@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -21,10 +21,12 @@ from pydantic_core import from_json
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Row = dict[str, object]
 
 SPLIT = "train"  # of a Hub data set, where the recipe names none
-HUB_SECONDS = 30
 SCAN_BYTES = 16 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -88,15 +90,14 @@ def open_source(source: Source, revision: str | None = None) -> Rows:
 
 
 def pin_dataset(source: Source) -> str:
-    """The commit that a Hub data set's `revision` stands for now; a full commit hash is its own pin and asks nobody."""
+    """The commit of a Hub data set's `revision` now; without the Hub, the one seen last. A full commit hash is its own pin."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionResolutionError
 
-    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
-        return source.revision
     try:
-        return HfApi().dataset_info(source.dataset, revision=source.revision, timeout=HUB_SECONDS).sha
-    except (HTTPError, OSError, ValueError) as error:
+        return HfApi().resolve_revision(source.dataset, repo_type="dataset", revision=source.revision).resolved
+    except (HTTPError, OSError, ValueError, RevisionResolutionError) as error:
         raise _hub_error(source, error) from error
 
 
@@ -245,7 +246,8 @@ class HubDataset:
 
         self._place = f"{source.dataset}@{revision[:8]} {source.split or SPLIT}"
         try:
-            self._rows = load_dataset(source.dataset, source.name, split=source.split or SPLIT, revision=revision)
+            rows = load_dataset(source.dataset, source.name, split=source.split or SPLIT, revision=revision)
+            self._rows = _at_revision(rows, source, revision)
         except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script
             raise _hub_error(source, error) from error
 
@@ -259,6 +261,27 @@ class HubDataset:
         return f"{self._place} row {index}"
 
 
+def _at_revision(rows: "Dataset", source: Source, revision: str) -> "Dataset":
+    """The rows at the pin: without the Hub, `datasets` gives those of the revision it cached last, whatever was asked for."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    files = [Path(file["filename"]) for file in rows.cache_files]  # …/owner___name/CONFIGURATION/VERSION/COMMIT/*.arrow
+    if all(file.parent.name == revision for file in files):
+        return rows
+    pinned = list(files[0].parents[3].glob(f"{source.name or '*'}/*/{revision}"))
+    if len(pinned) != 1:
+        raise ConnectionError("another revision is in the cache")
+    configuration, version = pinned[0].parts[-3:-1]
+    builder = Cache(
+        repo_id=source.dataset,
+        dataset_name=source.dataset.rpartition("/")[2],
+        config_name=configuration,
+        version=version,
+        hash=revision,
+    )
+    return builder.as_dataset(split=source.split or SPLIT)
+
+
 READERS: dict[str, Callable[[str], Reader]] = {
     ".jsonl": JsonLines,
     ".json": JsonLines,
@@ -270,16 +293,24 @@ READERS: dict[str, Callable[[str], Reader]] = {
 def _hub_error(source: Source, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
     from httpx2 import TransportError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        RevisionResolutionError,
+    )
 
-    if isinstance(error, RevisionNotFoundError):
+    reasons = (error, error.__cause__)  # DatasetNotFoundError has the Hub's own error as its cause
+    if any(isinstance(reason, GatedRepoError) for reason in reasons):
+        message, hint = "is gated", "ask for access at its page, then set HF_TOKEN"
+    elif any(isinstance(reason, RevisionNotFoundError) for reason in reasons):
         message, hint = (
             f"has no revision `{source.revision}`",
             "correct `revision`, or leave it out for the main branch",
         )
     elif isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
         message, hint = "no such data set on the Hub", "check its name; a private or gated one needs `hf auth login`"
-    elif isinstance(error, ConnectionError | TransportError):
+    elif isinstance(error, ConnectionError | TransportError | RevisionResolutionError):
         message, hint = "the Hub cannot be reached", "check the network, or name a local file with `path`"
     else:
         message, hint = f"cannot be loaded: {_first_line(error)}", "check `name`, `split` and `revision` in the recipe"

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from finetune import journal
 from finetune import plan as plans
 from finetune.checkpoints.loading import open_model
 from finetune.errors import PackageError
-from finetune.package import export, licence, proof
+from finetune.package import export, licence, proof, weights
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.run import train
@@ -200,7 +199,7 @@ def test_the_same_run_gives_the_same_bytes(merged) -> None:
 
 
 def test_a_changed_weight_is_caught_by_name_and_leaves_no_folder(merged, tmp_path, monkeypatch) -> None:
-    honest = export.write_weights
+    honest = weights.write
 
     def tampered(model, opened, form, dtype, directory) -> None:
         honest(model, opened, form, dtype, directory)
@@ -209,7 +208,7 @@ def test_a_changed_weight_is_caught_by_name_and_leaves_no_folder(merged, tmp_pat
         content[-2] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(export, "write_weights", tampered)
+    monkeypatch.setattr(weights, "write", tampered)
     with pytest.raises(PackageError, match="weights: 1 of 21 are not as trained: model.norm.weight") as caught:
         export.package(f"{merged.run}@best", tmp_path / "dist")
     assert caught.value.hint.endswith("nothing was written")
