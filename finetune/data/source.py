@@ -240,14 +240,12 @@ class HubDataset:
     """A split of a Hub data set at one commit, in the cache of `datasets`; a split may be a slice, like `train[:100]`."""
 
     def __init__(self, source: Source, revision: str):
-        from datasets import load_dataset
         from datasets.exceptions import DatasetsError
         from httpx2 import HTTPError
 
         self._place = f"{source.dataset}@{revision[:8]} {source.split or SPLIT}"
         try:
-            rows = load_dataset(source.dataset, source.name, split=source.split or SPLIT, revision=revision)
-            self._rows = _at_revision(rows, source, revision)
+            self._rows = _load(source, revision)
         except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script
             raise _hub_error(source, error) from error
 
@@ -261,25 +259,25 @@ class HubDataset:
         return f"{self._place} row {index}"
 
 
-def _at_revision(rows: "Dataset", source: Source, revision: str) -> "Dataset":
-    """The rows at the pin: without the Hub, `datasets` gives those of the revision it cached last, whatever was asked for."""
+def _load(source: Source, revision: str) -> "Dataset":
+    """The split at the pin: where `datasets` has made it before, from its cache without a request."""
+    from datasets import load_dataset
     from datasets.packaged_modules.cache.cache import Cache
 
-    files = [Path(file["filename"]) for file in rows.cache_files]  # …/owner___name/CONFIGURATION/VERSION/COMMIT/*.arrow
-    if all(file.parent.name == revision for file in files):
-        return rows
-    pinned = list(files[0].parents[3].glob(f"{source.name or '*'}/*/{revision}"))
-    if len(pinned) != 1:
-        raise ConnectionError("another revision is in the cache")
-    configuration, version = pinned[0].parts[-3:-1]
-    builder = Cache(
+    split, name = source.split or SPLIT, source.dataset.rpartition("/")[2]
+    made = Cache(
         repo_id=source.dataset,
-        dataset_name=source.dataset.rpartition("/")[2],
-        config_name=configuration,
-        version=version,
+        dataset_name=name,
+        config_name=source.name or "default",
+        version="0.0.0",
         hash=revision,
     )
-    return builder.as_dataset(split=source.split or SPLIT)
+    if Path(made.cache_dir).is_dir():
+        return made.as_dataset(split=split)
+    rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
+    if any(Path(file["filename"]).parent.name != revision for file in rows.cache_files):
+        raise ConnectionError("without the Hub, `datasets` gives the revision it cached last, whatever was asked for")
+    return rows
 
 
 READERS: dict[str, Callable[[str], Reader]] = {
@@ -293,17 +291,11 @@ READERS: dict[str, Callable[[str], Reader]] = {
 def _hub_error(source: Source, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
     from httpx2 import TransportError
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        RevisionResolutionError,
-    )
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError
 
-    reasons = (error, error.__cause__)  # DatasetNotFoundError has the Hub's own error as its cause
-    if any(isinstance(reason, GatedRepoError) for reason in reasons):
+    if "is a gated dataset" in str(error):  # DatasetNotFoundError hides the Hub's own error
         message, hint = "is gated", "ask for access at its page, then set HF_TOKEN"
-    elif any(isinstance(reason, RevisionNotFoundError) for reason in reasons):
+    elif isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):
         message, hint = (
             f"has no revision `{source.revision}`",
             "correct `revision`, or leave it out for the main branch",

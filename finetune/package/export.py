@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from finetune import journal
 from finetune.checkpoints.loading import Opened, open_model, run_of
 from finetune.checkpoints.refs import parse
-from finetune.checkpoints.snapshot import DTYPES
+from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
@@ -27,14 +27,10 @@ from finetune.package import licence, probe, proof, record, weights
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.proof import Check, Look
 from finetune.plan import Plan
+from finetune.resolve import encoding_digest
 from finetune.tasks.chat import template_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# All of a checkpoint's small files that go into a package, byte for byte; what is not named here stays home.
-SMALL_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json"),
-)
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 
@@ -50,6 +46,9 @@ def package(ref: str, directory: Path) -> dict:
     form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
     _refuse_unnamed_base(plan, form)
     tokenizer = base.load_tokenizer(opened.directory)
+    if encoding_digest(recipe, tokenizer) != plan.encoding:
+        message = "encoding: the tokenizer or the chat template is not the one that the rows were encoded with"
+        raise PackageError(message, where=ref, hint="restore the file that task.template names")
     if recipe.task.name == "chat":
         tokenizer.chat_template = template_of(tokenizer, recipe.task)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
@@ -108,9 +107,8 @@ def _base_directory(plan: Plan) -> Path | None:
 
 
 def _write_small_files(opened: Opened, template: str | None, base_directory: Path | None, directory: Path) -> None:
-    for name in SMALL_FILES:
-        if (opened.directory / name).is_file():
-            shutil.copyfile(opened.directory / name, directory / name)
+    for file in companions(opened.directory):
+        shutil.copyfile(file, directory / file.name)
     if template != base.load_tokenizer(opened.directory).chat_template:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     for file in licence.texts(base_directory) if base_directory else ():
