@@ -60,9 +60,10 @@ def online(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def base(hub: Hub, tiny_base: Path):
-    """`tiny/base`; its branch `next` has one file more than `main`."""
+    """`tiny/base`, with copies of its weights that nobody needs; its branch `next` has one file more than `main`."""
     repo = hub.add("model", "tiny/base")
     repo.commit_directory(tiny_base)
+    repo.commit({"onnx/model.safetensors": b"of another library", "consolidated.safetensors": b"a second copy"})
     repo.commit({"README.md": b"the next version"}, branch="next")
     return repo
 
@@ -182,6 +183,7 @@ def test_what_was_fetched_trains_without_a_network_on_the_same_pins_after_a_cut_
     weights = Path(fetched[0][1].strip()) / "model.safetensors"
     assert weights.read_bytes() == base.at("next").files["model.safetensors"].content
     assert not [fault for fault in hub.faults if fault.times], "both downloads were cut"
+    assert not hub.seen("GET", r"onnx|consolidated")
 
     hub.close()
     offline = in_turn(online | {"HF_HUB_OFFLINE": "1"}, ("plan", recipe, "--json"), ("plan", newer, "--json"))
