@@ -263,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(as_json({"error": "a fault that the test ordered"}, fault.status), None)
         return self._send(self.hub.answer(request), fault.cut_after_bytes if fault else None)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815 the names that http.server calls
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
     def _send(self, answer: Answer, cut_after_bytes: int | None) -> None:
         self.send_response(answer.status)

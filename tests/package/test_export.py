@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from finetune import journal
