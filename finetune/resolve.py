@@ -45,7 +45,7 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
     if problems:
         raise RecipeError(problems)
     encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, base.stop_tokens(directory, tokenizer))
-    encoding = _encoding_digest(recipe, tokenizer)
+    encoding = encoding_digest(recipe, tokenizer)
 
     def read(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
@@ -171,7 +171,7 @@ def _problems(
     return problems
 
 
-def _encoding_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+def encoding_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     """Over everything that decides which tokens a row becomes, packing aside."""
     from finetune.tasks.chat import template_of
 

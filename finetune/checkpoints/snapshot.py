@@ -20,8 +20,11 @@ from finetune.plan import Plan
 from finetune.state import TrainState
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "adapter_config.json", "manifest.json")
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")  # tokenizer, template, generation config
+# The small files that travel with weights, byte for byte; what is not named here stays where it is.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
 
 def companions(directory: Path) -> list[Path]:
     """The small files that travel with weights: tokenizer, chat template, generation config."""
-    return sorted(file for pattern in COMPANIONS for file in directory.glob(pattern) if file.name not in NOT_COPIED)
+    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
 
 
 def _write_or_link(file: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
@@ -90,9 +93,9 @@ def _write_or_link(file: Path, previous: Checkpoint | None, attempt: Attempt) ->
 def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
     """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
     config = model.peft_config[adapter.NAME].to_dict()
-    base = plan.recipe.base
-    named = base.origin or base.checkpoint
-    config["base_model_name_or_path"] = Path(named).name if named.startswith(("/", "~")) else named
+    named = plan.recipe.base.origin or plan.recipe.base.checkpoint
+    is_hub = plan.base.kind == "hub" or plan.recipe.base.origin
+    config["base_model_name_or_path"] = named.partition("@")[0] if is_hub else Path(named).name
     config["revision"] = plan.base.revision
     config["inference_mode"] = True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -21,10 +21,12 @@ from pydantic_core import from_json
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Row = dict[str, object]
 
 SPLIT = "train"  # of a Hub data set, where the recipe names none
-HUB_SECONDS = 30
 SCAN_BYTES = 16 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -88,15 +90,14 @@ def open_source(source: Source, revision: str | None = None) -> Rows:
 
 
 def pin_dataset(source: Source) -> str:
-    """The commit that a Hub data set's `revision` stands for now; a full commit hash is its own pin and asks nobody."""
+    """The commit of a Hub data set's `revision` now; without the Hub, the one seen last. A full commit hash is its own pin."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionResolutionError
 
-    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
-        return source.revision
     try:
-        return HfApi().dataset_info(source.dataset, revision=source.revision, timeout=HUB_SECONDS).sha
-    except (HTTPError, OSError, ValueError) as error:
+        return HfApi().resolve_revision(source.dataset, repo_type="dataset", revision=source.revision).resolved
+    except (HTTPError, OSError, ValueError, RevisionResolutionError) as error:
         raise _hub_error(source, error) from error
 
 
@@ -239,13 +240,12 @@ class HubDataset:
     """A split of a Hub data set at one commit, in the cache of `datasets`; a split may be a slice, like `train[:100]`."""
 
     def __init__(self, source: Source, revision: str):
-        from datasets import load_dataset
         from datasets.exceptions import DatasetsError
         from httpx2 import HTTPError
 
         self._place = f"{source.dataset}@{revision[:8]} {source.split or SPLIT}"
         try:
-            self._rows = load_dataset(source.dataset, source.name, split=source.split or SPLIT, revision=revision)
+            self._rows = _load(source, revision)
         except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script
             raise _hub_error(source, error) from error
 
@@ -259,6 +259,27 @@ class HubDataset:
         return f"{self._place} row {index}"
 
 
+def _load(source: Source, revision: str) -> "Dataset":
+    """The split at the pin: where `datasets` has made it before, from its cache without a request."""
+    from datasets import load_dataset
+    from datasets.packaged_modules.cache.cache import Cache
+
+    split, name = source.split or SPLIT, source.dataset.rpartition("/")[2]
+    made = Cache(
+        repo_id=source.dataset,
+        dataset_name=name,
+        config_name=source.name or "default",
+        version="0.0.0",
+        hash=revision,
+    )
+    if Path(made.cache_dir).is_dir():
+        return made.as_dataset(split=split)
+    rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
+    if any(Path(file["filename"]).parent.name != revision for file in rows.cache_files):
+        raise ConnectionError("without the Hub, `datasets` gives the revision it cached last, whatever was asked for")
+    return rows
+
+
 READERS: dict[str, Callable[[str], Reader]] = {
     ".jsonl": JsonLines,
     ".json": JsonLines,
@@ -270,16 +291,18 @@ READERS: dict[str, Callable[[str], Reader]] = {
 def _hub_error(source: Source, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
     from httpx2 import TransportError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError
 
-    if isinstance(error, RevisionNotFoundError):
+    if "is a gated dataset" in str(error):  # DatasetNotFoundError hides the Hub's own error
+        message, hint = "is gated", "ask for access at its page, then set HF_TOKEN"
+    elif isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):
         message, hint = (
             f"has no revision `{source.revision}`",
             "correct `revision`, or leave it out for the main branch",
         )
     elif isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
         message, hint = "no such data set on the Hub", "check its name; a private or gated one needs `hf auth login`"
-    elif isinstance(error, ConnectionError | TransportError):
+    elif isinstance(error, ConnectionError | TransportError | RevisionResolutionError):
         message, hint = "the Hub cannot be reached", "check the network, or name a local file with `path`"
     else:
         message, hint = f"cannot be loaded: {_first_line(error)}", "check `name`, `split` and `revision` in the recipe"

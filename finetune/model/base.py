@@ -28,6 +28,7 @@ from finetune.recipe.schema import Base
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
+LICENCES = ("README.md", "LICENSE*", "NOTICE*")  # what a package passes on
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CONVERSION = 1  # of the GGUF conversion below; part of the cache key
 
@@ -52,7 +53,7 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
     """A directory that `from_pretrained` reads, downloaded or converted if need be; checked against the pin."""
     ref = parse(base.checkpoint)
     if ref.kind == "hub":
-        return _download(ref.repo, pinned.revision, SMALL_FILES + WEIGHTS if with_weights else SMALL_FILES)
+        return _download(ref.repo, pinned.revision, SMALL_FILES + LICENCES + (WEIGHTS if with_weights else ()))
     local = _local(ref)
     if _digest(local) != pinned.digest:
         raise BaseError(

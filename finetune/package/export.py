@@ -4,9 +4,7 @@ Everything is written beside the target, loaded back in a fresh process and comp
 into place at the very end: there is a proven package, or none.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -17,28 +15,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import GenerationConfig
 
 from finetune import journal
 from finetune.checkpoints.loading import Opened, open_model, run_of
 from finetune.checkpoints.refs import parse
-from finetune.checkpoints.snapshot import DTYPES
+from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
-from finetune.model import adapter, base
-from finetune.package import licence, probe, proof, record
+from finetune.model import base
+from finetune.package import licence, probe, proof, record, weights
 from finetune.package.card import Facts, card, hub_base
-from finetune.package.proof import Check, Logits, Look
+from finetune.package.proof import Check, Look
 from finetune.plan import Plan
+from finetune.resolve import encoding_digest
 from finetune.tasks.chat import template_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# All of a checkpoint's small files that go into a package, byte for byte; what is not named here stays home.
-SMALL_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json"),
-)
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 
@@ -54,17 +46,19 @@ def package(ref: str, directory: Path) -> dict:
     form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
     _refuse_unnamed_base(plan, form)
     tokenizer = base.load_tokenizer(opened.directory)
+    if encoding_digest(recipe, tokenizer) != plan.encoding:
+        message = "encoding: the tokenizer or the chat template is not the one that the rows were encoded with"
+        raise PackageError(message, where=ref, hint="restore the file that task.template names")
     if recipe.task.name == "chat":
         tokenizer.chat_template = template_of(tokenizer, recipe.task)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
     base_directory = _base_directory(plan)
     figures = record.figures(journal.read(run), manifest.step)
     with _staged(directory) as staging:
-        model, logits, changes = _converted(opened.model, form, PRECISIONS[dtype], tokenizer)
+        model, logits, changes = weights.convert(opened.model, form, PRECISIONS[dtype], tokenizer)
         trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
+        weights.write(model, opened, form, PRECISIONS[dtype], staging)
         _write_small_files(opened, tokenizer.chat_template, base_directory, staging)
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries would break up our own lines
-            write_weights(model, opened, form, PRECISIONS[dtype], staging)
         loaded = proof.load_back(staging, opened.base_directory if form == "adapter" else None)
         checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[PRECISIONS[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
@@ -74,61 +68,6 @@ def package(ref: str, directory: Path) -> dict:
         refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
-
-
-def write_weights(model: torch.nn.Module, opened: Opened, form: str, dtype: torch.dtype, directory: Path) -> None:
-    """Weights and config: whole and in shards, or an adapter that names its base on the Hub."""
-    if form == "adapter":
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in adapter.weights(model).items()}
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        repo, revision = hub_base(opened.plan)
-        config = json.loads((opened.directory / "adapter_config.json").read_bytes())
-        _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
-        return
-    # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.
-    config = json.loads((opened.base_directory / "config.json").read_bytes())
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "_name_or_path")}
-    generation = directory / "generation_config.json"
-    own = generation.read_bytes() if generation.exists() else None
-    model.config.use_cache = config.get("use_cache", True)  # `base.load_model` had turned it off
-    model.generation_config = GenerationConfig.from_model_config(
-        model.config
-    )  # the base's own may be one that refuses to be saved
-    model.save_pretrained(directory, max_shard_size=opened.plan.recipe.package.max_shard_bytes)
-    _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-    if own is not None:
-        generation.write_bytes(own)
-
-
-def _converted(
-    model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer
-) -> tuple[torch.nn.Module, Logits, list[Check]]:
-    """The model as it will be packaged, its logits, and how far each change moved them from the trained ones. Works in place."""
-    trained = logits = probe.logits(model, tokenizer)
-    checks = []
-    if form == "merged" and adapter.is_adapter(model):
-        model = model.merge_and_unload()
-        logits = probe.logits(model, tokenizer)
-        checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, proof.MERGE_BOUND))
-    if dtype != torch.float32:
-        with torch.no_grad():
-            _cast(model, form, dtype)
-        logits = probe.logits(model, tokenizer)
-        checks.append(
-            proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, proof.CAST_BOUND)
-        )
-    return model, logits, checks
-
-
-def _cast(model: torch.nn.Module, form: str, dtype: torch.dtype) -> None:
-    if form == "adapter":  # peft computes in fp32 with what the file holds
-        for tensor in adapter.weights(model).values():
-            tensor.copy_(tensor.to(dtype))
-        return
-    # Not model.to(dtype): that would also cast what is computed and not saved, like rotary frequencies, and from_pretrained does not.
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
 
 
 def _run_of(ref: str) -> Path:
@@ -168,9 +107,8 @@ def _base_directory(plan: Plan) -> Path | None:
 
 
 def _write_small_files(opened: Opened, template: str | None, base_directory: Path | None, directory: Path) -> None:
-    for name in SMALL_FILES:
-        if (opened.directory / name).is_file():
-            shutil.copyfile(opened.directory / name, directory / name)
+    for file in companions(opened.directory):
+        shutil.copyfile(file, directory / file.name)
     if template != base.load_tokenizer(opened.directory).chat_template:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     for file in licence.texts(base_directory) if base_directory else ():
@@ -247,7 +185,3 @@ def _sync(directory: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_directory(directory)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 QUESTION = [{"role": "user", "content": "What is a checkpoint good for?"}]
 TEXTS = (
@@ -23,7 +24,7 @@ TEXTS = (
 SEQUENCES, LENGTH = 4, 64
 
 
-def logits(model: torch.nn.Module, tokenizer) -> dict[str, Tensor]:
+def logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """fp32 logits of a fixed batch, and of a rendered question where there is a chat template."""
     inputs = {"batch": batch(model.config)}
     if tokenizer.chat_template:
@@ -33,14 +34,14 @@ def logits(model: torch.nn.Module, tokenizer) -> dict[str, Tensor]:
         return {name: model(input_ids=ids, use_cache=False).logits.float() for name, ids in inputs.items()}
 
 
-def batch(config) -> Tensor:
+def batch(config: PreTrainedConfig) -> Tensor:
     """Token ids that depend on the size of the vocabulary alone, spread over all of it (Knuth's multiplicative hash)."""
     text = config.get_text_config()
     length = min(LENGTH, getattr(text, "max_position_embeddings", LENGTH))
     return (torch.arange(SEQUENCES * length) * 2_654_435_761 % text.vocab_size).reshape(SEQUENCES, length)
 
 
-def facts(model: torch.nn.Module, tokenizer) -> dict:
+def facts(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Everything about model and tokenizer that must survive packaging, as JSON: bytes of every tensor, ids, template."""
     state = model.state_dict()
     by_place: dict[int, list[str]] = {}
@@ -68,7 +69,6 @@ def digest(tensor: Tensor) -> str:
 def main(directory: str, out: str, threads: str, base: str | None = None) -> None:
     """Writes logits.safetensors and facts.json to `out`; with a base, the directory is an adapter of it."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(int(threads))
     options = {"use_safetensors": True, "attn_implementation": "sdpa", "output_loading_info": True}

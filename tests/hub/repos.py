@@ -98,7 +98,9 @@ class Repo:
     def commit(self, files: Mapping[str, bytes | None], branch: str = "main", title: str = "a commit") -> str:
         """Moves a branch, made at `main` if need be, to a tree with these files changed (None: deleted)."""
         parent = self.branches.get(branch, self.branches["main"])
-        changed = {path: File(content, _is_lfs(path, content)) for path, content in files.items() if content is not None}
+        changed = {
+            path: File(content, _is_lfs(path, content)) for path, content in files.items() if content is not None
+        }
         kept = {path: file for path, file in self.commits[parent].files.items() if path not in files}
         self.branches[branch] = self._add(kept | changed, parent, title)
         return self.branches[branch]

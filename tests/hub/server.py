@@ -278,4 +278,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *message: object) -> None:
         """Nothing to stderr: requests are in `Hub.requests`."""
-

@@ -15,7 +15,7 @@ from finetune import journal
 from finetune import plan as plans
 from finetune.checkpoints.loading import open_model
 from finetune.errors import PackageError
-from finetune.package import export, licence, proof
+from finetune.package import export, licence, proof, weights
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.run import train
@@ -199,7 +199,7 @@ def test_the_same_run_gives_the_same_bytes(merged) -> None:
 
 
 def test_a_changed_weight_is_caught_by_name_and_leaves_no_folder(merged, tmp_path, monkeypatch) -> None:
-    honest = export.write_weights
+    honest = weights.write
 
     def tampered(model, opened, form, dtype, directory) -> None:
         honest(model, opened, form, dtype, directory)
@@ -208,7 +208,7 @@ def test_a_changed_weight_is_caught_by_name_and_leaves_no_folder(merged, tmp_pat
         content[-2] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(export, "write_weights", tampered)
+    monkeypatch.setattr(weights, "write", tampered)
     with pytest.raises(PackageError, match="weights: 1 of 21 are not as trained: model.norm.weight") as caught:
         export.package(f"{merged.run}@best", tmp_path / "dist")
     assert caught.value.hint.endswith("nothing was written")
@@ -279,3 +279,13 @@ def test_the_licence_of_a_base_in_a_python_package_is_read_from_its_gguf_file(tm
     writer.close()
     monkeypatch.syspath_prepend(tmp_path)
     assert licence.of_base(Base(checkpoint="package:carrier/tiny.gguf"), None) == {"license": "apache-2.0"}
+
+
+def test_a_template_edited_after_training_is_caught(recipe_file, train, tiny_tokenizer, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(tiny_tokenizer.chat_template)
+    run = train(recipe_file(task={"name": "chat", "max_length": 64, "template": str(template)}), tmp_path / "run")
+    template.write_text(tiny_tokenizer.chat_template.replace("assistant", "bot"))
+    with pytest.raises(PackageError, match="encoding: the tokenizer or the chat template is not the one"):
+        export.package(f"{run}@last", tmp_path / "package")
+    assert not (tmp_path / "package").exists()

@@ -141,8 +141,18 @@ hint: check `name`, `split` and `revision` in the recipe"""
         ("fetch", "tiny/pickled", {}, f"tiny/pickled: {pickled}"),
         ("plan", "tiny/base", {"dataset": "tiny/none"}, f"tiny/none: {no_data}"),
         ("plan", "tiny/base", {"dataset": "tiny/gated-rows"}, f"tiny/gated-rows: is gated\n{ask}"),
-        ("plan", "tiny/base", {"dataset": "tiny/rows", "revision": "gone"}, f"tiny/rows: has no revision `gone`\n{moved}"),
-        ("plan", "tiny/base", {"dataset": "tiny/rows", "revision": COMMIT}, f"tiny/rows: has no revision `{COMMIT}`\n{moved}"),
+        (
+            "plan",
+            "tiny/base",
+            {"dataset": "tiny/rows", "revision": "gone"},
+            f"tiny/rows: has no revision `gone`\n{moved}",
+        ),
+        (
+            "plan",
+            "tiny/base",
+            {"dataset": "tiny/rows", "revision": COMMIT},
+            f"tiny/rows: has no revision `{COMMIT}`\n{moved}",
+        ),
         ("plan", "tiny/base", {"dataset": "tiny/rows", "split": "gone"}, f"tiny/rows: {no_split}"),
     ]
     commands = []
@@ -161,7 +171,9 @@ def test_what_was_fetched_trains_without_a_network_on_the_same_pins_after_a_cut_
     new_rows = rows.commit({"train.jsonl": b"".join(rows.at("v1").files["train.jsonl"].content.splitlines(True)[:8])})
     data = {"train": [{"dataset": "tiny/rows", "revision": "v1"}], "holdout": 4}
     recipe = recipe_file(base={"checkpoint": "tiny/base", "revision": "next"}, data=data)
-    newer = recipe_file("newer", data={"train": [{"dataset": "tiny/rows"}], "holdout": 4}, base={"checkpoint": "tiny/base"})
+    newer = recipe_file(
+        "newer", data={"train": [{"dataset": "tiny/rows"}], "holdout": 4}, base={"checkpoint": "tiny/base"}
+    )
 
     hub.cut("GET", r"/model\.safetensors$", after_bytes=1000)
     hub.cut("GET", r"/train\.jsonl$", after_bytes=10)

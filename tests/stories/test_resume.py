@@ -1,5 +1,6 @@
 """Stopped anywhere and started again with the same command, a run ends as if it had never stopped: bit for bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,11 @@ def test_small_files_are_linked_from_checkpoint_to_checkpoint(recipe_file, train
     tokenizers = [path / "tokenizer.json" for path in (run / "checkpoints").iterdir()]
     assert len({path.stat().st_ino for path in tokenizers}) == 1
     assert tokenizers[0].stat().st_nlink == 3
+
+
+def test_a_run_starts_from_a_checkpoint_of_another_run(recipe_file, train, tmp_path) -> None:
+    first = train(recipe_file(adapter=None), tmp_path / "first")
+    second = train(recipe_file("second", base={"checkpoint": f"{first}@last"}), tmp_path / "second")
+    loss = journal.steps(journal.read(first))[10]["loss"]
+    assert journal.steps(journal.read(second))[1]["loss"] < loss
+    assert json.loads((second / "checkpoints/step-00000010/adapter_config.json").read_bytes())["base_model_name_or_path"] == "first@last"
