@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,40 +114,20 @@ class RowLoss(NamedTuple):
     tokens: int
 
 
-class RowLosses:
-    """Collects the losses of rows, and writes a columnar file for each span of steps."""
+def write_rows(run: Path, losses: Sequence[RowLoss]) -> None:
+    """Writes losses, in the order of their steps, to the columnar file `rows/step-<first>-<last>.parquet`, durably."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
 
-    def __init__(self, run: Path):
-        self.directory = run / "rows"
-        self._buffer: list[RowLoss] = []
-
-    def add(self, losses: Iterable[RowLoss]) -> None:
-        self._buffer.extend(losses)
-
-    def flush(self, first_step: int, last_step: int) -> None:
-        """Writes what was collected for these steps to `rows/step-<first>-<last>.parquet`, durably, and forgets it."""
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-
-        span = [item for item in self._buffer if first_step <= item.step <= last_step]
-        types = {
-            "step": pa.int64(),
-            "example": pa.int64(),
-            "row": pa.int64(),
-            "loss": pa.float64(),
-            "tokens": pa.int64(),
-        }
-        columns = zip(*span, strict=True) if span else [()] * len(types)
-        table = pa.table(
-            [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)], list(types)
-        )
-        sink = pa.BufferOutputStream()
-        parquet.write_table(table, sink, compression="zstd")
-        path = self.directory / f"step-{first_step:08d}-{last_step:08d}.parquet"
-        with failures(path, RunError):
-            make_directory(self.directory)
-            replace_file(path, sink.getvalue())
-        self._buffer = [item for item in self._buffer if not first_step <= item.step <= last_step]
+    types = {"step": pa.int64(), "example": pa.int64(), "row": pa.int64(), "loss": pa.float64(), "tokens": pa.int64()}
+    columns = zip(*losses, strict=True)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table(arrays, list(types)), sink, compression="zstd")
+    path = run / "rows" / f"step-{losses[0].step:08d}-{losses[-1].step:08d}.parquet"
+    with failures(path, RunError):
+        make_directory(path.parent)
+        replace_file(path, sink.getvalue())
 
 
 def read_rows(run: Path, step: int) -> list[RowLoss]:

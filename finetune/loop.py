@@ -42,6 +42,8 @@ class StepReport:
     tokens: int
     supervised_tokens: int
     seconds: float
+    await_seconds: float
+    """Of these, waiting for a snapshot to be copied."""
     examples: np.ndarray
     rows: np.ndarray
     """Row of each example, counted through the sources."""
@@ -90,6 +92,7 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, is_save_due: boo
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         state.optimizer.zero_grad()
         raise _not_finite(step, loss, grad_norm, examples.rows[ids], row_losses)
+    await_seconds = state.await_snapshot()
     learning_rate = plan.learning_rate(step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -104,6 +107,7 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, is_save_due: boo
         tokens=int(examples.lengths[ids].sum()),
         supervised_tokens=total,
         seconds=time.perf_counter() - started,
+        await_seconds=await_seconds,
         examples=ids,
         rows=examples.rows[ids],
         row_losses=row_losses,

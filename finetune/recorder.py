@@ -5,14 +5,17 @@ Only rank 0 has one that writes; the others' does nothing, so that what a rank d
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune import journal as journals
-from finetune.checkpoints import snapshot
+from finetune.checkpoints import snapshot as snapshots
 from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
 from finetune.checkpoints.retention import Saved, keep
+from finetune.checkpoints.snapshot import Snapshot
+from finetune.checkpoints.staging import Staging
 from finetune.checkpoints.store import Store
 from finetune.loop import StepReport
 from finetune.plan import Plan
@@ -34,30 +37,30 @@ class Recorder:
         self._attempt = attempt
         self._store = Store(path)
         self._last: Checkpoint | None = None
+        self.last_step = 0  # of the newest commit, also while it is being written
+        self._staging = Staging()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._saves: list[Future] = []
+        self._losses: list[journals.RowLoss] = []
         records = journals.read(path)
         self._steps = journals.steps(records)
 
     def open(self, recipe_text: str, changes: list[str]) -> tuple[Checkpoint | None, list[Damage]]:
         """Writes down what is about to happen; returns the newest sound checkpoint, and what is wrong with newer ones."""
         self._last, damages = self._store.newest_sound()
+        self.last_step = self._last.step if self._last else 0
         self._damaged = {damage.file.partition("/")[0] for damage in damages}
         if self.is_writer:
             self._store.sweep()
             replace_file(self.path / "recipe.yaml", recipe_text.encode())
             replace_file(self.path / "plan.json", self.plan.dump(self._facts))
             self._journal = journals.Journal(self.path)
-            self._rows = journals.RowLosses(self.path)
             self.event("started", step=self.last_step, plan_id=self.plan.plan_id, changes=changes, world=self._world())
             for damage in damages:
                 self.event(
                     "damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message
                 )
         return self._last, damages
-
-    @property
-    def last_step(self) -> int:
-        """The step of the newest commit; 0 before the first."""
-        return self._last.step if self._last else 0
 
     def event(self, name: str, **figures: object) -> None:
         if self.is_writer:
@@ -74,6 +77,7 @@ class Recorder:
             "tokens": report.tokens,
             "supervised_tokens": report.supervised_tokens,
             "seconds": round(report.seconds, 6),
+            "await_seconds": round(report.await_seconds, 6),
             "attempt": self._attempt,
             "time": _now(),
         }
@@ -81,7 +85,7 @@ class Recorder:
         self._steps[report.step] = record
         if self.is_writer:
             self._journal.append(record)
-            self._rows.add(_row_losses(report))
+            self._losses += _row_losses(report)
             changed = journals.difference(earlier, record) if earlier else None
             if changed:
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
@@ -97,24 +101,56 @@ class Recorder:
         return [self._steps[step][quantity] for step in window if step in self._steps]
 
     def commit(self, state: TrainState, base_directory: Path, metrics: dict | None) -> None:
-        """Makes the state a checkpoint, then removes what need not stay."""
-        if self.is_writer:
-            started = time.monotonic()
-            self._rows.flush(self.last_step + 1, state.step)
-            self._journal.sync()
-            attempt = self._store.begin(state.step, self._attempt)
-            snapshot.write(state, self.plan, base_directory, self._last, attempt)
-            attempt.write_json("trainer_state.json", self._trainer_state(state.step))
-            self._last = self._store.commit(attempt, self._manifest(state.step, metrics), verify_digests=True)
-            self._damaged.discard(self._last.path.name)
-            self.event("committed", step=state.step, save_seconds=round(time.monotonic() - started, 3))
-            self.progress.say(f"committed step {state.step}")
-            self._remove_old()
+        """Begins to make the state a checkpoint and returns; the rest happens beside training, one save after the other.
+
+        Waits only when two saves are under way. A save that failed is raised here or by `finish`.
+        """
         self.committed_at = time.monotonic()
+        self.last_step = state.step
+        if self.is_writer:
+            self._raise_failures()
+            snapshot = snapshots.take(state, self.plan, self._staging)
+            losses, self._losses = self._losses, []
+            history = list(self._steps.values())
+            self._saves.append(self._writer.submit(self._write, snapshot, base_directory, metrics, losses, history))
+
+    def finish(self, state: TrainState) -> None:
+        """Returns when everything that was begun is durable."""
+        state.await_snapshot()
+        for save in self._saves:
+            save.exception()
+        self._raise_failures()
 
     def close(self) -> None:
+        self._writer.shutdown()
         if self.is_writer:
             self._journal.close()
+
+    def _raise_failures(self) -> None:
+        for save in [save for save in self._saves if save.done()]:
+            self._saves.remove(save)
+            save.result()
+
+    def _write(
+        self, snapshot: Snapshot, base_directory: Path, metrics: dict | None, losses: list, history: list
+    ) -> None:
+        """One save, on the writer's thread: row losses and journal first, so that no checkpoint is ahead of its record."""
+        started = time.monotonic()
+        step = snapshot.step
+        try:
+            if losses:
+                journals.write_rows(self.path, losses)
+            self._journal.sync()
+            attempt = self._store.begin(step, self._attempt)
+            snapshots.write(snapshot, self.plan, base_directory, self._last, attempt)
+            attempt.write_json("trainer_state.json", self._trainer_state(step, history))
+            self._last = self._store.commit(attempt, self._manifest(step, metrics), verify_digests=True)
+        finally:
+            snapshot.copy.release()
+        self._damaged.discard(self._last.path.name)
+        self.event("committed", step=step, save_seconds=round(time.monotonic() - started, 3))
+        self.progress.say(f"committed step {step}")
+        self._remove_old()
 
     def _manifest(self, step: int, metrics: dict | None) -> Manifest:
         last = self._last
@@ -132,14 +168,11 @@ class Recorder:
     def _world(self) -> dict:
         return {name: self._facts[name] for name in WORLD}
 
-    def _trainer_state(self, step: int) -> dict:
+    def _trainer_state(self, step: int, records: list[dict]) -> dict:
         """Loss history in the form that tools read from other trainers' runs."""
         names = ("step", "loss", "grad_norm", "learning_rate")
-        history = [
-            {name: record[name] for name in names}
-            for _, record in sorted(self._steps.items())
-            if record["step"] <= step
-        ]
+        by_step = sorted((record for record in records if record["step"] <= step), key=lambda record: record["step"])
+        history = [{name: record[name] for name in names} for record in by_step]
         return {"global_step": step, "max_steps": self.plan.steps, "log_history": history}
 
     def _remove_old(self) -> None:

@@ -115,6 +115,7 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
     def commit_last() -> None:
         if state.step > recorder.last_step:
             recorder.commit(state, base_directory, None)
+        recorder.finish(state)
 
     has_holdout = len(resolved.holdout) > 0
     if state.step == 0 and has_holdout:

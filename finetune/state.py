@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, losses, optimizer
 from finetune.order import derive
@@ -44,6 +45,13 @@ class TrainState:
     """The bare model inside it; the only thing snapshots read."""
     optimizer: torch.optim.Optimizer
     step: int = 0
+    copy: Copy | None = None
+    """A snapshot under way; whatever writes weights awaits it first."""
+
+    def await_snapshot(self) -> float:
+        """Returns when no copy needs the tensors as they are; the seconds it took."""
+        seconds, self.copy = self.copy.wait() if self.copy else 0.0, None
+        return seconds
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -30,6 +30,7 @@ FLOORS = {
     "finetune.state": 2,
     "finetune.checkpoints.snapshot": 3,
     "finetune.checkpoints.loading": 2,
+    "finetune.checkpoints.staging": 1,
     "finetune.loop": 3,
     "finetune.recorder": 4,
     "finetune.run": 5,

@@ -8,7 +8,7 @@ import pytest
 
 from finetune import journal
 from finetune.errors import RunError
-from finetune.journal import Journal, RowLoss, RowLosses, difference, read, read_rows, steps
+from finetune.journal import Journal, RowLoss, difference, read, read_rows, steps, write_rows
 
 
 def step(number, **fields):
@@ -134,22 +134,17 @@ def row(step_number, example, loss=1.0):
 
 
 def test_row_losses_are_written_by_span_and_read_by_step(tmp_path):
-    losses = RowLosses(tmp_path)
-    losses.add([row(1, 5), row(1, 3)])
-    losses.add([row(2, 4, math.nan), row(3, 9)])
-    losses.flush(1, 2)
+    write_rows(tmp_path, [row(1, 5), row(1, 3), row(2, 4, math.nan)])
     assert [path.name for path in (tmp_path / "rows").iterdir()] == ["step-00000001-00000002.parquet"]
     assert read_rows(tmp_path, 1) == [row(1, 5), row(1, 3)]
     assert math.isnan(read_rows(tmp_path, 2)[0].loss)
     assert read_rows(tmp_path, 3) == []
-    losses.flush(3, 4)
+    write_rows(tmp_path, [row(3, 9)])
     assert read_rows(tmp_path, 3) == [row(3, 9)]
     assert read_rows(tmp_path, 4) == []
 
 
 def test_of_two_files_that_cover_a_step_the_last_written_counts(tmp_path):
     for first, loss in ((2, 1.0), (1, 2.0)):
-        losses = RowLosses(tmp_path)
-        losses.add([row(2, 1, loss)])
-        losses.flush(first, 2)
-    assert read_rows(tmp_path, 2) == [row(2, 1, 2.0)]
+        write_rows(tmp_path, [row(first, 0, loss), row(2, 1, loss)])
+    assert read_rows(tmp_path, 2)[-1] == row(2, 1, 2.0)

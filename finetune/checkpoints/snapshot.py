@@ -5,11 +5,13 @@ attempt of the store, and `read` on a verified checkpoint.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from finetune.checkpoints.staging import Copy, Staging
 from finetune.checkpoints.store import Attempt, Checkpoint
 from finetune.checkpoints.tensors import Tensor
 from finetune.errors import CheckpointError
@@ -25,20 +27,43 @@ COMPANIONS = (
 )
 
 
-def write(state: TrainState, plan: Plan, base_directory: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one step: its tensors are being copied, and all else is here."""
+
+    step: int
+    is_adapter: bool
+    adapter_config: dict | None
+    copy: Copy
+    """Weights as `weights/<name>`, moments as `moments/<name>`."""
+    scalars: dict[str, float]
+
+
+def take(state: TrainState, plan: Plan, staging: Staging) -> Snapshot:
+    """Begins a snapshot; `state.await_snapshot` ends the copying, and must come before anything writes weights."""
+    is_adapter = adapter.is_adapter(state.model)
+    moments, scalars = _optimizer_state(state)
+    live = {f"weights/{name}": tensor for name, tensor in adapter.weights(state.model).items()}
+    live |= {f"moments/{name}": tensor for name, tensor in moments.items()}
+    state.copy = staging.take(live)
+    config = adapter_config(state.model, plan) if is_adapter else None
+    return Snapshot(state.step, is_adapter, config, state.copy, scalars)
+
+
+def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
     """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
-    weights = [_tensor(name, tensor) for name, tensor in adapter.weights(state.model).items()]
-    if adapter.is_adapter(state.model):
-        attempt.write_tensors("adapter_model.safetensors", weights, {"format": "pt"})
-        attempt.write_json("adapter_config.json", adapter_config(state.model, plan))
+    snapshot.copy.wait()
+    if snapshot.is_adapter:
+        attempt.write_tensors("adapter_model.safetensors", _tensors(snapshot, "weights/"), {"format": "pt"})
+        attempt.write_json("adapter_config.json", snapshot.adapter_config)
     else:
-        attempt.write_tensors("model.safetensors", weights, {"format": "pt"})
+        attempt.write_tensors("model.safetensors", _tensors(snapshot, "weights/"), {"format": "pt"})
         attempt.write_json("config.json", _config(base_directory))
+    attempt.write_tensors("optimizer.safetensors", _tensors(snapshot, "moments/"), {})
+    record = {"step": snapshot.step, "optimizer": plan.recipe.optimizer.name, "scalars": snapshot.scalars}
+    attempt.write_json("state.json", record)
     for file in companions(base_directory):
         _write_or_link(file, previous, attempt)
-    moments, scalars = _optimizer_state(state)
-    attempt.write_tensors("optimizer.safetensors", [_tensor(name, tensor) for name, tensor in moments.items()], {})
-    attempt.write_json("state.json", {"step": state.step, "optimizer": plan.recipe.optimizer.name, "scalars": scalars})
 
 
 def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
@@ -83,9 +108,17 @@ def _config(base_directory: Path) -> dict:
     return config | {"dtype": "float32"}
 
 
-def _tensor(name: str, tensor: torch.Tensor) -> Tensor:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return Tensor(name, DTYPES[tensor.dtype], tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy()))
+def _tensors(snapshot: Snapshot, prefix: str) -> list[Tensor]:
+    return [
+        Tensor(
+            name.removeprefix(prefix),
+            DTYPES[tensor.dtype],
+            tuple(tensor.shape),
+            memoryview(tensor.reshape(-1).view(torch.uint8).numpy()),
+        )
+        for name, tensor in snapshot.copy.tensors.items()
+        if name.startswith(prefix)
+    ]
 
 
 def _optimizer_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
