@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from finetune.cli import cli, main
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object
+) -> tuple[int, str, str]:
     """The console script in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["finetune", *map(str, arguments)])
     try:
@@ -23,7 +25,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *ar
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["log", "--help"], ["schema"], ["plan", "broken.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["log", "--help"], ["schema"], ["plan", "broken.yaml"]]
+)
 def test_help_and_recipe_errors_do_not_import_torch(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("base: {checkpoint: a/b}\nlearning_rte: 1\n")
     program = (
@@ -40,7 +44,9 @@ def test_help_and_recipe_errors_do_not_import_torch(arguments: list[str], tmp_pa
 
 def test_a_recipe_error_has_all_problems_and_exit_code_2(monkeypatch, capsys, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("base: {checkpoint: a/b}\ntask: {name: chad}\ndata: {train: [{path: x.jsonl}]}\noptimizer: {learning_rat: 1e-4}\n")
+    recipe.write_text(
+        "base: {checkpoint: a/b}\ntask: {name: chad}\ndata: {train: [{path: x.jsonl}]}\noptimizer: {learning_rat: 1e-4}\n"
+    )
     code, out, err = run_main(monkeypatch, capsys, "plan", recipe)
     assert (code, out) == (2, "")
     assert f"{recipe}:2: task.name: " in err
@@ -84,7 +90,15 @@ def test_the_story_of_a_run(recipe_file, train, monkeypatch, capsys, tmp_path) -
     code, out, _ = run_main(monkeypatch, capsys, "plan", recipe, "--json")
     plan = json.loads(out)
     assert code == 0
-    assert {"plan_id", "steps", "rows", "tokens", "trainable_parameters", "checkpoint_bytes", "memory_bytes"} <= plan.keys()
+    assert {
+        "plan_id",
+        "steps",
+        "rows",
+        "tokens",
+        "trainable_parameters",
+        "checkpoint_bytes",
+        "memory_bytes",
+    } <= plan.keys()
     assert (plan["steps"], plan["rows"], plan["holdout_rows"]) == (10, 40, 8)
 
     code, out, _ = run_main(monkeypatch, capsys, "log", run, "--json")
@@ -102,7 +116,9 @@ def test_the_story_of_a_run(recipe_file, train, monkeypatch, capsys, tmp_path) -
     assert tuned == checkpoints[1]["metrics"]["loss"]
     assert base > tuned
 
-    code, out, _ = run_main(monkeypatch, capsys, "generate", f"{run}@last", "--prompt", "the model", "--max-new-tokens", 5, "--json")
+    code, out, _ = run_main(
+        monkeypatch, capsys, "generate", f"{run}@last", "--prompt", "the model", "--max-new-tokens", 5, "--json"
+    )
     assert json.loads(out)["results"][0]["ref"] == f"{run}@last"
 
     assert run_main(monkeypatch, capsys, "verify", run)[:2] == (0, "every byte is as it was committed\n")
@@ -120,7 +136,9 @@ def test_the_story_of_a_run(recipe_file, train, monkeypatch, capsys, tmp_path) -
     assert (code, "optimizer.safetensors" in err) == (1, True)
 
 
-def test_train_on_a_run_of_another_recipe_refuses_and_names_every_difference(recipe_file, train, monkeypatch, capsys, tmp_path) -> None:
+def test_train_on_a_run_of_another_recipe_refuses_and_names_every_difference(
+    recipe_file, train, monkeypatch, capsys, tmp_path
+) -> None:
     run = train(recipe_file(), tmp_path / "run")
     changed = ["--set", "optimizer.learning_rate=0.02", "--set", "train.seed=3", "--set", "checkpoint.every=2 steps"]
     code, _, err = run_main(monkeypatch, capsys, "train", recipe_file(), "--run", run, *changed)
@@ -149,4 +167,6 @@ def test_every_command_has_help_and_documented_options() -> None:
         result = CliRunner().invoke(cli, [name, "--help"])
         assert result.exit_code == 0
         assert command.help
-        assert all(getattr(option, "help", True) for option in command.params if option.param_type_name == "option"), name
+        assert all(getattr(option, "help", True) for option in command.params if option.param_type_name == "option"), (
+            name
+        )

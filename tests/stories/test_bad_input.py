@@ -31,7 +31,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 def test_a_base_that_is_not_there(refuse, recipe_file) -> None:
     recipe = recipe_file(base={"checkpoint": "package:no_such_package/model.gguf"})
-    assert "package:no_such_package/model.gguf: no installed package is called `no_such_package`" in refuse("plan", recipe)
+    assert "package:no_such_package/model.gguf: no installed package is called `no_such_package`" in refuse(
+        "plan", recipe
+    )
     assert "neither a directory nor a ref" in refuse("plan", recipe_file(base={"checkpoint": "./nowhere"}))
 
 
@@ -56,7 +58,9 @@ def test_an_adapter_that_fits_nothing(refuse, recipe_file) -> None:
     recipe = recipe_file(adapter={"name": "lora", "targets": ["qkv_proj"]})
     said = refuse("plan", recipe, code=2)
     line = 1 + recipe.read_text().splitlines().index("  targets:")
-    assert said.startswith(f"{recipe}:{line}: adapter.targets: no linear layer is called `qkv_proj`\nhint: the base has ")
+    assert said.startswith(
+        f"{recipe}:{line}: adapter.targets: no linear layer is called `qkv_proj`\nhint: the base has "
+    )
 
 
 def test_a_context_longer_than_the_base_has(refuse, recipe_file) -> None:
@@ -70,10 +74,19 @@ def test_a_context_longer_than_the_base_has(refuse, recipe_file) -> None:
         (None, "train.jsonl: no such file"),
         ("", "train.jsonl: "),
         ('{"messages": [}\n', "train.jsonl:1: "),
-        ('{"text": "x"}\n', "train.jsonl:1: has neither `messages` nor `prompt` and `completion`; its columns are: text"),
-        ('{"messages": [{"role": "user", "content": "x"}]}\n', "train.jsonl:1: has no assistant turn, so there is nothing to learn from it"),
+        (
+            '{"text": "x"}\n',
+            "train.jsonl:1: has neither `messages` nor `prompt` and `completion`; its columns are: text",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}\n',
+            "train.jsonl:1: has no assistant turn, so there is nothing to learn from it",
+        ),
         ('{"prompt": "x", "completion": " "}\n', "train.jsonl:1: has an empty assistant turn"),
-        (json.dumps({"prompt": "x" * 400, "completion": "y"}) + "\n", "train.jsonl:1: no row has a supervised token within task.max_length"),
+        (
+            json.dumps({"prompt": "x" * 400, "completion": "y"}) + "\n",
+            "train.jsonl:1: no row has a supervised token within task.max_length",
+        ),
     ],
 )
 def test_data_that_cannot_be_learnt_from(content, message, refuse, recipe_file, tmp_path) -> None:
@@ -84,7 +97,9 @@ def test_data_that_cannot_be_learnt_from(content, message, refuse, recipe_file, 
 
 def test_a_template_that_does_not_train_its_stop_token(refuse, recipe_file, tmp_path) -> None:
     (tmp_path / "template.jinja").write_text(ANSWERLESS + "{% if add_generation_prompt %}{% endif %}")
-    said = refuse("plan", recipe_file(task={"name": "chat", "max_length": 64, "template": str(tmp_path / "template.jinja")}))
+    said = refuse(
+        "plan", recipe_file(task={"name": "chat", "max_length": 64, "template": str(tmp_path / "template.jinja")})
+    )
     assert "not with a stop token (`<|im_end|>`): the tuned model would not stop" in said
 
 
@@ -152,7 +167,9 @@ def test_a_learning_rate_that_explodes_stops_before_the_weights_are_lost(refuse,
 
     train = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
     optimizer = {"name": "sgd", "learning_rate": 9.9, "max_grad_norm": 1e30, "warmup": 0}
-    recipe = recipe_file(adapter=None, optimizer=optimizer, train=train, guard={"spike": "ignore"}, data=without_holdout(recipe_file))
+    recipe = recipe_file(
+        adapter=None, optimizer=optimizer, train=train, guard={"spike": "ignore"}, data=without_holdout(recipe_file)
+    )
     said = refuse("train", recipe, "--run", tmp_path / "run")
     assert "are not finite, so the update was refused; " in said
     events = [record for record in journal.read(tmp_path / "run") if record.get("event") == "not_finite"]

@@ -171,4 +171,7 @@ def test_a_run_starts_from_a_checkpoint_of_another_run(recipe_file, train, tmp_p
     second = train(recipe_file("second", base={"checkpoint": f"{first}@last"}), tmp_path / "second")
     loss = journal.steps(journal.read(first))[10]["loss"]
     assert journal.steps(journal.read(second))[1]["loss"] < loss
-    assert json.loads((second / "checkpoints/step-00000010/adapter_config.json").read_bytes())["base_model_name_or_path"] == "first@last"
+    assert (
+        json.loads((second / "checkpoints/step-00000010/adapter_config.json").read_bytes())["base_model_name_or_path"]
+        == "first@last"
+    )
