@@ -1,6 +1,7 @@
 """Stopped anywhere and started again with the same command, a run ends as if it had never stopped: bit for bit."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,41 @@ def test_a_run_starts_from_a_checkpoint_of_another_run(recipe_file, train, tmp_p
         json.loads((second / "checkpoints/step-00000010/adapter_config.json").read_bytes())["base_model_name_or_path"]
         == "first@last"
     )
+
+
+def test_an_update_waits_for_the_copy_of_the_state_before_it(recipe_file, train, tmp_path, monkeypatch) -> None:
+    """A copy that is slower than a step: without the wait, checkpoints would hold a mixture of two steps."""
+    from finetune.checkpoints.staging import Copy
+
+    fill = Copy._fill
+
+    def slowly(self: Copy, *arguments: object) -> None:
+        time.sleep(0.2)
+        fill(self, *arguments)
+
+    recipe = recipe_file(checkpoint={"every": "1 step", "keep": {"last": 20}})
+    quick = train(recipe, tmp_path / "quick")
+    monkeypatch.setattr(Copy, "_fill", slowly)
+    slow = train(recipe, tmp_path / "slow")
+    for checkpoint in sorted((quick / "checkpoints").iterdir()):
+        for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+            assert (checkpoint / name).read_bytes() == (slow / "checkpoints" / checkpoint.name / name).read_bytes()
+    assert max(record["await_seconds"] for record in journal.steps(journal.read(slow)).values()) > 0.05
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_with_its_error(
+    recipe_file, train, tmp_path, monkeypatch
+) -> None:
+    from finetune.checkpoints.store import Store
+    from finetune.errors import CheckpointError
+
+    def refuse(self: Store, attempt: object, *_: object, **__: object) -> None:
+        raise CheckpointError("the disk said no", where=str(attempt.path))
+
+    recipe = recipe_file(checkpoint={"every": "3 steps"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", refuse)
+        with pytest.raises(CheckpointError, match="the disk said no"):
+            train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
+    assert_same_run(train(recipe, tmp_path / "whole"), tmp_path / "run")
