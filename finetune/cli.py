@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from finetune import __version__
-from finetune.errors import CheckpointError, FinetuneError, Stopped
+from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
 
 OVERRIDE = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
@@ -146,8 +146,16 @@ def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, .
 @REFS
 @click.option("--prompt", "prompts", multiple=True, help="What to answer; may be given several times.")
 @click.option("--prompt-file", type=click.File(), help="A file with one prompt.")
-@click.option("--max-new-tokens", default=128, show_default=True, help="The longest answer.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The longest answer."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
 @click.option("--seed", default=0, show_default=True, help="Decides the samples when the temperature is not 0.")
 @JSON
 def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_json) -> None:  # noqa: ANN001 click's options
@@ -207,6 +215,10 @@ def main() -> None:
     except click.exceptions.Exit as request:
         sys.exit(request.exit_code)
     except click.ClickException as error:
+        if "--json" in sys.argv:
+            click.echo(
+                json.dumps({"error": {"code": "usage", "message": error.format_message(), "where": None, "hint": None}})
+            )
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
@@ -222,7 +234,7 @@ def main() -> None:
 
 
 def _report(error: FinetuneError) -> None:
-    if os.environ.get("RANK", "0") != "0":  # all ranks meet the same error; one says so
+    if os.environ.get("RANK", "0") != "0" and isinstance(error, RecipeError):  # all ranks meet it; one says so
         return
     if "--json" in sys.argv:
         facts = {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}

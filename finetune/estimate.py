@@ -51,7 +51,8 @@ def memory_bytes(plan: Plan, shape: Shape, micro_batch_tokens: int) -> int:
         3 * FLOAT * round(share * micro_batch_tokens) * shape.vocabulary
     )  # fp32 logits, their softmax, their gradient
     casts = width * plan.total_parameters if plan.recipe.train.precision == "bf16" else 0
-    return PROCESS_BYTES + state + kept + logits + casts
+    staging = 2 * checkpoint_bytes(plan)  # two saves may be under way
+    return PROCESS_BYTES + state + kept + logits + casts + staging
 
 
 def checkpoint_bytes(plan: Plan) -> int:

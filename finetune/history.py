@@ -18,8 +18,12 @@ def checkpoints(run: Path) -> list[dict]:
             where=str(run),
             hint="name a directory that `finetune train` made",
         )
-    trained = journal.steps(journal.read(run))
-    return [_summary(run, checkpoint, trained.get(checkpoint.step, {})) for checkpoint in Store(run).checkpoints()]
+    records = journal.read(run)
+    trained, evaluated = journal.steps(records), journal.evaluations(records)
+    return [
+        _summary(run, checkpoint, trained.get(checkpoint.step, {}), evaluated.get(checkpoint.step, {}))
+        for checkpoint in Store(run).checkpoints()
+    ]
 
 
 def table(rows: list[dict]) -> str:
@@ -95,13 +99,13 @@ def _checkpoint(text: str) -> Checkpoint:
     return find(parse(text))
 
 
-def _summary(run: Path, checkpoint: Checkpoint, record: dict) -> dict:
+def _summary(run: Path, checkpoint: Checkpoint, record: dict, evaluated: dict) -> dict:
     return {
         "ref": f"{run}@{checkpoint.step}",
         "step": checkpoint.step,
         "path": str(checkpoint.path),
         "kind": checkpoint.manifest.kind,
-        "metrics": checkpoint.manifest.metrics,
+        "metrics": checkpoint.manifest.metrics or evaluated,
         "parent": checkpoint.manifest.parent,
         "training_loss": record.get("loss"),
         "created": checkpoint.manifest.created,

@@ -75,6 +75,13 @@ def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
     return {record["step"]: record for record in records if record["kind"] == "step"}
 
 
+def evaluations(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
+    """The held-out figures of each step that was evaluated; also of one whose evaluation a signal cut short, and a resume made up."""
+    about = {"kind", "event", "attempt", "time", "step"}
+    found = [record for record in records if record.get("event") == "evaluated"]
+    return {record["step"]: {name: value for name, value in record.items() if name not in about} for record in found}
+
+
 def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
     """The first field in which two records of one step differ, times and attempt aside; None when the step was exact."""
     for key in [*new, *(key for key in old if key not in new)]:

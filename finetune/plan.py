@@ -74,10 +74,11 @@ class Plan(Pin):
     @property
     def plan_id(self) -> str:
         """Digest of all that decides what is trained; two plans with one id train the same."""
-        facts = self.model_dump(mode="json")
+        # without defaults, so that a key that a later version adds does not change the id of an old plan
+        facts = self.model_dump(mode="json", exclude_defaults=True)
         for section in FREE_SECTIONS:
-            facts["recipe"].pop(section)
-        facts["recipe"]["train"].pop("micro_batch_tokens")
+            facts["recipe"].pop(section, None)
+        facts["recipe"].get("train", {}).pop("micro_batch_tokens", None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()
 
@@ -108,10 +109,10 @@ def load(run: Path) -> tuple[Plan, dict]:
             raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
         facts, plan_id = record.pop("facts"), record.pop("plan_id")
         plan = Plan.model_validate(record)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         hint = "start it with `finetune train`"
         raise RunError("is not a run directory: it has no plan.json", where=str(run), hint=hint) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's errors are ValueErrors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's errors are ValueErrors
         reason = str(error).partition("\n")[0]
         raise RunError(f"is damaged: {reason}", where=str(path), hint=damaged_hint) from None
     if plan.plan_id != plan_id:

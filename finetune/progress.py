@@ -4,6 +4,7 @@ Everything goes to stderr, flushed at once. `run` owns the one `Progress`; other
 """
 
 import sys
+import threading
 import time
 
 LINES_EVERY_SECONDS = 10.0  # into a pipe; a terminal's line is redrawn twice a second
@@ -18,13 +19,16 @@ class Progress:
         self._is_terminal = sys.stderr.isatty()
         self._drawn_at = -float("inf")
         self._is_line_open = False
+        self._lock = threading.Lock()
         self._seconds_per_step: float | None = None
 
     def say(self, message: str) -> None:
         """A message on its own line, also with --quiet."""
         if not self._is_silent:
-            self._clear()
-            print(message, file=sys.stderr, flush=True)
+            with self._lock:  # the writer of checkpoints has a thread of its own
+                self._clear()
+                sys.stderr.write(f"{message}\n")
+                sys.stderr.flush()
 
     def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float) -> None:
         """The figures of a finished step; `tokens` and `seconds` are of this step."""
@@ -41,9 +45,11 @@ class Progress:
             f"step {step:{width}d}/{self._steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {learning_rate:.2e}  "
             f"{tokens / seconds:,.0f} tokens/s  {left} left"
         )
-        self._clear()
-        print(line, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)
-        self._is_line_open = self._is_terminal
+        with self._lock:
+            self._clear()
+            sys.stderr.write(line if self._is_terminal else f"{line}\n")
+            sys.stderr.flush()
+            self._is_line_open = self._is_terminal
 
     def close(self) -> None:
         if self._is_line_open:

@@ -12,11 +12,12 @@ from pathlib import Path
 from finetune import journal as journals
 from finetune.checkpoints import snapshot as snapshots
 from finetune.checkpoints.durable import replace_file
-from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
+from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
 from finetune.checkpoints.retention import Saved, keep
 from finetune.checkpoints.snapshot import Snapshot
 from finetune.checkpoints.staging import Staging
 from finetune.checkpoints.store import Store
+from finetune.errors import FinetuneError, RunError
 from finetune.loop import StepReport
 from finetune.plan import Plan
 from finetune.progress import Progress
@@ -38,15 +39,25 @@ class Recorder:
         self._store = Store(path)
         self._last: Checkpoint | None = None
         self.last_step = 0  # of the newest commit, also while it is being written
+        self._has_failed = False
         self._staging = Staging()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._saves: list[Future] = []
         self._losses: list[journals.RowLoss] = []
         records = journals.read(path)
         self._steps = journals.steps(records)
+        self._evaluated = journals.evaluations(records)
+        committed = [record["step"] for record in records if record.get("event") == "committed"]
+        self.newest_recorded = max(committed, default=0)
+        """The newest step that the journal says was committed."""
 
-    def open(self, recipe_text: str, changes: list[str]) -> tuple[Checkpoint | None, list[Damage]]:
+    def open(
+        self, recipe_text: str, base_directory: Path, changes: list[str]
+    ) -> tuple[Checkpoint | None, list[Damage]]:
         """Writes down what is about to happen; returns the newest sound checkpoint, and what is wrong with newer ones."""
+        self._refuse_strangers()
+        if self.is_writer:
+            self._restore_companions(base_directory)
         self._last, damages = self._store.newest_sound()
         self.last_step = self._last.step if self._last else 0
         self._damaged = {damage.file.partition("/")[0] for damage in damages}
@@ -61,6 +72,26 @@ class Recorder:
                     "damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message
                 )
         return self._last, damages
+
+    def _refuse_strangers(self) -> None:
+        """A checkpoint of another run or plan would be taken for a step of this one."""
+        for checkpoint in self._store.checkpoints():
+            manifest = checkpoint.manifest
+            if manifest.run != self._facts["run"] or manifest.plan_id != self.plan.plan_id:
+                raise RunError(
+                    "belongs to another run or plan",
+                    where=str(checkpoint.path),
+                    hint="move it away, or use another --run",
+                )
+
+    def _restore_companions(self, base_directory: Path) -> None:
+        """Small files that the base still has are put right where they are damaged: weights beside them need not be given up."""
+        for checkpoint in self._store.checkpoints():
+            for file in snapshots.companions(base_directory):
+                record, kept = checkpoint.manifest.files.get(file.name), checkpoint.path / file.name
+                if record and not is_as_recorded(kept, record) and is_as_recorded(file, record):
+                    replace_file(kept, file.read_bytes())
+                    self.progress.say(f"restored {kept.relative_to(self.path)} from the base")
 
     def event(self, name: str, **figures: object) -> None:
         if self.is_writer:
@@ -81,6 +112,7 @@ class Recorder:
             "attempt": self._attempt,
             "time": _now(),
         }
+        self._raise_failures()
         earlier = self._steps.get(report.step)
         self._steps[report.step] = record
         if self.is_writer:
@@ -95,6 +127,15 @@ class Recorder:
             report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds
         )
 
+    def evaluated(self, step: int, metrics: dict) -> None:
+        """Records the held-out figures of a step."""
+        self._evaluated[step] = metrics
+        self.event("evaluated", step=step, **metrics)
+        self.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}")
+
+    def is_evaluated(self, step: int) -> bool:
+        return step in self._evaluated
+
     def history(self, quantity: str, before: int, count: int) -> list[float]:
         """A recorded quantity in the `count` steps before a step."""
         window = range(max(1, before - count), before)
@@ -108,7 +149,6 @@ class Recorder:
         self.committed_at = time.monotonic()
         self.last_step = state.step
         if self.is_writer:
-            self._raise_failures()
             snapshot = snapshots.take(state, self.plan, self._staging)
             losses, self._losses = self._losses, []
             history = list(self._steps.values())
@@ -138,6 +178,8 @@ class Recorder:
         started = time.monotonic()
         step = snapshot.step
         try:
+            if self._has_failed:  # a checkpoint after a gap would lack the row losses of the one before
+                return
             if losses:
                 journals.write_rows(self.path, losses)
             self._journal.sync()
@@ -145,6 +187,9 @@ class Recorder:
             snapshots.write(snapshot, self.plan, base_directory, self._last, attempt)
             attempt.write_json("trainer_state.json", self._trainer_state(step, history))
             self._last = self._store.commit(attempt, self._manifest(step, metrics), verify_digests=True)
+        except FinetuneError:
+            self._has_failed = True
+            raise
         finally:
             snapshot.copy.release()
         self._damaged.discard(self._last.path.name)
@@ -158,7 +203,9 @@ class Recorder:
             run=self._facts["run"],
             attempt=self._attempt,
             step=step,
-            parent={"ref": f"{self.path.name}@{last.step}", "digest": last.manifest.digest} if last else None,
+            parent={"ref": f"{self.path.absolute().name}@{last.step}", "digest": last.manifest.digest}
+            if last
+            else None,
             plan_id=self.plan.plan_id,
             metrics=metrics or {},
             versions=self._facts["versions"],
@@ -179,9 +226,9 @@ class Recorder:
         """Retention, after the successor was committed and every byte of it read back. A damaged checkpoint counts for nothing."""
         checkpoints = self._store.checkpoints()
         sound = [checkpoint for checkpoint in checkpoints if checkpoint.path.name not in self._damaged]
-        saved = [Saved(checkpoint.step, checkpoint.manifest.metrics) for checkpoint in sound]
+        saved = [Saved(item.step, item.manifest.metrics or self._evaluated.get(item.step, {})) for item in sound]
         kept = keep(saved, self.plan.recipe.checkpoint.keep, protected=set())
-        for checkpoint in checkpoints:
+        for checkpoint in sound:  # what is damaged stays: it makes room when its step is committed again
             if checkpoint.step not in kept:
                 self._store.remove(checkpoint)
                 self.event("removed", step=checkpoint.step)

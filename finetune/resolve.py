@@ -4,6 +4,7 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from finetune.plan import FREE_SECTIONS, Counts, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Recipe, Source, count_of
 from finetune.tasks import TASKS
+from finetune.tasks.chat import template_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
     if problems:
         raise RecipeError(problems)
     encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, base.stop_tokens(directory, tokenizer))
-    encoding = encoding_digest(recipe, tokenizer)
+    encoding = encoding_digest(recipe, directory, tokenizer)
 
     def read(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
@@ -171,19 +173,15 @@ def _problems(
     return problems
 
 
-def encoding_digest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Over everything that decides which tokens a row becomes, packing aside."""
-    from finetune.tasks.chat import template_of
-
-    settings = recipe.task.model_dump(mode="json", exclude={"packing", "template"})
+def encoding_digest(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Over everything that decides which tokens a row becomes: tokenizer files, template, stop tokens, task settings."""
     template = template_of(tokenizer, recipe.task) if recipe.task.name == "chat" else ""
-    parts = [
-        repr(sorted(settings.items())),
-        template,
-        tokenizer.backend_tokenizer.to_str(),
-        repr(tokenizer.special_tokens_map),
-    ]
-    return "sha256:" + hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    stops = sorted(base.stop_tokens(directory, tokenizer))
+    total = hashlib.sha256(json.dumps([recipe.task.name, recipe.task.max_length, template, stops]).encode())
+    for name in base.TOKENIZER_FILES:
+        if (directory / name).is_file():
+            total.update(f"\0{name}\0".encode() + (directory / name).read_bytes())
+    return f"sha256:{total.hexdigest()}"
 
 
 def _read(
@@ -199,6 +197,8 @@ def _read(
 def _held_out(recipe: Recipe, rows: int) -> np.ndarray:
     """Rows drawn for evaluation, counted through the sources: the start of a permutation keyed by the seed."""
     count = count_of(recipe.data.holdout, rows)
+    if count == 0 and recipe.data.holdout not in (0, "0%"):
+        raise DataError(f"data.holdout takes none of {rows} rows", hint="hold out a larger share, or a count")
     if count >= rows:
         raise DataError(
             f"data.holdout takes {count} of {rows} rows, so none is left to train on", hint="hold out fewer"

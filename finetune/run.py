@@ -79,22 +79,26 @@ def train(loaded: LoadedRecipe, path: Path, is_quiet: bool = False) -> None:
             estimate.refuse_small_disk(resolved.plan, path)
             for change in changes:
                 progress.say(change)
-            checkpoint, damages = recorder.open(loaded.text, changes)
+            checkpoint, damages = recorder.open(loaded.text, resolved.base_directory, changes)
             try:
                 state = build(resolved.plan, base_directory, accelerator)
                 accelerator.wait_for_everyone()
                 _resume(state, resolved.plan, recorder, checkpoint, damages)
+                _refuse_different_steps(state, accelerator)
                 signals.is_training = True
-                execute(resolved, base_directory, state, recorder, signals)
+                is_finished = execute(resolved, base_directory, state, recorder, signals)
             finally:
                 progress.close()
                 recorder.close()
-    if state.step < resolved.plan.steps:
+    if not is_finished:
         raise Stopped(signals.received or signal.SIGTERM)
 
 
-def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorder: Recorder, signals: Signals) -> None:
-    """From the state's step to the plan's end, or to a signal: iterate, record, evaluate, commit."""
+def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorder: Recorder, signals: Signals) -> bool:
+    """From the state's step to the plan's end, or to a signal: iterate, record, evaluate, commit.
+
+    Returns whether the run is finished: all steps done, and the last one evaluated.
+    """
     plan, recipe = resolved.plan, resolved.plan.recipe
     save_steps = [every.steps for every in recipe.checkpoint.every if every.steps]
     save_minutes = [every.minutes for every in recipe.checkpoint.every if every.minutes]
@@ -108,8 +112,7 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
     def evaluate_and_record() -> dict | None:
         metrics = evaluate(resolved, state.accelerator, state.objective, wishes)
         if metrics:
-            recorder.event("evaluated", step=state.step, **metrics)
-            recorder.progress.say(f"held-out loss at step {state.step}: {metrics['loss']:.4f}")
+            recorder.evaluated(state.step, metrics)
         return metrics
 
     def commit_last() -> None:
@@ -117,19 +120,25 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
             recorder.commit(state, base_directory, None)
         recorder.finish(state)
 
-    has_holdout = len(resolved.holdout) > 0
-    if state.step == 0 and has_holdout:
-        evaluate_and_record()
+    def is_save(step: int) -> bool:
+        return step == plan.steps or any(step % steps == 0 for steps in save_steps)
+
+    def is_evaluation(step: int, is_saved: bool) -> bool:
+        is_due = (
+            step in (0, plan.steps)
+            or (is_saved and recipe.checkpoint.keep.best)
+            or _is_due(recipe.evaluate.every, step)
+        )
+        return bool(is_due) and len(resolved.holdout) > 0
+
+    if is_evaluation(state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
+        evaluate_and_record()  # at the start, or where a signal cut it short
     try:
         for report in loop.steps(state, plan, batches(plan, resolved.train, state.accelerator), plan.steps, wishes):
             recorder.step(report)
-            is_end = report.step == plan.steps
-            is_save = is_end or report.is_save_due or any(report.step % steps == 0 for steps in save_steps)
-            is_evaluation = (
-                is_end or (is_save and recipe.checkpoint.keep.best) or _is_due(recipe.evaluate.every, report.step)
-            )
-            metrics = evaluate_and_record() if has_holdout and is_evaluation else None
-            if is_save:
+            is_saved = report.is_save_due or is_save(report.step)
+            metrics = evaluate_and_record() if is_evaluation(report.step, is_saved) else None
+            if is_saved:
                 recorder.commit(state, base_directory, metrics)
             _watch(recorder, report)
     except (NotFiniteError, SpikeError) as error:
@@ -137,8 +146,10 @@ def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorde
         commit_last()
         raise
     commit_last()
-    if state.step == plan.steps:
+    is_finished = state.step == plan.steps and (len(resolved.holdout) == 0 or recorder.is_evaluated(state.step))
+    if is_finished:
         recorder.progress.say(f"finished at step {state.step}")
+    return is_finished
 
 
 def _resume(
@@ -150,9 +161,21 @@ def _resume(
     if damages:
         lost = max(int(damage.file[5:13]) for damage in damages) - recorder.last_step
         recorder.progress.say(f"falling back to step {recorder.last_step}: {lost} steps are run again")
+    if not damages and recorder.newest_recorded > recorder.last_step:
+        lost = recorder.newest_recorded - recorder.last_step
+        recorder.progress.say(f"step {recorder.newest_recorded} was committed and is gone: {lost} steps are run again")
     if checkpoint:
         snapshot.read(state, plan, checkpoint)
         recorder.progress.say(f"resumed from step {state.step}")
+
+
+def _refuse_different_steps(state: TrainState, accelerator: Accelerator) -> None:
+    """Hosts that do not share the run directory would each start from another step."""
+    steps = accelerator.gather(torch.tensor([state.step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise RunError(
+            f"the processes are at different steps: {steps}", hint="give all hosts one run directory on a shared disk"
+        )
 
 
 class SpikeError(FinetuneError):

@@ -73,6 +73,12 @@ def make_directory(path: Path) -> None:
     sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Makes the bytes of a file that something else wrote durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable: fsync of a file does not sync its name."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

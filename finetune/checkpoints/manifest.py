@@ -191,6 +191,11 @@ def _verify_file(path: Path, record: FileRecord, *, digests: bool) -> list[Damag
     return damage or [Damage("digest", path.name, None, "has other bytes than were committed")]
 
 
+def is_as_recorded(path: Path, record: FileRecord) -> bool:
+    """Whether a file is there with the bytes that a manifest speaks of."""
+    return path.is_file() and path.stat().st_size == record.bytes and _file_digest(path) == record.digest
+
+
 def _file_digest(path: Path) -> str:
     # Reading into one warm buffer is faster than mmap (6.6 against 5.8 GB/s a core), and a bad sector is an OSError, not a SIGBUS.
     digest = blake3.blake3()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetune import journal
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, read
 from finetune.checkpoints.retention import Saved, best
 from finetune.checkpoints.store import Store
@@ -84,7 +85,8 @@ def find(ref: Ref) -> Checkpoint:
         raise CheckpointError(f"{ref.run} has no checkpoint yet", hint="`finetune train` commits the first one")
     if ref.step == "last":
         return committed[max(committed)]
-    steps = best([Saved(step, item.manifest.metrics) for step, item in committed.items()], 1)
+    evaluated = journal.evaluations(journal.read(ref.run))
+    steps = best([Saved(step, item.manifest.metrics or evaluated.get(step, {})) for step, item in committed.items()], 1)
     if not steps:
         names = ", ".join(map(str, committed))
         hint = "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"

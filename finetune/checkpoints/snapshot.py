@@ -15,16 +15,13 @@ from finetune.checkpoints.staging import Copy, Staging
 from finetune.checkpoints.store import Attempt, Checkpoint
 from finetune.checkpoints.tensors import Tensor
 from finetune.errors import CheckpointError
-from finetune.model import adapter
+from finetune.model import adapter, base
 from finetune.plan import Plan
 from finetune.state import TrainState
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 # The small files that travel with weights, byte for byte; what is not named here stays where it is.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "generation_config.json"),
-)
+COMPANIONS = (*base.TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,14 @@ class Copy:
         self.tensors = buffers
         self._staging = staging
         self._is_done = threading.Event()
+        self._error: BaseException | None = None
 
     def wait(self) -> float:
         """Returns when the live tensors may change; the seconds it took."""
         started = time.perf_counter()
         self._is_done.wait()
+        if self._error is not None:
+            raise RuntimeError("the copy of a snapshot failed") from self._error
         return time.perf_counter() - started
 
     def release(self) -> None:
@@ -33,13 +36,18 @@ class Copy:
         self._staging.give_back(self.tensors)
 
     def _fill(self, live: dict[str, torch.Tensor], event: torch.Event | None) -> None:
-        if event is not None:
-            event.synchronize()
-        for name, tensor in live.items():
-            if tensor.device.type == "cpu":
-                # numpy, not copy_: one thread that leaves the others to the forward
-                np.copyto(_bytes(self.tensors[name]), _bytes(tensor))
-        self._is_done.set()
+        try:
+            if event is not None:
+                event.synchronize()
+            for name, tensor in live.items():
+                if tensor.device.type == "cpu":
+                    # numpy, not copy_: one thread that leaves the others to the forward
+                    np.copyto(_bytes(self.tensors[name]), _bytes(tensor))
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._is_done.set()
 
 
 class Staging:

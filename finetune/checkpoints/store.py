@@ -176,6 +176,13 @@ class Store:
         """The newest checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`)."""
         damages: list[Damage] = []
         for item in reversed(self._scan()):
+            if isinstance(item, Unreadable) and item.damage.check in ("foreign", "future"):
+                hint = (
+                    "update finetune"
+                    if item.damage.check == "future"
+                    else "move it out of the run, or use another --run"
+                )
+                raise CheckpointError(item.damage.message, where=str(item.path), hint=hint)
             # A stray file is no reason to lose steps: nothing reads it.
             found = [damage for damage in verify(item.path) if damage.check != "extra"]
             if isinstance(item, Checkpoint) and not found:
@@ -195,7 +202,10 @@ class Store:
         for directory in (self.run / "attempts", self.run / "trash"):
             with failures(directory):
                 for path in directory.iterdir() if directory.is_dir() else ():
-                    shutil.rmtree(path)
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
 
     def _scan(self) -> list[Checkpoint | Unreadable]:
         with failures(self.directory, what="cannot read"):

@@ -7,11 +7,11 @@ from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import parse
 from finetune.errors import DataError, FinetuneError
-from finetune.model import attention, losses
+from finetune.model import attention, base, losses
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
 from finetune.run import evaluate as evaluate_objective
-from finetune.state import Objective, start_accelerator
+from finetune.state import Objective, check_packing, start_accelerator
 from finetune.tasks import TASKS
 
 
@@ -37,7 +37,16 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
     recipe = resolved.plan.recipe
     if len(resolved.holdout) == 0:
         raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
-    model = open_model(text, attention.PER_ROW if recipe.task.packing else "sdpa").model
+    opened = open_model(text, attention.PER_ROW if recipe.task.packing else "sdpa")
+    model, own = opened.model, base.load_tokenizer(opened.directory)
+    if own.backend_tokenizer.to_str() != resolved.tokenizer.backend_tokenizer.to_str():
+        raise FinetuneError(
+            "has another tokenizer than the rows were encoded with",
+            where=text,
+            hint="evaluate it with a recipe of its own",
+        )
+    if recipe.task.packing:
+        check_packing(model)
     accelerator = start_accelerator(recipe.train)
     objective = accelerator.prepare_model(
         Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy), evaluation_mode=True

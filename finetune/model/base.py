@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,13 +27,16 @@ from finetune.recipe.schema import Base
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
+# `*` matches `/` too: leave out exports in folders, and Mistral's second copy of its weights.
+OTHER_FILES = ("*/*", "consolidated*")
+CONVERT = "convert it: load it in transformers once and call save_pretrained"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+)
 LICENCES = ("README.md", "LICENSE*", "NOTICE*")  # what a package passes on
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CONVERSION = 1  # of the GGUF conversion below; part of the cache key
-
-
-class HubUnreachableError(BaseError):
-    """No network, no answer, or offline mode, and the cache does not hold what is asked for."""
 
 
 def pin(base: Base) -> PinnedBase:
@@ -44,22 +46,22 @@ def pin(base: Base) -> PinnedBase:
         return PinnedBase(kind="hub", revision=_commit_of(ref.repo, base.revision or ref.revision), digest=None)
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
-    return PinnedBase(
-        kind="package" if ref.kind == "package" else "directory", revision=None, digest=_digest(_local(ref))
-    )
+    return PinnedBase(kind="package" if ref.kind == "package" else "directory", revision=None, digest=_pin_of(ref))
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
     """A directory that `from_pretrained` reads, downloaded or converted if need be; checked against the pin."""
     ref = parse(base.checkpoint)
     if ref.kind == "hub":
-        return _download(ref.repo, pinned.revision, SMALL_FILES + LICENCES + (WEIGHTS if with_weights else ()))
-    local = _local(ref)
-    if _digest(local) != pinned.digest:
+        path = _download(ref.repo, pinned.revision, SMALL_FILES + LICENCES + (WEIGHTS if with_weights else ()))
+        if not with_weights:
+            _check_has_weights(ref.repo, pinned.revision)
+        return path
+    if _pin_of(ref) != pinned.digest:
         raise BaseError(
             "is not what it was when the run was planned", where=base.checkpoint, hint="restore it, or start a new run"
         )
-    return local
+    return _local(ref)
 
 
 def load_config(path: Path) -> PretrainedConfig:
@@ -70,14 +72,14 @@ def load_config(path: Path) -> PretrainedConfig:
 
     if not (path / "config.json").exists():
         message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
-        raise BaseError(message, where=path.name, hint=hint)
+        raise BaseError(message, where=_name(path), hint=hint)
     raw = _json(path / "config.json")
     if "auto_map" in raw:
         message, hint = (
             "needs code of its own (`auto_map`), which is never run",
             "choose a base that transformers knows",
         )
-        raise BaseError(message, where=path.name, hint=hint)
+        raise BaseError(message, where=_name(path), hint=hint)
     architectures = raw.get("architectures") or []
     is_known = raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
@@ -87,7 +89,7 @@ def load_config(path: Path) -> PretrainedConfig:
             else f"of type `{raw.get('model_type')}`, which has no causal LM in transformers"
         )
         raise BaseError(
-            f"is not a language model: it is {what}", where=path.name, hint="choose a base that generates text"
+            f"is not a language model: it is {what}", where=_name(path), hint="choose a base that generates text"
         )
     try:
         return AutoConfig.from_pretrained(path)
@@ -106,10 +108,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BaseError(
-            f"its tokenizer cannot be loaded: {reason}", where=path.name, hint="add its tokenizer.json"
+            f"its tokenizer cannot be loaded: {reason}", where=_name(path), hint="add its tokenizer.json"
         ) from None
     if not tokenizer.is_fast or not len(tokenizer):
-        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=path.name)
+        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=_name(path))
     return tokenizer
 
 
@@ -144,7 +146,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = 
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
             wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}"
-            raise BaseError(wrong, where=path.name)
+            raise BaseError(wrong, where=_name(path))
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
     return model
 
@@ -154,11 +156,10 @@ def _check_weight_files(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     named = set(_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
     if not list(path.glob("*.safetensors")):
-        hint = "convert it: load it in transformers once and call save_pretrained"
-        raise BaseError("has no safetensors weights", where=path.name, hint=hint)
+        raise BaseError("has no safetensors weights", where=_name(path), hint=CONVERT)
     for name in sorted(named):
         if not (path / name).is_file():
-            raise BaseError(f"lacks its weight file {name}", where=path.name, hint="download or copy it again")
+            raise BaseError(f"lacks its weight file {name}", where=_name(path), hint="download or copy it again")
         try:
             read_header(path / name)
         except CheckpointError as error:
@@ -176,7 +177,9 @@ def _json(path: Path) -> dict:
 
 
 def _damaged(path: Path, reason: str) -> BaseError:
-    return BaseError(f"its {path.name} is damaged: {reason}", where=path.parent.name, hint="download or copy it again")
+    return BaseError(
+        f"its {path.name} is damaged: {reason}", where=_name(path.parent), hint="download or copy it again"
+    )
 
 
 def empty_model(path: Path) -> torch.nn.Module:
@@ -187,6 +190,13 @@ def empty_model(path: Path) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(load_config(path))
     model.tie_weights()
     return model
+
+
+def _name(path: Path) -> str:
+    """What errors call a base: its Hub id where it is a snapshot in the Hub's cache, else the directory's name."""
+    if path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _local(ref: Ref) -> Path:
@@ -239,6 +249,13 @@ def _converted(gguf: Path) -> Path:
     return cache.built("converted", key, convert)
 
 
+def _pin_of(ref: Ref) -> str:
+    """What a local base is: the file inside a package, not what some version of transformers makes of it."""
+    if ref.kind == "package":
+        return f"blake3:{_file_digest(_package_file(ref))}"
+    return _digest(_local(ref))
+
+
 def _digest(path: Path) -> str:
     """Over names and contents of the files that make the checkpoint."""
     total = blake3.blake3()
@@ -254,31 +271,38 @@ def _file_digest(path: Path) -> str:
 
 
 def _commit_of(repo: str, revision: str | None) -> str:
-    """The commit of a revision now; where the Hub cannot be reached, the one that `finetune fetch` left in the cache."""
+    """The commit of a revision now; where the Hub cannot be reached, the one that was last seen from here."""
     import huggingface_hub
 
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    try:
-        with _hub_errors(repo, revision):
-            return huggingface_hub.HfApi().model_info(repo, revision=revision).sha
-    except HubUnreachableError:
-        with _hub_errors(repo, revision):
-            cached = huggingface_hub.snapshot_download(
-                repo, revision=revision, local_files_only=True, allow_patterns="config.json"
-            )
-        return Path(cached).name
+    with _hub_errors(repo, revision):
+        return huggingface_hub.HfApi().resolve_revision(repo, revision=revision).resolved
 
 
 def _download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub
 
     with _hub_errors(repo, commit):
-        return Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=list(patterns)))
+        path = huggingface_hub.snapshot_download(
+            repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FILES)
+        )
+    return Path(path)
+
+
+def _check_has_weights(repo: str, commit: str) -> None:
+    """Refuses a Hub base without safetensors before anything heavy is downloaded; offline, loading finds out."""
+    import huggingface_hub
+    from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
+
+    with contextlib.suppress(DryRunError, LocalEntryNotFoundError):
+        if not huggingface_hub.snapshot_download(
+            repo, revision=commit, allow_patterns=list(WEIGHTS), ignore_patterns=list(OTHER_FILES), dry_run=True
+        ):
+            raise BaseError("has no safetensors weights", where=repo, hint=CONVERT)
 
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    from httpx2 import HTTPError
     from huggingface_hub import errors
 
     where = f"{repo}@{revision}" if revision else repo
@@ -294,9 +318,9 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise BaseError(
             "the repository has no such revision", where=where, hint="name a branch, a tag or a commit"
         ) from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HubUnreachableError(
+    except (errors.RevisionResolutionError, HTTPError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise BaseError(
             f"the Hub cannot be reached: {reason}",
             where=where,
             hint="`finetune fetch` a recipe where there is a network",

@@ -153,17 +153,20 @@ def test_unreadable_checkpoints_are_told_apart(store):
             "the checkpoint has format 2 and was written by a newer version of finetune; this one reads up to 1",
         ),
     }
-    newest, damages = store.newest_sound()
-    assert newest == sound
-    assert [damage.file for damage in damages] == [
-        f"step-{step:08d}/manifest.json" for step in (600, 500, 400, 300, 200)
-    ]
-    with pytest.raises(
-        CheckpointError, match="written by a newer version of finetune; this one reads up to 1\nhint: update finetune"
-    ):
+    newer = "written by a newer version of finetune; this one reads up to 1\nhint: update finetune"
+    with pytest.raises(CheckpointError, match=newer):
         store.find(600)
     with pytest.raises(CheckpointError, match="committed already"):
         commit(store, 600)
+    with pytest.raises(CheckpointError, match=newer):  # not a reason to train its steps again
+        store.newest_sound()
+    shutil.rmtree(future.parent)
+    with pytest.raises(CheckpointError, match="not one of finetune's\nhint: move it out of the run"):
+        store.newest_sound()
+    shutil.rmtree(store.directory / "step-00000400")
+    newest, damages = store.newest_sound()
+    assert newest == sound
+    assert [damage.file for damage in damages] == [f"step-{step:08d}/manifest.json" for step in (500, 300, 200)]
 
 
 def test_an_identical_file_is_linked(store):
