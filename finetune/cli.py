@@ -75,6 +75,8 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--quiet", is_flag=True, help="Print commits and problems only.")
 def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `run` has something to save
+        signal.signal(number, lambda received, frame: os._exit(128 + received))
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
@@ -207,9 +209,7 @@ def doctor(is_json: bool) -> None:
 
 def main() -> None:
     """The console script: errors become messages and exit codes."""
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # `train` takes over once it has something to save
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as request:

@@ -56,9 +56,9 @@ class Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             os._exit(128 + number)
-        self.received = number
         if not self.is_training:
-            raise Stopped(number)
+            os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
+        self.received = number
 
 
 def train(loaded: LoadedRecipe, path: Path, is_quiet: bool = False) -> None:

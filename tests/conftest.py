@@ -150,7 +150,7 @@ def recipe_file(tmp_path: Path, tiny_base: Path, chat_data: Path):
 def finetune(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     """The command line in a process of its own, as a user runs it."""
     command = [sys.executable, "-m", "finetune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
 @pytest.fixture(name="finetune")

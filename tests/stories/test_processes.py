@@ -78,7 +78,7 @@ def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tm
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # the lone -- keeps torchrun from reading our --run as an abbreviation of its --run-path
     command = [*torchrun, "-m", "--", "finetune", "train", str(recipe), "--run", str(two)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "finished at step 8" in result.stderr.splitlines()
     steps, others = journal.steps(journal.read(one)), journal.steps(journal.read(two))
@@ -96,7 +96,7 @@ def test_accelerate_launch_runs_the_same_program(recipe_file, tmp_path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command = [*accelerate, "-m", "finetune", "train", str(recipe), "--run", str(run)]
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=110, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert result.returncode == 0, result.stderr
     assert "finished at step 2" in result.stderr.splitlines()
