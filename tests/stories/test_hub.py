@@ -38,7 +38,7 @@ print(json.dumps(results))
 
 @pytest.fixture
 def hub():
-    with Hub(seconds=110) as hub:
+    with Hub(seconds=280) as hub:
         yield hub
 
 
@@ -80,7 +80,7 @@ def in_turn(env: dict[str, str], *commands: tuple[object, ...]) -> list[tuple[in
     """Exit code, stdout and stderr of each command; all in one process, as starting one takes seconds."""
     arguments = json.dumps([[str(part) for part in command] for command in commands])
     command = [sys.executable, "-c", RUN_IN_TURN, arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr  # it ends with the traceback
     return [tuple(result) for result in json.loads(done.stdout)]
 

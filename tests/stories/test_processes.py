@@ -63,6 +63,7 @@ def test_a_second_process_on_a_run_directory_refuses(recipe_file, finetune, tmp_
     recipe, run = recipe_file(train=LONG), tmp_path / "run"
     first = start("train", recipe, "--run", run)
     wait_for_step(run, 3)
+    first.send_signal(signal.SIGSTOP)  # holds the lock, and will not finish before the second has looked
     second = finetune("train", recipe, "--run", run)
     assert second.returncode == 1
     assert f"{run}: is in use by process {first.pid} on " in second.stderr
