@@ -122,20 +122,26 @@ def chat_row(number: int) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+@pytest.fixture(scope="session")
+def tiny_sections(tiny_base: Path, chat_data: Path) -> dict:
+    """What every small recipe has in common: base, task, data and learning rate."""
+    rows = {part: [{"path": str(chat_data / f"{part}.jsonl")}] for part in ("train", "holdout")}
+    return {
+        "base": {"checkpoint": str(tiny_base)},
+        "task": {"name": "chat", "max_length": 64},
+        "data": rows,
+        "optimizer": {"learning_rate": 0.01},
+    }
+
+
 @pytest.fixture
-def recipe_file(tmp_path: Path, tiny_base: Path, chat_data: Path):
+def recipe_file(tmp_path: Path, tiny_sections: dict):
     """A function that writes a small, valid recipe with the given sections changed, and returns its path."""
 
     def write(name: str = "tiny", **sections: object) -> Path:
         recipe = {
-            "base": {"checkpoint": str(tiny_base)},
-            "task": {"name": "chat", "max_length": 64},
-            "data": {
-                "train": [{"path": str(chat_data / "train.jsonl")}],
-                "holdout": [{"path": str(chat_data / "holdout.jsonl")}],
-            },
+            **tiny_sections,
             "adapter": {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
-            "optimizer": {"learning_rate": 0.01},
             "train": {"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
             "checkpoint": {"every": "4 steps"},
         }
@@ -163,12 +169,9 @@ def train():
     """Trains a recipe file in this process, from any state of the run directory; returns the run."""
 
     def train(recipe: Path, run: Path, *overrides: str) -> Path:
-        from accelerate.state import AcceleratorState
-
         from finetune.recipe.load import load
         from finetune.run import train as train_run
 
-        AcceleratorState._reset_state(True)  # accelerate keeps precision and devices for the life of a process
         train_run(load(recipe, overrides), run, is_quiet=True)
         return run
 

@@ -366,7 +366,7 @@ def started(tmp_path_factory):
     return run, points
 
 
-def inject(run, point, fault):
+def assert_survived(run, point, fault):
     """One save into a copy of the run, with a fault at one call; what is left on the disk is checked."""
     name, number = point
     copy = shutil.copytree(run, run.with_name(f"{name}-{number}-{fault}"))
@@ -388,22 +388,22 @@ def inject(run, point, fault):
     shutil.rmtree(copy)
 
 
-def inject_all(run, points_and_faults):
+def assert_all_survived(run, points_and_faults):
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda item: inject(run, *item), points_and_faults))
+        list(pool.map(lambda item: assert_survived(run, *item), points_and_faults))
 
 
 @needs_strace
 def test_a_kill_at_any_call_of_a_save_leaves_a_valid_checkpoint(started):
     run, points = started
-    inject_all(run, [(point, "signal=SIGKILL") for point in points])
+    assert_all_survived(run, [(point, "signal=SIGKILL") for point in points])
 
 
 @needs_strace
 def test_an_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing(started):
     run, points = started
     faults = itertools.cycle(["error=ENOSPC", "error=EIO", "error=EDQUOT", "error=EROFS", "error=EACCES"])
-    inject_all(run, zip(points, faults, strict=False))
+    assert_all_survived(run, zip(points, faults, strict=False))
 
 
 @pytest.mark.slow
@@ -411,7 +411,7 @@ def test_an_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing(sta
 @pytest.mark.parametrize("fault", ["error=ENOSPC", "error=EIO", "error=EDQUOT", "error=EROFS", "error=EACCES"])
 def test_every_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing(started, fault):
     run, points = started
-    inject_all(run, [(point, fault) for point in points])
+    assert_all_survived(run, [(point, fault) for point in points])
 
 
 def test_a_really_full_disk_keeps_the_checkpoint_before(tmp_path):

@@ -35,28 +35,19 @@ class Packaged(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, chat_data: Path) -> Callable[..., Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_sections: dict, chat_data: Path) -> Callable[..., Path]:
     """A function that trains six steps of a small recipe with the given sections, and returns the run."""
 
     def trained(precision: str, **sections: object) -> Path:
-        from accelerate.state import AcceleratorState
-
         directory = tmp_path_factory.mktemp("package")
         recipe = {
-            "base": {"checkpoint": str(tiny_base)},
-            "task": {"name": "chat", "max_length": 64},
-            "data": {
-                "train": [{"path": str(chat_data / "train.jsonl")}],
-                "holdout": [{"path": str(chat_data / "holdout.jsonl")}],
-            },
-            "optimizer": {"learning_rate": 0.01},
+            **tiny_sections,
             "train": {"steps": 6, "batch_size": 6, "precision": precision},
             "checkpoint": {"every": "4 steps", "keep": {"best": 1}},
             **sections,
         }
         path = directory / "recipe.yaml"
         path.write_text(f"# made on {PLANTED} in {directory}\n{yaml.safe_dump(recipe)}")
-        AcceleratorState._reset_state(True)
         train(load(path), directory / "run", is_quiet=True)
         evaluated = [item for item in journal.read(directory / "run") if item.get("event") == "evaluated"][-1]
         with (directory / "run/journal.jsonl").open("a") as file:
