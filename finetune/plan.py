@@ -10,13 +10,12 @@ import blake3
 from pydantic import BaseModel, ConfigDict
 
 from finetune import schedule
+from finetune.contract import binding
 from finetune.errors import RunError
 from finetune.order import Order
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, Train, count_of
 
 SCHEMA = 1
-# Sections of the recipe that do not touch what is trained: they may differ from the plan on resume.
-FREE_SECTIONS = ("evaluate", "checkpoint", "guard", "package", "publish")
 
 
 class Pin(BaseModel):
@@ -25,11 +24,13 @@ class Pin(BaseModel):
 
 class PinnedBase(Pin):
     kind: str
-    """`hub`, `directory` or `package`."""
+    """`hub`, `directory`, `package` or `adapter`."""
     revision: str | None
     """The commit of a Hub checkpoint."""
     digest: str | None
     """`blake3:…` over the files of a local base."""
+    beneath: "PinnedBase | None" = None
+    """What an adapter is merged onto."""
 
 
 class PinnedSource(Pin):
@@ -54,6 +55,17 @@ class Counts(Pin):
     longest: int
 
 
+class Segment(Pin):
+    """An earlier plan of a run that was extended: it holds for the steps that were recorded before, also when they run again."""
+
+    until: int
+    """The last of those steps."""
+    plan_id: str
+    steps: int
+    warmup_steps: int
+    schedule_start: int = 0
+
+
 class Plan(Pin):
     recipe: Recipe
     base: PinnedBase
@@ -68,19 +80,40 @@ class Plan(Pin):
     """Training examples of each source."""
     steps: int
     warmup_steps: int
+    """Of the curve that the learning rate is on after the segments."""
     total_parameters: int
     trainable_parameters: int
+    schedule_start: int = 0
+    """The step after which that curve begins."""
+    segments: tuple[Segment, ...] = ()
+    """Earlier plans of the run, oldest first; empty unless it was extended."""
 
     @property
     def plan_id(self) -> str:
         """Digest of all that decides what is trained; two plans with one id train the same."""
         # without defaults, so that a key that a later version adds does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
-        for section in FREE_SECTIONS:
-            facts["recipe"].pop(section, None)
-        facts["recipe"].get("train", {}).pop("micro_batch_tokens", None)
+        facts["recipe"] = binding(facts["recipe"])
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()
+
+    @property
+    def plan_ids(self) -> frozenset[str]:
+        """What checkpoints of the run may name as their plan: this one, and those it was before it was extended."""
+        return frozenset({self.plan_id, *(segment.plan_id for segment in self.segments)})
+
+    @property
+    def extension(self) -> dict[str, object] | None:
+        """How the run was last extended, as the journal has it; None when it never was."""
+        if not self.segments:
+            return None
+        last = self.segments[-1]
+        return {
+            "step": last.until,
+            "steps": [last.steps, self.steps],
+            "schedule": "continue" if self.schedule_start == last.schedule_start else "restart",
+            "plan_id": self.plan_id,
+        }
 
     @property
     def order(self) -> Order:
@@ -90,12 +123,54 @@ class Plan(Pin):
 
     def learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer
-        return schedule.learning_rate(optimizer.learning_rate, optimizer.schedule, self.warmup_steps, self.steps, step)
+        curve = next((segment for segment in self.segments if step <= segment.until), self)
+        start, length = curve.schedule_start, curve.steps - curve.schedule_start
+        return schedule.learning_rate(
+            optimizer.learning_rate, optimizer.schedule, curve.warmup_steps, length, step - start
+        )
+
+    def extended(self, train: Train, recorded: int, schedule: str) -> "Plan":
+        """This plan with the length that `train` asks for. The first `recorded` steps keep their learning rates for ever.
+
+        `continue` stretches the curve of the learning rate to the new end and goes on where it then is; `restart` begins
+        another one, warm-up included, with the first step that is not recorded. Rows do not depend on the length.
+        """
+        earlier = Segment(
+            until=recorded,
+            plan_id=self.plan_id,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            schedule_start=self.schedule_start,
+        )
+        start = recorded if schedule == "restart" else self.schedule_start
+        steps = steps_of(train, sum(self.sizes))
+        return self.model_copy(
+            update={
+                "recipe": self.recipe.model_copy(update={"train": train}),
+                "steps": steps,
+                "warmup_steps": warmup_of(self.recipe, steps - start),
+                "schedule_start": start,
+                "segments": (*self.segments, earlier),
+            }
+        )
 
     def dump(self, facts: dict) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
-        record = {"schema": SCHEMA, "plan_id": self.plan_id, **self.model_dump(mode="json"), "facts": facts}
+        # what only an extended run has is left out of the others' plans
+        unused = {name for name in ("schedule_start", "segments") if not getattr(self, name)}
+        fields = self.model_dump(mode="json", exclude=unused)
+        record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
         return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def steps_of(train: Train, examples: int) -> int:
+    """Updates in all; one never crosses an epoch's edge."""
+    return train.steps or train.epochs * -(-examples // train.batch_size)
+
+
+def warmup_of(recipe: Recipe, steps: int) -> int:
+    """Steps of warm-up in a curve of so many; a share counts on the curve's own length."""
+    return min(steps, count_of(recipe.optimizer.warmup, steps))
 
 
 def load(run: Path) -> tuple[Plan, dict]:

@@ -5,13 +5,14 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from finetune.contract import differences
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, encode
 from finetune.data.source import open_source, pin_dataset
@@ -19,7 +20,7 @@ from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunEr
 from finetune.example import Encoded
 from finetune.model import adapter, base
 from finetune.order import permute
-from finetune.plan import FREE_SECTIONS, Counts, PinnedBase, PinnedSource, Plan
+from finetune.plan import Counts, PinnedBase, PinnedSource, Plan, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Recipe, Source, count_of
 from finetune.tasks import TASKS
@@ -73,7 +74,8 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
     total, trainable = _count_parameters(loaded, directory)
-    steps = recipe.train.steps or recipe.train.epochs * -(-len(train) // recipe.train.batch_size)
+    steps = steps_of(recipe.train, len(train))
+    start = earlier.schedule_start if earlier else 0
     plan = Plan(
         recipe=recipe,
         base=pinned,
@@ -84,9 +86,11 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
         holdout_counts=holdout_counts,
         sizes=train.sizes,
         steps=steps,
-        warmup_steps=min(steps, count_of(recipe.optimizer.warmup, steps)),
+        warmup_steps=warmup_of(recipe, steps - start),
         total_parameters=total,
         trainable_parameters=trainable,
+        schedule_start=start,
+        segments=earlier.segments if earlier else (),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -99,35 +103,12 @@ def micro_batch_tokens(recipe: Recipe) -> int:
     return named if isinstance(named, int) else max(1024, 2 * recipe.task.max_length)
 
 
-def differences(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
-    """Every key in which two recipes differ: dotted name, old value, new value."""
-    return list(_differences("", old.model_dump(mode="json"), new.model_dump(mode="json")))
-
-
-def is_free(key: str) -> bool:
-    """Whether a recipe key may change between a run's start and its resume: what it touches is not what is trained."""
-    return key.partition(".")[0] in FREE_SECTIONS or key == "train.micro_batch_tokens"
-
-
-def _differences(prefix: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, pair in enumerate(zip(old, new, strict=True)):
-            yield from _differences(f"{prefix}[{index}]", *pair)
-    elif old != new:
-        yield prefix, old, new
-
-
 def _refuse_change(earlier: Plan, plan: Plan) -> None:
     if earlier.plan_id == plan.plan_id:
         return
     old, new = earlier.model_dump(mode="json"), plan.model_dump(mode="json")
     changed = [
-        f"{key}: {before} -> {after}"
-        for key, before, after in _differences("", old, new)
-        if not key.startswith("recipe.")
+        f"{key}: {before} -> {after}" for key, before, after in differences(old, new) if not key.startswith("recipe.")
     ]
     raise RunError(
         "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),

@@ -10,7 +10,7 @@ import yaml
 from finetune.errors import BaseError, DataError, RecipeError, RunError
 from finetune.recipe.load import load
 from finetune.recipe.schema import Recipe
-from finetune.resolve import differences, is_free, micro_batch_tokens, resolve
+from finetune.resolve import micro_batch_tokens, resolve
 
 
 def chat(question, answer):
@@ -231,6 +231,14 @@ def test_a_resumed_plan_takes_what_may_change(recipe_file):
     assert resumed.plan_id == plan.plan_id and resumed.recipe.guard.spike == "stop"
 
 
+@pytest.mark.parametrize("schedule", ["continue", "restart"])
+def test_a_resumed_plan_that_was_extended_is_the_same_plan(recipe_file, schedule):
+    longer = load(recipe_file(train={"epochs": 3, "batch_size": 6}))
+    plan = resolve(load(recipe_file(train={"epochs": 1, "batch_size": 6}))).plan
+    plan = plan.extended(longer.recipe.train, 5, schedule)
+    assert resolve(longer, plan).plan == plan
+
+
 @pytest.mark.parametrize("edit", ["train", "holdout"])
 def test_data_that_was_edited_since_the_start_is_refused_and_named(recipe_file, rows_file, edit):
     files = {name: rows_file(f"{name}.jsonl", [chat("ask", "answer")] * 4) for name in ("train", "holdout")}
@@ -254,19 +262,6 @@ def test_a_base_that_was_edited_since_the_start_is_refused(recipe_file, tiny_bas
     assert refusal(path, BaseError, plan) == (
         f"{copied}: is not what it was when the run was planned\nhint: restore it, or start a new run"
     )
-
-
-def test_every_difference_of_two_recipes_is_named(recipe_file):
-    old = load(recipe_file()).recipe
-    new = load(recipe_file(), ["optimizer.learning_rate=0.02", "train.seed=3", "guard.spike=stop"]).recipe
-    assert differences(old, old) == []
-    assert differences(old, new) == [
-        ("guard.spike", "warn", "stop"),
-        ("optimizer.learning_rate", 0.01, 0.02),
-        ("train.seed", 0, 3),
-    ]
-    assert [is_free(key) for key, _, _ in differences(old, new)] == [True, False, False]
-    assert is_free("train.micro_batch_tokens") and not is_free("train.batch_size")
 
 
 def test_a_micro_batch_is_as_the_recipe_says_or_twice_the_longest_example(recipe_file):

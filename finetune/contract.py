@@ -1,0 +1,92 @@
+"""Floor 0. The resume contract: what may differ between a recipe and the run that it resumes, what may not, and why.
+
+`opening` decides by these tables, a plan's id stands for what they bind a run to, and docs/resume.md shows them.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    keys: tuple[str, ...]
+    """Dotted names; a section stands for all keys in it."""
+    on_resume: str
+    """`taken`: the recipe's value holds from now on. `extended`: a larger one extends the run. `refused`: the run keeps its own.
+    `said`: a fact that is compared and recorded anew."""
+    why: str
+
+    def covers(self, key: str) -> bool:
+        return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in self.keys)
+
+
+# Every key of a recipe is covered by exactly one.
+RECIPE = (
+    Rule(("base",), "refused", "training begins with these weights, and every checkpoint names them"),
+    Rule(("task",), "refused", "it decides which tokens a row becomes, how they are arranged, and which of them count"),
+    Rule(("data",), "refused", "it decides the rows of every step, and which are held out"),
+    Rule(("adapter",), "refused", "checkpoints hold these tensors and their moments"),
+    Rule(("optimizer",), "refused", "it decides every update"),
+    Rule(
+        ("train.epochs", "train.steps"),
+        "extended",
+        "a run can be extended, in the key that gave its length, and never shortened",
+    ),
+    Rule(
+        ("train.batch_size", "train.seed"), "refused", "with the step they decide its rows, initial weights and dropout"
+    ),
+    Rule(("train.precision", "train.reproducibility"), "refused", "they decide how every sum is rounded"),
+    Rule(
+        ("train.micro_batch_tokens",),
+        "taken",
+        "a step has to fit the memory that is there; its sums are taken in another order, so bit equality may be lost",
+    ),
+    Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
+    Rule(("checkpoint",), "taken", "a save leaves no trace in training"),
+    Rule(("guard",), "taken", "it decides what is said and when a run ends, not what a step does"),
+    Rule(("package", "publish"), "taken", "they are about what is made of the run afterwards"),
+)
+
+# Facts of the machine that a run records and does not promise: where one differs, bit equality may be lost.
+FACTS = (
+    Rule(("versions",), "said", "another version may compute the same in another order"),
+    Rule(("device",), "said", "another device rounds otherwise"),
+    Rule(("world_size",), "said", "every step has the same rows, and more or fewer processes add them up"),
+    Rule(("threads",), "said", "sums are divided among the threads"),
+    Rule(("micro_batch_tokens",), "said", "every step has the same rows, in other groups"),
+)
+FACT_NAMES = tuple(name for rule in FACTS for name in rule.keys)
+
+
+def rule_of(key: str) -> Rule:
+    return next(rule for rule in RECIPE if rule.covers(key))
+
+
+def outcome(key: str, old: object, new: object) -> str:
+    """What happens to a difference between the recipe of a run and the one it is resumed with: `taken`, `extended` or `refused`."""
+    rule = rule_of(key)
+    is_longer = isinstance(old, int) and isinstance(new, int) and new > old
+    return "refused" if rule.on_resume == "extended" and not is_longer else rule.on_resume
+
+
+def binding(recipe: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """A dumped recipe without the keys that are taken on resume: what is left decides what is trained."""
+    bound = {}
+    for name, value in recipe.items():
+        rule = next((rule for rule in RECIPE if rule.covers(f"{prefix}{name}")), None)
+        if rule is None:  # a section that several rules share
+            bound[name] = binding(value, f"{prefix}{name}.")
+        elif rule.on_resume != "taken":
+            bound[name] = value
+    return bound
+
+
+def differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
+    """Every key in which two records differ: dotted name, old value, new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(*pair, f"{key}[{index}]")
+    elif old != new:
+        yield key, old, new

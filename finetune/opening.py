@@ -1,0 +1,114 @@
+"""Floor 3. The plan of a run directory: its own where the run exists, else a new one; and what has changed since it was made.
+
+`run` calls `open_plan` under the lease. What may differ between a recipe and the run that it resumes is in `contract`.
+"""
+
+import platform
+import secrets
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from finetune import journal
+from finetune import plan as plans
+from finetune.checkpoints.store import Store
+from finetune.contract import FACT_NAMES, differences, outcome, rule_of
+from finetune.errors import RunError
+from finetune.plan import Plan
+from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.schema import Recipe
+from finetune.resolve import Resolved, micro_batch_tokens, resolve
+
+PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
+WORLD = tuple(name for name in FACT_NAMES if name != "versions")
+
+
+def open_plan(
+    loaded: LoadedRecipe, path: Path, accelerator: Accelerator, schedule: str | None = None
+) -> tuple[Resolved, dict, list[str]]:
+    """Plan and facts of the run: its own where it exists, else new ones; and a line for everything that changed since.
+
+    A recipe that asks for more epochs or steps extends the run. `schedule` is how its learning rate then goes on (see
+    `Plan.extended`); where nothing is extended, it must be what the last extension was made with.
+    """
+    now = _facts(loaded, accelerator)
+    if not (path / "plan.json").exists():
+        if schedule:
+            raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
+        return resolve(loaded), now | {"run": secrets.token_hex(8)}, []
+    earlier, facts = plans.load(path)
+    lines = _sorted_out(earlier, loaded.recipe)
+    if lines["refused"]:
+        raise RunError(
+            "was started with another recipe:\n  " + "\n  ".join(lines["refused"]),
+            where=str(path),
+            hint=f"use another --run, or go on from a step of this one with `finetune branch {path}@STEP --set KEY=VALUE`",
+        )
+    if schedule and not lines["extended"] and not _is_as_extended(earlier, schedule):
+        raise _idle_schedule(path, schedule, f"the recipe asks for the {earlier.steps} steps that the run has")
+    resolved = resolve(_with_length_of(earlier, loaded), earlier)
+    changes = [f"taken from the recipe: {line}" for line in lines["taken"]]
+    if lines["extended"]:
+        plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
+        resolved = replace(resolved, plan=plan)
+        where = f"after step {plan.extension['step']} (--schedule {plan.extension['schedule']})"
+        changes += [f"extended {where}: {line}" for line in lines["extended"]]
+    before = {name: facts.get(name) for name in FACT_NAMES}
+    changes += [
+        f"{name} changed: {old} -> {new}; bit equality may be lost" for name, old, new in differences(before, now)
+    ]
+    return resolved, now | {"run": facts["run"]}, changes
+
+
+def _sorted_out(earlier: Plan, recipe: Recipe) -> dict[str, list[str]]:
+    """A line for every difference between a run's recipe and another, by what happens to it."""
+    lines: dict[str, list[str]] = {"taken": [], "extended": [], "refused": []}
+    for key, old, new in differences(earlier.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")):
+        result, rule = outcome(key, old, new), rule_of(key)
+        reason = f" ({rule.why})" if result != rule.on_resume else ""
+        lines[result].append(f"{key}: {old} -> {new}{reason}")
+    return lines
+
+
+def _with_length_of(earlier: Plan, loaded: LoadedRecipe) -> LoadedRecipe:
+    """The recipe at the length that the run was planned with: what it trains on is compared before it is extended."""
+    length = {name: getattr(earlier.recipe.train, name) for name in ("epochs", "steps")}
+    train = loaded.recipe.train.model_copy(update=length)
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"train": train}))
+
+
+def _recorded(path: Path) -> int:
+    """The newest step that the run has a record of. A commit is one as well, should the journal have been cut."""
+    committed = (checkpoint.step for checkpoint in Store(path).checkpoints())
+    return max([0, *journal.steps(journal.read(path)), *committed])
+
+
+def _is_as_extended(plan: Plan, schedule: str) -> bool:
+    """Whether the run was last extended in this way: the command that did it may be repeated, as any other."""
+    if not plan.segments:
+        return False
+    last = plan.segments[-1]
+    return plan.schedule_start == (last.until if schedule == "restart" else last.schedule_start)
+
+
+def _idle_schedule(path: Path, schedule: str, reason: str) -> RunError:
+    return RunError(
+        f"--schedule {schedule} has nothing to decide: {reason}",
+        where=str(path),
+        hint="raise train.epochs or train.steps to extend a run, or leave --schedule out",
+    )
+
+
+def _facts(loaded: LoadedRecipe, accelerator: Accelerator) -> dict:
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    return {
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "device": name,
+        "world_size": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "micro_batch_tokens": micro_batch_tokens(loaded.recipe),
+    }

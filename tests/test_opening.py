@@ -1,0 +1,162 @@
+"""What a run directory and a recipe make together: a new plan, the run's own, a longer one, or a refusal that names each difference."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from finetune.contract import FACT_NAMES
+from finetune.errors import RunError
+from finetune.journal import Journal
+from finetune.opening import open_plan
+from finetune.recipe.load import load
+
+CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+
+
+@pytest.fixture
+def opened(recipe_file, tmp_path):
+    """A function that opens the run with a recipe's changes and writes its plan down, as the recorder does."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def open_run(*overrides, schedule=None, accelerator=CPU, sections=None):
+        resolved, facts, changes = open_plan(
+            load(recipe_file(**(sections or {})), overrides), run, accelerator, schedule
+        )
+        (run / "plan.json").write_bytes(resolved.plan.dump(facts))
+        return resolved.plan, facts, changes
+
+    open_run.path = run
+    return open_run
+
+
+def record_steps(run, last):
+    journal = Journal(run)
+    for step in range(1, last + 1):
+        journal.append({"kind": "step", "step": step})
+    journal.close()
+
+
+def refusal(opened, *overrides, **options):
+    before = (opened.path / "plan.json").read_bytes()
+    with pytest.raises(RunError) as caught:
+        opened(*overrides, **options)
+    assert (opened.path / "plan.json").read_bytes() == before
+    return str(caught.value)
+
+
+def test_an_unchanged_recipe_finds_the_plan_of_the_run(opened):
+    plan, facts, _ = opened()
+    assert opened() == (plan, facts, [])
+    assert facts.keys() == {"run", *FACT_NAMES}
+
+
+def test_what_is_taken_is_said_with_both_values_and_what_is_refused_is_named_alone(opened):
+    plan, _, _ = opened()
+    again, _, changes = opened("guard.spike=stop", "checkpoint.keep.last=5")
+    assert changes == [
+        "taken from the recipe: checkpoint.keep.last: 2 -> 5",
+        "taken from the recipe: guard.spike: warn -> stop",
+    ]
+    assert again.plan_id == plan.plan_id and again.recipe.guard.spike == "stop"
+    message = refusal(opened, "guard.spike=ignore", "train.seed=4", "train.steps=20", "optimizer.learning_rate=0.5")
+    assert message == (
+        f"{opened.path}: was started with another recipe:\n  optimizer.learning_rate: 0.01 -> 0.5\n  train.seed: 0 -> 4\n"
+        f"hint: use another --run, or go on from a step of this one with `finetune branch {opened.path}@STEP --set KEY=VALUE`"
+    )
+
+
+def test_facts_that_differ_are_said_with_both_values_and_never_refused(opened, monkeypatch):
+    opened()
+    monkeypatch.setattr("finetune.opening.version", lambda package: "0" if package == "peft" else "1")
+    _, facts, changes = opened(accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=2))
+    assert "world_size changed: 1 -> 2; bit equality may be lost" in changes
+    assert any(line.startswith("versions.peft changed: ") and " -> 0; bit equality" in line for line in changes)
+    assert facts["world_size"] == 2 and opened()[2]  # said once, and again when it changes back
+
+
+def test_a_run_is_extended_from_its_newest_recorded_step(opened):
+    plan, _, _ = opened()
+    record_steps(opened.path, 7)
+    longer, _, changes = opened("train.steps=20")
+    assert changes == ["extended after step 7 (--schedule continue): train.steps: 10 -> 20"]
+    assert (longer.steps, longer.segments[0].until, longer.segments[0].plan_id) == (20, 7, plan.plan_id)
+    assert opened("train.steps=20")[::2] == (longer, [])
+
+
+def test_epochs_extend_a_run_too(opened):
+    sections = {"train": {"epochs": 1, "batch_size": 6, "precision": "fp32"}}
+    assert opened(sections=sections)[0].steps == 7
+    longer, _, changes = opened("train.epochs=3", schedule="restart", sections=sections)
+    assert (longer.steps, changes) == (21, ["extended after step 0 (--schedule continue): train.epochs: 1 -> 3"])
+
+
+def test_what_is_taken_and_an_extension_come_together(opened):
+    opened()
+    longer, _, changes = opened("train.steps=12", "train.micro_batch_tokens=256", "publish.repo=owner/name")
+    assert [line.partition(":")[0] for line in changes] == [
+        "taken from the recipe",
+        "taken from the recipe",
+        "extended after step 0 (--schedule continue)",
+        "micro_batch_tokens changed",
+    ]
+    assert (longer.recipe.train.micro_batch_tokens, longer.recipe.publish.repo) == (256, "owner/name")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["train.steps=6"], ["train.steps: 10 -> 6"]),
+        (["train.steps=9"], ["train.steps: 10 -> 9"]),
+        (["train.steps=null", "train.epochs=9"], ["train.epochs: None -> 9", "train.steps: 10 -> None"]),
+    ],
+)
+def test_a_run_gets_neither_shorter_nor_another_kind_of_length(opened, overrides, lines):
+    opened()
+    record_steps(opened.path, 8)
+    reason = "(a run can be extended, in the key that gave its length, and never shortened)"
+    assert refusal(opened, *overrides).splitlines()[1:-1] == [f"  {line} {reason}" for line in lines]
+
+
+def test_the_recipe_from_before_an_extension_is_refused(opened):
+    opened()
+    opened("train.steps=20")
+    assert "\n  train.steps: 20 -> 10 (" in refusal(opened)
+
+
+def test_rows_that_changed_are_refused_for_an_extension_as_well(opened, tmp_path, chat_data):
+    rows = (chat_data / "train.jsonl").read_text()
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows)
+    sections = {"data": {"train": [{"path": str(file)}]}}
+    opened(sections=sections)
+    file.write_text(rows.replace("the", "teh", 1))
+    message = refusal(opened, "train.steps=20", sections=sections)
+    assert (
+        message.startswith("what the run trains on has changed since it was planned:\n  ") and "fingerprint" in message
+    )
+
+
+@pytest.mark.parametrize("schedule", ["continue", "restart"])
+def test_a_schedule_without_an_extension_is_refused(opened, schedule):
+    hint = "hint: raise train.epochs or train.steps to extend a run, or leave --schedule out"
+    with pytest.raises(RunError) as caught:
+        opened(schedule=schedule)
+    assert str(caught.value) == (
+        f"{opened.path}: --schedule {schedule} has nothing to decide: there is no run yet that could be extended\n{hint}"
+    )
+    opened()
+    assert refusal(opened, schedule=schedule) == (
+        f"{opened.path}: --schedule {schedule} has nothing to decide: the recipe asks for the 10 steps that the run has\n{hint}"
+    )
+
+
+@pytest.mark.parametrize(("schedule", "other"), [("continue", "restart"), ("restart", "continue")])
+def test_the_command_that_extended_a_run_may_be_repeated(opened, schedule, other):
+    opened()
+    record_steps(opened.path, 8)
+    longer, _, _ = opened("train.steps=20", schedule=schedule)
+    record_steps(opened.path, 12)
+    assert opened("train.steps=20", schedule=schedule)[0] == opened("train.steps=20")[0] == longer
+    assert f"--schedule {other} has nothing to decide" in refusal(opened, "train.steps=20", schedule=other)
