@@ -3,17 +3,15 @@
 A checkpoint of a run is verified first, every byte. Nothing here trains; `state` and `snapshot` do that.
 """
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from finetune import plan as plans
-from finetune.checkpoints.manifest import Checkpoint, verify
+from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import Ref, find, parse
-from finetune.errors import BaseError, CheckpointError
-from finetune.model import adapter, base
+from finetune.model import base
 from finetune.plan import Plan
 from finetune.recipe.schema import Base
 
@@ -33,6 +31,7 @@ class Opened:
 
 def open_model(text: str, attention: str = "sdpa") -> Opened:
     """The model that a ref names."""
+    base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
         plan, _ = plans.load(ref.run)
@@ -51,37 +50,23 @@ def run_of(ref: Ref) -> Path | None:
     """The run directory that a ref leads to, if any: its own, or the one a checkpoint directory lies in."""
     if ref.run is not None:
         return ref.run
-    inside = ref.path.absolute().parents[1] if ref.kind == "checkpoint" else None
-    return inside if inside and (inside / "plan.json").exists() else None
+    return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
 def _open_checkpoint(checkpoint: Checkpoint, attention: str) -> Opened:
-    damages = [damage for damage in verify(checkpoint.path) if damage.check != "extra"]
-    if damages:
-        first = damages[0]
-        raise CheckpointError(
-            f"{first.file}: {first.message}", where=str(checkpoint.path), hint="use another checkpoint of the run"
-        )
-    run = run_of(Ref("checkpoint", "", path=checkpoint.path))
+    base.refuse_damaged(checkpoint.path)
+    run = base.run_around(checkpoint.path)
     plan = plans.load(run)[0] if run else None
     if (checkpoint.path / "adapter_config.json").exists():
-        if plan is None:
-            raise CheckpointError("is an adapter whose run directory is not around it", where=str(checkpoint.path))
-        base_directory = base.directory(plan.recipe.base, plan.base)
-        model = adapter.attach(base.load_model(base_directory, attention=attention), checkpoint.path)
-        return Opened(model.eval(), checkpoint.path, base_directory, plan, checkpoint)
+        return replace(_open_adapter(checkpoint.path, attention), plan=plan, checkpoint=checkpoint)
     model = base.load_model(checkpoint.path, attention=attention)
     return Opened(model, checkpoint.path, checkpoint.path, plan, checkpoint)
 
 
 def _open_adapter(path: Path, attention: str) -> Opened:
-    """A plain peft directory, on the base that it names."""
-    named = json.loads((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    if not named:
-        raise BaseError(
-            "is an adapter that does not name its base", where=str(path), hint="set base_model_name_or_path"
-        )
-    below = open_model(named, attention)
-    model = adapter.attach(below.model, path).eval()
+    """An adapter on its base: that of its run, or the one that a plain peft directory names."""
+    below, pinned = base.beneath(path, str(path))
+    base_directory = base.directory(below, pinned)
+    model = base.attach(base.load_model(base_directory, attention=attention), path, str(path))
     has_tokenizer = (path / "tokenizer_config.json").exists()
-    return Opened(model, path if has_tokenizer else below.directory, below.base_directory, None, None)
+    return Opened(model, path if has_tokenizer else base_directory, base_directory, None, None)

@@ -6,7 +6,6 @@ A member of `ADAPTERS` takes the loaded model (also on the meta device, for coun
 import fnmatch
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -107,19 +106,6 @@ def store_frozen_as_bf16(model: torch.nn.Module) -> None:
 
 def _is_tied(module: torch.nn.Linear, model: torch.nn.Module) -> bool:
     return module.weight is model.get_input_embeddings().weight
-
-
-def attach(model: torch.nn.Module, directory: Path) -> torch.nn.Module:
-    """A base with the adapter of a checkpoint or peft directory on it, not trainable."""
-    import peft
-
-    with _old_names():
-        return peft.PeftModel.from_pretrained(model, str(directory), adapter_name=NAME)
-
-
-def _old_names() -> warnings.catch_warnings:
-    """peft 0.21 asks transformers by names that it will drop in version 6."""
-    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 def _named(target: str, names: list[str]) -> list[str]:

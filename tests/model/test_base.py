@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from finetune.checkpoints.loading import open_model
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import (
     directory,
@@ -16,6 +17,7 @@ from finetune.model.base import (
     pin,
     stop_tokens,
 )
+from finetune.model.base.files import digest
 from finetune.recipe.schema import Base
 
 
@@ -172,13 +174,6 @@ def test_a_base_that_is_not_there_is_refused(tmp_path):
     assert missing in refusal(pin, Base(checkpoint=missing))
 
 
-def test_an_adapter_is_not_a_base(copied):
-    (copied / "adapter_config.json").write_text("{}")
-    assert refusal(pin, Base(checkpoint=str(copied))) == (
-        f"{copied}: is an adapter, not a whole model\nhint: package it merged first: finetune package REF DIR"
-    )
-
-
 def test_a_revision_of_a_local_base_is_refused(tiny_base):
     assert refusal(pin, Base(checkpoint=str(tiny_base), revision="main")) == (
         f"{tiny_base}: `base.revision` goes with a Hub checkpoint only\nhint: remove it"
@@ -204,7 +199,14 @@ def test_the_digest_does_not_change_with_a_file_that_is_no_part_of_the_checkpoin
     before = pin(Base(checkpoint=str(copied)))
     (copied / "README.md").write_text("about")
     (copied / "pytorch_model.bin").write_bytes(b"unread")
-    assert pin(Base(checkpoint=str(copied))) == before
+    for name in (
+        "manifest.json",
+        "state.json",
+        "trainer_state.json",
+        "optimizer.safetensors",
+    ):  # retention takes them away
+        (copied / name).write_text("how its training went on")
+    assert digest(copied) == before.digest
 
 
 def test_stop_tokens_are_those_of_tokenizer_and_generation_config(copied):
@@ -251,3 +253,81 @@ def test_the_hub_is_named_when_it_cannot_be_reached():
     message = refusal(pin, Base(checkpoint="owner/name"))
     assert message.startswith("owner/name: the Hub cannot be reached: ")
     assert message.endswith("\nhint: `finetune fetch` a recipe where there is a network")
+
+
+def test_a_model_without_a_tokenizer_says_what_is_missing_and_where(copied):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    assert refusal(load_tokenizer, copied) == (
+        "base: has no tokenizer\n"
+        f"hint: copy tokenizer.json and tokenizer_config.json of the model that it was trained from into {copied}"
+    )
+
+
+def save_state(directory, model):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.save_state(str(directory))
+
+
+def distributed(directory, model):
+    import torch.distributed.checkpoint
+
+    torch.distributed.checkpoint.save(model.state_dict(), checkpoint_id=directory)
+
+
+def pickled(directory, model):
+    directory.mkdir()
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    torch.save({}, directory / "optimizer.pt")
+
+
+def deepspeed(directory, model):
+    (directory / "global_step4").mkdir(parents=True)
+    (directory / "zero_to_fp32.py").write_text("")
+
+
+def output(directory, model):
+    for step in (4, 12, 8):
+        model.save_pretrained(directory / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize(
+    ("write", "message", "hint"),
+    [
+        (
+            save_state,
+            "is a state of accelerate (`save_state`), without config and tokenizer",
+            "copy the model's config",
+        ),
+        (distributed, "is a sharded checkpoint (FSDP, torch DCP)", "merge it with `accelerate merge-weights`, and put"),
+        (deepspeed, "is a DeepSpeed checkpoint", "merge it with its zero_to_fp32.py and --safe_serialization"),
+        (pickled, "has only pickles, which are never read: optimizer.pt, pytorch_model.bin", "load it in the program"),
+        (output, "holds no model itself", "name one inside it, like {}/checkpoint-12"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_directories_of_other_programs_are_refused_by_what_they_are(write, message, hint, tiny_base, tmp_path):
+    write(tmp_path / "theirs", load_model(tiny_base))
+    expected = f"{tmp_path / 'theirs'}: {message}\nhint: {hint.format(tmp_path / 'theirs')}"
+    assert refusal(pin, Base(checkpoint=str(tmp_path / "theirs"))).startswith(expected)
+    assert refusal(open_model, str(tmp_path / "theirs")).startswith(expected)
+
+
+def test_what_accelerate_saved_is_a_base_once_its_config_and_tokenizer_are_beside_it(tiny_base, tmp_path):
+    save_state(tmp_path / "theirs", load_model(tiny_base))
+    for file in [*tiny_base.glob("*.json"), tiny_base / "chat_template.jinja"]:
+        shutil.copy(file, tmp_path / "theirs")
+    base = Base(checkpoint=str(tmp_path / "theirs"))
+    whole = load_model(directory(base, pin(base)))
+    assert torch.equal(whole.lm_head.weight, load_model(tiny_base).lm_head.weight)
+
+
+def test_a_sharded_directory_with_a_config_is_refused_when_it_is_planned(copied):
+    (copied / "model.safetensors").unlink()
+    (copied / "pytorch_model_fsdp_0").mkdir()
+    (copied / "pytorch_model_fsdp_0/__0_0.distcp").write_bytes(b"unread")
+    base = Base(checkpoint=str(copied))
+    assert "is a sharded checkpoint (FSDP, torch DCP)" in refusal(directory, base, pin(base), False)

@@ -1,0 +1,236 @@
+"""Floor 1. Where a base is and what exactly it is, pinned; its parts load it, and every other file asks here.
+
+A base is a model on the Hub, in a directory or in a package, or an adapter, which is merged onto the base that it names.
+`resolve` pins a base, `state` loads it, `package/export` loads it again.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import blake3
+import torch
+from transformers import GenerationConfig
+
+from finetune import cache
+from finetune import plan as plans
+from finetune.checkpoints.manifest import MANIFEST, verify
+from finetune.checkpoints.refs import Ref, find, parse
+from finetune.errors import BaseError, CheckpointError
+from finetune.model.base import adapters, files, foreign, gguf, hub, reading
+from finetune.model.base.files import TOKENIZER_FILES
+from finetune.model.base.foreign import refuse as refuse_foreign
+from finetune.model.base.reading import empty_model, load_config, load_model, load_tokenizer, stop_tokens
+from finetune.plan import PinnedBase
+from finetune.recipe.schema import Base
+
+__all__ = [
+    "TOKENIZER_FILES",
+    "attach",
+    "beneath",
+    "directory",
+    "empty_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "pin",
+    "refuse_damaged",
+    "refuse_foreign",
+    "run_around",
+    "stop_tokens",
+]
+MERGING = 1  # of `_write_merged`; part of the cache key
+
+
+def pin(base: Base) -> PinnedBase:
+    """What exactly the base is: the commit of a Hub id, a digest over the files of a local one; of an adapter, what is beneath too."""
+    pinned, adapter = _pin_itself(base)
+    if adapter is None:
+        return pinned
+    adapters.check_weights(adapter, base.checkpoint)
+    _, below = beneath(adapter, base.checkpoint)
+    return PinnedBase(kind="adapter", revision=pinned.revision, digest=files.digest(adapter), beneath=below)
+
+
+def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
+    """A directory that `from_pretrained` reads, downloaded, converted or merged if need be; checked against the pin."""
+    ref = parse(base.checkpoint)
+    if pinned.beneath is not None:
+        return _merged(ref, pinned, with_weights)
+    if ref.kind == "hub":
+        patterns = files.SMALL_FILES + files.LICENCES + (files.WEIGHTS if with_weights else ())
+        path = hub.download(ref.repo, pinned.revision, patterns)
+        if not with_weights and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
+            raise BaseError("has no safetensors weights", where=ref.repo, hint=reading.CONVERT)
+        return path
+    if ref.kind == "package":
+        file = gguf.find(ref)
+        _check_digest(ref, f"blake3:{files.file_digest(file)}", pinned)
+        return _converted(file)
+    path = _local(ref)
+    _check_digest(ref, files.digest(path), pinned)
+    if not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
+        raise BaseError(known[0], where=ref.text, hint=known[1])
+    return path
+
+
+def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
+    """The base of an adapter: of one of our runs the run's own, at its pin; else the one that the adapter names, pinned now."""
+    below, pinned = _named(path, where)
+    if pinned is not None:
+        return below, pinned
+    with _explained(below, where):
+        pinned, adapter = _pin_itself(below)
+    if adapter is not None:
+        message, hint = f"is an adapter on another adapter, `{below.checkpoint}`", adapters.MERGE_YOURSELF
+        raise BaseError(message, where=where, hint=hint)
+    return below, pinned
+
+
+def attach(model: torch.nn.Module, path: Path, where: str) -> torch.nn.Module:
+    """The model with an adapter on it, not merged and not trainable."""
+    with reading.quiet():
+        return adapters.attach(model, path, where)
+
+
+def run_around(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, if it does."""
+    run = checkpoint.absolute().parents[1]
+    return run if (run / "plan.json").exists() else None
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Reads every byte of a checkpoint of ours; CheckpointError names the first file that is not what was committed."""
+    if damages := [damage for damage in verify(checkpoint) if damage.check != "extra"]:
+        message = f"{damages[0].file}: {damages[0].message}"
+        raise CheckpointError(message, where=str(checkpoint), hint="use another checkpoint of the run")
+
+
+def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
+    """The pin of a base whatever is beneath it, and its directory if it is an adapter."""
+    refuse_foreign(base.checkpoint)
+    ref = parse(base.checkpoint)
+    if ref.kind == "hub":
+        commit = hub.commit_of(ref.repo, base.revision or ref.revision)
+        is_adapter = adapters.is_adapter(hub.download(ref.repo, commit, (adapters.CONFIG,)))
+        return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
+    if base.revision is not None:
+        raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
+    if ref.kind == "package":  # the file, not what some version of transformers makes of it
+        return PinnedBase(kind="package", revision=None, digest=f"blake3:{files.file_digest(gguf.find(ref))}"), None
+    path = _local(ref)
+    if (path / MANIFEST).exists():
+        refuse_damaged(path)
+    pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path))
+    return pinned, path if adapters.is_adapter(path) else None
+
+
+def _local(ref: Ref) -> Path:
+    """The directory of a base that is neither on the Hub nor in a package."""
+    path = find(ref).path if ref.kind == "run" else ref.path
+    if path is None or not path.is_dir():
+        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
+    return path
+
+
+def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
+    if digest != pinned.digest:
+        raise BaseError(
+            "is not what it was when the run was planned", where=ref.text, hint="restore it, or start a new run"
+        )
+
+
+def _converted(file: Path) -> Path:
+    """A GGUF file as safetensors: converted once, kept in the cache by the file's digest."""
+
+    def convert(target: Path) -> None:
+        print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
+        with reading.quiet():
+            gguf.convert(file, target)
+
+    return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
+
+
+def _adapter(ref: Ref, commit: str | None) -> Path:
+    """The directory of an adapter, whole."""
+    if ref.kind == "hub":
+        return hub.download(ref.repo, commit, files.SMALL_FILES + files.LICENCES + files.WEIGHTS)
+    return _local(ref)
+
+
+def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
+    """What an adapter says it lies on, with the pin if it is the base of a run of ours."""
+    is_ours = (path / MANIFEST).exists()
+    if is_ours and (run := run_around(path)):
+        plan, _ = plans.load(run)
+        return plan.recipe.base, plan.base
+    config = adapters.read_config(path, where)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if is_ours and not revision:  # it names what only its run can find
+        raise CheckpointError("is an adapter whose run directory is not around it", where=where)
+    if not name:
+        message, hint = (
+            "is an adapter that does not name its base",
+            f"set base_model_name_or_path in its {adapters.CONFIG}",
+        )
+        raise BaseError(message, where=where, hint=hint)
+    return Base(checkpoint=name, revision=None if Path(name).is_dir() else revision), None
+
+
+@contextmanager
+def _explained(below: Base, where: str) -> Iterator[None]:
+    """An error of the base beneath says which adapter wanted it."""
+    try:
+        yield
+    except (BaseError, CheckpointError) as error:
+        message = f"is an adapter, and its base cannot be had: {error}".partition("\nhint: ")[0]
+        hint = f"set base_model_name_or_path in its {adapters.CONFIG} to the Hub id or the directory of `{below.checkpoint}`"
+        raise BaseError(message, where=where, hint=hint) from None
+
+
+def _merged(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
+    """An adapter merged onto what is beneath it, in fp32: done once, kept in the cache by the pins of both.
+
+    Once it is there, the base beneath is not needed. Without weights, a directory with config and tokenizer alone.
+    """
+    path = _adapter(ref, pinned.revision)
+    _check_digest(ref, files.digest(path), pinned)
+
+    def build(target: Path) -> None:
+        below, _ = _named(path, ref.text)
+        with _explained(below, ref.text):
+            source = directory(below, pinned.beneath, with_weights)
+        if with_weights:
+            print(f"merging {ref.text} onto {below.checkpoint}, once", file=sys.stderr, flush=True)
+        model = load_model(source) if with_weights else empty_model(source)
+        with reading.quiet():
+            model = adapters.merge(model, path, ref.text)
+        _write_merged(model, source, path, target, ref.text)
+
+    facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
+    key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"
+    return cache.built("merged" if with_weights else "merged-configs", key, build)
+
+
+def _write_merged(model: torch.nn.Module, source: Path, adapter: Path, target: Path, where: str) -> None:
+    """Weights unless they are on the meta device, the small files, and the base's own config with what the adapter changed."""
+    config = reading.read_json(source / "config.json")
+    section = config if "vocab_size" in config else config.get("text_config", config)
+    rows = model.config.get_text_config().vocab_size
+    has_own_vocabulary = rows != section.get("vocab_size", rows)
+    if not files.has_tokenizer(adapter) and (has_own_vocabulary or not reading.has_tokenizer(source)):
+        raise reading.no_tokenizer(where, adapter)
+    if has_own_vocabulary:
+        section["vocab_size"] = rows
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings
+    if model.device.type != "meta":
+        # The base's own may be one that refuses to be saved; its file is copied below.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        with reading.quiet():
+            model.save_pretrained(target)
+        (target / "generation_config.json").unlink()
+    files.copy_small_files(source, adapter, target)
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")

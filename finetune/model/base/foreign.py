@@ -1,0 +1,61 @@
+"""Floor 1. Directories of other programs that are no models: what they are, and how to make a model of them; `base` calls it.
+
+Only names are looked at. What these programs write beside weights are pickles, and those are never read.
+"""
+
+from pathlib import Path
+
+from finetune.errors import BaseError
+
+OWN = ("config.json", "adapter_config.json", "manifest.json", "plan.json")  # a model, an adapter, a checkpoint, a run
+
+
+def refuse(text: str) -> None:
+    """Refuses a directory that is neither a model, an adapter nor ours, but that is known; anything else returns."""
+    path = Path(text)
+    if path.is_dir() and not any((path / name).exists() for name in OWN) and (known := describe(path)):
+        raise BaseError(known[0], where=text, hint=known[1])
+
+
+def describe(path: Path) -> tuple[str, str] | None:
+    """What a directory without a model's config or without safetensors weights is, and what to do; None where nobody knows."""
+    for patterns, what, hint in (
+        (
+            ("*.distcp", "*/*.distcp"),
+            "is a sharded checkpoint (FSDP, torch DCP)",
+            "merge it with `accelerate merge-weights`, and put config.json and the tokenizer's files beside the result",
+        ),
+        (
+            ("zero_to_fp32.py", "*/*zero_pp_rank*"),
+            "is a DeepSpeed checkpoint",
+            "merge it with its zero_to_fp32.py and --safe_serialization, and put config.json and the tokenizer's files beside it",
+        ),
+        (
+            ("random_states_*.pkl",),
+            "is a state of accelerate (`save_state`), without config and tokenizer",
+            "copy the model's config.json and tokenizer files beside its model.safetensors",
+        ),
+    ):
+        if any(found for pattern in patterns for found in path.glob(pattern)):
+            return what, hint
+    return _inside(path) or _pickles(path)
+
+
+def _inside(path: Path) -> tuple[str, str] | None:
+    """A directory of runs or of a Trainer's checkpoints, which are a level below."""
+    inside = [found.parent for name in OWN for found in path.glob(f"*/{name}")]
+    if not inside:
+        return None
+    newest = max(inside, key=lambda child: int(number) if (number := child.name.rpartition("-")[2]).isdigit() else -1)
+    return "holds no model itself", f"name one inside it, like {newest}"
+
+
+def _pickles(path: Path) -> tuple[str, str] | None:
+    pickles = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for file in path.glob(pattern)
+    )
+    if not pickles or list(path.glob("*.safetensors")):
+        return None
+    return f"has only pickles, which are never read: {', '.join(pickles[:3])}", (
+        "load it in the program that wrote it and call save_pretrained"
+    )

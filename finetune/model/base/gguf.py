@@ -1,0 +1,37 @@
+"""Floor 1. A base that is a GGUF file inside an installed Python package: found without importing it, converted; `base` calls it."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from finetune.checkpoints.refs import Ref
+from finetune.errors import BaseError
+
+CONVERSION = 1  # of `convert`; part of the cache key
+
+
+def find(ref: Ref) -> Path:
+    """The file that a ref of the kind `package` names."""
+    spec = importlib.util.find_spec(ref.repo.partition(".")[0])
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseError(f"no installed package is called `{ref.repo}`", where=ref.text, hint="install it with pip")
+    directory = Path(next(iter(spec.submodule_search_locations)), *ref.repo.split(".")[1:])
+    if not (directory / ref.path).is_file():
+        there = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "no GGUF file"
+        raise BaseError(f"the package has no file {ref.path}", where=ref.text, hint=f"it has {there}")
+    return directory / ref.path
+
+
+def convert(file: Path, target: Path) -> None:
+    """Writes the model as safetensors, dequantised to fp32, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),  # else the model stays quantised and refuses to be saved
+        dtype=torch.float32,
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)

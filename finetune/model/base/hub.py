@@ -1,0 +1,71 @@
+"""Floor 1. A base on the Hub: its commit, its files, and what the Hub's refusals mean; `base` calls it."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.errors import BaseError
+
+# `*` matches `/` too: leave out exports in folders, and Mistral's second copy of its weights.
+OTHER_FILES = ("*/*", "consolidated*")
+
+
+def commit_of(repo: str, revision: str | None) -> str:
+    """The commit of a revision now; where the Hub cannot be reached, the one that was last seen from here."""
+    import huggingface_hub
+
+    with _errors(repo, revision):
+        return huggingface_hub.HfApi().resolve_revision(repo, revision=revision).resolved
+
+
+def download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
+    """The directory with the files of a commit that match; what is there already is not downloaded again."""
+    import huggingface_hub
+
+    with _errors(repo, commit):
+        path = huggingface_hub.snapshot_download(
+            repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FILES)
+        )
+    return Path(path)
+
+
+def has_files(repo: str, commit: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a commit has files that match; offline, where nobody knows, True: loading finds out."""
+    import huggingface_hub
+    from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
+
+    with contextlib.suppress(DryRunError, LocalEntryNotFoundError):
+        return bool(
+            huggingface_hub.snapshot_download(
+                repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FILES), dry_run=True
+            )
+        )
+    return True
+
+
+@contextmanager
+def _errors(repo: str, revision: str | None) -> Iterator[None]:
+    from httpx2 import HTTPError
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise BaseError("is gated", where=where, hint="ask for access at its page, then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise BaseError(
+            "is not on the Hub, or private", where=where, hint="check the name; for a private one set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise BaseError(
+            "the repository has no such revision", where=where, hint="name a branch, a tag or a commit"
+        ) from None
+    except (errors.RevisionResolutionError, HTTPError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise BaseError(
+            f"the Hub cannot be reached: {reason}",
+            where=where,
+            hint="`finetune fetch` a recipe where there is a network",
+        ) from None

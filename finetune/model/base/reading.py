@@ -1,0 +1,176 @@
+"""Floor 1. A checkpoint's directory to its config, tokenizer and model: the one place that loads weights; `base` offers it.
+
+No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is refused, weights are safetensors only.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from finetune.checkpoints.tensors import read_header
+from finetune.errors import BaseError, CheckpointError
+
+CONVERT = "convert it: load it in transformers once and call save_pretrained"
+TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # a directory without any of these has no tokenizer
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """The config of a language model; read as JSON first, so that nothing in it can name code to run."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not (path / "config.json").exists():
+        message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
+        raise BaseError(message, where=_name(path), hint=hint)
+    raw = read_json(path / "config.json")
+    if "auto_map" in raw:
+        message, hint = (
+            "needs code of its own (`auto_map`), which is never run",
+            "choose a base that transformers knows",
+        )
+        raise BaseError(message, where=_name(path), hint=hint)
+    architectures = raw.get("architectures") or []
+    is_known = raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
+        what = (
+            architectures[0]
+            if is_known
+            else f"of type `{raw.get('model_type')}`, which has no causal LM in transformers"
+        )
+        raise BaseError(
+            f"is not a language model: it is {what}", where=_name(path), hint="choose a base that generates text"
+        )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise _damaged(path / "config.json", " ".join(str(error).split())) from None
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer; only a fast one tells which characters a token stands for."""
+    from transformers import AutoTokenizer
+
+    if (path / "tokenizer.json").exists():
+        read_json(path / "tokenizer.json")  # tokenizers answers a torn file with a bare Exception
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not has_tokenizer(path):
+            raise no_tokenizer(_name(path), path) from None
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseError(
+            f"its tokenizer cannot be loaded: {reason}", where=_name(path), hint="add its tokenizer.json"
+        ) from None
+    if not tokenizer.is_fast or not len(tokenizer):
+        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=_name(path))
+    return tokenizer
+
+
+def has_tokenizer(path: Path) -> bool:
+    return any(found for pattern in TOKENIZERS for found in path.glob(pattern))
+
+
+def no_tokenizer(where: str, directory: Path) -> BaseError:
+    """The error for a checkpoint that was saved without one, as Trainer does unless it is told of one."""
+    hint = f"copy tokenizer.json and tokenizer_config.json of the model that it was trained from into {directory}"
+    return BaseError("has no tokenizer", where=where, hint=hint)
+
+
+def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end generation, by tokenizer and generation config together."""
+    stops = {tokenizer.eos_token_id}
+    if (path / "generation_config.json").exists():
+        named = read_json(path / "generation_config.json").get("eos_token_id")
+        stops.update(named if isinstance(named, list) else [named])
+    return frozenset(stops - {None})
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
+    """The model with all its weights, on the CPU, in eval mode. A missing weight or one of another shape is an error.
+
+    Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    check_weight_files(path)
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
+            wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}"
+            raise BaseError(wrong, where=_name(path))
+    model.config.use_cache = False  # with a cache, packed rows would silently see one another
+    return model
+
+
+def empty_model(path: Path) -> torch.nn.Module:
+    """The model on the meta device: names and shapes, no memory, for counting and for checking an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(load_config(path))
+    model.tie_weights()
+    return model
+
+
+def check_weight_files(path: Path) -> None:
+    """Refuses pickles, torn files and missing shards before transformers meets them."""
+    index = path / "model.safetensors.index.json"
+    named = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    if not list(path.glob("*.safetensors")):
+        raise BaseError("has no safetensors weights", where=_name(path), hint=CONVERT)
+    for name in sorted(named):
+        if not (path / name).is_file():
+            raise BaseError(f"lacks its weight file {name}", where=_name(path), hint="download or copy it again")
+        try:
+            read_header(path / name)
+        except CheckpointError as error:
+            raise _damaged(path / name, error.message) from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "it does not hold an object")
+    return value
+
+
+def _damaged(path: Path, reason: str) -> BaseError:
+    return BaseError(
+        f"its {path.name} is damaged: {reason}", where=_name(path.parent), hint="download or copy it again"
+    )
+
+
+def _name(path: Path) -> str:
+    """What errors call a base: its Hub id where it is a snapshot in the Hub's cache, else the directory's name."""
+    if path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loading without the progress bars and notices of libraries, which would break up our own lines; errors still raise."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        yield
