@@ -1,4 +1,4 @@
-"""Floor 8. `python -m finetune`, `accelerate launch -m finetune`, `torchrun -m finetune`."""
+"""Floor 9. `python -m finetune`, `accelerate launch -m finetune`, `torchrun -m finetune`."""
 
 from finetune.cli import main
 

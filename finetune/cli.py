@@ -1,4 +1,4 @@
-"""Floor 7. The command line: one thin function a command. Whatever imports torch is imported inside.
+"""Floor 8. The command line: one thin function a command. Whatever imports torch is imported inside.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143 and 130 after signals.
 """
@@ -73,16 +73,28 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 @OVERRIDE
 @RUN
 @click.option("--quiet", is_flag=True, help="Print commits and problems only.")
-def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool) -> None:
+@click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["continue", "restart"]),
+    help="How the learning rate of a run that is extended goes on. Default: continue.",
+)
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Where the file system has no locks: take a run whose holder's heartbeat has stopped (waits 30 seconds).",
+)
+def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
     for number in (signal.SIGTERM, signal.SIGINT):  # until `run` has something to save
         signal.signal(number, lambda received, frame: os._exit(128 + received))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
     from finetune.run import train as train_run
 
-    train_run(loaded, run or _default_run(recipe), quiet)
+    train_run(loaded, run or _default_run(recipe), is_quiet=quiet, **choices)
 
 
 @cli.command()
@@ -119,6 +131,28 @@ def verify(ref: str, is_json: bool) -> None:
     _print({"ok": not problems, "problems": problems}, "\n".join(lines) or "every byte is as it was committed", is_json)
     if problems:
         sys.exit(CheckpointError.exit_code)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--last", type=click.IntRange(min=1), help="Keep the newest so many, instead of what the recipe says.")
+@click.option("--best", type=click.IntRange(min=1), help="Keep the so many with the lowest held-out loss.")
+@click.option("--every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples of so many steps.")
+@click.option(
+    "--weights-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples as weights alone."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would happen.")
+@JSON
+def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
+    """Apply the keep rules of a run now, or other ones."""
+    from finetune.estimate import readable
+    from finetune.pruning import prune as prune_run
+
+    actions = prune_run(run, keep, dry_run)
+    freed = sum(action["bytes"] for action in actions)
+    lines = [f"{action['action']} {action['ref']} ({readable(action['bytes'])})" for action in actions]
+    lines.append(f"{'would free' if dry_run else 'freed'} {readable(freed)}")
+    _print({"actions": actions, "freed_bytes": freed, "is_dry_run": dry_run}, "\n".join(lines), is_json)
 
 
 @cli.command()

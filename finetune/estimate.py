@@ -51,31 +51,39 @@ def memory_bytes(plan: Plan, shape: Shape, micro_batch_tokens: int) -> int:
         3 * FLOAT * round(share * micro_batch_tokens) * shape.vocabulary
     )  # fp32 logits, their softmax, their gradient
     casts = width * plan.total_parameters if plan.recipe.train.precision == "bf16" else 0
-    staging = 2 * checkpoint_bytes(plan)  # two saves may be under way
+    staging = 2 * state_bytes(plan)  # two saves may be under way
     return PROCESS_BYTES + state + kept + logits + casts + staging
 
 
+def state_bytes(plan: Plan) -> int:
+    """What every full checkpoint holds anew: the trained weights and their moments."""
+    optimizer = plan.recipe.optimizer
+    moments = MOMENTS[optimizer.name] if optimizer.name == "adamw" or optimizer.momentum else 0
+    return FLOAT * (1 + moments) * plan.trainable_parameters
+
+
+def shared_bytes(plan: Plan) -> int:
+    """What the first checkpoint writes and the later ones link to: frozen weights, tokenizer and configs."""
+    is_lora = isinstance(plan.recipe.adapter, LoraAdapter)
+    return COMPANION_BYTES + (0 if is_lora else FLOAT * (plan.total_parameters - plan.trainable_parameters))
+
+
 def checkpoint_bytes(plan: Plan) -> int:
-    """One committed checkpoint: weights as stored, moments, tokenizer and configs."""
-    moments = (
-        MOMENTS[plan.recipe.optimizer.name]
-        if plan.recipe.optimizer.name == "adamw" or plan.recipe.optimizer.momentum
-        else 0
-    )
-    stored = plan.trainable_parameters if isinstance(plan.recipe.adapter, LoraAdapter) else plan.total_parameters
-    return FLOAT * (stored + moments * plan.trainable_parameters) + COMPANION_BYTES
+    """A first checkpoint, with all that it holds."""
+    return shared_bytes(plan) + state_bytes(plan)
 
 
 def run_bytes(plan: Plan) -> int:
-    """All checkpoints that are on disk at once at the end, and one being written."""
+    """All checkpoints that are on disk at once at the end, and one being written; what is linked counts once."""
     keep = plan.recipe.checkpoint.keep
-    kept = keep.last + (keep.best or 0) + (plan.steps // keep.every.steps if keep.every else 0)
-    return (kept + 1) * checkpoint_bytes(plan)
+    full = keep.last + (keep.best or 0) + (plan.steps // keep.every.steps if keep.every else 0)
+    milestones = plan.steps // keep.weights_every.steps if keep.weights_every else 0
+    return shared_bytes(plan) + (full + 1) * state_bytes(plan) + milestones * FLOAT * plan.trainable_parameters
 
 
 def refuse_small_disk(plan: Plan, run: Path) -> None:
     """Raises RunError when the disk cannot take the first checkpoint and the one that replaces it."""
-    needed, free = 2 * checkpoint_bytes(plan), free_bytes(run)
+    needed, free = shared_bytes(plan) + 2 * state_bytes(plan), free_bytes(run)
     if needed > free:
         raise RunError(
             f"two checkpoints need {readable(needed)}, and the disk has {readable(free)} left",

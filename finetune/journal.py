@@ -8,7 +8,9 @@ import errno
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +24,19 @@ _VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
 _ROWS_NAME = re.compile(r"step-(\d+)-(\d+)\.parquet")
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
 class Journal:
-    """The one writer of a run's journal. Records are `{"kind": "step", "step": k, …}` or `{"kind": "event", "event": …, …}`."""
+    """The one writer of a run's journal. Records are `{"kind": "step", "step": k, …}` or `{"kind": "event", "event": …, …}`.
+
+    While the disk is full, records wait in memory: a training need not end because a line does not fit. `sync` says so.
+    """
 
     def __init__(self, run: Path):
         self.path = run / "journal.jsonl"
+        self._waiting = b""
+        self._lock = threading.Lock()  # the loop and the saves beside it both append
         with failures(self.path, RunError):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             data = self.path.read_bytes()
@@ -37,23 +47,45 @@ class Journal:
             sync_directory(run)
 
     def append(self, record: dict[str, object]) -> None:
-        """One line, by one write; durable after the next `sync`."""
-        line = f"{to_json(record)}\n".encode()
-        with failures(self.path, RunError):
-            written = os.write(self._descriptor, line)
-            if written < len(
-                line
-            ):  # the disk is full: without its torn half, the line after this one can still be read
-                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        """One line; durable after the next `sync`."""
+        with self._lock, failures(self.path, RunError):
+            self._waiting += f"{to_json(record)}\n".encode()
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if error.errno not in FULL_DISK:
+                    raise
 
     def sync(self) -> None:
         """Makes all appended records durable; before each manifest, so that no checkpoint is ahead of its journal."""
-        with failures(self.path, RunError):
+        with self._lock, failures(self.path, RunError):
+            self._write_waiting()
             os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        try:
+            if self._waiting:
+                self.sync()
+        finally:
+            os.close(self._descriptor)
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        written = os.write(self._descriptor, self._waiting)
+        if written < len(self._waiting):  # without its torn end, what comes after can still be read
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = b""
+
+
+def event(name: str, attempt: str, **figures: object) -> dict[str, object]:
+    """The record of something that happened beside the steps, at this moment (UTC)."""
+    return {"kind": "event", "event": name, "attempt": attempt, "time": now(), **figures}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def read(run: Path) -> list[dict[str, object]]:

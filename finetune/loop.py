@@ -29,6 +29,8 @@ class Wishes(NamedTuple):
 
     stop: bool = False
     save: bool = False
+    renew: bool = False
+    """The connections over which ranks report to saves are closed."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class StepReport:
     """Mean nats a supervised token of each example."""
     row_tokens: list[int]
     """Supervised tokens of each example."""
-    is_save_due: bool
-    """A rank's clock asked for a save before this step."""
+    agreed: Wishes
+    """What the ranks agreed on before this step."""
 
 
 def steps(
@@ -63,10 +65,13 @@ def steps(
         agreed = agree(state.accelerator, wishes())
         if agreed.stop:
             return
-        yield train_step(state, plan, batches, agreed.save)
+        yield train_step(state, plan, batches, agreed)
 
 
-def train_step(state: TrainState, plan: Plan, batches: Batches, is_save_due: bool = False) -> StepReport:
+NO_WISHES = Wishes()
+
+
+def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes = NO_WISHES) -> StepReport:
     """One update. Raises NotFiniteError, with the weights untouched, when loss or gradient norm is not a number."""
     started = time.perf_counter()
     accelerator, examples, step = state.accelerator, batches.examples, state.step + 1
@@ -112,7 +117,7 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, is_save_due: boo
         rows=examples.rows[ids],
         row_losses=row_losses,
         row_tokens=row_tokens,
-        is_save_due=is_save_due,
+        agreed=agreed,
     )
 
 

@@ -1,104 +1,127 @@
-"""Floor 4. A run directory that is being written: plan, journal, row losses, checkpoints. `run` tells it what happened.
+"""Floor 5. A run directory that is being written: plan, journal, row losses, checkpoints. `run` tells it what happened.
 
-Only rank 0 has one that writes; the others' does nothing, so that what a rank does never depends on which one it is.
+Rank 0 writes; the others' recorders only report to it, so that what a rank does never depends on which one it is.
 """
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from finetune import journal as journals
-from finetune.checkpoints import snapshot as snapshots
 from finetune.checkpoints.durable import replace_file
-from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
-from finetune.checkpoints.retention import Saved, keep
-from finetune.checkpoints.snapshot import Snapshot
-from finetune.checkpoints.staging import Staging
+from finetune.checkpoints.lease import Lease
+from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
+from finetune.checkpoints.reports import MissingReport, Reports
 from finetune.checkpoints.store import Store
-from finetune.errors import FinetuneError, RunError
+from finetune.checkpoints.writer import Writer
+from finetune.errors import CheckpointError, RunError
 from finetune.loop import StepReport
+from finetune.opening import WORLD
 from finetune.plan import Plan
 from finetune.progress import Progress
+from finetune.saver import Record, Saver
 from finetune.state import TrainState
-
-# Facts that are recorded, not promised: where they differ on resume, bit equality may be lost.
-WORLD = ("device", "world_size", "threads", "micro_batch_tokens")
 
 
 class Recorder:
-    def __init__(self, path: Path, plan: Plan, facts: dict, attempt: str, progress: Progress, is_writer: bool):
+    """One attempt at a run. `lease` is None on ranks that write nothing."""
+
+    def __init__(self, path: Path, plan: Plan, facts: dict, progress: Progress, lease: Lease | None):
         self.path = path
         self.plan = plan
         self.progress = progress
-        self.is_writer = is_writer
+        self.is_writer = lease is not None
         self.committed_at = time.monotonic()
+        self.last_step = 0
+        """The newest step that is committed, or is being committed."""
+        self.reports: Reports | None = None
+        """Set where there are several ranks."""
         self._facts = facts
-        self._attempt = attempt
-        self._store = Store(path)
-        self._last: Checkpoint | None = None
-        self.last_step = 0  # of the newest commit, also while it is being written
-        self._has_failed = False
-        self._staging = Staging()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._saves: list[Future] = []
+        self._lease = lease
+        self._journal: journals.Journal | None = None
+        self._attempt = lease.attempt if lease else ""
+        self._writer = Writer()
+        self._said_stalled: int | None = None
         self._losses: list[journals.RowLoss] = []
         records = journals.read(path)
         self._steps = journals.steps(records)
         self._evaluated = journals.evaluations(records)
-        committed = [record["step"] for record in records if record.get("event") == "committed"]
-        self.newest_recorded = max(committed, default=0)
-        """The newest step that the journal says was committed."""
+        self._extended = {record["plan_id"] for record in records if record.get("event") == "extended"}
+        self._newest_recorded = max(
+            (record["step"] for record in records if record.get("event") == "committed"), default=0
+        )
 
-    def open(
-        self, recipe_text: str, base_directory: Path, changes: list[str]
-    ) -> tuple[Checkpoint | None, list[Damage]]:
-        """Writes down what is about to happen; returns the newest sound checkpoint, and what is wrong with newer ones."""
+    def open(self, recipe_text: str, base_directory: Path, state: TrainState, changes: list[str]) -> Checkpoint | None:
+        """Writes down what is about to happen; returns the newest sound checkpoint, and says what is wrong with newer ones."""
         self._refuse_strangers()
-        if self.is_writer:
-            self._restore_companions(base_directory)
-        self._last, damages = self._store.newest_sound()
-        self.last_step = self._last.step if self._last else 0
-        self._damaged = {damage.file.partition("/")[0] for damage in damages}
-        if self.is_writer:
-            self._store.sweep()
-            replace_file(self.path / "recipe.yaml", recipe_text.encode())
-            replace_file(self.path / "plan.json", self.plan.dump(self._facts))
-            self._journal = journals.Journal(self.path)
-            self.event("started", step=self.last_step, plan_id=self.plan.plan_id, changes=changes, world=self._world())
-            for damage in damages:
-                self.event(
-                    "damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message
-                )
-        return self._last, damages
+        manifest = Manifest(
+            run=self._facts["run"],
+            attempt=self._attempt,
+            step=0,
+            parent=None,
+            plan_id=self.plan.plan_id,
+            versions=self._facts["versions"],
+            world=self._world(),
+        )
+        self._saver = Saver(self.path, self.plan, base_directory, manifest, self.progress.say)
+        damages = self._saver.open(state)
+        last = self._saver.last
+        self.last_step = last.step if last else 0
+        replace_file(self.path / "recipe.yaml", recipe_text.encode())
+        replace_file(self.path / "plan.json", self.plan.dump(self._facts))
+        self._journal = journals.Journal(self.path)
+        previous = str(self._lease.previous) if self._lease.previous else None  # a holder that died
+        facts = {"plan_id": self.plan.plan_id, "changes": changes, "world": self._world(), "previous": previous}
+        self.event("started", step=self.last_step, **facts)
+        extension = self.plan.extension
+        if extension and extension["plan_id"] not in self._extended:
+            self.event("extended", **extension)
+        for damage in damages:
+            self.event("damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message)
+        self._say_what_is_lost(damages)
+        return last
 
     def _refuse_strangers(self) -> None:
         """A checkpoint of another run or plan would be taken for a step of this one."""
-        for checkpoint in self._store.checkpoints():
+        own = self.plan.plan_ids
+        for checkpoint in Store(self.path).checkpoints():
             manifest = checkpoint.manifest
-            if manifest.run != self._facts["run"] or manifest.plan_id != self.plan.plan_id:
+            if manifest.run != self._facts["run"] or manifest.plan_id not in own:
                 raise RunError(
                     "belongs to another run or plan",
                     where=str(checkpoint.path),
                     hint="move it away, or use another --run",
                 )
 
-    def _restore_companions(self, base_directory: Path) -> None:
-        """Small files that the base still has are put right where they are damaged: weights beside them need not be given up."""
-        for checkpoint in self._store.checkpoints():
-            for file in snapshots.companions(base_directory):
-                record, kept = checkpoint.manifest.files.get(file.name), checkpoint.path / file.name
-                if record and not is_as_recorded(kept, record) and is_as_recorded(file, record):
-                    replace_file(kept, file.read_bytes())
-                    self.progress.say(f"restored {kept.relative_to(self.path)} from the base")
+    def _say_what_is_lost(self, damages: list[Damage]) -> None:
+        for damage in damages:
+            self.progress.say(f"damaged: {damage.file}: {damage.message}")
+        if damages:
+            lost = max(int(damage.file[5:13]) for damage in damages) - self.last_step
+            self.progress.say(f"falling back to step {self.last_step}: {lost} steps are run again")
+        elif self._newest_recorded > self.last_step:
+            lost = self._newest_recorded - self.last_step
+            self.progress.say(f"step {self._newest_recorded} was committed and is gone: {lost} steps are run again")
+
+    def resumed(self, state: TrainState) -> None:
+        self.last_step = state.step
+        self.progress.say(f"resumed from step {state.step}")
 
     def event(self, name: str, **figures: object) -> None:
         if self.is_writer:
-            self._journal.append({"kind": "event", "event": name, "attempt": self._attempt, "time": _now(), **figures})
+            self._journal.append(journals.event(name, self._attempt, **figures))
+
+    def warm(self, state: TrainState) -> None:
+        """Makes the memory ready that saves are copied to; after the first step, when all of the state is there."""
+        if self.is_writer:
+            self._saver.warm(state)
 
     def step(self, report: StepReport) -> None:
-        """Appends a step to the journal. A step that ran before must give the same figures, or the run says so at once."""
+        """Appends a step to the journal. A step that ran before must give the same figures, or the run says so at once.
+
+        Raises what went wrong in a save meanwhile.
+        """
         record = {
             "kind": "step",
             "step": report.step,
@@ -110,9 +133,11 @@ class Recorder:
             "seconds": round(report.seconds, 6),
             "await_seconds": round(report.await_seconds, 6),
             "attempt": self._attempt,
-            "time": _now(),
+            "time": journals.now(),
         }
-        self._raise_failures()
+        self._check_saves()
+        if self._lease:
+            self._lease.check()
         earlier = self._steps.get(report.step)
         self._steps[report.step] = record
         if self.is_writer:
@@ -126,6 +151,13 @@ class Recorder:
         self.progress.step(
             report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds
         )
+
+    def _check_saves(self) -> None:
+        stalled = self._writer.check()
+        if stalled not in (None, self._said_stalled):
+            self._said_stalled = stalled
+            self.progress.say(f"the save of step {stalled} takes too long: does the disk hang? Training goes on")
+            self.event("stalled_save", step=stalled)
 
     def evaluated(self, step: int, metrics: dict) -> None:
         """Records the held-out figures of a step."""
@@ -141,103 +173,52 @@ class Recorder:
         window = range(max(1, before - count), before)
         return [self._steps[step][quantity] for step in window if step in self._steps]
 
-    def commit(self, state: TrainState, base_directory: Path, metrics: dict | None) -> None:
+    def is_save_due(self) -> bool:
+        """Whether a cadence of minutes has come round, on the clock of the rank that writes."""
+        minutes = [every.minutes for every in self.plan.recipe.checkpoint.every if every.minutes]
+        return self.is_writer and any(time.monotonic() - self.committed_at >= 60 * limit for limit in minutes)
+
+    def commit(self, state: TrainState) -> None:
         """Begins to make the state a checkpoint and returns; the rest happens beside training, one save after the other.
 
-        Waits only when two saves are under way. A save that failed is raised here or by `finish`.
+        Waits only where two saves are under way. A save that failed is raised here, by `step` or by `finish`.
         """
+        waited = self._writer.make_room()
         self.committed_at = time.monotonic()
-        self.last_step = state.step
-        if self.is_writer:
-            snapshot = snapshots.take(state, self.plan, self._staging)
-            losses, self._losses = self._losses, []
-            history = list(self._steps.values())
-            self._saves.append(self._writer.submit(self._write, snapshot, base_directory, metrics, losses, history))
+        self.last_step = step = state.step
+        if not self.is_writer:
+            self._writer.submit(step, 0, partial(self._report, step))
+            return
+        losses, self._losses = self._losses, []
+        metrics = self._evaluated.get(step, {})
+        record = Record(metrics, losses, list(self._steps.values()), dict(self._evaluated), waited)
+        save = self._saver.begin(state, record)
+        work = partial(self._saver.commit, save, self._journal, self._lease, self.reports)
+        self._writer.submit(step, save.snapshot.copy.bytes, work)
+
+    def _report(self, step: int) -> None:
+        try:
+            self.reports.exchange(step, self.plan.plan_id)
+        except MissingReport:  # rank 0 says so, and gives the save up
+            return
 
     def finish(self, state: TrainState) -> None:
-        """Returns when everything that was begun is durable."""
+        """Returns when everything that was begun is durable; raises why, where the last save was given up."""
         state.await_snapshot()
-        for save in self._saves:
-            save.exception()
-        self._raise_failures()
+        self._writer.finish()
+        if self.is_writer and (why := self._saver.given_up):
+            hint = why.hint or "run the same command again; it resumes from the commit before"
+            raise CheckpointError(f"the last step is not committed: {why.message}", where=str(self.path), hint=hint)
 
     def close(self) -> None:
-        self._writer.shutdown()
-        if self.is_writer:
+        self._writer.close()
+        if self._journal:
             self._journal.close()
-
-    def _raise_failures(self) -> None:
-        for save in [save for save in self._saves if save.done()]:
-            self._saves.remove(save)
-            save.result()
-
-    def _write(
-        self, snapshot: Snapshot, base_directory: Path, metrics: dict | None, losses: list, history: list
-    ) -> None:
-        """One save, on the writer's thread: row losses and journal first, so that no checkpoint is ahead of its record."""
-        started = time.monotonic()
-        step = snapshot.step
-        try:
-            if self._has_failed:  # a checkpoint after a gap would lack the row losses of the one before
-                return
-            if losses:
-                journals.write_rows(self.path, losses)
-            self._journal.sync()
-            attempt = self._store.begin(step, self._attempt)
-            snapshots.write(snapshot, self.plan, base_directory, self._last, attempt)
-            attempt.write_json("trainer_state.json", self._trainer_state(step, history))
-            self._last = self._store.commit(attempt, self._manifest(step, metrics), verify_digests=True)
-        except FinetuneError:
-            self._has_failed = True
-            raise
-        finally:
-            snapshot.copy.release()
-        self._damaged.discard(self._last.path.name)
-        self.event("committed", step=step, save_seconds=round(time.monotonic() - started, 3))
-        self.progress.say(f"committed step {step}")
-        self._remove_old()
-
-    def _manifest(self, step: int, metrics: dict | None) -> Manifest:
-        last = self._last
-        return Manifest(
-            run=self._facts["run"],
-            attempt=self._attempt,
-            step=step,
-            parent={"ref": f"{self.path.absolute().name}@{last.step}", "digest": last.manifest.digest}
-            if last
-            else None,
-            plan_id=self.plan.plan_id,
-            metrics=metrics or {},
-            versions=self._facts["versions"],
-            world=self._world(),
-        )
 
     def _world(self) -> dict:
         return {name: self._facts[name] for name in WORLD}
-
-    def _trainer_state(self, step: int, records: list[dict]) -> dict:
-        """Loss history in the form that tools read from other trainers' runs."""
-        names = ("step", "loss", "grad_norm", "learning_rate")
-        by_step = sorted((record for record in records if record["step"] <= step), key=lambda record: record["step"])
-        history = [{name: record[name] for name in names} for record in by_step]
-        return {"global_step": step, "max_steps": self.plan.steps, "log_history": history}
-
-    def _remove_old(self) -> None:
-        """Retention, after the successor was committed and every byte of it read back. A damaged checkpoint counts for nothing."""
-        checkpoints = self._store.checkpoints()
-        sound = [checkpoint for checkpoint in checkpoints if checkpoint.path.name not in self._damaged]
-        saved = [Saved(item.step, item.manifest.metrics or self._evaluated.get(item.step, {})) for item in sound]
-        kept = keep(saved, self.plan.recipe.checkpoint.keep, protected=set())
-        for checkpoint in sound:  # what is damaged stays: it makes room when its step is committed again
-            if checkpoint.step not in kept:
-                self._store.remove(checkpoint)
-                self.event("removed", step=checkpoint.step)
 
 
 def _row_losses(report: StepReport) -> Iterable[journals.RowLoss]:
     columns = zip(report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens, strict=True)
     return [journals.RowLoss(report.step, *column) for column in columns]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,52 +1,54 @@
-"""Floor 5. The everyday consumer of the loop: iterates it, evaluates, commits, and stops when asked.
+"""Floor 6. The everyday consumer of the loop: iterates it, evaluates, commits, and stops when asked.
 
 `cli` calls `train`; `execute` is what happens between an opened state and the last commit. What all ranks do (evaluate,
 save, stop) is a function of the step, or was agreed by all of them.
 """
 
 import os
-import platform
 import secrets
 import signal
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from importlib.metadata import version
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 
 from finetune import estimate, guard, loop
-from finetune import plan as plans
 from finetune.checkpoints import lease, snapshot
-from finetune.checkpoints.manifest import Checkpoint, Damage
+from finetune.checkpoints.manifest import Checkpoint, verify
+from finetune.checkpoints.reports import Reports
+from finetune.checkpoints.store import Store
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
-from finetune.errors import FinetuneError, NotFiniteError, RunError, Stopped
+from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.model import base
+from finetune.opening import open_plan
 from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.schema import Checkpoint as Checkpoints
 from finetune.recipe.schema import Every
-from finetune.recorder import WORLD, Recorder
-from finetune.resolve import Resolved, differences, is_free, micro_batch_tokens, resolve
+from finetune.recorder import Recorder
+from finetune.resolve import Resolved, micro_batch_tokens
 from finetune.state import TrainState, build, start_accelerator
 from finetune.tasks import TASKS
 
-PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
-
 
 class Signals:
-    """SIGTERM and SIGINT as a wish: before training they end the process, in training the loop asks; a second one ends at once."""
+    """SIGTERM and SIGINT as a wish: before training they end the process, in training the loop asks; a second one ends at once.
+    SIGUSR1 wishes for a save at the next step's edge."""
 
     def __init__(self):
         self.received: int | None = None
         self.is_training = False
+        self.is_save_wished = False
 
     def __enter__(self) -> "Signals":
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._wish_save)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,128 +56,138 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        if not self.is_training:
+        if self.received is not None or not self.is_training:
             os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
         self.received = number
 
+    def _wish_save(self, number: int, frame: FrameType | None) -> None:
+        self.is_save_wished = True
 
-def train(loaded: LoadedRecipe, path: Path, is_quiet: bool = False) -> None:
-    """Starts the run at `path`, or resumes it, and returns when it is finished.
 
-    Raises Stopped after a signal, when the last finished step is committed.
+def train(
+    loaded: LoadedRecipe,
+    path: Path,
+    *,
+    is_quiet: bool = False,
+    until: int | None = None,
+    schedule: str | None = None,
+    take_over: bool = False,
+) -> None:
+    """Starts the run at `path`, or resumes it, and returns when it is finished, or step `until` is committed.
+
+    `schedule` is how the learning rate of a run that is extended goes on; `take_over` takes a lease whose heartbeat has stopped. Raises
+    Stopped after a signal, when the last finished step is committed.
     """
     with Signals() as signals:
         accelerator = start_accelerator(loaded.recipe.train)
         is_writer = accelerator.is_main_process
-        attempt = secrets.token_hex(4)
-        with lease.acquire(path, attempt) if is_writer else nullcontext():
+        holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
+        with holding as held:
             with accelerator.main_process_first():
-                resolved, facts, changes = _resolve(loaded, path, accelerator)
+                resolved, facts, changes = open_plan(loaded, path, accelerator, schedule)
                 base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
-            progress = Progress(resolved.plan.steps, is_quiet, is_silent=not is_writer)
-            recorder = Recorder(path, resolved.plan, facts, attempt, progress, is_writer)
-            estimate.refuse_small_disk(resolved.plan, path)
+            plan = resolved.plan
+            progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
+            estimate.refuse_small_disk(plan, path)
             for change in changes:
                 progress.say(change)
-            checkpoint, damages = recorder.open(loaded.text, resolved.base_directory, changes)
+            state = build(plan, base_directory, accelerator)
+            recorder = Recorder(path, plan, facts, progress, held)
             try:
-                state = build(resolved.plan, base_directory, accelerator)
-                accelerator.wait_for_everyone()
-                _resume(state, resolved.plan, recorder, checkpoint, damages)
-                _refuse_different_steps(state, accelerator)
+                newest = recorder.open(loaded.text, resolved.base_directory, state, changes) if is_writer else None
+                checkpoint = _same_checkpoint(newest, path, accelerator)
+                if checkpoint:
+                    snapshot.read(state, plan, checkpoint)
+                    recorder.resumed(state)
+                if accelerator.num_processes > 1:
+                    recorder.reports = Reports(accelerator.process_index, accelerator.num_processes)
                 signals.is_training = True
-                is_finished = execute(resolved, base_directory, state, recorder, signals)
+                is_done = execute(resolved, state, recorder, signals, until)
             finally:
                 progress.close()
                 recorder.close()
-    if not is_finished:
-        raise Stopped(signals.received or signal.SIGTERM)
+    if not is_done:
+        raise Stopped(signals.received or signal.SIGTERM)  # another rank's signal stops this one too
 
 
-def execute(resolved: Resolved, base_directory: Path, state: TrainState, recorder: Recorder, signals: Signals) -> bool:
-    """From the state's step to the plan's end, or to a signal: iterate, record, evaluate, commit.
+def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: Signals, until: int | None) -> bool:
+    """From the state's step to the plan's end, to step `until`, or to a signal: iterate, record, evaluate, commit.
 
-    Returns whether the run is finished: all steps done, and the last one evaluated.
+    Returns whether all of that is done, and the last step evaluated if it has to be.
     """
     plan, recipe = resolved.plan, resolved.plan.recipe
-    save_steps = [every.steps for every in recipe.checkpoint.every if every.steps]
-    save_minutes = [every.minutes for every in recipe.checkpoint.every if every.minutes]
+    end = min(plan.steps, until or plan.steps)
 
     def wishes() -> loop.Wishes:
-        age = (time.monotonic() - recorder.committed_at) / 60
         return loop.Wishes(
-            signals.received is not None, recorder.is_writer and any(age >= limit for limit in save_minutes)
+            stop=signals.received is not None,
+            save=signals.is_save_wished or recorder.is_save_due(),
+            renew=recorder.reports is not None and recorder.reports.is_broken,
         )
 
-    def evaluate_and_record() -> dict | None:
+    def evaluate_and_record() -> None:
         metrics = evaluate(resolved, state.accelerator, state.objective, wishes)
         if metrics:
             recorder.evaluated(state.step, metrics)
-        return metrics
 
     def commit_last() -> None:
         if state.step > recorder.last_step:
-            recorder.commit(state, base_directory, None)
+            recorder.commit(state)
         recorder.finish(state)
 
-    def is_save(step: int) -> bool:
-        return step == plan.steps or any(step % steps == 0 for steps in save_steps)
-
     def is_evaluation(step: int, is_saved: bool) -> bool:
-        is_due = (
-            step in (0, plan.steps)
-            or (is_saved and recipe.checkpoint.keep.best)
-            or _is_due(recipe.evaluate.every, step)
-        )
+        with_saves = is_saved and recipe.checkpoint.keep.best
+        is_due = step in (0, plan.steps) or with_saves or _is_due(recipe.evaluate.every, step)
         return bool(is_due) and len(resolved.holdout) > 0
 
     if is_evaluation(state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
         evaluate_and_record()  # at the start, or where a signal cut it short
+    first = state.step + 1
     try:
-        for report in loop.steps(state, plan, batches(plan, resolved.train, state.accelerator), plan.steps, wishes):
+        for report in loop.steps(state, plan, batches(plan, resolved.train, state.accelerator), end, wishes):
             recorder.step(report)
-            is_saved = report.is_save_due or is_save(report.step)
-            metrics = evaluate_and_record() if is_evaluation(report.step, is_saved) else None
+            if report.agreed.renew:
+                recorder.reports.renew()
+            is_saved = report.agreed.save or report.step == end or _is_save(recipe.checkpoint, report.step)
+            if is_evaluation(report.step, is_saved):
+                evaluate_and_record()
             if is_saved:
-                recorder.commit(state, base_directory, metrics)
+                signals.is_save_wished = False
+                recorder.commit(state)
+            elif report.step == first:
+                recorder.warm(state)
             _watch(recorder, report)
     except (NotFiniteError, SpikeError) as error:
         recorder.event(error.code, step=state.step, message=error.message)
         commit_last()
         raise
     commit_last()
-    is_finished = state.step == plan.steps and (len(resolved.holdout) == 0 or recorder.is_evaluated(state.step))
-    if is_finished:
+    is_done = state.step >= end and (not is_evaluation(state.step, True) or recorder.is_evaluated(state.step))
+    if is_done and state.step == plan.steps:
         recorder.progress.say(f"finished at step {state.step}")
-    return is_finished
+    return is_done
 
 
-def _resume(
-    state: TrainState, plan: Plan, recorder: Recorder, checkpoint: Checkpoint | None, damages: list[Damage]
-) -> None:
-    """Brings the state to the newest sound checkpoint, and says what that costs where newer ones are damaged."""
-    for damage in damages:
-        recorder.progress.say(f"damaged: {damage.file}: {damage.message}")
-    if damages:
-        lost = max(int(damage.file[5:13]) for damage in damages) - recorder.last_step
-        recorder.progress.say(f"falling back to step {recorder.last_step}: {lost} steps are run again")
-    if not damages and recorder.newest_recorded > recorder.last_step:
-        lost = recorder.newest_recorded - recorder.last_step
-        recorder.progress.say(f"step {recorder.newest_recorded} was committed and is gone: {lost} steps are run again")
-    if checkpoint:
-        snapshot.read(state, plan, checkpoint)
-        recorder.progress.say(f"resumed from step {state.step}")
-
-
-def _refuse_different_steps(state: TrainState, accelerator: Accelerator) -> None:
-    """Hosts that do not share the run directory would each start from another step."""
-    steps = accelerator.gather(torch.tensor([state.step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
+def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:
+    """The checkpoint that rank 0 found, on every rank. Hosts that do not share the run directory, or read other bytes, are refused."""
+    if accelerator.num_processes == 1:
+        return newest
+    step = int(broadcast(torch.tensor([newest.step if newest else 0], device=accelerator.device)))
+    mine, seen = newest, 0
+    with suppress(CheckpointError):  # the ranks must not part here: what was not seen stays 0, and is told below
+        if step and not accelerator.is_main_process:
+            mine = Store(path).find(step)
+        if mine and not (mine is not newest and verify(mine.path)):
+            seen = int(mine.manifest.digest.rpartition(":")[2][:15], 16)
+    digests = accelerator.gather(torch.tensor([seen], device=accelerator.device)).tolist()
+    if len(set(digests)) > 1:
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         raise RunError(
-            f"the processes are at different steps: {steps}", hint="give all hosts one run directory on a shared disk"
+            f"ranks {others} do not see the checkpoint of step {step} as rank 0 does",
+            where=str(path),
+            hint="give all hosts one run directory on a shared disk",
         )
+    return mine
 
 
 class SpikeError(FinetuneError):
@@ -207,43 +219,13 @@ def evaluate(
     return loop.evaluate(accelerator, objective, batches(resolved.plan, resolved.holdout, accelerator), score, wishes)
 
 
-def _resolve(loaded: LoadedRecipe, path: Path, accelerator: Accelerator) -> tuple[Resolved, dict, list[str]]:
-    """Plan and facts of the run: its own where it exists, else new ones; and a line for everything that changed since."""
-    now = _facts(loaded, accelerator)
-    if not (path / "plan.json").exists():
-        return resolve(loaded), now | {"run": secrets.token_hex(8)}, []
-    earlier, facts = plans.load(path)
-    different = differences(earlier.recipe, loaded.recipe)
-    refused = [f"{key}: {old} -> {new}" for key, old, new in different if not is_free(key)]
-    if refused:
-        raise RunError(
-            "was started with another recipe:\n  " + "\n  ".join(refused),
-            where=str(path),
-            hint=f"use another --run, or go on from a step of this one with `finetune branch {path}@STEP --set KEY=VALUE`",
-        )
-    changes = [f"taken from the recipe: {key}: {old} -> {new}" for key, old, new in different]
-    changes += [
-        f"{name} changed: {facts[name]} -> {now[name]}; bit equality may be lost"
-        for name in ("versions", *WORLD)
-        if facts[name] != now[name]
-    ]
-    return resolve(loaded, earlier), now | {"run": facts["run"]}, changes
-
-
-def _facts(loaded: LoadedRecipe, accelerator: Accelerator) -> dict:
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    return {
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "device": name,
-        "world_size": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "micro_batch_tokens": micro_batch_tokens(loaded.recipe),
-    }
-
-
 def _is_due(every: Every | None, step: int) -> bool:
-    return every is not None and step % every.steps == 0
+    return every is not None and every.steps is not None and step % every.steps == 0
+
+
+def _is_save(rule: Checkpoints, step: int) -> bool:
+    cadences = [*rule.every, rule.keep.every, rule.keep.weights_every]
+    return any(_is_due(cadence, step) for cadence in cadences)
 
 
 def _watch(recorder: Recorder, report: loop.StepReport) -> None:

@@ -50,8 +50,11 @@ class TrainState:
 
     def await_snapshot(self) -> float:
         """Returns when no copy needs the tensors as they are; the seconds it took."""
-        seconds, self.copy = self.copy.wait() if self.copy else 0.0, None
-        return seconds
+        if self.copy is None:
+            return 0.0
+        copy, self.copy = self.copy, None
+        copy.awaited_seconds = copy.wait()
+        return copy.awaited_seconds
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:

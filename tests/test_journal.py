@@ -75,20 +75,21 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         read(tmp_path)
 
 
-def test_a_record_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path, monkeypatch):
+def test_records_that_do_not_fit_on_the_disk_wait_and_leave_no_half(tmp_path, monkeypatch):
     writer = Journal(tmp_path)
     writer.append(step(1))
     real_write = journal.os.write
     with monkeypatch.context() as patch:
         patch.setattr(journal.os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
-        with pytest.raises(
-            RunError, match="journal.jsonl: cannot write: no space left on device\nhint: free some space"
-        ) as caught:
-            writer.append(step(2))
+        writer.append(step(2))
+        assert read(tmp_path) == [step(1)]
+        full = "journal.jsonl: cannot write: no space left on device\nhint: free some space"
+        with pytest.raises(RunError, match=full) as caught:
+            writer.sync()
     assert caught.value.__cause__.errno == errno.ENOSPC
     writer.append(step(3))
+    assert read(tmp_path) == [step(1), step(2), step(3)]
     writer.close()
-    assert read(tmp_path) == [step(1), step(3)]
 
 
 def test_a_directory_in_the_way_is_a_clear_error(tmp_path):

@@ -300,7 +300,7 @@ def test_the_generator_yields_one_report_an_update_and_stops_where_it_is_told(op
         return loop.Wishes(stop=run.state.step == 3, save=run.state.step == 1)
 
     reports = list(loop.steps(run.state, run.plan, run.batches, 2, wishes))
-    assert [(report.step, report.is_save_due) for report in reports] == [(1, False), (2, True)]
+    assert [(report.step, report.agreed.save) for report in reports] == [(1, False), (2, True)]
     assert [report.step for report in loop.steps(run.state, run.plan, run.batches, 10, wishes)] == [3]
     assert asked == [0, 1, 2, 3]
     assert list(loop.steps(run.state, run.plan, run.batches, 3, wishes)) == []

@@ -26,6 +26,9 @@ HINTS = {
 }
 
 
+WRITE_BACK_BYTES = 16 << 20  # handed to the disk while the next ones are hashed, so that the sync at the end is short
+
+
 class HashedFile:
     """A file under way; what is written passes through the digest, so nothing is read twice."""
 
@@ -33,6 +36,7 @@ class HashedFile:
         self.bytes = 0
         self.tensors: tuple[TensorRecord, ...] = ()
         self._raw = raw
+        self._handed_over = 0
         self._blake3 = blake3.blake3()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -42,6 +46,12 @@ class HashedFile:
             self._blake3.update(view[:count])
             self.bytes += count
             view = view[count:]
+        if self.bytes - self._handed_over >= WRITE_BACK_BYTES:
+            # DONTNEED begins to write dirty pages, and drops clean ones only: what is under way stays in memory to be read back
+            os.posix_fadvise(
+                self._raw.fileno(), self._handed_over, self.bytes - self._handed_over, os.POSIX_FADV_DONTNEED
+            )
+            self._handed_over = self.bytes
 
     def digest(self) -> str:
         return f"blake3:{self._blake3.hexdigest()}"

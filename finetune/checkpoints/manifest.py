@@ -7,7 +7,7 @@ damaged manifest is never taken for a foreign or a newer one. `docs/` has the ke
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from math import isfinite
@@ -59,7 +59,10 @@ class Manifest:
     step: int
     parent: dict[str, str] | None
     plan_id: str
-    kind: str = "full"
+    kind: Literal["full", "weights"] = "full"
+    """`full` can be resumed from; `weights` was demoted: optimizer and counters are gone."""
+    demoted_from: str | None = None
+    """Digest of the manifest it had while it was full, which later checkpoints name as their parent's."""
     amendments: list[dict[str, object]] = field(default_factory=list)
     metrics: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -141,10 +144,10 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest.step, manifest)
 
 
-def verify(path: Path, *, digests: bool = True) -> list[Damage]:
+def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
     """Everything that is wrong with the checkpoint in a directory; an empty list means it is sound.
 
-    Reads every byte; without `digests` only the manifest, and the names and sizes of the files.
+    Reads every byte; with `only` the bytes of those files, and of the others names and sizes.
     """
     try:
         files = read(path).manifest.files
@@ -156,7 +159,7 @@ def verify(path: Path, *, digests: bool = True) -> list[Damage]:
     damage = []
     for name, record in files.items():
         try:
-            damage += _verify_file(path / name, record, digests=digests)
+            damage += _verify_file(path / name, record, digests=only is None or name in only)
         except OSError as error:
             damage.append(Damage("unreadable", name, None, _cannot_be_read(error)))
     return damage + [Damage("extra", name, None, "is not in the manifest") for name in extra]

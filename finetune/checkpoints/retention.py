@@ -1,8 +1,12 @@
-"""Floor 0. Which checkpoints stay. Pure functions of steps and metrics; `run` removes what they leave out."""
+"""Floor 0. Which checkpoints stay, and as what. Pure functions of steps and metrics; `pruning` does what they say.
+
+Two classes: full checkpoints can be resumed from; weights alone take a third of the bytes, and compare, average and package as well.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 from finetune.recipe.schema import Every, Keep
 
@@ -13,6 +17,7 @@ class Saved:
 
     step: int
     metrics: dict[str, object]
+    is_full: bool = True
 
     @property
     def loss(self) -> float | None:
@@ -22,7 +27,8 @@ class Saved:
 
 
 def last(saved: Sequence[Saved], count: int) -> set[int]:
-    return set(sorted(item.step for item in saved)[-count:])
+    """The newest so many that can be resumed from."""
+    return set(sorted(item.step for item in saved if item.is_full)[-count:])
 
 
 def best(saved: Sequence[Saved], count: int) -> set[int]:
@@ -35,13 +41,27 @@ def every(saved: Sequence[Saved], cadence: Every) -> set[int]:
     return {item.step for item in saved if item.step % cadence.steps == 0}
 
 
-RULES: dict[str, Callable[[Sequence[Saved], int | Every], set[int]]] = {"last": last, "best": best, "every": every}
+RULES: dict[str, Callable[[Sequence[Saved], int | Every], set[int]]] = {
+    "last": last,
+    "best": best,
+    "every": every,
+    "weights_every": every,
+}
+AS_WEIGHTS = {"weights_every"}  # the rules whose steps may be demoted
 
 
-def keep(checkpoints: Sequence[Saved], rule: Keep, protected: set[int]) -> set[int]:
+class Kept(NamedTuple):
+    full: set[int]
+    weights: set[int]
+    """Steps that stay as weights alone; disjoint from `full`."""
+
+
+def keep(checkpoints: Sequence[Saved], rule: Keep, protected: set[int]) -> Kept:
     """The steps that stay: the newest, the best, the protected ones (parents of branches, published), and what the rules name."""
-    kept = last(checkpoints, 1) | best(checkpoints, 1) | protected & {item.step for item in checkpoints}
+    full = last(checkpoints, 1) | best(checkpoints, 1) | protected & {item.step for item in checkpoints}
+    weights: set[int] = set()
     for name, setting in rule:
         if setting is not None:
-            kept |= RULES[name](checkpoints, setting)
-    return kept
+            (weights if name in AS_WEIGHTS else full).update(RULES[name](checkpoints, setting))
+    demoted = {item.step for item in checkpoints if not item.is_full}
+    return Kept(full - demoted, (weights | full & demoted) - (full - demoted))

@@ -1,7 +1,7 @@
 """Floor 3. Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
 
-Every checkpoint directory loads with plain `from_pretrained` (peft's, for an adapter). `run` calls `write` inside an
-attempt of the store, and `read` on a verified checkpoint.
+Every checkpoint directory loads with plain `from_pretrained` (peft's, for an adapter). `saver` calls `write` inside an
+attempt of the store, `run` calls `read` on a verified checkpoint.
 """
 
 import json
@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from finetune.checkpoints import tensors as safetensors
+from finetune.checkpoints.durable import durable, failures, sync_directory
+from finetune.checkpoints.manifest import FileRecord
 from finetune.checkpoints.staging import Copy, Staging
 from finetune.checkpoints.store import Attempt, Checkpoint
 from finetune.checkpoints.tensors import Tensor
 from finetune.errors import CheckpointError
+from finetune.estimate import COMPANION_BYTES
 from finetune.model import adapter, base
 from finetune.plan import Plan
 from finetune.state import TrainState
@@ -24,39 +28,88 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 COMPANIONS = (*base.TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
 
 
+# Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.
+WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "model-frozen.safetensors"
+INDEX = f"{WHOLE}.index.json"
+ADAPTER = "adapter_model.safetensors"
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A state at one step: its tensors are being copied, and all else is here."""
 
     step: int
-    is_adapter: bool
     adapter_config: dict | None
+    """None where whole weights are trained."""
     copy: Copy
-    """Weights as `weights/<name>`, moments as `moments/<name>`."""
+    """Trained weights as `weights/<name>`, moments as `moments/<name>`."""
+    buffers: dict[str, torch.Tensor]
+    """What a forward may change, already copied."""
+    frozen: dict[str, torch.Tensor]
+    """Weights that cannot change, as they are in the model."""
     scalars: dict[str, float]
 
 
-def take(state: TrainState, plan: Plan, staging: Staging) -> Snapshot:
+class Live:
+    """The tensors of a state by the names that a checkpoint gives them. Looked up once: updates are in place."""
+
+    def __init__(self, state: TrainState):
+        model, tensors = state.model, adapter.weights(state.model)
+        is_whole = not adapter.is_adapter(model)
+        still = {name for name, parameter in model.named_parameters() if is_whole and not parameter.requires_grad}
+        buffers = {name for name, _ in model.named_buffers() if is_whole}
+        self.frozen = {name: tensor for name, tensor in tensors.items() if name in still}
+        """What cannot change."""
+        self.buffers = {name: tensor for name, tensor in tensors.items() if name in buffers}
+        """What a forward may change."""
+        self.trained = {name: tensor for name, tensor in tensors.items() if name not in still | buffers}
+        """What an update changes."""
+        self._parameters = state.trainable
+        self._optimizer = state.optimizer
+
+    def copied(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """What is copied in the background (weights as `weights/<name>`, moments as `moments/<name>.<key>`), and single numbers."""
+        found = {
+            f"{name}.{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if value is not None
+        }
+        live = {f"weights/{name}": tensor for name, tensor in self.trained.items()}
+        live |= {f"moments/{name}": value for name, value in found.items() if value.ndim}
+        counters = {name: value for name, value in found.items() if not value.ndim}
+        numbers = torch.stack(list(counters.values())).tolist() if counters else []  # one read of the device for all
+        return live, dict(zip(counters, numbers, strict=True))
+
+
+def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapshot:
     """Begins a snapshot; `state.await_snapshot` ends the copying, and must come before anything writes weights."""
-    is_adapter = adapter.is_adapter(state.model)
-    moments, scalars = _optimizer_state(state)
-    live = {f"weights/{name}": tensor for name, tensor in adapter.weights(state.model).items()}
-    live |= {f"moments/{name}": tensor for name, tensor in moments.items()}
-    state.copy = staging.take(live)
-    config = adapter_config(state.model, plan) if is_adapter else None
-    return Snapshot(state.step, is_adapter, config, state.copy, scalars)
+    state.await_snapshot()
+    tensors, scalars = live.copied()
+    state.copy = staging.take(tensors)
+    config = adapter_config(state.model, plan) if adapter.is_adapter(state.model) else None
+    buffers = {name: tensor.detach().clone().cpu() for name, tensor in live.buffers.items()}
+    return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
+
+
+def warm(state: TrainState, live: Live, staging: Staging) -> None:
+    """Makes buffers and fills them once, after the first update, so that the first save finds them warm."""
+    state.await_snapshot()
+    state.copy = staging.take(live.copied()[0])
+    state.copy.release_when_done()
 
 
 def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
     """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
     snapshot.copy.wait()
-    if snapshot.is_adapter:
-        attempt.write_tensors("adapter_model.safetensors", _tensors(snapshot, "weights/"), {"format": "pt"})
+    weights = _tensors(snapshot.copy.tensors, "weights/") + _tensors(snapshot.buffers)
+    if snapshot.adapter_config is not None:
+        attempt.write_tensors(ADAPTER, weights, {"format": "pt"})
         attempt.write_json("adapter_config.json", snapshot.adapter_config)
     else:
-        attempt.write_tensors("model.safetensors", _tensors(snapshot, "weights/"), {"format": "pt"})
+        _write_model(snapshot, weights, previous, attempt)
         attempt.write_json("config.json", _config(base_directory))
-    attempt.write_tensors("optimizer.safetensors", _tensors(snapshot, "moments/"), {})
+    attempt.write_tensors("optimizer.safetensors", _tensors(snapshot.copy.tensors, "moments/"), {})
     record = {"step": snapshot.step, "optimizer": plan.recipe.optimizer.name, "scalars": snapshot.scalars}
     attempt.write_json("state.json", record)
     for file in companions(base_directory):
@@ -65,11 +118,53 @@ def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkp
 
 def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
     """Brings a state at step 0 to the checkpoint's step."""
-    weights = "adapter_model.safetensors" if adapter.is_adapter(state.model) else "model.safetensors"
-    adapter.load_weights(state.model, load_file(checkpoint.path / weights))
+    names = [ADAPTER] if adapter.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        if name in checkpoint.manifest.files:
+            tensors |= load_file(checkpoint.path / name)
+    adapter.load_weights(state.model, tensors)
     record = json.loads((checkpoint.path / "state.json").read_bytes())
     _restore_optimizer(state, load_file(checkpoint.path / "optimizer.safetensors"), record["scalars"], checkpoint)
     state.step = record["step"]
+
+
+def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
+    """Writes the frozen weights of a checkpoint anew from the base's, if they are what its manifest speaks of."""
+    record = checkpoint.manifest.files[FROZEN]
+    temporary = checkpoint.path / f"{FROZEN}.tmp"
+    temporary.unlink(missing_ok=True)
+    with failures(temporary), durable(temporary) as file:
+        records = safetensors.write(file, _tensors(live.frozen), {"format": "pt"})
+    is_same = FileRecord(file.bytes, file.digest(), tuple(records)) == record
+    with failures(temporary):
+        if is_same:
+            temporary.replace(checkpoint.path / FROZEN)
+            sync_directory(checkpoint.path)
+        else:
+            temporary.unlink()
+    return is_same
+
+
+def stored_bytes(snapshot: Snapshot, previous: Checkpoint | None) -> int:
+    """What a commit of the snapshot adds to the disk; what the first one shares with later ones at the large end."""
+    shared = 0 if previous else COMPANION_BYTES + sum(tensor.nbytes for tensor in snapshot.frozen.values())
+    return snapshot.copy.bytes + shared
+
+
+def _write_model(snapshot: Snapshot, weights: list[Tensor], previous: Checkpoint | None, attempt: Attempt) -> None:
+    if not snapshot.frozen:
+        attempt.write_tensors(WHOLE, weights, {"format": "pt"})
+        return
+    attempt.write_tensors(TRAINED, weights, {"format": "pt"})
+    earlier = previous.manifest.files.get(FROZEN) if previous else None
+    if earlier:
+        attempt.link(FROZEN, previous.path / FROZEN, earlier)
+    else:
+        attempt.write_tensors(FROZEN, _tensors(snapshot.frozen), {"format": "pt"})
+    places = dict.fromkeys((tensor.name for tensor in weights), TRAINED) | dict.fromkeys(snapshot.frozen, FROZEN)
+    total = sum(record.bytes for name in (TRAINED, FROZEN) for record in attempt.files[name].tensors)
+    attempt.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 
 def companions(directory: Path) -> list[Path]:
@@ -93,7 +188,7 @@ def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
     named = plan.recipe.base.origin or plan.recipe.base.checkpoint
     is_hub = plan.base.kind == "hub" or plan.recipe.base.origin
     config["base_model_name_or_path"] = named.partition("@")[0] if is_hub else Path(named).name
-    config["revision"] = plan.base.revision
+    config["revision"] = plan.base.revision if plan.base.kind == "hub" else None
     config["inference_mode"] = True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
@@ -105,31 +200,18 @@ def _config(base_directory: Path) -> dict:
     return config | {"dtype": "float32"}
 
 
-def _tensors(snapshot: Snapshot, prefix: str) -> list[Tensor]:
+def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:
+    """The tensors whose names begin with the prefix, without it, as bytes that can be written."""
     return [
         Tensor(
             name.removeprefix(prefix),
             DTYPES[tensor.dtype],
             tuple(tensor.shape),
-            memoryview(tensor.reshape(-1).view(torch.uint8).numpy()),
+            memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),
         )
-        for name, tensor in snapshot.copy.tensors.items()
+        for name, tensor in live.items()
         if name.startswith(prefix)
     ]
-
-
-def _optimizer_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Moments by `<parameter name>.<state key>`, and single numbers (the update counter) by the same kind of name."""
-    moments, scalars = {}, {}
-    for name, parameter in state.trainable.items():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            if value is None:
-                continue
-            if value.ndim == 0:
-                scalars[f"{name}.{key}"] = value.item()
-            else:
-                moments[f"{name}.{key}"] = value
-    return moments, scalars
 
 
 def _restore_optimizer(state: TrainState, moments: dict, scalars: dict[str, float], checkpoint: Checkpoint) -> None:

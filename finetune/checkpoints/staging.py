@@ -1,17 +1,14 @@
 """Floor 1. Copies of live tensors that training does not wait for: warm, reused buffers, filled while forward and backward run.
 
 Parameters and moments do not change between an update and the next one, so a copy has that long; `state.await_snapshot`
-holds only the update itself. `recorder` takes a copy for each save and gives it back once it is on the disk.
+holds only the update itself. `saver` takes a copy for each save and gives it back once it is on the disk.
 """
 
-import queue
-import threading
 import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-
-SAVES_IN_FLIGHT = 2  # a third one waits: buffers cost as much memory as the state they hold
 
 
 class Copy:
@@ -19,60 +16,60 @@ class Copy:
 
     def __init__(self, staging: "Staging", buffers: dict[str, torch.Tensor]):
         self.tensors = buffers
+        self.awaited_seconds = 0.0
+        """How long an update waited for it."""
         self._staging = staging
-        self._is_done = threading.Event()
-        self._error: BaseException | None = None
+        self._filling: Future[None] | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def begin(self, copier: Executor, live: dict[str, torch.Tensor], event: torch.Event | None) -> None:
+        self._filling = copier.submit(self._fill, live, event)
 
     def wait(self) -> float:
-        """Returns when the live tensors may change; the seconds it took."""
+        """Returns when all is copied, and the live tensors may change; the seconds it took."""
         started = time.perf_counter()
-        self._is_done.wait()
-        if self._error is not None:
-            raise RuntimeError("the copy of a snapshot failed") from self._error
+        self._filling.result()
         return time.perf_counter() - started
 
     def release(self) -> None:
         """Gives the buffers back; the tensors are no longer valid."""
         self._staging.give_back(self.tensors)
 
+    def release_when_done(self) -> None:
+        self._filling.add_done_callback(lambda _: self.release())
+
     def _fill(self, live: dict[str, torch.Tensor], event: torch.Event | None) -> None:
-        try:
-            if event is not None:
-                event.synchronize()
-            for name, tensor in live.items():
-                if tensor.device.type == "cpu":
-                    # numpy, not copy_: one thread that leaves the others to the forward
-                    np.copyto(_bytes(self.tensors[name]), _bytes(tensor))
-        except BaseException as error:
-            self._error = error
-            raise
-        finally:
-            self._is_done.set()
+        if event is not None:
+            event.synchronize()
+        for name, tensor in live.items():
+            if tensor.device.type == "cpu":
+                # numpy, not copy_: one thread that leaves the others to the forward
+                np.copyto(_bytes(self.tensors[name]), _bytes(tensor))
 
 
 class Staging:
-    """At most two sets of buffers, made on first use and kept: fresh memory is ten times slower to write to than warm."""
+    """Sets of buffers, one for each save under way, made when needed and kept: fresh memory is ten times slower to write to than warm."""
 
     def __init__(self) -> None:
-        self._free: queue.SimpleQueue[dict[str, torch.Tensor]] = queue.SimpleQueue()
-        self._made = 0
+        self._free: list[dict[str, torch.Tensor]] = []
+        self._copier = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="copier"
+        )  # starting a thread costs milliseconds
 
     def take(self, live: dict[str, torch.Tensor]) -> Copy:
-        """Begins to copy; returns at once, unless two copies are still being written."""
+        """Begins to copy, and returns at once."""
         copy = Copy(self, self._buffers(live))
-        event = _queue_on_device(live, copy.tensors)
-        threading.Thread(target=copy._fill, args=(live, event), daemon=True).start()
+        copy.begin(self._copier, live, _queue_on_device(live, copy.tensors))
         return copy
 
     def give_back(self, buffers: dict[str, torch.Tensor]) -> None:
-        self._free.put(buffers)
+        self._free.append(buffers)
 
     def _buffers(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self._free.empty() and self._made < SAVES_IN_FLIGHT:
-            self._made += 1
-            buffers = {}
-        else:
-            buffers = self._free.get()
+        buffers = self._free.pop() if self._free else {}
         for name, tensor in live.items():
             if name not in buffers:
                 buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")

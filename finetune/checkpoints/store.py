@@ -9,13 +9,20 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.checkpoints import tensors as safetensors
-from finetune.checkpoints.durable import HashedFile, durable, failures, make_directory, sync_directory
+from finetune.checkpoints.durable import (
+    HashedFile,
+    durable,
+    failures,
+    make_directory,
+    replace_file,
+    sync_directory,
+)
 from finetune.checkpoints.manifest import (
     MANIFEST,
     STEP_NAME,
@@ -33,6 +40,7 @@ from finetune.checkpoints.manifest import (
 from finetune.checkpoints.tensors import PIECE_BYTES, Tensor, pieces
 from finetune.errors import CheckpointError
 
+RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -52,6 +60,12 @@ class Attempt:
         self.path = path
         self.step = step
         self.files: dict[str, FileRecord] = {}
+        self.linked: set[str] = set()
+        """Of these, the ones whose bytes were there before."""
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(record.bytes for name, record in self.files.items() if name not in self.linked)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self._create(name) as file:
@@ -76,6 +90,7 @@ class Attempt:
                     raise
             else:
                 self.files[name] = record
+                self.linked.add(name)
                 return
         with self._create(name) as file, source.open("rb", buffering=0) as original:
             file.tensors = record.tensors
@@ -125,10 +140,10 @@ class Store:
             path.mkdir()
         return attempt
 
-    def commit(self, attempt: Attempt, manifest: Manifest, *, verify_digests: bool = False) -> Checkpoint:
-        """Makes an attempt a checkpoint, and reads it back. `manifest.files` is taken from the attempt.
+    def commit(self, attempt: Attempt, manifest: Manifest) -> Checkpoint:
+        """Makes an attempt a checkpoint. `manifest.files` is taken from the attempt.
 
-        A damaged checkpoint of the same step makes room; a sound one is an error, for a committed checkpoint does not change.
+        A damaged or demoted checkpoint of the same step makes room; a sound one is an error: what is committed does not change.
         """
         if manifest.step != attempt.step:
             raise ValueError(f"a manifest of step {manifest.step} for an attempt at step {attempt.step}")
@@ -146,14 +161,17 @@ class Store:
             except OSError:  # whether the rename is on the disk is not known: take it back
                 os.rename(destination, attempt.path)
                 raise
-        if damage := verify(destination, digests=verify_digests):
-            hint = "this disk cannot be trusted: use another one; earlier checkpoints were not touched"
-            message = f"does not read back as it was written: {damage[0].file}: {damage[0].message}"
-            raise CheckpointError(message, where=str(destination), hint=hint)
         if replaced:
             with failures(replaced):
                 shutil.rmtree(replaced)
         return read(destination)
+
+    def read_back(self, checkpoint: Checkpoint, written: Collection[str]) -> None:
+        """Compares every byte that a save has written; CheckpointError where the disk returns others. Before anything is removed."""
+        if damage := verify(checkpoint.path, only=written):
+            hint = "this disk cannot be trusted: use another one; earlier checkpoints were not touched"
+            message = f"does not read back as it was written: {damage[0].file}: {damage[0].message}"
+            raise CheckpointError(message, where=str(checkpoint.path), hint=hint)
 
     def checkpoints(self) -> list[Checkpoint]:
         """The committed checkpoints with a sound manifest, by step."""
@@ -173,7 +191,7 @@ class Store:
         raise CheckpointError(f"{self.run} has no step {step}; committed: {steps or 'none'}", hint=hint)
 
     def newest_sound(self) -> tuple[Checkpoint | None, list[Damage]]:
-        """The newest checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`)."""
+        """The newest full checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`)."""
         damages: list[Damage] = []
         for item in reversed(self._scan()):
             if isinstance(item, Unreadable) and item.damage.check in ("foreign", "future"):
@@ -183,6 +201,8 @@ class Store:
                     else "move it out of the run, or use another --run"
                 )
                 raise CheckpointError(item.damage.message, where=str(item.path), hint=hint)
+            if isinstance(item, Checkpoint) and item.manifest.kind != "full":
+                continue
             # A stray file is no reason to lose steps: nothing reads it.
             found = [damage for damage in verify(item.path) if damage.check != "extra"]
             if isinstance(item, Checkpoint) and not found:
@@ -197,8 +217,24 @@ class Store:
             sync_directory(self.directory)
             shutil.rmtree(trash)
 
+    def demote(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Leaves of a checkpoint what a model needs. The new manifest, renamed over the old one, decides; a crash after it leaves
+        files that are in no manifest, which `sweep` removes."""
+        files = {name: record for name, record in checkpoint.manifest.files.items() if name not in RESUME_FILES}
+        demoted = replace(checkpoint.manifest, kind="weights", demoted_from=checkpoint.manifest.digest, files=files)
+        with failures(checkpoint.path):
+            replace_file(checkpoint.path / MANIFEST, demoted.to_bytes())
+        self._remove_resume_files(checkpoint.path)
+        return read(checkpoint.path)
+
+    def _remove_resume_files(self, path: Path) -> None:
+        with failures(path):
+            for name in RESUME_FILES:
+                (path / name).unlink(missing_ok=True)
+
     def sweep(self) -> None:
-        """Empties `attempts/` and `trash/` of what dead processes left; for the holder of the lease before its first save."""
+        """Removes what dead processes left in `attempts/`, in `trash/`, and of demotions; for the holder of the lease before its first
+        save."""
         for directory in (self.run / "attempts", self.run / "trash"):
             with failures(directory):
                 for path in directory.iterdir() if directory.is_dir() else ():
@@ -206,6 +242,11 @@ class Store:
                         shutil.rmtree(path)
                     else:
                         path.unlink()
+        for checkpoint in self.checkpoints():
+            with failures(checkpoint.path):
+                (checkpoint.path / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+            if checkpoint.manifest.kind == "weights":
+                self._remove_resume_files(checkpoint.path)
 
     def _scan(self) -> list[Checkpoint | Unreadable]:
         with failures(self.directory, what="cannot read"):
@@ -215,7 +256,8 @@ class Store:
     def _make_room(self, destination: Path) -> Path | None:
         if not destination.exists():
             return None
-        if {damage.check for damage in verify(destination)} <= {"extra", "foreign", "future"}:
+        is_demoted = isinstance(there := _open(destination), Checkpoint) and there.manifest.kind != "full"
+        if not is_demoted and {damage.check for damage in verify(destination)} <= {"extra", "foreign", "future"}:
             hint = "a committed checkpoint does not change: remove it first, or use another run directory"
             raise CheckpointError("this step is committed already", where=str(destination), hint=hint)
         return self._to_trash(destination)

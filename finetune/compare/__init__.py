@@ -1,1 +1,1 @@
-"""Floor 6. Comparing models: `evaluate` gives figures of the same rows, `generate` answers to the same prompts."""
+"""Floor 7. Comparing models: `evaluate` gives figures of the same rows, `generate` answers to the same prompts."""

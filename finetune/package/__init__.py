@@ -1,1 +1,1 @@
-"""Floor 6. A checkpoint becomes a model folder for others: `export` writes it, `proof` loads it back, `card` describes it."""
+"""Floor 7. A checkpoint becomes a model folder for others: `export` writes it, `proof` loads it back, `card` describes it."""

@@ -1,4 +1,4 @@
-"""Floor 6. Under which licence a base stands, as far as the base itself says; `export` asks, `card` passes it on.
+"""Floor 7. Under which licence a base stands, as far as the base itself says; `export` asks, `card` passes it on.
 
 Sources: the front matter of the base's own card, or the metadata in a GGUF file. Nothing is guessed: None means unknown.
 """

@@ -1,4 +1,4 @@
-"""Floor 6. The weights of a package: merged in fp32, cast once, written as safetensors. `export` calls both halves."""
+"""Floor 7. The weights of a package: merged in fp32, cast once, written as safetensors. `export` calls both halves."""
 
 import contextlib
 import io

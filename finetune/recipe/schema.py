@@ -125,7 +125,7 @@ class Base(Section):
     """The checkpoint that training starts from."""
 
     checkpoint: str = Field(min_length=1)
-    """A Hub id (`owner/name`), a directory, a run's checkpoint (`runs/a@best`), or `package:NAME/file.gguf` inside an installed Python package."""
+    """A Hub id (`owner/name`), a directory (of transformers, Trainer or peft), a run's checkpoint (`runs/a@best`), or `package:NAME/file.gguf` inside an installed Python package. An adapter is merged onto the base that it names."""
     revision: str | None = None
     """Branch, tag or commit of a Hub checkpoint; the plan pins it to a commit. Default: the main branch."""
     origin: HubId | None = None
@@ -282,7 +282,9 @@ class Keep(Section):
     best: PositiveInt | None = None
     """The so many with the lowest held-out loss; every checkpoint is then evaluated at its own step."""
     every: StepCadence | None = None
-    """Those at multiples of so many steps, for good."""
+    """Those at multiples of so many steps, for good; they are committed whatever `checkpoint.every` says."""
+    weights_every: StepCadence | None = None
+    """Those at multiples of so many steps as weights alone, for good: a third of the bytes of a full fine-tune's; they can be evaluated, compared and packaged, but not resumed from."""
 
 
 class Checkpoint(Section):

@@ -1,0 +1,72 @@
+"""Floor 0. Retention on the disk: demotes, then removes, what the keep rules leave out. `recorder` calls it after each commit, `prune` by hand."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from finetune import journal as journals
+from finetune import plan as plans
+from finetune.checkpoints import lease
+from finetune.checkpoints.manifest import Checkpoint
+from finetune.checkpoints.retention import Saved, keep
+from finetune.checkpoints.store import RESUME_FILES, Store
+from finetune.errors import CheckpointError
+from finetune.recipe.schema import Keep
+
+
+def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[dict]:
+    """Applies the run's keep rules by hand, with those of `changes` that are not None; a dry run only says what would happen.
+
+    Each entry has `ref`, `step`, `action` (`demote` or `remove`) and `bytes`, those that become free. The newest sound checkpoint
+    always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
+    """
+    plan, _ = plans.load(run)
+    cadences = {"every", "weights_every"}
+    given = {
+        name: f"{value} steps" if name in cadences else value for name, value in changes.items() if value is not None
+    }
+    rule = Keep.model_validate(plan.recipe.checkpoint.keep.model_dump() | given)
+    with lease.acquire(run, "prune"):
+        store = Store(run)
+        newest, damages = store.newest_sound()
+        if newest is None:
+            raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
+        damaged = {damage.file.partition("/")[0] for damage in damages}
+        evaluated = journals.evaluations(journals.read(run))
+        actions = due(store, rule, evaluated, damaged)
+        facts = [
+            {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
+            for item, action in actions
+        ]
+        if not is_dry_run:
+            journal = journals.Journal(run)
+            apply(store, actions, lambda name, step: journal.append(journals.event(name, "prune", step=step)))
+            journal.close()
+    return facts
+
+
+def due(store: Store, rule: Keep, evaluated: dict[int, dict], damaged: Collection[str]) -> list[tuple[Checkpoint, str]]:
+    """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing."""
+    sound = [checkpoint for checkpoint in store.checkpoints() if checkpoint.path.name not in damaged]
+    saved = [
+        Saved(item.step, item.manifest.metrics or evaluated.get(item.step, {}), item.manifest.kind == "full")
+        for item in sound
+    ]
+    kept = keep(saved, rule, protected=set())
+    demoted = [item for item in sound if item.step in kept.weights and item.manifest.kind == "full"]
+    removed = [item for item in sound if item.step not in kept.full | kept.weights]
+    return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]
+
+
+def apply(store: Store, actions: list[tuple[Checkpoint, str]], record: Callable[[str, int], None]) -> None:
+    """Does what `due` found; `record` is told each event once it has happened."""
+    for checkpoint, action in actions:
+        if action == "demote":
+            store.demote(checkpoint)
+        else:
+            store.remove(checkpoint)
+        record(f"{action}d", checkpoint.step)
+
+
+def _freed(checkpoint: Checkpoint, action: str) -> int:
+    files = [path for path in checkpoint.path.iterdir() if action == "remove" or path.name in RESUME_FILES]
+    return sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)  # linked ones live on elsewhere

@@ -1,0 +1,178 @@
+"""Floor 4. One save, from live tensors to a commit that was read back, with what is kept and removed after it. For `recorder`.
+
+`begin` is what training waits for; `commit` runs on the writer's thread, one save after the other.
+"""
+
+import errno
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune import journal as journals
+from finetune import pruning
+from finetune.checkpoints import snapshot as snapshots
+from finetune.checkpoints.durable import HINTS, replace_file
+from finetune.checkpoints.lease import Lease
+from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
+from finetune.checkpoints.reports import MissingReport, Reports
+from finetune.checkpoints.snapshot import FROZEN, Snapshot
+from finetune.checkpoints.staging import Staging
+from finetune.checkpoints.store import Store
+from finetune.errors import CheckpointError, FinetuneError
+from finetune.estimate import free_bytes, readable
+from finetune.journal import FULL_DISK, Journal, RowLoss
+from finetune.plan import Plan
+from finetune.state import TrainState
+from finetune.trainer_state import trainer_state
+
+SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a commit makes durable beside the state."""
+
+    metrics: dict
+    row_losses: list[RowLoss]
+    steps: list[dict]
+    """The journal's records of all steps."""
+    evaluated: dict[int, dict]
+    """Held-out figures of all steps, for retention."""
+    wait_seconds: float
+    """Training waited so long for earlier saves."""
+
+
+@dataclass(frozen=True)
+class Save:
+    snapshot: Snapshot
+    record: Record
+    began: float
+    """On the clock `time.monotonic`."""
+    call_seconds: float
+
+
+class NoRoom(CheckpointError):
+    """The disk has too little space for a save."""
+
+
+class Saver:
+    """The checkpoints of a run that is being trained; on rank 0 only."""
+
+    def __init__(self, run: Path, plan: Plan, base_directory: Path, manifest: Manifest, say: Callable[[str], None]):
+        self.last: Checkpoint | None = None
+        self.given_up: FinetuneError | None = None
+        """Why the newest save was, if it was."""
+        self._run = run
+        self._plan = plan
+        self._base_directory = base_directory
+        self._manifest = manifest  # what is the same in all of this attempt
+        self._say = say
+        self._store = Store(run)
+        self._staging = Staging()
+        self._damaged: set[str] = set()
+        self._left_over: list[RowLoss] = []  # of saves that were given up; the next one writes them
+
+    def open(self, state: TrainState) -> list[Damage]:
+        """Finds the newest sound checkpoint, once what the base still has is restored; returns what is wrong with newer ones."""
+        self._live = snapshots.Live(state)
+        self.last, damages = self._store.newest_sound()
+        if damages and self._restore():
+            self.last, damages = self._store.newest_sound()
+        self._damaged = {damage.file.partition("/")[0] for damage in damages}
+        self._store.sweep()
+        return damages
+
+    def warm(self, state: TrainState) -> None:
+        snapshots.warm(state, self._live, self._staging)
+
+    def begin(self, state: TrainState, record: Record) -> Save:
+        started = time.monotonic()
+        snapshot = snapshots.take(state, self._live, self._plan, self._staging)
+        return Save(snapshot, record, started, time.monotonic() - started + record.wait_seconds)
+
+    def commit(self, save: Save, journal: Journal, lease: Lease, reports: Reports | None) -> None:
+        """Makes a save a checkpoint, reads it back and applies the keep rules. A save that finds no room or misses a rank's report
+        is given up, loudly; other failures are raised."""
+        step, losses = save.snapshot.step, self._left_over + save.record.row_losses
+        self._left_over, self.given_up = [], None
+        try:
+            if reports:
+                reports.exchange(step, self._plan.plan_id)
+            self._make_durable(save, losses, journal, lease)
+        except FinetuneError as error:
+            if not _is_passing(error):
+                raise
+            self._left_over, self.given_up = losses, error
+            self._say(f"save of step {step} skipped: {error.message}; training goes on")
+            journal.append(self._event("skipped_save", step=step, message=error.message))
+        finally:
+            save.snapshot.copy.release()
+
+    def _make_durable(self, save: Save, losses: list[RowLoss], journal: Journal, lease: Lease) -> None:
+        cpu_started, step = time.thread_time(), save.snapshot.step
+        self._check_room(save.snapshot)
+        if losses:  # row losses and journal first, so that no checkpoint is ahead of its record
+            journals.write_rows(self._run, losses)
+        journal.sync()
+        attempt = self._store.begin(step, self._manifest.attempt)
+        snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)
+        history = trainer_state(self._plan, step, save.record.steps, save.record.evaluated)
+        attempt.write_json("trainer_state.json", history)
+        lease.check()
+        committed = self._store.commit(attempt, self._manifest_of(step, save.record.metrics))
+        durable = time.monotonic()
+        self._store.read_back(committed, attempt.files.keys() - attempt.linked)
+        self.last = committed
+        self._damaged.discard(committed.path.name)
+        figures = {
+            "bytes": attempt.written_bytes,
+            "blocked_ms": round(1000 * (save.call_seconds + save.snapshot.copy.awaited_seconds), 3),
+            "wait_seconds": round(save.record.wait_seconds, 3),
+            "save_seconds": round(durable - save.began, 3),
+            "read_back_seconds": round(time.monotonic() - durable, 3),
+            "save_cpu_seconds": round(time.thread_time() - cpu_started, 3),
+        }
+        journal.append(self._event("committed", step=step, **figures))
+        self._say(f"committed step {step}")
+        lease.check()
+        actions = pruning.due(self._store, self._plan.recipe.checkpoint.keep, save.record.evaluated, self._damaged)
+        pruning.apply(self._store, actions, lambda name, at: journal.append(self._event(name, step=at)))
+
+    def _check_room(self, snapshot: Snapshot) -> None:
+        needed, free = round(SPARE * snapshots.stored_bytes(snapshot, self.last)), free_bytes(self._run)
+        if needed > free:
+            message = f"it needs {readable(needed)}, and the disk has {readable(free)} left"
+            raise NoRoom(message, hint=HINTS[errno.ENOSPC])
+
+    def _manifest_of(self, step: int, metrics: dict) -> Manifest:
+        last = self.last
+        parent = {"ref": f"{self._run.absolute().name}@{last.step}", "digest": last.manifest.digest} if last else None
+        return replace(self._manifest, step=step, parent=parent, metrics=metrics, created=journals.now())
+
+    def _event(self, name: str, **figures: object) -> dict:
+        return journals.event(name, self._manifest.attempt, **figures)
+
+    def _restore(self) -> bool:
+        """Puts right what the base still has, where it is damaged: small files, and weights that cannot change. What is trained
+        beside them need not be given up. Returns whether anything was."""
+        restored = []
+        for checkpoint in self._store.checkpoints():
+            for file in snapshots.companions(self._base_directory):
+                record, kept = checkpoint.manifest.files.get(file.name), checkpoint.path / file.name
+                if record and not is_as_recorded(kept, record) and is_as_recorded(file, record):
+                    replace_file(kept, file.read_bytes())
+                    restored.append(kept)
+            record = checkpoint.manifest.files.get(FROZEN)
+            is_damaged = record and not is_as_recorded(checkpoint.path / FROZEN, record)
+            if is_damaged and snapshots.restore_frozen(self._live, checkpoint):
+                restored.append(checkpoint.path / FROZEN)
+        for kept in restored:
+            self._say(f"restored {kept.relative_to(self._run)} from the base")
+        return bool(restored)
+
+
+def _is_passing(error: FinetuneError) -> bool:
+    """Whether a later save may go better."""
+    cause = error.__cause__
+    return isinstance(error, NoRoom | MissingReport) or (isinstance(cause, OSError) and cause.errno in FULL_DISK)

@@ -1,0 +1,177 @@
+"""What a save costs and leaves: frozen weights once, milestones as weights alone, and a full disk or a silent rank costs a save at most."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import journal, saver
+from finetune.checkpoints.manifest import read, verify
+from finetune.checkpoints.store import Store
+from finetune.errors import CheckpointError
+from tests.stories.test_processes import events, start, wait_for_step
+
+FROZEN = {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}
+ALL = {"every": "2 steps", "keep": {"last": 20}}
+
+
+def steps_of(run: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in Store(run).checkpoints()]
+
+
+def test_frozen_weights_are_written_once_and_every_checkpoint_loads(recipe_file, train, tiny_base, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = train(recipe_file(adapter=FROZEN, checkpoint=ALL), tmp_path / "run")
+    checkpoints = [checkpoint.path for checkpoint in Store(run).checkpoints()]
+    assert len(checkpoints) == 5
+    assert len({(path / "model-frozen.safetensors").stat().st_ino for path in checkpoints}) == 1
+    assert not verify(checkpoints[-1])
+    model, base = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (checkpoints[-1], tiny_base))
+    changed = {name for name in base if not torch.equal(model[name], base[name])}
+    assert changed and not [name for name in changed if name.startswith(("model.embed_tokens", "model.layers.0."))]
+    committed = [record["bytes"] for record in events(run, "committed")]
+    assert committed[1] < committed[0] and len(set(committed[1:])) < 5
+
+
+def test_damaged_frozen_weights_are_restored_from_the_base_and_cost_no_step(
+    recipe_file, train, tmp_path, capsys
+) -> None:
+    run = train(recipe_file(adapter=FROZEN, checkpoint=ALL), tmp_path / "run")
+    for checkpoint in Store(run).checkpoints():
+        file = checkpoint.path / "model-frozen.safetensors"
+        file.chmod(0o644)
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 4
+        file.write_bytes(content)
+    assert verify(checkpoint.path)[0].file == "model-frozen.safetensors"
+    capsys.readouterr()
+    train(recipe_file(adapter=FROZEN, checkpoint=ALL), run)
+    said = capsys.readouterr().err
+    assert "restored checkpoints/step-00000010/model-frozen.safetensors from the base\n" in said
+    assert "resumed from step 10\n" in said
+    assert not [damage for checkpoint in Store(run).checkpoints() for damage in verify(checkpoint.path)]
+
+
+def test_milestones_lose_what_only_a_resume_needs_and_are_never_resumed_from(recipe_file, train, tmp_path) -> None:
+    keep = {"last": 1, "weights_every": "2 steps"}
+    run = train(recipe_file(checkpoint={"every": "5 steps", "keep": keep}), tmp_path / "run")
+    kinds = {checkpoint.step: checkpoint.manifest.kind for checkpoint in Store(run).checkpoints()}
+    assert kinds == {2: "weights", 4: "weights", 6: "weights", 8: "weights", 10: "full"}
+    for checkpoint in Store(run).checkpoints():
+        assert not verify(checkpoint.path)
+        is_full = checkpoint.step == 10
+        assert (checkpoint.path / "optimizer.safetensors").exists() == is_full
+        assert (checkpoint.path / "adapter_model.safetensors").exists()
+    eighth = read(run / "checkpoints/step-00000008")
+    committed = {record["step"] for record in events(run, "committed")}
+    assert committed == {2, 4, 5, 6, 8, 10}
+    assert read(run / "checkpoints/step-00000010").manifest.parent["digest"] == eighth.manifest.demoted_from
+    newest = run / "checkpoints/step-00000010/optimizer.safetensors"
+    newest.chmod(0o644)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert Store(run).newest_sound()[0] is None
+
+
+def test_pruning_by_hand_says_first_what_it_would_do(recipe_file, train, finetune, tmp_path) -> None:
+    run = train(recipe_file(checkpoint=ALL), tmp_path / "run")
+    arguments = ("prune", run, "--last", 1, "--weights-every", 4, "--json")
+    dry = json.loads(finetune(*arguments, "--dry-run").stdout)
+    assert [(item["action"], item["step"]) for item in dry["actions"]] == [
+        ("demote", 4),
+        ("demote", 8),
+        ("remove", 2),
+        ("remove", 6),
+    ]
+    assert steps_of(run) == [2, 4, 6, 8, 10] and dry["freed_bytes"] > 0
+    before = sum(path.stat().st_size / path.stat().st_nlink for path in run.glob("checkpoints/*/*"))
+    real = json.loads(finetune(*arguments).stdout)
+    after = sum(path.stat().st_size / path.stat().st_nlink for path in run.glob("checkpoints/*/*"))
+    assert real["actions"] == dry["actions"]
+    assert before - after == pytest.approx(real["freed_bytes"], rel=0.1)  # a demoted manifest shrinks as well
+    assert steps_of(run) == [4, 8, 10]
+    assert [record["step"] for record in events(run, "demoted")] == [4, 8]
+    assert finetune("prune", run, "--last", 1, "--weights-every", 4).stdout == "freed 0 B\n"
+
+
+def test_a_save_without_room_is_skipped_loudly_and_the_next_one_makes_up_for_it(
+    recipe_file, train, tmp_path, monkeypatch, capsys
+) -> None:
+    answers = iter([1 << 40, 1 << 10, 1 << 40, 1 << 40, 1 << 40])
+    monkeypatch.setattr(saver, "free_bytes", lambda _: next(answers))
+    recipe = recipe_file(checkpoint=ALL)
+    run = train(recipe, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "save of step 4 skipped: it needs " in said
+    assert " and the disk has 1.0 KiB left; training goes on\n" in said
+    assert steps_of(run) == [2, 6, 8, 10]
+    assert [record["step"] for record in events(run, "skipped_save")] == [4]
+    assert all(journal.read_rows(run, step) for step in range(1, 11))
+
+
+def test_a_last_save_without_room_is_an_error(recipe_file, train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(saver, "free_bytes", lambda _: 1 << 10)
+    with pytest.raises(CheckpointError, match="the last step is not committed: it needs .* and the disk has 1.0 KiB left\nhint: free"):
+        train(recipe_file(), tmp_path / "run")
+
+
+def test_what_a_save_cost_is_in_the_journal(recipe_file, train, tmp_path) -> None:
+    run = train(recipe_file(checkpoint=ALL), tmp_path / "run")
+    for record in events(run, "committed"):
+        assert record["bytes"] > 0 and record["save_cpu_seconds"] > 0
+        assert 0 < record["blocked_ms"] and 0 <= record["wait_seconds"] <= record["save_seconds"] + 60
+        assert record["read_back_seconds"] >= 0
+
+
+def test_a_user_signal_saves_now_and_training_goes_on(recipe_file, tmp_path) -> None:
+    long = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe, run = recipe_file(train=long, checkpoint={"every": "60 steps", "keep": {"last": 9}}), tmp_path / "run"
+    process = start("train", recipe, "--run", run)
+    wait_for_step(run, 5)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    first, last = steps_of(run)
+    assert 5 <= first < 60 and last == 60
+
+
+SILENT_RANK = """
+import os, sys, time
+from pathlib import Path
+from finetune.checkpoints import reports
+from finetune.recipe.load import load
+from finetune.run import train
+
+reports.REPORT_SECONDS = 2.0
+exchange = reports.Reports.exchange
+
+def late(self, step, plan_id):
+    if step == 4 and os.environ["RANK"] == "1":
+        time.sleep(5)
+    exchange(self, step, plan_id)
+
+reports.Reports.exchange = late
+train(load(Path(sys.argv[1]), []), Path(sys.argv[2]))
+"""
+
+
+def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(recipe_file, tmp_path) -> None:
+    (tmp_path / "silent.py").write_text(SILENT_RANK)
+    long = {"steps": 300, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe = recipe_file(train=long, checkpoint={"every": ["4 steps", "300 steps"], "keep": {"last": 99}})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(tmp_path / "silent.py"), str(recipe), str(tmp_path / "run")]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "save of step 4 skipped: rank 1 did not report within 2 seconds; training goes on" in result.stderr
+    assert "finished at step 300" in result.stderr.splitlines()
+    committed = steps_of(tmp_path / "run")
+    assert 4 not in committed and committed[-1] == 300 and len(committed) > 5
