@@ -98,6 +98,30 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
 
 
 @cli.command()
+@RECIPE
+@OVERRIDE
+@RUN
+@click.option(
+    "--steps", type=click.IntRange(min=2), default=2, show_default=True, help="Steps before the kill, and after it."
+)
+@click.option("--launcher", default="", metavar="COMMAND", help="Starts trainings, like 'torchrun --nproc-per-node 2'.")
+@click.option("--package/--no-package", "has_package", default=True, help="Whether to package the result as well.")
+@click.option("--keep", "is_kept", is_flag=True, help="Leave the scratch directory, <run>.rehearsal.")
+@JSON
+def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json: bool, **options: object) -> None:
+    """Prove here that a killed run resumes to the bit, and measure what a checkpoint costs."""
+    from finetune.recipe.load import load
+
+    loaded = load(recipe, overrides)
+    from finetune.debug import rehearse as rehearsals
+
+    facts = rehearsals.rehearse(rehearsals.Rehearsal(loaded, overrides, run or _default_run(recipe), **options))
+    _print(facts, rehearsals.listing(facts), is_json)
+    if not facts["ok"]:
+        sys.exit(FinetuneError.exit_code)
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @JSON
 def log(run: Path, is_json: bool) -> None:

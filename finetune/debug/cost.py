@@ -1,0 +1,72 @@
+"""Floor 7. What a checkpoint costs a training, from the journals of a few steps, and how often it may be made; for `rehearse`."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from finetune.recipe.schema import Every
+
+SHARE = 0.01  # of the time, for checkpoints
+
+
+@dataclass(frozen=True)
+class Cost:
+    step_seconds: float
+    blocked_seconds: float
+    """In which an update waits for a save."""
+    save_seconds: float
+    """Until the checkpoint is durable, beside the training."""
+    cpu_seconds: float
+    """Of these, computing: digests, copies, system calls."""
+    has_free_core: bool
+    """Whether the writer computes on a core that the training leaves free."""
+
+    @property
+    def seconds(self) -> float:
+        """How much longer a training takes by one save, at most: on full cores, what the writer computes is taken from it."""
+        return self.blocked_seconds + (0.0 if self.has_free_core else self.cpu_seconds)
+
+    def share(self, every: Sequence[Every]) -> float:
+        """The part of the time that a cadence costs; of several, the shortest counts."""
+        seconds = min(item.steps * self.step_seconds if item.steps else item.minutes * 60 for item in every)
+        return self.seconds / max(seconds, self.step_seconds)
+
+    def smallest_interval(self) -> int:
+        """Steps between saves that cost at most `SHARE` of the time, and do not wait for each other."""
+        return max(
+            1, math.ceil(self.seconds / SHARE / self.step_seconds), math.ceil(self.save_seconds / self.step_seconds)
+        )
+
+
+def measure(journals: Iterable[Sequence[dict]], facts: dict) -> Cost:
+    """From the records of several runs, one of which saved at every step. What is first in a process is warm-up and does not count.
+
+    Only a save that another step came after holds one up; what it waited for saves before it is left out, as it came too soon after them.
+    """
+    steps, saves, waits = [], [], []
+    for records in journals:
+        for attempt in dict.fromkeys(record["attempt"] for record in records):
+            own = [record for record in records if record["attempt"] == attempt]
+            trained = [record for record in own if record["kind"] == "step"][1:]
+            committed = [record for record in own if record.get("event") == "committed"]
+            saved_before = {record["step"] + 1 for record in committed}
+            steps += [record["seconds"] for record in trained if record["step"] not in saved_before]
+            saves += committed[1:]
+            followed = [record for record in committed[1:] if record["step"] < trained[-1]["step"]]
+            waits += [record["blocked_ms"] / 1000 - record["wait_seconds"] for record in followed]
+    return Cost(
+        step_seconds=median(steps),
+        blocked_seconds=max(0.0, median(waits)),
+        save_seconds=median(record["save_seconds"] for record in saves),
+        cpu_seconds=median(record["save_cpu_seconds"] for record in saves),
+        has_free_core=_has_free_core(facts),
+    )
+
+
+def _has_free_core(facts: dict) -> bool:
+    """Whether the trained processes leave a core of this machine to others."""
+    is_on_cpu = facts["device"].startswith("cpu")
+    used = facts["world_size"] * (facts["threads"] if is_on_cpu else 1)
+    return used < len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))

@@ -1,0 +1,72 @@
+"""Floor 7. Whether two runs of one plan are equal to the bit up to a step, and what differs first; for `rehearse`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from finetune import journal
+from finetune.checkpoints.manifest import Checkpoint, verify
+from finetune.checkpoints.store import Store
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs first: its value in each of two runs, and the step."""
+
+    step: int
+    quantity: str
+    uninterrupted: object
+    resumed: object
+
+
+def first_difference(whole: Path, resumed: Path, last: int) -> Difference | None:
+    """Compares every record and row loss up to step `last`, then every byte and digest of the checkpoints there."""
+    return next(_differences(whole, resumed, last), None)
+
+
+def _differences(whole: Path, resumed: Path, last: int) -> Iterator[Difference]:
+    steps, records = journal.steps(journal.read(whole)), journal.read(resumed)
+    for step in range(1, last + 1):
+        # every record of a step, not only the one that counts: what ran before the kill has to be the same as well
+        for record in [item for item in records if item["kind"] == "step" and item["step"] == step] or [{}]:
+            if quantity := journal.difference(steps[step], record):
+                yield Difference(step, quantity, steps[step].get(quantity), record.get(quantity))
+        for one, two in zip_longest(journal.read_rows(whole, step), journal.read_rows(resumed, step)):
+            if one != two:
+                yield Difference(step, f"loss of row {(one or two).row}", one and one.loss, two and two.loss)
+    checkpoints = [Store(run).find(last) for run in (whole, resumed)]
+    damages = [_first_damage(checkpoint) for checkpoint in checkpoints]
+    if any(damages):
+        yield Difference(last, "bytes on the disk", *damages)
+    one, two = (_digests(checkpoint) for checkpoint in checkpoints)
+    for name in [*one, *(name for name in two if name not in one)]:
+        if one.get(name) != two.get(name):
+            yield Difference(last, name, one.get(name), two.get(name))
+
+
+def counted(run: Path, last: int) -> dict[str, int]:
+    """How much `first_difference` compares."""
+    names = _digests(Store(run).find(last))
+    return {
+        "steps": last,
+        "rows": sum(len(journal.read_rows(run, step)) for step in range(1, last + 1)),
+        "tensors": sum(name.startswith("tensor ") for name in names),
+        "files": sum(name.startswith("file ") for name in names),
+    }
+
+
+def _first_damage(checkpoint: Checkpoint) -> str | None:
+    damages = verify(checkpoint.path)
+    return f"{damages[0].file}: {damages[0].message}" if damages else None
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """The digest of each tensor, and of each file that has none."""
+    found = {}
+    for name, file in checkpoint.manifest.files.items():
+        for tensor in file.tensors:
+            found[f"tensor {tensor.name} of {name}"] = f"{tensor.dtype}{list(tensor.shape)} {tensor.digest}"
+        if not file.tensors and name != "trainer_state.json":  # it names the cadence of saves, which the two differ in
+            found[f"file {name}"] = file.digest
+    return found

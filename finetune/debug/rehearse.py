@@ -1,0 +1,230 @@
+"""Floor 7. The first minute of a planned run, as a test of the machine that it will run on; `cli` calls `rehearse`.
+
+One training is killed and resumed, one is left alone, both by the user's own command, and they must end with the same bits.
+Then a checkpoint is packaged, and the journals say what one costs. Imports no torch: the processes do.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune import estimate, journal
+from finetune import plan as plans
+from finetune.checkpoints.store import Store
+from finetune.debug.cost import SHARE, measure
+from finetune.debug.equality import counted, first_difference
+from finetune.debug.trainings import TrainingError, Trainings, trainings_beside
+from finetune.errors import RunError
+from finetune.estimate import readable
+from finetune.plan import Plan
+from finetune.recipe.load import LoadedRecipe
+
+# In units of `steps`: where the training that is to be killed ends by itself. Far enough to be killed before, near enough not to
+# go on for days where the rehearsal itself is killed.
+LONGEST = 10
+POLL_SECONDS = 0.002
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is rehearsed, in the words of the command line."""
+
+    loaded: LoadedRecipe
+    overrides: Sequence[str]
+    run: Path
+    steps: int = 2
+    """Before the kill, and after the resume; at least 2, for what comes first in a process is not measured."""
+    launcher: str = ""
+    """Starts the trainings, like `torchrun --nproc-per-node 2`."""
+    has_package: bool = True
+    is_kept: bool = False
+
+    def command(self, run: Path, until: int, every: int) -> list[str]:
+        """`finetune train` up to a step of the plan, saving every so many; what is set here touches nothing that is trained."""
+        # the lone -- keeps torchrun from reading our options as its own
+        start = [*shlex.split(self.launcher), "-m", "--"] if self.launcher else [sys.executable, "-m"]
+        added = [f"checkpoint.every={every} steps", "checkpoint.keep={last: 1}", "evaluate.every=null"]
+        settings = [word for setting in [*self.overrides, *added] for word in ("--set", setting)]
+        train = ["finetune", "train", self.loaded.file, "--run", str(run), "--until", str(until), "--quiet"]
+        return [*start, *train, *settings]
+
+
+def rehearse(rehearsal: Rehearsal) -> dict:
+    """What `rehearse --json` prints; `ok` says whether everything was equal, and could be packaged.
+
+    Raises RunError where the disk or the plan is too small, TrainingError where a training fails.
+    """
+    started = time.monotonic()
+    with trainings_beside(rehearsal.run, rehearsal.is_kept) as trainings:
+        resumed, whole = trainings.directory / "resumed", trainings.directory / "whole"
+        killed_at, committed = _train_and_kill(rehearsal, trainings, resumed)
+        last = min(committed + rehearsal.steps, plans.load(resumed)[0].steps)
+        _say(f"killed at step {killed_at}; going on from step {committed} to step {last}")
+        trainings.run(rehearsal.command(resumed, last, rehearsal.steps))
+        _say(f"training {last} steps in one go")
+        _hand_over_evaluation(resumed, whole)
+        trainings.run(rehearsal.command(whole, last, every=1))
+        _say("comparing")
+        difference = first_difference(whole, resumed, last)
+        package = _package(trainings, f"{resumed}@{last}") if rehearsal.has_package else None
+        return {
+            "ok": difference is None and (package is None or package["problem"] is None),
+            "steps": last,
+            "resumed_from": committed,
+            "killed_at": killed_at,
+            "first_difference": asdict(difference) if difference else None,
+            "compared": counted(whole, last),
+            "package": package,
+            **_costs(rehearsal, whole, resumed, last),
+            "reproducibility": rehearsal.loaded.recipe.train.reproducibility,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+
+def listing(facts: dict) -> str:
+    """The same for a reader: the proof or the first difference, then what a checkpoint costs."""
+    checkpoint, smallest, package = facts["checkpoint"], facts["smallest_interval"], facts["package"]
+    free = "on a free core" if checkpoint["has_free_core"] else "of the training's own cores"
+    rows = [
+        _verdict(facts),
+        (
+            "compared",
+            "{steps:,} steps, {rows:,} row losses, {tensors:,} tensors, {files:,} files".format(**facts["compared"]),
+        ),
+        *(
+            [("package", package["problem"] or f"written, loaded back: {len(package['checks'])} checks")]
+            if package
+            else []
+        ),
+        ("a step", f"{facts['step_seconds']:.3g} s"),
+        (
+            "checkpoint",
+            f"{readable(checkpoint['bytes'])}; training waits {1000 * checkpoint['blocked_seconds']:.3g} ms for it, "
+            f"it is durable after {checkpoint['save_seconds']:.3g} s, and computes {checkpoint['cpu_seconds']:.3g} s {free}",
+        ),
+        (
+            "interval",
+            f"{smallest['steps']:,} steps ({smallest['minutes']:.2g} minutes) keep checkpoints under {SHARE:.0%} of the time",
+        ),
+        ("recipe", f"checkpoint.every: {', '.join(facts['every'])} takes {facts['share']:.2%} of the time"),
+        ("disk", f"{readable(facts['run_bytes'])} for the run; {readable(facts['free_bytes'])} free"),
+    ]
+    return "\n".join(f"{name:12}{text}" for name, text in rows)
+
+
+def _verdict(facts: dict) -> tuple[str, str]:
+    last, first, found = facts["steps"], facts["resumed_from"], facts["first_difference"]
+    if not found:
+        return (
+            "exact",
+            f"{last} steps in one go, and {last} steps killed at {facts['killed_at']} and resumed from {first}, are equal to the bit",
+        )
+    message = (
+        f"step {found['step']}: {found['quantity']} is {found['uninterrupted']} in one go, and {found['resumed']} "
+    )
+    message += f"when killed at step {facts['killed_at']} and resumed from {first}. "
+    if found["step"] <= first:
+        message += "That was before the kill: this machine computes the same steps differently each time. "
+    message += "Resume works, but not to the bit"
+    return "not exact", message + ("; set train.reproducibility: exact" if facts["reproducibility"] == "fast" else "")
+
+
+def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tuple[int, int]:
+    """Kills a training in a step after its first commit; returns the last finished and the last committed step."""
+    _say(f"training {rehearsal.steps} steps, to be killed")
+    process = trainings.start(rehearsal.command(run, LONGEST * rehearsal.steps, rehearsal.steps))
+    while not (run / "plan.json").exists() and process.poll() is None:
+        time.sleep(POLL_SECONDS)
+    if process.poll() is None:
+        _refuse(rehearsal, plans.load(run)[0], trainings.directory)
+    while process.poll() is None and not _is_past_commit(*_progress(run)):
+        time.sleep(POLL_SECONDS)
+    trainings.refuse_failure()
+    trainings.kill()
+    killed_at, committed = _progress(run)
+    if process.returncode == 0:
+        raise TrainingError("the training reached its end before it could be killed", hint="use more --steps")
+    return killed_at, committed
+
+
+def _progress(run: Path) -> tuple[int, int]:
+    """The last finished step and the last committed one."""
+    records = journal.read(run)
+    committed = [record["step"] for record in records if record.get("event") == "committed"]
+    return max(journal.steps(records), default=0), max(committed, default=0)
+
+
+def _is_past_commit(finished: int, committed: int) -> bool:
+    return 0 < committed < finished
+
+
+def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
+    """Raises RunError when plan or disk is too small, before the first checkpoint is written."""
+    if plan.steps < 2 * rehearsal.steps:
+        hint = (
+            f"use --steps {plan.steps // 2}"
+            if plan.steps >= 4
+            else "a plan of so few steps needs no checkpoint but its last"
+        )
+        raise RunError(f"the plan has {plan.steps} steps, and a rehearsal needs {2 * rehearsal.steps}", hint=hint)
+    checkpoint = estimate.checkpoint_bytes(plan)
+    package = estimate.FLOAT * plan.total_parameters if rehearsal.has_package else 0
+    needed, free = 2 * checkpoint + max(checkpoint, package), estimate.free_bytes(directory)
+    if needed > free:
+        raise RunError(
+            f"a rehearsal needs {readable(needed)}, and the disk has {readable(free)} left",
+            where=str(directory),
+            hint="free some space, or use --run on another disk",
+        )
+
+
+def _hand_over_evaluation(run: Path, other: Path) -> None:
+    """The held-out figures of step 0 are the base's, so a run that begins with them does not compute them again."""
+    other.mkdir()
+    target = journal.Journal(other)
+    for record in journal.read(run):
+        if record.get("event") == "evaluated" and record["step"] == 0:
+            target.append(record)
+    target.close()
+
+
+def _package(trainings: Trainings, ref: str) -> dict:
+    """What `finetune package` says, with all of its checks. The package goes with the directory it is in."""
+    _say("packaging")
+    started = time.monotonic()
+    command = [sys.executable, "-m", "finetune", "package", ref, str(trainings.directory / "package"), "--json"]
+    process = trainings.start(command, output="package.json")
+    if process.wait() not in (0, 1):
+        trainings.refuse_failure()
+    said = json.loads((trainings.directory / "package.json").read_bytes())
+    return {
+        "problem": said["error"]["message"] if "error" in said else None,
+        "checks": [f"{check['name']}: {check['message']}" for check in said.get("checks", ())],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
+    """What a step and a checkpoint took, what that means for the cadence, and the bytes that the run will need."""
+    plan, facts = plans.load(whole)
+    cost = measure([journal.read(run) for run in (whole, resumed)], facts)
+    every, steps = rehearsal.loaded.recipe.checkpoint.every, cost.smallest_interval()
+    files = Store(whole).find(last).manifest.files
+    figures = asdict(cost)
+    return {
+        "step_seconds": figures.pop("step_seconds"),
+        "checkpoint": {"bytes": sum(file.bytes for file in files.values()), **figures},
+        "smallest_interval": {"steps": steps, "minutes": steps * cost.step_seconds / 60},
+        "every": [str(item) for item in every],
+        "share": cost.share(every),
+        "run_bytes": estimate.run_bytes(plan.model_copy(update={"recipe": rehearsal.loaded.recipe})),
+        "free_bytes": estimate.free_bytes(rehearsal.run),
+    }
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
