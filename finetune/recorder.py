@@ -5,6 +5,7 @@ Rank 0 writes; the others' recorders only report to it, so that what a rank does
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from finetune import journal as journals
 from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
-from finetune.checkpoints.reports import MissingReport, Reports
+from finetune.checkpoints.reports import MissingReport, Report, Reports
 from finetune.checkpoints.store import Store
 from finetune.checkpoints.writer import Writer
 from finetune.errors import CheckpointError, RunError
@@ -186,21 +187,16 @@ class Recorder:
         waited = self._writer.make_room()
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
+        report = self.reports.begin(step, self.plan.plan_id) if self.reports else None
         if not self.is_writer:
-            self._writer.submit(step, 0, partial(self._report, step))
+            self._writer.submit(step, 0, partial(_wait, report))
             return
         losses, self._losses = self._losses, []
         metrics = self._evaluated.get(step, {})
         record = Record(metrics, losses, list(self._steps.values()), dict(self._evaluated), waited)
         save = self._saver.begin(state, record)
-        work = partial(self._saver.commit, save, self._journal, self._lease, self.reports)
+        work = partial(self._saver.commit, save, self._journal, self._lease, report)
         self._writer.submit(step, save.snapshot.copy.bytes, work)
-
-    def _report(self, step: int) -> None:
-        try:
-            self.reports.exchange(step, self.plan.plan_id)
-        except MissingReport:  # rank 0 says so, and gives the save up
-            return
 
     def finish(self, state: TrainState) -> None:
         """Returns when everything that was begun is durable; raises why, where the last save was given up."""
@@ -217,6 +213,11 @@ class Recorder:
 
     def _world(self) -> dict:
         return {name: self._facts[name] for name in WORLD}
+
+
+def _wait(report: Report) -> None:
+    with suppress(MissingReport):  # rank 0 says so, and gives the save up
+        report.wait()
 
 
 def _row_losses(report: StepReport) -> Iterable[journals.RowLoss]:

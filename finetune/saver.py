@@ -15,7 +15,7 @@ from finetune.checkpoints import snapshot as snapshots
 from finetune.checkpoints.durable import HINTS, replace_file
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
-from finetune.checkpoints.reports import MissingReport, Reports
+from finetune.checkpoints.reports import MissingReport, Report
 from finetune.checkpoints.snapshot import FROZEN, Snapshot
 from finetune.checkpoints.staging import Staging
 from finetune.checkpoints.store import Store
@@ -91,14 +91,14 @@ class Saver:
         snapshot = snapshots.take(state, self._live, self._plan, self._staging)
         return Save(snapshot, record, started, time.monotonic() - started + record.wait_seconds)
 
-    def commit(self, save: Save, journal: Journal, lease: Lease, reports: Reports | None) -> None:
+    def commit(self, save: Save, journal: Journal, lease: Lease, report: Report | None) -> None:
         """Makes a save a checkpoint, reads it back and applies the keep rules. A save that finds no room or misses a rank's report
         is given up, loudly; other failures are raised."""
         step, losses = save.snapshot.step, self._left_over + save.record.row_losses
         self._left_over, self.given_up = [], None
         try:
-            if reports:
-                reports.exchange(step, self._plan.plan_id)
+            if report:
+                report.wait()
             self._make_durable(save, losses, journal, lease)
         except FinetuneError as error:
             if not _is_passing(error):
@@ -106,6 +106,9 @@ class Saver:
             self._left_over, self.given_up = losses, error
             self._say(f"save of step {step} skipped: {error.message}; training goes on")
             journal.append(self._event("skipped_save", step=step, message=error.message))
+        else:
+            self._say(f"committed step {step}")
+            self._prune(save, journal, lease)
         finally:
             save.snapshot.copy.release()
 
@@ -134,10 +137,16 @@ class Saver:
             "save_cpu_seconds": round(time.thread_time() - cpu_started, 3),
         }
         journal.append(self._event("committed", step=step, **figures))
-        self._say(f"committed step {step}")
+
+    def _prune(self, save: Save, journal: Journal, lease: Lease) -> None:
         lease.check()
         actions = pruning.due(self._store, self._plan.recipe.checkpoint.keep, save.record.evaluated, self._damaged)
-        pruning.apply(self._store, actions, lambda name, at: journal.append(self._event(name, step=at)))
+        try:
+            pruning.apply(self._store, actions, lambda name, at: journal.append(self._event(name, step=at)))
+        except FinetuneError as error:
+            if not _is_passing(error):
+                raise
+            self._say(f"older checkpoints stay for now: {error}")
 
     def _check_room(self, snapshot: Snapshot) -> None:
         needed, free = round(SPARE * snapshots.stored_bytes(snapshot, self.last)), free_bytes(self._run)

@@ -50,13 +50,15 @@ def struck(number: int, error: int | None):
 
 
 # None: no fault. A number of operations until a kill, or until an error.
-FAULTS = st.none() | st.tuples(st.integers(1, 45), st.sampled_from([None, errno.EIO, errno.ENOSPC]))
+FAULTS = st.none() | st.tuples(
+    st.integers(1, 12) | st.integers(1, 45), st.sampled_from([None, errno.EIO, errno.ENOSPC])
+)
 RULES = st.builds(
     Keep,
     last=st.integers(1, 3),
     best=st.none() | st.integers(1, 2),
     every=st.none() | st.just("4 steps"),
-    weights_every=st.none() | st.sampled_from(["1 step", "2 steps"]),
+    weights_every=st.sampled_from(["1 step", "2 steps", None]),
 )
 
 
@@ -122,6 +124,15 @@ class Interleavings(RuleBasedStateMachine):
         is_done = self.attempt(lambda: self.commit(step, self.losses[step]), fault)
         self.held[step] = {"full"} if is_done else self.held[step] | {"full", None}
 
+    @precondition(lambda self: len(self.steps("full")) > 1)
+    @rule(fault=FAULTS, choice=st.integers(0, 20))
+    def demote(self, fault, choice):
+        older = sorted(self.steps("full"))[:-1]
+        step = older[choice % len(older)]
+        is_done = self.attempt(lambda: self.store.demote(self.store.find(step)), fault)
+        self.held[step] = {"weights"} if is_done else {"full", "weights"}
+
+    @precondition(lambda self: len(self.steps("full")) > 1)
     @rule(keep=RULES, fault=FAULTS)
     def prune(self, keep, fault):
         actions = pruning.due(self.store, keep, {}, {f"step-{step:08d}" for step in self.steps("damaged")})
@@ -133,7 +144,7 @@ class Interleavings(RuleBasedStateMachine):
             after = "weights" if action == "demote" else None
             self.held[item.step] = {after} if is_done else self.held[item.step] | {after}
 
-    @precondition(lambda self: len(self.steps("full")) > 1)
+    @precondition(lambda self: len(self.steps("full")) > 1 and not self.steps("damaged"))
     @rule(name=st.sampled_from(["state.json", "model.safetensors", "manifest.json"]))
     def damage_the_newest(self, name):
         step = max(self.steps("full"))
@@ -187,7 +198,7 @@ def check(examples: int) -> None:
 
 
 def test_random_interleavings_lose_nothing():
-    check(examples=30)
+    check(examples=100)
 
 
 @pytest.mark.slow
