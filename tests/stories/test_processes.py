@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune import journal
+from tests.stories.same_run import assert_same_run
 
 ROOT = Path(__file__).parents[2]
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -23,6 +25,12 @@ def start(*arguments: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def torchrun(ranks: int, recipe: Path, run: Path) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    # the lone -- keeps torchrun from reading our --run as an abbreviation of its --run-path
+    return [*launcher, "-m", "--", "finetune", "train", str(recipe), "--run", str(run), "--quiet"]
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -76,10 +84,7 @@ def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tm
     recipe = recipe_file(train={"steps": 8, "batch_size": 9, "precision": "fp32", "micro_batch_tokens": 128})
     one, two = tmp_path / "one", tmp_path / "two"
     assert finetune("train", recipe, "--run", one).returncode == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # the lone -- keeps torchrun from reading our --run as an abbreviation of its --run-path
-    command = [*torchrun, "-m", "--", "finetune", "train", str(recipe), "--run", str(two)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(torchrun(2, recipe, two), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "finished at step 8" in result.stderr.splitlines()
     steps, others = journal.steps(journal.read(one)), journal.steps(journal.read(two))
@@ -124,3 +129,32 @@ def test_twenty_sigkills_leave_no_trace(recipe_file, tmp_path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "equal: every tensor" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_are_killed_together_leave_no_trace(ranks, recipe_file, tmp_path) -> None:
+    sections = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64}
+    recipe = recipe_file(train=sections, checkpoint={"every": "5 steps"})
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(torchrun(ranks, recipe, whole), check=True, capture_output=True, timeout=240)
+    for step, is_saving in ((3, False), (14, True), (31, False), (47, True)):
+        process = subprocess.Popen(torchrun(ranks, recipe, run), stderr=subprocess.DEVNULL)
+        wait_for_step(run, step)
+        if is_saving:
+            wait_for_attempt(run)
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in tree:
+            member.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert psutil.wait_procs(tree, timeout=60)[1] == []
+        assert max(journal.steps(journal.read(run))) < 60
+    subprocess.run(torchrun(ranks, recipe, run), check=True, capture_output=True, timeout=240)
+    assert_same_run(whole, run)
+
+
+def wait_for_attempt(run: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not any(run.glob("attempts/*")):
+        assert time.monotonic() < deadline

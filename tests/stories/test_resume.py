@@ -5,89 +5,18 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 
 from finetune import journal
 from finetune.checkpoints.manifest import verify
-from finetune.recorder import Recorder
-
-ADAPTERS = {
-    "lora": {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
-    "full": None,
-    "frozen": {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]},
-}
+from tests.stories.same_run import assert_same_run
+from tests.stories.workers import Killed, killed
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing is cleaned up (`test_processes` sends the real one)."""
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Equal bytes of every tensor of the last checkpoint, equal last records of every step."""
-    last = sorted((run / "checkpoints").iterdir())[-1]
-    assert last.name == sorted((other / "checkpoints").iterdir())[-1].name
-    for path in last.glob("*.safetensors"):
-        tensors, others = load_file(path), load_file(other / "checkpoints" / last.name / path.name)
-        assert tensors.keys() == others.keys()
-        assert all(tensors[name].tobytes() == others[name].tobytes() for name in tensors), path.name
-    steps, other_steps = journal.steps(journal.read(run)), journal.steps(journal.read(other))
-    assert steps.keys() == other_steps.keys()
-    assert [journal.difference(steps[step], other_steps[step]) for step in steps] == [None] * len(steps)
-    rows = [journal.read_rows(run, step) for step in steps]
-    assert rows == [journal.read_rows(other, step) for step in steps]
-
-
-@pytest.fixture
-def killed_at(monkeypatch: pytest.MonkeyPatch):
-    """A function that makes the process die once a step is recorded."""
-
-    def arm(step: int) -> None:
-        record = Recorder.step
-
-        def die(self: Recorder, report: object) -> None:
-            record(self, report)
-            if report.step == step:
-                raise Killed
-
-        monkeypatch.setattr(Recorder, "step", die)
-
-    yield arm
-
-
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    method, packing, recipe_file, train, killed_at, tmp_path, monkeypatch
-) -> None:
-    recipe = recipe_file(
-        adapter=ADAPTERS[method],
-        task={"name": "chat", "max_length": 64, "packing": packing},
-        train={
-            "epochs": 3,
-            "batch_size": 9,
-            "precision": "fp32",
-            "micro_batch_tokens": 128,
-        },  # 15 steps, a short one each epoch
-        evaluate={"every": "2 steps"},
-        checkpoint={"every": "3 steps", "keep": {"last": 2, "best": 1}},
-    )
-    whole = train(recipe, tmp_path / "whole")
-    for step in (2, 8, 13):  # before the first commit, in the second epoch, twice
-        killed_at(step)
-        with pytest.raises(Killed):
-            train(recipe, tmp_path / "killed")
-        monkeypatch.undo()
-    train(recipe, tmp_path / "killed")
-    assert_same_run(whole, tmp_path / "killed")
-
-
-def test_bf16_runs_resume_exactly_too(recipe_file, train, killed_at, tmp_path, monkeypatch) -> None:
+def test_bf16_runs_resume_exactly_too(recipe_file, train, tmp_path) -> None:
     recipe = recipe_file(train={"steps": 10, "batch_size": 6, "micro_batch_tokens": 128})
     whole = train(recipe, tmp_path / "whole")
-    killed_at(6)
-    with pytest.raises(Killed):
+    with killed(after=6), pytest.raises(Killed):
         train(recipe, tmp_path / "killed")
-    monkeypatch.undo()
     train(recipe, tmp_path / "killed")
     assert_same_run(whole, tmp_path / "killed")
 
@@ -124,14 +53,10 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(recipe_file, train,
     assert not [record for record in journal.read(damaged) if record.get("event") == "not_exact"]
 
 
-def test_a_step_that_changes_when_run_again_is_reported_at_once(
-    recipe_file, train, killed_at, tmp_path, monkeypatch, capsys
-) -> None:
+def test_a_step_that_changes_when_run_again_is_reported_at_once(recipe_file, train, tmp_path, capsys) -> None:
     recipe = recipe_file(checkpoint={"every": "3 steps"})
-    killed_at(5)
-    with pytest.raises(Killed):
+    with killed(after=5), pytest.raises(Killed):
         train(recipe, tmp_path / "run")
-    monkeypatch.undo()
     path = tmp_path / "run/journal.jsonl"
     lines = path.read_text().splitlines()
     path.write_text(
@@ -143,17 +68,15 @@ def test_a_step_that_changes_when_run_again_is_reported_at_once(
     assert [record["step"] for record in journal.read(tmp_path / "run") if record.get("event") == "not_exact"] == [5]
 
 
-def test_retention_counts_on_sound_checkpoints_only(recipe_file, train, killed_at, tmp_path, monkeypatch) -> None:
+def test_retention_counts_on_sound_checkpoints_only(recipe_file, train, tmp_path) -> None:
     recipe = recipe_file(checkpoint={"every": "1 step", "keep": {"last": 1}})
     run = train(recipe, tmp_path / "run", "checkpoint.keep.last=3")
     for step in (9, 10):
         file = run / f"checkpoints/step-{step:08d}/adapter_model.safetensors"
         file.chmod(0o644)
         file.write_bytes(file.read_bytes()[:-8] + bytes(8))
-    killed_at(9)
-    with pytest.raises(Killed):
+    with killed(after=9), pytest.raises(Killed):
         train(recipe, run)
-    monkeypatch.undo()
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-00000008"
     train(recipe, run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
