@@ -153,7 +153,7 @@ class RowLoss(NamedTuple):
     tokens: int
 
 
-def write_rows(run: Path, losses: Sequence[RowLoss]) -> None:
+def write_rows(run: Path, losses: Sequence[RowLoss], attempt: str) -> None:
     """Writes losses, in the order of their steps, to the columnar file `rows/step-<first>-<last>.parquet`, durably."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -162,7 +162,8 @@ def write_rows(run: Path, losses: Sequence[RowLoss]) -> None:
     columns = zip(*losses, strict=True)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
     sink = pa.BufferOutputStream()
-    parquet.write_table(pa.table(arrays, list(types)), sink, compression="zstd")
+    table = pa.table(arrays, list(types), metadata={"attempt": attempt})
+    parquet.write_table(table, sink, compression="zstd")
     path = run / "rows" / f"step-{losses[0].step:08d}-{losses[-1].step:08d}.parquet"
     with failures(path, RunError):
         make_directory(path.parent)
@@ -176,9 +177,11 @@ def read_rows(run: Path, step: int) -> list[RowLoss]:
     covering = [path for path in (run / "rows").glob("*.parquet") if _covers(path.name, step)]
     if not covering:
         return []
-    # Two files cover a step only after a fall-back; then they agree, or the run has said that exactness is lost.
-    newest = max(covering, key=lambda path: (path.stat().st_mtime_ns, path.name))
-    table = parquet.read_table(newest, filters=[("step", "=", step)])
+    if len(covering) > 1:  # after a fall-back: they agree, or the run has said that exactness is lost
+        attempts = [str(record.get("attempt")).encode() for record in read(run)]
+        order = {attempt: place for place, attempt in enumerate(attempts)}
+        covering.sort(key=lambda path: order.get((parquet.read_schema(path).metadata or {}).get(b"attempt"), -1))
+    table = parquet.read_table(covering[-1], filters=[("step", "=", step)])
     return [RowLoss(**item) for item in table.to_pylist()]
 
 

@@ -116,7 +116,7 @@ class Saver:
         cpu_started, step = time.thread_time(), save.snapshot.step
         self._check_room(save.snapshot)
         if losses:  # row losses and journal first, so that no checkpoint is ahead of its record
-            journals.write_rows(self._run, losses)
+            journals.write_rows(self._run, losses, self._manifest.attempt)
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)

@@ -149,22 +149,31 @@ class Store:
             raise ValueError(f"a manifest of step {manifest.step} for an attempt at step {attempt.step}")
         destination = self.directory / f"step-{attempt.step:08d}"
         with attempt.saving(destination):
-            replaced = self._make_room(destination)
+            self._refuse_sound(destination)
             sync_directory(attempt.path)
             with durable(attempt.path / MANIFEST) as file:
                 for piece in pieces(replace(manifest, files=attempt.files).to_bytes()):
                     file.write(piece)
             sync_directory(attempt.path)
-            os.rename(attempt.path, destination)
+            replaced = self._to_trash(destination) if destination.exists() else None
             try:
-                sync_directory(self.directory)
-            except OSError:  # whether the rename is on the disk is not known: take it back
-                os.rename(destination, attempt.path)
+                self._rename_durably(attempt.path, destination)
+            except OSError:
+                if replaced:
+                    os.rename(replaced, destination)
                 raise
         if replaced:
             with failures(replaced):
                 shutil.rmtree(replaced)
         return read(destination)
+
+    def _rename_durably(self, path: Path, destination: Path) -> None:
+        os.rename(path, destination)
+        try:
+            sync_directory(self.directory)
+        except OSError:  # whether the rename is on the disk is not known: take it back
+            os.rename(destination, path)
+            raise
 
     def read_back(self, checkpoint: Checkpoint, written: Collection[str]) -> None:
         """Compares every byte that a save has written; CheckpointError where the disk returns others. Before anything is removed."""
@@ -233,8 +242,9 @@ class Store:
                 (path / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Removes what dead processes left in `attempts/`, in `trash/`, and of demotions; for the holder of the lease before its first
-        save."""
+        """Puts back what a dead process had moved away for a commit that did not come, and removes what it left in `attempts/`, in
+        `trash/`, and of demotions; for the holder of the lease before its first save."""
+        self._put_back()
         for directory in (self.run / "attempts", self.run / "trash"):
             with failures(directory):
                 for path in directory.iterdir() if directory.is_dir() else ():
@@ -248,25 +258,38 @@ class Store:
             if checkpoint.manifest.kind == "weights":
                 self._remove_resume_files(checkpoint.path)
 
+    def _put_back(self) -> None:
+        for path in sorted((self.run / "trash").glob("step-*-*")):
+            destination = self.directory / path.name.rpartition("-")[0]
+            # what is whole was moved, and nothing of it deleted yet; a removal that is put back is removed again
+            if not destination.exists() and _is_whole(path):
+                with failures(path):
+                    os.rename(path, destination)
+                    sync_directory(self.directory)
+
     def _scan(self) -> list[Checkpoint | Unreadable]:
         with failures(self.directory, what="cannot read"):
             names = sorted(os.listdir(self.directory)) if self.directory.is_dir() else []
         return [_open(self.directory / name) for name in names if STEP_NAME.fullmatch(name)]
 
-    def _make_room(self, destination: Path) -> Path | None:
+    def _refuse_sound(self, destination: Path) -> None:
         if not destination.exists():
-            return None
+            return
         is_demoted = isinstance(there := _open(destination), Checkpoint) and there.manifest.kind != "full"
         if not is_demoted and {damage.check for damage in verify(destination)} <= {"extra", "foreign", "future"}:
             hint = "a committed checkpoint does not change: remove it first, or use another run directory"
             raise CheckpointError("this step is committed already", where=str(destination), hint=hint)
-        return self._to_trash(destination)
 
     def _to_trash(self, path: Path) -> Path:
         trash = self.run / "trash" / f"{path.name}-{secrets.token_hex(4)}"
         make_directory(trash.parent)
         os.rename(path, trash)
         return trash
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a directory, wherever it is, holds a checkpoint in which nothing is wrong."""
+    return {damage.check for damage in verify(path)} <= {"extra"}
 
 
 def _open(path: Path) -> Checkpoint | Unreadable:

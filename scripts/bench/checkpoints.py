@@ -3,7 +3,8 @@
     python scripts/bench/checkpoints.py --work DIRECTORY [--only a,b,c,d,e] [--json FILE]
 
 a  blocked time per save of a full AdamW state of 500 MB and of a LoRA state: ours, torch.save, accelerate, torch's DCP, a bare copy
-b  wall-clock overhead of saving at every tenth step (SmolLM2-135M, all weights) and at every step (LoRA), beside a writer process
+b  wall-clock overhead of saving at every tenth step (SmolLM2-135M, all weights) and at every step (LoRA), beside a writer process;
+   with fewer --rows the seconds that a save adds come out of less noise, and its share of a longer step follows
 c  time until a save is durable, beside a raw write and fsync of the same bytes
 d  resuming: verify, load, seek
 e  bytes on the disk after 50 saves, beside transformers' Trainer
@@ -114,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="a, c, d: saves of each contestant")
     parser.add_argument("--cycles", type=int, default=5, help="b: blocks of each kind, in each of four settings")
     parser.add_argument("--block", type=int, default=1, help="b: steps of a block")
+    parser.add_argument("--rows", type=int, default=LONG.rows, help="b: rows of 500 tokens in an update")
     parser.add_argument("--saves", type=int, default=50, help="e: saves of a run")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="torch threads, of all parts but b"
@@ -123,7 +125,7 @@ def arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.medium, options.real = (TINY, TINY) if options.tiny else (MEDIUM, SMOLLM2)
-    options.short, options.long = (Work(2, 16), Work(2, 16)) if options.tiny else (SHORT, LONG)
+    options.short, options.long = (Work(2, 16), Work(2, 16)) if options.tiny else (SHORT, LONG._replace(rows=options.rows))
     return options
 
 

@@ -84,7 +84,7 @@ def every_ten(training: Training, cycles: int, block: int, threads: int) -> Part
         }
     limit = 0.01 if threads == 1 else 0.025
     goal = Goal(f"overhead of a save every 10 steps, {threads} torch threads ({cores})", share.median(), limit, "%")
-    return Part([share, cpu], [goal], facts)
+    return Part([share, blocks.extra_seconds(), cpu], [goal], facts)
 
 
 def every_step(training: Training, cycles: int, block: int, threads: int) -> Part:
@@ -94,7 +94,7 @@ def every_step(training: Training, cycles: int, block: int, threads: int) -> Par
     blocks.run(cycles)
     share = blocks.share(cadence=1)
     goal = Goal(f"overhead of a LoRA save at every step, {threads} torch threads", share.median(), 0.02, "%")
-    return Part([share], [goal], blocks.facts())
+    return Part([share, blocks.extra_seconds()], [goal], blocks.facts())
 
 
 class Blocks:
@@ -131,6 +131,9 @@ class Blocks:
             for name in self.contestants:
                 self.extra[name].append((times[name][0] - quiet[0]) / self.saves)
                 self.extra_cpu[name].append((times[name][1] - quiet[1]) / self.saves)
+
+    def extra_seconds(self) -> Quantity:
+        return Quantity("a save adds to the steps beside it (s)", "s", dict(self.extra))
 
     def share(self, cadence: int) -> Quantity:
         """The extra time of a save as a share of the steps between two of them."""

@@ -11,38 +11,26 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.numpy import load_file
+from training import add_arguments, command, differences, is_saving, recipe_of, wait_until
 
 from finetune import journal
-
-DEADLINE_SECONDS = 600  # of one start of the training
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
+    add_arguments(parser)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     whole, killed = options.work / "whole", options.work / "killed"
-
-    def command(run: Path) -> list[str]:
-        overrides = [word for override in options.overrides for word in ("--set", override)]
-        return [sys.executable, "-m", "finetune", "train", options.recipe, "--run", str(run), "--quiet", *overrides]
-
-    subprocess.run(command(whole), check=True)
+    recipe = recipe_of(options)
+    train = command(recipe, killed, options.overrides)
+    subprocess.run(command(recipe, whole, options.overrides), check=True)
     steps = len(journal.steps(journal.read(whole)))
     chance = random.Random(options.seed)
-    inside = [
-        kill_once(command(killed), killed, number, options.kills, steps, chance) for number in range(options.kills)
-    ]
-    subprocess.run(command(killed), check=True)
+    inside = [kill_once(train, killed, number, options.kills, steps, chance) for number in range(options.kills)]
+    subprocess.run(train, check=True)
     problems = differences(whole, killed)
     print(f"{options.kills} kills over {steps} steps, {sum(inside)} of them inside a save")
     print(
@@ -71,15 +59,6 @@ def kill_once(command: list[str], run: Path, number: int, kills: int, steps: int
     return is_inside
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            return False
-        time.sleep(0.0005)
-    return True
-
-
 def last_step(run: Path) -> int:
     """The newest step in the journal, read from its end: it is polled."""
     path = run / "journal.jsonl"
@@ -95,31 +74,6 @@ def record(line: bytes) -> dict | None:
         return journal.json.loads(line)
     except ValueError:  # the first line of the window, and one being written
         return None
-
-
-def is_saving(run: Path) -> bool:
-    attempts = run / "attempts"
-    return attempts.is_dir() and any(attempts.iterdir())
-
-
-def differences(run: Path, other: Path) -> list[str]:
-    """Everything in which two finished runs differ, times aside."""
-    last = sorted(path.name for path in (run / "checkpoints").iterdir())[-1]
-    found = []
-    for path in sorted((run / "checkpoints" / last).glob("*.safetensors")):
-        tensors, others = load_file(path), load_file(other / "checkpoints" / last / path.name)
-        if tensors.keys() != others.keys():
-            found.append(f"{path.name}: other tensors")
-        found += [f"{path.name}: {name}" for name in tensors if tensors[name].tobytes() != others[name].tobytes()]
-    steps, other_steps = journal.steps(journal.read(run)), journal.steps(journal.read(other))
-    if steps.keys() != other_steps.keys():
-        found.append("the journals have other steps")
-    for step in sorted(steps.keys() & other_steps.keys()):
-        if quantity := journal.difference(steps[step], other_steps[step]):
-            found.append(f"step {step}: {quantity}")
-        if journal.read_rows(run, step) != journal.read_rows(other, step):
-            found.append(f"step {step}: row losses")
-    return found
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ class Interleavings(RuleBasedStateMachine):
         """After a fall-back, the step of a damaged or demoted checkpoint is reached and committed again."""
         step = self.again()[0]
         is_done = self.attempt(lambda: self.commit(step, self.losses[step]), fault)
-        self.held[step] = {"full"} if is_done else self.held[step] | {"full", None}
+        before = self.held[step]
+        self.held[step] = {"full"} if is_done else before | ({"full"} if "weights" in before else {"full", None})
 
     @precondition(lambda self: len(self.steps("full")) > 1)
     @rule(fault=FAULTS, choice=st.integers(0, 20))

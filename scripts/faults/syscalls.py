@@ -1,0 +1,176 @@
+"""Stops a save before, or fails, every single system call that it makes, and looks at what is left on the disk.
+
+    python scripts/faults/syscalls.py                                    every call, every fault
+    python scripts/faults/syscalls.py --faults SIGKILL,EIO --stride 3    every third call
+    python scripts/faults/syscalls.py --real --trials 40 --work /tmp/real
+
+One save by `Store`, without torch: journal, attempt, commit, then retention removes a checkpoint and demotes another. strace (1)
+stops the process tree before the Nth call of a kind, or answers it with an error, for every kind and every N that a rehearsal
+has made; the files that Python opens for itself are left alone. --real does it to a training instead, at random places: see
+`real_syscalls.py`. Prints a table; exits 1 unless after every fault there was a sound checkpoint and the next save worked.
+"""
+
+import argparse
+import collections
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from finetune.checkpoints.manifest import Manifest, verify
+from finetune.checkpoints.store import Store
+from finetune.checkpoints.tensors import Tensor
+
+CALLS = ("mkdir", "openat", "write", "fsync", "fdatasync", "link", "rename", "unlink", "unlinkat", "rmdir")
+FAULTS = ("SIGKILL", "EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES")
+REMOVALS = ("unlink", "unlinkat", "rmdir")
+SAVE = """
+import sys
+from pathlib import Path
+from finetune.checkpoints.manifest import Manifest
+from finetune.checkpoints.store import Store
+from finetune.checkpoints.tensors import Tensor
+from finetune.errors import FinetuneError
+from finetune.journal import Journal
+
+run = Path(sys.argv[1])
+store = Store(run)
+try:
+    first, second = store.find(100), store.find(150)
+    journal = Journal(run)
+    journal.append({"kind": "step", "step": 200})
+    journal.sync()
+    attempt = store.begin(200, "a2")
+    attempt.write_tensors("model.safetensors", [Tensor("w", "F32", (3, 250), b"1234" * 750)], {"format": "pt"})
+    attempt.write_tensors("optimizer.safetensors", [Tensor("m", "F32", (250,), b"4321" * 250)], {})
+    attempt.write_json("state.json", {"step": 200})
+    attempt.link("tokenizer.json", first.path / "tokenizer.json", first.manifest.files["tokenizer.json"])
+    store.commit(attempt, Manifest(run="r", attempt="a2", step=200, parent=None, plan_id="p"))
+    sys.stdout.write("committed step 200")
+    sys.stdout.flush()
+    store.remove(first)
+    store.demote(second)
+except FinetuneError as error:
+    sys.exit(str(error))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", default=",".join(FAULTS), help="signals and error names, with commas between them")
+    parser.add_argument("--stride", type=int, default=1, help="take every so many-th pair of call and fault")
+    parser.add_argument("--real", action="store_true", help="in a training, at random calls")
+    parser.add_argument("--recipe", type=Path, help="with --real: a recipe; without one a tiny one is made")
+    parser.add_argument("--trials", type=int, default=24, help="with --real: how many trainings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="with --real: a new directory for runs and logs")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="with --real")
+    options = parser.parse_args()
+    faults = options.faults.split(",")
+    if shutil.which("strace") is None:
+        raise SystemExit("strace is not installed")
+    if options.real:
+        import real_syscalls
+
+        if options.work is None:
+            parser.error("--real needs --work")
+        real_syscalls.run(options, faults)
+    with tempfile.TemporaryDirectory(prefix="syscalls-") as place:
+        run, points = rehearse(Path(place))
+        chosen = list(itertools.product(faults, points))[:: options.stride]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(lambda item: problems_after(run, *item), chosen))
+    print_table([(fault, name) for fault, (name, _) in chosen], [problem for found in results for problem in found])
+
+
+def print_table(done: list[tuple[str, str]], problems: list[str]) -> None:
+    """How often each fault was put into each kind of call, and the verdict, which is also the exit code."""
+    counts = collections.Counter(done)
+    names = sorted({name for _, name in done})
+    print(f"{'':8}" + "".join(f"{name:>11}" for name in names))
+    for fault in dict.fromkeys(fault for fault, _ in done):
+        print(f"{fault:8}" + "".join(f"{counts[fault, name]:11}" for name in names))
+    for problem in problems[:20]:
+        print(problem)
+    print(f"{'FAIL' if problems else 'PASS'}: {len(done)} injections, {len(problems)} problems")
+    sys.exit(1 if problems else 0)
+
+
+def rehearse(place: Path) -> tuple[Path, list[tuple[str, int]]]:
+    """A run with two commits, and every call (name, number) that the save after them makes."""
+    run = place / "run"
+    for step in (100, 150):
+        commit(Store(run), step)
+    rehearsal, trace = shutil.copytree(run, place / "rehearsal"), place / "trace"
+    result = save_under_strace(rehearsal, "-y", "-o", str(trace), "-e", f"trace={','.join(CALLS)}")
+    if result.returncode:
+        raise SystemExit(f"the save fails without any fault:\n{result.stderr}")
+    calls = re.findall(rf"^\d+ +({'|'.join(CALLS)})(\(.*)", trace.read_text(), re.MULTILINE)
+    if missing := set(CALLS) - {name for name, _ in calls}:
+        raise SystemExit(f"the save makes no {', '.join(sorted(missing))}")
+    counts, points = collections.Counter(), []
+    for name, arguments in calls:
+        counts[name] += 1
+        if str(rehearsal) in arguments:  # Python opens its own modules too, and the save writes to stdout
+            points.append((name, counts[name]))
+    return run, points
+
+
+def commit(store: Store, step: int) -> None:
+    attempt = store.begin(step, "a1")
+    attempt.write_tensors("model.safetensors", [Tensor("w", "F32", (750,), b"abcd" * 750)], {"format": "pt"})
+    attempt.write_tensors("optimizer.safetensors", [Tensor("m", "F32", (250,), b"dcba" * 250)], {})
+    attempt.write_json("state.json", {"step": step})
+    attempt.write_bytes("tokenizer.json", b"{}" * 40)
+    store.commit(attempt, Manifest(run="r", attempt="a1", step=step, parent=None, plan_id="p"))
+
+
+def save_under_strace(run: Path, *strace: str) -> subprocess.CompletedProcess:
+    command = ["strace", "-f", "-qq", *strace, sys.executable, "-B", "-c", SAVE, str(run)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def injection(fault: str, name: str, number: int) -> list[str]:
+    """What tells strace to put a fault into the Nth call of a kind, in each thread."""
+    effect = f"signal={fault}" if fault.startswith("SIG") else f"error={fault}"
+    return ["-e", f"trace={name}", "-e", f"inject={name}:{effect}:when={number}"]
+
+
+def problems_after(run: Path, fault: str, point: tuple[str, int]) -> list[str]:
+    """One save into a copy of the run, with a fault at one call, and all that is wrong with what it said and left."""
+    name, number = point
+    copy = shutil.copytree(run, run.with_name(f"{name}-{number}-{fault}"))
+    result = save_under_strace(copy, "-o", "/dev/null", *injection(fault, name, number))
+    found = _wrong_ending(result, fault, copy)
+    store = Store(copy)
+    newest, damages = store.newest_sound()
+    expected = (200,) if "committed step 200" in result.stdout else (150, 200)
+    if newest is None or newest.step not in expected:
+        found.append(f"the newest sound checkpoint is {newest and newest.step}, not one of {expected}")
+    found += [f"{item.path.name} is no checkpoint" for item in store.unreadable()] + [str(item) for item in damages]
+    # what a demotion has not yet removed is in no manifest, until the next holder of the lease sweeps
+    checks = {damage.check for checkpoint in store.checkpoints() for damage in verify(checkpoint.path)}
+    found += [f"a checkpoint is damaged: {check}" for check in checks - {"extra"}]
+    if not fault.startswith("SIG") and name not in REMOVALS and os.listdir(copy / "attempts"):
+        found.append("the attempt was left behind")
+    store.sweep()
+    found += [f"after a sweep: {damage}" for checkpoint in store.checkpoints() for damage in verify(checkpoint.path)]
+    commit(store, 300)
+    shutil.rmtree(copy)
+    return [f"{fault} at {name} {number}: {problem}" for problem in found]
+
+
+def _wrong_ending(result: subprocess.CompletedProcess, fault: str, run: Path) -> list[str]:
+    if fault.startswith("SIG"):
+        return [] if result.returncode == -9 else [f"was not killed, but ended with {result.returncode}"]
+    is_clear = "Traceback" not in result.stderr and str(run) in result.stderr and "\nhint: " in result.stderr
+    return [] if result.returncode == 1 and is_clear else [f"exit code {result.returncode}: {result.stderr}"]
+
+
+if __name__ == "__main__":
+    main()

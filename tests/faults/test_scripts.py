@@ -1,0 +1,64 @@
+"""Short and long forms of the scripts in `scripts/faults`. A form that cannot run here (no root, no strace) skips itself and says why."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts/faults"
+
+
+def run(name: str, *arguments: object, seconds: float = 280) -> None:
+    command = [sys.executable, SCRIPTS / f"{name}.py", *arguments]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=seconds)
+    for reason in ("cannot mount an image: ", "strace is not ", "ckpt-chaos is not installed"):
+        if reason in result.stderr:
+            pytest.skip(result.stderr.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PASS: " in result.stdout
+
+
+def test_ten_thousand_damages_are_found_and_named() -> None:
+    run("flips", "--damages", 10_000)
+
+
+def test_damages_to_a_checkpoint_of_a_training_are_found_and_named(recipe_file, train, tmp_path) -> None:
+    trained = train(recipe_file(), tmp_path / "run")
+    run("flips", "--damages", 400, "--checkpoint", trained / "checkpoints/step-00000010")
+
+
+def test_a_kill_at_any_call_of_a_save_leaves_a_sound_checkpoint() -> None:
+    run("syscalls", "--faults", "SIGKILL")
+
+
+def test_an_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing() -> None:
+    run("syscalls", "--faults", "EIO,ENOSPC,EDQUOT,EROFS,EACCES", "--stride", 5)
+
+
+@pytest.mark.slow
+def test_every_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing() -> None:
+    run("syscalls", "--faults", "EIO,ENOSPC,EDQUOT,EROFS,EACCES")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_faults_in_the_saves_of_a_training_leave_no_trace(tmp_path) -> None:
+    run("syscalls", "--real", "--faults", "SIGKILL,EIO,ENOSPC,EDQUOT", "--trials", 4, "--work", tmp_path, seconds=580)
+
+
+def test_power_cuts_leave_every_step_that_was_printed_as_committed(tmp_path) -> None:
+    run("power_cuts", "--cuts", 8, "--resumes", 0, "--set", "train.steps=100", "--work", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trainings_whose_power_was_cut_end_as_if_it_had_not_been(tmp_path) -> None:
+    run("power_cuts", "--cuts", 40, "--resumes", 2, "--set", "train.steps=200", "--work", tmp_path, seconds=580)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("group", "points", "modes"), [("1", 8, "before,torn,term,unsynced"), ("2:0", 3, "torn,term")])
+def test_ckpt_chaos_passes(group, points, modes, tmp_path) -> None:
+    run("chaos", "--groups", group, "--points", points, "--modes", modes, "--work", tmp_path, seconds=880)
