@@ -184,10 +184,11 @@ class Recorder:
 
         Waits only where two saves are under way. A save that failed is raised here, by `step` or by `finish`.
         """
+        # before the wait: ranks that write nothing have room at once, and their reports time out
+        report = self.reports.begin(state.step, self.plan.plan_id) if self.reports else None
         waited = self._writer.make_room()
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
-        report = self.reports.begin(step, self.plan.plan_id) if self.reports else None
         if not self.is_writer:
             self._writer.submit(step, 0, partial(_wait, report))
             return

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from finetune import estimate, guard, loop
-from finetune.checkpoints import lease, snapshot
+from finetune.checkpoints import holder, lease, snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.reports import Reports
 from finetune.checkpoints.store import Store
@@ -88,7 +88,8 @@ def train(
                 base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
             plan = resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
-            estimate.refuse_small_disk(plan, path)
+            if not Store(path).checkpoints():
+                estimate.refuse_small_disk(plan, path)
             for change in changes:
                 progress.say(change)
             state = build(plan, base_directory, accelerator)
@@ -133,7 +134,10 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     def commit_last() -> None:
         if state.step > recorder.last_step:
             recorder.commit(state)
-        recorder.finish(state)
+        try:
+            recorder.finish(state)
+        finally:
+            state.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one rank has ended
 
     def is_evaluation(step: int, is_saved: bool) -> bool:
         with_saves = is_saved and recipe.checkpoint.keep.best
@@ -173,17 +177,18 @@ def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Acceler
     if accelerator.num_processes == 1:
         return newest
     step = int(broadcast(torch.tensor([newest.step if newest else 0], device=accelerator.device)))
-    mine, seen = newest, 0
-    with suppress(CheckpointError):  # the ranks must not part here: what was not seen stays 0, and is told below
+    mine, held = newest, holder.read(path / "lease.json")
+    seen = int(held.token[:15], 16) if held else 0  # only the directory that rank 0 holds has this one
+    with suppress(CheckpointError):  # the ranks must not part here: what was not seen is told below
         if step and not accelerator.is_main_process:
             mine = Store(path).find(step)
-        if mine and not (mine is not newest and verify(mine.path)):
-            seen = int(mine.manifest.digest.rpartition(":")[2][:15], 16)
+        if mine and (mine is newest or not verify(mine.path)):
+            seen ^= int(mine.manifest.digest.rpartition(":")[2][:15], 16)
     digests = accelerator.gather(torch.tensor([seen], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:
         others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         raise RunError(
-            f"ranks {others} do not see the checkpoint of step {step} as rank 0 does",
+            f"ranks {others} do not see {f'the checkpoint of step {step}' if step else 'the run'} as rank 0 does",
             where=str(path),
             hint="give all hosts one run directory on a shared disk",
         )

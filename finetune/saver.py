@@ -75,12 +75,12 @@ class Saver:
 
     def open(self, state: TrainState) -> list[Damage]:
         """Finds the newest sound checkpoint, once what the base still has is restored; returns what is wrong with newer ones."""
+        self._store.sweep()  # first: it may put back the newest checkpoint
         self._live = snapshots.Live(state)
         self.last, damages = self._store.newest_sound()
         if damages and self._restore():
             self.last, damages = self._store.newest_sound()
         self._damaged = {damage.file.partition("/")[0] for damage in damages}
-        self._store.sweep()
         return damages
 
     def warm(self, state: TrainState) -> None:
@@ -122,8 +122,7 @@ class Saver:
         snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)
         history = trainer_state(self._plan, step, save.record.steps, save.record.evaluated)
         attempt.write_json("trainer_state.json", history)
-        lease.check()
-        committed = self._store.commit(attempt, self._manifest_of(step, save.record.metrics))
+        committed = self._store.commit(attempt, self._manifest_of(step, save.record.metrics), lease.check)
         durable = time.monotonic()
         self._store.read_back(committed, attempt.files.keys() - attempt.linked)
         self.last = committed

@@ -10,17 +10,18 @@ from finetune.checkpoints.retention import Saved, best
 from finetune.plan import Plan
 from finetune.recipe.schema import Every
 
+ENTRIES = 1000  # of the loss, at most about so many: it is in every checkpoint, and the journal has all
 DEFAULT_CADENCE = 500  # Trainer's own, where the recipe has no cadence of steps
 
 
 def trainer_state(plan: Plan, step: int, records: Iterable[dict], evaluated: dict[int, dict]) -> dict:
     """The state at a step, of the journal's records of steps and evaluations; later ones are left out."""
     by_step = {record["step"]: record for record in records if record["step"] <= step}
-    per_epoch = plan.order.steps_per_epoch
+    per_epoch, logged = plan.order.steps_per_epoch, ceil(plan.steps / ENTRIES)
     history: list[dict] = []
     for at in sorted(by_step.keys() | {at for at in evaluated if at <= step}):
         place = {"epoch": at / per_epoch, "step": at}
-        if at in by_step:
+        if at in by_step and (at % logged == 0 or at == step):
             history.append(place | {name: by_step[at][name] for name in ("loss", "grad_norm", "learning_rate")})
         if at in evaluated:
             figures = {name: value for name, value in evaluated[at].items() if name in ("loss", "perplexity")}
@@ -34,7 +35,7 @@ def trainer_state(plan: Plan, step: int, records: Iterable[dict], evaluated: dic
         "max_steps": plan.steps,
         "num_train_epochs": ceil(plan.steps / per_epoch),
         "train_batch_size": recipe.train.batch_size,
-        "logging_steps": 1,
+        "logging_steps": logged,
         "eval_steps": _steps_of([recipe.evaluate.every]),
         "save_steps": _steps_of(recipe.checkpoint.every),
         "num_input_tokens_seen": sum(record["tokens"] for record in by_step.values()),

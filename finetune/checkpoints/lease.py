@@ -175,7 +175,7 @@ def _start_heart(descriptor: int, holder: Holder, undo: ExitStack) -> None:
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
-    undo.callback(thread.join)
+    undo.callback(thread.join, HEARTBEAT_SECONDS)
     undo.callback(is_released.set)
 
 
@@ -192,7 +192,10 @@ def _last_heartbeat(run: Path, descriptor: int) -> str:
 def _write_released(descriptor: int, holder: Holder) -> None:
     with suppress(OSError):  # the next process finds a dead holder instead, and may ask for --take-over
         holders.write(descriptor, replace(holder, released=holders.now()))
-        os.fsync(descriptor)
+        if (
+            holder.beat is not None
+        ):  # other hosts look; under a lock nobody does, and a disk that hangs must not hold the process
+            os.fsync(descriptor)
 
 
 def _chain(run: Path) -> list[Holder]:

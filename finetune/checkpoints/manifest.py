@@ -60,7 +60,7 @@ class Manifest:
     parent: dict[str, str] | None
     plan_id: str
     kind: Literal["full", "weights"] = "full"
-    """`full` can be resumed from; `weights` was demoted: optimizer and counters are gone."""
+    """`weights` was demoted: optimizer and counters are gone."""
     demoted_from: str | None = None
     """Digest of the manifest it had while it was full, which later checkpoints name as their parent's."""
     amendments: list[dict[str, object]] = field(default_factory=list)

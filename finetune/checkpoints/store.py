@@ -1,22 +1,19 @@
-"""Floor 0. The checkpoints of a run on disk: staged, committed by one rename, verified, removed. `run` writes, everyone reads.
+"""Floor 0. The checkpoints of a run on disk: staged, committed by one rename, verified, removed. `saver` writes, everyone reads.
 
 The protocol: every file is hashed while written and synced; the attempt's directory is synced; `manifest.json` is written and synced;
 the directory is synced again and renamed into `checkpoints/`; that rename, synced, is the commit. Whatever goes wrong before leaves
 an attempt, which nobody reads. Only the holder of the run's `lease` writes.
 """
 
-import errno
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.checkpoints import tensors as safetensors
+from finetune.checkpoints.attempt import Attempt
 from finetune.checkpoints.durable import (
-    HashedFile,
     durable,
     failures,
     make_directory,
@@ -28,20 +25,16 @@ from finetune.checkpoints.manifest import (
     STEP_NAME,
     Checkpoint,
     Damage,
-    FileRecord,
     Manifest,
     ManifestError,
-    check_name,
     damage_of,
     read,
-    to_json,
     verify,
 )
-from finetune.checkpoints.tensors import PIECE_BYTES, Tensor, pieces
+from finetune.checkpoints.tensors import pieces
 from finetune.errors import CheckpointError
 
 RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
-NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -51,77 +44,6 @@ class Unreadable:
     path: Path
     step: int
     damage: Damage
-
-
-class Attempt:
-    """A save under way, in a directory that is not a checkpoint yet. After any error the directory is gone; begin another."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.step = step
-        self.files: dict[str, FileRecord] = {}
-        self.linked: set[str] = set()
-        """Of these, the ones whose bytes were there before."""
-
-    @property
-    def written_bytes(self) -> int:
-        return sum(record.bytes for name, record in self.files.items() if name not in self.linked)
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        with self._create(name) as file:
-            for piece in pieces(data):
-                file.write(piece)
-
-    def write_json(self, name: str, value: object) -> None:
-        self.write_bytes(name, f"{to_json(value)}\n".encode())
-
-    def write_tensors(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
-        with self._create(name) as file:
-            file.tensors = tuple(safetensors.write(file, tensors, metadata))
-
-    def link(self, name: str, source: Path, record: FileRecord) -> None:
-        """An identical file of an earlier checkpoint: hard-linked, or copied (and compared) where links are impossible."""
-        check_name(name)
-        with self.saving(self.path / name):
-            try:
-                os.link(source, self.path / name)
-            except OSError as error:
-                if error.errno not in NO_LINKS:
-                    raise
-            else:
-                self.files[name] = record
-                self.linked.add(name)
-                return
-        with self._create(name) as file, source.open("rb", buffering=0) as original:
-            file.tensors = record.tensors
-            shutil.copyfileobj(original, file, PIECE_BYTES)
-        if self.files[name] != record:
-            self.discard()
-            raise CheckpointError(
-                "the file changed since it was committed", where=str(source), hint="see `finetune verify`"
-            )
-
-    def discard(self) -> None:
-        """Removes the directory as far as the disk allows; the rest is swept by the next holder of the lease."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    @contextmanager
-    def saving(self, path: Path) -> Iterator[None]:
-        """Where a step of the save fails, the whole attempt goes: after a failed fsync nobody knows which bytes are on the disk
-        (https://lwn.net/Articles/752063)."""
-        try:
-            with failures(path):
-                yield
-        except CheckpointError:
-            self.discard()
-            raise
-
-    @contextmanager
-    def _create(self, name: str) -> Iterator["HashedFile"]:
-        path = self.path / check_name(name)
-        with self.saving(path), durable(path) as file:
-            yield file
-        self.files[name] = FileRecord(file.bytes, file.digest(), file.tensors)
 
 
 class Store:
@@ -140,8 +62,8 @@ class Store:
             path.mkdir()
         return attempt
 
-    def commit(self, attempt: Attempt, manifest: Manifest) -> Checkpoint:
-        """Makes an attempt a checkpoint. `manifest.files` is taken from the attempt.
+    def commit(self, attempt: Attempt, manifest: Manifest, check: Callable[[], None] | None = None) -> Checkpoint:
+        """Makes an attempt a checkpoint. `manifest.files` is taken from the attempt; `check` is asked right before, and may raise.
 
         A damaged or demoted checkpoint of the same step makes room; a sound one is an error: what is committed does not change.
         """
@@ -155,6 +77,8 @@ class Store:
                 for piece in pieces(replace(manifest, files=attempt.files).to_bytes()):
                     file.write(piece)
             sync_directory(attempt.path)
+            if check:
+                check()
             replaced = self._to_trash(destination) if destination.exists() else None
             try:
                 self._rename_durably(attempt.path, destination)
@@ -254,7 +178,8 @@ class Store:
                         path.unlink()
         for checkpoint in self.checkpoints():
             with failures(checkpoint.path):
-                (checkpoint.path / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+                for left in checkpoint.path.glob("*.tmp"):
+                    left.unlink()
             if checkpoint.manifest.kind == "weights":
                 self._remove_resume_files(checkpoint.path)
 

@@ -1,4 +1,4 @@
-"""Floor 0. The thread that saves are done on, one after the other, and how training learns of its health. `saver` uses it.
+"""Floor 0. The thread that saves are done on, one after the other, and how training learns of its health. `recorder` uses it.
 
 A thread, not a process: hashing and writing leave the interpreter to the others, and beside a training both cost it the same
 (`scripts/bench/checkpoints.py` shows them side by side).
@@ -76,14 +76,14 @@ class Writer:
 
     def _wait_until(self, count: int) -> float:
         started = time.monotonic()
-        while (stalled := self.check()) is None and len(self._jobs) > count:
-            self._jobs[0].ended.wait(0.05)
-        if stalled is not None and len(self._jobs) > count:
-            seconds = time.monotonic() - self._jobs[0].began
-            raise CheckpointError(
-                f"the save of step {stalled} has not ended for {seconds:.0f} s",
-                hint="the disk hangs or is too slow: look at it, then run the same command again; it resumes",
-            )
+        while len(jobs := list(self._jobs)) > count:
+            if (stalled := self.check()) is not None:
+                raise CheckpointError(
+                    f"the save of step {stalled} has not ended for {jobs[0].limit_seconds:.0f} s",
+                    hint="the disk hangs or is too slow: look at it, then run the same command again; it resumes",
+                )
+            jobs[0].ended.wait(0.05)
+        self.check()
         return time.monotonic() - started
 
     def _run(self) -> None:

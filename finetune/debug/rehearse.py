@@ -145,10 +145,10 @@ def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tu
         time.sleep(POLL_SECONDS)
     trainings.refuse_failure()
     trainings.kill()
-    killed_at, committed = _progress(run)
     if process.returncode == 0:
         raise TrainingError("the training reached its end before it could be killed", hint="use more --steps")
-    return killed_at, committed
+    newest, _ = Store(run).newest_sound()  # the kill may have come before the journal knew of it
+    return _progress(run)[0], newest.step
 
 
 def _progress(run: Path) -> tuple[int, int]:

@@ -125,7 +125,9 @@ def arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.medium, options.real = (TINY, TINY) if options.tiny else (MEDIUM, SMOLLM2)
-    options.short, options.long = (Work(2, 16), Work(2, 16)) if options.tiny else (SHORT, LONG._replace(rows=options.rows))
+    options.short, options.long = (
+        (Work(2, 16), Work(2, 16)) if options.tiny else (SHORT, LONG._replace(rows=options.rows))
+    )
     return options
 
 

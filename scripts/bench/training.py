@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-TINY = Shape(4, 32, 64, 300)
+TINY = Shape(8, 32, 64, 300)
 MEDIUM = Shape(12, 512, 1408, 6144)  # 41,693,696 parameters: with two moments each, 500,324,352 bytes
 
 

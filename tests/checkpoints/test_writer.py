@@ -36,10 +36,15 @@ def test_saves_are_done_in_their_order(writer):
 
 def test_a_third_save_waits_for_the_first(writer, gate):
     writer.submit(1, 0, gate.wait)
-    assert writer.make_room() < 1
+    writer.make_room()
     writer.submit(2, 0, gate.wait)
-    threading.Timer(0.3, gate.set).start()
-    assert writer.make_room() > 0.1
+    waiting = threading.Thread(target=writer.make_room, daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    gate.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_what_goes_wrong_is_raised_to_whoever_asks_and_later_saves_are_not_begun(writer):

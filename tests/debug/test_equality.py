@@ -45,7 +45,9 @@ def test_a_step_that_ran_twice_has_to_be_equal_both_times(pair) -> None:
 
 def test_a_row_loss_that_differs_is_found(pair) -> None:
     losses = journal.read_rows(pair[1], 4)
-    journal.write_rows(pair[1], [*losses[:2], losses[2]._replace(loss=9.5), *losses[3:]], "edited")
+    journal.write_rows(
+        pair[1], [*losses[:2], losses[2]._replace(loss=9.5), *losses[3:]], journal.read(pair[1])[-1]["attempt"]
+    )
     found = first_difference(*pair, LAST)
     assert (found.step, found.quantity, found.resumed) == (4, f"loss of row {losses[2].row}", 9.5)
 

@@ -28,6 +28,7 @@ os.execv(sys.executable, [sys.executable, "-m", *sys.argv[3:], *added])
 """
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_not_exact_is_found_out(recipe_file, finetune, tmp_path) -> None:
     launcher, run = tmp_path / "launcher.py", tmp_path / "runs/planned"
     launcher.write_text(LAUNCHER)

@@ -70,6 +70,7 @@ def fill(path: Path) -> None:
                 continue
 
 
+@pytest.mark.slow
 def test_a_full_disk_skips_saves_and_the_run_goes_on(recipe, image, train, tmp_path) -> None:
     whole, disk = train(recipe, tmp_path / "whole"), tmp_path / "disk"
     with mounted(image, disk):

@@ -47,6 +47,7 @@ def test_faults_in_the_saves_of_a_training_leave_no_trace(tmp_path) -> None:
     run("syscalls", "--real", "--faults", "SIGKILL,EIO,ENOSPC,EDQUOT", "--trials", 4, "--work", tmp_path, seconds=580)
 
 
+@pytest.mark.slow
 def test_power_cuts_leave_every_step_that_was_printed_as_committed(tmp_path) -> None:
     run("power_cuts", "--cuts", 8, "--resumes", 0, "--set", "train.steps=100", "--work", tmp_path)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from finetune.errors import AdapterError, CheckpointError
-from finetune.model.adapter import apply, attach, is_adapter, load_weights, weights
-from finetune.model.base import empty_model, load_model
+from finetune.model.adapter import apply, is_adapter, load_weights, weights
+from finetune.model.base import attach, empty_model, load_model
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter
 
 
@@ -139,7 +139,7 @@ def test_a_saved_adapter_is_attached_to_its_base_and_not_trainable(tiny_base, tm
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     trained.save_pretrained(tmp_path)
-    attached = attach(load_model(tiny_base), tmp_path)
+    attached = attach(load_model(tiny_base), tmp_path, "the adapter")
     assert trainable(attached) == set()
     tokens = torch.arange(10)[None]
     with torch.no_grad():

@@ -113,16 +113,15 @@ def write_recipe(recipe_file, dropout_base, tiny_sections):
 
 
 def cells() -> list:
-    """Every cell. By default all of one process run, and each feature once on two; the rest is slow."""
+    """Every cell. By default the packed ones of one process run; the rest is slow."""
     combinations = list(product(METHODS, PACKING))
-    on_two = set(zip(combinations, FEATURES, strict=True))
     return [
         pytest.param(
             world_size,
             *combination,
             feature,
             id=f"{world_size}-{'-'.join(combination)}-{feature}",
-            marks=() if world_size == 1 or (world_size == 2 and (combination, feature) in on_two) else pytest.mark.slow,
+            marks=() if world_size == 1 and "packed" in combination else pytest.mark.slow,
         )
         for world_size, combination, feature in product((1, 2, 3), combinations, FEATURES)
     ]

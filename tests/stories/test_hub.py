@@ -164,6 +164,7 @@ hint: check `name`, `split` and `revision` in the recipe"""
     assert [(code, said) for code, _, said in results] == [(1, f"{said}\n") for *_, said in cases]
 
 
+@pytest.mark.slow
 def test_what_was_fetched_trains_without_a_network_on_the_same_pins_after_a_cut_download(
     hub, online, base, rows, recipe_file, finetune, tmp_path
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_damaged_checkpoint_of_ours_is_no_base(recipe_file, train, tmp_path) -
         resolve(load(recipe_file("second", base={"checkpoint": f"{run}@8"}), ()))
 
 
+@pytest.mark.slow
 def test_the_hub_commit_beneath_an_adapter_is_pinned_and_holds_when_the_branch_moves(
     lora, recipe_file, finetune, tiny_base, tmp_path
 ) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def test_frozen_weights_are_written_once_and_every_checkpoint_loads(recipe_file,
     changed = {name for name in base if not torch.equal(model[name], base[name])}
     assert changed and not [name for name in changed if name.startswith(("model.embed_tokens", "model.layers.0."))]
     committed = [record["bytes"] for record in events(run, "committed")]
-    assert committed[1] < committed[0] and len(set(committed[1:])) < 5
+    frozen = (checkpoints[0] / "model-frozen.safetensors").stat().st_size
+    assert max(committed[1:]) < committed[0] - 0.9 * frozen
 
 
 def test_damaged_frozen_weights_are_restored_from_the_base_and_cost_no_step(
@@ -126,8 +128,20 @@ def test_what_a_save_cost_is_in_the_journal(recipe_file, train, tmp_path) -> Non
     run = train(recipe_file(checkpoint=ALL), tmp_path / "run")
     for record in events(run, "committed"):
         assert record["bytes"] > 0 and record["save_cpu_seconds"] > 0
-        assert 0 < record["blocked_ms"] and 0 <= record["wait_seconds"] <= record["save_seconds"] + 60
-        assert record["read_back_seconds"] >= 0
+        assert record["blocked_ms"] > 0 and record["save_seconds"] > 0 and record["read_back_seconds"] >= 0
+
+
+def test_back_pressure_is_in_the_journal(recipe_file, train, tmp_path, monkeypatch) -> None:
+    commit = Store.commit
+
+    def slowly(self: Store, *arguments: object) -> object:
+        time.sleep(0.3)
+        return commit(self, *arguments)
+
+    monkeypatch.setattr(Store, "commit", slowly)
+    run = train(recipe_file(checkpoint={"every": "1 step", "keep": {"last": 20}}), tmp_path / "run")
+    waited = [record["wait_seconds"] for record in events(run, "committed")]
+    assert waited[0] == 0 and max(waited) > 0.05
 
 
 def test_a_user_signal_saves_now_and_training_goes_on(recipe_file, tmp_path) -> None:
@@ -165,7 +179,10 @@ train(load(Path(sys.argv[1]), []), Path(sys.argv[2]))
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("not", "rank 1 did not report within 0.3 seconds"), ("wrong", "rank 1 is at step 99, or follows another plan")],
+    [
+        ("not", "rank 1 did not report within 0.3 seconds"),
+        pytest.param("wrong", "rank 1 is at step 99, or follows another plan", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(how, said, recipe_file, tmp_path) -> None:
     (tmp_path / "silent.py").write_text(SILENT_RANK)
