@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -198,3 +199,74 @@ def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(how, said
     assert f"save of step 100 skipped: {said}; training goes on" in result.stderr
     assert "finished at step 300" in result.stderr.splitlines()
     assert steps_of(tmp_path / "run") == [200, 300]
+
+
+SLOW_DISK = """
+import time
+from finetune import cli
+from finetune.checkpoints.store import Store
+
+commit = Store.commit
+
+def slowly(self, *arguments):
+    time.sleep(3)
+    return commit(self, *arguments)
+
+Store.commit = slowly
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_ends_all_with_the_last_step_committed_also_under_a_launcher(
+    rank, recipe_file, tmp_path
+) -> None:
+    """The launcher signals the others as soon as one rank has ended: none may end before the commit."""
+    (tmp_path / "slow.py").write_text(SLOW_DISK)
+    long = {"steps": 4000, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe, run = recipe_file(train=long, checkpoint={"every": "4000 steps"}), tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--", str(tmp_path / "slow.py"), "train", str(recipe), "--run", str(run)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_step(run, 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    chosen = next(child for child in children if child.environ().get("RANK") == str(rank))
+    chosen.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert steps_of(run) == [max(journal.steps(journal.read(run)))], said
+
+
+HUNG_DISK = """
+import os, sys, threading
+from finetune import cli
+from finetune.checkpoints import writer
+
+writer.STALL_SECONDS = 1.0
+fsync = os.fsync
+
+def hang(descriptor):
+    if "step-00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        threading.Event().wait()
+    fsync(descriptor)
+
+os.fsync = hang
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_hangs_ends_the_run_with_one_error_and_the_same_command_resumes(
+    recipe_file, finetune, tmp_path
+) -> None:
+    (tmp_path / "hung.py").write_text(HUNG_DISK)
+    recipe, run = recipe_file(checkpoint={"every": "2 steps", "keep": {"last": 9}}), tmp_path / "run"
+    command = [sys.executable, str(tmp_path / "hung.py"), "train", str(recipe), "--run", str(run), "--quiet"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert result.returncode == 1, result.stderr
+    assert "the save of step 4 has not ended for " in result.stderr and "Traceback" not in result.stderr
+    assert steps_of(run) == [2]
+    again = finetune("train", recipe, "--run", run, "--quiet")
+    assert again.returncode == 0 and again.stderr.startswith("resumed from step 2\n")
