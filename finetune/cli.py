@@ -7,11 +7,14 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from finetune import __version__
+from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
 
 OVERRIDE = click.option(
@@ -285,10 +288,19 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except FinetuneError as error:
         _report(error)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `finetune log … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """Ends the process also while a hung disk holds a thread: it may wake in native code, and abort an interpreter that ends."""
+    if any(thread.name == WRITER for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _report(error: FinetuneError) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from finetune.errors import CheckpointError
 
+WRITER = "writer"  # the thread's name
 IN_FLIGHT = 2  # a third one waits: each holds a copy of the state
 STALL_SECONDS = 60.0
 SLOWEST_DISK = 10e6  # bytes a second; a save that is slower than that, with a minute's grace, hangs
@@ -40,7 +41,7 @@ class Writer:
         self._error: BaseException | None = None
         self._is_closing = False
         # a daemon: a disk that hangs must not keep the process from ending
-        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=WRITER, daemon=True)
         self._thread.start()
 
     def submit(self, step: int, size: int, work: Callable[[], None]) -> None:

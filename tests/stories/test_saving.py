@@ -239,16 +239,16 @@ def test_a_signal_to_one_rank_ends_all_with_the_last_step_committed_also_under_a
 
 
 HUNG_DISK = """
-import os, sys, threading
+import os, torch
 from finetune import cli
 from finetune.checkpoints import writer
 
-writer.STALL_SECONDS = 1.0
+writer.STALL_SECONDS = 8.0
 fsync = os.fsync
 
 def hang(descriptor):
-    if "step-00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
-        threading.Event().wait()
+    while "step-00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        torch.ones(3000, 3000).sum()  # the thread comes back from native code while the interpreter ends
     fsync(descriptor)
 
 os.fsync = hang
