@@ -1,9 +1,12 @@
 """Small file systems in image files, for the scripts and tests that cut the power, fill a disk or take it away. Needs root."""
 
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+UNMOUNT_TRIES = 50
 
 
 class CannotMount(Exception):
@@ -27,9 +30,19 @@ def mounted(image: Path, directory: Path) -> Iterator[str]:
         try:
             yield Path(device).name
         finally:
-            _run("umount", directory)
+            _unmount(directory)
     finally:
         _run("losetup", "--detach", device)
+
+
+def _unmount(directory: Path) -> None:
+    """A process that was just killed may hold a file a little longer."""
+    for _ in range(UNMOUNT_TRIES):
+        with suppress(CannotMount):
+            _run("umount", directory)
+            return
+        time.sleep(0.2)
+    _run("umount", directory)
 
 
 def _run(*command: object) -> str:
