@@ -93,6 +93,8 @@ def train(
             for change in changes:
                 progress.say(change)
             state = build(plan, base_directory, accelerator)
+            for note in state.notes:
+                progress.say(note)
             recorder = Recorder(path, plan, facts, progress, held)
             try:
                 newest = recorder.open(loaded.text, resolved.base_directory, state, changes) if is_writer else None

@@ -47,6 +47,8 @@ class TrainState:
     step: int = 0
     copy: Copy | None = None
     """A snapshot under way; whatever writes weights awaits it first."""
+    notes: tuple[str, ...] = ()
+    """What its user should know of how it trains."""
 
     def await_snapshot(self) -> float:
         """Returns when no copy needs the tensors as they are; the seconds it took."""
@@ -101,12 +103,14 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     model = trained_model(recipe, base_directory)
     if recipe.task.packing:
         check_packing(model)
+    token_losses, reason = losses.fitting(model)
     if recipe.train.precision == "bf16" and adapter.is_adapter(model):
         adapter.store_frozen_as_bf16(model)
     model.train()
-    objective = Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy)
+    objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
     objective, prepared = accelerator.prepare(objective, optimizer.build(model.parameters(), recipe.optimizer))
-    return TrainState(accelerator, objective, model, prepared)
+    notes = (f"the loss holds the logits of a whole micro-batch: {reason}",) if reason else ()
+    return TrainState(accelerator, objective, model, prepared, notes=notes)
 
 
 def check_packing(model: torch.nn.Module) -> None:

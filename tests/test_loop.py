@@ -111,7 +111,8 @@ def test_three_steps_are_those_of_plain_torch_on_the_same_rows(opened, arrangeme
         means = [loss.item() / count for loss, count in zip(losses, counts, strict=True)]
         assert report.row_losses == pytest.approx(means, rel=1e-4)
         assert (report.step, report.learning_rate) == (step, run.plan.learning_rate(step))
-    torch.testing.assert_close(run.weights(), dict(model.named_parameters()), rtol=1e-3, atol=1e-5)
+        # Adam divides by the gradient's own size: where it is nearly zero, its rounding is what moves the weight
+        torch.testing.assert_close(run.weights(), dict(model.named_parameters()), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("arrangement", [PACKED, PADDED])
@@ -245,8 +246,9 @@ def spoil(run, spoiled):
     whole = run.state.objective._loss
 
     def loss(model, batch, token_losses):
-        rows = spoiled(whole(model, batch, token_losses)[1], model)
-        return rows.sum(), rows
+        total, rows = whole(model, batch, token_losses)
+        changed = spoiled(rows, model)
+        return total + (changed - rows).sum(), changed
 
     run.state.objective._loss = loss
     return whole

@@ -48,7 +48,8 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
     if recipe.task.packing:
         check_packing(model)
     accelerator = start_accelerator(recipe.train)
+    token_losses, _ = losses.fitting(model)
     objective = accelerator.prepare_model(
-        Objective(model, TASKS[recipe.task.name].loss, losses.cross_entropy), evaluation_mode=True
+        Objective(model, TASKS[recipe.task.name].loss, token_losses), evaluation_mode=True
     )
     return evaluate_objective(resolved, accelerator, objective)

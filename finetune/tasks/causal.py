@@ -1,7 +1,7 @@
 """Floor 1. What all causal language modelling shares: collation, the loss with its rows, and the held-out figures.
 
-Shapes: R rows of a micro-batch, B sequences, T positions, K positions whose logits are wanted, N supervised tokens,
-V vocabulary. Packed: B is 1 and the rows stand one behind the other. Padded: B is R, filled up on the right.
+Shapes: R rows of a micro-batch, B sequences, T positions, N supervised tokens.
+Packed: B is 1 and the rows stand one behind the other. Padded: B is R, filled up on the right.
 """
 
 import math
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from finetune.example import Example
 
-TokenLosses = Callable[[Tensor, Tensor], Tensor]
+# (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
+TokenLosses = Callable[[torch.nn.Module, dict, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def collate_packed(examples: Sequence[Example]) -> dict:
@@ -21,21 +22,9 @@ def collate_packed(examples: Sequence[Example]) -> dict:
     lengths = [len(example.tokens) for example in examples]
     bounds = [0, *np.cumsum(lengths).tolist()]
     positions = np.concatenate([np.arange(length) for length in lengths])
-    targets = [np.flatnonzero(example.supervised[1:]) for example in examples]
-    keep = np.concatenate([target + bound for target, bound in zip(targets, bounds, strict=False)])
     tokens = np.concatenate([example.tokens for example in examples])
-    return {
-        "model_inputs": {
-            "input_ids": _tensor(tokens)[None],
-            "position_ids": _tensor(positions)[None],
-            "logits_to_keep": _tensor(keep),
-            "row_bounds": bounds,
-        },
-        "sequence_N": torch.zeros(len(keep), dtype=torch.long),
-        "kept_N": torch.arange(len(keep)),
-        "labels_N": _tensor(tokens[keep + 1]),
-        "tokens_of_rows": [len(target) for target in targets],
-    }
+    model_inputs = {"input_ids": _tensor(tokens)[None], "position_ids": _tensor(positions)[None], "row_bounds": bounds}
+    return {"model_inputs": model_inputs, **_supervised(examples, tokens, bounds[:-1])}
 
 
 def collate_padded(examples: Sequence[Example]) -> dict:
@@ -44,30 +33,27 @@ def collate_padded(examples: Sequence[Example]) -> dict:
     tokens = np.zeros((len(examples), longest), dtype=np.int64)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = example.tokens
+    firsts = range(0, tokens.size, longest)
+    return {"model_inputs": {"input_ids": _tensor(tokens)}, **_supervised(examples, tokens.reshape(-1), firsts)}
+
+
+def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequence[int]) -> dict:
+    """Where, among all B * T places, a supervised token is predicted, and which one it is; `firsts` is where each row begins."""
     targets = [np.flatnonzero(example.supervised[1:]) for example in examples]
-    keep = np.unique(np.concatenate(targets))
-    rows = np.repeat(np.arange(len(examples)), [len(target) for target in targets])
-    columns = np.concatenate(targets)
+    positions = np.concatenate([target + first for target, first in zip(targets, firsts, strict=True)])
     return {
-        "model_inputs": {"input_ids": _tensor(tokens), "logits_to_keep": _tensor(keep)},
-        "sequence_N": _tensor(rows),
-        "kept_N": _tensor(np.searchsorted(keep, columns)),
-        "labels_N": _tensor(tokens[rows, columns + 1]),
+        "positions_N": _tensor(positions),
+        "labels_N": _tensor(tokens[positions + 1]),
         "tokens_of_rows": [len(target) for target in targets],
     }
 
 
 def loss(model: torch.nn.Module, batch: dict, token_losses: TokenLosses) -> tuple[Tensor, Tensor]:
-    """The summed loss in nats (fp32 scalar) and the sum of each row (fp32, shape (R,)).
-
-    Only the logits of supervised positions are computed, by the model's own head.
-    """
-    logits_BKV = model(**batch["model_inputs"], use_cache=False).logits
-    logits_NV = logits_BKV[batch["sequence_N"], batch["kept_N"]]
-    losses_N = token_losses(logits_NV, batch["labels_N"])
+    """The summed loss in nats (fp32 scalar) and the sum of each row (fp32, shape (R,)); only the first is differentiable."""
+    loss_sum, losses_N = token_losses(model, batch["model_inputs"], batch["positions_N"], batch["labels_N"])
     # split, not index_add: scattered sums are not deterministic on a GPU
-    rows_R = torch.stack([part.sum() for part in losses_N.split(batch["tokens_of_rows"])])
-    return rows_R.sum(), rows_R
+    rows_R = torch.stack([part.sum() for part in losses_N.detach().split(batch["tokens_of_rows"])])
+    return loss_sum, rows_R
 
 
 def score(loss_sum: float, tokens: int, rows: int) -> dict[str, float]:

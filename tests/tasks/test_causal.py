@@ -9,7 +9,7 @@ import torch
 from finetune.example import Example
 from finetune.model.attention import PER_ROW
 from finetune.model.base import load_model
-from finetune.model.losses import cross_entropy
+from finetune.model.losses import chunked
 from finetune.tasks.causal import collate_packed, collate_padded, loss, score
 
 
@@ -53,7 +53,7 @@ def gradients(model, total):
 @pytest.mark.parametrize("collate", [collate_packed, collate_padded])
 def test_the_loss_of_each_row_is_that_of_plain_transformers(models, collate):
     with torch.no_grad():
-        total, rows = loss(models[collate], collate(EXAMPLES), cross_entropy)
+        total, rows = loss(models[collate], collate(EXAMPLES), chunked)
         expected, counts = plain_losses(models[collate_padded], EXAMPLES)
     assert rows.dtype == total.dtype == torch.float32
     torch.testing.assert_close(rows, expected, rtol=2e-6, atol=2e-6)
@@ -63,7 +63,7 @@ def test_the_loss_of_each_row_is_that_of_plain_transformers(models, collate):
 
 @pytest.mark.parametrize("collate", [collate_packed, collate_padded])
 def test_the_gradients_are_those_of_plain_transformers(models, collate):
-    ours = gradients(models[collate], loss(models[collate], collate(EXAMPLES), cross_entropy)[0])
+    ours = gradients(models[collate], loss(models[collate], collate(EXAMPLES), chunked)[0])
     plain = gradients(models[collate_padded], plain_losses(models[collate_padded], EXAMPLES)[0].sum())
     assert ours.keys() == plain.keys()
     for name, gradient in ours.items():
@@ -73,7 +73,7 @@ def test_the_gradients_are_those_of_plain_transformers(models, collate):
 def test_packed_logits_are_those_of_each_row_alone(models):
     model, batch = models[collate_packed], collate_packed(EXAMPLES)
     with torch.no_grad():
-        packed = model(**batch["model_inputs"] | {"logits_to_keep": 0}, use_cache=False).logits[0]
+        packed = model(**batch["model_inputs"], use_cache=False).logits[0]
         alone = [
             models[collate_padded](torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0] for row in EXAMPLES
         ]
@@ -86,7 +86,7 @@ def test_a_row_is_blind_to_its_neighbours_to_the_bit(models):
     after[1] = before[1]
     with torch.no_grad():
         rows = [
-            loss(models[collate_packed], collate_packed(examples), cross_entropy)[1] for examples in (before, after)
+            loss(models[collate_packed], collate_packed(examples), chunked)[1] for examples in (before, after)
         ]
     assert torch.equal(rows[0][1], rows[1][1])
     assert rows[0][0] != rows[1][0]
@@ -99,7 +99,7 @@ def test_a_packed_batch_tells_where_its_rows_are():
     assert batch["model_inputs"]["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["model_inputs"]["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["model_inputs"]["row_bounds"] == [0, 3, 5]
-    assert batch["model_inputs"]["logits_to_keep"].tolist() == [1, 3]  # the positions that predict tokens 7 and 9
+    assert batch["positions_N"].tolist() == [1, 3]  # those that predict tokens 7 and 9
     assert batch["labels_N"].tolist() == [7, 9]
     assert batch["tokens_of_rows"] == [1, 1]
 
@@ -109,30 +109,14 @@ def test_a_padded_batch_is_filled_up_on_the_right():
     second = Example(np.array([8, 9], dtype=np.int32), np.array([True, True]))
     batch = collate_padded([first, second])
     assert batch["model_inputs"]["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["model_inputs"]["logits_to_keep"].tolist() == [0, 1]
-    assert batch["sequence_N"].tolist() == [0, 1] and batch["kept_N"].tolist() == [1, 0]
+    assert batch["positions_N"].tolist() == [1, 3]
     assert batch["labels_N"].tolist() == [7, 9]
-
-
-@pytest.mark.parametrize("collate", [collate_packed, collate_padded])
-def test_only_logits_of_supervised_positions_are_computed(models, collate):
-    """Padded rows share the positions that any of them wants; packed ones compute no other."""
-    seen = []
-    hook = models[collate].lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
-    try:
-        with torch.no_grad():
-            loss(models[collate], collate(EXAMPLES), cross_entropy)
-    finally:
-        hook.remove()
-    targets = [np.flatnonzero(example.supervised[1:]) for example in EXAMPLES]
-    wanted = len(np.concatenate(targets)), len(np.unique(np.concatenate(targets)))
-    assert seen == [(1, wanted[0]) if collate is collate_packed else (len(EXAMPLES), wanted[1])]
 
 
 def test_one_row_packs_and_pads_alike(models):
     with torch.no_grad():
         sums = [
-            loss(models[collate], collate(EXAMPLES[:1]), cross_entropy)[0].item()
+            loss(models[collate], collate(EXAMPLES[:1]), chunked)[0].item()
             for collate in (collate_packed, collate_padded)
         ]
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
