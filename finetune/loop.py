@@ -7,13 +7,14 @@ step 400 does what one that came from step 0 does.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from finetune.data.batches import Batches
 from finetune.errors import NotFiniteError
@@ -89,7 +90,7 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes =
         if not micro_batch.is_idle:
             row_sums[micro_batch.indices] = rows.detach().double()
     row_sums = accelerator.reduce(row_sums, "sum")
-    norm = accelerator.clip_grad_norm_(state.trainable.values(), plan.recipe.optimizer.max_grad_norm)
+    norm = _grad_norm(state.trainable.values())
     *sums, grad_norm = torch.cat([row_sums, norm.detach().double().reshape(1)]).tolist()  # the one read of the device
     loss = math.fsum(sums) / total
     row_tokens = examples.targets[ids].tolist()
@@ -99,10 +100,7 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes =
         raise _not_finite(step, loss, grad_norm, examples.rows[ids], row_losses)
     await_seconds = state.await_snapshot()
     learning_rate = plan.learning_rate(step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    update(state, learning_rate, grad_norm, plan.recipe.optimizer.max_grad_norm)
     state.step = step
     return StepReport(
         step=step,
@@ -119,6 +117,31 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes =
         row_tokens=row_tokens,
         agreed=agreed,
     )
+
+
+def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:
+    """Moves the weights by the gradients, scaled down to `max_grad_norm` where their norm is more, and forgets these.
+
+    Fused optimizers scale while they read the gradients; a pass of its own, over as many bytes as the weights, is for the others.
+    """
+    optimizer = state.optimizer.optimizer  # inside Accelerate's
+    excess = (grad_norm + 1e-6) / max_grad_norm  # the same small term as torch.nn.utils.clip_grad_norm_
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    gradients = [parameter.grad for parameter in state.trainable.values() if parameter.grad is not None]
+    if excess > 1 and optimizer.defaults.get("fused") and not isinstance(gradients[0], DTensor):
+        optimizer.grad_scale = torch.full((), excess, device=state.accelerator.device)
+    elif excess > 1:
+        torch._foreach_div_(gradients, excess)
+    state.optimizer.step()
+    optimizer.grad_scale = None
+    state.optimizer.zero_grad()
+
+
+def _grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """2-norm of all gradients together, a scalar on their device."""
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def evaluate(

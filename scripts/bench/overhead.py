@@ -18,6 +18,7 @@ from contestants import Contestant, Ended, commits, copied_beside, ours, state_b
 from figures import OURS, Goal, Part, Quantity, rotated
 from training import Training
 
+TOKENS = 4000  # of an update of the work that the goals name
 QUIET, AGAIN, PROCESS = "quiet", "quiet, the second (noise)", "writer process (floor)"
 
 
@@ -61,12 +62,13 @@ def writer_process(training: Training) -> Iterator[WriterProcess]:
 
 
 def every_ten(training: Training, cycles: int, block: int, threads: int) -> Part:
-    """A full state, saved at every tenth step; beside ours a process that writes the same bytes."""
+    """A full state, saved at every tenth step of 4,000 tokens, or as seldom; beside ours a process that writes the same bytes."""
     torch.set_num_threads(threads)
     with writer_process(training) as process:
         blocks = Blocks(training, {OURS: ours(training), PROCESS: copied_beside(process.write)}, block)
         blocks.run(cycles)
-        share = blocks.share(cadence=10)
+        cadence = max(1, round(10 * TOKENS / training.plan.counts.tokens))  # an epoch is one update here
+        share = blocks.share(cadence)
         cores = "a core is free" if threads == 1 else "no core is free"
         cpu = Quantity(
             "CPU seconds of one save: all it added to this process, of it the writer's thread, the writer process", "s"
@@ -78,22 +80,24 @@ def every_ten(training: Training, cycles: int, block: int, threads: int) -> Part
         }
         facts = blocks.facts() | {
             "CPU seconds to hash the state, nothing written": round(process.hash_cpu_seconds, 3),
-            "the floor, were that CPU time taken from training (% of ten steps)": round(
-                100 * cpu.median(PROCESS) / (10 * blocks.step_seconds * threads), 2
+            "the floor, were that CPU time taken from training (%)": round(
+                100 * cpu.median(PROCESS) / (cadence * blocks.step_seconds * threads), 2
             ),
         }
     limit = 0.01 if threads == 1 else 0.025
-    goal = Goal(f"overhead of a save every 10 steps, {threads} torch threads ({cores})", share.median(), limit, "%")
+    goal = Goal(
+        f"overhead of a save every 40,000 tokens, {threads} torch threads ({cores})", share.median(), limit, "%"
+    )
     return Part([share, blocks.extra_seconds(), cpu], [goal], facts)
 
 
 def every_step(training: Training, cycles: int, block: int, threads: int) -> Part:
-    """A small state, saved at each step."""
+    """A small state, saved at each step; its time is spread over an update of 4,000 tokens."""
     torch.set_num_threads(threads)
     blocks = Blocks(training, {OURS: ours(training)}, block, is_at_each_step=True)
     blocks.run(cycles)
-    share = blocks.share(cadence=1)
-    goal = Goal(f"overhead of a LoRA save at every step, {threads} torch threads", share.median(), 0.02, "%")
+    share = blocks.share(cadence=max(1, round(TOKENS / training.plan.counts.tokens)))
+    goal = Goal(f"overhead of a LoRA save every 4,000 tokens, {threads} torch threads", share.median(), 0.02, "%")
     return Part([share, blocks.extra_seconds()], [goal], blocks.facts())
 
 

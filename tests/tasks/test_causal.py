@@ -85,9 +85,7 @@ def test_a_row_is_blind_to_its_neighbours_to_the_bit(models):
     before, after = (examples_of([9, 14, 6], seed) for seed in (1, 2))
     after[1] = before[1]
     with torch.no_grad():
-        rows = [
-            loss(models[collate_packed], collate_packed(examples), chunked)[1] for examples in (before, after)
-        ]
+        rows = [loss(models[collate_packed], collate_packed(examples), chunked)[1] for examples in (before, after)]
     assert torch.equal(rows[0][1], rows[1][1])
     assert rows[0][0] != rows[1][0]
 
