@@ -1,11 +1,12 @@
 """Floor 0. Files and names that survive a power cut, and the disk's refusals in plain words; for `store`, `lease` and `journal`."""
 
 import errno
+import fcntl
+import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import blake3
 
@@ -26,43 +27,93 @@ HINTS = {
 }
 
 
-WRITE_BACK_BYTES = 16 << 20  # handed to the disk while the next ones are hashed, so that the sync at the end is short
+BUFFER_BYTES = 4 << 20  # whole pages; of larger ones the disk is no faster
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
 class HashedFile:
-    """A file under way; what is written passes through the digest, so nothing is read twice."""
+    """A file under way; what is written passes through the digest, so nothing is read twice.
 
-    def __init__(self, raw: BinaryIO):
+    Whole buffers go past the page cache: to copy 1.6 GB into it took 2.3 to 5.1 s of a core (ext4, two cores), which a training beside
+    the save lost; past it 0.1 s. And what is read back then comes from the disk. A file system that cannot do that takes them as usual.
+    """
+
+    def __init__(self, descriptor: int):
         self.bytes = 0
         self.tensors: tuple[TensorRecord, ...] = ()
-        self._raw = raw
-        self._handed_over = 0
+        self._descriptor = descriptor
+        self._buffer = memoryview(
+            mmap.mmap(-1, BUFFER_BYTES)
+        )  # mapped, so it begins with a page, as direct writes must
+        self._filled = 0
         self._blake3 = blake3.blake3()
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while view:  # an unbuffered write may take less than it is given
-            count = self._raw.write(view)
-            self._blake3.update(view[:count])
-            self.bytes += count
+        if not view.nbytes:  # it could not be cast
+            return
+        view = view.cast("B")
+        self._blake3.update(view)
+        self.bytes += len(view)
+        while view:
+            count = min(len(view), BUFFER_BYTES - self._filled)
+            self._buffer[self._filled : self._filled + count] = view[:count]
+            self._filled += count
             view = view[count:]
-        if self.bytes - self._handed_over >= WRITE_BACK_BYTES:
-            # DONTNEED begins to write dirty pages, and drops clean ones only: what is under way stays in memory to be read back
-            os.posix_fadvise(
-                self._raw.fileno(), self._handed_over, self.bytes - self._handed_over, os.POSIX_FADV_DONTNEED
-            )
-            self._handed_over = self.bytes
+            if self._filled == BUFFER_BYTES:
+                self._set_direct(True)
+                self._empty()
+
+    def sync(self) -> None:
+        """Returns when every byte is on the disk."""
+        self._set_direct(False)  # what is left may end anywhere
+        self._empty()
+        os.fsync(self._descriptor)
 
     def digest(self) -> str:
         return f"blake3:{self._blake3.hexdigest()}"
+
+    def _empty(self) -> None:
+        left = self._buffer[: self._filled]
+        while left:  # a write may take less than it is given
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._set_direct(False):
+                    raise
+        self._filled = 0
+
+    def _set_direct(self, is_direct: bool) -> bool:
+        """Whether that changed anything."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        wanted = flags | O_DIRECT if is_direct else flags & ~O_DIRECT
+        if wanted != flags:
+            with suppress(OSError):  # the file system has no such thing
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, wanted)
+                return True
+        return False
 
 
 @contextmanager
 def durable(path: Path) -> Iterator[HashedFile]:
     """A new file, synced before it is closed. It is read-only for everybody within the umask, and only this descriptor writes it."""
-    with open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o444)) as raw:
-        yield HashedFile(raw)
-        os.fsync(raw.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+    try:
+        file = HashedFile(descriptor)
+        yield file
+        file.sync()
+    finally:
+        os.close(descriptor)
+
+
+def open_uncached(path: Path) -> int:
+    """A descriptor whose reads come from the disk, not from the page cache, where the file system can do that."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def replace_file(path: Path, data: bytes) -> None:

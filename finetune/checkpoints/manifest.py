@@ -5,11 +5,13 @@ damaged manifest is never taken for a foreign or a newer one. `docs/` has the ke
 """
 
 import json
+import mmap
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from io import FileIO
 from math import isfinite
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,7 @@ from typing import Literal
 import blake3
 
 from finetune.checkpoints import tensors as safetensors
+from finetune.checkpoints.durable import BUFFER_BYTES, open_uncached
 from finetune.checkpoints.tensors import PIECE_BYTES, TensorRecord
 from finetune.errors import CheckpointError
 
@@ -147,7 +150,7 @@ def read(path: Path) -> Checkpoint:
 def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
     """Everything that is wrong with the checkpoint in a directory; an empty list means it is sound.
 
-    Reads every byte; with `only` the bytes of those files, and of the others names and sizes.
+    Reads every byte; with `only` the bytes of those files, and from the disk itself, and of the others names and sizes.
     """
     try:
         files = read(path).manifest.files
@@ -159,7 +162,10 @@ def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
     damage = []
     for name, record in files.items():
         try:
-            damage += _verify_file(path / name, record, digests=only is None or name in only)
+            if only is None or name in only:
+                damage += _verify_file(path / name, record, _file_digest if only is None else _digest_on_disk)
+            else:
+                damage += _verify_file(path / name, record, None)
         except OSError as error:
             damage.append(Damage("unreadable", name, None, _cannot_be_read(error)))
     return damage + [Damage("extra", name, None, "is not in the manifest") for name in extra]
@@ -173,14 +179,14 @@ def damage_of(error: ManifestError) -> Damage:
     return Damage("manifest" if error.reason == "damaged" else error.reason, MANIFEST, None, error.message)
 
 
-def _verify_file(path: Path, record: FileRecord, *, digests: bool) -> list[Damage]:
+def _verify_file(path: Path, record: FileRecord, digest_of: Callable[[Path], str] | None) -> list[Damage]:
     if not path.is_file():
         return [Damage("missing", path.name, None, "is missing")]
     size = path.stat().st_size
     damage = []
     if size != record.bytes:
         damage = [Damage("size", path.name, None, f"has {size:,} bytes, and was committed with {record.bytes:,}")]
-    if not digests or (not damage and _file_digest(path) == record.digest):
+    if digest_of is None or (not damage and digest_of(path) == record.digest):
         return damage
     for name in safetensors.damaged(path, record.bytes, record.tensors):
         damage.append(Damage("tensor", path.name, name, f"tensor {name} has other bytes than were committed"))
@@ -201,11 +207,20 @@ def is_as_recorded(path: Path, record: FileRecord) -> bool:
 
 def _file_digest(path: Path) -> str:
     # Reading into one warm buffer is faster than mmap (6.6 against 5.8 GB/s a core), and a bad sector is an OSError, not a SIGBUS.
-    digest = blake3.blake3()
-    buffer = memoryview(bytearray(PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+        return _digest_of(file, PIECE_BYTES)
+
+
+def _digest_on_disk(path: Path) -> str:
+    with os.fdopen(open_uncached(path), "rb", buffering=0) as file:
+        return _digest_of(file, BUFFER_BYTES)
+
+
+def _digest_of(file: FileIO, buffer_bytes: int) -> str:
+    digest = blake3.blake3()
+    buffer = memoryview(mmap.mmap(-1, buffer_bytes))  # mapped, so it begins with a page, as uncached reads must
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
     return f"blake3:{digest.hexdigest()}"
 
 

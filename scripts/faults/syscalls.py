@@ -32,12 +32,14 @@ REMOVALS = ("unlink", "unlinkat", "rmdir")
 SAVE = """
 import sys
 from pathlib import Path
+from finetune.checkpoints import durable
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.store import Store
 from finetune.checkpoints.tensors import Tensor
 from finetune.errors import FinetuneError
 from finetune.journal import Journal
 
+durable.BUFFER_BYTES = 4096  # else nothing so small would be written past the page cache
 run = Path(sys.argv[1])
 store = Store(run)
 try:
@@ -46,7 +48,7 @@ try:
     journal.append({"kind": "step", "step": 200})
     journal.sync()
     attempt = store.begin(200, "a2")
-    attempt.write_tensors("model.safetensors", [Tensor("w", "F32", (3, 250), b"1234" * 750)], {"format": "pt"})
+    attempt.write_tensors("model.safetensors", [Tensor("w", "F32", (3, 1250), b"1234" * 3750)], {"format": "pt"})
     attempt.write_tensors("optimizer.safetensors", [Tensor("m", "F32", (250,), b"4321" * 250)], {})
     attempt.write_json("state.json", {"step": 200})
     attempt.link("tokenizer.json", first.path / "tokenizer.json", first.manifest.files["tokenizer.json"])
