@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from finetune.errors import BaseError
+
 PER_ROW = "finetune_per_row"
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # of Gemma 2, GPT-OSS and T5
 
 
 def per_row(
@@ -21,9 +24,15 @@ def per_row(
     dropout: float = 0.0,
     scaling: float | None = None,
     row_bounds: list[int] | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of (1, heads, T, head size) in the rows that `row_bounds` delimits; returns (1, T, heads, head size)."""
+    """Causal attention of (1, heads, T, head size) in the rows that `row_bounds` delimits; returns (1, T, heads, head size).
+
+    BaseError when the model's attention has a part that is unknown here: left out, it would train another model.
+    """
+    if unknown := [name for name in UNKNOWN if others.get(name) is not None]:
+        message, hint = f"its attention takes {unknown[0]}, which packing does not know", "set task.packing: false"
+        raise BaseError(message, where=type(module).__name__, hint=hint)
     bounds = row_bounds or [0, query.shape[2]]
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     # split, not slices: the gradient of a slice is a zero tensor of the whole length, once for every row

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.model.attention import per_row
+from finetune.errors import BaseError
+from finetune.model.attention import PER_ROW, per_row
 
 BOUNDS = [0, 3, 4, 9, 16]
 
@@ -61,3 +62,16 @@ def test_dropout_acts():
     dropped, _ = per_row(torch.nn.Module(), *inputs, None, dropout=0.5, row_bounds=BOUNDS)
     whole, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=BOUNDS)
     assert not torch.allclose(dropped, whole)
+
+
+def test_a_base_whose_attention_has_a_part_that_is_unknown_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model.set_attn_implementation(PER_ROW)
+    with pytest.raises(BaseError) as caught:
+        model(input_ids=torch.arange(3, 11)[None], use_cache=False)
+    assert str(caught.value) == (
+        "Gemma2Attention: its attention takes softcap, which packing does not know\nhint: set task.packing: false"
+    )
