@@ -1,6 +1,5 @@
 """Floor 0. The nouns between `tasks`, which make examples of rows, and `data`, which stores, arranges and batches them."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,18 +18,20 @@ class Example(NamedTuple):
 
 
 class Encoded:
-    """Examples of one source, memory-mapped.
+    """Examples of one source, memory-mapped: 5 bytes a token and 24 an example on the disk, none in memory but what is in use.
 
-    Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example (int64): `rows` (the row it came from),
-    `targets` (tokens its loss is summed over) and `cut_tokens`; `offsets` has one entry more.
+    Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example: `rows` (int64, the row it came from), `targets`
+    (int32, tokens its loss is summed over) and `cut_tokens` (int32); `offsets` (int64) has one entry more. `left_out_rows` (int64)
+    have no example.
     """
 
     def __init__(self, directory: Path):
-        self.tokens, self.supervised, self.offsets, self.rows, self.targets, self.cut_tokens = (
-            np.load(directory / f"{name}.npy", mmap_mode="r")
-            for name in ("tokens", "supervised", "offsets", "rows", "targets", "cut_tokens")
-        )
-        self.left_out_rows = json.loads((directory / "left_out.json").read_text())
+        def mapped(name: str) -> np.ndarray:
+            return np.load(directory / f"{name}.npy", mmap_mode="r")
+
+        self.tokens, self.supervised, self.offsets = mapped("tokens"), mapped("supervised"), mapped("offsets")
+        self.rows, self.targets, self.cut_tokens = mapped("rows"), mapped("targets"), mapped("cut_tokens")
+        self.left_out_rows = mapped("left_out")
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -5,26 +5,32 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from finetune import memory
 from finetune.contract import differences
 from finetune.data.batches import Examples
-from finetune.data.encode import Encoder, encode
-from finetune.data.source import open_source, pin_dataset
+from finetune.data.encode import Encoder, Work, encode
+from finetune.data.source import open_source, pin_dataset, reopen_source
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
 from finetune.example import Encoded
 from finetune.model import adapter, base
 from finetune.order import permute
 from finetune.plan import Counts, PinnedBase, PinnedSource, Plan, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Recipe, Source, count_of
+from finetune.recipe.schema import ChatTask, Recipe, Source, TextTask, count_of
 from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of
+
+PIECE = 1 << 20  # rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Resolved:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     holdout: Examples
+    micro_batch_tokens: int
+    """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
 
 
 def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
@@ -54,7 +62,7 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(source, pin, encoder, encoding)
+            _read(source, pin, encoder, encoding, partial(_reopened, directory, recipe.task))
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -94,13 +102,20 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
-    return Resolved(plan, directory, tokenizer, train, holdout)
-
-
-def micro_batch_tokens(recipe: Recipe) -> int:
-    """Tokens of a micro-batch: as the recipe says, else twice the longest example, at least 1,024."""
     named = recipe.train.micro_batch_tokens
-    return named if isinstance(named, int) else max(1024, 2 * recipe.task.max_length)
+    if named == "auto":
+        named = memory.micro_batch_tokens(plan, memory.shape_of(config), device())
+    return Resolved(plan, directory, tokenizer, train, holdout, named)
+
+
+def device() -> memory.Device:
+    """What this process trains on. Its whole memory, not what is free now: `plan`, `train` and all ranks must see the same."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.accelerator.is_available():
+        total = torch.accelerator.get_memory_info()[1]
+        return memory.Device(total, is_gpu=True, world_size=world_size)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return memory.Device(memory.machine_bytes() // beside, world_size=world_size)
 
 
 def _refuse_change(earlier: Plan, plan: Plan) -> None:
@@ -166,13 +181,21 @@ def encoding_digest(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokeni
 
 
 def _read(
-    source: Source, earlier: PinnedSource | None, encoder: Encoder, encoding: str
+    source: Source, earlier: PinnedSource | None, encoder: Encoder, encoding: str, reopen: Callable[..., Work]
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     rows = open_source(source, revision)
     pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     columns = repr(sorted(source.columns.items()))
-    return pin, encode(rows, rows.where, encoder, rows.fingerprint, columns, encoding)
+    again = partial(reopen, source, pin)
+    return pin, encode(rows, rows.where, encoder, rows.fingerprint, columns, encoding, reopen=again)
+
+
+def _reopened(directory: Path, task: ChatTask | TextTask, source: Source, pin: PinnedSource) -> Work:
+    """What encodes a source, made anew in a worker process."""
+    tokenizer = base.load_tokenizer(directory)
+    rows = reopen_source(source, pin.revision, pin.fingerprint)
+    return Work(rows, rows.where, TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer)))
 
 
 def _held_out(recipe: Recipe, rows: int) -> np.ndarray:
@@ -194,9 +217,8 @@ def _select(
     firsts = np.cumsum([0, *rows])
     parts, left_out = [], 0
     for source, first in zip(encoded, firsts, strict=False):
-        chosen = np.flatnonzero(np.isin(source.rows + first, held_out) == is_kept)
-        parts.append((source, chosen, int(first)))
-        left_out += int((np.isin(np.array(source.left_out_rows, dtype=np.int64) + first, held_out) == is_kept).sum())
+        parts.append((source, _chosen(source.rows, first, held_out, is_kept), int(first)))
+        left_out += len(_chosen(source.left_out_rows, first, held_out, is_kept))
     examples = Examples(parts)
     counts = Counts(
         rows=len(held_out) if is_kept else sum(rows) - len(held_out),
@@ -209,6 +231,16 @@ def _select(
         longest=int(examples.lengths.max(initial=0)),
     )
     return examples, counts
+
+
+def _chosen(rows: np.ndarray, first: int, held_out: np.ndarray, is_kept: bool) -> np.ndarray:
+    """Which of the mapped `rows` are (or are not) among `held_out`; a piece at a time, so that it takes 4 bytes a row, not 60."""
+    dtype = np.int32 if len(rows) < 2**31 else np.int64
+    pieces = [
+        (start + np.flatnonzero(np.isin(rows[start : start + PIECE] + first, held_out) == is_kept)).astype(dtype)
+        for start in range(0, len(rows), PIECE)
+    ]
+    return np.concatenate([np.zeros(0, dtype), *pieces])
 
 
 def _count_parameters(loaded: LoadedRecipe, directory: Path) -> tuple[int, int]:

@@ -5,12 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-import yaml
 
 from finetune.errors import BaseError, DataError, RecipeError, RunError
+from finetune.memory import CPU_TOKENS
 from finetune.recipe.load import load
-from finetune.recipe.schema import Recipe
-from finetune.resolve import micro_batch_tokens, resolve
+from finetune.resolve import resolve
 
 
 def chat(question, answer):
@@ -264,11 +263,14 @@ def test_a_base_that_was_edited_since_the_start_is_refused(recipe_file, tiny_bas
     )
 
 
-def test_a_micro_batch_is_as_the_recipe_says_or_twice_the_longest_example(recipe_file):
-    def tokens(max_length, **train):
-        recipe = yaml.safe_load(
-            recipe_file(task={"name": "chat", "max_length": max_length}, train={"steps": 1, **train}).read_text()
-        )
-        return micro_batch_tokens(Recipe.model_validate(recipe))
+def test_a_micro_batch_is_as_the_recipe_says_or_the_longest_example_doubled_while_it_is_of_use(recipe_file):
+    def resolved(**train):
+        return resolve(load(recipe_file(train={"steps": 1, **train})))
 
-    assert tokens(64) == 1024 and tokens(2000) == 4000 and tokens(64, micro_batch_tokens=100) == 100
+    assert resolved(micro_batch_tokens=100).micro_batch_tokens == 100
+    automatic = resolved(batch_size=6)
+    longest = automatic.plan.counts.longest
+    assert automatic.micro_batch_tokens == 8 * longest  # the next power of two over the six rows of a step
+    assert resolved(batch_size=1).micro_batch_tokens == longest
+    assert 1024 < resolved(batch_size=1000).micro_batch_tokens <= CPU_TOKENS
+    assert resolved(batch_size=6).plan.plan_id == resolved(batch_size=6, micro_batch_tokens=100).plan.plan_id

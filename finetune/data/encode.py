@@ -1,64 +1,235 @@
 """Floor 1. Rows to cached examples: encoded once, kept as memory-mapped arrays, keyed by content.
 
-`resolve` calls `encode` with the rows of a source and the encoder of a task; `batches` reads what it returns.
+`resolve` calls `encode` with the rows of a source and the encoder of a task; `batches` reads what it returns. Memory does not grow with
+the source: a shard of rows at a time is encoded, by worker processes where there are many, and the shards are joined on the disk.
 """
 
-import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
+from typing import BinaryIO
 
 import blake3
 import numpy as np
 
 from finetune import cache
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
 
-VERSION = 1  # of the format below; part of every key
-ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads, small enough for memory
+VERSION = 2  # of the format below; part of every key
+SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
+PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seconds to start
+MOST_WORKERS = 16  # of a quarter of a GiB each
+ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads
+CHARACTERS_AT_ONCE = 4 << 20  # and small enough for memory, at some 100 bytes a character on the way
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 # rows and their places in, the examples of each row out
 Encoder = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
 
-def encode(rows: Sequence[dict], where: Callable[[int], str], encoder: Encoder, *key: str) -> Encoded:
+@dataclass(frozen=True)
+class Work:
+    """What encodes a source."""
+
+    rows: Sequence[dict]
+    where: Callable[[int], str]
+    encoder: Encoder
+
+
+def encode(
+    rows: Sequence[dict],
+    where: Callable[[int], str],
+    encoder: Encoder,
+    *key: str,
+    reopen: Callable[[], Work] | None = None,
+) -> Encoded:
     """The examples of `rows`, from the cache when the same content was encoded with the same settings before.
 
     `key` names the content of the rows and the settings of the encoder. A row whose supervised tokens were all cut off
-    is left out and counted; a row that has none to begin with is an error of the encoder's.
+    is left out and counted; a row that has none to begin with is an error of the encoder's. `reopen` makes the same work in another
+    process, where there are rows enough for several; the result is the same to the byte.
     """
     digest = blake3.blake3("\n".join([str(VERSION), *key]).encode()).hexdigest()[:32]
-    return Encoded(cache.built("encoded", digest, lambda directory: _write(directory, rows, where, encoder)))
+    work = Work(rows, where, encoder)
+    return Encoded(cache.built("encoded", digest, lambda directory: _join(directory, _encode(directory, work, reopen))))
 
 
-def _write(directory: Path, rows: Sequence[dict], where: Callable[[int], str], encoder: Encoder) -> None:
-    lengths, row_ids, targets, cut_tokens, left_out = [], [], [], [], []
+def workers() -> int:
+    """As many processes as this one may use cores, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if CPU_QUOTA.exists():
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = cores if quota == "max" else min(cores, -(-int(quota) // int(period)))
+    return min(cores, MOST_WORKERS)
+
+
+def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> list[Path]:
+    """The shards of a source in `directory`, in order; those that an earlier build finished are taken as they are."""
+    count = len(work.rows)
+    if count <= SHARD_ROWS:
+        alone = directory / "shard"
+        alone.mkdir()
+        _write_shard(alone, work, range(count))
+        shards = [alone]
+    else:
+        ranges = [range(count)[first : first + SHARD_ROWS] for first in range(0, count, SHARD_ROWS)]
+        try:
+            if reopen and count >= PARALLEL_ROWS and workers() > 1:
+                shards = _in_parallel(directory, ranges, reopen)
+            else:
+                shards = [_shard(directory, work, ids) for ids in ranges]
+        except DataError:  # the rows have to change, and their key with them
+            for shard in directory.iterdir():
+                shutil.rmtree(shard, ignore_errors=True)
+            raise
+    if not any(_examples(shard).size for shard in shards):
+        message, hint = (
+            "no row has a supervised token within task.max_length",
+            "raise task.max_length, or look at the rows",
+        )
+        raise DataError(message, where=work.where(0), hint=hint)
+    return shards
+
+
+def _shard(directory: Path, work: Work, ids: range) -> Path:
+    return cache.part(directory, f"rows-{ids.start}-{ids.stop}", partial(_write_shard, work=work, ids=ids))
+
+
+def _in_parallel(directory: Path, ranges: Sequence[range], reopen: Callable[[], Work]) -> list[Path]:
+    """Spawned, not forked: the threads of torch and of the tokenizer would be missing in a fork, with their locks held."""
+    count = min(workers(), len(ranges))
+    print(f"encoding {ranges[-1].stop:,} rows in {count} processes, once", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (reopen,)) as pool:
+        shards = [pool.submit(_shard_in_worker, directory, ids) for ids in ranges]
+        try:
+            return [shard.result() for shard in shards]  # in order, so the first bad row is the one that is told
+        except BrokenProcessPool as error:
+            message, hint = (
+                "a process that encoded rows was killed",
+                "free some memory and run again: it goes on from there",
+            )
+            raise FinetuneError(message, hint=hint) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work: list[Work] = []  # in a worker process: the one it has
+
+
+def _start_worker(reopen: Callable[[], Work]) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
+    _work.append(reopen())
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)  # the parent was killed, and the executor would wait for it
+
+
+def _shard_in_worker(directory: Path, ids: range) -> Path:
+    return _shard(directory, _work[0], ids)
+
+
+def _write_shard(directory: Path, work: Work, ids: range) -> None:
+    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), and `examples.npy`: length, row, targets and cut tokens of each."""
+    examples, left_out = [], []
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            ids = range(first, min(first + ROWS_AT_ONCE, len(rows)))
-            encoded = encoder([rows[row] for row in ids], [where(row) for row in ids])
-            for row, examples in zip(ids, encoded, strict=True):
-                kept = [example for example in examples if example.supervised[1:].any()]
+        for some, rows in _calls(work.rows, ids):
+            for row, encoded in zip(some, _encoded(work, some, rows), strict=True):
+                kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
                     left_out.append(row)
                 for example in kept:
                     tokens.write(example.tokens.astype(np.int32).tobytes())
                     supervised.write(example.supervised.astype(bool).tobytes())
-                    lengths.append(len(example.tokens))
-                    row_ids.append(row)
-                    targets.append(int(example.supervised[1:].sum()))
-                    cut_tokens.append(example.cut_tokens)
-    if not lengths:
-        raise DataError(
-            "no row has a supervised token within task.max_length",
-            where=where(0),
-            hint="raise task.max_length, or look at the rows",
-        )
-    np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    for name, values in (("rows", row_ids), ("targets", targets), ("cut_tokens", cut_tokens)):
-        np.save(directory / f"{name}.npy", np.array(values, dtype=np.int64))
-    (directory / "left_out.json").write_text(json.dumps(left_out))
+                    targets = int(example.supervised[1:].sum())
+                    examples.append((len(example.tokens), row, targets, example.cut_tokens))
+    np.save(directory / "examples.npy", np.array(examples, dtype=np.int64).reshape(-1, 4))
+    np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
+
+
+def _calls(rows: Sequence[dict], ids: range) -> Iterator[tuple[range, list[dict]]]:
+    """The rows that the encoder is given at once."""
+    some, characters, first = [], 0, ids.start
+    for row in ids:
+        some.append(rows[row])
+        characters += _characters(some[-1])
+        if len(some) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE or row == ids[-1]:
+            yield range(first, row + 1), some
+            some, characters, first = [], 0, row + 1
+
+
+def _characters(value: object) -> int:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return len(value) if isinstance(value, str) else 1
+    return sum(map(_characters, value))
+
+
+def _encoded(work: Work, ids: range, rows: list[dict]) -> list[list[Example]]:
+    places = [work.where(row) for row in ids]
+    try:
+        return work.encoder(rows, places)
+    except DataError:
+        for row, place in zip(rows, places, strict=True):  # the first bad row, whichever was found first
+            work.encoder([row], [place])
+        raise
+
+
+def _examples(shard: Path) -> np.ndarray:
+    return np.load(shard / "examples.npy", mmap_mode="r")
+
+
+def _join(directory: Path, shards: Sequence[Path]) -> None:
+    """The files of `Encoded` from those of its shards, one shard in memory at a time."""
+    sizes = np.array([len(_examples(shard)) for shard in shards])
     for name, dtype in (("tokens", np.int32), ("supervised", np.bool_)):
-        raw = directory / f"{name}.raw"
-        np.save(directory / f"{name}.npy", np.memmap(raw, dtype=dtype, mode="r"))
-        raw.unlink()
+        raw = [shard / f"{name}.raw" for shard in shards]
+        with _array(directory / f"{name}.npy", dtype, sum(file.stat().st_size for file in raw)) as array:
+            for file in raw:
+                with file.open("rb") as stream:
+                    shutil.copyfileobj(stream, array, 1 << 20)
+    for column, name, dtype in ((1, "rows", np.int64), (2, "targets", np.int32), (3, "cut_tokens", np.int32)):
+        _write(directory / f"{name}.npy", dtype, sizes.sum(), (_examples(shard)[:, column] for shard in shards))
+    _write(directory / "offsets.npy", np.int64, sizes.sum() + 1, _offsets(shards))
+    left_out = [np.load(shard / "left_out.npy") for shard in shards]
+    np.save(directory / "left_out.npy", np.concatenate(left_out))
+
+
+def _offsets(shards: Sequence[Path]) -> Iterator[np.ndarray]:
+    last = np.zeros(1, dtype=np.int64)
+    yield last
+    for shard in shards:
+        ends = last[-1] + np.cumsum(_examples(shard)[:, 0])
+        last = ends if len(ends) else last
+        yield ends
+
+
+def _write(path: Path, dtype: type, count: int, pieces: Iterable[np.ndarray]) -> None:
+    with _array(path, dtype, int(count) * np.dtype(dtype).itemsize) as array:
+        for piece in pieces:
+            array.write(piece.astype(dtype).tobytes())
+
+
+@contextmanager
+def _array(path: Path, dtype: type, size: int) -> Iterator[BinaryIO]:
+    """A flat .npy file of so many bytes: its head, for the caller to write the rest."""
+    shape = (size // np.dtype(dtype).itemsize,)
+    head = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        yield file
