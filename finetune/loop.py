@@ -80,15 +80,14 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes =
     total = int(examples.targets[ids].sum())
     row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
     micro_batches = batches.of(ids)
-    for micro_batch in micro_batches:
+    for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
         torch.manual_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
-        is_last = micro_batch is micro_batches[-1]
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
-            loss_sum, rows = state.objective(_to(micro_batch.inputs, accelerator.device))
+        with contextlib.nullcontext() if turn == len(micro_batches) else accelerator.no_sync(state.objective):
+            loss_sum, rows = state.objective(micro_batch.inputs)
             # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
             accelerator.backward(loss_sum * (0.0 if micro_batch.is_idle else accelerator.num_processes / total))
         if not micro_batch.is_idle:
-            row_sums[micro_batch.indices] = rows.detach().double()
+            row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
     row_sums = accelerator.reduce(row_sums, "sum")
     norm = _grad_norm(state.trainable.values())
     *sums, grad_norm = torch.cat([row_sums, norm.detach().double().reshape(1)]).tolist()  # the one read of the device
@@ -164,11 +163,11 @@ def evaluate(
                 return None
             ids = np.arange(first, min(first + EVALUATED_AT_ONCE, len(examples)))
             row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
-            for micro_batch in batches.of(ids):
+            for micro_batch in batches.of(ids).on(accelerator.device):
                 with torch.inference_mode():
-                    _, rows = objective(_to(micro_batch.inputs, accelerator.device))
+                    _, rows = objective(micro_batch.inputs)
                 if not micro_batch.is_idle:
-                    row_sums[micro_batch.indices] = rows.double()
+                    row_sums.index_copy_(0, micro_batch.places, rows.double())
             sums += accelerator.reduce(row_sums, "sum").tolist()
     finally:
         objective.train()
@@ -181,12 +180,6 @@ def agree(accelerator: Accelerator, wishes: Wishes) -> Wishes:
         return wishes
     counts = torch.tensor(wishes, dtype=torch.int32, device=accelerator.device)
     return Wishes(*(count > 0 for count in accelerator.reduce(counts, "sum").tolist()))
-
-
-def _to(inputs: object, device: torch.device) -> object:
-    if isinstance(inputs, dict):
-        return {name: _to(value, device) for name, value in inputs.items()}
-    return inputs.to(device, non_blocking=True) if isinstance(inputs, torch.Tensor) else inputs
 
 
 def _not_finite(step: int, loss: float, grad_norm: float, rows: np.ndarray, row_losses: list[float]) -> NotFiniteError:

@@ -36,7 +36,7 @@ class Opened:
         self.plan = self.resolved.plan
         self.base = base.directory(self.plan.recipe.base, self.plan.base)
         self.state = build(self.plan, self.base, start_accelerator(loaded.recipe.train))
-        self.batches = batches_of(self.plan, self.resolved.train, self.state.accelerator)
+        self.batches = batches_of(self.resolved, self.resolved.train, self.state.accelerator)
         self.gradients = []
         """The gradients that each update used, clipped."""
         self.state.optimizer.optimizer.register_step_pre_hook(self._record)

@@ -4,28 +4,36 @@
 arrange and how to collate are passed in, so nothing here knows packing or tasks. `loop` is the caller.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from finetune.example import Encoded, Example
 
+PIECE = 1 << 20  # examples
+
 
 class Examples:
-    """The examples of all sources that are trained on, or all that are held out; ids count through the sources."""
+    """The examples of all sources that are trained on, or all that are held out; ids count through the sources.
+
+    In memory are 24 bytes an example: its place in its source, and the four columns here.
+    """
 
     def __init__(self, parts: Sequence[tuple[Encoded, np.ndarray, int]]):
         """Each part: the examples of a source, which of them count, and the number of its first row among all rows."""
         self._parts = parts
         self.sizes = tuple(len(chosen) for _, chosen, _ in parts)
         self._firsts = np.cumsum([0, *self.sizes])
-        self.rows = _joined(parts, lambda encoded, chosen, first_row: encoded.rows[chosen] + first_row)
+        self.rows = _joined(parts, np.int64, lambda encoded, some, first_row: encoded.rows[some] + first_row)
         """Row of each example, counted through the sources."""
-        self.lengths = _joined(parts, lambda encoded, chosen, _: np.diff(encoded.offsets)[chosen])
-        self.targets = _joined(parts, lambda encoded, chosen, _: encoded.targets[chosen])
+        self.lengths = _joined(
+            parts, np.int32, lambda encoded, some, _: encoded.offsets[some + 1] - encoded.offsets[some]
+        )
+        self.targets = _joined(parts, np.int32, lambda encoded, some, _: encoded.targets[some])
         """Supervised tokens of each example."""
-        self.cut_tokens = _joined(parts, lambda encoded, chosen, _: encoded.cut_tokens[chosen])
+        self.cut_tokens = _joined(parts, np.int32, lambda encoded, some, _: encoded.cut_tokens[some])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,8 +44,15 @@ class Examples:
         return encoded[chosen[example - self._firsts[part]]]
 
 
-def _joined(parts: Sequence[tuple[Encoded, np.ndarray, int]], column: Callable) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(column(*part) for part in parts)])
+def _joined(parts: Sequence[tuple[Encoded, np.ndarray, int]], dtype: type, column: Callable) -> np.ndarray:
+    """A column of the chosen examples of all parts, read a piece at a time."""
+    joined, place = np.empty(sum(len(chosen) for _, chosen, _ in parts), dtype), 0
+    for encoded, chosen, first_row in parts:
+        for start in range(0, len(chosen), PIECE):
+            some = chosen[start : start + PIECE]
+            joined[place : place + len(some)] = column(encoded, some, first_row)
+            place += len(some)
+    return joined
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,8 @@ class MicroBatch:
     is_idle: bool
     """It repeats another rank's work with weight 0, so that all ranks run equally many."""
     inputs: dict
+    places: torch.Tensor
+    """`indices` as int64, which travels with the inputs: a list would have the device wait for the host."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,62 @@ class Batches:
     rank: int = 0
     world_size: int = 1
 
-    def of(self, ids: np.ndarray) -> list[MicroBatch]:
+    def of(self, ids: np.ndarray) -> "MicroBatches":
         """The micro-batches of these examples that this rank runs: slots rank, rank + world size, and so on."""
         slots = self.arrange(self.examples.lengths[ids].tolist(), self.budget)
-        rounds = -(-len(slots) // self.world_size)
-        return [self._micro_batch(ids, slots, self.rank + turn * self.world_size) for turn in range(rounds)]
+        return MicroBatches(self, ids, slots)
 
-    def _micro_batch(self, ids: np.ndarray, slots: list[list[int]], slot: int) -> MicroBatch:
+    def collated(self, ids: np.ndarray, slots: list[list[int]], slot: int) -> MicroBatch:
         is_idle = slot >= len(slots)
         indices = slots[0 if is_idle else slot]
-        return MicroBatch(slot, indices, is_idle, self.collate([self.examples[int(ids[index])] for index in indices]))
+        inputs = self.collate([self.examples[int(ids[index])] for index in indices])
+        return MicroBatch(slot, indices, is_idle, inputs, torch.tensor(indices, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class MicroBatches(Sequence):
+    """Arranged, but each collated only when it is asked for: a large step is never held as a whole."""
+
+    batches: Batches
+    ids: np.ndarray
+    slots: list[list[int]]
+    """Of all ranks."""
+
+    def __len__(self) -> int:
+        return -(-len(self.slots) // self.batches.world_size)
+
+    def __getitem__(self, turn: int) -> MicroBatch:
+        if not 0 <= turn < len(self):
+            raise IndexError(turn)
+        return self.batches.collated(self.ids, self.slots, self.batches.rank + turn * self.batches.world_size)
+
+    def on(self, device: torch.device) -> Iterator[MicroBatch]:
+        """Each with its tensors on the device, in turn.
+
+        A GPU is handed its work in advance, so while it computes one, the host collates the next and copies it from pinned
+        memory, on a stream beside the one that computes. A CPU reads the tensors as they are. Never run on a GPU.
+        """
+        if device.type != "cuda":
+            for micro_batch in self:
+                yield replace(micro_batch, **_moved(_tensors_of(micro_batch), lambda tensor: tensor.to(device)))
+            return
+        copying, computing = torch.Stream(device), torch.accelerator.current_stream(device)
+        for micro_batch in self:
+            with copying:
+                moved = _moved(
+                    _tensors_of(micro_batch), lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
+                )
+            computing.wait_stream(copying)
+            _moved(moved, lambda tensor: tensor.record_stream(computing))  # else its memory is reused too early
+            yield replace(micro_batch, **moved)
+
+
+def _tensors_of(micro_batch: MicroBatch) -> dict:
+    return {"inputs": micro_batch.inputs, "places": micro_batch.places}
+
+
+def _moved(value: object, move: Callable[[torch.Tensor], object]) -> object:
+    """What `move` makes of each tensor in nested dictionaries; everything else stays as it is."""
+    if isinstance(value, dict):
+        return {name: _moved(each, move) for name, each in value.items()}
+    return move(value) if isinstance(value, torch.Tensor) else value

@@ -4,6 +4,7 @@ Order alone chooses the examples of a step; this only arranges them, so packing 
 A micro-batch is a list of indices into the step; its place in the list is its slot, the same for every world size.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 
@@ -13,16 +14,18 @@ def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
     `budget` is in tokens; an example longer than the budget gets a micro-batch of its own.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[
+        tuple[int, int]
+    ] = []  # (tokens left, bin), sorted: the first that fits is the fullest, and of equals the oldest
     for index in _longest_first(lengths):
-        fitting = [number for number, left in enumerate(room) if left >= lengths[index]]
-        if fitting:
-            number = min(fitting, key=lambda fit: (room[fit], fit))
+        place = bisect_left(rooms, (lengths[index],))
+        if place < len(rooms):
+            left, number = rooms.pop(place)
             bins[number].append(index)
-            room[number] -= lengths[index]
         else:
+            left, number = budget, len(bins)
             bins.append([index])
-            room.append(budget - lengths[index])
+        insort(rooms, (left - lengths[index], number))
     return bins
 
 
@@ -38,4 +41,4 @@ def padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # equal ones stay in their order

@@ -1,18 +1,33 @@
 """Floor 1. Attention within each row of a packed sequence: exact isolation, and no work on the blocks between rows.
 
-Registered with transformers under `PER_ROW`; `state` chooses it when the plan packs. A dense block-diagonal mask gives
-the same result and costs 2 to 4 times as much on a CPU, because masked blocks are computed all the same.
+Registered with transformers under `PER_ROW`; `state` chooses it when the plan packs. Which kernel runs depends on device,
+precision and model alone, never on what else is installed, so that a plan is computed in one way (docs/gpu.md).
 """
+
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from finetune.errors import BaseError
 
 PER_ROW = "finetune_per_row"
-UNKNOWN = ("softcap", "s_aux", "position_bias")  # of Gemma 2, GPT-OSS and T5
+KERNEL_HEAD_SIZE = 256  # the largest of FlashAttention
+
+
+class Shape(NamedTuple):
+    """What a model asks of attention beside causality."""
+
+    scale: float
+    dropout: float
+    window: int | None
+    """A token sees itself and so many less one before it."""
+    cap: float | None
+    """Scores become cap * tanh(score / cap)."""
 
 
 def per_row(
@@ -24,32 +39,112 @@ def per_row(
     dropout: float = 0.0,
     scaling: float | None = None,
     row_bounds: list[int] | None = None,
+    cu_seq_lens: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of (1, heads, T, head size) in the rows that `row_bounds` delimits; returns (1, T, heads, head size).
+    """Causal attention of (B, heads, T, head size) in the rows that `row_bounds` delimits; returns (B, T, heads, head size).
 
-    BaseError when the model's attention has a part that is unknown here: left out, it would train another model.
+    `cu_seq_lens` is `row_bounds` as int32 on the device, for the kernel that reads it there. Without bounds each sequence
+    is one row. BaseError when the model's attention has a part that is unknown here.
     """
-    if unknown := [name for name in UNKNOWN if others.get(name) is not None]:
+    if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
         message, hint = f"its attention takes {unknown[0]}, which packing does not know", "set task.packing: false"
         raise BaseError(message, where=type(module).__name__, hint=hint)
-    bounds = row_bounds or [0, query.shape[2]]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shape = Shape(scale, dropout, sliding_window, softcap)
+    if cu_seq_lens is not None and (dtype := _kernel_type(query, value, shape)):
+        longest = max(end - start for start, end in zip(row_bounds[:-1], row_bounds[1:], strict=True))
+        tensors = [_flat(tensor, dtype) for tensor in (query, key, value)]
+        output = _in_one_call(*tensors, cu_seq_lens, longest, shape)
+        return output[None, ..., : value.shape[-1]], None
+    return _row_by_row(query, key, value, row_bounds or [0, query.shape[2]], shape), None
+
+
+def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | None:
+    """The type in which one variable-length kernel computes all rows; None where there is no such kernel."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    has_kernel = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fits = shape.cap is None and not shape.dropout and max(query.shape[-1], value.shape[-1]) <= KERNEL_HEAD_SIZE
+    return dtype if has_kernel and fits else None
+
+
+def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1, heads, T, size) as the (T, heads, size) of the kernel."""
+    return tensor[0].transpose(0, 1).to(dtype)
+
+
+def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, longest: int, shape: Shape) -> Tensor:
+    """(T, heads, size) by torch's variable-length FlashAttention; sizes are filled up with zeros to a multiple of 8, which it needs."""
+    size = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
+    query, key, value = (
+        tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
+        for tensor in (query, key, value)
+    )
+    window = (-1, 0) if shape.window is None else (shape.window - 1, 0)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=shape.scale,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], shape: Shape) -> Tensor:
+    """A call for each run of rows of one length, which packing puts side by side: many short rows are then few calls."""
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    runs = [(length, len(list(rows))) for length, rows in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
     # split, not slices: the gradient of a slice is a zero tensor of the whole length, once for every row
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    rows = [
-        F.scaled_dot_product_attention(
-            row_query,
-            row_key,
-            row_value,
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        for row_query, row_key, row_value in parts
+    parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        _attend(*(part.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for part in run_parts), shape)
+        .unflatten(0, (len(query), count))
+        .flatten(1, 2)
+        for (length, count), run_parts in zip(runs, parts, strict=True)
     ]
-    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).contiguous()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+    """(rows, heads, length, size), all rows of one length -> (rows, length, heads, size)."""
+    length = query.shape[2]
+    is_cut = shape.window is not None and length > shape.window
+    if shape.cap is not None:
+        return _capped(query, key, value, _mask(length, shape.window, query.device), shape).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=_mask(length, shape.window, query.device) if is_cut else None,
+        is_causal=not is_cut,
+        scale=shape.scale,
+        dropout_p=shape.dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)
+
+
+def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (columns) a query (row) sees."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape) -> Tensor:
+    """Attention with soft-capped scores, which no kernel of torch has: all scores of a row are held."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / shape.cap)) * shape.cap
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return F.dropout(weights, shape.dropout) @ value
 
 
 AttentionInterface.register(PER_ROW, per_row)

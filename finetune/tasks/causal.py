@@ -18,12 +18,17 @@ TokenLosses = Callable[[torch.nn.Module, dict, Tensor, Tensor], tuple[Tensor, Te
 
 
 def collate_packed(examples: Sequence[Example]) -> dict:
-    """One sequence; positions restart with every row, and `row_bounds` tells attention where rows begin and end."""
+    """One sequence; positions restart with every row, and `row_bounds` and `cu_seq_lens` tell attention where rows begin."""
     lengths = [len(example.tokens) for example in examples]
     bounds = [0, *np.cumsum(lengths).tolist()]
     positions = np.concatenate([np.arange(length) for length in lengths])
     tokens = np.concatenate([example.tokens for example in examples])
-    model_inputs = {"input_ids": _tensor(tokens)[None], "position_ids": _tensor(positions)[None], "row_bounds": bounds}
+    model_inputs = {
+        "input_ids": _tensor(tokens)[None],
+        "position_ids": _tensor(positions)[None],
+        "row_bounds": bounds,  # for the host: to read them from a device would wait for it
+        "cu_seq_lens": torch.tensor(bounds, dtype=torch.int32),
+    }
     return {"model_inputs": model_inputs, **_supervised(examples, tokens, bounds[:-1])}
 
 

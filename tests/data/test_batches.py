@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,3 +105,35 @@ def test_a_source_of_which_nothing_is_chosen_takes_no_place():
     assert [len(examples[index].tokens) for index in range(2)] == [3, 5]
     assert examples.rows.tolist() == [1, 3]
     assert len(Examples([])) == 0
+
+
+def test_a_micro_batch_is_collated_only_when_its_turn_comes():
+    collated = []
+    step = Batches(
+        Examples([all_of(Source([20] * 5))]),
+        packed,
+        collate=lambda examples: collated.append(len(examples)) or {"tokens": torch.ones(1)},
+        budget=20,
+    ).of(np.arange(5))
+    assert len(step) == 5 and not collated
+    for turn, micro_batch in enumerate(step.on(torch.device("cpu")), 1):
+        assert len(collated) == turn and micro_batch.slot == turn - 1
+
+
+def test_tensors_are_moved_to_the_device_and_nothing_else_is():
+    step = Batches(
+        Examples([all_of(Source([4, 3]))]),
+        packed,
+        collate=lambda examples: {"model_inputs": {"ids": torch.ones(7), "row_bounds": [0, 4, 7]}},
+        budget=20,
+    ).of(np.arange(2))
+    [micro_batch] = step.on(torch.device("meta"))
+    assert micro_batch.inputs["model_inputs"]["ids"].device.type == micro_batch.places.device.type == "meta"
+    assert micro_batch.inputs["model_inputs"]["row_bounds"] == [0, 4, 7]
+    assert step[0].places.tolist() == step[0].indices == [0, 1]
+
+
+def test_there_is_no_micro_batch_beyond_the_last():
+    step = batches([5, 5]).of(np.arange(2))
+    with pytest.raises(IndexError):
+        step[len(step)]

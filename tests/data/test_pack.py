@@ -60,3 +60,23 @@ def test_packing_fills_what_padding_leaves_empty():
 @pytest.mark.parametrize("arrange", [packed, padded])
 def test_no_examples_make_no_micro_batch(arrange):
     assert arrange([], 100) == []
+
+
+def by_definition(lengths, budget):
+    """Best-fit decreasing as it is defined: each into the fullest micro-batch with room, of equally full ones the first."""
+    slots, room = [], []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fitting = [number for number, left in enumerate(room) if left >= lengths[index]]
+        number = min(fitting, key=lambda fit: (room[fit], fit), default=len(slots))
+        if number == len(slots):
+            slots.append([])
+            room.append(budget)
+        slots[number].append(index)
+        room[number] -= lengths[index]
+    return slots
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 100), max_size=200), st.integers(1, 300))
+def test_packing_is_best_fit_decreasing(lengths, budget):
+    assert packed(lengths, budget) == by_definition(lengths, budget)

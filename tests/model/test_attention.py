@@ -64,14 +64,71 @@ def test_dropout_acts():
     assert not torch.allclose(dropped, whole)
 
 
-def test_a_base_whose_attention_has_a_part_that_is_unknown_is_refused():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_short_rows_of_one_length_are_one_call_and_give_the_same(monkeypatch):
+    inputs, calls = tensors(), []
+    whole = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(len(a[0])) or whole(*a, **k))
+    bounds = [0, 4, 6, 8, 10, 12, 13, 14, 15, 16]
+    output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=bounds)
+    assert calls == [1, 4, 4]
+    torch.testing.assert_close(output, masked(*inputs, bounds), rtol=1e-5, atol=1e-6)
 
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    model.set_attn_implementation(PER_ROW)
+
+def test_a_value_may_be_shorter_than_a_key():
+    query, key, value = tensors()
+    inputs = [query, key, value[..., :5]]
+    output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=BOUNDS)
+    torch.testing.assert_close(output, masked(*inputs, BOUNDS), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_model_adds_to_attention_and_is_unknown_here_is_refused():
+    inputs = tensors()
     with pytest.raises(BaseError) as caught:
-        model(input_ids=torch.arange(3, 11)[None], use_cache=False)
-    assert str(caught.value) == (
-        "Gemma2Attention: its attention takes softcap, which packing does not know\nhint: set task.packing: false"
-    )
+        per_row(torch.nn.Module(), *inputs, None, row_bounds=BOUNDS, s_aux=torch.zeros(4))
+    assert "its attention takes s_aux, which packing does not know" in str(caught.value)
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "use_cache": False,
+}
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 12, "hidden_activation": "gelu_pytorch_tanh"}
+MODELS = {
+    "llama": ("llama", {}),
+    "llama with biases and heads of 12": ("llama", {"attention_bias": True, "head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "mistral that looks 4 tokens back": ("mistral", {"sliding_window": 4}),
+    "gemma2, soft-capped": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "sliding_window": 64}),
+    "gemma2, soft-capped, 4 tokens back": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "sliding_window": 4}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [[9, 5, 5, 5, 1, 1], [7, 7], [13], [1]])
+def test_packed_logits_and_gradients_are_those_of_each_row_alone(name, lengths):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, changes = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | changes), attn_implementation="eager")
+    rows = [torch.randint(0, 97, (1, length)) for length in lengths]
+    seeds = [torch.randn(1, length, 97) for length in lengths]
+    expected = [model(input_ids=row, use_cache=False).logits for row in rows]
+    sum((logits * seed).sum() for logits, seed in zip(expected, seeds, strict=True)).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.set_attn_implementation(PER_ROW)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = model(input_ids=torch.cat(rows, 1), position_ids=positions, row_bounds=bounds, use_cache=False).logits
+    (packed * torch.cat(seeds, 1)).sum().backward()
+    torch.testing.assert_close(packed, torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=2e-4)

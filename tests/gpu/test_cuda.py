@@ -1,0 +1,66 @@
+"""What only a GPU can show; everything here skips itself where there is none, and was not run before."""
+
+import shutil
+
+import pytest
+import torch
+
+from finetune.model.attention import per_row
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+BOUNDS = [0, 300, 301, 420, 512]
+BF16 = {"train": {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 128}}
+EXACT = {"train": BF16["train"] | {"reproducibility": "exact"}}
+
+
+def attended(device, dtype, *, size=64, heads=(8, 2), bounds=BOUNDS, **settings):
+    """Output and gradients of packed attention; the same random inputs everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, count, bounds[-1], size, generator=generator).to(device, dtype).requires_grad_()
+        for count in (heads[0], heads[1], heads[1])
+    ]
+    cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=bounds, cu_seq_lens=cu_seq_lens, **settings)
+    seed = torch.randn(output.shape, generator=generator).to(device, dtype)
+    return [tensor.float().cpu() for tensor in (output, *torch.autograd.grad(output, inputs, seed))]
+
+
+@pytest.mark.parametrize("size", [64, 20])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("settings", [{}, {"scaling": 0.3}, {"sliding_window": 16}])
+def test_the_kernel_for_all_rows_equals_attention_row_by_row(size, heads, settings):
+    ours = attended("cuda", torch.bfloat16, size=size, heads=heads, **settings)
+    expected = attended("cpu", torch.float32, size=size, heads=heads, **settings)
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=5e-2, atol=5e-2)
+
+
+def test_soft_capped_attention_is_the_same_on_the_gpu():
+    ours = attended("cuda", torch.float32, softcap=5.0)
+    for mine, other in zip(ours, attended("cpu", torch.float32, softcap=5.0), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bf16_run_resumes_to_the_bit(recipe_file, finetune, tmp_path):
+    recipe, run = recipe_file(adapter=None, **EXACT), tmp_path / "run"
+    assert finetune("train", recipe, "--run", run).returncode == 0
+    files = [run / "checkpoints/step-00000010" / name for name in ("model.safetensors", "optimizer.safetensors")]
+    contents = [file.read_bytes() for file in files]
+    shutil.rmtree(files[0].parent)
+    resumed = finetune("train", recipe, "--run", run)
+    assert resumed.returncode == 0 and "resumed from step 8" in resumed.stderr, resumed.stderr
+    assert [file.read_bytes() for file in files] == contents
+
+
+def test_packing_takes_less_memory_than_padding(recipe_file, train, tmp_path):
+    peaks = {}
+    for is_packed in (True, False):
+        torch.cuda.reset_peak_memory_stats()
+        task = {"name": "chat", "max_length": 64, "packing": is_packed}
+        train(recipe_file(f"packed-{is_packed}", task=task, **BF16), tmp_path / str(is_packed))
+        peaks[is_packed] = torch.cuda.max_memory_allocated()
+    assert 0 < peaks[True] <= 1.05 * peaks[False]

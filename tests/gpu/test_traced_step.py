@@ -1,0 +1,72 @@
+"""Where the tensors of a step are and what crosses between host and device, on a machine without a GPU.
+
+Nothing is computed: tensors are fake. What a GPU computes is tested by `test_cuda.py`, where there is one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """`no_device.cpp`, compiled in two seconds."""
+    if torch.cuda.is_available() or shutil.which("g++") is None:
+        pytest.skip("needs g++, and a machine without CUDA")
+    path = tmp_path_factory.mktemp("gpu") / "no_device.so"
+    compiler = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{TORCH}/include", HERE / "no_device.cpp", "-o", path]
+    linked = [f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{TORCH}/lib"]
+    subprocess.run([*compiler, *linked], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture
+def traced(library, recipe_file):
+    """A function that traces two steps of a recipe and what a snapshot after them reads."""
+
+    def traced(**sections) -> dict:
+        train = {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 64}
+        optimizer = {"learning_rate": 0.01, "max_grad_norm": 0.5}
+        recipe = recipe_file(**{"train": train, "optimizer": optimizer} | sections)
+        command = [sys.executable, HERE / "traced_step.py", library, recipe]
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return traced
+
+
+@pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter, is_packed):
+    report = traced(adapter=adapter, task={"name": "chat", "max_length": 64, "packing": is_packed})
+    assert report["devices"] == ["cuda:0"]
+    for step, micro_batches in zip(report["steps"], report["micro_batches"], strict=True):
+        assert micro_batches > 2
+        copies = step.pop("host to device, overlapped")
+        assert copies >= 3 * micro_batches and copies % micro_batches == 0
+        assert step == {"device to host: tolist": 1}
+    assert ("_varlen_attn" in report["kernels"]) == is_packed
+    assert "_fused_adamw_" in report["kernels"]
+
+
+def test_a_snapshot_reads_the_counters_of_the_optimizer_at_once(traced):
+    report = traced(adapter=None)
+    assert report["scalars"] > 10
+    assert report["snapshot"] == {"device to host: tolist": 1}
+
+
+def test_fp32_attends_row_by_row(traced):
+    report = traced(train={"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64})
+    assert "_varlen_attn" not in report["kernels"]
+    assert report["steps"][0]["device to host: tolist"] == 1

@@ -1,0 +1,123 @@
+"""Runs a training step over fake `cuda` tensors and prints, as JSON, what crossed between host and device.
+
+    python traced_step.py LIBRARY RECIPE
+
+Started by `test_traced_step.py` in a process of its own, because LIBRARY, made from `no_device.cpp`, must be there before torch.
+Fake tensors have shapes and devices, no values; an operation over tensors of two devices is an error, as on a GPU.
+"""
+
+import ctypes
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+ctypes.CDLL(sys.argv[1])
+
+import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from finetune import loop, state  # noqa: E402
+from finetune.checkpoints.snapshot import Live  # noqa: E402
+from finetune.model import adapter, attention, base, losses  # noqa: E402
+from finetune.recipe.load import load  # noqa: E402
+from finetune.resolve import resolve  # noqa: E402
+from finetune.run import batches  # noqa: E402
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Watch(TorchDispatchMode):
+    """Counts what crosses between host and device; does for pinned memory and streams what fake tensors do not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+        self.kernels = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, operation._schema.name.rpartition("::")[2]
+        if name == "is_pinned":
+            return getattr(args[0], "is_pinned_here", False)
+        if name == "_pin_memory":
+            pinned = args[0].clone()
+            pinned.is_pinned_here = True
+            return pinned
+        if name == "record_stream":
+            return None
+        result = operation(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        before = {tensor.device.type for tensor in tensors}
+        after = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        self.kernels[name] += "cuda" in before
+        if name == "_local_scalar_dense" or ("cuda" in before and "cpu" in after):
+            self.seen[f"device to host: {name}"] += 1
+        elif before == {"cpu"} and "cuda" in after:
+            is_overlapped = getattr(args[0], "is_pinned_here", False) and kwargs.get("non_blocking")
+            self.seen["host to device, " + ("overlapped" if is_overlapped else f"waiting: {name}")] += 1
+        elif len(before) > 1:
+            self.seen[f"mixed: {name}"] += 1
+        return result
+
+
+def model_of(recipe, directory):
+    """The model on the fake device, without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    implementation = attention.PER_ROW if recipe.task.packing else "sdpa"
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(base.load_config(directory), attn_implementation=implementation)
+        return adapter.apply(model, recipe.adapter)
+
+
+def build(resolved):
+    """`state.build` on the fake device; what it tries out would need values."""
+    torch.nn.Module.to = lambda module, *_, **__: module  # all is there already, and fake tensors cannot be swapped
+    state.trained_model = model_of
+    state.check_packing = lambda *_: None
+    losses.fitting = lambda _: (losses.chunked, None)
+    accelerator = state.start_accelerator(resolved.plan.recipe.train)
+    PartialState._shared_state["device"] = DEVICE
+    directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
+    return state.build(resolved.plan, directory, accelerator)
+
+
+def main():
+    resolved = resolve(load(Path(sys.argv[2])))
+    # autocast asks for a GPU in Python, too
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *_: True
+    watch = Watch()
+
+    def read(tensor):
+        watch.seen["device to host: tolist"] += tensor.device.type == "cuda"
+        return [1.0] * tensor.numel()
+
+    FakeTensor.tolist = read  # there are no values to read
+    with FakeTensorMode(), watch:
+        built = build(resolved)
+        micro_batches = batches(resolved, resolved.train, built.accelerator)
+        of_steps = []
+        for _ in range(2):
+            watch.seen.clear()
+            loop.train_step(built, resolved.plan, micro_batches)
+            of_steps.append(dict(watch.seen))
+        watch.seen.clear()
+        copied, scalars = Live(built).copied()
+    moments = [value for slots in built.optimizer.state.values() for value in slots.values()]
+    tensors = [*built.model.state_dict().values(), *moments, *copied.values()]
+    report = {
+        "steps": of_steps,
+        "snapshot": dict(watch.seen),
+        "scalars": len(scalars),
+        "devices": sorted({str(tensor.device) for tensor in tensors}),
+        "kernels": sorted(+watch.kernels),
+        "micro_batches": [len(micro_batches.of(resolved.plan.order.examples_of(step))) for step in (1, 2)],
+    }
+    print(json.dumps(report))
+
+
+main()
