@@ -34,12 +34,16 @@ RECIPE = (
     Rule(
         ("train.batch_size", "train.seed"), "refused", "with the step they decide its rows, initial weights and dropout"
     ),
-    Rule(("train.precision", "train.reproducibility"), "refused", "they decide how every sum is rounded"),
+    Rule(
+        ("train.precision", "train.weights", "train.reproducibility"), "refused", "they decide how every sum is rounded"
+    ),
     Rule(
         ("train.micro_batch_tokens",),
         "taken",
         "a step has to fit the memory that is there; its sums are taken in another order, so bit equality may be lost",
     ),
+    Rule(("train.activation_checkpointing",), "taken", "what is not kept is computed again, to the same bits"),
+    Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),
     Rule(("guard",), "taken", "it decides what is said and when a run ends, not what a step does"),

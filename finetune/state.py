@@ -15,11 +15,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
-from finetune.model import adapter, attention, base, losses, optimizer
+from finetune.model import adapter, attention, base, layers, losses, optimizer
 from finetune.order import derive
 from finetune.plan import Plan
 from finetune.recipe.schema import Recipe, Train
 from finetune.tasks import TASKS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Objective(torch.nn.Module):
@@ -92,7 +94,13 @@ def start_accelerator(settings: Train) -> Accelerator:
 def trained_model(recipe: Recipe, base_directory: Path) -> torch.nn.Module:
     """The base's model with the recipe's adapter on it, as it is at step 0."""
     is_packed = recipe.task.packing
-    model = base.load_model(base_directory, attention=attention.PER_ROW if is_packed else "sdpa")
+    model = base.load_model(
+        base_directory,
+        DTYPES[recipe.train.weights],
+        attention.PER_ROW if is_packed else "sdpa",
+        recipe.base.quantization,
+        DTYPES[recipe.train.precision],
+    )
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
     return adapter.apply(model, recipe.adapter)
 
@@ -106,20 +114,30 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     token_losses, reason = losses.fitting(model)
     if recipe.train.precision == "bf16" and adapter.is_adapter(model):
         adapter.store_frozen_as_bf16(model)
+    if recipe.train.activation_checkpointing:
+        layers.checkpoint_activations(model)
+    if recipe.train.compile:
+        layers.compile_layers(model)
     model.train()
     objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
-    objective, prepared = accelerator.prepare(objective, optimizer.build(model.parameters(), recipe.optimizer))
+    objective, prepared = accelerator.prepare(objective, optimizer.build(model, recipe.optimizer, recipe.train.seed))
     notes = (f"the loss holds the logits of a whole micro-batch: {reason}",) if reason else ()
     return TrainState(accelerator, objective, model, prepared, notes=notes)
 
 
 def check_packing(model: torch.nn.Module) -> None:
     """Runs two short rows packed and alone: a model that mixes them would train on the wrong thing, silently."""
-    rows = torch.arange(2, 18).reshape(2, 8) % model.get_input_embeddings().num_embeddings
+    # tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does
+    rows = (torch.arange(1, 17) * 2_654_435_761 % model.get_input_embeddings().num_embeddings).reshape(2, 8)
     rows = rows.to(next(model.parameters()).device)
     packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": [0, 8, 16]}
     with torch.inference_mode():
         together = model(input_ids=rows.reshape(1, 16), use_cache=False, **packed).logits.reshape(2, 8, -1)
-        alone = model(input_ids=rows, use_cache=False, row_bounds=[0, 8]).logits
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-2):
+        model.set_attn_implementation("eager")  # the base's own, which leaves nothing of it out
+        alone = model(input_ids=rows, use_cache=False).logits
+        model.set_attn_implementation(attention.PER_ROW)
+    # of the norm: seen on SmolLM2 are 0 in fp32, 0.004 to 0.02 with bf16 or 4-bit weights, and 0.17 where rows are mixed
+    is_rounded = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    tolerance = 0.05 if is_rounded else 1e-3
+    if (together - alone).float().norm() > tolerance * alone.float().norm():
         raise FinetuneError("this base mixes packed rows", where="task.packing", hint="set task.packing: false")

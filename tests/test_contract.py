@@ -88,6 +88,8 @@ def test_a_rule_covers_a_section_and_what_is_in_it_and_no_key_that_only_begins_a
         ("train.epochs", 1, None, "refused"),
         ("train.micro_batch_tokens", "auto", 128, "taken"),
         ("train.micro_batch_tokens", 256, 128, "taken"),
+        ("train.activation_checkpointing", False, True, "taken"),
+        ("train.weights", "fp32", "bf16", "refused"),
         ("train.batch_size", 8, 16, "refused"),
         ("publish", None, {"repo": "owner/name"}, "taken"),
         ("adapter", {"name": "lora"}, None, "refused"),
@@ -116,5 +118,9 @@ def test_a_run_is_bound_to_all_keys_but_those_that_are_taken(recipe_file):
     recipe = load(recipe_file(publish={"repo": "owner/name"})).recipe.model_dump(mode="json")
     bound = binding(recipe)
     assert bound.keys() == {"base", "task", "data", "adapter", "optimizer", "train"}
-    assert recipe["train"].keys() - bound["train"].keys() == {"micro_batch_tokens"}
+    assert recipe["train"].keys() - bound["train"].keys() == {
+        "micro_batch_tokens",
+        "activation_checkpointing",
+        "compile",
+    }
     assert all(bound[name] == recipe[name] for name in bound if name != "train")

@@ -29,18 +29,20 @@ class Opened:
     """None for a base or a plain model."""
 
 
-def open_model(text: str, attention: str = "sdpa") -> Opened:
-    """The model that a ref names."""
+def open_model(text: str, attention: str = "sdpa", is_as_trained: bool = True) -> Opened:
+    """The model that a ref names; of a run with a quantized base on that, or as it would be on the base itself."""
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
         plan, _ = plans.load(ref.run)
         directory = base.directory(plan.recipe.base, plan.base)
-        return Opened(base.load_model(directory, attention=attention), directory, directory, plan, None)
+        quantization = plan.recipe.base.quantization if is_as_trained else None
+        model = base.load_model(directory, attention=attention, quantization=quantization)
+        return Opened(model, directory, directory, plan, None)
     if ref.kind in ("run", "checkpoint"):
-        return _open_checkpoint(find(ref), attention)
+        return _open_checkpoint(find(ref), attention, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
-        return _open_adapter(ref.path, attention)
+        return _open_adapter(ref.path, attention, is_as_trained)
     named = Base(checkpoint=text)
     directory = base.directory(named, base.pin(named))
     return Opened(base.load_model(directory, attention=attention), directory, directory, None, None)
@@ -53,20 +55,22 @@ def run_of(ref: Ref) -> Path | None:
     return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
-def _open_checkpoint(checkpoint: Checkpoint, attention: str) -> Opened:
+def _open_checkpoint(checkpoint: Checkpoint, attention: str, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
     plan = plans.load(run)[0] if run else None
     if (checkpoint.path / "adapter_config.json").exists():
-        return replace(_open_adapter(checkpoint.path, attention), plan=plan, checkpoint=checkpoint)
+        return replace(_open_adapter(checkpoint.path, attention, is_as_trained), plan=plan, checkpoint=checkpoint)
     model = base.load_model(checkpoint.path, attention=attention)
     return Opened(model, checkpoint.path, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, attention: str) -> Opened:
+def _open_adapter(path: Path, attention: str, is_as_trained: bool) -> Opened:
     """An adapter on its base: that of its run, or the one that a plain peft directory names."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
-    model = base.attach(base.load_model(base_directory, attention=attention), path, str(path))
+    quantization = below.quantization if is_as_trained else None
+    model = base.load_model(base_directory, attention=attention, quantization=quantization)
+    model = base.attach(model, path, str(path))
     has_tokenizer = (path / "tokenizer_config.json").exists()
     return Opened(model, path if has_tokenizer else base_directory, base_directory, None, None)

@@ -108,7 +108,7 @@ def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkp
         attempt.write_json("adapter_config.json", snapshot.adapter_config)
     else:
         _write_model(snapshot, weights, previous, attempt)
-        attempt.write_json("config.json", _config(base_directory))
+        attempt.write_json("config.json", _config(base_directory, plan.recipe.train.weights))
     attempt.write_tensors("optimizer.safetensors", _tensors(snapshot.copy.tensors, "moments/"), {})
     record = {"step": snapshot.step, "optimizer": plan.recipe.optimizer.name, "scalars": snapshot.scalars}
     attempt.write_json("state.json", record)
@@ -193,11 +193,11 @@ def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def _config(base_directory: Path) -> dict:
-    """The base's own config with the type of the weights that are really there: fp32, whatever the base was."""
+def _config(base_directory: Path, weights: str) -> dict:
+    """The base's own config with the type of the weights that are really there, whatever the base's was."""
     config = json.loads((base_directory / "config.json").read_bytes())
     config.pop("torch_dtype", None)
-    return config | {"dtype": "float32"}
+    return config | {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[weights]}
 
 
 def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Floor 7. Held-out figures of anything a ref can name, on the rows that a run or a recipe holds out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import plan as plans
@@ -29,8 +30,9 @@ def _rows_of_run(text: str) -> Resolved:
             where=text,
             hint="give them with --recipe FILE",
         )
-    plan, _ = plans.load(run)
-    return resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan)
+    plan, facts = plans.load(run)
+    resolved = resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan)
+    return replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])
 
 
 def _metrics(text: str, resolved: Resolved) -> dict[str, float]:

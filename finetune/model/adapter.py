@@ -100,7 +100,8 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
 def store_frozen_as_bf16(model: torch.nn.Module) -> None:
     """Keeps the base's linear weights as autocast would cast them before every product: the same bits, half the memory."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and not _is_tied(module, model):
+        is_frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+        if is_frozen and module.weight.dtype == torch.float32 and not _is_tied(module, model):  # quantized ones stay
             module.to(torch.bfloat16)
 
 

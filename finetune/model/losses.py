@@ -122,6 +122,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     _add_product(weight_grad_VD, logits_grad_CV.T, hidden_CD)
                 if wants_bias:
                     bias_grad_V += logits_grad_CV.sum(0, dtype=torch.float32)
+                del logits_grad_CV  # else it lives while the next chunk's is made
         losses_N = torch.cat(losses)
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD, bias_grad_V)
         ctx.types = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)

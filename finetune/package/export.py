@@ -41,7 +41,7 @@ def package(ref: str, directory: Path) -> dict:
     """
     run = _run_of(ref)
     _refuse_existing(directory)
-    opened = open_model(ref)
+    opened = open_model(ref, is_as_trained=False)
     recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
     form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
     _refuse_unnamed_base(plan, form)
@@ -52,6 +52,10 @@ def package(ref: str, directory: Path) -> dict:
     if recipe.task.name == "chat":
         tokenizer.chat_template = template_of(tokenizer, recipe.task)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
+    if recipe.base.quantization:
+        quantized = open_model(ref).model
+        checks.append(weights.unquantized(probe.logits(quantized, tokenizer), probe.logits(opened.model, tokenizer)))
+        del quantized
     base_directory = _base_directory(plan)
     figures = record.figures(journal.read(run), manifest.step)
     with _staged(directory) as staging:

@@ -23,6 +23,7 @@ from finetune.package import probe
 # weights, and arithmetic too. Measured with LoRA on SmolLM2-135M, whose batch here is noise: 2e-11 and 3e-3.
 MERGE_BOUND = 1e-5
 CAST_BOUND = 2e-2
+QUANTIZATION_BOUND = 2.0  # 0.56 for nf4 of the same model, without an adapter: noise shows more of it than text does
 Logits = dict[str, torch.Tensor]
 NOT_FOR_THE_PROBE = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it needs no network, hence no secret
 

@@ -36,6 +36,12 @@ def convert(
     return model, logits, checks
 
 
+def unquantized(trained: Logits, packaged: Logits) -> Check:
+    """How far the adapter on the base itself is from the adapter on the quantized base, with which it was trained."""
+    what = "the base itself, in place of the quantized one under the adapter"
+    return proof.within("quantization", what, trained, packaged, proof.QUANTIZATION_BOUND)
+
+
 def _cast(model: torch.nn.Module, form: str, dtype: torch.dtype) -> None:
     if form == "adapter":  # peft computes in fp32 with what the file holds
         for tensor in adapter.weights(model).values():

@@ -12,8 +12,9 @@ from typing import get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune.recipe import rules
 from finetune.recipe.nodes import NUMBER, Plain, shown
-from finetune.recipe.schema import Recipe, Section, combination_problems
+from finetune.recipe.schema import Recipe, Section
 
 Complaint = tuple[str, str, str | None]
 """Dotted key, message, hint."""
@@ -42,6 +43,8 @@ _BOUNDS = {
 }
 _YES_AND_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _OTHER_TRAINERS = {
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "load_in_4bit": "base.quantization",
     "lr": "optimizer.learning_rate",
     "lr_scheduler_type": "optimizer.schedule",
     "max_seq_length": "task.max_length",
@@ -51,7 +54,9 @@ _OTHER_TRAINERS = {
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "r": "adapter.rank",
+    "optim": "optimizer.name",
     "target_modules": "adapter.targets",
+    "torch_compile": "train.compile",
     "warmup_ratio": "optimizer.warmup",
     "warmup_steps": "optimizer.warmup",
 }
@@ -71,7 +76,7 @@ def check(data: dict[str, Plain]) -> Recipe | list[Complaint]:
     if not misnamed:  # else a section that seems to be absent may be there under a wrong name
         optional = {name: field for name, field in Recipe.model_fields.items() if not field.is_required()}
         sections |= {name: field.get_default() for name, field in optional.items() if name not in data}
-    for problem in combination_problems(sections):
+    for problem in rules.problems(sections):
         key, _, message = problem.partition(": ")
         complaints.append((key, message, None))
     return complaints

@@ -5,9 +5,7 @@ Names of tasks, adapters and optimizers appear here as literals, so that a typo 
 a test keeps them equal to the tables in `tasks/`, `model/adapter.py` and `model/optimizer.py`.
 """
 
-import inspect
 import re
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -24,6 +22,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from finetune.recipe import rules
 
 
 class Section(BaseModel):
@@ -130,6 +130,8 @@ class Base(Section):
     """Branch, tag or commit of a Hub checkpoint; the plan pins it to a commit. Default: the main branch."""
     origin: HubId | None = None
     """The Hub checkpoint that a local base is equal to (`owner/name`); with it an adapter of a local base can be published."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4`: frozen linear layers in 4 bits beneath a LoRA adapter (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). An eighth of their fp32 memory; every product dequantizes first, and what is packaged lies on the unquantized base. Needs bitsandbytes."""
 
 
 class ChatTask(Section):
@@ -222,8 +224,8 @@ class FrozenAdapter(Section):
 class Optimizer(Section):
     """How gradients become updates."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """`adamw` (Loshchilov & Hutter 2019, arXiv 1711.05101) or `sgd`."""
+    name: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw` (Loshchilov & Hutter 2019, arXiv 1711.05101) or `sgd`. `adamw_8bit` (Dettmers et al. 2021, arXiv 2110.02861) holds the moments of matrices in a quarter of the memory, with other losses than `adamw`; `paged_adamw_8bit` lets a GPU move them to the host when it is full, which is slow when it happens. Both need bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=10)
     """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -254,9 +256,15 @@ class Train(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides order, initial adapter weights and dropout, together with the step."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """`bf16`: fp32 weights, matrix products in bfloat16; `fp32`: all in single precision."""
+    """`bf16`: matrix products in bfloat16; `fp32`: all in single precision."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """`fp32`: master weights; `bf16`: weights and gradients in half the memory, moments in fp32, and every update rounded up or down by chance, so that small ones add up: noisier than `fp32`. Matrices of an adapter stay in fp32."""
     micro_batch_tokens: AutoOrCount = "auto"
-    """Tokens of one forward on one device; `auto`: twice `task.max_length`, at least 1,024."""
+    """Tokens of one forward on one device. `auto`: the longest example, doubled while a step has more tokens and the forecast stays within nine tenths of the device's memory; on a CPU up to 2,048, as more is no faster there. Decided once a run, and kept when it is resumed."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each decoder layer for the backward pass and compute the rest again: the same bits, far fewer activations, about a third more time."""
+    compile: bool = False
+    """Compile the decoder layers with `torch.compile`: may be faster on a GPU, costs minutes at every start, and needs a C++ compiler and `reproducibility: fast`, as kernels depend on which lengths came first."""
     reproducibility: Literal["exact", "fast"] = "exact"
     """`exact`: deterministic kernels, so that resume and replay are equal to the bit (slower on a GPU); `fast`: whatever is fastest."""
 
@@ -353,77 +361,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Recipe":
-        problems = combination_problems(dict(self))
+        problems = rules.problems(dict(self))
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _all_weights_or_none(data: Data) -> str | None:
-    has_weight = [source.weight is not None for source in data.train]
-    if any(has_weight) and not all(has_weight):
-        return "data.train: some sources have a `weight` and some do not; give all of them one, or none"
-    return None
-
-
-def _train_has_a_length(train: Train) -> str | None:
-    return "train: needs `epochs` or `steps`" if train.epochs is None and train.steps is None else None
-
-
-def _optimizer_has_its_settings(optimizer: Optimizer) -> str | None:
-    fields = Optimizer.model_fields
-    foreign = ("momentum",) if optimizer.name == "adamw" else ("betas", "eps")
-    set_in_vain = [name for name in foreign if getattr(optimizer, name) != fields[name].default]
-    return f"optimizer.{set_in_vain[0]}: has no meaning for `{optimizer.name}`" if set_in_vain else None
-
-
-def _evaluation_has_rows(evaluate: Evaluate, data: Data) -> str | None:
-    return (
-        "evaluate.every: needs held-out rows; set `data.holdout`" if evaluate.every and not _has_holdout(data) else None
-    )
-
-
-def _best_has_rows(checkpoint: Checkpoint, data: Data) -> str | None:
-    return (
-        "checkpoint.keep.best: needs held-out rows; set `data.holdout`"
-        if checkpoint.keep.best and not _has_holdout(data)
-        else None
-    )
-
-
-def _micro_batch_holds_a_row(train: Train, task: ChatTask | TextTask) -> str | None:
-    budget = train.micro_batch_tokens
-    if isinstance(budget, int) and budget < task.max_length:
-        return f"train.micro_batch_tokens: {budget} is smaller than task.max_length {task.max_length}"
-    return None
-
-
-def _form_has_its_adapter(package: Package, adapter: LoraAdapter | FrozenAdapter | None) -> str | None:
-    if package.form == "adapter" and not isinstance(adapter, LoraAdapter):
-        return "package.form: `adapter` needs `adapter: {name: lora}`"
-    return None
-
-
-def _has_holdout(data: Data) -> bool:
-    return bool(data.holdout) and not (isinstance(data.holdout, str) and float(data.holdout[:-1]) == 0)
-
-
-_RULES = [
-    _all_weights_or_none,
-    _train_has_a_length,
-    _optimizer_has_its_settings,
-    _evaluation_has_rows,
-    _best_has_rows,
-    _micro_batch_holds_a_row,
-    _form_has_its_adapter,
-]
-
-
-def combination_problems(sections: Mapping[str, object]) -> list[str]:
-    """What does not fit together, as `key: message`; a rule is asked only when every section that it names is there."""
-    problems: list[str] = []
-    for rule in _RULES:
-        names = inspect.signature(rule).parameters
-        if names.keys() <= sections.keys() and (problem := rule(**{name: sections[name] for name in names})):
-            problems.append(problem)
-    return problems

@@ -9,10 +9,11 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError
@@ -94,9 +95,16 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     return frozenset(stops - {None})
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
+def load_model(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    quantization: str | None = None,
+    products: torch.dtype = torch.float32,
+) -> torch.nn.Module:
     """The model with all its weights, on the CPU, in eval mode. A missing weight or one of another shape is an error.
 
+    `products` is what quantized layers compute in; what is quantized on the CPU can be moved to a GPU.
     Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
     """
     from transformers import AutoModelForCausalLM
@@ -112,13 +120,31 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = 
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,
+            **({"quantization_config": _nf4(products), "device_map": {"": "cpu"}} if quantization else {}),
         )
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
             wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}"
             raise BaseError(wrong, where=_name(path))
+    for module in model.modules():
+        # else some CPUs repack quantized weights in the first evaluation, for good, and no gradient passes from then on
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
     return model
+
+
+def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
+    """Linear layers in 4 bits with scales that are quantized too (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
+    if not find_spec("bitsandbytes"):
+        message, hint = "`nf4` weights need bitsandbytes", "pip install bitsandbytes"
+        raise BaseError(message, where="base.quantization", hint=hint)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=products,
+    )
 
 
 def empty_model(path: Path) -> torch.nn.Module:

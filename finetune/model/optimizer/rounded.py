@@ -1,0 +1,99 @@
+"""Floor 1. AdamW over weights in bf16, with moments in fp32 and updates that are rounded by chance.
+
+bf16 has 8 bits of precision: rounded to nearest, an update under 1/256 of its weight is lost, and most are. Rounded up with
+a probability of the part that does not fit, the weight is right in expectation (Gupta et al. 2015, arXiv 1502.02551).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.optim.adamw import adamw
+
+from finetune.order import derive
+
+SLICE = 2**20  # weights that are in fp32 at once; also the order in which random numbers are drawn
+
+
+class Scratch:
+    """Room for one slice, kept: in fresh memory an update takes several times as long."""
+
+    def __init__(self, device: torch.device):
+        self.weight, self.grad = (torch.empty(SLICE, device=device) for _ in range(2))
+        self.words = torch.empty(SLICE // 4, dtype=torch.int64, device=device)
+        self.noise = torch.empty(SLICE, dtype=torch.int32, device=device)
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """Random numbers are a function of seed, update and parameter: the same on every rank, and after a resume.
+
+    Parameters that are not in bf16 are updated as they are.
+    """
+
+    def __init__(self, groups: list[dict], seed: int, *, betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
+        self.grad_scale: torch.Tensor | None = None
+        """Gradients are divided by it."""
+        self._seed = seed
+        self._updates: int | None = None
+        self._scratch: dict[torch.device, Scratch] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        if self._updates is None:  # one read of the device, at the start and after a resume
+            self._updates = max((int(slots["step"]) for slots in self.state.values()), default=0)
+        self._updates += 1
+        number = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is not None:
+                    self._update(parameter, group, derive(self._seed, "rounding", self._updates, number))
+
+    def _update(self, parameter: torch.Tensor, group: dict, seed: int) -> None:
+        slots = self.state[parameter]
+        if not slots:
+            slots["step"] = torch.zeros((), device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                slots[name] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        if parameter.device not in self._scratch:
+            self._scratch[parameter.device] = Scratch(parameter.device)
+        scratch = self._scratch[parameter.device]
+        flat = [
+            tensor.view(-1) for tensor in (parameter.detach(), parameter.grad, slots["exp_avg"], slots["exp_avg_sq"])
+        ]
+        for weight, grad, first, second in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
+            updated = scratch.weight[: len(weight)].copy_(weight)
+            adamw(
+                [updated],
+                [scratch.grad[: len(grad)].copy_(grad)],
+                [first],
+                [second],
+                [],
+                [slots["step"].clone()],  # it is counted up in place, once a slice
+                fused=True,
+                grad_scale=self.grad_scale,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
+            if weight.dtype == torch.bfloat16:
+                round_by_chance(updated, generator, scratch)
+            weight.copy_(updated)
+        slots["step"] += 1
+
+
+def round_by_chance(values: torch.Tensor, generator: torch.Generator, scratch: Scratch) -> None:
+    """Makes each fp32 value one of its two neighbours in bf16, the nearer one more likely.
+
+    The lower 16 bits of an fp32 number are what bf16 has no room for: a random number of 16 bits carries over in just so
+    many cases, whatever the sign.
+    """
+    words = scratch.words[: -(-len(values) // 4)]
+    words.random_(-(2**63), None, generator=generator)  # four numbers in each
+    noise = scratch.noise[: len(values)].copy_(words.view(torch.int16)[: len(values)]).bitwise_and_(0xFFFF)
+    values.view(torch.int32).add_(noise).bitwise_and_(-0x10000)

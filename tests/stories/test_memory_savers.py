@@ -1,0 +1,126 @@
+"""What saves memory changes neither the resume, which stays exact to the bit, nor more of the losses than it says."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from finetune import journal
+from finetune.checkpoints.tensors import read_header
+from tests.stories.same_run import assert_same_run
+from tests.stories.workers import Killed, Workers, killed
+
+NEEDS_BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
+LORA = {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
+TRAIN = {"steps": 5, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+SAVERS = {
+    "checkpointed-full": {"adapter": None, "train": {"activation_checkpointing": True}},
+    "checkpointed-lora": {"adapter": LORA, "train": {"activation_checkpointing": True}},
+    "bf16-weights-full": {"adapter": None, "train": {"precision": "bf16", "weights": "bf16"}},
+    "bf16-weights-lora": {"adapter": LORA, "train": {"precision": "bf16", "weights": "bf16"}},
+    "8bit-full": {"adapter": None, "optimizer": {"learning_rate": 0.01, "name": "adamw_8bit"}},
+    "nf4": {"adapter": LORA, "base": {"quantization": "nf4"}},
+    "all-at-once": {
+        "adapter": LORA,
+        "base": {"quantization": "nf4"},
+        "optimizer": {"learning_rate": 0.01, "name": "adamw_8bit"},
+        "train": {"precision": "bf16", "weights": "bf16", "activation_checkpointing": True},
+    },
+}
+NEED = {name for name in SAVERS if "8bit" in name or "nf4" in name or name == "all-at-once"}
+EVERY = [pytest.param(name, marks=NEEDS_BITSANDBYTES if name in NEED else ()) for name in SAVERS]
+
+
+@pytest.fixture(scope="module")
+def wide_base(tiny_base, tmp_path_factory):
+    """The tiny base with matrices of 8,192 values: those of fewer than 4,096 keep their moments in fp32."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("wide") / "base"
+    config = LlamaConfig.from_pretrained(tiny_base)
+    config.intermediate_size, config.attention_dropout = 256, 0.1
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def write_recipe(recipe_file, wide_base):
+    """A function that writes the recipe with a saver's settings, evaluated and saved every two steps."""
+
+    def write(name: str, **savers: dict) -> str:
+        sections = savers | {
+            "base": {"checkpoint": str(wide_base)} | savers.get("base", {}),
+            "train": TRAIN | savers.get("train", {}),
+            "evaluate": {"every": "2 steps"},
+            "checkpoint": {"every": "2 steps"},
+        }
+        return recipe_file(name, **sections)
+
+    return write
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_resumed_run_equals_an_uninterrupted_one(name, write_recipe, train, tmp_path):
+    recipe = write_recipe(name, **SAVERS[name])
+    whole = train(recipe, tmp_path / "whole")
+    with killed(after=3), pytest.raises(Killed):
+        train(recipe, tmp_path / "interrupted")
+    assert_same_run(whole, train(recipe, tmp_path / "interrupted"))
+    assert [record["step"] for record in journal.read(tmp_path / "interrupted") if record.get("event") == "started"][-1]
+
+
+@NEEDS_BITSANDBYTES
+def test_checkpoints_hold_moments_in_8_bits(write_recipe, train, tmp_path):
+    run = train(write_recipe("8bit", **SAVERS["8bit-full"]), tmp_path / "run")
+    moments = load_file(run / "checkpoints/step-00000005/optimizer.safetensors")
+    assert moments["model.layers.0.mlp.up_proj.weight.exp_avg"].dtype == np.uint8
+    assert moments["model.layers.0.mlp.up_proj.weight.exp_avg_scale"].shape == (32,)
+    assert moments["model.embed_tokens.weight.exp_avg"].dtype == np.float32
+
+
+def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, train, tmp_path):
+    run = train(write_recipe("bf16", **SAVERS["bf16-weights-full"]), tmp_path / "run")
+    checkpoint = run / "checkpoints/step-00000005"
+    assert json.loads((checkpoint / "config.json").read_bytes())["dtype"] == "bfloat16"
+    assert {place.dtype for place in read_header(checkpoint / "model.safetensors").values()} == {"BF16"}
+    assert {place.dtype for place in read_header(checkpoint / "optimizer.safetensors").values()} == {"F32"}
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_recipe, train, tmp_path):
+    plain = train(write_recipe("plain", adapter=adapter), tmp_path / "plain")
+    saver = train(write_recipe("saver", adapter=adapter, train={"activation_checkpointing": True}), tmp_path / "saver")
+    assert_same_run(plain, saver)
+
+
+@pytest.mark.parametrize("name", ["checkpointed-full", "checkpointed-lora", "bf16-weights-full"])
+def test_two_processes_resume_exactly(name, write_recipe, train, tmp_path):
+    recipe, workers = write_recipe(name, **SAVERS[name]), Workers(2, tmp_path)
+    try:
+        assert workers.train(recipe, tmp_path / "two") == "finished"
+        assert workers.train(recipe, tmp_path / "interrupted", killed_after=3) == "killed"
+        assert workers.train(recipe, tmp_path / "interrupted") == "finished"
+    finally:
+        workers.close()
+    assert_same_run(tmp_path / "two", tmp_path / "interrupted")
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in EVERY if each.values[0] not in ("checkpointed-full", "checkpointed-lora")]
+)
+def test_a_saver_learns_what_plain_training_learns(name, write_recipe, train, tmp_path):
+    saver = SAVERS[name]
+    plain = losses(train(write_recipe("plain", adapter=saver["adapter"]), tmp_path / "plain"))
+    saved = losses(train(write_recipe("saver", **saver), tmp_path / "saver"))
+    assert saved == pytest.approx(plain, rel=0.05) and saved != plain
+    assert saved[-1] < saved[0]
+
+
+def losses(run) -> list[float]:
+    steps = journal.steps(journal.read(run))
+    return [steps[step]["loss"] for step in sorted(steps)]
