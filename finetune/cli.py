@@ -39,21 +39,47 @@ def cli() -> None:
 @RECIPE
 @OVERRIDE
 @RUN
+@click.option("--devices", "has_devices", is_flag=True, help="Also forecast the memory of 1 to 64 GPUs.")
+@click.option(
+    "--device-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory of one of them. Default: that of this machine's GPU, or else 80.",
+)
 @JSON
-def plan(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json: bool) -> None:
+def plan(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    has_devices: bool,
+    device_memory: float | None,
+    is_json: bool,
+) -> None:
     """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
     from finetune import estimate
+    from finetune.memory import Work, shape_of
     from finetune.model import base
-    from finetune.resolve import micro_batch_tokens, resolve
+    from finetune.pace import largest_step
+    from finetune.resolve import device, resolve
 
-    resolved, run = resolve(loaded), run or _default_run(recipe)
-    config = base.load_config(resolved.base_directory)
-    facts = estimate.forecast(resolved.plan, config, micro_batch_tokens(resolved.plan.recipe), run)
-    _print(facts, estimate.table(facts), is_json)
+    resolved, run, here = resolve(loaded), run or _default_run(recipe), device()
+    shape = shape_of(base.load_config(resolved.base_directory))
+    work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))
+    facts = estimate.forecast(resolved.plan, shape, work, here, run)
+    card = round(device_memory * 2**30) if device_memory else here.bytes if here.is_gpu else estimate.CARD_BYTES
+    facts |= {"device_memory_bytes": card, "devices": estimate.on_devices(resolved.plan, shape, work, card)}
+    text = estimate.table(facts)
+    if has_devices:  # it is asked for other machines, so the disk of this one is no reason to refuse
+        _print(facts, f"{text}\n\n{estimate.devices_table(facts)}", is_json)
+        return
+    if not is_json:
+        click.echo(text)
     estimate.refuse_small_disk(resolved.plan, run)
+    if is_json:  # after it: one object, the error's or this
+        click.echo(json.dumps(facts))
 
 
 @cli.command()

@@ -3,63 +3,18 @@
 `plan` prints the forecast; `plan` and `train` refuse a run that cannot fit on the disk.
 """
 
-import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
+from finetune import memory
 from finetune.errors import RunError
+from finetune.memory import FLOAT, Device, Shape, Work, state_bytes
 from finetune.plan import Plan
 from finetune.recipe.schema import LoraAdapter, Publish
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-FLOAT = 4  # bytes: weights, gradients and moments are fp32 whatever the precision of the products
-PROCESS_BYTES = 700 * 2**20  # interpreter, torch, transformers and their buffers, seen on a CPU
-MOMENTS = {"adamw": 2, "sgd": 1}
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end
-
-
-class Shape(NamedTuple):
-    """What of a model's config decides the size of its activations."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-
-def shape_of(config: "PretrainedConfig") -> Shape:
-    """The shape in a transformers config, by the names its families use."""
-    text = config.get_text_config()
-    hidden = text.hidden_size
-    return Shape(
-        text.num_hidden_layers, hidden, getattr(text, "intermediate_size", None) or 4 * hidden, text.vocab_size
-    )
-
-
-def memory_bytes(plan: Plan, shape: Shape, micro_batch_tokens: int) -> int:
-    """Peak of one process: weights, gradients, moments, and the activations that one micro-batch keeps for backward."""
-    moments = MOMENTS[plan.recipe.optimizer.name]
-    state = FLOAT * (plan.total_parameters + (1 + moments) * plan.trainable_parameters)
-    width = 2 if plan.recipe.train.precision == "bf16" else 4
-    # a decoder layer keeps about 10 hidden and 4 intermediate vectors a token
-    kept = micro_batch_tokens * shape.layers * (10 * shape.hidden + 4 * shape.intermediate) * width
-    share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
-    logits = (
-        3 * FLOAT * round(share * micro_batch_tokens) * shape.vocabulary
-    )  # fp32 logits, their softmax, their gradient
-    casts = width * plan.total_parameters if plan.recipe.train.precision == "bf16" else 0
-    staging = 2 * state_bytes(plan)  # two saves may be under way
-    return PROCESS_BYTES + state + kept + logits + casts + staging
-
-
-def state_bytes(plan: Plan) -> int:
-    """What every full checkpoint holds anew: the trained weights and their moments."""
-    optimizer = plan.recipe.optimizer
-    moments = MOMENTS[optimizer.name] if optimizer.name == "adamw" or optimizer.momentum else 0
-    return FLOAT * (1 + moments) * plan.trainable_parameters
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
+CARD_BYTES = 80 * 2**30  # of a GPU where this machine has none
 
 
 def shared_bytes(plan: Plan) -> int:
@@ -78,7 +33,7 @@ def run_bytes(plan: Plan) -> int:
     keep = plan.recipe.checkpoint.keep
     full = keep.last + (keep.best or 0) + (plan.steps // keep.every.steps if keep.every else 0)
     milestones = plan.steps // keep.weights_every.steps if keep.weights_every else 0
-    return shared_bytes(plan) + (full + 1) * state_bytes(plan) + milestones * FLOAT * plan.trainable_parameters
+    return shared_bytes(plan) + (full + 1) * state_bytes(plan) + milestones * memory.trained_bytes(plan)
 
 
 def refuse_small_disk(plan: Plan, run: Path) -> None:
@@ -92,10 +47,11 @@ def refuse_small_disk(plan: Plan, run: Path) -> None:
         )
 
 
-def forecast(plan: Plan, config: "PretrainedConfig", micro_batch_tokens: int, run: Path) -> dict:
+def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) -> dict:
     """The facts that `plan --json` prints; sizes in bytes, counts of all epochs unless named otherwise."""
-    shape, counts = shape_of(config), plan.counts
+    counts = plan.counts
     steps_per_epoch = plan.order.steps_per_epoch
+    held = memory.parts(plan, shape, work, device)
     return {
         "plan_id": plan.plan_id,
         "base": {"checkpoint": plan.recipe.base.checkpoint, **plan.base.model_dump()},
@@ -116,15 +72,32 @@ def forecast(plan: Plan, config: "PretrainedConfig", micro_batch_tokens: int, ru
         "holdout_tokens": plan.holdout_counts.tokens,
         "total_parameters": plan.total_parameters,
         "trainable_parameters": plan.trainable_parameters,
-        "micro_batch_tokens": micro_batch_tokens,
-        "memory_bytes": memory_bytes(plan, shape, micro_batch_tokens),
-        "machine_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "micro_batch_tokens": work.micro_batch,
+        "memory_bytes": sum(held.values()),
+        "memory": held,
+        "machine_memory_bytes": device.bytes,
         "checkpoint_bytes": checkpoint_bytes(plan),
         "run_bytes": run_bytes(plan),
         "free_bytes": free_bytes(run),
         "guard": {"spike": plan.recipe.guard.spike, "not_finite": plan.recipe.guard.not_finite},
         "publish": _target(plan.recipe.publish),
     }
+
+
+def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[dict]:
+    """The memory of each of several GPUs, where each holds the whole model, and where they share it; without a weight."""
+    rows = []
+    for world_size in DEVICES:
+        device = Device(device_bytes, is_gpu=True, world_size=world_size)
+        sizes = {
+            "replicated": sum(memory.parts(plan, shape, work, device).values()),
+            "sharded": memory.sharded_bytes(plan, shape, work, device),
+        }
+        row = {"devices": world_size}
+        for name, size in sizes.items():
+            row |= {f"{name}_bytes": size, f"{name}_fits": memory.fits(size, device)}
+        rows.append(row)
+    return rows
 
 
 def _target(publish: Publish | None) -> dict | None:
@@ -158,10 +131,9 @@ def table(facts: dict) -> str:
         ("left out", f"{facts['left_out_rows']:,} rows with nothing to learn within task.max_length"),
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
-        (
-            "memory",
-            f"about {readable(facts['memory_bytes'])}; this machine has {readable(facts['machine_memory_bytes'])}",
-        ),
+        ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
+        *(("", f"{readable(size):>10}  {name}") for name, size in facts["memory"].items() if size),
+        ("", f"at {facts['micro_batch_tokens']:,} tokens a micro-batch"),
         ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
         ("disk", f"{readable(facts['free_bytes'])} free"),
         ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
@@ -174,8 +146,22 @@ def table(facts: dict) -> str:
     lines = [f"{name:11}{text}" for name, text in rows]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
         lines.append(
-            "warning: the memory forecast is more than this machine has; lower train.micro_batch_tokens, or use adapter: {name: lora}"
+            "warning: the memory forecast is more than there is; lower train.micro_batch_tokens, or use adapter: {name: lora}"
         )
+    return "\n".join(lines)
+
+
+def devices_table(facts: dict) -> str:
+    """The forecast for GPUs, for a reader."""
+    card = readable(facts["device_memory_bytes"])
+    lines = [f"devices    memory a device at {facts['micro_batch_tokens']:,} tokens a micro-batch, of {card} each"]
+    lines.append(f"{'':11}{'replicated':>11}{'':8}{'sharded':>11}")
+    for row in facts["devices"]:
+        cells = [
+            f"{readable(row[f'{name}_bytes']):>11}  {'fits' if row[f'{name}_fits'] else '-':6}"
+            for name in ("replicated", "sharded")
+        ]
+        lines.append(f"{row['devices']:>7}    {''.join(cells)}".rstrip())
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from finetune.errors import RunError
 from finetune.plan import Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Recipe
-from finetune.resolve import Resolved, micro_batch_tokens, resolve
+from finetune.resolve import Resolved, resolve
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 WORLD = tuple(name for name in FACT_NAMES if name != "versions")
@@ -34,11 +34,12 @@ def open_plan(
     A recipe that asks for more epochs or steps extends the run. `schedule` is how its learning rate then goes on (see
     `Plan.extended`); where nothing is extended, it must be what the last extension was made with.
     """
-    now = _facts(loaded, accelerator)
+    now = _facts(accelerator)
     if not (path / "plan.json").exists():
         if schedule:
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
-        return resolve(loaded), now | {"run": secrets.token_hex(8)}, []
+        resolved = resolve(loaded)
+        return resolved, now | {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8)}, []
     earlier, facts = plans.load(path)
     lines = _sorted_out(earlier, loaded.recipe)
     if lines["refused"]:
@@ -50,6 +51,9 @@ def open_plan(
     if schedule and not lines["extended"] and not _is_as_extended(earlier, schedule):
         raise _idle_schedule(path, schedule, f"the recipe asks for the {earlier.steps} steps that the run has")
     resolved = resolve(_with_length_of(earlier, loaded), earlier)
+    if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
+        resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
+    now["micro_batch_tokens"] = resolved.micro_batch_tokens
     changes = [f"taken from the recipe: {line}" for line in lines["taken"]]
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
@@ -61,6 +65,14 @@ def open_plan(
         f"{name} changed: {old} -> {new}; bit equality may be lost" for name, old, new in differences(before, now)
     ]
     return resolved, now | {"run": facts["run"]}, changes
+
+
+def with_same_micro_batches(resolved: Resolved, facts: dict, accelerator: Accelerator) -> tuple[Resolved, dict]:
+    """With what fits on the smallest device: all ranks must arrange a step alike."""
+    if accelerator.num_processes == 1:
+        return resolved, facts
+    tokens = accelerator.gather(torch.tensor([resolved.micro_batch_tokens], device=accelerator.device)).min().item()
+    return replace(resolved, micro_batch_tokens=tokens), facts | {"micro_batch_tokens": tokens}
 
 
 def _sorted_out(earlier: Plan, recipe: Recipe) -> dict[str, list[str]]:
@@ -102,7 +114,7 @@ def _idle_schedule(path: Path, schedule: str, reason: str) -> RunError:
     )
 
 
-def _facts(loaded: LoadedRecipe, accelerator: Accelerator) -> dict:
+def _facts(accelerator: Accelerator) -> dict:
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
@@ -110,5 +122,4 @@ def _facts(loaded: LoadedRecipe, accelerator: Accelerator) -> dict:
         "device": name,
         "world_size": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "micro_batch_tokens": micro_batch_tokens(loaded.recipe),
     }

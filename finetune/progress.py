@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+from finetune.pace import Pace
+
 LINES_EVERY_SECONDS = 10.0  # into a pipe; a terminal's line is redrawn twice a second
 REDRAW_EVERY_SECONDS = 0.5
 
@@ -20,7 +22,8 @@ class Progress:
         self._drawn_at = -float("inf")
         self._is_line_open = False
         self._lock = threading.Lock()
-        self._seconds_per_step: float | None = None
+        self.pace: Pace | None = None
+        """Set by `run` when it knows what there is to do."""
 
     def say(self, message: str) -> None:
         """A message on its own line, also with --quiet."""
@@ -30,21 +33,29 @@ class Progress:
                 sys.stderr.write(f"{message}\n")
                 sys.stderr.flush()
 
+    def say_forecast(self, step: int) -> None:
+        """How long the rest takes, unless --quiet."""
+        if not self._is_quiet:
+            left = self.pace.left
+            beside = f"{left['evaluation']} evaluations and {left['save']} saves included"
+            self.say(f"forecast at step {step}: {duration(self.pace.seconds_left)} left, {beside}")
+
     def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float) -> None:
         """The figures of a finished step; `tokens` and `seconds` are of this step."""
-        slow = self._seconds_per_step
-        self._seconds_per_step = seconds if slow is None else 0.9 * slow + 0.1 * seconds
+        if self.pace:
+            self.pace.step(tokens)
         interval = REDRAW_EVERY_SECONDS if self._is_terminal else LINES_EVERY_SECONDS
         is_last = step == self._steps
         if self._is_quiet or (not is_last and time.monotonic() - self._drawn_at < interval):
             return
         self._drawn_at = time.monotonic()
-        left = duration((self._steps - step) * self._seconds_per_step)
         width = len(str(self._steps))
         line = (
             f"step {step:{width}d}/{self._steps}  loss {loss:.4f}  norm {grad_norm:.2f}  lr {learning_rate:.2e}  "
-            f"{tokens / seconds:,.0f} tokens/s  {left} left"
+            f"{tokens / seconds:,.0f} tokens/s"
         )
+        if self.pace:
+            line += f"  {duration(self.pace.seconds_left)} left"
         with self._lock:
             self._clear()
             sys.stderr.write(line if self._is_terminal else f"{line}\n")

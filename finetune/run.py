@@ -25,14 +25,14 @@ from finetune.data import pack
 from finetune.data.batches import Batches, Examples
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.model import base
-from finetune.opening import open_plan
-from finetune.plan import Plan
+from finetune.opening import open_plan, with_same_micro_batches
+from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.progress import Progress
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Checkpoint as Checkpoints
 from finetune.recipe.schema import Every
 from finetune.recorder import Recorder
-from finetune.resolve import Resolved, micro_batch_tokens
+from finetune.resolve import Resolved
 from finetune.state import TrainState, build, start_accelerator
 from finetune.tasks import TASKS
 
@@ -86,6 +86,7 @@ def train(
             with accelerator.main_process_first():
                 resolved, facts, changes = open_plan(loaded, path, accelerator, schedule)
                 base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
+            resolved, facts = with_same_micro_batches(resolved, facts, accelerator)
             plan = resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
             if not Store(path).checkpoints():
@@ -128,8 +129,11 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             renew=recorder.reports is not None and recorder.reports.is_broken,
         )
 
+    pace = recorder.progress.pace = ahead(plan, state.step, end)
+
     def evaluate_and_record() -> None:
-        metrics = evaluate(resolved, state.accelerator, state.objective, wishes)
+        with pace.aside("evaluation"):
+            metrics = evaluate(resolved, state.accelerator, state.objective, wishes)
         if metrics:
             recorder.evaluated(state.step, metrics)
 
@@ -150,7 +154,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
         evaluate_and_record()  # at the start, or where a signal cut it short
     first = state.step + 1
     try:
-        for report in loop.steps(state, plan, batches(plan, resolved.train, state.accelerator), end, wishes):
+        for report in loop.steps(state, plan, batches(resolved, resolved.train, state.accelerator), end, wishes):
             recorder.step(report)
             if report.agreed.renew:
                 recorder.reports.renew()
@@ -159,9 +163,14 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 evaluate_and_record()
             if is_saved:
                 signals.is_save_wished = False
-                recorder.commit(state)
+                with pace.aside("save"):
+                    recorder.commit(state)
             elif report.step == first:
                 recorder.warm(state)
+            if pace.steps == FORECAST_AFTER_STEPS and report.step < end:
+                pace.tokens = tokens_of(plan, resolved.train.lengths, report.step, end)
+                recorder.event("forecast", step=report.step, **pace.forecast())
+                recorder.progress.say_forecast(report.step)
             _watch(recorder, report)
     except (NotFiniteError, SpikeError) as error:
         recorder.event(error.code, step=state.step, message=error.message)
@@ -201,15 +210,15 @@ class SpikeError(FinetuneError):
     code = "spike"
 
 
-def batches(plan: Plan, examples: Examples, accelerator: Accelerator) -> Batches:
+def batches(resolved: Resolved, examples: Examples, accelerator: Accelerator) -> Batches:
     """The micro-batches of this rank, arranged and collated as the plan says."""
-    task = TASKS[plan.recipe.task.name]
-    is_packed = plan.recipe.task.packing
+    settings = resolved.plan.recipe.task
+    task, is_packed = TASKS[settings.name], settings.packing
     return Batches(
         examples,
         arrange=pack.packed if is_packed else pack.padded,
         collate=task.collate_packed if is_packed else task.collate_padded,
-        budget=micro_batch_tokens(plan.recipe),
+        budget=resolved.micro_batch_tokens,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
@@ -223,7 +232,7 @@ def evaluate(
 ) -> dict | None:
     """Held-out figures of a prepared objective; None when a signal cut them short."""
     score = TASKS[resolved.plan.recipe.task.name].score
-    return loop.evaluate(accelerator, objective, batches(resolved.plan, resolved.holdout, accelerator), score, wishes)
+    return loop.evaluate(accelerator, objective, batches(resolved, resolved.holdout, accelerator), score, wishes)
 
 
 def _is_due(every: Every | None, step: int) -> bool:

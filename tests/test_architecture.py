@@ -21,6 +21,8 @@ FLOORS = {
     "finetune.journal": 0,
     "finetune.checkpoints": 0,
     "finetune.estimate": 0,
+    "finetune.memory": 0,
+    "finetune.pace": 0,
     "finetune.history": 0,
     "finetune.pruning": 0,
     "finetune.trainer_state": 0,

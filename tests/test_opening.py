@@ -160,3 +160,16 @@ def test_the_command_that_extended_a_run_may_be_repeated(opened, schedule, other
     record_steps(opened.path, 12)
     assert opened("train.steps=20", schedule=schedule)[0] == opened("train.steps=20")[0] == longer
     assert f"--schedule {other} has nothing to decide" in refusal(opened, "train.steps=20", schedule=other)
+
+
+def test_the_micro_batch_of_auto_is_decided_once_and_kept_on_another_machine(opened, monkeypatch):
+    automatic = {"train": {"steps": 10, "batch_size": 6, "precision": "fp32"}}
+    _, facts, _ = opened(sections=automatic)
+    monkeypatch.setattr("finetune.memory.machine_bytes", lambda: 2**20)
+    _, again, changes = opened(sections=automatic)
+    assert (again["micro_batch_tokens"], changes) == (facts["micro_batch_tokens"], [])
+    _, named, _ = opened("train.micro_batch_tokens=100", sections=automatic)
+    assert named["micro_batch_tokens"] == 100
+    _, afresh, changes = opened(sections=automatic)
+    assert afresh["micro_batch_tokens"] < facts["micro_batch_tokens"]
+    assert changes[-1] == f"micro_batch_tokens changed: 100 -> {afresh['micro_batch_tokens']}; bit equality may be lost"

@@ -1,0 +1,215 @@
+"""Floor 0. The memory that training needs at its peak, by what holds it: formulas over a plan and the shape of its model.
+
+`estimate` shows them, and `resolve` chooses the size of micro-batches by them. `scripts/bench/forecast.py` holds them against
+real trainings.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from finetune.plan import Plan
+from finetune.recipe.schema import LoraAdapter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FLOAT = 4  # bytes of fp32
+MOMENTS = {"adamw": 8, "sgd": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # bytes a trained parameter
+NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
+CHUNK_TOKENS = 512  # of `model.losses`: so many rows of logits exist at once
+PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
+CONTEXT_BYTES = 2**30  # what a GPU's libraries take beside tensors
+# Holes that freed tensors leave between live ones, as a share of what a micro-batch needs. With glibc 13 % (bf16) and 22 % (fp32)
+# of a full fine-tune were seen, and 30 % and 65 % of LoRA, whose sums of products are short-lived tensors among those that stay. Not measured on a GPU.
+SLACK, SLACK_OF_LORA = 0.2, 0.5
+MARGIN = 0.9  # of a device's memory may be forecast
+# On a CPU no more pays: 4,096 tokens through three layers of SmolLM2's took 3.1, 3.0, 3.4 and 3.5 s in micro-batches of 512 to 4,096.
+CPU_TOKENS = 2048
+
+
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+
+
+class Device(NamedTuple):
+    """What one process trains on."""
+
+    bytes: int
+    is_gpu: bool = False
+    world_size: int = 1
+
+
+class Shape(NamedTuple):
+    """What of a model's config decides the size of its activations."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    """Of one token, over all experts that it goes to."""
+    vocabulary: int
+    queries: int
+    """Heads times their size."""
+    keys: int
+    """Key-value heads times their size."""
+    is_tied: bool
+    is_fp32: bool = False
+    """Its files hold fp32, and are mapped, not read."""
+
+
+def shape_of(config: "PretrainedConfig") -> Shape:
+    """The shape in a transformers config, by the names its families use."""
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    size = getattr(text, "head_dim", None) or hidden // heads
+    experts = getattr(text, "num_experts_per_tok", None)
+    wide = getattr(text, "intermediate_size", None) or 4 * hidden
+    return Shape(
+        layers=text.num_hidden_layers,
+        hidden=hidden,
+        intermediate=experts * (getattr(text, "moe_intermediate_size", None) or wide) if experts else wide,
+        vocabulary=text.vocab_size,
+        queries=heads * size,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        is_tied=bool(config.tie_word_embeddings),
+        is_fp32=str(config.dtype).endswith("float32"),
+    )
+
+
+class Work(NamedTuple):
+    """How many tokens come together."""
+
+    micro_batch: int
+    step: int
+
+
+def parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
+    """Bytes at the peak of one process that holds the whole model, by what holds them. On a GPU: those of the GPU."""
+    share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
+    found = {
+        "process": CONTEXT_BYTES if device.is_gpu else PROCESS_BYTES,
+        "weights": trained_bytes(plan) + sum(_frozen(plan, shape).values()),
+        "moments": _moments(plan),
+        "casts": _casts(plan, shape),
+        "activations": min(work) * _kept(plan, shape),
+        "logits": _logits(plan, shape, round(share * min(work))),
+    }
+    forward = found["casts"] + found["activations"] + found["logits"]
+    found["slack"] = round((SLACK_OF_LORA if _is_lora(plan) and not device.is_gpu else SLACK) * forward)
+    gradients = trained_bytes(plan)
+    is_alone = work.step <= work.micro_batch * device.world_size
+    # those of the only micro-batch of a step are made while its activations go
+    found["gradients"] = max(0, gradients - forward) if is_alone else gradients
+    if device.world_size > 1:
+        found["gradients"] += gradients  # the buckets in which ranks exchange them
+    if not device.is_gpu:
+        found["mapped"] = _mapped(plan, shape)
+        found["staging"] = state_bytes(plan)
+    return found
+
+
+def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
+    """The peak where `device.world_size` devices share weights, gradients and moments (FSDP)."""
+    found, world_size = parts(plan, shape, work, device._replace(world_size=1)), device.world_size
+    if world_size == 1:
+        return sum(found.values())
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
+    layer = (plan.total_parameters - embeddings) // shape.layers
+    gathered = _width(plan) * (2 * layer + embeddings)  # the layer under way, the next one, and what lies around them
+    shared = found["weights"] + found["moments"] + trained_bytes(plan)
+    passing = gathered + found["activations"] + found["logits"]
+    return found["process"] + round((1 + SLACK) * passing) + -(-shared // world_size)
+
+
+def state_bytes(plan: Plan) -> int:
+    """What every full checkpoint holds anew, and what a save stages: the trained weights and their moments."""
+    return trained_bytes(plan) + _moments(plan)
+
+
+def micro_batch_tokens(plan: Plan, shape: Shape, device: Device) -> int:
+    """What `auto` stands for: the longest example, doubled while the forecast fits and a step or, on a CPU, the caches have use for it."""
+    tokens = max(1, plan.counts.longest, plan.holdout_counts.longest)
+    step = plan.recipe.train.batch_size * plan.counts.longest
+    while tokens < step and (device.is_gpu or 2 * tokens <= CPU_TOKENS):
+        if not fits(sum(parts(plan, shape, Work(2 * tokens, step), device).values()), device):
+            break
+        tokens *= 2
+    return tokens
+
+
+def fits(size: int, device: Device) -> bool:
+    return size <= MARGIN * device.bytes
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or what its container may use of it."""
+    limits = [int(text) for file in LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
+
+
+def _width(plan: Plan) -> int:
+    return 2 if plan.recipe.train.precision == "bf16" else 4
+
+
+def _is_lora(plan: Plan) -> bool:
+    return isinstance(plan.recipe.adapter, LoraAdapter)
+
+
+def _stored(plan: Plan) -> int:
+    """Bytes of a weight that is not an adapter's."""
+    return 2 if plan.recipe.train.weights == "bf16" else FLOAT
+
+
+def trained_bytes(plan: Plan) -> int:
+    """The trained weights, or their gradients."""
+    return (FLOAT if _is_lora(plan) else _stored(plan)) * plan.trainable_parameters
+
+
+def _moments(plan: Plan) -> int:
+    optimizer = plan.recipe.optimizer
+    has_moments = optimizer.name != "sgd" or optimizer.momentum
+    return MOMENTS[optimizer.name] * plan.trainable_parameters if has_moments else 0
+
+
+def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
+    """Bytes of frozen weights: linear layers, which lie beneath an adapter as products want them, and the rest."""
+    parameters = plan.total_parameters - plan.trainable_parameters
+    if not _is_lora(plan):
+        return {"rest": _stored(plan) * parameters}
+    embeddings = shape.vocabulary * shape.hidden
+    each = NF4 if plan.recipe.base.quantization else _width(plan)
+    return {"linear": round(each * (parameters - embeddings)), "rest": _stored(plan) * embeddings}
+
+
+def _mapped(plan: Plan, shape: Shape) -> int:
+    """What was converted stays resident in the mapped file, which the embeddings hold; the kernel may drop it where memory is short."""
+    is_converted = _is_lora(plan) and _width(plan) == 2 and _stored(plan) == FLOAT
+    parameters = plan.total_parameters - plan.trainable_parameters - shape.vocabulary * shape.hidden
+    return FLOAT * parameters if is_converted and shape.is_fp32 else 0
+
+
+def _casts(plan: Plan, shape: Shape) -> int:
+    """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
+    if _is_lora(plan):
+        return 2 * plan.trainable_parameters if _width(plan) == 2 else 0
+    return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < _stored(plan) else 0
+
+
+def _kept(plan: Plan, shape: Shape) -> int:
+    """Bytes a token that gated decoder layers keep for the backward pass, and one of them while it is under way."""
+    width, stored = _width(plan), _stored(plan)
+    # attention's inputs and outputs, and the gated layer's
+    products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
+    # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
+    hidden = (2 if _is_lora(plan) else 4) * stored + (6 if width == 2 else 3) * width
+    layer = hidden * shape.hidden + products * width
+    if plan.recipe.train.activation_checkpointing:
+        return shape.layers * stored * shape.hidden + 2 * layer
+    return (shape.layers + 1) * layer
+
+
+def _logits(plan: Plan, shape: Shape, supervised_tokens: int) -> int:
+    """A chunk of logits, its fp32 log-probabilities and the gradients of two chunks; the head's cast, and its gradient where it is trained."""
+    width, head = _width(plan), shape.vocabulary * shape.hidden
+    chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * (2 * FLOAT + (3 * width if width == 2 else FLOAT))
+    cast = head * width if width < _stored(plan) else 0
+    return chunk + cast + (0 if _is_lora(plan) else head * FLOAT + cast)

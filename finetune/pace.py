@@ -1,0 +1,118 @@
+"""Floor 0. How long the rest of a training takes: steps by their tokens, evaluations and saves by what those before them took.
+
+`run` makes one at its start and tells it what happens; `progress` shows it.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from finetune.plan import Plan
+from finetune.recipe.schema import Every
+
+FORECAST_AFTER_STEPS = 20
+COUNTED_STEPS = 1_000  # of more steps the mean is known well enough, and looking up their rows would take seconds
+FADING = 0.95  # a step counts so much less than the one after it
+
+
+class Pace:
+    """The speed of a training and what is left of it. Its first step is left out, for it also makes buffers."""
+
+    def __init__(self, tokens: float, evaluations: int, saves: int, evaluation_tokens: int = 0):
+        """What is left to do; `evaluation_tokens` are those of one evaluation."""
+        self.tokens = tokens
+        self.left = {"evaluation": evaluations, "save": saves}
+        self.evaluation_tokens = evaluation_tokens
+        self.clock: Callable[[], float] = time.monotonic
+        self.steps = 0
+        self._seconds = self._tokens = 0.0
+        self._taken: dict[str, list[float]] = {"evaluation": [], "save": []}
+        self._mark = self.clock()
+
+    def step(self, tokens: int) -> None:
+        """A step has ended."""
+        now = self.clock()
+        if self.steps < 2:
+            self._seconds = self._tokens = 0.0
+        self._seconds = FADING * self._seconds + now - self._mark
+        self._tokens = FADING * self._tokens + tokens
+        self._mark = now
+        self.steps += 1
+        self.tokens -= tokens
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """An evaluation or a save, between two steps."""
+        started = self.clock()
+        yield
+        seconds = self.clock() - started
+        self._taken[name].append(seconds)
+        self._mark += seconds
+        if self.steps:  # what comes before the first step was not counted
+            self.left[name] = max(0, self.left[name] - 1)
+
+    def seconds_of(self, name: str) -> float:
+        """Of one evaluation or save to come."""
+        taken = self._taken[name]
+        if taken:
+            return sum(taken) / len(taken)
+        # a forward is about a third of a step
+        return self.evaluation_tokens * self.seconds_per_token / 3 if name == "evaluation" else 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self._seconds / self._tokens
+
+    @property
+    def seconds_left(self) -> float:
+        beside = sum(count * self.seconds_of(name) for name, count in self.left.items())
+        return max(0.0, self.tokens) * self.seconds_per_token + beside
+
+    def forecast(self) -> dict[str, float]:
+        """The figures of the journal's event."""
+        return {
+            "seconds_left": round(self.seconds_left, 3),
+            "tokens_left": round(self.tokens),
+            "tokens_per_second": round(1 / self.seconds_per_token, 3),
+            "evaluations_left": self.left["evaluation"],
+            "evaluation_seconds": round(self.seconds_of("evaluation"), 3),
+            "saves_left": self.left["save"],
+            "save_seconds": round(self.seconds_of("save"), 3),
+        }
+
+
+def ahead(plan: Plan, start: int, end: int) -> Pace:
+    """What there is to do after step `start`, up to step `end`; saves by the minute are not foreseen."""
+    recipe = plan.recipe
+    keep, holdout = recipe.checkpoint.keep, plan.holdout_counts
+    saves = {end} | _multiples([*recipe.checkpoint.every, keep.every, keep.weights_every], start, end)
+    evaluations = _multiples([recipe.evaluate.every], start, end) | (saves if keep.best else set()) | {plan.steps}
+    count = sum(step <= end for step in evaluations) if holdout.examples else 0
+    return Pace(mean_tokens(plan, start, end), count, len(saves), holdout.tokens)
+
+
+def mean_tokens(plan: Plan, start: int, end: int) -> float:
+    """Tokens of the steps after `start` up to `end`, as they are on average."""
+    return plan.counts.tokens * (end - start) / plan.order.steps_per_epoch
+
+
+def tokens_of(plan: Plan, lengths: np.ndarray, start: int, end: int) -> float:
+    """The same, counted where they are not too many; `lengths` are the tokens of each example."""
+    if end - start > COUNTED_STEPS:
+        return mean_tokens(plan, start, end)
+    return float(sum(lengths[plan.order.examples_of(step)].sum() for step in range(start + 1, end + 1)))
+
+
+def largest_step(plan: Plan, lengths: np.ndarray) -> int:
+    """Tokens of the largest step, of the first ones where there are many."""
+    return max(
+        int(lengths[plan.order.examples_of(step)].sum()) for step in range(1, min(plan.steps, COUNTED_STEPS) + 1)
+    )
+
+
+def _multiples(cadences: Iterable[Every | None], start: int, end: int) -> set[int]:
+    """The steps after `start` up to `end` at which one of the cadences falls due."""
+    steps = [cadence.steps for cadence in cadences if cadence and cadence.steps]
+    return {step for every in steps for step in range(start - start % every + every, end + 1, every)}

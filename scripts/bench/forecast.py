@@ -1,0 +1,173 @@
+"""What `finetune plan` forecasts beside what `finetune train` then takes: peak memory, and the time of the rest after 20 steps.
+
+    python scripts/bench/forecast.py --work DIRECTORY [--only memory,time] [--json FILE] [--tiny]
+
+Every cell is a real `finetune train` in a process of its own. Memory is that process's VmHWM: all of it, staging buffers and
+the pages of the base's file included. Time is that from the forecast at step 20 to the last step's end, journalled, saves and
+evaluations included. `--tiny` runs one cell of each on a tiny model: whether it runs, not how right it is.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import machine
+from training import MEDIUM, SMOLLM2, TINY, Shape, Work, write_recipe
+
+from finetune import journal
+
+LIMITS = {"memory": 0.15, "time": 0.25}
+# Tells the peak of the process that it is: what the parent had resident before does not count, as it would in ru_maxrss.
+PEAK = """
+import re
+from finetune.cli import main
+main()
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+"""
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    model: str
+    adapter: str
+    precision: str
+    micro_batch_tokens: int
+    rows: int
+    """Rows of a step; each is of the bench's length."""
+
+
+class Row(NamedTuple):
+    """What was forecast and measured of a cell, in bytes or seconds."""
+
+    cell: str
+    forecast: float
+    measured: float
+    parts: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        return self.forecast / self.measured
+
+
+def cells(is_tiny: bool) -> Iterator[Cell]:
+    if is_tiny:
+        yield Cell("tiny", "full", "fp32", 64, 4)
+        return
+    for model, adapter, precision in product(("SmolLM2-135M", "random Llama"), ("full", "lora"), ("bf16", "fp32")):
+        for tokens, rows in ((512, 4), (1024, 4), (2048, 8)):  # the first in two micro-batches, the others in one
+            yield Cell(model, adapter, precision, tokens, rows)
+
+
+def models(is_tiny: bool) -> dict[str, Shape | str]:
+    return {"tiny": TINY} if is_tiny else {"SmolLM2-135M": SMOLLM2, "random Llama": MEDIUM}
+
+
+def memory(work: Path, is_tiny: bool) -> Iterator[Row]:
+    for cell in cells(is_tiny):
+        recipe = recipe_of(work, cell, models(is_tiny), tokens=16 if is_tiny else 256)
+        settings = [*settings_of(cell), "train.steps=4", "checkpoint.every=2 steps"]
+        facts = planned(recipe, settings)
+        yield Row(name_of(cell), facts["memory_bytes"], trained(recipe, work / "run", settings), facts["memory"])
+        shutil.rmtree(work / "run")
+
+
+def time(work: Path, is_tiny: bool) -> Iterator[Row]:
+    for adapter in ("full", "lora"):
+        model = next(iter(models(is_tiny)))
+        cell = Cell(model, adapter, "bf16", 512, 4)
+        recipe = recipe_of(work, cell, models(is_tiny), tokens=16 if is_tiny else 128)
+        cadences = ["checkpoint.every=25 steps", "evaluate.every=30 steps", "data.holdout=2"]
+        settings = [*settings_of(cell), "train.steps=80", *cadences]
+        trained(recipe, work / "run", settings)
+        records = journal.read(work / "run")
+        [event] = [record for record in records if record.get("event") == "forecast"]
+        last = next(record for record in reversed(records) if record["kind"] == "step")
+        took = datetime.fromisoformat(last["time"]) - datetime.fromisoformat(event["time"])
+        figures = {name: event[name] for name in ("tokens_per_second", "evaluation_seconds", "save_seconds")}
+        yield Row(f"{name_of(cell)}, 60 steps", event["seconds_left"], took.total_seconds(), figures)
+        shutil.rmtree(work / "run")
+
+
+PARTS = {"memory": memory, "time": time}
+
+
+def recipe_of(work: Path, cell: Cell, known: dict[str, Shape | str], tokens: int) -> Path:
+    adapter = {"name": "lora"} if cell.adapter == "lora" else None
+    path = work / f"{cell.model}-{cell.adapter}-{cell.rows}.yaml".replace(" ", "-")
+    return write_recipe(path, known[cell.model], Work(cell.rows * 4, tokens), adapter)
+
+
+def settings_of(cell: Cell) -> list[str]:
+    return [
+        f"train.precision={cell.precision}",
+        f"train.micro_batch_tokens={cell.micro_batch_tokens}",
+        f"train.batch_size={cell.rows}",
+    ]
+
+
+def name_of(cell: Cell) -> str:
+    return f"{cell.model}, {cell.adapter}, {cell.precision}, {cell.micro_batch_tokens} tokens"
+
+
+def planned(recipe: Path, settings: list[str]) -> dict:
+    command = [sys.executable, "-m", "finetune", "plan", recipe, "--json", *options(settings)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def trained(recipe: Path, run: Path, settings: list[str]) -> int:
+    """Trains, and returns the process's peak memory."""
+    command = [sys.executable, "-c", PEAK, "train", recipe, "--run", run, "--quiet", *options(settings)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return int(re.search(r"\d+\s*\Z", result.stdout)[0])
+
+
+def options(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def table(name: str, rows: list[Row]) -> str:
+    scale, unit = (2**-20, "MiB") if name == "memory" else (1, "s")
+    width = max(len(row.cell) for row in rows)
+    lines = [f"{f'{name} ({unit})':{width}}{'forecast':>11}{'measured':>11}{'ratio':>8}"]
+    for row in rows:
+        parts = ", ".join(f"{part} {value * scale:.4g}" for part, value in row.parts.items() if value)
+        figures = f"{row.forecast * scale:11.1f}{row.measured * scale:11.1f}{row.ratio:8.2f}"
+        lines.append(f"{row.cell:{width}}{figures}   {parts}")
+    worst = max(abs(row.ratio - 1) for row in rows)
+    verdict = "reached" if worst <= LIMITS[name] else "MISSED"
+    return "\n".join([*lines, f"{verdict}: off by {worst:.0%} at most (goal {LIMITS[name]:.0%})"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where runs are written")
+    parser.add_argument("--only", default="memory,time", help="one of the parts, or both")
+    parser.add_argument("--json", type=Path, help="also write every figure here")
+    parser.add_argument("--tiny", action="store_true", help="one cell of each on a tiny model")
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    report: dict[str, object] = {"machine": machine.facts(chosen.work)}
+    print(json.dumps(report["machine"], indent=1))
+    for name in chosen.only.split(","):
+        with tempfile.TemporaryDirectory(prefix=f"forecast-{name}-", dir=chosen.work) as work:
+            rows = list(PARTS[name](Path(work), chosen.tiny))
+        print(f"\n{table(name, rows)}", flush=True)
+        report[name] = [row._asdict() | {"ratio": row.ratio} for row in rows]
+        if chosen.json:
+            chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

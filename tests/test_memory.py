@@ -1,0 +1,186 @@
+"""What a training holds in memory is forecast part by part, for this machine and for others, and `auto` keeps within it."""
+
+import json
+import shutil
+import sys
+from subprocess import run
+
+import pytest
+
+from finetune import estimate, memory
+from finetune.memory import Device, Shape, Work
+from finetune.model import base, losses
+from finetune.recipe.load import load
+from finetune.resolve import resolve
+
+CARD = Device(80 * 2**30, is_gpu=True)
+LARGE = {
+    "8B": Shape(32, 4096, 14336, 128256, 4096, 1024, False),
+    "70B": Shape(80, 8192, 28672, 128256, 8192, 1024, False),
+}
+# `finetune train` in a process of its own that tells its peak at the end; of what ran before in that process nothing counts
+PEAK = """
+import re, sys
+from finetune.cli import main
+main()
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+"""
+
+
+def llama(shape):
+    """config.json of a Llama."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocabulary,
+        "num_attention_heads": shape.queries // 128,
+        "num_key_value_heads": shape.keys // 128,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": shape.is_tied,
+    }
+
+
+@pytest.fixture
+def weightless(tmp_path, tiny_tokenizer):
+    """A function that makes a base of config and tokenizer alone."""
+
+    def make(shape):
+        directory = tmp_path / "weightless"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(llama(shape)))
+        tiny_tokenizer.save_pretrained(directory)
+        return {"checkpoint": str(directory)}
+
+    return make
+
+
+@pytest.fixture
+def planned(recipe_file):
+    """A function that makes a plan and its model's shape."""
+
+    def plan(**sections):
+        resolved = resolve(load(recipe_file(**{"train": {"steps": 4, "batch_size": 6}} | sections)))
+        return resolved.plan, memory.shape_of(base.load_config(resolved.base_directory))
+
+    return plan
+
+
+def on_devices(plan, shape):
+    rows = estimate.on_devices(plan, shape, Work(2048, 16384), CARD.bytes)
+    return {row["devices"]: row for row in rows}
+
+
+def test_chunks_of_logits_are_as_long_as_those_of_the_loss():
+    assert memory.CHUNK_TOKENS == losses.CHUNK_TOKENS
+
+
+@pytest.mark.parametrize(("name", "parameters", "fits_from"), [("8B", 8_030_261_248, 4), ("70B", 70_553_706_496, None)])
+def test_a_large_model_is_forecast_for_many_devices_without_its_weights(
+    weightless, planned, name, parameters, fits_from
+):
+    plan, shape = planned(base=weightless(LARGE[name]), adapter=None)
+    assert (shape, plan.trainable_parameters) == (LARGE[name], parameters)
+    rows = on_devices(plan, shape)
+    assert list(rows) == [1, 2, 4, 8, 16, 32, 64]
+    assert rows[1]["replicated_bytes"] == rows[1]["sharded_bytes"] > 16 * parameters
+    shared = [row["sharded_bytes"] for row in rows.values()]
+    assert shared == sorted(shared, reverse=True)
+    # of every further device a share of weights, gradients and moments is taken off, and nothing else
+    assert rows[32]["sharded_bytes"] - rows[64]["sharded_bytes"] == pytest.approx(16 * parameters / 64, rel=1e-3)
+    assert not any(row["replicated_fits"] for row in rows.values())
+    assert [count for count, row in rows.items() if row["sharded_fits"]] == [
+        count for count in rows if fits_from and count >= fits_from
+    ]
+
+
+def test_lora_fits_one_card_where_all_weights_need_four(weightless, planned):
+    plan, shape = planned(base=weightless(LARGE["8B"]), adapter={"name": "lora"})
+    assert on_devices(plan, shape)[1]["replicated_fits"]
+
+
+def test_the_table_shows_each_number_of_devices(recipe_file, weightless, finetune):
+    recipe = recipe_file(base=weightless(LARGE["8B"]), adapter=None)
+    result = finetune("plan", recipe, "--devices", "--device-memory", 48)
+    assert result.returncode == 0, result.stderr  # a disk too small for it here is no reason to refuse
+    heading, names, *rows = result.stdout.partition("\n\n")[2].splitlines()
+    assert heading == "devices    memory a device at 128 tokens a micro-batch, of 48.0 GiB each"
+    assert names.split() == ["replicated", "sharded"]
+    assert [line.split()[0] for line in rows] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert rows[0].split()[3::3] == ["-", "-"] and rows[-1].split()[3::3] == ["-", "fits"]
+
+
+def test_the_parts_add_up_and_say_what_each_setting_costs(planned):
+    work, here = Work(1024, 4096), Device(2**34)
+    plan, shape = planned(adapter=None)
+    bf16 = memory.parts(plan, shape, work, here)
+    fp32 = memory.parts(planned(adapter=None, train={"steps": 4, "precision": "fp32"})[0], shape, work, here)
+    lora = memory.parts(planned(adapter={"name": "lora"})[0], shape, work, here)
+    assert bf16["moments"] == 2 * bf16["weights"] == 2 * bf16["gradients"]
+    assert bf16["staging"] == bf16["weights"] + bf16["moments"]
+    assert bf16["casts"] and not fp32["casts"] and fp32["activations"] > bf16["activations"]
+    assert all(lora[name] < bf16[name] for name in ("moments", "gradients", "staging", "activations", "logits"))
+    assert "staging" not in memory.parts(plan, shape, work, CARD)  # it is in the host's memory
+
+
+def test_gradients_take_the_place_of_activations_where_a_step_is_one_micro_batch(planned):
+    plan, shape = planned(adapter=None)
+    alone, several = (memory.parts(plan, shape, Work(1024, step), Device(2**34)) for step in (1024, 1025))
+    assert alone["gradients"] < several["gradients"] == 4 * plan.trainable_parameters
+
+
+def test_auto_is_the_longest_example_doubled_while_it_fits(planned):
+    plan, shape = planned(train={"steps": 1, "batch_size": 10_000})
+    longest, roomy = plan.counts.longest, Device(2**40, is_gpu=True)
+    most = memory.micro_batch_tokens(plan, shape, roomy)
+    assert most // longest == 2 ** ((most // longest).bit_length() - 1) >= 10_000
+    for size in (2**31, 3 * 2**30, 2**32):
+        device = Device(size, is_gpu=True)
+        tokens = memory.micro_batch_tokens(plan, shape, device)
+        held, next_ = (
+            sum(memory.parts(plan, shape, Work(each, 10_000 * longest), device).values())
+            for each in (tokens, 2 * tokens)
+        )
+        assert memory.fits(held, device) and (tokens == most or not memory.fits(next_, device))
+    assert memory.micro_batch_tokens(plan, shape, Device(1)) == longest
+    assert memory.micro_batch_tokens(plan, shape, Device(2**40)) <= memory.CPU_TOKENS
+
+
+def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "LIMITS", (limit, tmp_path / "absent"))
+    machine = memory.machine_bytes()
+    limit.write_text("max\n")
+    assert memory.machine_bytes() == machine > 2**28
+    limit.write_text(f"{2**28}\n")
+    assert memory.machine_bytes() == 2**28
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("adapter", [None, {"name": "lora"}], ids=["full", "lora"])
+def test_the_forecast_is_within_15_percent_of_a_real_trainings_peak(
+    adapter, precision, recipe_file, tmp_path, tiny_tokenizer, finetune
+):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = Shape(12, 512, 1408, 6144, 512, 512, True)
+    LlamaForCausalLM(LlamaConfig(**llama(shape))).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"text": "the model reads " * 400}) + "\n") * 8)
+    recipe = recipe_file(
+        base={"checkpoint": str(tmp_path / "base")},
+        task={"name": "text", "max_length": 256},
+        data={"train": [{"path": str(rows)}]},
+        adapter=adapter,
+        train={"steps": 3, "batch_size": 8, "precision": precision, "micro_batch_tokens": 1024},
+    )
+    forecast = json.loads(finetune("plan", recipe, "--json").stdout)["memory_bytes"]
+    command = [sys.executable, "-c", PEAK, "train", recipe, "--run", tmp_path / "run", "--quiet"]
+    peak = int(run(command, capture_output=True, text=True, check=True, timeout=500).stdout)
+    assert forecast == pytest.approx(peak, rel=0.15)
