@@ -1,0 +1,151 @@
+"""The benchmarks as a page: `docs/benchmarks.md`, from the reports of one or several sessions."""
+
+from statistics import median
+
+import comparison
+from cells import parse
+from figures import SCALES, Goal
+
+GIB = 2**30
+INTRODUCTION = """# Benchmarks
+
+Ours beside what people would use instead, on the same rows with the same tokens an update, in turns on one machine. Written by
+`scripts/bench/throughput.py --write docs/benchmarks.md --from REPORT…`; nothing here was entered by hand. What a checkpoint costs is
+in [checkpoints.md](checkpoints.md).
+"""
+RULES = """## What is compared
+
+SmolLM2-135M-Instruct (134,515,008 parameters, the quickstart's base), every token supervised, fused AdamW at a constant learning rate,
+clipping at 1.0, no accumulation. bf16 is autocast over fp32 weights. An update has four rows of source text of Python's standard
+library, 900 to 1,024 tokens; every contestant trains on the same rows in the same step and starts with the same weights and adapters
+(rank 16 beside all linear layers). Each run is a process of its own; runs of all contestants alternate, in another order each round;
+all have the same threads and the same malloc settings. Tokens are counted without padding, from the end of the second step to the end
+of the last, so whatever happens between steps counts. Ratios are medians over rounds of the ratio within a round, with the spread.
+MFU counts the matrix products with weights (6 N a token; LoRA 4 N and 6 of the adapter's) against the best 2,048-square matrix product
+of the session. Memory is the most the process was resident in, less the buffers that saves are staged in: `ready for a save` has those.
+
+| contestant | how it is set, and why |
+|---|---|
+| bare loop, padded | written by hand, rows filled up to the longest, no mask (a causal model needs none) |
+| bare loop, packed | rows best-fit into sequences of the cell's length, positions restart, block-diagonal mask of transformers |
+| bare, packed, chunked loss | the same; logits of 512 tokens at a time, each chunk differentiated at once, nothing computed twice |
+| the same, attention per row | one sequence, attention computed row by row |
+| Trainer | transformers' collator, padded to the longest; `optim=adamw_torch_fused`, `bf16`, no logging, no saving, no evaluation |
+| SFTTrainer, padded | TRL's collator; gradient checkpointing, on by default in TRL, as the cell says; its chunked log-probabilities and metrics stay |
+| SFTTrainer, packed | TRL's `pack_dataset` (`bfd`) told to pack the rows of one step together, and its padding-free collator |
+| finetune | `finetune train` with a recipe that names the same numbers, else defaults: journal, row losses and the final commit included |
+
+Frozen weights of LoRA in bf16 are stored as autocast casts them by ours and by the bare loops: the same bits. Trainer and SFTTrainer get
+the model in fp32, as `from_pretrained(dtype=float32)` gives it; loaded in bf16 they would compute another loss.
+"""
+
+
+def whole(reports: list[dict], titles: dict[str, str]) -> str:
+    """The page. Reports of several sessions stand one after the other."""
+    sections = [INTRODUCTION, RULES]
+    for report in reports:
+        if report.get("runs"):
+            sections += [conditions(report), throughput(report, titles)]
+    for report in reports:
+        for name, part in report["parts"].items():
+            body = operators(part) if isinstance(part, list) else quantities(part)
+            sections.append(f"## {name[0].upper()}{name[1:]}\n\n{body}")
+    return "\n".join(section.rstrip() + "\n" for section in sections)
+
+
+def conditions(report: dict) -> str:
+    machine, runs = report["machine"], report["runs"]
+    versions = machine["versions"] | next((run["versions"] for run in runs if run.get("versions")), {})
+    peaks = {name: _spread([run["matmul"][name] for run in runs], 0) for name in ("bf16", "fp32")}
+    others = [run["others_busy_cores"] for run in runs]
+    return "\n".join(
+        [
+            "## On this machine\n",
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / GIB:.0f} GiB, no GPU; Linux {machine['kernel']}; "
+            f"Python {machine['python']}; {', '.join(f'{name} {number}' for name, number in versions.items())}; "
+            f"{machine['threads']} threads. Matrix product, GFLOP/s, before each run: bf16 {peaks['bf16']}, fp32 {peaks['fp32']}. "
+            f"Other processes kept {_spread(others, 2)} cores busy.\n",
+            f"```text\npython scripts/bench/throughput.py {report['command']}\n```",
+        ]
+    )
+
+
+def throughput(report: dict, titles: dict[str, str]) -> str:
+    """A table a cell."""
+    runs, lines = report["runs"], []
+    peaks = {name: max(run["matmul"][name] for run in runs) for name in ("bf16", "fp32")}
+    for key in comparison.keys_of(runs):
+        cell, contestants = parse(key[0]), comparison.by_contestant(runs, key)
+        rows = report["rows"][cell.name]
+        differences = comparison.loss_differences(contestants)
+        lines += [
+            f"\n### {cell.name}, malloc {key[1]}\n",
+            f"{rows['rows']} rows, median {rows['median']:.0f}, ninth decile {rows['ninth_decile']}, longest {rows['longest']} tokens; "
+            f"{rows['tokens_of_update']:.0f} tokens an update, {rows['share_of_padded_positions']:.0%} of the positions when padded.\n",
+            "| contestant | tokens/s | MFU | peak GiB | ready for a save, GiB | start to first step, s | loss differs by |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name in [name for name in titles if name in contestants]:
+            mine = contestants[name]
+            shares = [comparison.mfu(cell, run, peaks[cell.precision]) for run in mine]
+            columns = [
+                titles[name],
+                _spread([comparison.tokens_per_second(run) for run in mine], 0),
+                f"{median(shares):.2f}",
+                _spread([comparison.peak_bytes(run) / GIB for run in mine], 2),
+                f"{median(run['staged_bytes'] for run in mine) / GIB:.2f}",
+                _spread([comparison.first_step_seconds(run) for run in mine], 1),
+                f"{differences[name]:.1g}" if name in differences else "",
+            ]
+            lines.append(f"| {' | '.join(columns)} |")
+        judged = comparison.goals_of(contestants, cell)
+        lines += ["", *(f"{line(goal)}; rounds: {_spread(found, 2)}" for goal, found in judged)]
+    return "\n".join(lines)
+
+
+def run_line(run: dict) -> str:
+    """A run, for the terminal."""
+    return (
+        f"{comparison.tokens_per_second(run):7.1f} tokens/s {comparison.peak_bytes(run) / GIB:6.2f} GiB "
+        f"{comparison.first_step_seconds(run):6.1f} s to the first step, others {run['others_busy_cores']:.2f}"
+    )
+
+
+def line(goal: Goal) -> str:
+    return f"- {' '.join(goal.show().split())}"
+
+
+def quantities(part: dict) -> str:
+    """A part with samples: a table for each of its quantities."""
+    lines = []
+    for quantity in part["quantities"]:
+        unit = quantity["shown_in"]
+        lines += [f"{quantity['title']} ({unit}):\n", "| | median | min | max | samples |", "|---|---|---|---|---|"]
+        for name, row in quantity["contestants"].items():
+            figures = [row["median"], min(row["samples"]), max(row["samples"])]
+            shown = [f"{figure * SCALES[unit]:.3g}" for figure in figures]
+            lines.append(f"| {' | '.join([name.strip(), *shown, str(row['count'])])} |")
+        lines.append("")
+    lines += [f"- {name}: {value}" for name, value in part["facts"].items()]
+    fields = ("name", "value", "limit", "unit", "is_floor")
+    lines += [line(Goal(**{field: goal[field] for field in fields})) for goal in part["goals"]]
+    return "\n".join(lines)
+
+
+def operators(found: list[dict]) -> str:
+    """A profiled step."""
+    total = sum(operator["seconds"] for operator in found)
+    lines = [
+        f"{total:.2f} seconds of CPU time in operators.\n",
+        "| operator | share | seconds | calls |",
+        "|---|---|---|---|",
+    ]
+    for operator in found:
+        name, share = operator["name"].replace("|", "\\|"), f"{operator['share']:.1%}"
+        lines.append(f"| `{name}` | {share} | {operator['seconds']:.3f} | {operator['calls']} |")
+    return "\n".join(lines)
+
+
+def _spread(samples: list[float], digits: int) -> str:
+    middle, least, most = (f"{figure:.{digits}f}" for figure in (median(samples), min(samples), max(samples)))
+    return middle if least == most else f"{middle} ({least}..{most})"

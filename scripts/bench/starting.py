@@ -1,0 +1,140 @@
+"""From the start of a process to its first step: ours beside a bare loop, and ours resuming near the beginning and far from it."""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import cells
+import processes
+from comparison import first_step_seconds
+from figures import OURS, Goal, Part, Quantity, rotated
+from training import Shape, Work, write_recipe
+
+from finetune import journal
+from finetune.checkpoints import lease
+from finetune.model import base
+from finetune.opening import open_plan
+from finetune.progress import Progress
+from finetune.recipe.load import load
+from finetune.recorder import Recorder
+from finetune.state import build, start_accelerator
+
+BARE = "bare-chunked"
+CELLS = ("full-512-bf16", "lora-512-bf16")
+POSITIONS, NEAR = (10, 2_000, 2_000_000), (10, 2_000)
+TINY = Shape(2, 32, 64, 300)
+
+
+def parts(work: Path, options: argparse.Namespace, measure: Callable[..., dict]) -> Iterator[tuple[str, Part]]:
+    for name in CELLS[: 1 if options.tiny else None]:
+        prepared = cells.prepare(cells.parse(name), 1, options.model, work / f"start-{name}")
+        yield f"start, {name}", started(prepared, options, measure)
+    yield "resume", resumed(work / "resume", options)
+
+
+def started(prepared: cells.Prepared, options: argparse.Namespace, measure: Callable[..., dict]) -> Part:
+    """Warm: what both can keep (pages, bytecode, encoded rows) is kept by a round before the first."""
+    seconds = Quantity("start of the process to the end of its first step, warm cache", "s")
+    for turn in range(-1, options.rounds):
+        for name in rotated((OURS, BARE), turn):
+            run = measure(name, prepared, options)
+            if turn >= 0:
+                seconds.add(name, first_step_seconds(run))
+    ratio = seconds.median() / seconds.median(BARE)
+    return Part([seconds], [Goal("start to first step, ours / bare loop", ratio, 1.15, "x")])
+
+
+def resumed(work: Path, options: argparse.Namespace) -> Part:
+    """A step takes one row, so that steps are positions; the far ones are commits of this state that were given their number."""
+    work.mkdir()
+    recipe = _recipe(work)
+    with_records = Quantity("to the first step after resuming, the journal has a record of every step before", "s")
+    without = Quantity("the same, the journal has none of them", "s")
+    runs, positions = {}, NEAR if options.tiny else POSITIONS
+    for position in positions:
+        for quantity, has_records in ((with_records, True), (without, False)):
+            run = work / f"run-{position}-{has_records}"
+            _advance(recipe, run, position, has_records)
+            runs[quantity.title, position] = (quantity, run)
+    for turn in range(-1, options.rounds):
+        for key in rotated(list(runs), turn):
+            quantity, run = runs[key]
+            seconds = _resume(recipe, run, options, key[1] + turn + 2)
+            if turn >= 0:
+                quantity.add(_named(key[1]), seconds)
+    goals = []
+    for quantity, about in ((with_records, "with records"), (without, "without records")):
+        nearest = quantity.median(_named(positions[0]))
+        for position in positions[1:]:
+            ratio = quantity.median(_named(position)) / nearest
+            goals.append(Goal(f"resume at {position:,} / at {positions[0]}, {about}", ratio, 1.05, "x"))
+    return Part([with_records, without], goals)
+
+
+def _named(position: int) -> str:
+    return f"at step {position:,}"
+
+
+def tiny_model(work: Path) -> Path:
+    """A random Llama of two layers that reads bytes."""
+    write_recipe(work / "tiny.yaml", TINY, Work(1, 16))
+    return next(path for path in work.iterdir() if path.is_dir())
+
+
+def _resume(recipe: Path, run: Path, options: argparse.Namespace, until: int) -> float:
+    """Seconds to the end of the first step; `until` is the step after."""
+    command = [sys.executable, "-m", "finetune", "train", recipe, "--run", run, "--quiet", "--until", str(until)]
+    outcome = processes.run(command, options.environment, run.with_suffix(".log"))
+    ends = [record for record in journal.read(run) if record["kind"] == "step"]
+    return datetime.fromisoformat(ends[-1]["time"]).timestamp() - outcome.started
+
+
+def _recipe(work: Path) -> Path:
+    """20,000 rows of 16 tokens for a tiny Llama."""
+    draw = random.Random(0)
+    data = work / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": "".join(draw.choices("abcdefgh", k=15))}) + "\n" for _ in range(20_000))
+    )
+    parts = cells.sections(cells.Cell("full", 16, "fp32"), tiny_model(work), data, 4_000_000)
+    parts["train"] |= {"batch_size": 1}
+    return cells.write_recipe(work / "resume.yaml", parts | {"guard": {"spike": "ignore"}})
+
+
+def _advance(recipe: Path, run: Path, position: int, has_records: bool) -> None:
+    """A run whose newest commit is at a step, made by the code that makes every commit."""
+    loaded = load(recipe)
+    accelerator = start_accelerator(loaded.recipe.train)
+    with lease.acquire(run, "bench") as held:
+        resolved, facts, changes = open_plan(loaded, run, accelerator)
+        plan = resolved.plan
+        if has_records:
+            _write_records(run, position)
+        state = build(plan, base.directory(plan.recipe.base, plan.base), accelerator)
+        for parameter in state.trainable.values():  # moments exist after a step
+            parameter.grad = parameter.detach().clone()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        recorder = Recorder(run, plan, facts, Progress(plan.steps, is_silent=True), held)
+        recorder.open(loaded.text, resolved.base_directory, state, changes)
+        state.step = position
+        recorder.commit(state)
+        recorder.finish(state)
+        recorder.close()
+    os.sync()
+
+
+def _write_records(run: Path, steps: int) -> None:
+    """Lines as a training would have left them."""
+    run.mkdir(exist_ok=True)
+    record = {"loss": 5.703782476891174, "grad_norm": 1.2345678806304932, "learning_rate": 1e-5, "tokens": 16}
+    record |= {"supervised_tokens": 15, "seconds": 0.004321, "await_seconds": 0.0, "attempt": "bench"}
+    with (run / "journal.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            line = {"kind": "step", "step": step, **record, "time": journal.now()}
+            file.write(json.dumps(line) + "\n")
