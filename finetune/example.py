@@ -27,7 +27,7 @@ class Encoded:
 
     def __init__(self, directory: Path):
         def mapped(name: str) -> np.ndarray:
-            return np.load(directory / f"{name}.npy", mmap_mode="r")
+            return np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray)  # slices of a memmap are slow
 
         self.tokens, self.supervised, self.offsets = mapped("tokens"), mapped("supervised"), mapped("offsets")
         self.rows, self.targets, self.cut_tokens = mapped("rows"), mapped("targets"), mapped("cut_tokens")
@@ -37,5 +37,5 @@ class Encoded:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        start, end = self.offsets[index], self.offsets[index + 1]
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return Example(self.tokens[start:end], self.supervised[start:end], int(self.cut_tokens[index]))

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ _ROWS_NAME = re.compile(r"step-(\d+)-(\d+)\.parquet")
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+END_BYTES = 1 << 20  # more than a thousand records
 
 
 class Journal:
@@ -39,10 +40,12 @@ class Journal:
         self._lock = threading.Lock()  # the loop and the saves beside it both append
         with failures(self.path, RunError):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            data = self.path.read_bytes()
-            sound = _sound_length(data)
+            data, first = _end_of(self.path)
+            if not (sound := _sound_length(data)) and first:
+                data, first = self.path.read_bytes(), 0
+                sound = _sound_length(data)
             if sound < len(data):
-                os.ftruncate(self._descriptor, sound)
+                os.ftruncate(self._descriptor, first + sound)
             os.fsync(self._descriptor)
             sync_directory(run)
 
@@ -102,6 +105,18 @@ def read(run: Path) -> list[dict[str, object]]:
     return records
 
 
+def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]]:
+    """The records from the newest that `is_first` on; all, where the end of the file has none. How long the journal is costs nothing."""
+    path = run / "journal.jsonl"
+    data, _ = _end_of(path) if path.exists() else (b"", 0)
+    records = [_record(line) for line in data[: _sound_length(data)].splitlines()]
+    if None not in records:
+        for place in reversed(range(len(records))):
+            if is_first(records[place]):
+                return records[place:]
+    return read(run)
+
+
 def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
     """The record that counts for each step: its last one, for a step may have been run again after a crash."""
     return {record["step"]: record for record in records if record["kind"] == "step"}
@@ -122,6 +137,16 @@ def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
         if key not in old or key not in new or to_json(old[key]) != to_json(new[key]):
             return key
     return None
+
+
+def _end_of(path: Path) -> tuple[bytes, int]:
+    """The last lines of a file, about `END_BYTES`, and how many bytes are before them."""
+    with path.open("rb") as file:
+        first = max(0, os.fstat(file.fileno()).st_size - END_BYTES)
+        file.seek(first)
+        data = file.read()
+    torn = data.find(b"\n") + 1 if first else 0
+    return data[torn:], first + torn
 
 
 def _sound_length(data: bytes) -> int:

@@ -9,9 +9,11 @@ source of a position is a pure function too: an even interleaving in exact integ
 import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
+DRAWN_AT_ONCE = 256  # examples
 ROUNDS = 6  # 4 suffice against distinguishers of this strength (Luby & Rackoff 1988); 6 cost nothing measurable
 
 
@@ -69,10 +71,16 @@ class Order:
 
     def examples_of(self, step: int) -> np.ndarray:
         """Example ids (int64) of update `step`, counted from 1. An update never crosses an epoch's edge."""
+        at_once = max(1, DRAWN_AT_ONCE // self.batch_size)
+        block, place = divmod(step - 1, at_once)
+        return _examples_of_steps(self, block * at_once + 1, at_once)[place]
+
+    def positions_of(self, step: int) -> np.ndarray:
+        """The positions of an update's examples, counted from the start of the run."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         first = index * self.batch_size
         count = min(self.batch_size, self.examples_per_epoch - first)
-        return self.examples_at(epoch * self.examples_per_epoch + np.arange(first, first + count, dtype=np.int64))
+        return epoch * self.examples_per_epoch + np.arange(first, first + count, dtype=np.int64)
 
     def examples_at(self, positions: np.ndarray) -> np.ndarray:
         """Example ids at absolute positions (int64), counted from the start of the run."""
@@ -110,3 +118,12 @@ class Order:
         for fraction in fractions:
             scale = scale * fraction.denominator
         return tuple(int(fraction * scale) for fraction in fractions)
+
+
+@lru_cache(maxsize=4)
+def _examples_of_steps(order: Order, first: int, count: int) -> list[np.ndarray]:
+    """Of some steps together, which takes as long as of one; not to be written to."""
+    positions = [order.positions_of(step) for step in range(first, first + count)]
+    examples = order.examples_at(np.concatenate(positions))
+    examples.flags.writeable = False
+    return np.split(examples, np.cumsum([len(part) for part in positions])[:-1])

@@ -19,6 +19,7 @@ from finetune.checkpoints.writer import Writer
 from finetune.errors import CheckpointError, RunError
 from finetune.loop import StepReport
 from finetune.opening import WORLD
+from finetune.past import Past
 from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.saver import Record, Saver
@@ -45,13 +46,6 @@ class Recorder:
         self._writer = Writer()
         self._said_stalled: int | None = None
         self._losses: list[journals.RowLoss] = []
-        records = journals.read(path)
-        self._steps = journals.steps(records)
-        self._evaluated = journals.evaluations(records)
-        self._extended = {record["plan_id"] for record in records if record.get("event") == "extended"}
-        self._newest_recorded = max(
-            (record["step"] for record in records if record.get("event") == "committed"), default=0
-        )
 
     def open(self, recipe_text: str, base_directory: Path, state: TrainState, changes: list[str]) -> Checkpoint | None:
         """Writes down what is about to happen; returns the newest sound checkpoint, and says what is wrong with newer ones."""
@@ -68,7 +62,7 @@ class Recorder:
         self._saver = Saver(self.path, self.plan, base_directory, manifest, self.progress.say)
         damages = self._saver.open(state)
         last = self._saver.last
-        self.last_step = last.step if last else 0
+        self.recall(last)
         replace_file(self.path / "recipe.yaml", recipe_text.encode())
         replace_file(self.path / "plan.json", self.plan.dump(self._facts))
         self._journal = journals.Journal(self.path)
@@ -76,12 +70,21 @@ class Recorder:
         facts = {"plan_id": self.plan.plan_id, "changes": changes, "world": self._world(), "previous": previous}
         self.event("started", step=self.last_step, **facts)
         extension = self.plan.extension
-        if extension and extension["plan_id"] not in self._extended:
+        if extension and not self._is_recorded(extension["plan_id"]):
             self.event("extended", **extension)
         for damage in damages:
             self.event("damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message)
         self._say_what_is_lost(damages)
         return last
+
+    def recall(self, last: Checkpoint | None) -> None:
+        """Takes up the past of the run, up to the checkpoint that it goes on from, on every rank."""
+        self._past = Past(self.path, self.plan, last)
+        self.last_step = last.step if last else 0
+
+    def _is_recorded(self, plan_id: str) -> bool:
+        records = journals.read(self.path)
+        return any(record.get("event") == "extended" and record["plan_id"] == plan_id for record in records)
 
     def _refuse_strangers(self) -> None:
         """A checkpoint of another run or plan would be taken for a step of this one."""
@@ -101,13 +104,10 @@ class Recorder:
         if damages:
             lost = max(int(damage.file[5:13]) for damage in damages) - self.last_step
             self.progress.say(f"falling back to step {self.last_step}: {lost} steps are run again")
-        elif self._newest_recorded > self.last_step:
-            lost = self._newest_recorded - self.last_step
-            self.progress.say(f"step {self._newest_recorded} was committed and is gone: {lost} steps are run again")
-
-    def resumed(self, state: TrainState) -> None:
-        self.last_step = state.step
-        self.progress.say(f"resumed from step {state.step}")
+        elif self._past.newest_committed > self.last_step:
+            newest = self._past.newest_committed
+            lost = newest - self.last_step
+            self.progress.say(f"step {newest} was committed and is gone: {lost} steps are run again")
 
     def event(self, name: str, **figures: object) -> None:
         if self.is_writer:
@@ -139,8 +139,8 @@ class Recorder:
         self._check_saves()
         if self._lease:
             self._lease.check()
-        earlier = self._steps.get(report.step)
-        self._steps[report.step] = record
+        earlier = self._past.earlier(report.step)
+        self._past.add(record)
         if self.is_writer:
             self._journal.append(record)
             self._losses += _row_losses(report)
@@ -162,17 +162,16 @@ class Recorder:
 
     def evaluated(self, step: int, metrics: dict) -> None:
         """Records the held-out figures of a step."""
-        self._evaluated[step] = metrics
+        self._past.evaluated[step] = metrics
         self.event("evaluated", step=step, **metrics)
         self.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}")
 
     def is_evaluated(self, step: int) -> bool:
-        return step in self._evaluated
+        return step in self._past.evaluated
 
-    def history(self, quantity: str, before: int, count: int) -> list[float]:
-        """A recorded quantity in the `count` steps before a step."""
-        window = range(max(1, before - count), before)
-        return [self._steps[step][quantity] for step in window if step in self._steps]
+    def window(self, quantity: str, before: int) -> list[float]:
+        """A recorded quantity in the steps before a step, as many as `guard` looks back on."""
+        return self._past.window(quantity, before)
 
     def is_save_due(self) -> bool:
         """Whether a cadence of minutes has come round, on the clock of the rank that writes."""
@@ -193,8 +192,8 @@ class Recorder:
             self._writer.submit(step, 0, partial(_wait, report))
             return
         losses, self._losses = self._losses, []
-        metrics = self._evaluated.get(step, {})
-        record = Record(metrics, losses, list(self._steps.values()), dict(self._evaluated), waited)
+        history, evaluated = self._past.trainer_state(step), dict(self._past.evaluated)
+        record = Record(evaluated.get(step, {}), losses, history, evaluated, self._past.newest_step, waited)
         save = self._saver.begin(state, record)
         work = partial(self._saver.commit, save, self._journal, self._lease, report)
         self._writer.submit(step, save.snapshot.copy.bytes, work)

@@ -102,7 +102,9 @@ def train(
                 checkpoint = _same_checkpoint(newest, path, accelerator)
                 if checkpoint:
                     snapshot.read(state, plan, checkpoint)
-                    recorder.resumed(state)
+                    progress.say(f"resumed from step {state.step}")
+                if not is_writer:
+                    recorder.recall(checkpoint)
                 if accelerator.num_processes > 1:
                     recorder.reports = Reports(accelerator.process_index, accelerator.num_processes)
                 signals.is_training = True
@@ -249,7 +251,7 @@ def _watch(recorder: Recorder, report: loop.StepReport) -> None:
     rule = recorder.plan.recipe.guard.spike
     for quantity in ("loss", "grad_norm") if rule != "ignore" else ():
         value = getattr(report, quantity)
-        distance = guard.spike(recorder.history(quantity, report.step, guard.WINDOW), value)
+        distance = guard.spike(recorder.window(quantity, report.step), value)
         if distance is not None:
             message = f"{quantity} {value:.4g} lies {distance:.0f} deviations above the last steps"
             recorder.progress.say(f"spike at step {report.step}: {message}")

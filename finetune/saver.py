@@ -24,7 +24,6 @@ from finetune.estimate import free_bytes, readable
 from finetune.journal import FULL_DISK, Journal, RowLoss
 from finetune.plan import Plan
 from finetune.state import TrainState
-from finetune.trainer_state import trainer_state
 
 SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
 
@@ -35,10 +34,12 @@ class Record:
 
     metrics: dict
     row_losses: list[RowLoss]
-    steps: list[dict]
-    """The journal's records of all steps."""
+    history: dict
+    """What `trainer_state.json` says."""
     evaluated: dict[int, dict]
     """Held-out figures of all steps, for retention."""
+    newest_step: int
+    """The newest step that the journal has, from an earlier attempt perhaps."""
     wait_seconds: float
     """Training waited so long for earlier saves."""
 
@@ -120,14 +121,14 @@ class Saver:
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)
-        history = trainer_state(self._plan, step, save.record.steps, save.record.evaluated)
-        attempt.write_json("trainer_state.json", history)
+        attempt.write_json("trainer_state.json", save.record.history)
         committed = self._store.commit(attempt, self._manifest_of(step, save.record.metrics), lease.check)
         durable = time.monotonic()
         self._store.read_back(committed, attempt.files.keys() - attempt.linked)
         self.last = committed
         self._damaged.discard(committed.path.name)
         figures = {
+            "newest_step": save.record.newest_step,
             "bytes": attempt.written_bytes,
             "blocked_ms": round(1000 * (save.call_seconds + save.snapshot.copy.awaited_seconds), 3),
             "wait_seconds": round(save.record.wait_seconds, 3),

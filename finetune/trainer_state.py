@@ -1,6 +1,6 @@
 """Floor 0. `trainer_state.json`: the history of a run in the form that transformers' Trainer writes, for the tools that read that.
 
-Nothing of ours reads it. `saver` writes one into every checkpoint.
+`saver` writes one into every checkpoint; `past` takes from it what a resumed run has to know of its first steps.
 """
 
 from collections.abc import Iterable
@@ -10,22 +10,28 @@ from finetune.checkpoints.retention import Saved, best
 from finetune.plan import Plan
 from finetune.recipe.schema import Every
 
-ENTRIES = 1000  # of the loss, at most about so many: it is in every checkpoint, and the journal has all
+ENTRIES = 1000  # of the loss, at most so many: it is in every checkpoint, and the journal has all
 DEFAULT_CADENCE = 500  # Trainer's own, where the recipe has no cadence of steps
 
 
-def trainer_state(plan: Plan, step: int, records: Iterable[dict], evaluated: dict[int, dict]) -> dict:
-    """The state at a step, of the journal's records of steps and evaluations; later ones are left out."""
-    by_step = {record["step"]: record for record in records if record["step"] <= step}
-    per_epoch, logged = plan.order.steps_per_epoch, ceil(plan.steps / ENTRIES)
-    history: list[dict] = []
-    for at in sorted(by_step.keys() | {at for at in evaluated if at <= step}):
-        place = {"epoch": at / per_epoch, "step": at}
-        if at in by_step and (at % logged == 0 or at == step):
-            history.append(place | {name: by_step[at][name] for name in ("loss", "grad_norm", "learning_rate")})
-        if at in evaluated:
-            figures = {name: value for name, value in evaluated[at].items() if name in ("loss", "perplexity")}
-            history.append(place | {f"eval_{name}": value for name, value in figures.items()})
+def cadence(plan: Plan) -> int:
+    """Every how many steps the loss is in the history: a power of two, so that a run that is extended needs none it left out."""
+    return 1 << (ceil(plan.steps / ENTRIES) - 1).bit_length()
+
+
+def loss_entry(plan: Plan, record: dict) -> dict:
+    """The entry of a journal's record of a step."""
+    figures = {name: record[name] for name in ("loss", "grad_norm", "learning_rate")}
+    return {"epoch": record["step"] / plan.order.steps_per_epoch, "step": record["step"], **figures}
+
+
+def trainer_state(plan: Plan, step: int, losses: Iterable[dict], evaluated: dict[int, dict], tokens: int) -> dict:
+    """The state at a step, of the entries of losses, the held-out figures by their steps, and the tokens of all steps so far."""
+    per_epoch = plan.order.steps_per_epoch
+    entries = [*losses]
+    for at, metrics in evaluated.items():
+        figures = {f"eval_{name}": value for name, value in metrics.items()}
+        entries.append({"epoch": at / per_epoch, "step": at, **figures})
     best_steps = best([Saved(at, figures) for at, figures in evaluated.items() if at <= step], 1)
     best_step = best_steps.pop() if best_steps else None
     recipe = plan.recipe
@@ -35,14 +41,29 @@ def trainer_state(plan: Plan, step: int, records: Iterable[dict], evaluated: dic
         "max_steps": plan.steps,
         "num_train_epochs": ceil(plan.steps / per_epoch),
         "train_batch_size": recipe.train.batch_size,
-        "logging_steps": logged,
+        "logging_steps": cadence(plan),
         "eval_steps": _steps_of([recipe.evaluate.every]),
         "save_steps": _steps_of(recipe.checkpoint.every),
-        "num_input_tokens_seen": sum(record["tokens"] for record in by_step.values()),
+        "num_input_tokens_seen": tokens,
         "total_flos": 0.0,
         "best_metric": evaluated[best_step]["loss"] if best_step is not None else None,
         "best_global_step": best_step,
-        "log_history": history,
+        # sorted is stable: of one step the loss comes first
+        "log_history": sorted((entry for entry in entries if entry["step"] <= step), key=lambda entry: entry["step"]),
+    }
+
+
+def losses_of(state: dict) -> list[dict]:
+    """The entries of losses."""
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def evaluations_of(state: dict) -> dict[int, dict]:
+    """The held-out figures, by their steps."""
+    return {
+        entry["step"]: {name[5:]: value for name, value in entry.items() if name.startswith("eval_")}
+        for entry in state["log_history"]
+        if "eval_loss" in entry
     }
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "finetune.history": 0,
     "finetune.pruning": 0,
     "finetune.trainer_state": 0,
+    "finetune.past": 1,
     "finetune.doctor": 0,
     "finetune.data": 1,
     "finetune.tasks": 1,

@@ -8,7 +8,7 @@ import pytest
 
 from finetune import journal
 from finetune.errors import RunError
-from finetune.journal import Journal, RowLoss, difference, read, read_rows, steps, write_rows
+from finetune.journal import Journal, RowLoss, difference, read, read_rows, read_since, steps, write_rows
 
 
 def step(number, **fields):
@@ -65,6 +65,40 @@ def test_a_tail_that_is_no_record_is_cut_off(tmp_path, tail):
     assert read(tmp_path) == [step(1)]
     written(tmp_path, step(2))
     assert read(tmp_path) == [step(1), step(2)]
+
+
+def is_step_2(record):
+    return record["step"] == 2
+
+
+def test_the_end_of_a_journal_is_read_without_what_is_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "END_BYTES", 100)  # three records of these
+    written(tmp_path, step(2), step(1), *(step(number) for number in range(2, 5)))
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b"?" + path.read_bytes()[1:])  # a line that nobody may look at
+    assert read_since(tmp_path, is_step_2) == [step(2), step(3), step(4)]
+    with path.open("ab") as file:
+        file.write(b'{"kind": "st')
+    assert read_since(tmp_path, is_step_2) == [step(2), step(3), step(4)]
+    written(tmp_path, step(5))
+    assert read_since(tmp_path, lambda record: record["step"] == 4) == [step(4), step(5)]
+
+
+def test_where_its_end_has_no_such_record_all_of_a_journal_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "END_BYTES", 40)
+    assert read_since(tmp_path, is_step_2) == []
+    written(tmp_path, step(1), step(2), step(3), step(4))
+    assert read_since(tmp_path, is_step_2) == [step(number) for number in range(1, 5)]
+
+
+def test_a_torn_line_longer_than_the_end_that_is_read_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "END_BYTES", 40)
+    written(tmp_path, step(1), step(2))
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"kind": "event", "rows": [' + b"1, " * 100)
+    assert read_since(tmp_path, is_step_2) == [step(1), step(2)]
+    written(tmp_path, step(3))
+    assert read(tmp_path) == [step(1), step(2), step(3)]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

@@ -4,8 +4,10 @@
 arrange and how to collate are passed in, so nothing here knows packing or tasks. `loop` is the caller.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ class Examples:
         """Each part: the examples of a source, which of them count, and the number of its first row among all rows."""
         self._parts = parts
         self.sizes = tuple(len(chosen) for _, chosen, _ in parts)
-        self._firsts = np.cumsum([0, *self.sizes])
+        self._firsts = [0, *accumulate(self.sizes)]
         self.rows = _joined(parts, np.int64, lambda encoded, some, first_row: encoded.rows[some] + first_row)
         """Row of each example, counted through the sources."""
         self.lengths = _joined(
@@ -39,9 +41,9 @@ class Examples:
         return len(self.rows)
 
     def __getitem__(self, example: int) -> Example:
-        part = int(np.searchsorted(self._firsts, example, side="right")) - 1
+        part = bisect_right(self._firsts, example) - 1
         encoded, chosen, _ = self._parts[part]
-        return encoded[chosen[example - self._firsts[part]]]
+        return encoded[int(chosen[example - self._firsts[part]])]
 
 
 def _joined(parts: Sequence[tuple[Encoded, np.ndarray, int]], dtype: type, column: Callable) -> np.ndarray:
@@ -87,8 +89,8 @@ class Batches:
     def collated(self, ids: np.ndarray, slots: list[list[int]], slot: int) -> MicroBatch:
         is_idle = slot >= len(slots)
         indices = slots[0 if is_idle else slot]
-        inputs = self.collate([self.examples[int(ids[index])] for index in indices])
-        return MicroBatch(slot, indices, is_idle, inputs, torch.tensor(indices, dtype=torch.int64))
+        inputs = self.collate([self.examples[example] for example in ids[indices].tolist()])
+        return MicroBatch(slot, indices, is_idle, inputs, torch.from_numpy(np.array(indices, dtype=np.int64)))
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ class MicroBatches(Sequence):
         A GPU is handed its work in advance, so while it computes one, the host collates the next and copies it from pinned
         memory, on a stream beside the one that computes. A CPU reads the tensors as they are. Never run on a GPU.
         """
+        if device.type == "cpu":
+            yield from self
+            return
         if device.type != "cuda":
             for micro_batch in self:
                 yield replace(micro_batch, **_moved(_tensors_of(micro_batch), lambda tensor: tensor.to(device)))

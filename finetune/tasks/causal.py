@@ -6,6 +6,7 @@ Packed: B is 1 and the rows stand one behind the other. Padded: B is R, filled u
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ TokenLosses = Callable[[torch.nn.Module, dict, Tensor, Tensor], tuple[Tensor, Te
 def collate_packed(examples: Sequence[Example]) -> dict:
     """One sequence; positions restart with every row, and `row_bounds` and `cu_seq_lens` tell attention where rows begin."""
     lengths = [len(example.tokens) for example in examples]
-    bounds = [0, *np.cumsum(lengths).tolist()]
+    bounds = [0, *accumulate(lengths)]
     positions = np.concatenate([np.arange(length) for length in lengths])
-    tokens = np.concatenate([example.tokens for example in examples])
+    tokens = np.concatenate([example.tokens for example in examples], dtype=np.int64)
     model_inputs = {
-        "input_ids": _tensor(tokens)[None],
-        "position_ids": _tensor(positions)[None],
+        "input_ids": torch.from_numpy(tokens[None]),
+        "position_ids": torch.from_numpy(positions[None]),
         "row_bounds": bounds,  # for the host: to read them from a device would wait for it
-        "cu_seq_lens": torch.tensor(bounds, dtype=torch.int32),
+        "cu_seq_lens": torch.from_numpy(np.array(bounds, dtype=np.int32)),
     }
     return {"model_inputs": model_inputs, **_supervised(examples, tokens, bounds[:-1])}
 
@@ -39,7 +40,10 @@ def collate_padded(examples: Sequence[Example]) -> dict:
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = example.tokens
     firsts = range(0, tokens.size, longest)
-    return {"model_inputs": {"input_ids": _tensor(tokens)}, **_supervised(examples, tokens.reshape(-1), firsts)}
+    return {
+        "model_inputs": {"input_ids": torch.from_numpy(tokens)},
+        **_supervised(examples, tokens.reshape(-1), firsts),
+    }
 
 
 def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequence[int]) -> dict:
@@ -47,8 +51,8 @@ def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequenc
     targets = [np.flatnonzero(example.supervised[1:]) for example in examples]
     positions = np.concatenate([target + first for target, first in zip(targets, firsts, strict=True)])
     return {
-        "positions_N": _tensor(positions),
-        "labels_N": _tensor(tokens[positions + 1]),
+        "positions_N": torch.from_numpy(positions),
+        "labels_N": torch.from_numpy(tokens[positions + 1]),
         "tokens_of_rows": [len(target) for target in targets],
     }
 
@@ -65,7 +69,3 @@ def score(loss_sum: float, tokens: int, rows: int) -> dict[str, float]:
     """Held-out figures: mean loss in nats a supervised token, and its perplexity."""
     mean = loss_sum / tokens
     return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "rows": rows, "tokens": tokens}
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))

@@ -1,0 +1,77 @@
+"""Floor 1. What a training has to know of the steps behind it. Neither its memory nor the time to read it grows with their number.
+
+`recorder` owns one: of the newest checkpoint's `trainer_state.json` and the journal's end when a run is resumed, of what happens after that.
+"""
+
+import json
+from pathlib import Path
+
+from finetune import guard, journal
+from finetune.checkpoints.manifest import Checkpoint
+from finetune.plan import Plan
+from finetune.trainer_state import cadence, evaluations_of, loss_entry, losses_of, trainer_state
+
+
+class Past:
+    def __init__(self, run: Path, plan: Plan, last: Checkpoint | None):
+        """The past of a run that goes on from checkpoint `last`, or from its start."""
+        step, state = (last.step, _state_of(last)) if last else (0, None)
+        records = _since(run, step) if state else None
+        if records is None:
+            records, state = journal.read(run), None
+        by_step = journal.steps(records)
+        before = [record for number, record in sorted(by_step.items()) if number <= step]
+        self._plan = plan
+        self._steps = {number: record for number, record in by_step.items() if number > step - guard.WINDOW}
+        self._tokens = state["num_input_tokens_seen"] if state else sum(record["tokens"] for record in before)
+        entries = losses_of(state) if state else [loss_entry(plan, record) for record in before]
+        self._losses = {entry["step"]: entry for entry in entries if entry["step"] % cadence(plan) == 0}
+        self.evaluated = (evaluations_of(state) if state else {}) | journal.evaluations(records)
+        """Held-out figures of each step that was evaluated."""
+        self.newest_step = max(by_step, default=step)
+        """The newest step that the journal has; those after `last` run again."""
+        self.newest_committed = max((record["step"] for record in records if _is_commit(record)), default=step)
+
+    def earlier(self, step: int) -> dict | None:
+        """The record of a step that ran before."""
+        return self._steps.get(step)
+
+    def add(self, record: dict) -> None:
+        """A step has ended."""
+        step = record["step"]
+        self._steps[step] = record
+        self._steps.pop(step - guard.WINDOW, None)
+        self._tokens += record["tokens"]
+        self.newest_step = max(self.newest_step, step)
+        if step % cadence(self._plan) == 0:
+            self._losses[step] = loss_entry(self._plan, record)
+
+    def window(self, quantity: str, before: int) -> list[float]:
+        """A recorded quantity in the steps before a step, as many as tell a spike from noise."""
+        steps = range(max(1, before - guard.WINDOW), before)
+        return [self._steps[step][quantity] for step in steps if step in self._steps]
+
+    def trainer_state(self, step: int) -> dict:
+        """As it is after a step, the newest one."""
+        losses = dict(self._losses)
+        if step in self._steps:
+            losses[step] = loss_entry(self._plan, self._steps[step])
+        return trainer_state(self._plan, step, losses.values(), self.evaluated, self._tokens)
+
+
+def _state_of(checkpoint: Checkpoint) -> dict | None:
+    """Verified before, like all of a checkpoint that is resumed from."""
+    path = checkpoint.path / "trainer_state.json"
+    return json.loads(path.read_bytes()) if path.name in checkpoint.manifest.files else None
+
+
+def _since(run: Path, step: int) -> list[dict] | None:
+    """The journal from a window before a committed step on; None where steps after it may be recorded before that, by an attempt
+    that was lost, so that all of it has to be read."""
+    records = journal.read_since(run, lambda record: record["kind"] == "step" and record["step"] <= step - guard.WINDOW)
+    commits = [record for record in records if _is_commit(record) and record["step"] == step]
+    return records if commits and commits[-1].get("newest_step") == step else None
+
+
+def _is_commit(record: dict) -> bool:
+    return record.get("event") == "committed"
