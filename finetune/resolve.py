@@ -50,6 +50,7 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
     recipe = loaded.recipe
     pinned = earlier.base if earlier else base.pin(recipe.base)
     directory = base.directory(recipe.base, pinned, with_weights=False)
+    base.read_ahead(directory)
     config = base.load_config(directory)
     tokenizer = base.load_tokenizer(directory)
     problems = _problems(loaded, config, tokenizer, pinned)

@@ -1,8 +1,14 @@
 """A base is pinned to its content, its code is never run, its pickles are never read, and what it lacks is named."""
 
+import ctypes
 import json
+import mmap
+import os
 import shutil
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +21,7 @@ from finetune.model.base import (
     load_model,
     load_tokenizer,
     pin,
+    read_ahead,
     stop_tokens,
 )
 from finetune.model.base.files import digest
@@ -331,3 +338,29 @@ def test_a_sharded_directory_with_a_config_is_refused_when_it_is_planned(copied)
     (copied / "pytorch_model_fsdp_0/__0_0.distcp").write_bytes(b"unread")
     base = Base(checkpoint=str(copied))
     assert "is a sharded checkpoint (FSDP, torch DCP)" in refusal(directory, base, pin(base), False)
+
+
+def test_weights_are_read_ahead_of_their_use(tmp_path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1 << 20))
+    with weights.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    read_ahead(tmp_path)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(10)
+    assert pages_in_memory(weights) == weights.stat().st_size // mmap.PAGESIZE
+
+
+def pages_in_memory(file: Path) -> int:
+    """By mincore(2), which says of each page whether it is there, and is asked through a mapping that touches none."""
+    size = file.stat().st_size
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as data,
+    ):
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        there = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), there) == 0
+        return sum(page & 1 for page in there)

@@ -20,7 +20,7 @@ from finetune.checkpoints.manifest import MANIFEST, verify
 from finetune.checkpoints.refs import Ref, find, parse
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, reading
-from finetune.model.base.files import TOKENIZER_FILES
+from finetune.model.base.files import TOKENIZER_FILES, read_ahead
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.reading import empty_model, load_config, load_model, load_tokenizer, stop_tokens
 from finetune.plan import PinnedBase
@@ -36,6 +36,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "pin",
+    "read_ahead",
     "refuse_damaged",
     "refuse_foreign",
     "run_around",

@@ -1,8 +1,11 @@
 """Floor 1. Which files make a checkpoint: what is downloaded, digested, and handed on to a base made from others; `base` calls it."""
 
+import os
 import re
 import shutil
+from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 
 import blake3
 
@@ -28,12 +31,31 @@ def digest(directory: Path) -> str:
 
 
 def file_digest(file: Path) -> str:
+    status = file.stat()
+    return _digest_of(file, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _digest_of(file: Path, as_it_is: tuple[int, ...]) -> str:
+    """Read once in a process, as long as nothing is written to the file: a base is looked at several times until it is trained."""
     return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).hexdigest()
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory has a tokenizer of its own: without a vocabulary the other files are only remarks on one."""
     return any((directory / name).is_file() for name in VOCABULARIES)
+
+
+def read_ahead(directory: Path) -> None:
+    """Has the system read the weights into memory while rows are encoded; on a thread, for asking takes as long as the disk does."""
+
+    def read() -> None:
+        for file in _matching(directory, WEIGHTS):
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    if hasattr(os, "posix_fadvise"):
+        Thread(target=read, daemon=True).start()
 
 
 def copy_small_files(below: Path, adapter: Path, target: Path) -> None:

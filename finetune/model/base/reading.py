@@ -60,8 +60,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer; only a fast one tells which characters a token stands for."""
     from transformers import AutoTokenizer
 
-    if (path / "tokenizer.json").exists():
-        read_json(path / "tokenizer.json")  # tokenizers answers a torn file with a bare Exception
+    tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,6 +70,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise BaseError(
             f"its tokenizer cannot be loaded: {reason}", where=_name(path), hint="add its tokenizer.json"
         ) from None
+    finally:
+        if tokenizer is None and (path / "tokenizer.json").exists():
+            read_json(
+                path / "tokenizer.json"
+            )  # tells what is wrong: tokenizers answers a torn file with a bare Exception
     if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=_name(path))
     return tokenizer
