@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune import cache
 from finetune.estimate import readable
+from finetune.memory import machine_bytes
 
 PACKAGES = (
     "finetune",
@@ -36,7 +37,7 @@ def facts() -> dict:
         "devices": torch.accelerator.device_count() if accelerator else 0,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": machine_bytes(),
         "cache": str(cache.root()),
         "has_hard_links": _has_hard_links(Path.cwd()),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,

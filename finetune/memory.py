@@ -52,8 +52,6 @@ class Shape(NamedTuple):
     keys: int
     """Key-value heads times their size."""
     is_tied: bool
-    is_fp32: bool = False
-    """Its files hold fp32, and are mapped, not read."""
 
 
 def shape_of(config: "PretrainedConfig") -> Shape:
@@ -71,7 +69,6 @@ def shape_of(config: "PretrainedConfig") -> Shape:
         queries=heads * size,
         keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
         is_tied=bool(config.tie_word_embeddings),
-        is_fp32=str(config.dtype).endswith("float32"),
     )
 
 
@@ -102,7 +99,6 @@ def parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int
     if device.world_size > 1:
         found["gradients"] += gradients  # the buckets in which ranks exchange them
     if not device.is_gpu:
-        found["mapped"] = _mapped(plan, shape)
         found["staging"] = state_bytes(plan)
     return found
 
@@ -180,13 +176,6 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
     return {"linear": round(each * (parameters - embeddings)), "rest": _stored(plan) * embeddings}
 
 
-def _mapped(plan: Plan, shape: Shape) -> int:
-    """What was converted stays resident in the mapped file, which the embeddings hold; the kernel may drop it where memory is short."""
-    is_converted = _is_lora(plan) and _width(plan) == 2 and _stored(plan) == FLOAT
-    parameters = plan.total_parameters - plan.trainable_parameters - shape.vocabulary * shape.hidden
-    return FLOAT * parameters if is_converted and shape.is_fp32 else 0
-
-
 def _casts(plan: Plan, shape: Shape) -> int:
     """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
     if _is_lora(plan):
@@ -208,8 +197,8 @@ def _kept(plan: Plan, shape: Shape) -> int:
 
 
 def _logits(plan: Plan, shape: Shape, supervised_tokens: int) -> int:
-    """A chunk of logits, its fp32 log-probabilities and the gradients of two chunks; the head's cast, and its gradient where it is trained."""
+    """A chunk of logits, its fp32 log-probabilities and their gradients; the head's cast, and its gradient where it is trained."""
     width, head = _width(plan), shape.vocabulary * shape.hidden
-    chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * (2 * FLOAT + (3 * width if width == 2 else FLOAT))
+    chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * (2 * FLOAT + (2 * width if width == 2 else 0))
     cast = head * width if width < _stored(plan) else 0
     return chunk + cast + (0 if _is_lora(plan) else head * FLOAT + cast)

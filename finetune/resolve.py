@@ -143,13 +143,12 @@ def _problems(
         problems.append(
             loaded.problem("task.max_length", f"{recipe.task.max_length} is more than the base's {longest} positions")
         )
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    window = min((size for size in windows if size), default=None)
-    if recipe.task.packing and window and recipe.task.max_length > window:
+    chunk = getattr(text, "attention_chunk_size", None)
+    if recipe.task.packing and chunk and recipe.task.max_length > chunk:
         problems.append(
             loaded.problem(
                 "task.packing",
-                f"the base attends within {window} tokens, which packing does not keep to",
+                f"the base attends in chunks of {chunk} tokens, which packing does not keep to",
                 "set task.packing: false",
             )
         )

@@ -109,7 +109,7 @@ def trained_model(recipe: Recipe, base_directory: Path) -> torch.nn.Module:
     model = base.load_model(
         base_directory,
         DTYPES[recipe.train.weights],
-        attention.PER_ROW if is_packed else "sdpa",
+        attention.PER_ROW if is_packed else None,
         recipe.base.quantization,
         DTYPES[recipe.train.precision],
     )

@@ -29,7 +29,7 @@ class Opened:
     """None for a base or a plain model."""
 
 
-def open_model(text: str, attention: str = "sdpa", is_as_trained: bool = True) -> Opened:
+def open_model(text: str, attention: str | None = None, is_as_trained: bool = True) -> Opened:
     """The model that a ref names; of a run with a quantized base on that, or as it would be on the base itself."""
     base.refuse_foreign(text)
     ref = parse(text)
@@ -55,7 +55,7 @@ def run_of(ref: Ref) -> Path | None:
     return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
-def _open_checkpoint(checkpoint: Checkpoint, attention: str, is_as_trained: bool) -> Opened:
+def _open_checkpoint(checkpoint: Checkpoint, attention: str | None, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
     plan = plans.load(run)[0] if run else None
@@ -65,7 +65,7 @@ def _open_checkpoint(checkpoint: Checkpoint, attention: str, is_as_trained: bool
     return Opened(model, checkpoint.path, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, attention: str, is_as_trained: bool) -> Opened:
+def _open_adapter(path: Path, attention: str | None, is_as_trained: bool) -> Opened:
     """An adapter on its base: that of its run, or the one that a plain peft directory names."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)

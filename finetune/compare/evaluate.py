@@ -39,7 +39,7 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
     recipe = resolved.plan.recipe
     if len(resolved.holdout) == 0:
         raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
-    opened = open_model(text, attention.PER_ROW if recipe.task.packing else "sdpa")
+    opened = open_model(text, attention.PER_ROW if recipe.task.packing else None)
     model, own = opened.model, base.load_tokenizer(opened.directory)
     if own.backend_tokenizer.to_str() != resolved.tokenizer.backend_tokenizer.to_str():
         raise FinetuneError(

@@ -98,11 +98,17 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
 
 
 def store_frozen_as_bf16(model: torch.nn.Module) -> None:
-    """Keeps the base's linear weights as autocast would cast them before every product: the same bits, half the memory."""
+    """Keeps the base's linear weights as autocast would cast them before every product: the same bits, half the memory.
+
+    What stays is copied out of the base's file, which is mapped: one tensor would keep all pages that were read resident.
+    """
     for module in model.modules():
         is_frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
         if is_frozen and module.weight.dtype == torch.float32 and not _is_tied(module, model):  # quantized ones stay
             module.to(torch.bfloat16)
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.clone()
 
 
 def _is_tied(module: torch.nn.Linear, model: torch.nn.Module) -> bool:

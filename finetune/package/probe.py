@@ -71,7 +71,7 @@ def main(directory: str, out: str, threads: str, base: str | None = None) -> Non
     from safetensors.torch import save_file
 
     torch.set_num_threads(int(threads))
-    options = {"use_safetensors": True, "attn_implementation": "sdpa", "output_loading_info": True}
+    options = {"use_safetensors": True, "output_loading_info": True}
     if base:
         from peft import PeftModel
 

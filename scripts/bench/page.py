@@ -22,7 +22,8 @@ library, 900 to 1,024 tokens; every contestant trains on the same rows in the sa
 all have the same threads and the same malloc settings. Tokens are counted without padding, from the end of the second step to the end
 of the last, so whatever happens between steps counts. Ratios are medians over rounds of the ratio within a round, with the spread.
 MFU counts the matrix products with weights (6 N a token; LoRA 4 N and 6 of the adapter's) against the best 2,048-square matrix product
-of the session. Memory is the most the process was resident in, less the buffers that saves are staged in: `ready for a save` has those.
+of the session. Where a cell says `malloc plain`, nothing was set from outside; ours sets glibc's malloc itself where it trains on a CPU,
+so that cell shows what this alone is worth, and the others do not have it. Memory is the most the process was resident in, less the buffers that saves are staged in: `ready for a save` has those.
 
 | contestant | how it is set, and why |
 |---|---|

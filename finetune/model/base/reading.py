@@ -102,13 +102,13 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
 def load_model(
     path: Path,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = None,
     quantization: str | None = None,
     products: torch.dtype = torch.float32,
 ) -> torch.nn.Module:
     """The model with all its weights, on the CPU, in eval mode. A missing weight or one of another shape is an error.
 
-    `products` is what quantized layers compute in; what is quantized on the CPU can be moved to a GPU.
+    Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; what is quantized on the CPU can be moved to a GPU.
     Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
     """
     from transformers import AutoModelForCausalLM
