@@ -7,6 +7,7 @@ entry meanwhile waits. What a killed build had finished, in sealed parts, stays 
 import fcntl
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -111,9 +112,10 @@ def _is_verified(entry: Path) -> bool:
 def _alone(entry: Path) -> Iterator[Path]:
     """A directory in which nobody else builds; waits for another process of this user that makes the same entry.
 
-    The kernel's lock on the directory ends with its process. Where the file system has no locks, each build has a directory of its own.
+    The kernel's lock on the directory ends with its process; over a network it may hold on one host only, so each host has its own.
+    Where the file system has no locks, each build has a directory of its own.
     """
-    unfinished = entry.with_name(f"{entry.name}.{os.getuid()}{UNFINISHED}")
+    unfinished = entry.with_name(f"{entry.name}.{os.getuid()}-{platform.node()}{UNFINISHED}")
     while True:
         unfinished.mkdir(mode=0o700, exist_ok=True)
         try:
@@ -190,7 +192,7 @@ def _put(unfinished: Path, entry: Path) -> None:
     except OSError:
         if not entry.is_dir():
             raise
-        shutil.rmtree(unfinished)  # another user, or another host without locks, was faster; the content is the same
+        shutil.rmtree(unfinished)  # another user or another host was faster; the content is the same
     sync_directory(entry.parent)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import memory
 from finetune.errors import RunError
-from finetune.memory import FLOAT, Device, Shape, Work, state_bytes
+from finetune.memory import Device, Shape, Work, state_bytes
 from finetune.plan import Plan
 from finetune.recipe.schema import LoraAdapter, Publish
 
@@ -20,7 +20,9 @@ CARD_BYTES = 80 * 2**30  # of a GPU where this machine has none
 def shared_bytes(plan: Plan) -> int:
     """What the first checkpoint writes and the later ones link to: frozen weights, tokenizer and configs."""
     is_lora = isinstance(plan.recipe.adapter, LoraAdapter)
-    return COMPANION_BYTES + (0 if is_lora else FLOAT * (plan.total_parameters - plan.trainable_parameters))
+    return COMPANION_BYTES + (
+        0 if is_lora else memory.stored_width(plan) * (plan.total_parameters - plan.trainable_parameters)
+    )
 
 
 def checkpoint_bytes(plan: Plan) -> int:

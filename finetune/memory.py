@@ -150,14 +150,14 @@ def _is_lora(plan: Plan) -> bool:
     return isinstance(plan.recipe.adapter, LoraAdapter)
 
 
-def _stored(plan: Plan) -> int:
+def stored_width(plan: Plan) -> int:
     """Bytes of a weight that is not an adapter's."""
     return 2 if plan.recipe.train.weights == "bf16" else FLOAT
 
 
 def trained_bytes(plan: Plan) -> int:
     """The trained weights, or their gradients."""
-    return (FLOAT if _is_lora(plan) else _stored(plan)) * plan.trainable_parameters
+    return (FLOAT if _is_lora(plan) else stored_width(plan)) * plan.trainable_parameters
 
 
 def _moments(plan: Plan) -> int:
@@ -170,22 +170,24 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
     """Bytes of frozen weights: linear layers, which lie beneath an adapter as products want them, and the rest."""
     parameters = plan.total_parameters - plan.trainable_parameters
     if not _is_lora(plan):
-        return {"rest": _stored(plan) * parameters}
+        return {"rest": stored_width(plan) * parameters}
     embeddings = shape.vocabulary * shape.hidden
+    head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
     each = NF4 if plan.recipe.base.quantization else _width(plan)
-    return {"linear": round(each * (parameters - embeddings)), "rest": _stored(plan) * embeddings}
+    linear = round(each * (parameters - embeddings - head)) + _width(plan) * head
+    return {"linear": linear, "rest": stored_width(plan) * embeddings}
 
 
 def _casts(plan: Plan, shape: Shape) -> int:
     """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
     if _is_lora(plan):
         return 2 * plan.trainable_parameters if _width(plan) == 2 else 0
-    return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < _stored(plan) else 0
+    return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < stored_width(plan) else 0
 
 
 def _kept(plan: Plan, shape: Shape) -> int:
     """Bytes a token that gated decoder layers keep for the backward pass, and one of them while it is under way."""
-    width, stored = _width(plan), _stored(plan)
+    width, stored = _width(plan), stored_width(plan)
     # attention's inputs and outputs, and the gated layer's
     products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
@@ -200,5 +202,6 @@ def _logits(plan: Plan, shape: Shape, supervised_tokens: int) -> int:
     """A chunk of logits, its fp32 log-probabilities and their gradients; the head's cast, and its gradient where it is trained."""
     width, head = _width(plan), shape.vocabulary * shape.hidden
     chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * (2 * FLOAT + (2 * width if width == 2 else 0))
-    cast = head * width if width < _stored(plan) else 0
+    is_stored_so = _is_lora(plan) and not shape.is_tied
+    cast = head * width if width < stored_width(plan) and not is_stored_so else 0
     return chunk + cast + (0 if _is_lora(plan) else head * FLOAT + cast)

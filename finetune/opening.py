@@ -38,7 +38,7 @@ def open_plan(
     if not (path / "plan.json").exists():
         if schedule:
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
-        resolved = resolve(loaded)
+        resolved = resolve(loaded, is_to_load=True)
         return resolved, now | {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8)}, []
     earlier, facts = plans.load(path)
     lines = _sorted_out(earlier, loaded.recipe)
@@ -50,7 +50,7 @@ def open_plan(
         )
     if schedule and not lines["extended"] and not _is_as_extended(earlier, schedule):
         raise _idle_schedule(path, schedule, f"the recipe asks for the {earlier.steps} steps that the run has")
-    resolved = resolve(_with_length_of(earlier, loaded), earlier)
+    resolved = resolve(_with_length_of(earlier, loaded), earlier, is_to_load=True)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     now["micro_batch_tokens"] = resolved.micro_batch_tokens

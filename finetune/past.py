@@ -1,9 +1,12 @@
-"""Floor 1. What a training has to know of the steps behind it. Neither its memory nor the time to read it grows with their number.
+"""Floor 1. What a training has to know of the steps behind it. Neither its memory nor the time to read it grows with their number; of
+evaluations, which are few, it knows all.
 
 `recorder` owns one: of the newest checkpoint's `trainer_state.json` and the journal's end when a run is resumed, of what happens after that.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from finetune import guard, journal
@@ -16,13 +19,13 @@ class Past:
     def __init__(self, run: Path, plan: Plan, last: Checkpoint | None):
         """The past of a run that goes on from checkpoint `last`, or from its start."""
         step, state = (last.step, _state_of(last)) if last else (0, None)
-        records = _since(run, step) if state else None
-        if records is None:
-            records, state = journal.read(run), None
+        records = (_since(run, step) if state else None) or journal.read(run)
         by_step = journal.steps(records)
         before = [record for number, record in sorted(by_step.items()) if number <= step]
+        if len(before) == step:  # the journal has all, as it had before there were these states
+            state = None
         self._plan = plan
-        self._steps = {number: record for number, record in by_step.items() if number > step - guard.WINDOW}
+        self._steps = {number: record for number, record in by_step.items() if number >= step - guard.WINDOW}
         self._tokens = state["num_input_tokens_seen"] if state else sum(record["tokens"] for record in before)
         entries = losses_of(state) if state else [loss_entry(plan, record) for record in before]
         self._losses = {entry["step"]: entry for entry in entries if entry["step"] % cadence(plan) == 0}
@@ -31,6 +34,8 @@ class Past:
         self.newest_step = max(by_step, default=step)
         """The newest step that the journal has; those after `last` run again."""
         self.newest_committed = max((record["step"] for record in records if _is_commit(record)), default=step)
+        self.extended = {record["plan_id"] for record in records if record.get("event") == "extended"}
+        """What the journal says of extensions; those that `last` knows are left out perhaps."""
 
     def earlier(self, step: int) -> dict | None:
         """The record of a step that ran before."""
@@ -40,7 +45,7 @@ class Past:
         """A step has ended."""
         step = record["step"]
         self._steps[step] = record
-        self._steps.pop(step - guard.WINDOW, None)
+        self._steps.pop(step - guard.WINDOW - 1, None)
         self._tokens += record["tokens"]
         self.newest_step = max(self.newest_step, step)
         if step % cadence(self._plan) == 0:
@@ -51,12 +56,12 @@ class Past:
         steps = range(max(1, before - guard.WINDOW), before)
         return [self._steps[step][quantity] for step in steps if step in self._steps]
 
-    def trainer_state(self, step: int) -> dict:
-        """As it is after a step, the newest one."""
+    def trainer_state(self, step: int) -> Callable[[], dict]:
+        """Makes it as it is after a step, the newest one: elsewhere, for it takes milliseconds."""
         losses = dict(self._losses)
         if step in self._steps:
             losses[step] = loss_entry(self._plan, self._steps[step])
-        return trainer_state(self._plan, step, losses.values(), self.evaluated, self._tokens)
+        return partial(trainer_state, self._plan, step, list(losses.values()), dict(self.evaluated), self._tokens)
 
 
 def _state_of(checkpoint: Checkpoint) -> dict | None:

@@ -70,7 +70,8 @@ class Recorder:
         facts = {"plan_id": self.plan.plan_id, "changes": changes, "world": self._world(), "previous": previous}
         self.event("started", step=self.last_step, **facts)
         extension = self.plan.extension
-        if extension and not self._is_recorded(extension["plan_id"]):
+        is_known = last is not None and last.manifest.plan_id == self.plan.plan_id  # an attempt before said so
+        if extension and not is_known and extension["plan_id"] not in self._past.extended:
             self.event("extended", **extension)
         for damage in damages:
             self.event("damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message)
@@ -81,10 +82,6 @@ class Recorder:
         """Takes up the past of the run, up to the checkpoint that it goes on from, on every rank."""
         self._past = Past(self.path, self.plan, last)
         self.last_step = last.step if last else 0
-
-    def _is_recorded(self, plan_id: str) -> bool:
-        records = journals.read(self.path)
-        return any(record.get("event") == "extended" and record["plan_id"] == plan_id for record in records)
 
     def _refuse_strangers(self) -> None:
         """A checkpoint of another run or plan would be taken for a step of this one."""

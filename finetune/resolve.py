@@ -19,7 +19,7 @@ from finetune import memory
 from finetune.contract import differences
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode
-from finetune.data.source import open_source, pin_dataset, reopen_source
+from finetune.data.source import State, open_source, pin_dataset, reopen_source
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
 from finetune.example import Encoded
 from finetune.model import adapter, base
@@ -45,12 +45,16 @@ class Resolved:
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
 
 
-def resolve(loaded: LoadedRecipe, earlier: Plan | None = None) -> Resolved:
-    """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold."""
+def resolve(loaded: LoadedRecipe, earlier: Plan | None = None, is_to_load: bool = False) -> Resolved:
+    """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold.
+
+    `is_to_load`: the weights will be wanted, so they are read into memory while rows are encoded.
+    """
     recipe = loaded.recipe
     pinned = earlier.base if earlier else base.pin(recipe.base)
     directory = base.directory(recipe.base, pinned, with_weights=False)
-    base.read_ahead(directory)
+    if is_to_load:
+        base.read_ahead(directory)
     config = base.load_config(directory)
     tokenizer = base.load_tokenizer(directory)
     problems = _problems(loaded, config, tokenizer, pinned)
@@ -187,14 +191,19 @@ def _read(
     rows = open_source(source, revision)
     pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     columns = repr(sorted(source.columns.items()))
-    again = partial(reopen, source, pin)
+    is_held = source.path is not None and source.path.lower().endswith(
+        ".csv"
+    )  # in memory, by each process that opens it
+    again = None if is_held else partial(reopen, source, pin, rows.state)
     return pin, encode(rows, rows.where, encoder, rows.fingerprint, columns, encoding, reopen=again)
 
 
-def _reopened(directory: Path, task: ChatTask | TextTask, source: Source, pin: PinnedSource) -> Work:
+def _reopened(
+    directory: Path, task: ChatTask | TextTask, source: Source, pin: PinnedSource, state: State | None
+) -> Work:
     """What encodes a source, made anew in a worker process."""
     tokenizer = base.load_tokenizer(directory)
-    rows = reopen_source(source, pin.revision, pin.fingerprint)
+    rows = reopen_source(source, pin, state)
     return Work(rows, rows.where, TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer)))
 
 

@@ -34,8 +34,8 @@ class Record:
 
     metrics: dict
     row_losses: list[RowLoss]
-    history: dict
-    """What `trainer_state.json` says."""
+    history: Callable[[], dict]
+    """Makes what `trainer_state.json` says."""
     evaluated: dict[int, dict]
     """Held-out figures of all steps, for retention."""
     newest_step: int
@@ -121,7 +121,7 @@ class Saver:
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)
-        attempt.write_json("trainer_state.json", save.record.history)
+        attempt.write_json("trainer_state.json", save.record.history())
         committed = self._store.commit(attempt, self._manifest_of(step, save.record.metrics), lease.check)
         durable = time.monotonic()
         self._store.read_back(committed, attempt.files.keys() - attempt.linked)

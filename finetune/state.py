@@ -122,7 +122,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     recipe = plan.recipe
     model = trained_model(recipe, base_directory)
     if recipe.task.packing:
-        check_packing(model)
+        check_packing(model, recipe.task.max_length)
     token_losses, reason = losses.fitting(model)
     if recipe.train.precision == "bf16" and adapter.is_adapter(model):
         adapter.store_frozen_as_bf16(model)
@@ -137,12 +137,21 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     return TrainState(accelerator, objective, model, prepared, notes=notes)
 
 
-def check_packing(model: torch.nn.Module) -> None:
-    """Runs two short rows packed and alone: a model that mixes them would train on the wrong thing, silently."""
+def check_packing(model: torch.nn.Module, max_length: int) -> None:
+    """Runs two short rows packed and alone: a model that mixes them would train on the wrong thing, silently.
+
+    So would one whose window does not reach our attention: short rows do not show that, so its layers are asked.
+    """
     # tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does
     rows = (torch.arange(1, 17) * 2_654_435_761 % model.get_input_embeddings().num_embeddings).reshape(2, 8)
     rows = rows.to(next(model.parameters()).device)
     packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": [0, 8, 16]}
+    text = model.config.get_text_config()
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ["sliding_attention"]
+    is_cut = window and window < max_length and "sliding_attention" in kinds
+    if is_cut and window not in attention.windows_of(model, {"input_ids": rows.reshape(1, 16), **packed}):
+        message = f"this base attends within {window} tokens in a way that packing does not know"
+        raise FinetuneError(message, where="task.packing", hint="set task.packing: false")
     with torch.inference_mode():
         together = model(input_ids=rows.reshape(1, 16), use_cache=False, **packed).logits.reshape(2, 8, -1)
         model.set_attn_implementation("eager")  # the base's own, which leaves nothing of it out

@@ -53,3 +53,20 @@ def test_steps_that_an_attempt_lost_are_remembered_beyond_the_commits_of_the_nex
     path.write_text("".join(f"{json.dumps(record)}\n" for record in [*lost, *early]))
     known = Past(run, plan.load(run)[0], Store(run).find(8))
     assert (known.earlier(9), known.earlier(10), known.earlier(11)) == (*lost, None)
+
+
+def test_a_spike_is_measured_against_as_many_steps_as_the_guard_looks_back_on(run, monkeypatch) -> None:
+    monkeypatch.setattr(guard, "WINDOW", 3)
+    losses = [record["loss"] for record in journal.steps(journal.read(run)).values()]
+    known = Past(run, plan.load(run)[0], Store(run).find(8))
+    assert known.window("loss", 9) == losses[5:8]
+    for record in list(journal.steps(journal.read(run)).values())[8:]:
+        known.add(record)
+        assert known.window("loss", record["step"]) == losses[record["step"] - 4 : record["step"] - 1]
+
+
+def test_where_the_journal_was_cut_the_checkpoint_knows_the_rest(run) -> None:
+    whole = Past(run, plan.load(run)[0], Store(run).find(12)).trainer_state(12)()
+    path = run / "journal.jsonl"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if '"step": 1' in line))
+    assert Past(run, plan.load(run)[0], Store(run).find(12)).trainer_state(12)() == whole

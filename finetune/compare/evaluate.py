@@ -48,7 +48,7 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
             hint="evaluate it with a recipe of its own",
         )
     if recipe.task.packing:
-        check_packing(model)
+        check_packing(model, recipe.task.max_length)
     accelerator = start_accelerator(recipe.train)
     token_losses, _ = losses.fitting(model)
     objective = accelerator.prepare_model(

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -29,7 +29,7 @@ from finetune.example import Encoded, Example
 VERSION = 2  # of the format below; part of every key
 SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
 PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seconds to start
-MOST_WORKERS = 16  # of a quarter of a GiB each
+MOST_WORKERS = 16  # of a quarter of a GiB each, and what a reader keeps of its source
 ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads
 CHARACTERS_AT_ONCE = 4 << 20  # and small enough for memory, at some 100 bytes a character on the way
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -124,14 +124,14 @@ def _in_parallel(directory: Path, ranges: Sequence[range], reopen: Callable[[], 
             pool.shutdown(cancel_futures=True)
 
 
-_work: list[Work] = []  # in a worker process: the one it has
+_reopen: list[Callable[[], Work]] = []  # in a worker process: the one it was given
 
 
 def _start_worker(reopen: Callable[[], Work]) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
-    _work.append(reopen())
+    _reopen.append(reopen)
 
 
 def _end_with_parent() -> None:
@@ -140,7 +140,13 @@ def _end_with_parent() -> None:
 
 
 def _shard_in_worker(directory: Path, ids: range) -> Path:
-    return _shard(directory, _work[0], ids)
+    return _shard(directory, _own_work(), ids)
+
+
+@lru_cache(maxsize=1)
+def _own_work() -> Work:
+    """Opened by the first shard, not at the start, where the executor would take any error for a kill."""
+    return _reopen[0]()
 
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:

@@ -7,6 +7,7 @@ as the recipe's `columns` say; what is wrong with it is a DataError that names i
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,12 +20,14 @@ from blake3 import blake3
 from pydantic_core import from_json
 
 from finetune.errors import DataError
+from finetune.plan import PinnedSource
 from finetune.recipe.schema import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = dict[str, object]
+State = tuple[int, ...]
 
 SPLIT = "train"  # of a Hub data set, where the recipe names none
 SCAN_BYTES = 16 * 2**20
@@ -47,6 +50,7 @@ class Rows:
     def __init__(self, reader: Reader, name: str, fingerprint: str, columns: Mapping[str, str]):
         self.name = name
         self.fingerprint = fingerprint
+        self.state = state_of(name)
         self._reader = reader
         self._columns = dict(columns)
 
@@ -77,7 +81,7 @@ def open_source(source: Source, revision: str | None = None) -> Rows:
             raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
         pin = revision or pin_dataset(source)
         identity = json.dumps([source.dataset, pin, source.name, source.split or SPLIT]).encode()
-        rows = reopen_source(source, pin, f"blake3:{blake3(identity).hexdigest()}")
+        rows = Rows(HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source.columns)
     else:
         reader = _reader_of(source.path)
         digest = blake3(max_threads=blake3.AUTO).update_mmap(source.path).hexdigest()
@@ -88,10 +92,22 @@ def open_source(source: Source, revision: str | None = None) -> Rows:
     return rows
 
 
-def reopen_source(source: Source, revision: str | None, fingerprint: str) -> Rows:
-    """The same rows in another process, which takes what the first one found out."""
-    reader = _reader_of(source.path) if source.dataset is None else HubDataset(source, revision)
-    return Rows(reader, source.path or source.dataset, fingerprint, source.columns)
+def reopen_source(source: Source, pin: PinnedSource, state: State | None) -> Rows:
+    """The same rows in another process, which takes what the first one found out; DataError where the file is no longer in `state`."""
+    reader = _reader_of(source.path) if source.dataset is None else HubDataset(source, pin.revision)
+    rows = Rows(reader, pin.name, pin.fingerprint, source.columns)
+    if rows.state != state:
+        raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")
+    return rows
+
+
+def state_of(name: str) -> State | None:
+    """What changes with a file: device, inode, size and times. None where there is no file."""
+    try:
+        status = os.stat(name)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def pin_dataset(source: Source) -> str:

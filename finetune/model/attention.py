@@ -17,6 +17,7 @@ from finetune.errors import BaseError
 
 PER_ROW = "finetune_per_row"
 KERNEL_HEAD_SIZE = 256  # the largest of FlashAttention
+KERNEL_CAPABILITY = (8, 0)  # Ampere; older GPUs take bf16 in autocast and have no such kernel
 
 
 class Shape(NamedTuple):
@@ -66,9 +67,15 @@ def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | No
     """The type in which one variable-length kernel computes all rows; None where there is no such kernel."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    has_kernel = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    has_kernel = (
+        device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _capability(query) >= KERNEL_CAPABILITY
+    )
     fits = shape.cap is None and not shape.dropout and max(query.shape[-1], value.shape[-1]) <= KERNEL_HEAD_SIZE
     return dtype if has_kernel and fits else None
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device)
 
 
 def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,4 +154,22 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shap
     return F.dropout(weights, shape.dropout) @ value
 
 
+def windows_of(model: torch.nn.Module, inputs: dict) -> set[int | None]:
+    """The windows that layers ask of attention, None for a layer without one. Some families put theirs into the mask alone, where
+    `per_row` never sees it."""
+    asked: set[int | None] = set()
+
+    def asking(module: torch.nn.Module, *tensors: Tensor, **settings: object) -> tuple[Tensor, None]:
+        asked.add(settings.get("sliding_window"))
+        return per_row(module, *tensors, **settings)
+
+    AttentionInterface.register(_ASKING, asking)
+    model.set_attn_implementation(_ASKING)
+    with torch.inference_mode():
+        model(**inputs, use_cache=False)
+    model.set_attn_implementation(PER_ROW)
+    return asked
+
+
+_ASKING = f"{PER_ROW}_asking"
 AttentionInterface.register(PER_ROW, per_row)

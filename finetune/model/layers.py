@@ -24,7 +24,7 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """Compiles what decoder layers do beside attention: norms and feed-forward, one graph each for all layers and lengths.
+    """Compiles what decoder layers do beside attention: norms and feed-forward; layers share graphs, and so do lengths of more than one token.
 
     Attention depends on where rows begin: compiled with it, a layer would be compiled anew for every number of rows.
     """

@@ -2,7 +2,7 @@
 
 `load` checks a file against it, `finetune schema` writes it as JSON Schema, `docs/recipe.md` is generated from it.
 Names of tasks, adapters and optimizers appear here as literals, so that a typo is answered without importing torch;
-a test keeps them equal to the tables in `tasks/`, `model/adapter.py` and `model/optimizer.py`.
+a test keeps them equal to the tables in `tasks/`, `model/adapter.py` and `model/optimizer/`.
 """
 
 import re
@@ -264,7 +264,7 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Keep only the input of each decoder layer for the backward pass and compute the rest again: the same bits, far fewer activations, about a third more time."""
     compile: bool = False
-    """Compile the decoder layers with `torch.compile`: may be faster on a GPU, costs minutes at every start, and needs a C++ compiler and `reproducibility: fast`, as kernels depend on which lengths came first."""
+    """Compile the decoder layers with `torch.compile`: what that gains is unmeasured; it costs a compilation at every start, and needs a C++ compiler and `reproducibility: fast`, as kernels depend on which lengths came first."""
     reproducibility: Literal["exact", "fast"] = "exact"
     """`exact`: deterministic kernels, so that resume and replay are equal to the bit (slower on a GPU); `fast`: whatever is fastest."""
 

@@ -34,7 +34,7 @@ so that cell shows what this alone is worth, and the others do not have it. Memo
 | Trainer | transformers' collator, padded to the longest; `optim=adamw_torch_fused`, `bf16`, no logging, no saving, no evaluation |
 | SFTTrainer, padded | TRL's collator; gradient checkpointing, on by default in TRL, as the cell says; its chunked log-probabilities and metrics stay |
 | SFTTrainer, packed | TRL's `pack_dataset` (`bfd`) told to pack the rows of one step together, and its padding-free collator |
-| finetune | `finetune train` with a recipe that names the same numbers, else defaults: journal, row losses and the final commit included |
+| finetune | `finetune train` with a recipe that names the same numbers, else defaults: journal and row losses included; the final commit counts for memory, it comes after the last step |
 
 Frozen weights of LoRA in bf16 are stored as autocast casts them by ours and by the bare loops: the same bits. Trainer and SFTTrainer get
 the model in fp32, as `from_pretrained(dtype=float32)` gives it; loaded in bf16 they would compute another loss.

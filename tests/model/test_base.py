@@ -342,7 +342,7 @@ def test_a_sharded_directory_with_a_config_is_refused_when_it_is_planned(copied)
 
 def test_weights_are_read_ahead_of_their_use(tmp_path) -> None:
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(1 << 20))
+    weights.write_bytes(bytes(32 << 20))
     with weights.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

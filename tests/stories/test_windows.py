@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from finetune import journal
+from finetune.errors import FinetuneError
 from finetune.package import export
 
 SMALL = {
@@ -25,12 +26,16 @@ KINDS = {"mistral": {}, "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_att
 
 @pytest.fixture(params=KINDS)
 def base(request, tiny_tokenizer, tmp_path: Path) -> Path:
-    own = {"vocab_size": len(tiny_tokenizer), "eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": None}
+    return made(request.param, KINDS[request.param], tiny_tokenizer, tmp_path / "base")
+
+
+def made(kind: str, settings: dict, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
+    own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **SMALL | KINDS[request.param] | own)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    config = AutoConfig.for_model(kind, **SMALL | settings | own)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def test_rows_longer_than_the_window_give_the_same_losses_packed_and_padded(base, recipe_file, train, tmp_path) -> None:
@@ -42,6 +47,17 @@ def test_rows_longer_than_the_window_give_the_same_losses_packed_and_padded(base
         losses[packing] = [record["loss"] for record in journal.steps(journal.read(run)).values()]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] < losses[True][0]
+
+
+def test_a_window_that_is_in_the_mask_alone_is_refused_where_rows_are_longer(
+    tiny_tokenizer, recipe_file, train, tmp_path
+):
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    base = {"checkpoint": str(made("phimoe", experts, tiny_tokenizer, tmp_path / "base"))}
+    recipe = recipe_file(base=base, adapter=None)
+    with pytest.raises(FinetuneError, match="attends within 6 tokens in a way that packing does not know"):
+        train(recipe, tmp_path / "run", "train.steps=1")
+    train(recipe, tmp_path / "padded", "train.steps=1", "task.packing=false")
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
 import blake3
 
+AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
 LICENCES = ("README.md", "LICENSE*", "NOTICE*")  # what a package passes on
@@ -50,9 +52,11 @@ def read_ahead(directory: Path) -> None:
     """Has the system read the weights into memory while rows are encoded; on a thread, for asking takes as long as the disk does."""
 
     def read() -> None:
-        for file in _matching(directory, WEIGHTS):
-            with file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # whoever reads them in earnest says what is wrong
+            for file in _matching(directory, WEIGHTS):
+                with file.open("rb") as opened:
+                    for start in range(0, file.stat().st_size, AHEAD_BYTES):
+                        os.posix_fadvise(opened.fileno(), start, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
     if hasattr(os, "posix_fadvise"):
         Thread(target=read, daemon=True).start()

@@ -40,7 +40,8 @@ class RoundedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         if self._updates is None:  # one read of the device, at the start and after a resume
-            self._updates = max((int(slots["step"]) for slots in self.state.values()), default=0)
+            steps = [slots["step"] for slots in self.state.values()]
+            self._updates = int(torch.stack(steps).max()) if steps else 0
         self._updates += 1
         number = 0
         for group in self.param_groups:

@@ -118,7 +118,7 @@ def main() -> None:
     if job.is_checkpointed:
         model.activation_checkpointing_enable()
         if job.is_lora:
-            model.enable_input_require_grads()
+            model.disable_input_require_grads()  # else the gradient of frozen embeddings' output is computed
     if job.is_lora and job.is_bf16:
         store_frozen_as_bf16(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
