@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import shutil
 
 import pytest
@@ -39,7 +40,7 @@ def flip(file):
 
 
 def unfinished(kind, key="key"):
-    return kind / f"{key}.{os.getuid()}.building"
+    return kind / f"{key}.{os.getuid()}-{platform.node()}.building"
 
 
 def test_a_sound_entry_is_not_made_again_and_a_damaged_one_is(kind):

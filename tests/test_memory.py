@@ -168,7 +168,7 @@ def test_the_forecast_is_within_15_percent_of_a_real_trainings_peak(
 ):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = Shape(12, 512, 1408, 6144, 512, 512, True)
+    shape = Shape(12, 512, 1408, 49152, 512, 512, True)
     LlamaForCausalLM(LlamaConfig(**llama(shape))).save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"
