@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune import estimate, journal
+from finetune import estimate, journal, memory
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.debug.cost import SHARE, measure
@@ -172,7 +172,7 @@ def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
         )
         raise RunError(f"the plan has {plan.steps} steps, and a rehearsal needs {2 * rehearsal.steps}", hint=hint)
     checkpoint = estimate.checkpoint_bytes(plan)
-    package = estimate.FLOAT * plan.total_parameters if rehearsal.has_package else 0
+    package = memory.FLOAT * plan.total_parameters if rehearsal.has_package else 0
     needed, free = 2 * checkpoint + max(checkpoint, package), estimate.free_bytes(directory)
     if needed > free:
         raise RunError(
