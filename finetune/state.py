@@ -23,7 +23,6 @@ from finetune.recipe.schema import Recipe, Train
 from finetune.tasks import TASKS
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Objective(torch.nn.Module):
@@ -108,10 +107,10 @@ def trained_model(recipe: Recipe, base_directory: Path) -> torch.nn.Module:
     is_packed = recipe.task.packing
     model = base.load_model(
         base_directory,
-        DTYPES[recipe.train.weights],
+        base.DTYPES[recipe.train.weights],
         attention.PER_ROW if is_packed else None,
         recipe.base.quantization,
-        DTYPES[recipe.train.precision],
+        base.DTYPES[recipe.train.precision],
     )
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
     return adapter.apply(model, recipe.adapter)

@@ -13,13 +13,13 @@ from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import Ref, find, parse
 from finetune.model import base
 from finetune.plan import Plan
-from finetune.recipe.schema import Base
+from finetune.recipe.schema import Base, Recipe
 
 
 @dataclass(frozen=True)
 class Opened:
     model: torch.nn.Module
-    """In eval mode, fp32; an adapter is on its base, not merged."""
+    """In eval mode, an adapter on its base, not merged; fp32, but of a run with bf16 weights these, if it is as trained."""
     directory: Path
     """Where tokenizer and generation config are."""
     base_directory: Path
@@ -30,19 +30,18 @@ class Opened:
 
 
 def open_model(text: str, attention: str | None = None, is_as_trained: bool = True) -> Opened:
-    """The model that a ref names; of a run with a quantized base on that, or as it would be on the base itself."""
+    """The model that a ref names: as it was trained, on a quantized base and with bf16 weights perhaps, or in fp32 on the base itself."""
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
         plan, _ = plans.load(ref.run)
         directory = base.directory(plan.recipe.base, plan.base)
-        quantization = plan.recipe.base.quantization if is_as_trained else None
-        model = base.load_model(directory, attention=attention, quantization=quantization)
-        return Opened(model, directory, directory, plan, None)
+        settings = _as_trained(plan.recipe) if is_as_trained else {}
+        return Opened(base.load_model(directory, attention=attention, **settings), directory, directory, plan, None)
     if ref.kind in ("run", "checkpoint"):
         return _open_checkpoint(find(ref), attention, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
-        return _open_adapter(ref.path, attention, is_as_trained)
+        return _open_adapter(ref.path, attention, None)
     named = Base(checkpoint=text)
     directory = base.directory(named, base.pin(named))
     return Opened(base.load_model(directory, attention=attention), directory, directory, None, None)
@@ -59,18 +58,24 @@ def _open_checkpoint(checkpoint: Checkpoint, attention: str | None, is_as_traine
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
     plan = plans.load(run)[0] if run else None
+    recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
-        return replace(_open_adapter(checkpoint.path, attention, is_as_trained), plan=plan, checkpoint=checkpoint)
-    model = base.load_model(checkpoint.path, attention=attention)
+        return replace(_open_adapter(checkpoint.path, attention, recipe), plan=plan, checkpoint=checkpoint)
+    model = base.load_model(checkpoint.path, attention=attention, **(_as_trained(recipe) if recipe else {}))
     return Opened(model, checkpoint.path, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, attention: str | None, is_as_trained: bool) -> Opened:
-    """An adapter on its base: that of its run, or the one that a plain peft directory names."""
+def _open_adapter(path: Path, attention: str | None, recipe: Recipe | None) -> Opened:
+    """An adapter on its base: that of its run, or the one that a plain peft directory names. As `recipe` trained it, or in fp32."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
-    quantization = below.quantization if is_as_trained else None
-    model = base.load_model(base_directory, attention=attention, quantization=quantization)
+    model = base.load_model(base_directory, attention=attention, **(_as_trained(recipe) if recipe else {}))
     model = base.attach(model, path, str(path))
     has_tokenizer = (path / "tokenizer_config.json").exists()
     return Opened(model, path if has_tokenizer else base_directory, base_directory, None, None)
+
+
+def _as_trained(recipe: Recipe) -> dict:
+    """What `base.load_model` is told so that the weights are those of training."""
+    dtypes = {"dtype": base.DTYPES[recipe.train.weights], "products": base.DTYPES[recipe.train.precision]}
+    return dtypes | {"quantization": recipe.base.quantization}

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from finetune import journal
@@ -30,7 +29,6 @@ from finetune.plan import Plan
 from finetune.resolve import encoding_digest
 from finetune.tasks.chat import template_of
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 
@@ -59,12 +57,12 @@ def package(ref: str, directory: Path) -> dict:
     base_directory = _base_directory(plan)
     figures = record.figures(journal.read(run), manifest.step)
     with _staged(directory) as staging:
-        model, logits, changes = weights.convert(opened.model, form, PRECISIONS[dtype], tokenizer)
+        model, logits, changes = weights.convert(opened.model, form, base.DTYPES[dtype], tokenizer)
         trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
-        weights.write(model, opened, form, PRECISIONS[dtype], staging)
+        weights.write(model, opened, form, base.DTYPES[dtype], staging)
         _write_small_files(opened, tokenizer.chat_template, base_directory, staging)
         loaded = proof.load_back(staging, opened.base_directory if form == "adapter" else None)
-        checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[PRECISIONS[dtype]])]
+        checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
         facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))

@@ -56,8 +56,22 @@ def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter
         copies = step.pop("host to device, overlapped")
         assert copies >= 3 * micro_batches and copies % micro_batches == 0
         assert step == {"device to host: tolist": 1}
+    assert report["evaluation"].pop("host to device, overlapped") >= 3
+    assert report["evaluation"] == {"device to host: tolist": 1}
     assert ("_varlen_attn" in report["kernels"]) == is_packed
     assert "_fused_adamw_" in report["kernels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 4, "alpha": 8}])
+def test_memory_savers_read_the_device_once_as_well(traced, adapter):
+    saving = {"weights": "bf16", "activation_checkpointing": True}
+    train = {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 64} | saving
+    report = traced(adapter=adapter, train=train)
+    assert report["devices"] == ["cuda:0"]
+    for step in report["steps"]:
+        assert step.pop("host to device, overlapped")
+        assert step == {"device to host: tolist": 1}
 
 
 def test_a_snapshot_reads_the_counters_of_the_optimizer_at_once(traced):

@@ -26,6 +26,7 @@ from finetune.model import adapter, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
 from finetune.resolve import resolve  # noqa: E402
 from finetune.run import batches  # noqa: E402
+from finetune.tasks import TASKS  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -68,8 +69,9 @@ def model_of(recipe, directory):
     from transformers import AutoModelForCausalLM
 
     implementation = attention.PER_ROW if recipe.task.packing else "sdpa"
+    settings = {"attn_implementation": implementation, "dtype": base.DTYPES[recipe.train.weights]}
     with DEVICE:
-        model = AutoModelForCausalLM.from_config(base.load_config(directory), attn_implementation=implementation)
+        model = AutoModelForCausalLM.from_config(base.load_config(directory), **settings)
         return adapter.apply(model, recipe.adapter)
 
 
@@ -108,11 +110,16 @@ def main():
             of_steps.append(dict(watch.seen))
         watch.seen.clear()
         copied, scalars = Live(built).copied()
+        of_snapshot = dict(watch.seen)
+        watch.seen.clear()
+        held_out = batches(resolved, resolved.holdout, built.accelerator)
+        loop.evaluate(built.accelerator, built.objective, held_out, TASKS[resolved.plan.recipe.task.name].score)
     moments = [value for slots in built.optimizer.state.values() for value in slots.values()]
     tensors = [*built.model.state_dict().values(), *moments, *copied.values()]
     report = {
         "steps": of_steps,
-        "snapshot": dict(watch.seen),
+        "snapshot": of_snapshot,
+        "evaluation": dict(watch.seen),
         "scalars": len(scalars),
         "devices": sorted({str(tensor.device) for tensor in tensors}),
         "kernels": sorted(+watch.kernels),

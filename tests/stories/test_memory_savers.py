@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from finetune import journal
 from finetune.checkpoints.tensors import read_header
+from finetune.compare.evaluate import evaluate
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, Workers, killed
 
@@ -89,6 +90,14 @@ def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, 
     assert json.loads((checkpoint / "config.json").read_bytes())["dtype"] == "bfloat16"
     assert {place.dtype for place in read_header(checkpoint / "model.safetensors").values()} == {"BF16"}
     assert {place.dtype for place in read_header(checkpoint / "optimizer.safetensors").values()} == {"F32"}
+
+
+@pytest.mark.parametrize("name", ["bf16-weights-full", "bf16-weights-lora"])
+def test_a_checkpoint_of_bf16_weights_is_evaluated_as_it_was_in_training(name, write_recipe, train, tmp_path):
+    run = train(write_recipe(name, **SAVERS[name]), tmp_path / "run")
+    recorded = journal.evaluations(journal.read(run))[5]
+    (found,) = evaluate([f"{run}@5"], None, ())
+    assert found["metrics"]["loss"] == recorded["loss"]
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])

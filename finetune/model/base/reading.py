@@ -20,6 +20,7 @@ from finetune.errors import BaseError, CheckpointError
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
 TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # a directory without any of these has no tokenizer
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as recipes spell them
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
