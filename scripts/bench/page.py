@@ -36,6 +36,9 @@ so that cell shows what this alone is worth, and the others do not have it. Memo
 | SFTTrainer, packed | TRL's `pack_dataset` (`bfd`) told to pack the rows of one step together, and its padding-free collator |
 | finetune | `finetune train` with a recipe that names the same numbers, else defaults: journal and row losses included; the final commit counts for memory, it comes after the last step |
 
+A cell shows the contestants that were run in it. With activation checkpointing Trainer also computes the gradient of the embeddings'
+output beneath LoRA, as its documentation has it; ours and the bare loops do not.
+
 Frozen weights of LoRA in bf16 are stored as autocast casts them by ours and by the bare loops: the same bits. Trainer and SFTTrainer get
 the model in fp32, as `from_pretrained(dtype=float32)` gives it; loaded in bf16 they would compute another loss.
 """
