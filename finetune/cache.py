@@ -21,7 +21,7 @@ import blake3
 from finetune.checkpoints.durable import sync_directory, sync_file
 from finetune.errors import FinetuneError
 
-SEAL = "digests.json"
+SEAL, FOUND = "digests.json", "found.json"
 UNFINISHED = ".building"
 KEPT_SECONDS = 7 * 24 * 3600  # for so long a killed build may be gone on with
 STAMPED_BYTES = 256 << 20  # up to here every use hashes the whole entry, in 0.04 s
@@ -60,6 +60,16 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
             raise FinetuneError(f"{message}: {error.strerror}", where=str(entry.parent), hint=hint) from error
         raise FinetuneError(f"the cache entry cannot be written: {error.strerror}", where=str(entry)) from error
     return entry
+
+
+def found(kind: str, facts: object, find: Callable[[], object]) -> object:
+    """What `find` returns, as JSON, for these facts (JSON as well): found out once and kept. What it raises is not."""
+    key = blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def build(directory: Path) -> None:
+        (directory / FOUND).write_text(json.dumps(find()))
+
+    return json.loads((built(kind, key, build) / FOUND).read_bytes())
 
 
 def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:

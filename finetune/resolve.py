@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune import memory
+from finetune import cache, memory
 from finetune.contract import differences
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode
@@ -253,10 +254,18 @@ def _chosen(rows: np.ndarray, first: int, held_out: np.ndarray, is_kept: bool) -
 
 
 def _count_parameters(loaded: LoadedRecipe, directory: Path) -> tuple[int, int]:
-    """All parameters and the trainable ones, tied ones once, without loading a weight."""
+    """All parameters and the trainable ones, tied ones once, without loading a weight; an adapter is put on a model once for this."""
+    settings = loaded.recipe.adapter
+
+    def count() -> list[int]:
+        model = adapter.apply(base.empty_model(directory), settings)
+        parameters = list(model.parameters())
+        return [sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)]
+
+    code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
+    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code]
     try:
-        model = adapter.apply(base.empty_model(directory), loaded.recipe.adapter)
+        total, trainable = cache.found("counts", facts, count)
     except AdapterError as error:
         raise RecipeError([loaded.problem(error.where, error.message, error.hint)]) from None
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return total, trainable

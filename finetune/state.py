@@ -7,6 +7,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from finetune import cache
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, layers, losses, optimizer
@@ -120,9 +122,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     """The state at step 0."""
     recipe = plan.recipe
     model = trained_model(recipe, base_directory)
-    if recipe.task.packing:
-        check_packing(model, recipe.task.max_length)
-    token_losses, reason = losses.fitting(model)
+    token_losses, reason = _fitting_loss(plan, model)
     if recipe.train.precision == "bf16" and adapter.is_adapter(model):
         adapter.store_frozen_as_bf16(model)
     if recipe.train.activation_checkpointing:
@@ -134,6 +134,28 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     objective, prepared = accelerator.prepare(objective, optimizer.build(model, recipe.optimizer, recipe.train.seed))
     notes = (f"the loss holds the logits of a whole micro-batch: {reason}",) if reason else ()
     return TrainState(accelerator, objective, model, prepared, notes=notes)
+
+
+def _fitting_loss(plan: Plan, model: torch.nn.Module) -> tuple[Callable, str | None]:
+    """As `losses.fitting`, after `check_packing`. Both run the model, and would find the same at every start: of the same base, trained in
+    the same way by the same code, they are asked once."""
+    recipe = plan.recipe
+    ours = [Path(module.__file__).read_text() for module in (attention, losses)]
+    facts = {
+        "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
+        "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
+        "task": [recipe.task.packing, recipe.task.max_length],
+        "numbers": [recipe.train.weights, recipe.train.precision, next(model.parameters()).device.type],
+        "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
+    }
+
+    def find() -> str | None:
+        if recipe.task.packing:
+            check_packing(model, recipe.task.max_length)
+        return losses.fitting(model)[1]
+
+    reason = cache.found("checks", facts, find)
+    return (losses.full, reason) if reason else (losses.chunked, None)
 
 
 def check_packing(model: torch.nn.Module, max_length: int) -> None:
