@@ -46,7 +46,7 @@ RECIPE = (
     Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),
-    Rule(("guard",), "taken", "it decides what is said and when a run ends, not what a step does"),
+    Rule(("guard",), "taken", "it decides which updates are not made; what was decided before is recorded, and stays"),
     Rule(("package", "publish"), "taken", "they are about what is made of the run afterwards"),
 )
 

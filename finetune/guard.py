@@ -1,15 +1,87 @@
-"""Floor 0. Tells a spike from noise. The window is the journal's last steps, so it survives a resume without being stored.
+"""Floor 0. Whether an update is made: a pure function of the recipe, the step's figures and those of the steps before it.
 
-`run` asks after every step and acts as `guard.spike` in the recipe says.
+`loop` asks before each update, on every rank, which all see the same figures and so come to the same verdict. What was decided
+against the plan is an `Amendment`, which the journal and every later manifest carry.
 """
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from finetune.recipe.schema import Guard
 
 WINDOW = 128  # steps looked back on
 ENOUGH = 32  # steps before which nothing is called a spike
 LIMIT = 8.0  # robust standard deviations; a window of Gaussian noise passes it about once in 10^15 steps
 NOISE_FLOOR = 0.02  # of the median: a very quiet stretch does not turn small changes into spikes
+
+
+class Amendment(NamedTuple):
+    """Steps that keep their number and their rows, and do not move the weights."""
+
+    first: int
+    last: int
+    action: Literal["skip", "rollback"]
+    reason: Literal["not_finite", "spike"]
+    step: int
+    """At which it was decided: `last`."""
+
+    def covers(self, step: int) -> bool:
+        return self.first <= step <= self.last
+
+
+class Verdict(NamedTuple):
+    """What is wrong with a step, and what follows: it is told alone, not made, taken back with those before it, or the run ends."""
+
+    action: Literal["warn", "skip", "rollback", "stop"]
+    reason: Literal["not_finite", "spike"]
+    quantity: str
+    message: str
+    is_amended: bool = False
+    """It was decided before: nothing new is recorded."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the weights stay as they are."""
+        return self.action != "warn"
+
+
+def judge(
+    rule: Guard,
+    step: int,
+    figures: Mapping[str, float],
+    window: Callable[[str, int], Sequence[float]],
+    amendments: Sequence[Amendment],
+) -> Verdict | None:
+    """The verdict on a step; None where nothing is wrong. `window` gives a quantity in the steps before one, skipped ones left out."""
+    for amendment in amendments:
+        if amendment.covers(step):
+            message = f"skipped, as was decided at step {amendment.step}"
+            return Verdict("skip", amendment.reason, "", message, is_amended=True)
+    for quantity, value in figures.items():
+        if not math.isfinite(value):
+            return _bounded(rule, Verdict(rule.not_finite, "not_finite", quantity, f"{quantity} is {value}"), amendments)
+    for quantity, value in figures.items() if rule.spike != "ignore" else ():
+        distance = spike(window(quantity, step), value)
+        if distance is not None:
+            message = f"{quantity} {value:.4g} lies {distance:.0f} deviations above the last steps"
+            return _bounded(rule, Verdict(rule.spike, "spike", quantity, message), amendments)
+    return None
+
+
+def _bounded(rule: Guard, verdict: Verdict, amendments: Sequence[Amendment]) -> Verdict:
+    """A run that goes wrong again and again is not mended by leaving steps out."""
+    if verdict.action in ("skip", "rollback") and len(amendments) >= rule.limit:
+        message = f"{verdict.message}, and {len(amendments)} times before this run was amended already (guard.limit)"
+        return verdict._replace(action="stop", message=message)
+    return verdict
+
+
+def amendment(rule: Guard, step: int, verdict: Verdict) -> Amendment:
+    """What a verdict to skip or to roll back does to the plan."""
+    span = rule.span if verdict.action == "rollback" else 1
+    return Amendment(max(1, step - span + 1), step, verdict.action, verdict.reason, step)
 
 
 def spike(history: Sequence[float], value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Floor 0. What happened in a run: `journal.jsonl`, one line a step or event, and `rows/`, the loss of every row.
+"""Floor 0. What happened in a run: `journal.jsonl`, one line a step or event; `columns` has what is finer than that.
 
 The holder of the run's lease appends; `log`, `replay`, `bisect` and resume read. A crash can tear only the last line, which is
 dropped when the journal is next opened for writing.
@@ -7,22 +7,18 @@ dropped when the journal is next opened for writing.
 import errno
 import json
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
-from finetune.checkpoints.durable import failures, make_directory, replace_file, sync_directory
+from finetune.checkpoints.durable import failures, sync_directory
 from finetune.checkpoints.manifest import to_json
 from finetune.errors import RunError
 
 # What differs between two runs of one step, besides durations and rates.
 VOLATILE = frozenset({"time", "seconds", "attempt"})
 _VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
-_ROWS_NAME = re.compile(r"step-(\d+)-(\d+)\.parquet")
-
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 END_BYTES = 1 << 20  # more than a thousand records
@@ -118,15 +114,27 @@ def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, ob
 
 
 def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
-    """The record that counts for each step: its last one, for a step may have been run again after a crash."""
-    return {record["step"]: record for record in records if record["kind"] == "step"}
+    """The record that counts for each step: its last one, for a step may have been run again after a crash. What a rollback has
+    given up counts no more."""
+    return that_count(records, lambda record: record["kind"] == "step")
 
 
 def evaluations(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
     """The held-out figures of each step that was evaluated; also of one whose evaluation a signal cut short, and a resume made up."""
     about = {"kind", "event", "attempt", "time", "step"}
-    found = [record for record in records if record.get("event") == "evaluated"]
-    return {record["step"]: {name: value for name, value in record.items() if name not in about} for record in found}
+    found = that_count(records, lambda record: record.get("event") == "evaluated")
+    return {step: {name: value for name, value in record.items() if name not in about} for step, record in found.items()}
+
+
+def that_count(records: Iterable[dict[str, object]], is_wanted: Callable[[dict], bool]) -> dict[int, dict[str, object]]:
+    """By step, the last of the wanted records that no later rollback gave up."""
+    found: dict[int, dict[str, object]] = {}
+    for record in records:
+        if is_wanted(record):
+            found[record["step"]] = record
+        elif record.get("event") == "amended" and record["action"] == "rollback":
+            found = {step: each for step, each in found.items() if step < record["first"]}
+    return found
 
 
 def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
@@ -166,50 +174,3 @@ def _record(line: bytes) -> dict[str, object] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "kind" in record else None
-
-
-class RowLoss(NamedTuple):
-    """What one example contributed to the loss of a step; `row` is the id of the row that it was made of."""
-
-    step: int
-    example: int
-    row: int
-    loss: float
-    tokens: int
-
-
-def write_rows(run: Path, losses: Sequence[RowLoss], attempt: str) -> None:
-    """Writes losses, in the order of their steps, to the columnar file `rows/step-<first>-<last>.parquet`, durably."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    types = {"step": pa.int64(), "example": pa.int64(), "row": pa.int64(), "loss": pa.float64(), "tokens": pa.int64()}
-    columns = zip(*losses, strict=True)
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
-    sink = pa.BufferOutputStream()
-    table = pa.table(arrays, list(types), metadata={"attempt": attempt})
-    parquet.write_table(table, sink, compression="zstd")
-    path = run / "rows" / f"step-{losses[0].step:08d}-{losses[-1].step:08d}.parquet"
-    with failures(path, RunError):
-        make_directory(path.parent)
-        replace_file(path, sink.getvalue())
-
-
-def read_rows(run: Path, step: int) -> list[RowLoss]:
-    """The row losses of a step, from the last written file that covers it; empty where none does."""
-    import pyarrow.parquet as parquet
-
-    covering = [path for path in (run / "rows").glob("*.parquet") if _covers(path.name, step)]
-    if not covering:
-        return []
-    if len(covering) > 1:  # after a fall-back: they agree, or the run has said that exactness is lost
-        attempts = [str(record.get("attempt")).encode() for record in read(run)]
-        order = {attempt: place for place, attempt in enumerate(attempts)}
-        covering.sort(key=lambda path: order.get((parquet.read_schema(path).metadata or {}).get(b"attempt"), -1))
-    table = parquet.read_table(covering[-1], filters=[("step", "=", step)])
-    return [RowLoss(**item) for item in table.to_pylist()]
-
-
-def _covers(name: str, step: int) -> bool:
-    match = _ROWS_NAME.fullmatch(name)
-    return bool(match) and int(match[1]) <= step <= int(match[2])

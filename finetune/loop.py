@@ -7,7 +7,7 @@ step 400 does what one that came from step 0 does.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from finetune import guard
 from finetune.data.batches import Batches
-from finetune.errors import NotFiniteError
+from finetune.errors import RunError
 from finetune.order import derive
 from finetune.plan import Plan
+from finetune.recipe.schema import Guard
 from finetune.state import TrainState
 
 SUMMED_AT_ONCE = 1 << 20  # numbers: the sum of so many squares in fp32 is off by 1 in 10^6
@@ -34,6 +36,12 @@ class Wishes(NamedTuple):
     save: bool = False
     renew: bool = False
     """The connections over which ranks report to saves are closed."""
+    refused: bool = False
+    """The last update was refused; what all ranks must have come to by themselves."""
+
+
+# (step, {"loss": …, "grad_norm": …}) -> what to make of them, before the update
+Judge = Callable[[int, dict[str, float]], guard.Verdict | None]
 
 
 @dataclass(frozen=True)
@@ -58,24 +66,49 @@ class StepReport:
     """Supervised tokens of each example."""
     agreed: Wishes
     """What the ranks agreed on before this step."""
+    module_norms: dict[str, float]
+    """2-norm of the gradient of each group of modules, before clipping."""
+    verdict: guard.Verdict | None = None
+    """What is wrong with the step."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the state is at this step now: it was made, or left out. Else it is at the one before."""
+        return self.verdict is None or self.verdict.action in ("warn", "skip")
+
+
+def stop_at_non_finite(step: int, figures: dict[str, float]) -> guard.Verdict | None:
+    """The least that is asked of an update."""
+    return guard.judge(Guard(spike="ignore"), step, figures, lambda quantity, before: (), ())
 
 
 def steps(
-    state: TrainState, plan: Plan, batches: Batches, until: int, wishes: Callable[[], Wishes]
+    state: TrainState,
+    plan: Plan,
+    batches: Batches,
+    until: int,
+    wishes: Callable[[], Wishes],
+    judge: Judge = stop_at_non_finite,
 ) -> Iterator[StepReport]:
-    """One report an update, up to step `until`, or until a rank wished to stop."""
+    """One report an update, up to step `until`, or until a rank wished to stop. After a report whose step is not finished the
+    caller ends, or has moved the state."""
+    is_refused = False
     while state.step < until:
-        agreed = agree(state.accelerator, wishes())
+        agreed = agree(state.accelerator, wishes()._replace(refused=is_refused), state.step)
         if agreed.stop:
             return
-        yield train_step(state, plan, batches, agreed)
+        report = train_step(state, plan, batches, agreed, judge)
+        is_refused = report.verdict is not None and report.verdict.is_refused
+        yield report
 
 
 NO_WISHES = Wishes()
 
 
-def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes = NO_WISHES) -> StepReport:
-    """One update. Raises NotFiniteError, with the weights untouched, when loss or gradient norm is not a number."""
+def train_step(
+    state: TrainState, plan: Plan, batches: Batches, agreed: Wishes = NO_WISHES, judge: Judge = stop_at_non_finite
+) -> StepReport:
+    """One update, unless `judge` refuses it: then the weights stay as they are."""
     started = time.perf_counter()
     accelerator, examples, step = state.accelerator, batches.examples, state.step + 1
     ids = plan.order.examples_of(step)
@@ -95,19 +128,20 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes =
         if not micro_batch.is_idle:
             row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
     row_sums = accelerator.reduce(row_sums, "sum")
-    norm = _grad_norm(state.trainable.values())
-    *sums, grad_norm = torch.cat([row_sums, norm.detach().double().reshape(1)]).tolist()  # the one read of the device
+    norms = _grad_norms(state)
+    total_norm = torch.linalg.vector_norm(norms).reshape(1)
+    read = torch.cat([row_sums, total_norm, norms]).tolist()  # the one read of the device
+    sums, grad_norm, of_modules = read[: len(ids)], read[len(ids)], read[len(ids) + 1 :]
     loss = math.fsum(sums) / total
-    row_tokens = examples.targets[ids].tolist()
-    row_losses = [row_sum / count for row_sum, count in zip(sums, row_tokens, strict=True)]
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    verdict = judge(step, {"loss": loss, "grad_norm": grad_norm})
+    learning_rate, await_seconds = plan.learning_rate(step), 0.0
+    if verdict and verdict.is_refused:
         state.optimizer.zero_grad()
-        raise _not_finite(step, loss, grad_norm, examples.rows[ids], row_losses)
-    await_seconds = state.await_snapshot()
-    learning_rate = plan.learning_rate(step)
-    update(state, learning_rate, grad_norm, plan.recipe.optimizer.max_grad_norm)
-    state.step = step
-    return StepReport(
+    else:
+        await_seconds = state.await_snapshot()
+        update(state, learning_rate, grad_norm, plan.recipe.optimizer.max_grad_norm)
+    row_tokens = examples.targets[ids].tolist()
+    report = StepReport(
         step=step,
         loss=loss,
         grad_norm=grad_norm,
@@ -118,10 +152,15 @@ def train_step(state: TrainState, plan: Plan, batches: Batches, agreed: Wishes =
         await_seconds=await_seconds,
         examples=ids,
         rows=examples.rows[ids],
-        row_losses=row_losses,
+        row_losses=[row_sum / count for row_sum, count in zip(sums, row_tokens, strict=True)],
         row_tokens=row_tokens,
         agreed=agreed,
+        module_norms=dict(zip(state.modules, of_modules, strict=True)),
+        verdict=verdict,
     )
+    if report.is_finished:
+        state.step = step
+    return report
 
 
 def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:
@@ -143,15 +182,24 @@ def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_n
     optimizer.zero_grad()
 
 
-def _grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """2-norm of all gradients together, a scalar on their device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if all(type(each) is Tensor and each.device.type == "cpu" and each.dtype == torch.float32 for each in gradients):
+def _grad_norms(state: TrainState) -> Tensor:
+    """2-norm of the gradient of each of the state's modules, fp64 on its device."""
+    pairs = [
+        (parameter.grad, place)
+        for parameter, place in zip(state.trainable.values(), state.module_places, strict=True)
+        if parameter.grad is not None
+    ]
+    if all(type(each) is Tensor and each.device.type == "cpu" and each.dtype == torch.float32 for each, _ in pairs):
         # torch's own norm is slower on a CPU, and of 28 million numbers off by 1 in 600
-        pieces = [piece for each in gradients for piece in each.flatten().split(SUMMED_AT_ONCE)]
-        return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum(dtype=torch.float64).sqrt()
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))  # also of bf16
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        pieces = [(piece, place) for each, place in pairs for piece in each.flatten().split(SUMMED_AT_ONCE)]
+        squares = torch.stack([torch.dot(piece, piece) for piece, _ in pieces]).double()
+        places = [place for _, place in pieces]
+    else:
+        norms = torch.stack(torch._foreach_norm([each for each, _ in pairs], 2, dtype=torch.float32))  # also of bf16
+        squares = (norms.full_tensor() if isinstance(norms, DTensor) else norms).double().square()
+        places = [place for _, place in pairs]
+    total = torch.zeros(len(state.modules), dtype=torch.float64, device=squares.device)
+    return total.index_add_(0, state.places_on_device(tuple(places)), squares).sqrt()
 
 
 def evaluate(
@@ -185,19 +233,13 @@ def evaluate(
     return score(math.fsum(sums), int(examples.targets.sum()), len(examples))
 
 
-def agree(accelerator: Accelerator, wishes: Wishes) -> Wishes:
-    """What any rank wishes, all do."""
+def agree(accelerator: Accelerator, wishes: Wishes, step: int = 0) -> Wishes:
+    """What any rank wishes, all do. RunError when only some of them refused the update of a step: their weights differ."""
     if accelerator.num_processes == 1:
         return wishes
     counts = torch.tensor(wishes, dtype=torch.int32, device=accelerator.device)
-    return Wishes(*(count > 0 for count in accelerator.reduce(counts, "sum").tolist()))
-
-
-def _not_finite(step: int, loss: float, grad_norm: float, rows: np.ndarray, row_losses: list[float]) -> NotFiniteError:
-    suspects = [int(row) for row, row_loss in zip(rows, row_losses, strict=True) if not math.isfinite(row_loss)]
-    blamed = f"rows {suspects}" if suspects else f"one of rows {rows.tolist()}"
-    return NotFiniteError(
-        f"loss {loss:g} and gradient norm {grad_norm:g} are not finite, so the update was refused; {blamed}",
-        where=f"step {step}",
-        hint="look at those rows, lower optimizer.learning_rate, or use train.precision: fp32",
-    )
+    counts = accelerator.reduce(counts, "sum").tolist()
+    if 0 < Wishes(*counts).refused < accelerator.num_processes:
+        hint = "run the same command again; it resumes from the last commit"
+        raise RunError("some ranks refused the update, and others made it", where=f"step {step}", hint=hint)
+    return Wishes(*(count > 0 for count in counts))

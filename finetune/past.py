@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune import guard, journal
 from finetune.checkpoints.manifest import Checkpoint
+from finetune.guard import Amendment
 from finetune.plan import Plan
 from finetune.trainer_state import cadence, evaluations_of, loss_entry, losses_of, trainer_state
 
@@ -27,7 +28,13 @@ class Past:
         self._plan = plan
         self._steps = {number: record for number, record in by_step.items() if number >= step - guard.WINDOW}
         self._tokens = state["num_input_tokens_seen"] if state else sum(record["tokens"] for record in before)
-        entries = losses_of(state) if state else [loss_entry(plan, record) for record in before]
+        carried = [Amendment(**each) for each in last.manifest.amendments] if last else []
+        recorded = [_amendment(record) for record in records if record.get("event") == "amended"]
+        self.amendments = sorted(dict.fromkeys(carried + recorded))
+        """What was decided against the plan, by the first step."""
+        self.is_abandoned = any(each.first <= step and each not in carried for each in recorded)
+        """Whether `last` is of a way that a rollback has given up."""
+        entries = losses_of(state) if state else [loss_entry(plan, record) for record in before if _counts(record)]
         self._losses = {entry["step"]: entry for entry in entries if entry["step"] % cadence(plan) == 0}
         self.evaluated = (evaluations_of(state) if state else {}) | journal.evaluations(records)
         """Held-out figures of each step that was evaluated."""
@@ -48,20 +55,34 @@ class Past:
         self._steps.pop(step - guard.WINDOW - 1, None)
         self._tokens += record["tokens"]
         self.newest_step = max(self.newest_step, step)
-        if step % cadence(self._plan) == 0:
+        if step % cadence(self._plan) == 0 and _counts(record):
             self._losses[step] = loss_entry(self._plan, record)
 
+    def amend(self, amendment: Amendment) -> None:
+        """A step is left out."""
+        self.amendments = sorted([*self.amendments, amendment])
+
     def window(self, quantity: str, before: int) -> list[float]:
-        """A recorded quantity in the steps before a step, as many as tell a spike from noise."""
+        """A recorded quantity in the steps before a step, as many as tell a spike from noise; without those that were left out."""
         steps = range(max(1, before - guard.WINDOW), before)
-        return [self._steps[step][quantity] for step in steps if step in self._steps]
+        known = [self._steps[step] for step in steps if step in self._steps]
+        return [record[quantity] for record in known if _counts(record)]
 
     def trainer_state(self, step: int) -> Callable[[], dict]:
         """Makes it as it is after a step, the newest one: elsewhere, for it takes milliseconds."""
         losses = dict(self._losses)
-        if step in self._steps:
+        if step in self._steps and _counts(self._steps[step]):
             losses[step] = loss_entry(self._plan, self._steps[step])
         return partial(trainer_state, self._plan, step, list(losses.values()), dict(self.evaluated), self._tokens)
+
+
+def _counts(record: dict) -> bool:
+    """Whether a step moved the weights; the loss of one that was left out may be no number."""
+    return "skipped" not in record
+
+
+def _amendment(record: dict) -> Amendment:
+    return Amendment(**{name: record[name] for name in Amendment._fields})
 
 
 def _state_of(checkpoint: Checkpoint) -> dict | None:

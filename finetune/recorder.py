@@ -4,7 +4,6 @@ Rank 0 writes; the others' recorders only report to it, so that what a rank does
 """
 
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,9 @@ from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
 from finetune.checkpoints.reports import MissingReport, Report, Reports
 from finetune.checkpoints.store import Store
 from finetune.checkpoints.writer import Writer
+from finetune.columns import Columns, ModuleNorms, RowLoss
 from finetune.errors import CheckpointError, RunError
+from finetune.guard import Amendment
 from finetune.loop import StepReport
 from finetune.opening import WORLD
 from finetune.past import Past
@@ -45,7 +46,7 @@ class Recorder:
         self._attempt = lease.attempt if lease else ""
         self._writer = Writer()
         self._said_stalled: int | None = None
-        self._losses: list[journals.RowLoss] = []
+        self._columns = Columns()
 
     def open(self, recipe_text: str, base_directory: Path, state: TrainState, changes: list[str]) -> Checkpoint | None:
         """Writes down what is about to happen; returns the newest sound checkpoint, and says what is wrong with newer ones."""
@@ -61,8 +62,11 @@ class Recorder:
         )
         self._saver = Saver(self.path, self.plan, base_directory, manifest, self.progress.say)
         damages = self._saver.open(state)
+        self.recall(self._saver.last)
+        while self._past.is_abandoned:  # a rollback gave it up, and was cut off before it was removed
+            self._saver.give_up(self._saver.last.step)
+            self.recall(self._saver.last)
         last = self._saver.last
-        self.recall(last)
         replace_file(self.path / "recipe.yaml", recipe_text.encode())
         replace_file(self.path / "plan.json", self.plan.dump(self._facts))
         self._journal = journals.Journal(self.path)
@@ -120,19 +124,11 @@ class Recorder:
 
         Raises what went wrong in a save meanwhile.
         """
-        record = {
-            "kind": "step",
-            "step": report.step,
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "learning_rate": report.learning_rate,
-            "tokens": report.tokens,
-            "supervised_tokens": report.supervised_tokens,
-            "seconds": round(report.seconds, 6),
-            "await_seconds": round(report.await_seconds, 6),
-            "attempt": self._attempt,
-            "time": journals.now(),
-        }
+        record = {"kind": "step", "step": report.step, **figures_of(report)}
+        if report.verdict and report.verdict.is_refused:
+            record["skipped"] = report.verdict.reason
+        record |= {"seconds": round(report.seconds, 6), "await_seconds": round(report.await_seconds, 6)}
+        record |= {"attempt": self._attempt, "time": journals.now()}
         self._check_saves()
         if self._lease:
             self._lease.check()
@@ -140,7 +136,7 @@ class Recorder:
         self._past.add(record)
         if self.is_writer:
             self._journal.append(record)
-            self._losses += _row_losses(report)
+            self._columns += columns_of(report)
             changed = journals.difference(earlier, record) if earlier else None
             if changed:
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
@@ -149,6 +145,51 @@ class Recorder:
         self.progress.step(
             report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds
         )
+
+    @property
+    def amendments(self) -> list[Amendment]:
+        """The steps that are left out, as was decided so far."""
+        return self._past.amendments
+
+    def amend(self, amendment: Amendment, report: StepReport) -> None:
+        """A step is left out; before its record."""
+        self._past.amend(amendment)
+        self._say_amendment(amendment, report)
+
+    def spike(self, report: StepReport) -> None:
+        """A step that is made, and is far from those before it."""
+        verdict = report.verdict
+        self.progress.say(f"spike at step {report.step}: {verdict.message}")
+        self.event("spike", step=report.step, quantity=verdict.quantity, message=verdict.message)
+
+    def refused(self, report: StepReport) -> None:
+        """A step that was not made, and ends the run."""
+        verdict = report.verdict
+        about = {"quantity": verdict.quantity, "message": verdict.message}
+        self.event(verdict.reason, step=report.step, **about, **figures_of(report))
+
+    def before(self, amendment: Amendment) -> Checkpoint | None:
+        """The newest sound checkpoint that is not changed by a rollback, on rank 0, when all saves have ended."""
+        self._writer.finish()
+        return self._saver.newest_before(amendment.first) if self.is_writer else None
+
+    def roll_back(self, amendment: Amendment, report: StepReport, checkpoint: Checkpoint) -> None:
+        """The run goes on from a checkpoint. In this order: what is removed is known to be given up, whatever happens in between."""
+        if not self.is_writer:
+            return
+        self._columns.write(self.path, self._attempt)
+        self._columns = Columns()
+        self._say_amendment(amendment, report, to=checkpoint.step)
+        self._journal.sync()
+        self._saver.give_up(checkpoint.step + 1)
+
+    def _say_amendment(self, amendment: Amendment, report: StepReport, **more: object) -> None:
+        verdict = report.verdict
+        about = {"quantity": verdict.quantity, "message": verdict.message, **figures_of(report)}
+        self.event("amended", **amendment._asdict(), **more, **about)
+        left_out = f"step {amendment.first}" if amendment.first == amendment.last else f"steps {amendment.first} to {amendment.last}"
+        back = f"back to step {more['to']}, " if more else ""
+        self.progress.say(f"{verdict.reason} at step {report.step}: {verdict.message}; {back}{left_out} left out")
 
     def _check_saves(self) -> None:
         stalled = self._writer.check()
@@ -188,9 +229,10 @@ class Recorder:
         if not self.is_writer:
             self._writer.submit(step, 0, partial(_wait, report))
             return
-        losses, self._losses = self._losses, []
+        columns, self._columns = self._columns, Columns()
         history, evaluated = self._past.trainer_state(step), dict(self._past.evaluated)
-        record = Record(evaluated.get(step, {}), losses, history, evaluated, self._past.newest_step, waited)
+        amendments = [each._asdict() for each in self.amendments if each.first <= step]
+        record = Record(evaluated.get(step, {}), columns, history, evaluated, self._past.newest_step, waited, amendments)
         save = self._saver.begin(state, record)
         work = partial(self._saver.commit, save, self._journal, self._lease, report)
         self._writer.submit(step, save.snapshot.copy.bytes, work)
@@ -217,6 +259,13 @@ def _wait(report: Report) -> None:
         report.wait()
 
 
-def _row_losses(report: StepReport) -> Iterable[journals.RowLoss]:
-    columns = zip(report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens, strict=True)
-    return [journals.RowLoss(report.step, *column) for column in columns]
+def figures_of(report: StepReport) -> dict[str, float]:
+    """What the journal has of a step, and must be the same when it is run again."""
+    names = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
+    return {name: getattr(report, name) for name in names}
+
+
+def columns_of(report: StepReport) -> Columns:
+    places = zip(report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens, strict=True)
+    rows = [RowLoss(report.step, *place) for place in places]
+    return Columns(rows, [ModuleNorms(report.step, report.module_norms)])

@@ -4,6 +4,7 @@
 save, stop) is a function of the step, or was agreed by all of them.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from finetune import estimate, guard, loop
+from finetune import bundle, estimate, guard, loop
 from finetune.checkpoints import holder, lease, snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.reports import Reports
@@ -27,6 +28,7 @@ from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunE
 from finetune.model import base
 from finetune.opening import open_plan, with_same_micro_batches
 from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
+from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Checkpoint as Checkpoints
@@ -131,6 +133,9 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             renew=recorder.reports is not None and recorder.reports.is_broken,
         )
 
+    def judge(step: int, figures: dict[str, float]) -> guard.Verdict | None:
+        return guard.judge(recipe.guard, step, figures, recorder.window, recorder.amendments)
+
     pace = recorder.progress.pace = ahead(plan, state.step, end)
 
     def evaluate_and_record() -> None:
@@ -154,9 +159,14 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
 
     if is_evaluation(state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
         evaluate_and_record()  # at the start, or where a signal cut it short
-    first = state.step + 1
+    first, made = state.step + 1, batches(resolved, resolved.train, state.accelerator)
     try:
-        for report in loop.steps(state, plan, batches(resolved, resolved.train, state.accelerator), end, wishes):
+        for report in loop.steps(state, plan, made, end, wishes, judge):
+            if report.verdict:
+                respond(resolved, state, recorder, report)
+            if not report.is_finished:  # it was rolled back
+                pace = recorder.progress.pace = ahead(plan, state.step, end)
+                continue
             recorder.step(report)
             if report.agreed.renew:
                 recorder.reports.renew()
@@ -173,9 +183,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 pace.tokens = tokens_of(plan, resolved.train.lengths, report.step, end)
                 recorder.event("forecast", step=report.step, **pace.forecast())
                 recorder.progress.say_forecast(report.step)
-            _watch(recorder, report)
-    except (NotFiniteError, SpikeError) as error:
-        recorder.event(error.code, step=state.step, message=error.message)
+    except (NotFiniteError, SpikeError):
         commit_last()
         raise
     commit_last()
@@ -206,6 +214,58 @@ def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Acceler
             hint="give all hosts one run directory on a shared disk",
         )
     return mine
+
+
+def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: loop.StepReport) -> None:
+    """Does what the guard decided about a step; on every rank, which all decided the same.
+
+    Raises NotFiniteError or SpikeError where the run has to end; the state is then the one before the step.
+    """
+    verdict = report.verdict
+    if verdict.is_amended:
+        return
+    if verdict.action == "warn":
+        recorder.spike(report)
+        return
+    if recorder.is_writer:
+        about = {"reason": verdict.reason, "message": _refusal(report), "action": verdict.action}
+        bundle.write(recorder.path, resolved, report, about)
+    amendment = guard.amendment(resolved.plan.recipe.guard, report.step, verdict)
+    if verdict.action == "skip":
+        recorder.amend(amendment, report)
+    elif verdict.action == "stop" or not _roll_back(resolved.plan, state, recorder, amendment, report):
+        recorder.refused(report)
+        error = NotFiniteError if verdict.reason == "not_finite" else SpikeError
+        hint = f"look at those rows: `finetune replay {recorder.path} --steps {report.step} --inspect`"
+        raise error(_refusal(report), where=f"step {report.step}", hint=hint)
+
+
+def _roll_back(
+    plan: Plan, state: TrainState, recorder: Recorder, amendment: guard.Amendment, report: loop.StepReport
+) -> bool:
+    """Moves the state to the newest checkpoint before an amendment; False where there is none."""
+    state.await_snapshot()
+    checkpoint = _same_checkpoint(recorder.before(amendment), recorder.path, state.accelerator)
+    if checkpoint is None:
+        return False
+    recorder.roll_back(amendment, report, checkpoint)
+    state.accelerator.wait_for_everyone()  # the others read what rank 0 has written of it
+    snapshot.read(state, plan, checkpoint)
+    recorder.recall(checkpoint)
+    return True
+
+
+def _refusal(report: loop.StepReport) -> str:
+    """What is wrong with a step, and with which rows."""
+    verdict = report.verdict
+    if verdict.reason == "spike":
+        worst = max(range(len(report.rows)), key=report.row_losses.__getitem__)
+        about = f"row {report.rows[worst]} has the highest loss, {report.row_losses[worst]:.4g}"
+        return f"{verdict.message}, so the update was refused; {about}"
+    bad = [row for row, loss in zip(report.rows.tolist(), report.row_losses, strict=True) if not math.isfinite(loss)]
+    rows = f"rows {bad}" if bad else f"one of rows {report.rows.tolist()}"
+    figures = f"loss {report.loss:g} and gradient norm {report.grad_norm:g}"
+    return f"{figures} are not finite, so the update was refused; {rows}"
 
 
 class SpikeError(FinetuneError):
@@ -244,17 +304,3 @@ def _is_due(every: Every | None, step: int) -> bool:
 def _is_save(rule: Checkpoints, step: int) -> bool:
     cadences = [*rule.every, rule.keep.every, rule.keep.weights_every]
     return any(_is_due(cadence, step) for cadence in cadences)
-
-
-def _watch(recorder: Recorder, report: loop.StepReport) -> None:
-    """Says when loss or gradient norm is far outside the last steps, or ends the run, as guard.spike has it."""
-    rule = recorder.plan.recipe.guard.spike
-    for quantity in ("loss", "grad_norm") if rule != "ignore" else ():
-        value = getattr(report, quantity)
-        distance = guard.spike(recorder.window(quantity, report.step), value)
-        if distance is not None:
-            message = f"{quantity} {value:.4g} lies {distance:.0f} deviations above the last steps"
-            recorder.progress.say(f"spike at step {report.step}: {message}")
-            if rule == "stop":
-                raise SpikeError(message, where=f"step {report.step}", hint="look at the rows of that step")
-            recorder.event("spike", step=report.step, quantity=quantity, deviations=round(distance, 1))

@@ -19,9 +19,10 @@ from finetune.checkpoints.reports import MissingReport, Report
 from finetune.checkpoints.snapshot import FROZEN, Snapshot
 from finetune.checkpoints.staging import Staging
 from finetune.checkpoints.store import Store
+from finetune.columns import Columns
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.estimate import free_bytes, readable
-from finetune.journal import FULL_DISK, Journal, RowLoss
+from finetune.journal import FULL_DISK, Journal
 from finetune.plan import Plan
 from finetune.state import TrainState
 
@@ -33,7 +34,7 @@ class Record:
     """What a commit makes durable beside the state."""
 
     metrics: dict
-    row_losses: list[RowLoss]
+    columns: Columns
     history: Callable[[], dict]
     """Makes what `trainer_state.json` says."""
     evaluated: dict[int, dict]
@@ -42,6 +43,8 @@ class Record:
     """The newest step that the journal has, from an earlier attempt perhaps."""
     wait_seconds: float
     """Training waited so long for earlier saves."""
+    amendments: list[dict]
+    """What was decided against the plan, up to this step."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Saver:
         self._store = Store(run)
         self._staging = Staging()
         self._damaged: set[str] = set()
-        self._left_over: list[RowLoss] = []  # of saves that were given up; the next one writes them
+        self._left_over = Columns()  # of saves that were given up; the next one writes them
 
     def open(self, state: TrainState) -> list[Damage]:
         """Finds the newest sound checkpoint, once what the base still has is restored; returns what is wrong with newer ones."""
@@ -83,6 +86,17 @@ class Saver:
             self.last, damages = self._store.newest_sound()
         self._damaged = {damage.file.partition("/")[0] for damage in damages}
         return damages
+
+    def newest_before(self, step: int) -> Checkpoint | None:
+        """The newest full and sound checkpoint before a step."""
+        return self._store.newest_sound(before=step)[0]
+
+    def give_up(self, first: int) -> None:
+        """Removes the checkpoints from a step on; when no save is under way."""
+        for checkpoint in self._store.checkpoints():
+            if checkpoint.step >= first:
+                self._store.remove(checkpoint)
+        self.last = self._store.newest_sound()[0]
 
     def warm(self, state: TrainState) -> None:
         snapshots.warm(state, self._live, self._staging)
@@ -95,16 +109,16 @@ class Saver:
     def commit(self, save: Save, journal: Journal, lease: Lease, report: Report | None) -> None:
         """Makes a save a checkpoint, reads it back and applies the keep rules. A save that finds no room or misses a rank's report
         is given up, loudly; other failures are raised."""
-        step, losses = save.snapshot.step, self._left_over + save.record.row_losses
-        self._left_over, self.given_up = [], None
+        step, columns = save.snapshot.step, self._left_over + save.record.columns
+        self._left_over, self.given_up = Columns(), None
         try:
             if report:
                 report.wait()
-            self._make_durable(save, losses, journal, lease)
+            self._make_durable(save, columns, journal, lease)
         except FinetuneError as error:
             if not _is_passing(error):
                 raise
-            self._left_over, self.given_up = losses, error
+            self._left_over, self.given_up = columns, error
             self._say(f"save of step {step} skipped: {error.message}; training goes on")
             journal.append(self._event("skipped_save", step=step, message=error.message))
         else:
@@ -113,16 +127,15 @@ class Saver:
         finally:
             save.snapshot.copy.release()
 
-    def _make_durable(self, save: Save, losses: list[RowLoss], journal: Journal, lease: Lease) -> None:
+    def _make_durable(self, save: Save, columns: Columns, journal: Journal, lease: Lease) -> None:
         cpu_started, step = time.thread_time(), save.snapshot.step
         self._check_room(save.snapshot)
-        if losses:  # row losses and journal first, so that no checkpoint is ahead of its record
-            journals.write_rows(self._run, losses, self._manifest.attempt)
+        columns.write(self._run, self._manifest.attempt)  # and the journal, so that no checkpoint is ahead of its record
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)
         attempt.write_json("trainer_state.json", save.record.history())
-        committed = self._store.commit(attempt, self._manifest_of(step, save.record.metrics), lease.check)
+        committed = self._store.commit(attempt, self._manifest_of(step, save.record), lease.check)
         durable = time.monotonic()
         self._store.read_back(committed, attempt.files.keys() - attempt.linked)
         self.last = committed
@@ -154,10 +167,11 @@ class Saver:
             message = f"it needs {readable(needed)}, and the disk has {readable(free)} left"
             raise NoRoom(message, hint=HINTS[errno.ENOSPC])
 
-    def _manifest_of(self, step: int, metrics: dict) -> Manifest:
+    def _manifest_of(self, step: int, record: Record) -> Manifest:
         last = self.last
         parent = {"ref": f"{self._run.absolute().name}@{last.step}", "digest": last.manifest.digest} if last else None
-        return replace(self._manifest, step=step, parent=parent, metrics=metrics, created=journals.now())
+        facts = {"metrics": record.metrics, "amendments": record.amendments, "created": journals.now()}
+        return replace(self._manifest, step=step, parent=parent, **facts)
 
     def _event(self, name: str, **figures: object) -> dict:
         return journals.event(name, self._manifest.attempt, **figures)

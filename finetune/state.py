@@ -55,6 +55,20 @@ class TrainState:
     notes: tuple[str, ...] = ()
     """What its user should know of how it trains."""
 
+    def __post_init__(self):
+        names = [layers.module_of(name) for name in self.trainable]
+        self.modules = list(dict.fromkeys(names))
+        """Groups of modules whose gradients are measured, in the order of the model."""
+        self.module_places = [self.modules.index(name) for name in names]
+        """Of each trainable parameter its group."""
+        self._places: tuple[tuple[int, ...], torch.Tensor] = ((), torch.empty(0))
+
+    def places_on_device(self, places: tuple[int, ...]) -> torch.Tensor:
+        """The same numbers as int64 where the gradients are; kept, for they are the same at every step."""
+        if self._places[0] != places:
+            self._places = (places, torch.tensor(places, device=self.accelerator.device))
+        return self._places[1]
+
     def await_snapshot(self) -> float:
         """Returns when no copy needs the tensors as they are; the seconds it took."""
         if self.copy is None:

@@ -8,7 +8,7 @@ import pytest
 
 from finetune import journal
 from finetune.errors import RunError
-from finetune.journal import Journal, RowLoss, difference, read, read_rows, read_since, steps, write_rows
+from finetune.journal import Journal, difference, read, read_since, steps
 
 
 def step(number, **fields):
@@ -162,28 +162,3 @@ def test_an_exact_step_differs_in_times_and_attempt_only():
 def test_the_first_field_that_differs_is_named(change, field):
     old = step(1, loss=0.5, rows=["a"])
     assert difference(old, old | change) == difference(old | change, old) == field
-
-
-def row(step_number, example, loss=1.0):
-    return RowLoss(step_number, example, 10 + example, loss, 7)
-
-
-def test_row_losses_are_written_by_span_and_read_by_step(tmp_path):
-    write_rows(tmp_path, [row(1, 5), row(1, 3), row(2, 4, math.nan)], "a")
-    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["step-00000001-00000002.parquet"]
-    assert read_rows(tmp_path, 1) == [row(1, 5), row(1, 3)]
-    assert math.isnan(read_rows(tmp_path, 2)[0].loss)
-    assert read_rows(tmp_path, 3) == []
-    write_rows(tmp_path, [row(3, 9)], "a")
-    assert read_rows(tmp_path, 3) == [row(3, 9)]
-    assert read_rows(tmp_path, 4) == []
-
-
-@pytest.mark.parametrize("attempts", ["ab", "ba"])
-def test_of_two_files_that_cover_a_step_that_of_the_later_attempt_counts_whatever_the_clock_said(tmp_path, attempts):
-    writer = Journal(tmp_path)
-    for attempt in attempts:
-        writer.append(step(2) | {"attempt": attempt})
-    for first, loss, attempt in ((2, 1.0, "a"), (1, 2.0, "b")):
-        write_rows(tmp_path, [row(first, 0, loss), row(2, 1, loss)], attempt)
-    assert read_rows(tmp_path, 2)[-1] == row(2, 1, 2.0 if attempts[-1] == "b" else 1.0)

@@ -117,7 +117,8 @@ def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkp
 
 
 def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
-    """Brings a state at step 0 to the checkpoint's step."""
+    """Brings a state, at whatever step it is, to the checkpoint's step."""
+    state.await_snapshot()
     names = [ADAPTER] if adapter.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
@@ -216,6 +217,7 @@ def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:
 
 def _restore_optimizer(state: TrainState, moments: dict, scalars: dict[str, float], checkpoint: Checkpoint) -> None:
     expected = set(moments) | set(scalars)
+    state.optimizer.state.clear()
     for name, parameter in state.trainable.items():
         slots = {}
         for full_name in [key for key in expected if key.rpartition(".")[0] == name]:

@@ -123,10 +123,11 @@ class Store:
         hint = "name one of these steps, `last` or `best`" if steps else "`finetune train` commits checkpoints"
         raise CheckpointError(f"{self.run} has no step {step}; committed: {steps or 'none'}", hint=hint)
 
-    def newest_sound(self) -> tuple[Checkpoint | None, list[Damage]]:
-        """The newest full checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`)."""
+    def newest_sound(self, before: int | None = None) -> tuple[Checkpoint | None, list[Damage]]:
+        """The newest full checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`).
+        Only of those before a step, if one is given."""
         damages: list[Damage] = []
-        for item in reversed(self._scan()):
+        for item in reversed([item for item in self._scan() if before is None or item.step < before]):
             if isinstance(item, Unreadable) and item.damage.check in ("foreign", "future"):
                 hint = (
                     "update finetune"

@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, FinetuneError
 
+PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modules in
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
 
 
@@ -39,6 +40,13 @@ def compile_layers(model: torch.nn.Module) -> None:
     for part in parts:
         # random numbers as they are without, so that dropout is the same
         part.compile(dynamic=True, options={"fallback_random": True})
+
+
+def module_of(parameter: str) -> str:
+    """The group of modules that a parameter's figures are recorded under: `layers.3`, or `embed_tokens` beside the layers."""
+    parts = [part for part in parameter.split(".")[:-1] if not part.startswith("lora_") and part not in PEFT_PARTS]
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbered[0] - 1 : numbered[0] + 1]) if numbered else parts[-1]
 
 
 def _transformers_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -143,6 +143,9 @@ def _figures(facts: Facts) -> str:
     seen = (
         f"Trained for {_number(len(steps))} steps on {_number(sums[0])} tokens, of them {_number(sums[1])} with a loss."
     )
+    if left_out := [item for item in steps if "skipped" in item]:
+        reasons = sorted({item["skipped"].replace("_", " ") for item in left_out})
+        seen += f" The updates of {_number(len(left_out))} steps were left out ({', '.join(reasons)})."
     return (
         "\n\n".join([_table(("", *(name for name, _ in columns)), rows), held_out, seen])
         if counted

@@ -42,9 +42,9 @@ def figures(records: Iterable[dict], step: int) -> list[dict]:
     """Steps, evaluations and commits up to a step, in order, with nothing in them but numbers; the last record of each counts."""
     records = list(records)
     kept = {(number, 0): record for number, record in journal.steps(records).items()}
-    for record in records:
-        if record["kind"] == "event" and record["event"] in EVENTS:
-            kept[record["step"], 1 + EVENTS.index(record["event"])] = record
+    for place, event in enumerate(EVENTS, 1):
+        found = journal.that_count(records, lambda record, event=event: record.get("event") == event)
+        kept |= {(number, place): record for number, record in found.items()}
     return [
         _numbers(record) for (number, _), record in sorted(kept.items(), key=lambda item: item[0]) if number <= step
     ]
@@ -59,7 +59,8 @@ def loss_curve(records: list[dict]) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    trained = [(record["step"], record["loss"]) for record in records if record["kind"] == "step"]
+    made = [record for record in records if record["kind"] == "step" and "skipped" not in record]
+    trained = [(record["step"], record["loss"]) for record in made]
     held_out = [(record["step"], record["loss"]) for record in records if record.get("event") == "evaluated"]
     with matplotlib.rc_context(matplotlib.rcParamsDefault | {"backend": matplotlib.rcParams["backend"]}):
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -76,10 +77,12 @@ def loss_curve(records: list[dict]) -> bytes:
 
 
 def _numbers(record: dict) -> dict:
-    names = {name: record[name] for name in ("kind", "event") if name in record}
-    return names | {
-        key: value for key, value in record.items() if isinstance(value, int | float) and key not in LEFT_OUT
-    }
+    names = {name: record[name] for name in ("kind", "event", "skipped") if name in record}
+    return names | {key: value for key, value in record.items() if _is_number(value) and key not in LEFT_OUT}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
 
 
 def _public(value: object) -> object:

@@ -307,12 +307,16 @@ class Checkpoint(Section):
 
 
 class Guard(Section):
-    """What happens when the figures go wrong."""
+    """What happens when the figures go wrong. The update waits for the verdict, so what is refused never reaches the weights."""
 
-    spike: Literal["ignore", "warn", "stop"] = "warn"
-    """A loss or gradient norm far outside the last 128 steps: `warn` says so, `stop` also commits and ends the run."""
-    not_finite: Literal["stop"] = "stop"
-    """A loss or gradient norm that is not a number never reaches the weights: the state before it is committed, and the run ends."""
+    spike: Literal["ignore", "warn", "skip", "rollback", "stop"] = "warn"
+    """A loss or gradient norm far above the last 128 steps: `warn` says so; `skip` leaves the update out; `rollback` goes back to the last checkpoint before `span` and leaves all updates of that span out; `stop` commits the state before the step and ends the run."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not a number: `stop` commits the state before the step and ends the run, `skip` leaves the update out."""
+    span: PositiveInt = 1
+    """So many steps, the one with the spike and those before it, are left out by a rollback."""
+    limit: PositiveInt = 10
+    """So often steps may be left out; the next time ends the run."""
 
 
 class Package(Section):

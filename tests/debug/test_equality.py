@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from finetune import journal
+from finetune import columns, journal
 from finetune.debug.equality import counted, first_difference
 
 LAST = 4
@@ -44,10 +44,9 @@ def test_a_step_that_ran_twice_has_to_be_equal_both_times(pair) -> None:
 
 
 def test_a_row_loss_that_differs_is_found(pair) -> None:
-    losses = journal.read_rows(pair[1], 4)
-    journal.write_rows(
-        pair[1], [*losses[:2], losses[2]._replace(loss=9.5), *losses[3:]], journal.read(pair[1])[-1]["attempt"]
-    )
+    losses = columns.read_rows(pair[1], 4)
+    changed = columns.Columns([*losses[:2], losses[2]._replace(loss=9.5), *losses[3:]])
+    changed.write(pair[1], journal.read(pair[1])[-1]["attempt"])
     found = first_difference(*pair, LAST)
     assert (found.step, found.quantity, found.resumed) == (4, f"loss of row {losses[2].row}", 9.5)
 

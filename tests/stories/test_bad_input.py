@@ -175,7 +175,8 @@ def test_a_learning_rate_that_explodes_stops_before_the_weights_are_lost(refuse,
     assert "are not finite, so the update was refused; " in said
     events = [record for record in journal.read(tmp_path / "run") if record.get("event") == "not_finite"]
     last = max(journal.steps(journal.read(tmp_path / "run")))
-    assert events[0]["step"] == last
+    assert events[0]["step"] == last + 1
+    assert (tmp_path / f"run/debug/step-{last + 1:08d}/report.json").exists()
     assert f"committed step {last}\n" in said
     assert f"step {last + 1}: loss " in said
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from finetune import journal
+from finetune import columns, journal
 from finetune import plan as plans
 from finetune.recipe.load import load
 from finetune.recorder import Recorder
@@ -74,8 +74,8 @@ def rates(run: Path) -> list[float]:
 def assert_same_steps(run: Path, other: Path, last: int) -> None:
     steps, others = records(run), records(other)
     assert [journal.difference(steps[step], others[step]) for step in range(1, last + 1)] == [None] * last
-    assert [journal.read_rows(run, step) for step in range(1, last + 1)] == [
-        journal.read_rows(other, step) for step in range(1, last + 1)
+    assert [columns.read_rows(run, step) for step in range(1, last + 1)] == [
+        columns.read_rows(other, step) for step in range(1, last + 1)
     ]
 
 

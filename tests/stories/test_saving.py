@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from finetune import journal, saver
+from finetune import columns, journal, saver
 from finetune.checkpoints.manifest import read, verify
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError
@@ -114,7 +114,7 @@ def test_a_save_without_room_is_skipped_loudly_and_the_next_one_makes_up_for_it(
     assert " and the disk has 1.0 KiB left; training goes on\n" in said
     assert steps_of(run) == [2, 6, 8, 10]
     assert [record["step"] for record in events(run, "skipped_save")] == [4]
-    assert all(journal.read_rows(run, step) for step in range(1, 11))
+    assert all(columns.read_rows(run, step) for step in range(1, 11))
 
 
 def test_a_last_save_without_room_is_an_error(recipe_file, train, tmp_path, monkeypatch) -> None:

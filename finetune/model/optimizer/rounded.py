@@ -34,14 +34,16 @@ class RoundedAdamW(torch.optim.Optimizer):
         self.grad_scale: torch.Tensor | None = None
         """Gradients are divided by it."""
         self._seed = seed
-        self._updates: int | None = None
+        self._updates = 0
+        self._counter: torch.Tensor | None = None
+        """The state that `_updates` was counted on."""
         self._scratch: dict[torch.device, Scratch] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        if self._updates is None:  # one read of the device, at the start and after a resume
-            steps = [slots["step"] for slots in self.state.values()]
-            self._updates = int(torch.stack(steps).max()) if steps else 0
+        counters = [slots["step"] for slots in self.state.values()]
+        if counters and counters[0] is not self._counter:  # one read of the device, after a state was loaded
+            self._updates = int(torch.stack(counters).max())
         self._updates += 1
         number = 0
         for group in self.param_groups:
@@ -49,6 +51,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                 number += 1
                 if parameter.grad is not None:
                     self._update(parameter, group, derive(self._seed, "rounding", self._updates, number))
+        self._counter = next((slots["step"] for slots in self.state.values()), None)
 
     def _update(self, parameter: torch.Tensor, group: dict, seed: int) -> None:
         slots = self.state[parameter]

@@ -1,0 +1,72 @@
+"""Floor 4. All that there is to know of one step, as a folder of plain files: `debug/step-<step>/` of its run.
+
+`run` writes one when the guard refuses an update, `bisect` one of the step that it finds. A bundle stays with the run: it has the text of
+rows, which no package and no card has.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from finetune import journal
+from finetune.checkpoints.durable import failures, make_directory, replace_file
+from finetune.checkpoints.manifest import to_json
+from finetune.errors import RunError
+from finetune.loop import StepReport
+from finetune.resolve import Resolved
+
+SHOWN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF")
+
+
+def rows_of(resolved: Resolved, report: StepReport) -> list[dict]:
+    """The rows of a step, the one with the highest loss first: ids, loss, lengths, and its tokens as text."""
+    columns = (report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens)
+    found = []
+    for example, row, loss, supervised in zip(*columns, strict=True):
+        tokens = resolved.train[example].tokens
+        text = resolved.tokenizer.decode(tokens.tolist())
+        lengths = {"tokens": len(tokens), "supervised_tokens": supervised}
+        found.append({"row": row, "example": example, "loss": loss, **lengths, "text": text})
+    return sorted(found, key=lambda entry: (entry["loss"] == entry["loss"], -entry["loss"]))  # what is no number comes first
+
+
+def write(
+    run: Path, resolved: Resolved, report: StepReport, about: Mapping[str, object], rows: Sequence[Mapping] | None = None
+) -> Path:
+    """Writes the bundle of a step, anew where there is one; returns its folder. `about` says what is wrong with the step."""
+    folder = run / "debug" / f"step-{report.step:08d}"
+    figures = {name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")}
+    facts = {
+        "step": report.step,
+        **about,
+        "command": f"finetune replay {run} --steps {report.step} --inspect",
+        "figures": figures,
+        "module_grad_norms": report.module_norms,
+        "plan_id": resolved.plan.plan_id,
+        "environment": _environment(),
+        "time": journal.now(),
+    }
+    strict = json.loads(to_json(facts))
+    with failures(folder, RunError):
+        make_directory(folder.parent)
+        make_directory(folder)
+        lines = [to_json(row) + "\n" for row in rows or rows_of(resolved, report)]
+        replace_file(folder / "rows.jsonl", "".join(lines).encode())
+        replace_file(folder / "report.json", (json.dumps(strict, indent=1) + "\n").encode())
+    return folder
+
+
+def _environment() -> dict:
+    memory = psutil.virtual_memory()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory.total,
+        "available_bytes": memory.available,
+        "variables": {name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ},
+    }
