@@ -26,6 +26,21 @@ RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 REFS = click.argument("refs", nargs=-1, required=True, metavar="REF...")
 
 
+class Steps(click.ParamType):
+    """`437`, or `400..437`."""
+
+    name = "steps"
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        first, _, last = value.partition("..")
+        if not first.isdecimal() or not (last or first).isdecimal() or not 1 <= int(first) <= int(last or first):
+            self.fail(f"`{value}` is neither a step, like 437, nor two with `..` between, like 400..437")
+        return int(first), int(last or first)
+
+
+STEPS = Steps()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(version)s")
 def cli() -> None:
@@ -184,6 +199,24 @@ def verify(ref: str, is_json: bool) -> None:
     _print({"ok": not problems, "problems": problems}, "\n".join(lines) or "every byte is as it was committed", is_json)
     if problems:
         sys.exit(CheckpointError.exit_code)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--steps", required=True, type=STEPS, metavar="A..B", help="A step, or the first and the last one.")
+@click.option("--inspect", "is_inspected", is_flag=True, help="Print rows, token losses and gradients of the steps.")
+@click.option(
+    "--materialize", "is_materialized", is_flag=True, help="Commit the state after each of the steps as a checkpoint."
+)
+@JSON
+def replay(run: Path, steps: tuple[int, int], is_json: bool, **choices: bool) -> None:
+    """Run steps of a run again, and compare them with its record to the bit."""
+    from finetune.debug import replay as replays
+
+    facts = replays.replay(run, *steps, **choices)
+    _print(facts, replays.listing(facts), is_json)
+    if not facts["identical"]:
+        sys.exit(FinetuneError.exit_code)
 
 
 @cli.command()

@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
     """What is wrong with a step, and what follows: it is told alone, not made, taken back with those before it, or the run ends."""
 
     action: Literal["warn", "skip", "rollback", "stop"]
-    reason: Literal["not_finite", "spike"]
+    reason: Literal["not_finite", "spike", "skipped_rows"]
     quantity: str
     message: str
     is_amended: bool = False
@@ -45,6 +45,11 @@ class Verdict(NamedTuple):
     def is_refused(self) -> bool:
         """Whether the weights stay as they are."""
         return self.action != "warn"
+
+
+def without_rows(step: int) -> Verdict:
+    """On a step of which all rows are to be skipped."""
+    return Verdict("skip", "skipped_rows", "", f"all rows of step {step} are to be skipped", is_amended=True)
 
 
 def judge(

@@ -111,7 +111,7 @@ def train_step(
     """One update, unless `judge` refuses it: then the weights stay as they are."""
     started = time.perf_counter()
     accelerator, examples, step = state.accelerator, batches.examples, state.step + 1
-    ids = plan.order.examples_of(step)
+    ids = plan.examples_of(step)
     total = int(examples.targets[ids].sum())
     row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
     micro_batches = batches.of(ids)

@@ -34,7 +34,7 @@ def open_plan(
     A recipe that asks for more epochs or steps extends the run. `schedule` is how its learning rate then goes on (see
     `Plan.extended`); where nothing is extended, it must be what the last extension was made with.
     """
-    now = _facts(accelerator)
+    now = facts_of(accelerator)
     if not (path / "plan.json").exists():
         if schedule:
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
@@ -114,7 +114,7 @@ def _idle_schedule(path: Path, schedule: str, reason: str) -> RunError:
     )
 
 
-def _facts(accelerator: Accelerator) -> dict:
+def facts_of(accelerator: Accelerator) -> dict:
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {

@@ -102,13 +102,13 @@ def tokens_of(plan: Plan, lengths: np.ndarray, start: int, end: int) -> float:
     """The same, counted where they are not too many; `lengths` are the tokens of each example."""
     if end - start > COUNTED_STEPS:
         return mean_tokens(plan, start, end)
-    return float(sum(lengths[plan.order.examples_of(step)].sum() for step in range(start + 1, end + 1)))
+    return float(sum(lengths[plan.examples_of(step)].sum() for step in range(start + 1, end + 1)))
 
 
 def largest_step(plan: Plan, lengths: np.ndarray) -> int:
     """Tokens of the largest step, of the first ones where there are many."""
     return max(
-        int(lengths[plan.order.examples_of(step)].sum()) for step in range(1, min(plan.steps, COUNTED_STEPS) + 1)
+        int(lengths[plan.examples_of(step)].sum()) for step in range(1, min(plan.steps, COUNTED_STEPS) + 1)
     )
 
 

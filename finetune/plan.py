@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import blake3
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from finetune import schedule
@@ -66,6 +67,21 @@ class Segment(Pin):
     schedule_start: int = 0
 
 
+class Parent(Pin):
+    """The checkpoint of another run that a branch begins with."""
+
+    ref: str
+    """`<name of the run>@<step>`."""
+    run: str
+    """The other run's id."""
+    step: int
+    digest: str | None
+    """Of the checkpoint's manifest; None for the base, step 0."""
+    plan_id: str
+    changes: tuple[str, ...] = ()
+    """A line for every key of the recipe that is another one, and for what else was changed."""
+
+
 class Plan(Pin):
     recipe: Recipe
     base: PinnedBase
@@ -87,6 +103,10 @@ class Plan(Pin):
     """The step after which that curve begins."""
     segments: tuple[Segment, ...] = ()
     """Earlier plans of the run, oldest first; empty unless it was extended."""
+    parent: Parent | None = None
+    """Where a branch comes from; its first step is the one after."""
+    skipped_examples: tuple[int, ...] = ()
+    """Examples that a branch leaves out of its steps."""
 
     @property
     def plan_id(self) -> str:
@@ -120,6 +140,18 @@ class Plan(Pin):
         sources = self.recipe.data.train
         weights = None if sources[0].weight is None else tuple(source.weight for source in sources)
         return Order(self.recipe.train.seed, self.recipe.train.batch_size, self.sizes, weights)
+
+    def examples_of(self, step: int) -> np.ndarray:
+        """Example ids (int64) of update `step`. A step of which all are to be skipped has them, and is not made (`is_left_out`)."""
+        ids = self.order.examples_of(step)
+        if not self.skipped_examples:
+            return ids
+        kept = ids[~np.isin(ids, self.skipped_examples)]
+        return kept if len(kept) else ids
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether all examples of a step are skipped."""
+        return bool(self.skipped_examples) and bool(np.isin(self.order.examples_of(step), self.skipped_examples).all())
 
     def learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer
@@ -156,8 +188,9 @@ class Plan(Pin):
 
     def dump(self, facts: dict) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
-        # what only an extended run has is left out of the others' plans
-        unused = {name for name in ("schedule_start", "segments") if not getattr(self, name)}
+        # what only an extended run or a branch has is left out of the others' plans
+        optional = ("schedule_start", "segments", "parent", "skipped_examples")
+        unused = {name for name in optional if not getattr(self, name)}
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
         return (json.dumps(record, indent=1) + "\n").encode()

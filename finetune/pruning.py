@@ -51,7 +51,7 @@ def due(store: Store, rule: Keep, evaluated: dict[int, dict], damaged: Collectio
         Saved(item.step, item.manifest.metrics or evaluated.get(item.step, {}), item.manifest.kind == "full")
         for item in sound
     ]
-    kept = keep(saved, rule, protected=set())
+    kept = keep(saved, rule, protected=store.pinned())
     demoted = [item for item in sound if item.step in kept.weights and item.manifest.kind == "full"]
     removed = [item for item in sound if item.step not in kept.full | kept.weights]
     return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]

@@ -105,6 +105,8 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None, is_to_load: bool 
         trainable_parameters=trainable,
         schedule_start=start,
         segments=earlier.segments if earlier else (),
+        parent=earlier.parent if earlier else None,
+        skipped_examples=earlier.skipped_examples if earlier else (),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)

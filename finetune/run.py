@@ -134,6 +134,8 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
         )
 
     def judge(step: int, figures: dict[str, float]) -> guard.Verdict | None:
+        if plan.is_left_out(step):
+            return guard.without_rows(step)
         return guard.judge(recipe.guard, step, figures, recorder.window, recorder.amendments)
 
     pace = recorder.progress.pace = ahead(plan, state.step, end)

@@ -34,11 +34,11 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model = model
         self._loss = loss
-        self._token_losses = token_losses
+        self.token_losses = token_losses
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A collated micro-batch -> summed loss (nats) and the sum of each row."""
-        return self._loss(self.model, batch, self._token_losses)
+        return self._loss(self.model, batch, self.token_losses)
 
 
 @dataclass

@@ -6,6 +6,7 @@ an attempt, which nobody reads. Only the holder of the run's `lease` writes.
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection
@@ -34,6 +35,7 @@ from finetune.checkpoints.manifest import (
 from finetune.checkpoints.tensors import pieces
 from finetune.errors import CheckpointError
 
+_PIN = re.compile(r"step-(\d{8})-.+")
 RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
 
 
@@ -165,6 +167,18 @@ class Store:
         with failures(path):
             for name in RESUME_FILES:
                 (path / name).unlink(missing_ok=True)
+
+    def pin(self, step: int, reason: str) -> None:
+        """Has the keep rules leave the checkpoint of a step alone: `pins/step-<step>-<reason>`, for whoever looks, and may remove it."""
+        path = self.run / "pins" / f"step-{step:08d}-{reason}"
+        with failures(path):
+            make_directory(path.parent)
+            replace_file(path, b"")
+
+    def pinned(self) -> set[int]:
+        """The steps that are pinned; whether they are committed is another question."""
+        names = [path.name for path in (self.run / "pins").glob("step-*-*")]
+        return {int(match[1]) for name in names if (match := _PIN.fullmatch(name))}
 
     def sweep(self) -> None:
         """Puts back what a dead process had moved away for a commit that did not come, and removes what it left in `attempts/`, in

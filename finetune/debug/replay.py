@@ -1,0 +1,186 @@
+"""Floor 7. Steps of a run once more: whether they come out as they were recorded, what was in them, and the state after any of them.
+
+A checkpoint of any step is virtual until it is asked for: `materialize` runs the steps from the nearest one again and commits the state,
+if every step on the way is as it was recorded.
+"""
+
+import secrets
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from finetune import journal as journals
+from finetune.checkpoints import lease, snapshot
+from finetune.checkpoints.lease import Lease
+from finetune.checkpoints.manifest import Checkpoint, Manifest
+from finetune.columns import Columns
+from finetune.debug import inspection
+from finetune.debug.rerun import Difference, Rerun
+from finetune.errors import CheckpointError, RunError
+from finetune.opening import WORLD
+from finetune.past import Past
+from finetune.saver import Record, Saver
+
+
+def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:
+    """What `replay --json` prints. Raises RunError where the run has no such steps."""
+    rerun = Rerun(run)
+    _refuse_missing(rerun, first, last)
+    for note in rerun.notes():
+        rerun.say(note)
+    rerun.go_to(first - 1, rerun.say)
+    inspected = []
+    while rerun.state.step < last:
+        if is_inspected:
+            with inspection.watched(rerun.state) as seen:
+                report = rerun.attempt()
+            slots = rerun.slots_of(report.step)
+            inspected.append(inspection.described(rerun.resolved, report, seen, slots))
+        else:
+            report = rerun.attempt()
+        if not report.is_finished:  # as in the run, which has no state after it
+            break
+        _compare_state(rerun)
+    found = rerun.first_difference
+    facts = {
+        "steps": [first, last],
+        "identical": found is None,
+        "first_difference": asdict(found) if found else None,
+        "notes": rerun.notes(),
+    }
+    if is_inspected:
+        facts["inspected"] = inspected
+    if is_materialized:
+        facts["materialized"] = materialize(rerun, range(first, last + 1))
+    return facts
+
+
+def materialize(rerun: Rerun, steps: Sequence[int]) -> list[str]:
+    """Commits the states of steps as checkpoints of the run, and pins them: the keep rules leave them alone. Returns their refs.
+
+    CheckpointError where a step on the way is not as it was recorded: the state would be another one.
+    """
+    holding = lease.acquire(rerun.run, secrets.token_hex(4)) if rerun.accelerator.is_main_process else nullcontext()
+    with holding as held:
+        committer = Committer(rerun, held) if held else None
+        for step in sorted(steps):
+            rerun.go_to(step, rerun.say)
+            if rerun.first_difference:
+                hint = "the run was made by other code, data or hardware; `finetune replay` says more"
+                message = f"{rerun.first_difference}, so what comes out is not the state of step {step}"
+                raise CheckpointError(message, where=str(rerun.run), hint=hint)
+            if committer:
+                committer.commit(step)
+        rerun.accelerator.wait_for_everyone()
+        if committer:
+            committer.close()
+    return [f"{rerun.run}@{step}" for step in sorted(steps)]
+
+
+class Committer:
+    """Makes states of a rerun checkpoints of its run, as its training would have; on rank 0."""
+
+    def __init__(self, rerun: Rerun, held: Lease):
+        self._rerun, self._lease = rerun, held
+        self._journal = journals.Journal(rerun.run)
+        manifest = Manifest(
+            run=rerun.facts["run"],
+            attempt=held.attempt,
+            step=0,
+            parent=None,
+            plan_id=rerun.plan.plan_id,
+            versions=rerun.facts["versions"],
+            world={name: rerun.facts[name] for name in WORLD},
+        )
+        self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.base_directory, manifest, rerun.say)
+        self._is_open = False
+
+    def commit(self, step: int) -> None:
+        rerun = self._rerun
+        if not self._is_open:
+            self._saver.open(rerun.state)
+            self._is_open = True
+        before = rerun.nearest(step)
+        if before and before.step == step:  # it is real already
+            rerun.store.pin(step, "materialized")
+            return
+        self._saver.last = before
+        past = Past(rerun.run, rerun.plan, before)
+        for number in range((before.step if before else 0) + 1, step + 1):
+            past.add(rerun.steps[number])
+        evaluated = {at: metrics for at, metrics in past.evaluated.items() if at <= step}
+        amendments = [each._asdict() for each in rerun.amendments if each.first <= step]
+        record = Record(
+            metrics=evaluated.get(step, {}),
+            columns=Columns(),
+            history=past.trainer_state(step),
+            evaluated=evaluated,
+            newest_step=max(rerun.steps),
+            wait_seconds=0.0,
+            amendments=amendments,
+        )
+        rerun.store.pin(step, "materialized")  # before it is there: the next training's keep rules must not take it
+        save = self._saver.begin(rerun.state, record)
+        self._saver.commit_kept(save, self._journal, self._lease)
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
+    """Steps that were recorded, and the one at which a run ended that could not make it."""
+    newest = max(rerun.steps, default=0)
+    refused = {record["step"] for record in rerun.records if record.get("event") in ("not_finite", "spike")}
+    if last > max([newest, *refused]):
+        raise RunError(f"has {newest} steps", where=str(rerun.run), hint=f"name steps from 1 to {newest}")
+    if rerun.plan.parent and first <= rerun.plan.parent.step:
+        hint = f"replay the run it comes from, {rerun.plan.parent.ref}"
+        raise RunError(f"begins with step {rerun.plan.parent.step + 1}", where=str(rerun.run), hint=hint)
+
+
+def _compare_state(rerun: Rerun) -> None:
+    """Where a checkpoint of the step is stored, compares its every tensor with the state, to the bit."""
+    if rerun.first_difference or not (checkpoint := stored(rerun, rerun.state.step)):
+        return
+    tensors, _ = snapshot.Live(rerun.state).copied()
+    all_kept = _stored_tensors(checkpoint)
+    for name, live in tensors.items():
+        kept = all_kept.get(name)
+        is_same = kept is not None and torch.equal(_bits(live.detach().cpu()), _bits(kept))
+        if not is_same:
+            rerun.first_difference = Difference(checkpoint.step, f"tensor {name}", "as stored", "another")
+            return
+
+
+def stored(rerun: Rerun, step: int) -> Checkpoint | None:
+    """The full checkpoint of a step, if there is one."""
+    return next((item for item in rerun.store.checkpoints() if item.step == step and item.manifest.kind == "full"), None)
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in checkpoint.path.glob("*.safetensors"):
+        kind = "moments" if path.name == "optimizer.safetensors" else "weights"
+        found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def listing(facts: dict) -> str:
+    """The same for a reader."""
+    first, last = facts["steps"]
+    what = f"step {first}" if first == last else f"steps {first} to {last}"
+    lines = [inspection.listing(step) for step in facts.get("inspected", ())]
+    if facts["identical"]:
+        lines.append(f"{what}: as recorded, to the bit")
+    else:
+        lines.append(f"not as recorded: {Difference(**facts['first_difference'])}")
+    lines += [f"committed {ref}" for ref in facts.get("materialized", ())]
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""Floor 7. A run's own training, run again from its checkpoints: rows, order, seeds and learning rates are functions of the step.
+
+Nothing in the run is changed. `replay`, `bisect` and `branch` ask one of these for the state of any step, and for any step's report; what
+comes out is compared, to the bit, with what the run recorded.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from finetune import columns, guard, journal, loop
+from finetune import plan as plans
+from finetune.checkpoints import snapshot
+from finetune.checkpoints.manifest import Checkpoint
+from finetune.checkpoints.store import Store
+from finetune.contract import FACT_NAMES, differences
+from finetune.data.batches import Batches
+from finetune.errors import NotFiniteError, RunError
+from finetune.guard import Amendment
+from finetune.model import base
+from finetune.opening import facts_of
+from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.schema import Guard
+from finetune.recorder import columns_of, figures_of
+from finetune.resolve import Resolved, resolve
+from finetune.run import batches
+from finetune.state import TrainState, build, start_accelerator
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is not as it was recorded; values as the journal has them."""
+
+    step: int
+    quantity: str
+    recorded: object
+    replayed: object
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.quantity} was {self.recorded!r} and is {self.replayed!r}"
+
+
+class Rerun:
+    """One at a time a process: an accelerator is global. On every rank, where there are several."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.plan, self.facts = plans.load(run)
+        self.store = Store(run)
+        self.records = journal.read(run)
+        self.steps = journal.steps(self.records)
+        self.amendments = self._amendments()
+        self.first_difference: Difference | None = None
+        """Of all steps that ran again so far."""
+        self.accelerator = start_accelerator(self.plan.recipe.train)
+        if not self._is_gpu():
+            torch.set_num_threads(self.facts["threads"])  # sums are divided among the threads
+        loaded = LoadedRecipe(self.plan.recipe, "", str(run / "plan.json"), {"": 0})
+        with self.accelerator.main_process_first():
+            self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True)
+            self._directory = base.directory(self.plan.recipe.base, self.plan.base)
+        self._state: TrainState | None = None
+        self._budgets = {
+            record["attempt"]: record["world"]["micro_batch_tokens"]
+            for record in self.records
+            if record.get("event") == "started"
+        }
+        self._batches: dict[int, Batches] = {}
+
+    @property
+    def state(self) -> TrainState:
+        return self._state
+
+    def notes(self) -> list[str]:
+        """A line for every recorded fact of the machine that is another one here."""
+        now = facts_of(self.accelerator) | {"micro_batch_tokens": self.facts["micro_batch_tokens"]}
+        before = {name: self.facts.get(name) for name in FACT_NAMES}
+        found = differences(before, {name: now.get(name) for name in FACT_NAMES})
+        return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
+
+    def nearest(self, step: int) -> Checkpoint | None:
+        """The newest sound checkpoint that leads to a step; None is the base."""
+        found, _ = self.store.newest_sound(before=step + 1)
+        if found is None and self.plan.parent and step < self.plan.parent.step:
+            hint = f"replay the run it comes from, {self.plan.parent.ref}"
+            raise RunError(f"begins at step {self.plan.parent.step}", where=str(self.run), hint=hint)
+        return found
+
+    def begin_at(self, checkpoint: Checkpoint | None) -> None:
+        """Brings the state to a checkpoint, of this run or of its like, or to the base."""
+        if checkpoint is None and self._state is not None and self._state.step == 0:
+            return
+        if self._state is None or checkpoint is None:
+            self._state = build(self.plan, self._directory, self.accelerator)
+        if checkpoint:
+            snapshot.read(self._state, self.plan, checkpoint)
+
+    def go_to(self, step: int, say: Callable[[str], None] | None = None) -> None:
+        """Brings the state to a step, from where it is or from the nearest checkpoint before."""
+        nearest = self.nearest(step)
+        start = nearest.step if nearest else 0
+        if self._state is None or not start <= self._state.step <= step:
+            self.begin_at(nearest)
+        if say and self._state.step < step:
+            say(f"running steps {self._state.step + 1} to {step} again")
+        while self._state.step < step:
+            self.advance()
+
+    def advance(self) -> loop.StepReport:
+        """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""
+        report = self.attempt()
+        if not report.is_finished:
+            raise NotFiniteError(report.verdict.message, where=f"step {report.step}", hint="the run stopped here as well")
+        return report
+
+    def attempt(self) -> loop.StepReport:
+        """The same, without an update where the figures are no numbers: then the state stays where it is."""
+        step = self._state.step + 1
+        report = loop.train_step(self._state, self.plan, self._batches_of(step), judge=self.judge)
+        if self.first_difference is None:
+            self.first_difference = self.difference(report)
+        return report
+
+    def slots_of(self, step: int) -> list[list[int]]:
+        """Which of the step's rows each micro-batch of this rank holds."""
+        made = self._batches_of(step)
+        return made.of(self.plan.examples_of(step)).slots[made.rank :: made.world_size]
+
+    def judge(self, step: int, figures: dict[str, float]) -> guard.Verdict | None:
+        """Leaves out what the run left out, and refuses what is no number."""
+        if self.plan.is_left_out(step):
+            return guard.without_rows(step)
+        return guard.judge(Guard(spike="ignore"), step, figures, lambda quantity, before: (), self.amendments)
+
+    def difference(self, report: loop.StepReport) -> Difference | None:
+        """The first quantity of a step that is not as the run has recorded it; None also where it has no record."""
+        step, found = report.step, columns_of(report)
+        record = self.steps.get(step)
+        if record is None:
+            return None
+        now = figures_of(report) | ({"skipped": report.verdict.reason} if report.verdict else {})
+        then = {name: record.get(name) for name in {**now, **({"skipped": 0} if "skipped" in record else {})}}
+        if quantity := journal.difference(then, now):
+            return Difference(step, quantity, then.get(quantity), now.get(quantity))
+        for one, two in zip(columns.read_rows(self.run, step), found.rows, strict=False):
+            if repr(one) != repr(two):
+                return Difference(step, f"loss of row {one.row}", one.loss, two.loss if one.row == two.row else f"row {two.row}")
+        for name, norm in columns.read_modules(self.run, step).items():
+            if repr(norm) != repr(report.module_norms.get(name)):
+                return Difference(step, f"gradient norm of {name}", norm, report.module_norms.get(name))
+        return None
+
+    def say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr, flush=True)
+
+    def _batches_of(self, step: int) -> Batches:
+        """Arranged as they were: the micro-batches of an attempt had its own size."""
+        budget = self._budgets.get(self.steps.get(step, {}).get("attempt"), self.facts["micro_batch_tokens"])
+        if budget not in self._batches:
+            resolved = replace(self.resolved, micro_batch_tokens=budget)
+            self._batches[budget] = batches(resolved, resolved.train, self.accelerator)
+        return self._batches[budget]
+
+    def _amendments(self) -> list[Amendment]:
+        newest, _ = self.store.newest_sound()
+        carried = newest.manifest.amendments if newest else []
+        recorded = [record for record in self.records if record.get("event") == "amended"]
+        found = [Amendment(**{name: each[name] for name in Amendment._fields}) for each in [*carried, *recorded]]
+        return sorted(dict.fromkeys(found))
+
+    def _is_gpu(self) -> bool:
+        return self.accelerator.device.type != "cpu"
