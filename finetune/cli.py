@@ -221,6 +221,44 @@ def replay(run: Path, steps: tuple[int, int], is_json: bool, **choices: bool) ->
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--bad",
+    multiple=True,
+    metavar="COMPARISON|STEP",
+    help="What is bad: 'loss > 4', 'grad_norm/layers.3 > 1', or 'loss~20 > 4' for the mean of 20 steps. A number is a step known to be bad.",
+)
+@click.option("--bad-evaluation", metavar="COMPARISON", help="The same of held-out figures, like 'perplexity > 9'.")
+@click.option(
+    "--bad-command",
+    metavar="COMMAND",
+    help="Ends with 0 where the checkpoint at {checkpoint} is good, with 125 where it cannot tell; else bad.",
+)
+@click.option("--good", type=click.IntRange(min=0), metavar="STEP", help="A step known to be good.")
+@JSON
+def bisect(
+    run: Path,
+    bad: tuple[str, ...],
+    bad_evaluation: str | None,
+    bad_command: str | None,
+    good: int | None,
+    is_json: bool,
+) -> None:
+    """Find the step at which a run went wrong, and the rows that did it."""
+    from finetune.debug import bisect as bisection
+
+    steps, comparisons = ([each for each in bad if each.isdecimal() == is_step] for is_step in (True, False))
+    if len(steps) > 1 or len(comparisons) > 1:
+        raise click.UsageError("give --bad once with a comparison, and once with a step")
+    known = int(steps[0]) if steps else None
+    comparison = comparisons[0] if comparisons else None
+    facts = bisection.bisect(run, comparison, bad_evaluation, bad_command, good, known)
+    _print(facts, bisection.listing(facts), is_json)
+    if facts["first_bad_step"] is None:
+        sys.exit(FinetuneError.exit_code)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
 @click.option("--last", type=click.IntRange(min=1), help="Keep the newest so many, instead of what the recipe says.")
 @click.option("--best", type=click.IntRange(min=1), help="Keep the so many with the lowest held-out loss.")
 @click.option("--every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples of so many steps.")

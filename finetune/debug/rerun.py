@@ -106,8 +106,39 @@ class Rerun:
             self.begin_at(nearest)
         if say and self._state.step < step:
             say(f"running steps {self._state.step + 1} to {step} again")
+        self.go_to_from_here(step)
+
+    def go_to_from_here(self, step: int) -> None:
+        """Runs on from wherever the state is."""
         while self._state.step < step:
             self.advance()
+
+    def earliest_difference(self) -> Difference:
+        """The first step that is not as recorded, once one is known that is not: where it is the first one after a checkpoint, the fault
+        may be older. Then the steps right after checkpoints before tell, one each, by halves, for what lasts."""
+        found = self.first_difference
+        starts = [0, *(item.step for item in self.store.checkpoints() if item.manifest.kind == "full")]
+        if found.step == 1 or found.step - 1 not in starts:
+            return found
+        sound, broken = -1, starts.index(found.step - 1)  # places among the starts
+        while broken - sound > 1:
+            middle = (sound + broken) // 2
+            if self._differs_after(starts[middle]):
+                broken = middle
+            else:
+                sound = middle
+        self.first_difference = None
+        self.begin_at(self._stored(starts[max(0, sound)]))
+        while self.first_difference is None and self._state.step <= starts[broken]:
+            self.advance()
+        return self.first_difference or found
+
+    def _differs_after(self, step: int) -> bool:
+        """Whether the step after a stored state is not as recorded."""
+        self.first_difference = None
+        self.begin_at(self._stored(step))
+        self.attempt()
+        return self.first_difference is not None
 
     def advance(self) -> loop.StepReport:
         """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""
@@ -119,14 +150,14 @@ class Rerun:
     def attempt(self) -> loop.StepReport:
         """The same, without an update where the figures are no numbers: then the state stays where it is."""
         step = self._state.step + 1
-        report = loop.train_step(self._state, self.plan, self._batches_of(step), judge=self.judge)
+        report = loop.train_step(self._state, self.plan, self.batches_of(step), judge=self.judge)
         if self.first_difference is None:
             self.first_difference = self.difference(report)
         return report
 
     def slots_of(self, step: int) -> list[list[int]]:
         """Which of the step's rows each micro-batch of this rank holds."""
-        made = self._batches_of(step)
+        made = self.batches_of(step)
         return made.of(self.plan.examples_of(step)).slots[made.rank :: made.world_size]
 
     def judge(self, step: int, figures: dict[str, float]) -> guard.Verdict | None:
@@ -153,11 +184,14 @@ class Rerun:
                 return Difference(step, f"gradient norm of {name}", norm, report.module_norms.get(name))
         return None
 
+    def _stored(self, step: int) -> Checkpoint | None:
+        return self.store.find(step) if step else None
+
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
 
-    def _batches_of(self, step: int) -> Batches:
+    def batches_of(self, step: int) -> Batches:
         """Arranged as they were: the micro-batches of an attempt had its own size."""
         budget = self._budgets.get(self.steps.get(step, {}).get("attempt"), self.facts["micro_batch_tokens"])
         if budget not in self._batches:

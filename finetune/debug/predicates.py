@@ -1,0 +1,100 @@
+"""Floor 7. What `bisect` calls bad: a comparison with a recorded figure or with one of an evaluation, or a command's exit code."""
+
+import math
+import operator
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune import columns
+from finetune.errors import FinetuneError
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_COMPARISON = re.compile(r"\s*(?P<quantity>[A-Za-z_][\w./]*)\s*(~\s*(?P<span>\d+))?\s*(?P<operator>>=|<=|>|<)\s*(?P<limit>\S+)\s*")
+SKIP_CODE, FIRST_ABORT_CODE = 125, 128  # as in `git bisect run`
+
+
+class PredicateError(FinetuneError):
+    """A predicate that cannot be read, or has nothing to look at."""
+
+    code = "predicate"
+    exit_code = 2
+
+
+class Comparison(NamedTuple):
+    """`loss > 4`, `grad_norm/layers.3 > 1`, or `loss~20 > 4`: the mean over the last 20 steps."""
+
+    quantity: str
+    span: int
+    operator: str
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        """What is no number is always bad: no comparison may hide it."""
+        return not math.isfinite(value) or OPERATORS[self.operator](value, self.limit)
+
+    def __str__(self) -> str:
+        smoothed = f"~{self.span}" if self.span > 1 else ""
+        return f"{self.quantity}{smoothed} {self.operator} {self.limit:g}"
+
+
+def parse(text: str) -> Comparison:
+    match = _COMPARISON.fullmatch(text)
+    hint = "write it like 'loss > 4', 'grad_norm/layers.3 > 1' or, over the mean of 20 steps, 'loss~20 > 4'"
+    try:
+        limit = float(match["limit"])
+    except (TypeError, ValueError):
+        raise PredicateError(f"`{text}` is not a comparison", hint=hint) from None
+    span = int(match["span"] or 1)
+    if span < 1:
+        raise PredicateError(f"`{text}`: a mean is over one step or more", hint=hint)
+    return Comparison(match["quantity"], span, match["operator"], limit)
+
+
+def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> dict[int, float]:
+    """The quantity of every recorded step in which it was recorded; smoothed ones are means over the steps up to it."""
+    name, _, module = comparison.quantity.partition("/")
+    if module:
+        found = {step: columns.read_modules(run, step).get(module) for step in steps}
+    elif name == "row_loss":
+        found = {step: max((row.loss for row in columns.read_rows(run, step)), default=None) for step in steps}
+    else:
+        found = {step: record.get(name) for step, record in steps.items()}
+    values = {step: float(value) for step, value in found.items() if _is_number(value)}
+    if not values:
+        known = sorted({name for record in steps.values() for name, value in record.items() if _is_number(value)} - {"step"})
+        hint = f"recorded are {', '.join(known)}, row_loss, and grad_norm/MODULE"
+        raise PredicateError(f"`{comparison.quantity}` was not recorded", where=str(run), hint=hint)
+    order = sorted(values)
+    return {
+        step: _mean([values[each] for each in order[max(0, place + 1 - comparison.span) : place + 1]])
+        for place, step in enumerate(order)
+    }
+
+
+def run_command(command: str, checkpoint: Path) -> bool | None:
+    """Whether a command calls a checkpoint bad; None where it cannot tell. FinetuneError where it says that the search has to end."""
+    words = [word.replace("{checkpoint}", str(checkpoint)) for word in shlex.split(command)]
+    try:
+        code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+    except OSError as error:
+        raise PredicateError(f"cannot start `{words[0]}`: {error.strerror}") from error
+    if code < 0 or code >= FIRST_ABORT_CODE:
+        raise FinetuneError(f"`{command}` ended with {code}, which ends the search", where=str(checkpoint))
+    return None if code == SKIP_CODE else code != 0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")

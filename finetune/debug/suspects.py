@@ -1,0 +1,78 @@
+"""Floor 7. Which rows of a step made it what it is.
+
+Two shares, each adding up to 1 over the rows of a step. Of a loss: how much of what is above the step's median is a row's. Of an update:
+g_i . g / |g|^2, where g is the gradient of the step and g_i that of one row in it. (First-order influence, as in TracIn, Pruthi et al. 2020,
+arXiv 2002.08484, within one step.) Dropout is off: a row alone would have other masks than in its micro-batch.
+"""
+
+import statistics
+
+import numpy as np
+import torch
+
+from finetune.data.batches import Batches
+from finetune.loop import StepReport
+from finetune.plan import Plan
+from finetune.state import TrainState
+
+
+def loss_shares(report: StepReport) -> dict[int, float]:
+    """By example. What is no number has the whole share, in equal parts."""
+    losses = dict(zip(report.examples.tolist(), report.row_losses, strict=True))
+    bad = [example for example, loss in losses.items() if not np.isfinite(loss)]
+    if bad:
+        return {example: 1 / len(bad) if example in bad else 0.0 for example in losses}
+    usual = statistics.median(losses.values())
+    tokens = dict(zip(report.examples.tolist(), report.row_tokens, strict=True))
+    excess = {example: max(0.0, loss - usual) * tokens[example] for example, loss in losses.items()}
+    total = sum(excess.values())
+    return {example: value / total if total else 1 / len(excess) for example, value in excess.items()}
+
+
+def gradient_shares(state: TrainState, plan: Plan, batches: Batches, step: int) -> dict[int, float]:
+    """By example, at the state as it is. Every row is run alone, twice: for the sum, and for its part in it."""
+    ids = plan.examples_of(step)
+    total = _gradient(state, batches, ids)
+    square = sum(float(part.double().square().sum()) for part in total)
+    shares = {}
+    for example in ids.tolist():
+        own = _gradient(state, batches, np.array([example]))
+        product = sum(float((one.double() * two.double()).sum()) for one, two in zip(own, total, strict=True))
+        shares[example] = product / square if square else 1 / len(ids)
+    return shares
+
+
+def row_losses(state: TrainState, batches: Batches, ids: np.ndarray) -> list[float]:
+    """Mean nats of the supervised tokens of each example, at the state as it is."""
+    objective = state.accelerator.unwrap_model(state.objective).eval()
+    found = []
+    for example in ids.tolist():
+        with torch.inference_mode():
+            total, _ = objective(_alone(state, batches, example))
+        found.append(float(total) / int(batches.examples.targets[example]))
+    objective.train()
+    return found
+
+
+def _gradient(state: TrainState, batches: Batches, ids: np.ndarray) -> list[torch.Tensor]:
+    """Of the summed loss of examples, by trainable parameter."""
+    objective = state.accelerator.unwrap_model(state.objective).eval()
+    for example in ids.tolist():
+        total, _ = objective(_alone(state, batches, example))
+        total.backward()
+    parameters = state.trainable.values()
+    found = [torch.zeros_like(each) if each.grad is None else each.grad.detach().clone() for each in parameters]
+    state.optimizer.zero_grad()
+    objective.train()
+    return found
+
+
+def _alone(state: TrainState, batches: Batches, example: int) -> dict:
+    inputs = batches.collate([batches.examples[example]])
+    return _moved(inputs, state.accelerator.device)
+
+
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return {name: _moved(item, device) for name, item in value.items()} if isinstance(value, dict) else value

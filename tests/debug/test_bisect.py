@@ -1,0 +1,190 @@
+"""Faults that are put into real trainings, and found: the step, the rows, and what is said where there is no answer."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from finetune import loop
+from finetune.checkpoints.store import Store
+from finetune.debug.bisect import bisect
+from finetune.debug.predicates import PredicateError
+from finetune.errors import FinetuneError, NotFiniteError
+from tests.stories.poison import poison, rows_with_marks
+
+ROWS, BATCH, STEPS = 480, 6, 60
+MOST = math.ceil(math.log2(6)) + math.ceil(math.log2(10)) + 2  # evaluations, of 6 checkpoints 10 steps apart
+
+
+@pytest.fixture
+def poisoned(recipe_file, tmp_path, monkeypatch, tiny_tokenizer):
+    """A function that writes a recipe of 60 steps with marked rows in some; returns it and the rows by step."""
+
+    def poisoned(value, steps, **sections):
+        poison(monkeypatch, tiny_tokenizer, value)
+        rows = rows_with_marks(tmp_path / "rows.jsonl", ROWS, BATCH, steps)
+        rows_with_marks(tmp_path / "holdout.jsonl", 12, BATCH, [])
+        train = {"steps": STEPS, "batch_size": BATCH, "precision": "fp32", "micro_batch_tokens": 256}
+        parts = {
+            "task": {"name": "text", "max_length": 64},
+            "data": {name: [{"path": str(tmp_path / f"{file}.jsonl")}] for name, file in (("train", "rows"), ("holdout", "holdout"))},
+            "train": train,
+            "checkpoint": {"every": "10 steps", "keep": {"last": 9}},
+            "optimizer": {"learning_rate": 1e-3},
+            "guard": {"spike": "ignore"},
+        }
+        return recipe_file(**parts | sections), rows
+
+    return poisoned
+
+
+@pytest.fixture
+def spiked(poisoned, train, tmp_path):
+    """A run in which the loss of one row, in step 45, is 30 times what it should be; and that row."""
+    recipe, rows = poisoned(30.0, [45])
+    return train(recipe, tmp_path / "run"), rows[45]
+
+
+def test_a_row_with_a_high_loss_is_found_with_its_step(spiked) -> None:
+    run, row = spiked
+    facts = bisect(run, "loss > 10")
+    assert (facts["first_bad_step"], facts["last_good_step"], facts["cause"]) == (45, 44, "rows")
+    assert facts["rows"][0]["id"] == row
+    assert facts["rows"][0]["share"] > 0.9
+    assert sum(row["share"] for row in facts["rows"]) == pytest.approx(1)
+    assert facts["evaluations"] == 0
+    report = json.loads((run / f"debug/step-00000045/report.json").read_bytes())
+    assert report["predicate"] == "loss > 10" and report["command"].endswith("--steps 45 --inspect")
+    assert any("not for good" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize("quantity", ["row_loss > 20", "grad_norm > 3", "grad_norm/layers.1 > 2", "loss~2 > 6"])
+def test_every_recorded_quantity_can_be_asked_for(spiked, quantity) -> None:
+    assert bisect(spiked[0], quantity)["observed_step"] == 45
+
+
+def test_a_loss_that_ended_the_run_is_found(poisoned, train, tmp_path) -> None:
+    recipe, rows = poisoned(math.nan, [45])
+    with pytest.raises(NotFiniteError):
+        train(recipe, tmp_path / "run")
+    facts = bisect(tmp_path / "run", "loss > 1000")
+    assert (facts["first_bad_step"], facts["rows"][0]["id"]) == (45, rows[45])
+
+
+@pytest.fixture
+def wrecked(poisoned, train, tmp_path):
+    """A run with a row in step 45 whose gradient wrecks the weights for good; and that row."""
+    optimizer = {"name": "sgd", "learning_rate": 1e-2, "max_grad_norm": 1e9, "schedule": "constant", "warmup": 0}
+    recipe, rows = poisoned(20000.0, [45], optimizer=optimizer, adapter=None)
+    return train(recipe, tmp_path / "run"), rows[45]
+
+
+def test_a_state_that_went_bad_is_found_between_two_checkpoints(wrecked) -> None:
+    run, row = wrecked
+    facts = bisect(run, bad_evaluation="loss > 8")
+    assert (facts["first_bad_step"], facts["cause"], facts["rows"][0]["id"]) == (45, "update", row)
+    assert facts["evaluations"] <= MOST
+    assert not list((run / "debug").glob("bisect-*"))
+    assert [item.step for item in Store(run).checkpoints()] == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_loss_that_is_bad_because_of_the_update_before_blames_that(wrecked) -> None:
+    run, row = wrecked
+    facts = bisect(run, "loss > 20", good=45)
+    assert (facts["first_bad_step"], facts["observed_step"], facts["cause"]) == (45, 46, "update")
+    assert facts["rows"][0]["id"] == row
+
+
+CHECK = """
+import json, sys
+from pathlib import Path
+step = int(json.loads((Path(sys.argv[1]) / "state.json").read_text())["step"]) if (Path(sys.argv[1]) / "state.json").exists() else 0
+sys.exit(125 if step in {skipped} else int(step >= {first}))
+"""
+
+
+@pytest.mark.parametrize(("first", "skipped"), [(23, set()), (41, set()), (60, set()), (1, set()), (23, {25, 20, 30})])
+def test_a_command_decides_as_in_git_bisect(first, skipped, poisoned, train, tmp_path) -> None:
+    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+    script = tmp_path / "check.py"
+    script.write_text(CHECK.format(first=first, skipped=skipped))
+    facts = bisect(run, bad_command=f"{sys.executable} {script} {{checkpoint}}")
+    assert facts["first_bad_step"] == first
+    assert facts["evaluations"] <= MOST + 2 * len(skipped)
+    assert any("could not tell" in note for note in facts["notes"]) == bool(skipped)
+
+
+def test_a_command_may_end_the_search(poisoned, train, tmp_path) -> None:
+    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+    with pytest.raises(FinetuneError, match="ends the search"):
+        bisect(run, bad_command=f"{sys.executable} -c 'raise SystemExit(200)'")
+
+
+@pytest.mark.parametrize("fault", ["once", "from then on"])
+def test_a_flipped_bit_is_not_in_the_recipe_and_is_said_to_be_so(fault, poisoned, train, tmp_path, monkeypatch) -> None:
+    sound = loop.train_step
+
+    def broken(state, *arguments):
+        if state.step + 1 == 23 or (fault != "once" and state.step + 1 > 23):
+            with torch.no_grad():
+                next(iter(state.trainable.values()))[0, 0] *= 64 if fault == "once" else 1.01
+        return sound(state, *arguments)
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+    monkeypatch.setattr(loop, "train_step", sound)
+    facts = bisect(run, "loss < 100", good=23 if fault == "once" else 43)
+    assert facts["cause"] == "not reproduced" or fault == "once"
+    if fault == "once":
+        facts = bisect(run, "loss < 100", good=22)
+    assert (facts["first_bad_step"], facts["cause"], facts["rows"]) == (23, "not reproduced", [])
+    assert any("is not in the recipe" in note for note in facts["notes"])
+
+
+def test_a_learning_rate_that_is_not_the_plans_is_seen_without_a_step(poisoned, train, tmp_path, monkeypatch) -> None:
+    from finetune.plan import Plan
+
+    planned = Plan.learning_rate
+    monkeypatch.setattr(Plan, "learning_rate", lambda plan, step: 100 * planned(plan, step) if step == 31 else planned(plan, step))
+    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+    monkeypatch.setattr(Plan, "learning_rate", planned)
+    facts = bisect(run, "loss < 100", good=39)
+    assert (facts["first_bad_step"], facts["cause"], facts["observed_step"]) == (31, "deviation", 40)
+
+
+def test_what_never_is_so_is_no_answer(spiked) -> None:
+    run, _ = spiked
+    assert "never bad" in bisect(run, "loss > 1000")["notes"][0]
+    assert "never good" in bisect(run, "loss > 0")["notes"][0]
+    assert "never good" in bisect(run, bad_evaluation="loss > 0")["notes"][0]
+    assert "never bad" in bisect(run, bad_evaluation="loss > 1000")["notes"][0]
+    assert "never went from good to bad" in bisect(run, "learning_rate < 0.0009", bad=10)["notes"][0]
+
+
+@pytest.mark.parametrize("text", ["loss", "loss > ", "loss > four", "> 4", "loss == 4", "loss~0 > 4", "perplexity > 1"])
+def test_a_predicate_that_cannot_be_read_or_was_not_recorded_is_refused(spiked, text) -> None:
+    with pytest.raises(PredicateError):
+        bisect(spiked[0], text)
+
+
+def test_one_predicate_is_asked_for(spiked) -> None:
+    with pytest.raises(PredicateError, match="give one of"):
+        bisect(spiked[0])
+    with pytest.raises(PredicateError, match="is not before"):
+        bisect(spiked[0], "loss > 10", good=10, bad=5)
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(wrecked, tiny_base, monkeypatch) -> None:
+    run, row = wrecked
+    monkeypatch.setenv("POISON_BASE", str(tiny_base))
+    monkeypatch.setenv("POISON", "20000")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = [*launcher, "tests.stories.poison", "bisect", run, "--bad-evaluation", "loss > 8", "--json"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout.splitlines()[-1])
+    assert (facts["first_bad_step"], facts["rows"][0]["id"]) == (45, row)
