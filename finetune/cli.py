@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from finetune import __version__
+from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
 
@@ -169,11 +170,11 @@ def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json
 @click.argument("run", type=click.Path(path_type=Path))
 @JSON
 def log(run: Path, is_json: bool) -> None:
-    """List the checkpoints of a run."""
+    """Show a run: its checkpoints, what went wrong, and the runs that branch off it."""
     from finetune import history
 
-    checkpoints = history.checkpoints(run)
-    _print({"checkpoints": checkpoints}, history.table(checkpoints), is_json)
+    facts = history.log(run)
+    _print(facts, history.tree(facts), is_json)
 
 
 @cli.command()
@@ -255,6 +256,55 @@ def bisect(
     _print(facts, bisection.listing(facts), is_json)
     if facts["first_bad_step"] is None:
         sys.exit(FinetuneError.exit_code)
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--picture", type=click.Path(path_type=Path), metavar="FILE", help="A heat map of the weights, as PNG.")
+@JSON
+def diff(a: str, b: str, picture: Path | None, is_json: bool) -> None:
+    """Compare two checkpoints: recipes, figures, where their runs part, weights."""
+    from finetune.debug import diff as comparison
+
+    facts = comparison.diff(a, b, picture)
+    _print(facts, comparison.listing(facts), is_json)
+
+
+@cli.command()
+@click.argument("ref")
+@OVERRIDE
+@click.option("--run", type=click.Path(path_type=Path), help="The new run's directory. Default: <run>-<step>.")
+@click.option("--skip-rows", metavar="FILE|IDS", help="Rows to leave out: ids like 512,77, or a file with a line for each.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["continue", "restart"]),
+    default="continue",
+    show_default=True,
+    help="Whether the learning rate goes on where it is, or begins a curve of its own.",
+)
+@click.option("--reset-optimizer", "is_optimizer_reset", is_flag=True, help="Begin without the optimizer's moments.")
+@click.option("--quiet", is_flag=True, help="Print commits and problems only.")
+@click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
+@click.option("--no-train", is_flag=True, help="Only make the run; `finetune train DIR/recipe.yaml --run DIR` trains it.")
+def branch(
+    ref: str,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    skip_rows: str | None,
+    schedule: str,
+    is_optimizer_reset: bool,
+    quiet: bool,
+    until: int | None,
+    no_train: bool,
+) -> None:
+    """Start a new run from a step of another one, with other keys, or without some rows."""
+    from finetune.debug import branch as branches
+
+    choices = branches.Choices(overrides, skip_rows, schedule, is_optimizer_reset)
+    made = branches.branch(ref, run, choices, is_quiet=quiet, until=until, is_to_train=not no_train)
+    if no_train:
+        click.echo(made)
 
 
 @cli.command()
@@ -410,7 +460,8 @@ def _report(error: FinetuneError) -> None:
 
 
 def _print(facts: dict, text: str, is_json: bool) -> None:
-    click.echo(json.dumps(facts) if is_json else text)
+    if os.environ.get("RANK", "0") == "0":  # all ranks know it; one says so
+        click.echo(to_json(facts) if is_json else text)
 
 
 def _default_run(recipe: Path) -> Path:

@@ -1,8 +1,10 @@
 """Floor 0. What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from finetune import journal
+from finetune import plan as plans
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import Store
@@ -10,32 +12,79 @@ from finetune.errors import CheckpointError, RunError
 from finetune.estimate import readable
 
 
-def checkpoints(run: Path) -> list[dict]:
-    """The committed checkpoints of a run, oldest first, as `log --json` prints them."""
-    if not (run / "plan.json").exists():
-        raise RunError(
-            "is not a run directory: it has no plan.json",
-            where=str(run),
-            hint="name a directory that `finetune train` made",
-        )
+INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
+
+
+def log(run: Path) -> dict:
+    """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
+    the same folder that branch off it, each with the same facts."""
+    plan, facts = plans.load(run)
     records = journal.read(run)
     trained, evaluated = journal.steps(records), journal.evaluations(records)
-    return [
-        _summary(run, checkpoint, trained.get(checkpoint.step, {}), evaluated.get(checkpoint.step, {}))
-        for checkpoint in Store(run).checkpoints()
-    ]
+    pinned = Store(run).pinned()
+    return {
+        "run": str(run),
+        "parent": plan.parent.model_dump(mode="json") if plan.parent else None,
+        "steps": {"planned": plan.steps, "recorded": max(trained, default=0)},
+        "checkpoints": [
+            _summary(run, item, trained.get(item.step, {}), evaluated.get(item.step, {})) | {"pinned": item.step in pinned}
+            for item in Store(run).checkpoints()
+        ],
+        "incidents": [_incident(record) for record in records if record.get("event") in INCIDENTS],
+        "branches": [log(branch) for branch in _branches(run, facts["run"])],
+    }
 
 
-def table(rows: list[dict]) -> str:
-    """The same for a reader, one line a checkpoint."""
-    if not rows:
-        return "no checkpoint yet"
-    lines = [f"{'checkpoint':32}{'training loss':>14}{'held-out loss':>14}  parent"]
-    for row in rows:
-        losses = (_figure(row["training_loss"]), _figure(row["metrics"].get("loss")))
-        parent = row["parent"]["ref"] if row["parent"] else "the base"
-        lines.append(f"{row['ref']:32}{losses[0]:>14}{losses[1]:>14}  {parent}")
-    return "\n".join(lines)
+def tree(facts: dict) -> str:
+    """The same for a reader: a line for each checkpoint and incident, by step; a branch stands below the step that it begins with."""
+    return "\n".join([f"{'':38}{'training loss':>14}{'held-out loss':>14}", *_lines(facts, "")])
+
+
+def _lines(facts: dict, margin: str) -> list[str]:
+    steps, parent = facts["steps"], facts["parent"]
+    origin = f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
+    lines = [f"{margin}{facts['run']}  ({steps['recorded']} of {steps['planned']} steps{origin})"]
+    entries = [(row["step"], 1, _checkpoint_line(row)) for row in facts["checkpoints"]]
+    entries += [(incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]]
+    entries += [(branch["parent"]["step"], 2, branch) for branch in facts["branches"]]
+    entries.sort(key=lambda entry: entry[:2])
+    for place, (_, _, entry) in enumerate(entries):
+        is_last = place == len(entries) - 1
+        if isinstance(entry, str):
+            lines.append(f"{margin}{'└─ ' if is_last else '├─ '}{entry}")
+        else:
+            head, *rest = _lines(entry, "")
+            lines.append(f"{margin}{'└─┬ ' if is_last else '├─┬ '}{head}")
+            lines += [f"{margin}{'  ' if is_last else '│ '}{line}" for line in rest]
+    return lines if entries else [*lines, f"{margin}└─ no checkpoint yet"]
+
+
+def _checkpoint_line(row: dict) -> str:
+    losses = (_figure(row["training_loss"]), _figure(row["metrics"].get("loss")))
+    about = [*(["weights alone"] if row["kind"] == "weights" else []), *(["pinned"] if row["pinned"] else [])]
+    return f"{row['ref']:35}{losses[0]:>14}{losses[1]:>14}  {', '.join(about)}".rstrip()
+
+
+def _incident(record: dict) -> dict:
+    kind = record["event"]
+    message = record.get("message") or f"{record.get('quantity', kind)} changed when it ran again"
+    if kind == "amended":
+        first, last = record["first"], record["last"]
+        left_out = f"step {first}" if first == last else f"steps {first} to {last}"
+        message = f"{message}; {left_out} left out"
+    step = record["step"] if "step" in record else int(record["file"].removeprefix("step-")[:8])
+    return {"step": step, "kind": kind, "message": message, "time": record["time"]}
+
+
+def _branches(run: Path, identity: str) -> list[Path]:
+    """The runs beside this one that begin with a step of it."""
+    found = []
+    for path in sorted(run.absolute().parent.glob("*/plan.json")):
+        with suppress(RunError):  # another one's damage is no matter here
+            parent = plans.load(path.parent)[0].parent
+            if parent and parent.run == identity:
+                found.append((parent.step, run.parent / path.parent.name))
+    return [path for _, path in sorted(found)]
 
 
 def describe(text: str) -> dict:

@@ -46,13 +46,17 @@ class Resolved:
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
 
 
-def resolve(loaded: LoadedRecipe, earlier: Plan | None = None, is_to_load: bool = False) -> Resolved:
-    """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold.
+def resolve(
+    loaded: LoadedRecipe, earlier: Plan | None = None, is_to_load: bool = False, like: Plan | None = None
+) -> Resolved:
+    """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold, and nothing else may come out.
 
-    `is_to_load`: the weights will be wanted, so they are read into memory while rows are encoded.
+    `is_to_load`: the weights will be wanted, so they are read into memory while rows are encoded. `like` is the plan of a run to branch
+    off: its pins hold for what the recipe has not changed.
     """
     recipe = loaded.recipe
-    pinned = earlier.base if earlier else base.pin(recipe.base)
+    like = earlier or like
+    pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
     directory = base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
         base.read_ahead(directory)
@@ -74,9 +78,10 @@ def resolve(loaded: LoadedRecipe, earlier: Plan | None = None, is_to_load: bool 
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     has_own_holdout = isinstance(recipe.data.holdout, list)
-    train_pins, encoded = read(recipe.data.train, earlier.train if earlier else None)
+    is_same = like is not None and like.recipe.data == recipe.data
+    train_pins, encoded = read(recipe.data.train, like.train if is_same else None)
     holdout_pins, holdout_encoded = (
-        read(recipe.data.holdout, earlier.holdout if earlier else None) if has_own_holdout else ([], [])
+        read(recipe.data.holdout, like.holdout if is_same else None) if has_own_holdout else ([], [])
     )
     rows = [pin.rows for pin in train_pins]
     held_out = np.zeros(0, dtype=np.int64) if has_own_holdout else _held_out(recipe, sum(rows))

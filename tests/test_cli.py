@@ -62,7 +62,7 @@ def test_with_json_an_error_is_an_object_on_stdout(monkeypatch, capsys, tmp_path
         "code": "run",
         "message": "is not a run directory: it has no plan.json",
         "where": str(tmp_path / "nothing"),
-        "hint": "name a directory that `finetune train` made",
+        "hint": "start it with `finetune train`",
     }
     assert "hint: name a directory" in err
 
@@ -77,7 +77,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys, tmp_path) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("finetune.history.checkpoints", broken)
+    monkeypatch.setattr("finetune.history.log", broken)
     with pytest.raises(ZeroDivisionError):
         run_main(monkeypatch, capsys, "log", tmp_path)
 

@@ -30,6 +30,7 @@ from finetune.loop import StepReport
 from finetune.run import evaluate
 
 SHOWN_ROWS = 5
+OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them
 REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step that was not made
 
 
@@ -79,7 +80,7 @@ def bisect(
         facts = {"first_bad_step": None, "last_good_step": None, "rows": [], "bundle": None}
         facts["evaluations"] = answer.evaluations
         return facts | {"observed_step": None, "predicate": text, "cause": None, "notes": [str(answer)]}
-    return _explained(rerun, found, text, is_of_state=not bad_if)
+    return _explained(rerun, found, text, comparison.quantity if bad_if else None)
 
 
 def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: int | None) -> Found:
@@ -243,14 +244,15 @@ def _between(
     return low, high, unknown
 
 
-def _explained(rerun: Rerun, found: Found, predicate: str, is_of_state: bool) -> dict:
-    """Runs the step once more, says whether it comes out as recorded, and who in it is to blame; writes the bundle."""
-    step, cause = found.first_bad, "update" if is_of_state else "rows"
+def _explained(rerun: Rerun, found: Found, predicate: str, quantity: str | None) -> dict:
+    """Runs the step once more, says whether it comes out as recorded, and who in it is to blame; writes the bundle. `quantity` is the
+    recorded one that is bad; None where it is the state after the step."""
+    step, cause = found.first_bad, "rows" if quantity else "update"
     if deviation := _deviation(rerun, step):
         step, note = deviation
         return _bundled(rerun, found, predicate, step, "deviation", note)
     rerun.go_to(step - 1, rerun.say)
-    if not rerun.first_difference and not is_of_state:
+    if not rerun.first_difference and quantity and quantity not in OF_ROWS_ALONE:
         step, cause = _blamed(rerun, step)
         rerun.go_to(step - 1, rerun.say)
     shares: dict[int, float] = {}
@@ -261,7 +263,7 @@ def _explained(rerun: Rerun, found: Found, predicate: str, is_of_state: bool) ->
         difference = rerun.earliest_difference()
         note = f"run again, {difference}: what happened is not in the recipe or its rows (hardware, an edited file, other code)"
         return _bundled(rerun, found, predicate, difference.step, "not reproduced", note)
-    return _bundled(rerun, found, predicate, step, cause, "", report, shares or suspects.loss_shares(report))
+    return _bundled(rerun, found, predicate, step, cause, "", report, shares or suspects.shares_of(quantity, report))
 
 
 def _bundled(

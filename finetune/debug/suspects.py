@@ -16,6 +16,9 @@ from finetune.plan import Plan
 from finetune.state import TrainState
 
 
+LEAST = "row_loss_min"
+
+
 def loss_shares(report: StepReport) -> dict[int, float]:
     """By example. What is no number has the whole share, in equal parts."""
     losses = dict(zip(report.examples.tolist(), report.row_losses, strict=True))
@@ -27,6 +30,19 @@ def loss_shares(report: StepReport) -> dict[int, float]:
     excess = {example: max(0.0, loss - usual) * tokens[example] for example, loss in losses.items()}
     total = sum(excess.values())
     return {example: value / total if total else 1 / len(excess) for example, value in excess.items()}
+
+
+def shares_of(quantity: str, report: StepReport) -> dict[int, float]:
+    """By example, of a recorded quantity: tokens by tokens, the least loss to the row that has it, all else as a loss."""
+    examples = report.examples.tolist()
+    if quantity in ("tokens", "supervised_tokens"):
+        tokens = report.row_tokens
+        return {example: count / sum(tokens) for example, count in zip(examples, tokens, strict=True)}
+    if quantity == LEAST:
+        least = min(report.row_losses)
+        places = [loss == least for loss in report.row_losses]
+        return {example: place / sum(places) for example, place in zip(examples, places, strict=True)}
+    return loss_shares(report)
 
 
 def gradient_shares(state: TrainState, plan: Plan, batches: Batches, step: int) -> dict[int, float]:

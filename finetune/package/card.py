@@ -11,6 +11,7 @@ from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import parse
 from finetune.package import record
 from finetune.plan import PinnedSource, Plan
+from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
 
 METHODS = {None: "full fine-tuning", "lora": "LoRA", "frozen": "fine-tuning with some weights frozen"}
@@ -35,7 +36,7 @@ class Facts:
 def card(facts: Facts) -> str:
     """The whole README.md."""
     parts = [
-        f"---\n{record.to_yaml(_front_matter(facts))}---",
+        f"---\n{to_yaml(_front_matter(facts))}---",
         f"# {_title(facts.plan)}",
         _summary(facts),
         "## Figures",
@@ -197,9 +198,17 @@ def _lineage(facts: Facts) -> str:
         ("plan", f"`{manifest.plan_id}`"),
         ("run", f"`{manifest.run}`"),
         ("checkpoint", f"step {manifest.step}, manifest `{manifest.digest}`"),
+        *([("branched from", _branch(facts.plan))] if facts.plan.parent else []),
         ("checkpoint before it", f"`{parent['ref']}`, manifest `{parent['digest']}`" if parent else "none"),
     ]
     return _table(("", ""), rows)
+
+
+def _branch(plan: Plan) -> str:
+    parent = plan.parent
+    digest = f", manifest `{parent.digest}`" if parent.digest else ""
+    changes = "; ".join(record.public_line(line) for line in parent.changes)
+    return f"`{parent.ref}`{digest}" + (f", with {changes}" if changes else "")
 
 
 def _method(plan: Plan) -> str | None:

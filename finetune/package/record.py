@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ruamel.yaml import YAML
 
 from finetune import journal
 from finetune.plan import Plan
+from finetune.recipe.load import to_yaml
 
 EVENTS = ("evaluated", "committed")
 LEFT_OUT = ("time", "attempt")
@@ -22,20 +22,14 @@ def recipe(plan: Plan) -> str:
     return to_yaml(_public(plan.recipe.model_dump(mode="json", exclude_defaults=True)))
 
 
-def to_yaml(value: object) -> str:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.allow_unicode = True
-    yaml.width = 4096
-    stream = io.StringIO()
-    yaml.dump(value, stream)
-    return stream.getvalue()
-
-
 def public_name(text: str) -> str:
     """A path of this machine as its last part; anything else as it is."""
     return Path(text).name if text.startswith(("/", "~")) else text
+
+
+def public_line(text: str) -> str:
+    """A line of words, with the paths of this machine as their last parts."""
+    return " ".join(public_name(word) for word in text.split(" "))
 
 
 def figures(records: Iterable[dict], step: int) -> list[dict]:

@@ -1,10 +1,13 @@
 """Floor 0. A recipe file to a checked `Recipe`, or to every problem it has, each with its line; `cli` and `resolve` call it."""
 
 import difflib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from ruamel.yaml import YAML
 
 from finetune.errors import Problem, RecipeError
 from finetune.recipe.check import check
@@ -72,6 +75,22 @@ def loads(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
             line = _line(lines, key)
             found.append((line, Problem(where(file, line), key, message, hint)))
     raise RecipeError([problem for _, problem in sorted(found, key=lambda item: (item[0] == 0, item[0]))])
+
+
+def dumps(recipe: Recipe) -> str:
+    """A recipe as YAML that is loaded to the same one."""
+    return to_yaml(recipe.model_dump(mode="json", exclude_defaults=True))
+
+
+def to_yaml(value: object) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue()
 
 
 def _refuse(place: str, message: str, hint: str | None = None) -> NoReturn:

@@ -1,0 +1,137 @@
+"""Floor 7. What is different between two checkpoints, and between the runs they are of: keys, figures, the first step, weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune import columns, journal
+from finetune import plan as plans
+from finetune.checkpoints.manifest import Checkpoint
+from finetune.checkpoints.refs import find, parse
+from finetune.contract import differences
+from finetune.debug import changes
+from finetune.model import base
+from finetune.plan import Plan
+from finetune.recipe.schema import Base
+
+SHOWN_TENSORS = 10
+
+
+@dataclass(frozen=True)
+class Side:
+    directory: Path
+    run: Path | None
+    plan: Plan | None
+    checkpoint: Checkpoint | None
+    step: int | None
+
+
+def diff(a: str, b: str, picture: Path | None = None) -> dict:
+    """What `diff --json` prints; the heat map of the weights goes to a file."""
+    one, two = side_of(a), side_of(b)
+    found, others = changes.changes(changes.weights_of(one.directory), changes.weights_of(two.directory))
+    if picture:
+        changes.picture(found, picture)
+    return {
+        "a": a,
+        "b": b,
+        **_of_plans(one.plan, two.plan),
+        "metrics": _of_metrics(one, two),
+        "first_differing_step": first_differing_step(one.run, two.run),
+        "weights": {
+            "total": changes.total("all", found)._asdict(),
+            "modules": [item._asdict() for item in changes.by_module(found)],
+            "tensors": [item._asdict() for item in found],
+            "others": others,
+        },
+    }
+
+
+def side_of(text: str) -> Side:
+    base.refuse_foreign(text)
+    ref = parse(text)
+    if ref.kind == "base":
+        plan, _ = plans.load(ref.run)
+        return Side(base.directory(plan.recipe.base, plan.base), ref.run, plan, None, 0)
+    if ref.kind in ("run", "checkpoint"):
+        checkpoint = find(ref)
+        base.refuse_damaged(checkpoint.path)
+        run = ref.run or base.run_around(checkpoint.path)
+        return Side(checkpoint.path, run, plans.load(run)[0] if run else None, checkpoint, checkpoint.step)
+    if ref.kind == "model":
+        return Side(ref.path, None, None, None, None)
+    named = Base(checkpoint=text)
+    return Side(base.directory(named, base.pin(named)), None, None, None, None)
+
+
+def first_differing_step(one: Path | None, two: Path | None) -> dict | None:
+    """The first step that two runs recorded otherwise, and its first quantity; None where all that both recorded is equal."""
+    if one is None or two is None or one == two:
+        return None
+    records, others = (journal.steps(journal.read(run)) for run in (one, two))
+    for step in sorted(records.keys() & others.keys()):
+        if quantity := journal.difference(_figures(records[step]), _figures(others[step])):
+            values = {"a": records[step].get(quantity), "b": others[step].get(quantity)}
+            return {"step": step, "quantity": quantity, **values, "rows": _other_rows(one, two, step)}
+    return None
+
+
+def _figures(record: dict) -> dict:
+    """Without what a machine took for it."""
+    return {name: value for name, value in record.items() if name not in ("await_seconds", "seconds")}
+
+
+def _other_rows(one: Path, two: Path, step: int) -> dict[str, list[int]]:
+    """The rows of a step that only one of the runs has in it."""
+    rows, others = ({item.row for item in columns.read_rows(run, step)} for run in (one, two))
+    return {"only in A": sorted(rows - others), "only in B": sorted(others - rows)}
+
+
+def _of_plans(one: Plan | None, two: Plan | None) -> dict:
+    if one is None or two is None:
+        return {"recipe": [], "plan": []}
+    found = list(differences(one.model_dump(mode="json"), two.model_dump(mode="json")))
+    entries = [{"key": key.removeprefix("recipe."), "a": was, "b": now} for key, was, now in found]
+    keys = [key for key, _, _ in found]
+    return {
+        "recipe": [entry for entry, key in zip(entries, keys, strict=True) if key.startswith("recipe.")],
+        "plan": [entry for entry, key in zip(entries, keys, strict=True) if not key.startswith("recipe.")],
+    }
+
+
+def _of_metrics(one: Side, two: Side) -> dict:
+    """Held-out figures of each side, where it was evaluated at its step."""
+    first, second = (_metrics(side) for side in (one, two))
+    return {name: {"a": first.get(name), "b": second.get(name)} for name in dict.fromkeys([*first, *second])}
+
+
+def _metrics(side: Side) -> dict:
+    if side.run is None or side.step is None:
+        return {}
+    found = side.checkpoint.manifest.metrics if side.checkpoint else {}
+    return found or journal.evaluations(journal.read(side.run)).get(side.step, {})
+
+
+def listing(facts: dict) -> str:
+    """The same for a reader."""
+    lines = [f"A {facts['a']}", f"B {facts['b']}"]
+    for part in ("recipe", "plan"):
+        lines += [f"{part}: {entry['key']}: {entry['a']} -> {entry['b']}" for entry in facts[part]]
+    lines += [f"held-out {name}: {pair['a']} -> {pair['b']}" for name, pair in facts["metrics"].items()]
+    if first := facts["first_differing_step"]:
+        lines.append(f"the runs part at step {first['step']}: {first['quantity']} {first['a']!r} -> {first['b']!r}")
+    weights = facts["weights"]
+    total = weights["total"]
+    if total["change"] == 0 and not weights["others"]:
+        return "\n".join([*lines, f"weights: equal in all {total['size']:,} numbers"])
+    lines += ["", f"{'weights':44}{'change':>12}{'relative':>12}{'largest':>12}"]
+    entries = [total, *weights["modules"]]
+    lines += [_row(entry) for entry in entries]
+    furthest = sorted(weights["tensors"], key=lambda entry: -entry["relative"])[:SHOWN_TENSORS]
+    lines += ["", "furthest tensors", *(_row(entry) for entry in furthest)]
+    for kind, names in weights["others"].items():
+        lines.append(f"{kind}: {', '.join(names[:SHOWN_TENSORS])}{' …' if len(names) > SHOWN_TENSORS else ''}")
+    return "\n".join(lines)
+
+
+def _row(entry: dict) -> str:
+    return f"{entry['name'][-43:]:44}{entry['change']:12.4g}{entry['relative']:12.3%}{entry['largest']:12.3g}"
