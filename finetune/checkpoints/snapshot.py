@@ -130,6 +130,15 @@ def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
     state.step = record["step"]
 
 
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by the names that `Live.copied` gives them."""
+    found = {}
+    for path in checkpoint.path.glob("*.safetensors"):
+        kind = "moments" if path.name == "optimizer.safetensors" else "weights"
+        found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
 def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
     """Writes the frozen weights of a checkpoint anew from the base's, if they are what its manifest speaks of."""
     record = checkpoint.manifest.files[FROZEN]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 
-from finetune import bundle, journal
+from finetune import bundle, columns, journal
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.staging import Staging
@@ -31,7 +31,6 @@ from finetune.run import evaluate
 
 SHOWN_ROWS = 5
 OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them
-REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step that was not made
 
 
 @dataclass
@@ -61,18 +60,24 @@ def bisect(
     good: int | None = None,
     bad: int | None = None,
 ) -> dict:
-    """What `bisect --json` prints; `first_bad_step` is None where there is none. One of the three predicates is given."""
-    if sum(given is not None for given in (bad_if, bad_evaluation, bad_command)) != 1:
+    """What `bisect --json` prints; `first_bad_step` is None where there is none. One of the three predicates is given; without one,
+    the step `bad` is what is to be explained."""
+    given = [each for each in (bad_if, bad_evaluation, bad_command) if each is not None]
+    if len(given) > 1 or not (given or bad):
         raise PredicateError("give one of --bad, --bad-evaluation and --bad-command", hint="see `finetune bisect --help`")
-    comparison = predicates.parse(bad_if or bad_evaluation) if bad_command is None else None
-    text = f"{comparison}" if comparison else bad_command
+    comparison = predicates.parse(given[0]) if given and bad_command is None else None
+    text = f"{comparison}" if comparison else bad_command or f"step {bad} is bad"
     if good is not None and bad is not None and good >= bad:
         raise PredicateError(f"the good step {good} is not before the bad step {bad}")
     rerun = Rerun(run)
     for note in rerun.notes():
         rerun.say(note)
     try:
-        if bad_if:
+        if not given:
+            if bad not in rerun.steps:
+                raise PredicateError(f"step {bad} was not recorded", where=str(run))
+            found = Found(bad, bad - 1)
+        elif bad_if:
             found = search_record(rerun, comparison, good, bad)
         else:
             found = search_states(rerun, comparison or bad_command, good, bad)
@@ -80,13 +85,12 @@ def bisect(
         facts = {"first_bad_step": None, "last_good_step": None, "rows": [], "bundle": None}
         facts["evaluations"] = answer.evaluations
         return facts | {"observed_step": None, "predicate": text, "cause": None, "notes": [str(answer)]}
-    return _explained(rerun, found, text, comparison.quantity if bad_if else None)
+    return _explained(rerun, found, text, comparison.quantity if bad_if else None if given else "loss")
 
 
 def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: int | None) -> Found:
     """The first bad step after a good one. Nothing is evaluated: the journal has every step."""
-    refused = [record for record in rerun.records if record.get("event") in REFUSED and "loss" in record]
-    values = predicates.recorded(rerun.run, {record["step"]: record for record in refused} | rerun.steps, comparison)
+    values = predicates.recorded(rerun.run, rerun.refused | rerun.steps, comparison)
     steps = [step for step in sorted(values) if (good is None or step > good) and (bad is None or step <= bad)]
     is_bad = {step: comparison.holds(values[step]) for step in steps}
     if not any(is_bad.values()):
@@ -260,7 +264,8 @@ def _explained(rerun: Rerun, found: Found, predicate: str, quantity: str | None)
         shares = suspects.gradient_shares(rerun.state, rerun.plan, rerun.batches_of(step), step)
     report = rerun.attempt() if not rerun.first_difference else None
     if rerun.first_difference:
-        difference = rerun.earliest_difference()
+        difference, probes = rerun.earliest_difference()
+        found.evaluations += probes
         note = f"run again, {difference}: what happened is not in the recipe or its rows (hardware, an edited file, other code)"
         return _bundled(rerun, found, predicate, difference.step, "not reproduced", note)
     return _bundled(rerun, found, predicate, step, cause, "", report, shares or suspects.shares_of(quantity, report))
@@ -282,6 +287,7 @@ def _bundled(
         rerun.first_difference = None
         rerun.go_to(step - 1)
         report = rerun.attempt()
+        shares = _other_rows(rerun, report)
     rows = bundle.rows_of(rerun.resolved, report)
     if shares:
         shared = [{"row": row["row"], "share": shares[row["example"]], **row} for row in rows]
@@ -301,6 +307,17 @@ def _bundled(
         "cause": cause,
         "notes": notes,
     }
+
+
+def _other_rows(rerun: Rerun, report: StepReport) -> dict[int, float] | None:
+    """By example, who has another loss than was recorded, where these are few rows of the step."""
+    recorded = {item.example: item.loss for item in columns.read_rows(rerun.run, report.step)}
+    losses = dict(zip(report.examples.tolist(), report.row_losses, strict=True))
+    apart = {example: abs(loss - recorded.get(example, loss)) for example, loss in losses.items()}
+    changed = {example for example, distance in apart.items() if not distance == 0}
+    if not 0 < 2 * len(changed) <= len(losses) or not np.isfinite(list(apart.values())).all():
+        return None
+    return {example: distance / sum(apart.values()) for example, distance in apart.items()}
 
 
 def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:

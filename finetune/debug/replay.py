@@ -10,13 +10,10 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from finetune import journal as journals
-from finetune.checkpoints import lease, snapshot
+from finetune.checkpoints import lease
 from finetune.checkpoints.lease import Lease
-from finetune.checkpoints.manifest import Checkpoint, Manifest
+from finetune.checkpoints.manifest import Manifest
 from finetune.columns import Columns
 from finetune.debug import inspection
 from finetune.debug.rerun import Difference, Rerun
@@ -44,7 +41,7 @@ def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_mate
             report = rerun.attempt()
         if not report.is_finished:  # as in the run, which has no state after it
             break
-        _compare_state(rerun)
+        rerun.compare_state()
     found = rerun.first_difference
     facts = {
         "steps": [first, last],
@@ -140,37 +137,6 @@ def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
     if rerun.plan.parent and first <= rerun.plan.parent.step:
         hint = f"replay the run it comes from, {rerun.plan.parent.ref}"
         raise RunError(f"begins with step {rerun.plan.parent.step + 1}", where=str(rerun.run), hint=hint)
-
-
-def _compare_state(rerun: Rerun) -> None:
-    """Where a checkpoint of the step is stored, compares its every tensor with the state, to the bit."""
-    if rerun.first_difference or not (checkpoint := stored(rerun, rerun.state.step)):
-        return
-    tensors, _ = snapshot.Live(rerun.state).copied()
-    all_kept = _stored_tensors(checkpoint)
-    for name, live in tensors.items():
-        kept = all_kept.get(name)
-        is_same = kept is not None and torch.equal(_bits(live.detach().cpu()), _bits(kept))
-        if not is_same:
-            rerun.first_difference = Difference(checkpoint.step, f"tensor {name}", "as stored", "another")
-            return
-
-
-def stored(rerun: Rerun, step: int) -> Checkpoint | None:
-    """The full checkpoint of a step, if there is one."""
-    return next((item for item in rerun.store.checkpoints() if item.step == step and item.manifest.kind == "full"), None)
-
-
-def _stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in checkpoint.path.glob("*.safetensors"):
-        kind = "moments" if path.name == "optimizer.safetensors" else "weights"
-        found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
-    return found
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def listing(facts: dict) -> str:

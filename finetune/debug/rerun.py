@@ -29,6 +29,8 @@ from finetune.resolve import Resolved, resolve
 from finetune.run import batches
 from finetune.state import TrainState, build, start_accelerator
 
+REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -52,6 +54,8 @@ class Rerun:
         self.store = Store(run)
         self.records = journal.read(run)
         self.steps = journal.steps(self.records)
+        self.refused = {item["step"]: item for item in self.records if item.get("event") in REFUSED and "loss" in item}
+        """What was recorded of steps that were not made."""
         self.amendments = self._amendments()
         self.first_difference: Difference | None = None
         """Of all steps that ran again so far."""
@@ -113,32 +117,41 @@ class Rerun:
         while self._state.step < step:
             self.advance()
 
-    def earliest_difference(self) -> Difference:
-        """The first step that is not as recorded, once one is known that is not: where it is the first one after a checkpoint, the fault
-        may be older. Then the steps right after checkpoints before tell, one each, by halves, for what lasts."""
-        found = self.first_difference
+    def earliest_difference(self) -> tuple[Difference, int]:
+        """The first step that is not as recorded, once one is known that is not. What went wrong may have lasted since an earlier stretch
+        between two checkpoints: these are run again, the one before first, then by halves. With how many were."""
+        found, probes = self.first_difference, 0
         starts = [0, *(item.step for item in self.store.checkpoints() if item.manifest.kind == "full")]
-        if found.step == 1 or found.step - 1 not in starts:
-            return found
-        sound, broken = -1, starts.index(found.step - 1)  # places among the starts
+        if self.plan.parent:
+            starts = [step for step in starts if step >= self.plan.parent.step]
+        sound, broken = -1, max(place for place, start in enumerate(starts) if start < found.step)
         while broken - sound > 1:
-            middle = (sound + broken) // 2
-            if self._differs_after(starts[middle]):
-                broken = middle
+            middle, probes = (sound + broken) // 2 if probes else broken - 1, probes + 1
+            self.first_difference = None
+            self.begin_at(self.store.find(starts[middle]) if starts[middle] else None)
+            while self.first_difference is None and self._state.step < starts[middle + 1]:
+                self.advance()
+                self.compare_state()
+            if self.first_difference:
+                broken, found = middle, self.first_difference
             else:
                 sound = middle
-        self.first_difference = None
-        self.begin_at(self._stored(starts[max(0, sound)]))
-        while self.first_difference is None and self._state.step <= starts[broken]:
-            self.advance()
-        return self.first_difference or found
+        self.first_difference = found
+        return found, probes
 
-    def _differs_after(self, step: int) -> bool:
-        """Whether the step after a stored state is not as recorded."""
-        self.first_difference = None
-        self.begin_at(self._stored(step))
-        self.attempt()
-        return self.first_difference is not None
+    def compare_state(self) -> None:
+        """Where a checkpoint of the state's step is stored, compares every tensor with it, to the bit."""
+        step = self._state.step
+        kept = next((item for item in self.store.checkpoints() if item.step == step and item.manifest.kind == "full"), None)
+        if self.first_difference or kept is None:
+            return
+        tensors, _ = snapshot.Live(self._state).copied()
+        stored = snapshot.stored_tensors(kept)
+        for name, live in tensors.items():
+            is_same = name in stored and torch.equal(_bits(live.detach().cpu()), _bits(stored[name]))
+            if not is_same:
+                self.first_difference = Difference(step, f"tensor {name}", "as stored", "another")
+                return
 
     def advance(self) -> loop.StepReport:
         """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""
@@ -170,9 +183,10 @@ class Rerun:
         """The first quantity of a step that is not as the run has recorded it; None also where it has no record."""
         step, found = report.step, columns_of(report)
         record = self.steps.get(step)
+        now = figures_of(report) | ({"skipped": report.verdict.reason} if report.verdict and record else {})
+        record = record or self.refused.get(step)
         if record is None:
             return None
-        now = figures_of(report) | ({"skipped": report.verdict.reason} if report.verdict else {})
         then = {name: record.get(name) for name in {**now, **({"skipped": 0} if "skipped" in record else {})}}
         if quantity := journal.difference(then, now):
             return Difference(step, quantity, then.get(quantity), now.get(quantity))
@@ -183,9 +197,6 @@ class Rerun:
             if repr(norm) != repr(report.module_norms.get(name)):
                 return Difference(step, f"gradient norm of {name}", norm, report.module_norms.get(name))
         return None
-
-    def _stored(self, step: int) -> Checkpoint | None:
-        return self.store.find(step) if step else None
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -208,3 +219,7 @@ class Rerun:
 
     def _is_gpu(self) -> bool:
         return self.accelerator.device.type != "cpu"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

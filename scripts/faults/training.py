@@ -126,7 +126,7 @@ def tiny_recipe(directory: Path) -> Path:
     if path.exists():
         return path
     directory.mkdir(parents=True)
-    _tiny_base(directory / "base")
+    tiny_base(directory / "base")
     draw = random.Random(0)
     for name, count in (("train", ROWS), ("holdout", ROWS // 8)):
         rows = ["".join(draw.choices("abcdefgh ", k=draw.randrange(8, 60))) + "." for _ in range(count)]
@@ -144,7 +144,7 @@ def tiny_recipe(directory: Path) -> Path:
     return path
 
 
-def _tiny_base(directory: Path) -> None:
+def tiny_base(directory: Path, hidden: int = 32, positions: int = 128) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -156,12 +156,12 @@ def _tiny_base(directory: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=fast.eos_token_id,
         initializer_range=0.1,

@@ -164,6 +164,14 @@ def test_what_never_is_so_is_no_answer(spiked) -> None:
     assert "never went from good to bad" in bisect(run, "learning_rate < 0.0009", bad=10)["notes"][0]
 
 
+def test_a_step_that_is_known_to_be_bad_is_explained(spiked) -> None:
+    run, row = spiked
+    facts = bisect(run, bad=45)
+    assert (facts["first_bad_step"], facts["cause"], facts["rows"][0]["id"]) == (45, "rows", row)
+    with pytest.raises(PredicateError, match="step 99 was not recorded"):
+        bisect(run, bad=99)
+
+
 @pytest.mark.parametrize("text", ["loss", "loss > ", "loss > four", "> 4", "loss == 4", "loss~0 > 4", "perplexity > 1"])
 def test_a_predicate_that_cannot_be_read_or_was_not_recorded_is_refused(spiked, text) -> None:
     with pytest.raises(PredicateError):
