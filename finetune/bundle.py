@@ -31,15 +31,23 @@ def rows_of(resolved: Resolved, report: StepReport) -> list[dict]:
         text = resolved.tokenizer.decode(tokens.tolist())
         lengths = {"tokens": len(tokens), "supervised_tokens": supervised}
         found.append({"row": row, "example": example, "loss": loss, **lengths, "text": text})
-    return sorted(found, key=lambda entry: (entry["loss"] == entry["loss"], -entry["loss"]))  # what is no number comes first
+    return sorted(
+        found, key=lambda entry: (entry["loss"] == entry["loss"], -entry["loss"])
+    )  # what is no number comes first
 
 
 def write(
-    run: Path, resolved: Resolved, report: StepReport, about: Mapping[str, object], rows: Sequence[Mapping] | None = None
+    run: Path,
+    resolved: Resolved,
+    report: StepReport,
+    about: Mapping[str, object],
+    rows: Sequence[Mapping] | None = None,
 ) -> Path:
     """Writes the bundle of a step, anew where there is one; returns its folder. `about` says what is wrong with the step."""
     folder = run / "debug" / f"step-{report.step:08d}"
-    figures = {name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")}
+    figures = {
+        name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
+    }
     facts = {
         "step": report.step,
         **about,

@@ -275,7 +275,9 @@ def diff(a: str, b: str, picture: Path | None, is_json: bool) -> None:
 @click.argument("ref")
 @OVERRIDE
 @click.option("--run", type=click.Path(path_type=Path), help="The new run's directory. Default: <run>-<step>.")
-@click.option("--skip-rows", metavar="FILE|IDS", help="Rows to leave out: ids like 512,77, or a file with a line for each.")
+@click.option(
+    "--skip-rows", metavar="FILE|IDS", help="Rows to leave out: ids like 512,77, or a file with a line for each."
+)
 @click.option(
     "--schedule",
     type=click.Choice(["continue", "restart"]),
@@ -286,7 +288,9 @@ def diff(a: str, b: str, picture: Path | None, is_json: bool) -> None:
 @click.option("--reset-optimizer", "is_optimizer_reset", is_flag=True, help="Begin without the optimizer's moments.")
 @click.option("--quiet", is_flag=True, help="Print commits and problems only.")
 @click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
-@click.option("--no-train", is_flag=True, help="Only make the run; `finetune train DIR/recipe.yaml --run DIR` trains it.")
+@click.option(
+    "--no-train", is_flag=True, help="Only make the run; `finetune train DIR/recipe.yaml --run DIR` trains it."
+)
 def branch(
     ref: str,
     overrides: tuple[str, ...],

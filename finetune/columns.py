@@ -48,7 +48,9 @@ class Columns:
     def write(self, run: Path, attempt: str) -> None:
         """`rows/step-<first>-<last>.parquet` and the same in `modules/`, durably."""
         if self.rows:
-            _write(run / ROWS, self.rows, dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True)), attempt)
+            _write(
+                run / ROWS, self.rows, dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True)), attempt
+            )
         if self.modules:
             names = self.modules[0].norms
             columns = {"step": [item.step for item in self.modules]}
@@ -66,7 +68,9 @@ def read_modules(run: Path, step: int) -> dict[str, float]:
     return {name: value for item in _read(run / MODULES, step) for name, value in item.items() if name != "step"}
 
 
-def _write(directory: Path, items: Sequence[RowLoss | ModuleNorms], columns: Mapping[str, Sequence], attempt: str) -> None:
+def _write(
+    directory: Path, items: Sequence[RowLoss | ModuleNorms], columns: Mapping[str, Sequence], attempt: str
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -87,7 +91,9 @@ def _read(directory: Path, step: int) -> list[dict]:
     covering = [path for path in directory.glob("*.parquet") if _covers(path.name, step)]
     if not covering:
         return []
-    if len(covering) > 1:  # after a fall-back they agree, or the run has said that exactness is lost; after a rollback the last counts
+    if (
+        len(covering) > 1
+    ):  # after a fall-back they agree, or the run has said that exactness is lost; after a rollback the last counts
         attempts = [str(record.get("attempt")).encode() for record in journal.read(directory.parent)]
         order = {attempt: place for place, attempt in enumerate(attempts)}
 

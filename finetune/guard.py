@@ -66,7 +66,9 @@ def judge(
             return Verdict("skip", amendment.reason, "", message, is_amended=True)
     for quantity, value in figures.items():
         if not math.isfinite(value):
-            return _bounded(rule, Verdict(rule.not_finite, "not_finite", quantity, f"{quantity} is {value}"), amendments)
+            return _bounded(
+                rule, Verdict(rule.not_finite, "not_finite", quantity, f"{quantity} is {value}"), amendments
+            )
     for quantity, value in figures.items() if rule.spike != "ignore" else ():
         distance = spike(window(quantity, step), value)
         if distance is not None:

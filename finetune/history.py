@@ -11,7 +11,6 @@ from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError, RunError
 from finetune.estimate import readable
 
-
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 
 
@@ -27,7 +26,8 @@ def log(run: Path) -> dict:
         "parent": plan.parent.model_dump(mode="json") if plan.parent else None,
         "steps": {"planned": plan.steps, "recorded": max(trained, default=0)},
         "checkpoints": [
-            _summary(run, item, trained.get(item.step, {}), evaluated.get(item.step, {})) | {"pinned": item.step in pinned}
+            _summary(run, item, trained.get(item.step, {}), evaluated.get(item.step, {}))
+            | {"pinned": item.step in pinned}
             for item in Store(run).checkpoints()
         ],
         "incidents": [_incident(record) for record in records if record.get("event") in INCIDENTS],
@@ -42,10 +42,14 @@ def tree(facts: dict) -> str:
 
 def _lines(facts: dict, margin: str) -> list[str]:
     steps, parent = facts["steps"], facts["parent"]
-    origin = f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
+    origin = (
+        f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
+    )
     lines = [f"{margin}{facts['run']}  ({steps['recorded']} of {steps['planned']} steps{origin})"]
     entries = [(row["step"], 1, _checkpoint_line(row)) for row in facts["checkpoints"]]
-    entries += [(incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]]
+    entries += [
+        (incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]
+    ]
     entries += [(branch["parent"]["step"], 2, branch) for branch in facts["branches"]]
     entries.sort(key=lambda entry: entry[:2])
     for place, (_, _, entry) in enumerate(entries):

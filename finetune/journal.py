@@ -123,7 +123,9 @@ def evaluations(records: Iterable[dict[str, object]]) -> dict[int, dict[str, obj
     """The held-out figures of each step that was evaluated; also of one whose evaluation a signal cut short, and a resume made up."""
     about = {"kind", "event", "attempt", "time", "step"}
     found = that_count(records, lambda record: record.get("event") == "evaluated")
-    return {step: {name: value for name, value in record.items() if name not in about} for step, record in found.items()}
+    return {
+        step: {name: value for name, value in record.items() if name not in about} for step, record in found.items()
+    }
 
 
 def that_count(records: Iterable[dict[str, object]], is_wanted: Callable[[dict], bool]) -> dict[int, dict[str, object]]:

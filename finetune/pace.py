@@ -107,9 +107,7 @@ def tokens_of(plan: Plan, lengths: np.ndarray, start: int, end: int) -> float:
 
 def largest_step(plan: Plan, lengths: np.ndarray) -> int:
     """Tokens of the largest step, of the first ones where there are many."""
-    return max(
-        int(lengths[plan.examples_of(step)].sum()) for step in range(1, min(plan.steps, COUNTED_STEPS) + 1)
-    )
+    return max(int(lengths[plan.examples_of(step)].sum()) for step in range(1, min(plan.steps, COUNTED_STEPS) + 1))
 
 
 def _multiples(cadences: Iterable[Every | None], start: int, end: int) -> set[int]:

@@ -187,7 +187,11 @@ class Recorder:
         verdict = report.verdict
         about = {"quantity": verdict.quantity, "message": verdict.message, **figures_of(report)}
         self.event("amended", **amendment._asdict(), **more, **about)
-        left_out = f"step {amendment.first}" if amendment.first == amendment.last else f"steps {amendment.first} to {amendment.last}"
+        left_out = (
+            f"step {amendment.first}"
+            if amendment.first == amendment.last
+            else f"steps {amendment.first} to {amendment.last}"
+        )
         back = f"back to step {more['to']}, " if more else ""
         self.progress.say(f"{verdict.reason} at step {report.step}: {verdict.message}; {back}{left_out} left out")
 
@@ -232,7 +236,9 @@ class Recorder:
         columns, self._columns = self._columns, Columns()
         history, evaluated = self._past.trainer_state(step), dict(self._past.evaluated)
         amendments = [each._asdict() for each in self.amendments if each.first <= step]
-        record = Record(evaluated.get(step, {}), columns, history, evaluated, self._past.newest_step, waited, amendments)
+        record = Record(
+            evaluated.get(step, {}), columns, history, evaluated, self._past.newest_step, waited, amendments
+        )
         save = self._saver.begin(state, record)
         work = partial(self._saver.commit, save, self._journal, self._lease, report)
         self._writer.submit(step, save.snapshot.copy.bytes, work)

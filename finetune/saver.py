@@ -137,7 +137,9 @@ class Saver:
     def _make_durable(self, save: Save, columns: Columns, journal: Journal, lease: Lease) -> None:
         cpu_started, step = time.thread_time(), save.snapshot.step
         self._check_room(save.snapshot)
-        columns.write(self._run, self._manifest.attempt)  # and the journal, so that no checkpoint is ahead of its record
+        columns.write(
+            self._run, self._manifest.attempt
+        )  # and the journal, so that no checkpoint is ahead of its record
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)

@@ -28,7 +28,9 @@ def test_row_losses_are_written_by_span_and_read_by_step(tmp_path):
 
 
 def test_gradient_norms_of_modules_are_written_beside_them(tmp_path):
-    (Columns([row(1, 5)], [norms(1, 0.1 + 0.2, 3.0)]) + Columns([row(2, 6)], [norms(2, math.nan, 1e-310)])).write(tmp_path, "a")
+    (Columns([row(1, 5)], [norms(1, 0.1 + 0.2, 3.0)]) + Columns([row(2, 6)], [norms(2, math.nan, 1e-310)])).write(
+        tmp_path, "a"
+    )
     assert read_modules(tmp_path, 1) == {"layers.0": 0.1 + 0.2, "layers.1": 3.0}
     found = read_modules(tmp_path, 2)
     assert math.isnan(found["layers.0"]) and found["layers.1"] == 1e-310

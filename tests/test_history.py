@@ -22,7 +22,10 @@ def test_a_run_is_drawn_with_its_branches_and_incidents(recipe_file, train, tmp_
     assert (child["run"], child["parent"]["ref"], child["branches"][0]["run"]) == ("runs/a-4", "a@4", "runs/a-4-8")
     lines = tree(facts).splitlines()
     assert lines[1] == "runs/a  (12 of 12 steps)"
-    order = [next(place for place, line in enumerate(lines) if text in line) for text in ("a@4 ", "a-4  (", "a-4-8  (", "a@6 ", "a@12 ")]
+    order = [
+        next(place for place, line in enumerate(lines) if text in line)
+        for text in ("a@4 ", "a-4  (", "a-4-8  (", "a@6 ", "a@12 ")
+    ]
     assert order == sorted(order)
     assert "from a@4: optimizer.learning_rate: 0.01 -> 0.001" in "\n".join(lines)
 

@@ -263,7 +263,9 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_shows_its_row(opened, value
     row = run.resolved.train.rows[ids[run.batches.of(ids)[0].indices[2]]]
     report = run.step()
     assert (report.verdict.action, report.verdict.reason, report.is_finished) == ("stop", "not_finite", False)
-    assert [found for found, loss in zip(report.rows, report.row_losses, strict=True) if not math.isfinite(loss)] == [row]
+    assert [found for found, loss in zip(report.rows, report.row_losses, strict=True) if not math.isfinite(loss)] == [
+        row
+    ]
     assert all(math.isfinite(norm) for norm in report.module_norms.values()) == math.isfinite(report.grad_norm)
     assert run.state.step == 1
     assert_equal(run.weights(), weights)

@@ -64,7 +64,9 @@ def bisect(
     the step `bad` is what is to be explained."""
     given = [each for each in (bad_if, bad_evaluation, bad_command) if each is not None]
     if len(given) > 1 or not (given or bad):
-        raise PredicateError("give one of --bad, --bad-evaluation and --bad-command", hint="see `finetune bisect --help`")
+        raise PredicateError(
+            "give one of --bad, --bad-evaluation and --bad-command", hint="see `finetune bisect --help`"
+        )
     comparison = predicates.parse(given[0]) if given and bad_command is None else None
     text = f"{comparison}" if comparison else bad_command or f"step {bad} is bad"
     if good is not None and bad is not None and good >= bad:
@@ -100,14 +102,20 @@ def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: i
         raise NoAnswer(f"never good: every recorded step has {comparison}")
     found = next((step for step in steps if step > first_good and is_bad[step]), None)
     if found is None:
-        raise NoAnswer(f"bad until step {first_good - 1} and good from step {first_good} on: it never went from good to bad")
+        raise NoAnswer(
+            f"bad until step {first_good - 1} and good from step {first_good} on: it never went from good to bad"
+        )
     notes = []
     if before := [step for step in steps if step < first_good and is_bad[step]]:
         notes.append(f"bad as well until step {before[-1]}, before it was good for the first time")
     after = [step for step in steps if step > found]
     if recovered := [step for step in after if not is_bad[step]]:
-        notes.append(f"not for good: {len(recovered)} of the {len(after)} steps after it are good again, from step {recovered[0]} on")
-    notes += [f"nothing is recorded of step {step}" for step in range(first_good, found) if step not in values and step][:3]
+        notes.append(
+            f"not for good: {len(recovered)} of the {len(after)} steps after it are good again, from step {recovered[0]} on"
+        )
+    notes += [
+        f"nothing is recorded of step {step}" for step in range(first_good, found) if step not in values and step
+    ][:3]
     return Found(found, found - 1, notes=notes)
 
 
@@ -358,7 +366,10 @@ def _deviation(rerun: Rerun, until: int) -> tuple[int, str] | None:
         }
         for name, value in planned.items():
             if rerun.steps[step].get(name) != value:
-                return step, f"step {step} was recorded with {name} {rerun.steps[step].get(name)!r}; the plan has {value!r}"
+                return (
+                    step,
+                    f"step {step} was recorded with {name} {rerun.steps[step].get(name)!r}; the plan has {value!r}",
+                )
     return None
 
 

@@ -48,7 +48,14 @@ class Choices:
     is_optimizer_reset: bool = False
 
 
-def branch(ref: str, run: Path | None, choices: Choices, is_quiet: bool = False, until: int | None = None, is_to_train: bool = True) -> Path:
+def branch(
+    ref: str,
+    run: Path | None,
+    choices: Choices,
+    is_quiet: bool = False,
+    until: int | None = None,
+    is_to_train: bool = True,
+) -> Path:
     """Makes the run and trains it, to its end or to step `until`; returns its directory. A branch that is there already is trained on."""
     origin, step = _origin(ref)
     run = run or origin.with_name(f"{origin.name}-{step}")
@@ -61,12 +68,20 @@ def branch(ref: str, run: Path | None, choices: Choices, is_quiet: bool = False,
         resolved = resolve(loaded, like=parent_plan)
         plan = _plan(resolved, parent_plan, parent_facts["run"], f"{origin.name}@{step}", step, checkpoint, choices)
         if not _is_there(run, plan):
-            facts = facts_of(accelerator) | {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8)}
+            facts = facts_of(accelerator) | {
+                "micro_batch_tokens": resolved.micro_batch_tokens,
+                "run": secrets.token_hex(8),
+            }
             with lease.acquire(run, secrets.token_hex(4)) as held:
                 _make(run, plan, facts, loaded.recipe, origin, checkpoint, choices, held)
     accelerator.wait_for_everyone()
     if is_to_train:
-        train(LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0}), run, is_quiet=is_quiet, until=until)
+        train(
+            LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0}),
+            run,
+            is_quiet=is_quiet,
+            until=until,
+        )
     return run
 
 
@@ -82,7 +97,11 @@ def _origin(ref: str) -> tuple[Path, int]:
 
 def _refuse_other_tensors(old: Recipe, new: Recipe, choices: Choices, where: str) -> None:
     changed = differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
-    lines = [f"{key}: {was} -> {now}" for key, was, now in changed if any(key == name or key.startswith(f"{name}.") for name in FIXED)]
+    lines = [
+        f"{key}: {was} -> {now}"
+        for key, was, now in changed
+        if any(key == name or key.startswith(f"{name}.") for name in FIXED)
+    ]
     if lines:
         hint = "start a run of its own, with `base.checkpoint` naming the checkpoint to begin with"
         raise RunError("has tensors that do not fit:\n  " + "\n  ".join(lines), where=where, hint=hint)
@@ -142,7 +161,11 @@ def _plan(
 def _other_data(old: Plan, new: Plan) -> list[tuple[str, object, object]]:
     """Sources whose content is not what it was, though they are called the same."""
     pairs = zip((*old.train, *old.holdout), (*new.train, *new.holdout), strict=False)
-    return [(one.name, one.fingerprint, two.fingerprint) for one, two in pairs if one.name == two.name and one.fingerprint != two.fingerprint]
+    return [
+        (one.name, one.fingerprint, two.fingerprint)
+        for one, two in pairs
+        if one.name == two.name and one.fingerprint != two.fingerprint
+    ]
 
 
 def row_ids(text: str) -> list[int]:
@@ -232,6 +255,8 @@ def _link(store: Store, checkpoint: Checkpoint, plan: Plan, facts: dict, choices
 def _past_of(origin: Path, step: int) -> list[dict]:
     """What the guard looks back on, and what was evaluated."""
     records = journal.read(origin)
-    trained = [record for number, record in sorted(journal.steps(records).items()) if step - guard.WINDOW <= number <= step]
+    trained = [
+        record for number, record in sorted(journal.steps(records).items()) if step - guard.WINDOW <= number <= step
+    ]
     evaluated = journal.that_count(records, lambda record: record.get("event") == "evaluated")
     return trained + [record for number, record in sorted(evaluated.items()) if number <= step]

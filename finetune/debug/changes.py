@@ -83,7 +83,7 @@ def by_module(found: Sequence[Change]) -> list[Change]:
     groups: dict[str, list[Change]] = {}
     for item in found:
         groups.setdefault(module_of(item.name), []).append(item)
-    return [total(name, items) for name, items in groups.items()]
+    return [total(name, groups[name]) for name in sorted(groups, key=_natural)]
 
 
 def total(name: str, items: Sequence[Change]) -> Change:
@@ -98,7 +98,7 @@ def picture(found: Sequence[Change], path: Path) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    rows = list(dict.fromkeys(module_of(item.name) for item in found))
+    rows = sorted({module_of(item.name) for item in found}, key=_natural)
     columns = list(dict.fromkeys(_kind(item.name) for item in found))
     cells = torch.full((len(rows), len(columns)), math.nan)
     for item in found:
@@ -129,6 +129,11 @@ def _relative(change: float, norm: float) -> float:
 
 def _added(side: Weights) -> list[str]:
     return list(side.read) if side.is_adapter else []
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """`layers.9` comes before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _kind(name: str) -> str:

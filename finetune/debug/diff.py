@@ -89,7 +89,10 @@ def _other_rows(one: Path, two: Path, step: int) -> dict[str, list[int]]:
 def _of_plans(one: Plan | None, two: Plan | None) -> dict:
     if one is None or two is None:
         return {"recipe": [], "plan": []}
-    found = list(differences(one.model_dump(mode="json"), two.model_dump(mode="json")))
+    plans_of = (
+        plan.model_dump(mode="json", exclude={"parent"}) for plan in (one, two)
+    )  # `log` tells who is whose branch
+    found = list(differences(*plans_of))
     entries = [{"key": key.removeprefix("recipe."), "a": was, "b": now} for key, was, now in found]
     keys = [key for key, _, _ in found]
     return {

@@ -65,8 +65,12 @@ def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequenc
         row["text"] = marked(resolved, example.tokens, example.supervised)
         if losses is not None:
             targets = example.tokens[1:][example.supervised[1:]].tolist()
-            row["token_losses"] = [[resolved.tokenizer.decode([token]), loss] for token, loss in zip(targets, losses, strict=True)]
-    figures = {name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")}
+            row["token_losses"] = [
+                [resolved.tokenizer.decode([token]), loss] for token, loss in zip(targets, losses, strict=True)
+            ]
+    figures = {
+        name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
+    }
     verdict = {"verdict": report.verdict.message} if report.verdict else {}
     about = {"module_grad_norms": report.module_norms, "first_not_finite_activation": seen.not_finite}
     return {"step": report.step, **figures, **verdict, **about, "rows": rows}
@@ -86,7 +90,9 @@ def marked(resolved: Resolved, tokens: Sequence[int], supervised: Sequence[bool]
 def listing(facts: dict) -> str:
     """The same as text."""
     lines = [
-        "step {step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}, learning rate {learning_rate:.3g}".format(**facts),
+        "step {step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}, learning rate {learning_rate:.3g}".format(
+            **facts
+        ),
         f"  {len(facts['rows'])} rows, {facts['tokens']} tokens, {facts['supervised_tokens']} supervised"
         + (f"; {facts['verdict']}" if "verdict" in facts else ""),
         "  gradient norm by module: "
@@ -95,7 +101,9 @@ def listing(facts: dict) -> str:
     if facts["first_not_finite_activation"]:
         lines.append(f"  the first activation that is no number comes from {facts['first_not_finite_activation']}")
     for row in facts["rows"]:
-        lines.append(f"  row {row['row']}: loss {row['loss']:.6g}, {row['tokens']} tokens, {row['supervised_tokens']} supervised")
+        lines.append(
+            f"  row {row['row']}: loss {row['loss']:.6g}, {row['tokens']} tokens, {row['supervised_tokens']} supervised"
+        )
         lines += [f"    {line}" for line in row["text"].splitlines()]
         if pairs := row.get("token_losses"):
             highest = sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1]))[:HIGHEST]

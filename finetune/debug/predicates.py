@@ -18,7 +18,9 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_COMPARISON = re.compile(r"\s*(?P<quantity>[A-Za-z_][\w./]*)\s*(~\s*(?P<span>\d+))?\s*(?P<operator>>=|<=|>|<)\s*(?P<limit>\S+)\s*")
+_COMPARISON = re.compile(
+    r"\s*(?P<quantity>[A-Za-z_][\w./]*)\s*(~\s*(?P<span>\d+))?\s*(?P<operator>>=|<=|>|<)\s*(?P<limit>\S+)\s*"
+)
 OF_ROWS = {"row_loss": max, "row_loss_min": min}  # over the rows of a step
 SKIP_CODE, FIRST_ABORT_CODE = 125, 128  # as in `git bisect run`
 
@@ -66,12 +68,16 @@ def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> di
     if module:
         found = {step: columns.read_modules(run, step).get(module) for step in steps}
     elif name in OF_ROWS:
-        found = {step: OF_ROWS[name]((row.loss for row in columns.read_rows(run, step)), default=None) for step in steps}
+        found = {
+            step: OF_ROWS[name]((row.loss for row in columns.read_rows(run, step)), default=None) for step in steps
+        }
     else:
         found = {step: record.get(name) for step, record in steps.items()}
     values = {step: float(value) for step, value in found.items() if _is_number(value)}
     if not values:
-        known = sorted({name for record in steps.values() for name, value in record.items() if _is_number(value)} - {"step"})
+        known = sorted(
+            {name for record in steps.values() for name, value in record.items() if _is_number(value)} - {"step"}
+        )
         hint = f"recorded are {', '.join(known)}, row_loss, row_loss_min and grad_norm/MODULE"
         raise PredicateError(f"`{comparison.quantity}` was not recorded", where=str(run), hint=hint)
     order = sorted(values)

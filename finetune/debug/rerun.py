@@ -109,7 +109,8 @@ class Rerun:
         if self._state is None or not start <= self._state.step <= step:
             self.begin_at(nearest)
         if say and self._state.step < step:
-            say(f"running steps {self._state.step + 1} to {step} again")
+            first = self._state.step + 1
+            say(f"running step {step} again" if first == step else f"running steps {first} to {step} again")
         self.go_to_from_here(step)
 
     def go_to_from_here(self, step: int) -> None:
@@ -142,7 +143,9 @@ class Rerun:
     def compare_state(self) -> None:
         """Where a checkpoint of the state's step is stored, compares every tensor with it, to the bit."""
         step = self._state.step
-        kept = next((item for item in self.store.checkpoints() if item.step == step and item.manifest.kind == "full"), None)
+        kept = next(
+            (item for item in self.store.checkpoints() if item.step == step and item.manifest.kind == "full"), None
+        )
         if self.first_difference or kept is None:
             return
         tensors, _ = snapshot.Live(self._state).copied()
@@ -157,7 +160,9 @@ class Rerun:
         """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""
         report = self.attempt()
         if not report.is_finished:
-            raise NotFiniteError(report.verdict.message, where=f"step {report.step}", hint="the run stopped here as well")
+            raise NotFiniteError(
+                report.verdict.message, where=f"step {report.step}", hint="the run stopped here as well"
+            )
         return report
 
     def attempt(self) -> loop.StepReport:
@@ -192,7 +197,9 @@ class Rerun:
             return Difference(step, quantity, then.get(quantity), now.get(quantity))
         for one, two in zip(columns.read_rows(self.run, step), found.rows, strict=False):
             if repr(one) != repr(two):
-                return Difference(step, f"loss of row {one.row}", one.loss, two.loss if one.row == two.row else f"row {two.row}")
+                return Difference(
+                    step, f"loss of row {one.row}", one.loss, two.loss if one.row == two.row else f"row {two.row}"
+                )
         for name, norm in columns.read_modules(self.run, step).items():
             if repr(norm) != repr(report.module_norms.get(name)):
                 return Difference(step, f"gradient norm of {name}", norm, report.module_norms.get(name))

@@ -15,7 +15,6 @@ from finetune.loop import StepReport
 from finetune.plan import Plan
 from finetune.state import TrainState
 
-
 LEAST = "row_loss_min"
 
 
@@ -71,16 +70,17 @@ def row_losses(state: TrainState, batches: Batches, ids: np.ndarray) -> list[flo
 
 
 def _gradient(state: TrainState, batches: Batches, ids: np.ndarray) -> list[torch.Tensor]:
-    """Of the summed loss of examples, by trainable parameter."""
+    """Of the summed loss of examples, by trainable parameter; those of the parameters are left alone."""
     objective = state.accelerator.unwrap_model(state.objective).eval()
+    parameters = list(state.trainable.values())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
     for example in ids.tolist():
         total, _ = objective(_alone(state, batches, example))
-        total.backward()
-    parameters = state.trainable.values()
-    found = [torch.zeros_like(each) if each.grad is None else each.grad.detach().clone() for each in parameters]
-    state.optimizer.zero_grad()
+        for summed, grad in zip(sums, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                summed += grad
     objective.train()
-    return found
+    return sums
 
 
 def _alone(state: TrainState, batches: Batches, example: int) -> dict:

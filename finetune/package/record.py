@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-
 from finetune import journal
 from finetune.plan import Plan
 from finetune.recipe.load import to_yaml

@@ -170,7 +170,9 @@ def other_examples(change: Callable) -> Callable[[int], object]:
 
     def patch(at: int) -> contextlib.AbstractContextManager:
         sound = Plan.examples_of
-        return patched(Plan, "examples_of", lambda plan, step: sound(plan, step) if step < at else change(plan, step, sound))
+        return patched(
+            Plan, "examples_of", lambda plan, step: sound(plan, step) if step < at else change(plan, step, sound)
+        )
 
     return patch
 
@@ -253,17 +255,52 @@ def noise(text: str, draw: random.Random) -> str:
 
 FAULTS = {
     "random characters": Fault(above("row_loss"), edit=noise, names_row=True),
-    "base64": Fault(above("row_loss"), edit=lambda text, draw: base64.b64encode(draw.randbytes(60)).decode(), names_row=True),
-    "another script": Fault(above("row_loss"), edit=lambda text, draw: "".join(chr(draw.randrange(0x4E00, 0x9F00)) for _ in range(20)), names_row=True),
+    "base64": Fault(
+        above("row_loss"), edit=lambda text, draw: base64.b64encode(draw.randbytes(60)).decode(), names_row=True
+    ),
+    "another script": Fault(
+        above("row_loss"),
+        edit=lambda text, draw: "".join(chr(draw.randrange(0x4E00, 0x9F00)) for _ in range(20)),
+        names_row=True,
+    ),
     "labels of another row": Fault(above("row_loss"), edit=lambda text, draw: text[::-1].swapcase(), names_row=True),
     "repeated n-gram": Fault(above("row_loss"), edit=lambda text, draw: "xqz " * 20, names_row=True),
-    "one huge row": Fault(above("tokens"), edit=lambda text, draw: (text + " ") * 9, names_row=True, sections={"task": {"name": "text", "max_length": 512}}),
-    "a row of digits": Fault(above("row_loss"), edit=lambda text, draw: "".join(draw.choices("0123456789", k=70)), names_row=True),
-    "a row that is no number": Fault(lambda figures, step: {"bad_if": "loss > 100"}, edit=lambda text, draw: text + MARK, patch=not_finite, stays=True, names_row=True),
-    "a row that wrecks the weights": Fault(held_out, edit=lambda text, draw: text + MARK, patch=wrecking, stays=True, names_row=True, sections={"optimizer": SGD}),
-    "a row that wrecks, seen in the loss": Fault(lambda figures, step: {"bad_if": f"loss > {1.5 * figures['loss']}", "good": step}, edit=lambda text, draw: text + MARK, patch=wrecking, stays=True, names_row=True, sections={"optimizer": SGD}),
+    "one huge row": Fault(
+        above("tokens"),
+        edit=lambda text, draw: (text + " ") * 9,
+        names_row=True,
+        sections={"task": {"name": "text", "max_length": 512}},
+    ),
+    "a row of digits": Fault(
+        above("row_loss"), edit=lambda text, draw: "".join(draw.choices("0123456789", k=70)), names_row=True
+    ),
+    "a row that is no number": Fault(
+        lambda figures, step: {"bad_if": "loss > 100"},
+        edit=lambda text, draw: text + MARK,
+        patch=not_finite,
+        stays=True,
+        names_row=True,
+    ),
+    "a row that wrecks the weights": Fault(
+        held_out,
+        edit=lambda text, draw: text + MARK,
+        patch=wrecking,
+        stays=True,
+        names_row=True,
+        sections={"optimizer": SGD},
+    ),
+    "a row that wrecks, seen in the loss": Fault(
+        lambda figures, step: {"bad_if": f"loss > {1.5 * figures['loss']}", "good": step},
+        edit=lambda text, draw: text + MARK,
+        patch=wrecking,
+        stays=True,
+        names_row=True,
+        sections={"optimizer": SGD},
+    ),
     "learning rate of one step": Fault(explain, patch=learning_rate(100)),
-    "learning rate from a step on": Fault(held_out, patch=learning_rate(300, lasts=True), sections={"optimizer": SGD | {"learning_rate": 0.005}}),
+    "learning rate from a step on": Fault(
+        held_out, patch=learning_rate(300, lasts=True), sections={"optimizer": SGD | {"learning_rate": 0.005}}
+    ),
     "weight bit flip": Fault(lambda figures, step: {"bad_if": "loss > 100"}, patch=before_step(flip_bit)),
     "exploding layer": Fault(held_out, patch=before_step(explode)),
     "wrong dtype from a step on": Fault(explain, patch=in_bf16),
@@ -331,14 +368,24 @@ def figures_of(run: Path) -> dict:
     rows = [row.loss for step in records for row in columns.read_rows(run, step)]
     found = {name: max(record[name] for record in records.values()) for name in ("loss", "grad_norm", "tokens")}
     evaluated = journal.evaluations(journal.read(run))
-    return found | {"row_loss": max(rows), "row_loss_min": min(rows), "start": max(each["loss"] for each in evaluated.values())}
+    return found | {
+        "row_loss": max(rows),
+        "row_loss_min": min(rows),
+        "start": max(each["loss"] for each in evaluated.values()),
+    }
 
 
-def attempt(name: str, fault: Fault, seed: int, work: Path, base: Path, rows: list[str], figures: dict) -> tuple[bool, str]:
+def attempt(
+    name: str, fault: Fault, seed: int, work: Path, base: Path, rows: list[str], figures: dict
+) -> tuple[bool, str]:
     """Whether a fault was named, and what was said."""
     draw = random.Random(f"{name}/{seed}")
     step = draw.randrange(12, STEPS - 4)
-    row = edited(step) if fault.names_row and not fault.edit else int(draw.choice(list(Order(0, BATCH, (ROWS,)).examples_of(step))))
+    row = (
+        edited(step)
+        if fault.names_row and not fault.edit
+        else int(draw.choice(list(Order(0, BATCH, (ROWS,)).examples_of(step))))
+    )
     changed = list(rows)
     if fault.edit:
         changed[row] = fault.edit(rows[row], draw)
@@ -355,7 +402,11 @@ def attempt(name: str, fault: Fault, seed: int, work: Path, base: Path, rows: li
     found, first = facts["first_bad_step"], facts["rows"][0]["id"] if facts["rows"] else None
     is_named = found == step and (not fault.names_row or first == row) and facts["evaluations"] <= MOST
     wanted = f"step {step}" + (f", row {row}" if fault.names_row else "")
-    said = f"step {found}" + (f", row {first}" if first is not None else "") + f" ({facts['cause']}, {facts['evaluations']} evaluations)"
+    said = (
+        f"step {found}"
+        + (f", row {first}" if first is not None else "")
+        + f" ({facts['cause']}, {facts['evaluations']} evaluations)"
+    )
     return is_named, f"{name:38} {wanted:18} {said}"
 
 
@@ -381,7 +432,9 @@ def main() -> int:
             named += is_named
             lines.append(f"{'ok    ' if is_named else 'MISSED'} {line}")
             print(lines[-1], flush=True)
-    print(f"{named} of {len(lines)} faults named, in {time.monotonic() - started:.0f} s; at most {MOST:.0f} evaluations each")
+    print(
+        f"{named} of {len(lines)} faults named, in {time.monotonic() - started:.0f} s; at most {MOST:.0f} evaluations each"
+    )
     is_enough = named >= len(lines) - len(lines) // 20
     print("PASS: " if is_enough else "FAIL: ", "bisect names what went wrong")
     return 0 if is_enough else 1

@@ -30,7 +30,10 @@ def poisoned(recipe_file, tmp_path, monkeypatch, tiny_tokenizer):
         train = {"steps": STEPS, "batch_size": BATCH, "precision": "fp32", "micro_batch_tokens": 256}
         parts = {
             "task": {"name": "text", "max_length": 64},
-            "data": {name: [{"path": str(tmp_path / f"{file}.jsonl")}] for name, file in (("train", "rows"), ("holdout", "holdout"))},
+            "data": {
+                name: [{"path": str(tmp_path / f"{file}.jsonl")}]
+                for name, file in (("train", "rows"), ("holdout", "holdout"))
+            },
             "train": train,
             "checkpoint": {"every": "10 steps", "keep": {"last": 9}},
             "optimizer": {"learning_rate": 1e-3},
@@ -56,7 +59,7 @@ def test_a_row_with_a_high_loss_is_found_with_its_step(spiked) -> None:
     assert facts["rows"][0]["share"] > 0.9
     assert sum(row["share"] for row in facts["rows"]) == pytest.approx(1)
     assert facts["evaluations"] == 0
-    report = json.loads((run / f"debug/step-00000045/report.json").read_bytes())
+    report = json.loads((run / "debug/step-00000045/report.json").read_bytes())
     assert report["predicate"] == "loss > 10" and report["command"].endswith("--steps 45 --inspect")
     assert any("not for good" in note for note in facts["notes"])
 
@@ -148,7 +151,9 @@ def test_a_learning_rate_that_is_not_the_plans_is_seen_without_a_step(poisoned, 
     from finetune.plan import Plan
 
     planned = Plan.learning_rate
-    monkeypatch.setattr(Plan, "learning_rate", lambda plan, step: 100 * planned(plan, step) if step == 31 else planned(plan, step))
+    monkeypatch.setattr(
+        Plan, "learning_rate", lambda plan, step: 100 * planned(plan, step) if step == 31 else planned(plan, step)
+    )
     run = train(poisoned(1.0, [])[0], tmp_path / "run")
     monkeypatch.setattr(Plan, "learning_rate", planned)
     facts = bisect(run, "loss < 100", good=39)

@@ -138,7 +138,9 @@ def test_a_branch_is_resumed_extended_and_branched_again(run, tmp_path, train) -
         replay(whole, 3, 10)
 
 
-def test_the_poisoned_row_that_bisect_finds_is_left_out_by_its_bundle(recipe_file, train, tmp_path, monkeypatch, tiny_tokenizer) -> None:
+def test_the_poisoned_row_that_bisect_finds_is_left_out_by_its_bundle(
+    recipe_file, train, tmp_path, monkeypatch, tiny_tokenizer
+) -> None:
     poison(monkeypatch, tiny_tokenizer, 30.0)
     rows = rows_with_marks(tmp_path / "rows.jsonl", 240, 6, [13])
     recipe = recipe_file(
@@ -153,7 +155,9 @@ def test_the_poisoned_row_that_bisect_finds_is_left_out_by_its_bundle(recipe_fil
     assert rows[13] in ids and len(ids) == 6
 
 
-@pytest.mark.parametrize("settings", ["adapter.rank=8", "train.precision=bf16 train.weights=bf16", "base.checkpoint=elsewhere"])
+@pytest.mark.parametrize(
+    "settings", ["adapter.rank=8", "train.precision=bf16 train.weights=bf16", "base.checkpoint=elsewhere"]
+)
 def test_what_the_tensors_do_not_fit_is_refused(run, tmp_path, settings) -> None:
     with pytest.raises(RunError, match="tensors that do not fit"):
         branch(f"{run}@8", tmp_path / "other", Choices(tuple(settings.split())))
@@ -193,7 +197,17 @@ def test_a_branch_that_was_cut_off_while_it_was_made_is_made_anew(run, tmp_path,
 @pytest.mark.slow
 def test_two_processes_branch_from_a_step_that_was_not_stored(recipe_file, tmp_path) -> None:
     recipe = recipe_file(train=TRAIN, checkpoint={"every": "8 steps", "keep": {"last": 9}})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "finetune"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+        "finetune",
+    ]
 
     def both(*arguments: object) -> str:
         result = subprocess.run(list(map(str, [*launcher, *arguments])), capture_output=True, text=True, timeout=240)

@@ -17,7 +17,10 @@ FULL = {"adapter": None, "optimizer": {"learning_rate": 0.001}}
 @pytest.fixture
 def trained(recipe_file, train, tmp_path):
     def trained(name="run", **sections):
-        return train(recipe_file(name, train=TRAIN, checkpoint={"every": "4 steps", "keep": {"last": 9}}, **sections), tmp_path / name)
+        return train(
+            recipe_file(name, train=TRAIN, checkpoint={"every": "4 steps", "keep": {"last": 9}}, **sections),
+            tmp_path / name,
+        )
 
     return trained
 
@@ -69,7 +72,8 @@ def test_factors_that_are_turned_add_the_same(trained, tmp_path) -> None:
     tensors = load_file(turned / "adapter_model.safetensors")
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
     turned_ones = {
-        name: (rotation @ value if "lora_A" in name else value @ rotation.T).contiguous() for name, value in tensors.items()
+        name: (rotation @ value if "lora_A" in name else value @ rotation.T).contiguous()
+        for name, value in tensors.items()
     }
     (turned / "adapter_model.safetensors").unlink()
     save_file(turned_ones, turned / "adapter_model.safetensors", {"format": "pt"})

@@ -7,7 +7,8 @@ import pytest
 
 from finetune import journal
 from finetune.checkpoints.store import Store
-from finetune.debug.replay import replay
+from finetune.debug.replay import materialize, replay
+from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
 from tests.stories.same_run import assert_same_run
 
@@ -16,7 +17,12 @@ SPARSE = {"every": "8 steps", "keep": {"last": 9}}
 
 @pytest.fixture
 def run(recipe_file, train, tmp_path):
-    return train(recipe_file(train={"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}, checkpoint=SPARSE), tmp_path / "run")
+    return train(
+        recipe_file(
+            train={"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}, checkpoint=SPARSE
+        ),
+        tmp_path / "run",
+    )
 
 
 def digests(run, step):
@@ -51,7 +57,9 @@ def test_a_figure_that_was_recorded_otherwise_is_the_first_difference(run) -> No
     assert [item.step for item in Store(run).checkpoints()] == [8, 16, 20]
 
 
-def test_a_checkpoint_whose_bytes_are_others_differs_though_the_record_agrees(run, recipe_file, train, tmp_path) -> None:
+def test_a_checkpoint_whose_bytes_are_others_differs_though_the_record_agrees(
+    run, recipe_file, train, tmp_path
+) -> None:
     other = train(recipe_file("other", checkpoint=SPARSE), tmp_path / "other", "train.steps=16", "train.seed=1")
     shutil.rmtree(run / "checkpoints/step-00000016")
     shutil.copytree(other / "checkpoints/step-00000016", run / "checkpoints/step-00000016")
@@ -78,7 +86,11 @@ def test_inspection_shows_rows_tokens_and_modules_and_changes_nothing(run) -> No
 
 def test_a_materialized_step_is_the_checkpoint_that_a_save_would_have_made(run, recipe_file, train, tmp_path) -> None:
     every = train(
-        recipe_file("every", train={"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}, checkpoint={"every": "1 steps", "keep": {"last": 99}}),
+        recipe_file(
+            "every",
+            train={"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
+            checkpoint={"every": "1 steps", "keep": {"last": 99}},
+        ),
         tmp_path / "every",
     )
     facts = replay(run, 10, 12, is_materialized=True)
@@ -86,8 +98,12 @@ def test_a_materialized_step_is_the_checkpoint_that_a_save_would_have_made(run, 
     for step in (10, 11, 12):
         assert digests(run, step) == digests(every, step)
         for name in ("state.json", "adapter_config.json"):
-            assert (run / f"checkpoints/step-{step:08d}/{name}").read_bytes() == (every / f"checkpoints/step-{step:08d}/{name}").read_bytes()
-        history = [json.loads((each / f"checkpoints/step-{step:08d}/trainer_state.json").read_bytes()) for each in (run, every)]
+            assert (run / f"checkpoints/step-{step:08d}/{name}").read_bytes() == (
+                every / f"checkpoints/step-{step:08d}/{name}"
+            ).read_bytes()
+        history = [
+            json.loads((each / f"checkpoints/step-{step:08d}/trainer_state.json").read_bytes()) for each in (run, every)
+        ]
         assert history[0]["log_history"] == history[1]["log_history"]
     assert Store(run).find(10).manifest.parent["ref"] == "run@8"
     assert Store(run).pinned() == {10, 11, 12}
@@ -130,3 +146,55 @@ def test_a_skipped_step_is_skipped_again(recipe_file, train, tmp_path, monkeypat
     step = facts["inspected"][2]
     assert (step["step"], step["rows"][0]["row"]) == (5, rows[5])
     assert journal.steps(journal.read(run))[5]["skipped"] == "not_finite"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_fifty_random_steps_of_five_hundred_are_what_a_run_that_saves_every_step_has(
+    recipe_file, train, tmp_path
+) -> None:
+    import random
+
+    long = {"steps": 500, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    data = {"train": yaml_of(recipe_file)["data"]["train"]}
+    sparse = train(
+        recipe_file(train=long, data=data, checkpoint={"every": "50 steps", "keep": {"last": 99}}), tmp_path / "run"
+    )
+    every = train(
+        recipe_file("every", train=long, data=data, checkpoint={"every": "1 steps", "keep": {"last": 999}}),
+        tmp_path / "every",
+    )
+    steps = sorted(random.Random(0).sample(range(1, 501), 50))
+    materialize(Rerun(sparse), steps)
+    for step in steps:
+        assert digests(sparse, step) == digests(every, step), step
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_replays_whole(recipe_file, finetune, tmp_path) -> None:
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    long = {"steps": 120, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe, run = recipe_file(train=long, checkpoint={"every": "10 steps", "keep": {"last": 99}}), tmp_path / "run"
+    for wanted in (25, 70):
+        process = subprocess.Popen([sys.executable, "-m", "finetune", "train", recipe, "--run", run, "--quiet"])
+        deadline = time.monotonic() + 100
+        while max(journal.steps(journal.read(run)), default=0) < wanted:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert finetune("train", recipe, "--run", run, "--quiet").returncode == 0
+    assert replay(run, 1, 120)["identical"]
+    result = finetune("branch", f"{run}@33", "--run", tmp_path / "made", "--until", "40", "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert Store(run).pinned() == {33}
+
+
+def yaml_of(recipe_file) -> dict:
+    import yaml
+
+    return yaml.safe_load(recipe_file("other").read_text())

@@ -22,13 +22,15 @@ def rows_with_marks(file: Path, count: int, batch_size: int, steps: list[int]) -
     marked = {step: int(order.examples_of(step)[-1]) for step in steps}
     lines = []
     for row in range(count):
-        text = " ".join(f"row {row} says {word}" for word in ("this", "that")) + (MARK if row in marked.values() else "")
+        text = " ".join(f"row {row} says {word}" for word in ("this", "that")) + (
+            MARK if row in marked.values() else ""
+        )
         lines.append(json.dumps({"text": text}) + "\n")
     file.write_text("".join(lines))
     return marked
 
 
-def poison(monkeypatch, tokenizer, value: float) -> None:  # noqa: ANN001 the fixture, or what is like it
+def poison(monkeypatch, tokenizer, value: float) -> None:
     mark = tokenizer(MARK)["input_ids"][0]
     sound = state.Objective.forward
 

@@ -67,7 +67,10 @@ def test_a_step_that_is_skipped_keeps_its_number_and_moves_nothing(poisoned, tra
     assert [step for step, record in records.items() if "skipped" in record] == [13, 25]
     assert records[13]["loss"] == "nan" and records[13]["skipped"] == "not_finite"
     newest = Store(run).find(60).manifest
-    assert [(each["first"], each["last"], each["action"]) for each in newest.amendments] == [(13, 13, "skip"), (25, 25, "skip")]
+    assert [(each["first"], each["last"], each["action"]) for each in newest.amendments] == [
+        (13, 13, "skip"),
+        (25, 25, "skip"),
+    ]
     assert [each["step"] for each in Store(run).find(20).manifest.amendments] == [13]
     state = json.loads((run / "checkpoints/step-00000060/state.json").read_bytes())
     assert set(state["scalars"].values()) == {58}  # the optimizer's own counters have the updates that were made
@@ -110,7 +113,9 @@ def test_a_spike_is_told_left_out_or_ends_the_run(action, poisoned, train, tmp_p
     assert (run / "debug/step-00000045").exists() == (action == "skip")
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(poisoned, train, tmp_path, capfd) -> None:
+def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
+    poisoned, train, tmp_path, capfd
+) -> None:
     recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback", "span": 7})
     run = train(recipe, tmp_path / "run")
     (event,) = events(run, "amended")
@@ -124,7 +129,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(p
     assert [item.step for item in Store(run).checkpoints()] == [10, 20, 30, 40, 50, 60]
     # the state after the span is the one before it
     digests = [
-        {t.name: t.digest for t in Store(run).find(step).manifest.files["adapter_model.safetensors"].tensors} for step in (30, 40)
+        {t.name: t.digest for t in Store(run).find(step).manifest.files["adapter_model.safetensors"].tensors}
+        for step in (30, 40)
     ]
     assert digests[0] != digests[1]
     assert not events(run, "not_exact")
@@ -148,7 +154,9 @@ def test_a_rollback_with_no_checkpoint_before_it_stops(poisoned, train, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("value", "guard"), [("nan", {"not_finite": "skip"}), ("30", {"spike": "rollback", "span": 7})])
+@pytest.mark.parametrize(
+    ("value", "guard"), [("nan", {"not_finite": "skip"}), ("30", {"spike": "rollback", "span": 7})]
+)
 def test_two_processes_decide_alike(value, guard, poisoned, train, tmp_path, tiny_base, monkeypatch) -> None:
     recipe, _ = poisoned(float(value), [45], guard=guard)
     one = train(recipe, tmp_path / "one")
