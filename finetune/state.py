@@ -66,7 +66,11 @@ class TrainState:
     def places_on_device(self, places: tuple[int, ...]) -> torch.Tensor:
         """The same numbers as int64 where the gradients are; kept, for they are the same at every step."""
         if self._places[0] != places:
-            self._places = (places, torch.tensor(places, device=self.accelerator.device))
+            made, device = torch.tensor(places), self.accelerator.device
+            self._places = (
+                places,
+                made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device),
+            )
         return self._places[1]
 
     def await_snapshot(self) -> float:

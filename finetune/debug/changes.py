@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +150,7 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]
             continue
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-        yield from ((name, lambda path=path, name=name: _read(path, name)) for name in names)
+        yield from ((name, partial(_read, path, name)) for name in names)
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
@@ -167,9 +168,9 @@ def _products(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
         factor = next((factor for factor in FACTORS if name.endswith(factor)), None)
         if factor:
             module = name.removesuffix(factor).removeprefix(PREFIX)
-            found[f"{module}.weight"] = lambda a=name, b=name.replace("_A", "_B"): _product(path, a, b, config)
+            found[f"{module}.weight"] = partial(_product, path, name, name.replace("_A", "_B"), config)
         elif not name.endswith(tuple(each.replace("_A", "_B") for each in FACTORS)):
-            found[name.removeprefix(PREFIX)] = lambda name=name: _read(path, name)  # saved beside the factors, whole
+            found[name.removeprefix(PREFIX)] = partial(_read, path, name)  # saved beside the factors, whole
     return found
 
 
