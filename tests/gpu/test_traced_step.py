@@ -51,9 +51,9 @@ def traced(library, recipe_file):
 def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter, is_packed):
     report = traced(adapter=adapter, task={"name": "chat", "max_length": 64, "packing": is_packed})
     assert report["devices"] == ["cuda:0"]
-    for step, micro_batches in zip(report["steps"], report["micro_batches"], strict=True):
+    for number, (step, micro_batches) in enumerate(zip(report["steps"], report["micro_batches"], strict=True)):
         assert micro_batches > 2
-        copies = step.pop("host to device, overlapped")
+        copies = step.pop("host to device, overlapped") - (number == 0)  # once, the modules that gradients belong to
         assert copies >= 3 * micro_batches and copies % micro_batches == 0
         assert step == {"device to host: tolist": 1}
     assert report["evaluation"].pop("host to device, overlapped") >= 3
