@@ -64,7 +64,7 @@ def test_with_json_an_error_is_an_object_on_stdout(monkeypatch, capsys, tmp_path
         "where": str(tmp_path / "nothing"),
         "hint": "start it with `finetune train`",
     }
-    assert "hint: name a directory" in err
+    assert "hint: start it with `finetune train`" in err
 
 
 def test_usage_errors_have_exit_code_2(monkeypatch, capsys) -> None:
