@@ -39,8 +39,13 @@ class ModuleNorms(NamedTuple):
 class Columns:
     """The records of some steps, oldest first."""
 
-    rows: Sequence[RowLoss] = field(default_factory=list)
-    modules: Sequence[ModuleNorms] = field(default_factory=list)
+    rows: list[RowLoss] = field(default_factory=list)
+    modules: list[ModuleNorms] = field(default_factory=list)
+
+    def extend(self, later: "Columns") -> None:
+        """Takes the records of later steps in."""
+        self.rows.extend(later.rows)
+        self.modules.extend(later.modules)
 
     def __add__(self, later: "Columns") -> "Columns":
         return Columns([*self.rows, *later.rows], [*self.modules, *later.modules])

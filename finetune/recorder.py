@@ -136,7 +136,7 @@ class Recorder:
         self._past.add(record)
         if self.is_writer:
             self._journal.append(record)
-            self._columns += columns_of(report)
+            self._columns.extend(columns_of(report))
             changed = journals.difference(earlier, record) if earlier else None
             if changed:
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
