@@ -7,6 +7,7 @@ group of modules.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,13 +65,73 @@ class Columns:
 
 
 def read_rows(run: Path, step: int) -> list[RowLoss]:
-    """The row losses of a step, from the last written file that covers it; empty where none does."""
-    return [RowLoss(**item) for item in _read(run / ROWS, step)]
+    """The row losses of a step; empty where no file covers it."""
+    return Reader(run).rows(step)
 
 
 def read_modules(run: Path, step: int) -> dict[str, float]:
     """The gradient norms of a step's modules; empty where no file covers it."""
-    return {name: value for item in _read(run / MODULES, step) for name, value in item.items() if name != "step"}
+    return Reader(run).modules(step)
+
+
+class Reader:
+    """The columns of a run, for many steps: directories and journal are read once, and the last file stays in memory.
+
+    Of several files that cover a step the last one counts; one that is older than a rollback over the step does not.
+    """
+
+    def __init__(self, run: Path):
+        self._run = run
+        self._files = {name: sorted((run / name).glob("*.parquet")) for name in (ROWS, MODULES)}
+        self._steps: dict[str, tuple[Path | None, dict[int, list[dict]]]] = {name: (None, {}) for name in self._files}
+        self._chosen: dict[tuple[str, tuple[Path, ...], tuple[str, ...]], Path | None] = {}
+
+    def rows(self, step: int) -> list[RowLoss]:
+        return [RowLoss(**item) for item in self._of(ROWS, step)]
+
+    def modules(self, step: int) -> dict[str, float]:
+        return {name: value for item in self._of(MODULES, step) for name, value in item.items() if name != "step"}
+
+    def _of(self, kind: str, step: int) -> list[dict]:
+        covering = tuple(path for path in self._files[kind] if _covers(path.name, step))
+        given_up = tuple(record["time"] for record in self._rollbacks if record["to"] < step) if covering else ()
+        key = (kind, covering, given_up[-1:])
+        if key not in self._chosen:
+            self._chosen[key] = self._newest(covering, given_up[-1] if given_up else "")
+        path = self._chosen[key]
+        if path is None:
+            return []
+        if self._steps[kind][0] != path:
+            self._steps[kind] = (path, _by_step(path))
+        return self._steps[kind][1].get(step, [])
+
+    def _newest(self, covering: Sequence[Path], after: str) -> Path | None:
+        """The file of the latest attempt, and of one attempt the latest."""
+        if len(covering) == 1 and not after:
+            return covering[0]
+        ages = {path: self._age(path) for path in covering}
+        fresh = [path for path in covering if ages[path][1] >= after]
+        return max(fresh, key=ages.get, default=None)
+
+    def _age(self, path: Path) -> tuple[int, str]:
+        import pyarrow.parquet as parquet
+
+        metadata = parquet.read_schema(path).metadata or {}
+        attempt, time = (metadata.get(key, b"").decode() for key in (b"attempt", b"time"))
+        return self._attempts.get(attempt, -1), time
+
+    @cached_property
+    def _records(self) -> list[dict]:
+        return journal.read(self._run)
+
+    @cached_property
+    def _attempts(self) -> dict[str, int]:
+        """Of each attempt the place of its last record."""
+        return {str(record.get("attempt")): place for place, record in enumerate(self._records)}
+
+    @cached_property
+    def _rollbacks(self) -> list[dict]:
+        return [each for each in self._records if each.get("event") == "amended" and each["action"] == "rollback"]
 
 
 def _write(
@@ -90,24 +151,13 @@ def _write(
         replace_file(path, sink.getvalue())
 
 
-def _read(directory: Path, step: int) -> list[dict]:
+def _by_step(path: Path) -> dict[int, list[dict]]:
     import pyarrow.parquet as parquet
 
-    covering = [path for path in directory.glob("*.parquet") if _covers(path.name, step)]
-    if not covering:
-        return []
-    if (
-        len(covering) > 1
-    ):  # after a fall-back they agree, or the run has said that exactness is lost; after a rollback the last counts
-        attempts = [str(record.get("attempt")).encode() for record in journal.read(directory.parent)]
-        order = {attempt: place for place, attempt in enumerate(attempts)}
-
-        def age(path: Path) -> tuple[int, bytes]:
-            metadata = parquet.read_schema(path).metadata or {}
-            return order.get(metadata.get(b"attempt"), -1), metadata.get(b"time", b"")
-
-        covering.sort(key=age)
-    return parquet.read_table(covering[-1], filters=[("step", "=", step)]).to_pylist()
+    found: dict[int, list[dict]] = {}
+    for item in parquet.read_table(path).to_pylist():
+        found.setdefault(item["step"], []).append(item)
+    return found
 
 
 def _covers(name: str, step: int) -> bool:

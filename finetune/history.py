@@ -13,6 +13,13 @@ from finetune.estimate import readable
 
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 
+MESSAGES = {
+    "not_exact": "{quantity} was another one when it ran again",
+    "spike": "{quantity} lay far above the last steps",
+    "stalled_save": "the save took too long",
+    "not_finite": "not a number",
+}
+
 
 def log(run: Path) -> dict:
     """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
@@ -31,7 +38,7 @@ def log(run: Path) -> dict:
             for item in Store(run).checkpoints()
         ],
         "incidents": [_incident(record) for record in records if record.get("event") in INCIDENTS],
-        "branches": [log(branch) for branch in _branches(run, facts["run"])],
+        "branches": _branches(run, facts["run"]),
     }
 
 
@@ -71,7 +78,7 @@ def _checkpoint_line(row: dict) -> str:
 
 def _incident(record: dict) -> dict:
     kind = record["event"]
-    message = record.get("message") or f"{record.get('quantity', kind)} changed when it ran again"
+    message = record.get("message") or MESSAGES[kind].format(**{"quantity": "something"} | record)
     if kind == "amended":
         first, last = record["first"], record["last"]
         left_out = f"step {first}" if first == last else f"steps {first} to {last}"
@@ -80,15 +87,15 @@ def _incident(record: dict) -> dict:
     return {"step": step, "kind": kind, "message": message, "time": record["time"]}
 
 
-def _branches(run: Path, identity: str) -> list[Path]:
+def _branches(run: Path, identity: str) -> list[dict]:
     """The runs beside this one that begin with a step of it."""
     found = []
     for path in sorted(run.absolute().parent.glob("*/plan.json")):
         with suppress(RunError):  # another one's damage is no matter here
             parent = plans.load(path.parent)[0].parent
             if parent and parent.run == identity:
-                found.append((parent.step, run.parent / path.parent.name))
-    return [path for _, path in sorted(found)]
+                found.append(log(run.parent / path.parent.name))
+    return sorted(found, key=lambda facts: facts["parent"]["step"])
 
 
 def describe(text: str) -> dict:

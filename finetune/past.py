@@ -40,7 +40,7 @@ class Past:
         """Held-out figures of each step that was evaluated."""
         self.newest_step = max(by_step, default=step)
         """The newest step that the journal has; those after `last` run again."""
-        self.newest_committed = max((record["step"] for record in records if _is_commit(record)), default=step)
+        self.newest_committed = max(journal.that_count(records, _is_commit), default=step)
         self.extended = {record["plan_id"] for record in records if record.get("event") == "extended"}
         """What the journal says of extensions; those that `last` knows are left out perhaps."""
 

@@ -105,8 +105,10 @@ class Plan(Pin):
     """Earlier plans of the run, oldest first; empty unless it was extended."""
     parent: Parent | None = None
     """Where a branch comes from; its first step is the one after."""
+    skipped_rows: tuple[int, ...] = ()
+    """Rows that a branch leaves out of its steps ..."""
     skipped_examples: tuple[int, ...] = ()
-    """Examples that a branch leaves out of its steps."""
+    """... and the examples that are made of them."""
 
     @property
     def plan_id(self) -> str:
@@ -189,7 +191,7 @@ class Plan(Pin):
     def dump(self, facts: dict) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # what only an extended run or a branch has is left out of the others' plans
-        optional = ("schedule_start", "segments", "parent", "skipped_examples")
+        optional = ("schedule_start", "segments", "parent", "skipped_rows", "skipped_examples")
         unused = {name for name in optional if not getattr(self, name)}
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}

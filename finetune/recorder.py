@@ -171,7 +171,15 @@ class Recorder:
     def before(self, amendment: Amendment) -> Checkpoint | None:
         """The newest sound checkpoint that is not changed by a rollback, on rank 0, when all saves have ended."""
         self._writer.finish()
-        return self._saver.newest_before(amendment.first) if self.is_writer else None
+        if not self.is_writer:
+            return None
+        checkpoint = self._saver.newest_before(amendment.first)
+        if checkpoint is None:
+            self.progress.say(f"no checkpoint before step {amendment.first} to roll back to")
+        elif pinned := self._saver.pinned_after(checkpoint.step):
+            self.progress.say(f"no rollback to step {checkpoint.step}: step {pinned[0]} is pinned, and has to stay")
+            return None
+        return checkpoint
 
     def roll_back(self, amendment: Amendment, report: StepReport, checkpoint: Checkpoint) -> None:
         """The run goes on from a checkpoint. In this order: what is removed is known to be given up, whatever happens in between."""

@@ -111,6 +111,7 @@ def resolve(
         schedule_start=start,
         segments=earlier.segments if earlier else (),
         parent=earlier.parent if earlier else None,
+        skipped_rows=earlier.skipped_rows if earlier else (),
         skipped_examples=earlier.skipped_examples if earlier else (),
     )
     if earlier is not None:

@@ -229,14 +229,22 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     if verdict.action == "warn":
         recorder.spike(report)
         return
-    if recorder.is_writer:
-        about = {"reason": verdict.reason, "message": _refusal(report), "action": verdict.action}
-        bundle.write(recorder.path, resolved, report, about)
     amendment = guard.amendment(resolved.plan.recipe.guard, report.step, verdict)
     if verdict.action == "skip":
         recorder.amend(amendment, report)
-    elif verdict.action == "stop" or not _roll_back(resolved.plan, state, recorder, amendment, report):
+    is_over = verdict.action == "stop"
+    is_over = is_over or (
+        verdict.action == "rollback" and not _roll_back(resolved.plan, state, recorder, amendment, report)
+    )
+    if is_over:
         recorder.refused(report)
+    if recorder.is_writer:
+        about = {"reason": verdict.reason, "message": _refusal(report), "action": verdict.action}
+        try:
+            bundle.write(recorder.path, resolved, report, about)
+        except RunError as error:  # a full disk: what was decided holds without it
+            recorder.progress.say(f"no bundle of step {report.step}: {error.message}")
+    if is_over:
         error = NotFiniteError if verdict.reason == "not_finite" else SpikeError
         hint = f"look at those rows: `finetune replay {recorder.path} --steps {report.step} --inspect`"
         raise error(_refusal(report), where=f"step {report.step}", hint=hint)

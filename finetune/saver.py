@@ -96,7 +96,12 @@ class Saver:
         for checkpoint in self._store.checkpoints():
             if checkpoint.step >= first:
                 self._store.remove(checkpoint)
-        self.last = self._store.newest_sound()[0]
+        self.last, self._left_over = self._store.newest_sound()[0], Columns()
+
+    def pinned_after(self, step: int) -> list[int]:
+        """The stored steps after one that have to stay: branches begin with them, or somebody asked for them."""
+        stored = {checkpoint.step for checkpoint in self._store.checkpoints()}
+        return sorted(each for each in self._store.pinned() & stored if each > step)
 
     def warm(self, state: TrainState) -> None:
         snapshots.warm(state, self._live, self._staging)

@@ -10,6 +10,7 @@ from finetune.checkpoints.retention import Saved, best
 from finetune.plan import Plan
 from finetune.recipe.schema import Every
 
+HISTORY = "trainer_state.json"
 ENTRIES = 1000  # of the loss, at most so many: it is in every checkpoint, and the journal has all
 DEFAULT_CADENCE = 500  # Trainer's own, where the recipe has no cadence of steps
 
@@ -65,6 +66,12 @@ def evaluations_of(state: dict) -> dict[int, dict]:
         for entry in state["log_history"]
         if "eval_loss" in entry
     }
+
+
+def without_evaluations(state: dict) -> dict:
+    """A state that knows of no held-out figures."""
+    kept = [entry for entry in state["log_history"] if "eval_loss" not in entry]
+    return state | {"log_history": kept, "best_metric": None, "best_global_step": None}
 
 
 def _steps_of(cadences: Iterable[Every | None]) -> int:

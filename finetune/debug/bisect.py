@@ -10,7 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from finetune import bundle, columns
+from finetune import bundle
 from finetune.data.batches import Batches
 from finetune.debug import predicates, suspects
 from finetune.debug.predicates import PredicateError
@@ -46,7 +46,7 @@ def bisect(
         rerun.say(note)
     try:
         if not given:
-            if bad not in rerun.steps:
+            if bad not in rerun.refused | rerun.steps:
                 raise PredicateError(f"step {bad} was not recorded", where=str(run))
             found = Found(bad, bad - 1)
         elif bad_if:
@@ -123,7 +123,7 @@ def _bundled(
 
 def _other_rows(rerun: Rerun, report: StepReport) -> dict[int, float] | None:
     """By example, who has another loss than was recorded, where these are few rows of the step."""
-    recorded = {item.example: item.loss for item in columns.read_rows(rerun.run, report.step)}
+    recorded = {item.example: item.loss for item in rerun.columns.rows(report.step)}
     losses = dict(zip(report.examples.tolist(), report.row_losses, strict=True))
     apart = {example: abs(loss - recorded.get(example, loss)) for example, loss in losses.items()}
     changed = {example for example, distance in apart.items() if distance != 0}
@@ -137,13 +137,16 @@ def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:
 
     The same rows are looked at with the weights before that update. RERUN is at the state before the step.
     """
-    if step < 2 or step - 1 not in rerun.steps or "skipped" in rerun.steps[step - 1]:
+    first = rerun.plan.parent.step if rerun.plan.parent else 0
+    if step - 2 < first or step - 1 not in rerun.steps or "skipped" in rerun.steps[step - 1]:
         return step, "rows"
     ids, tokens = rerun.plan.examples_of(step), rerun.batches_of(step)
     now = _mean_loss(rerun, tokens, ids)
     rerun.go_to(step - 2)
     before = _mean_loss(rerun, tokens, ids)
     usual = _usual_loss(rerun, step)
+    if not np.isfinite(now) and np.isfinite(before):
+        return step - 1, "update"
     # the weights are to blame where they account for more than half of what is above the usual
     return (step - 1, "update") if now - before > (now - usual) / 2 > 0 else (step, "rows")
 
@@ -154,7 +157,8 @@ def _mean_loss(rerun: Rerun, batches: Batches, ids: np.ndarray) -> float:
 
 
 def _usual_loss(rerun: Rerun, step: int) -> float:
-    before = [float(rerun.steps[each]["loss"]) for each in range(max(1, step - 16), step - 1) if each in rerun.steps]
+    earlier = range(max(1, step - 16), step - 1)
+    before = [float(rerun.history[each]["loss"]) for each in earlier if each in rerun.history]
     return median(before) if before else 0.0
 
 

@@ -5,14 +5,16 @@ a run like any other.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from finetune import guard, journal
+from finetune import journal
 from finetune import plan as plans
 from finetune.checkpoints import lease
 from finetune.checkpoints.durable import failures, replace_file
@@ -31,9 +33,11 @@ from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
 from finetune.run import train
 from finetune.state import start_accelerator
+from finetune.trainer_state import HISTORY, without_evaluations
 
 # What a checkpoint's tensors are shaped and rounded by.
 FIXED = ("base", "adapter", "train.weights")
+SHOWN_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ def _checkpoint(origin: Path, step: int) -> Checkpoint | None:
     store = Store(origin)
     found = next((item for item in store.checkpoints() if item.step == step and item.manifest.kind == "full"), None)
     if found is None:
+        threads = torch.get_num_threads()
         materialize(Rerun(origin), [step])
+        torch.set_num_threads(threads)
         found = store.find(step)
     if damages := verify(found.path):
         hint = "name another step"
@@ -132,12 +138,15 @@ def _plan(
     changed = differences(old.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
     lines = [f"{key}: {was} -> {now}" for key, was, now in changed]
     lines += [f"{key}: {was} -> {now}" for key, was, now in _other_data(old, new)]
-    has_same_rows = not _other_data(old, new) and old.recipe.data == recipe.data
-    skipped = set(old.skipped_examples) if has_same_rows else set()
+    has_same_rows = not _other_data(old, new) and old.recipe.data.train == recipe.data.train
+    skipped = set(old.skipped_rows) if has_same_rows else set()
+    if old.skipped_rows and not has_same_rows:
+        lines.append(f"rows of other data are no longer left out: {_listed(old.skipped_rows)}")
     if choices.skipped_rows:
         rows = row_ids(choices.skipped_rows)
-        skipped |= set(_examples_of(rows, resolved))
-        lines.append(f"rows left out: {', '.join(map(str, rows[:20]))}{' …' if len(rows) > 20 else ''}")
+        _refuse_unknown(rows, resolved)
+        skipped |= set(rows)
+        lines.append(f"rows left out: {_listed(rows)}")
     if choices.is_optimizer_reset:
         lines.append("optimizer: reset")
     if choices.schedule == "restart":
@@ -152,7 +161,8 @@ def _plan(
             "schedule_start": start,
             "warmup_steps": warmup_of(recipe, new.steps - start),
             "segments": old.segments if choices.schedule == "continue" else (),
-            "skipped_examples": tuple(sorted(skipped)),
+            "skipped_rows": tuple(sorted(skipped)),
+            "skipped_examples": tuple(np.flatnonzero(np.isin(resolved.train.rows, sorted(skipped))).tolist()),
             "parent": Parent(ref=ref, run=run, step=step, digest=digest, plan_id=old.plan_id, changes=tuple(lines)),
         }
     )
@@ -170,22 +180,24 @@ def _other_data(old: Plan, new: Plan) -> list[tuple[str, object, object]]:
 
 def row_ids(text: str) -> list[int]:
     """`512,77`, or a file with a line for each: an id, or a JSON object with `row`, as bundles have them."""
-    path = Path(text)
+    if re.fullmatch(r"[\d,\s]+", text):
+        return sorted({int(word) for word in text.replace(",", " ").split()})
     try:
-        words = path.read_text().splitlines() if path.is_file() else text.split(",")
-        values = [json.loads(word) for word in words if word.strip()]
+        values = [json.loads(line) for line in Path(text).read_text().splitlines() if line.strip()]
         return sorted({int(value["row"] if isinstance(value, dict) else value) for value in values})
     except (ValueError, KeyError, TypeError, OSError) as error:
         hint = "give ids like 512,77, or a file with a line for each"
         raise RunError(f"`{text}` has no row ids: {error}", where="--skip-rows", hint=hint) from None
 
 
-def _examples_of(rows: Sequence[int], resolved: Resolved) -> list[int]:
-    found = np.flatnonzero(np.isin(resolved.train.rows, rows))
-    if missing := sorted(set(rows) - set(resolved.train.rows[found].tolist())):
+def _refuse_unknown(rows: Sequence[int], resolved: Resolved) -> None:
+    if missing := sorted(set(rows) - set(resolved.train.rows[np.isin(resolved.train.rows, rows)].tolist())):
         hint = "row ids count through the training sources; `finetune replay RUN --steps STEP --inspect` shows them"
-        raise RunError(f"no training row is called {missing[:10]}", where="--skip-rows", hint=hint)
-    return found.tolist()
+        raise RunError(f"no training row is called {missing[:SHOWN_ROWS]}", where="--skip-rows", hint=hint)
+
+
+def _listed(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:SHOWN_ROWS])) + (" …" if len(rows) > SHOWN_ROWS else "")
 
 
 def _is_there(run: Path, plan: Plan) -> bool:
@@ -208,15 +220,20 @@ def _make(
     held: Lease,
 ) -> None:
     """The plan goes last: until it is there, there is no run, and the same command begins anew."""
-    store = Store(run)
-    for left in [*store.checkpoints(), *store.unreadable()]:
+    is_comparable = _has_same_holdout(plans.load(origin)[0], plan)
+    store, ours = Store(run), {"ref": plan.parent.ref, "digest": plan.parent.digest}
+    for left in store.checkpoints():  # of a branch that was cut off while it was made
+        if left.manifest.parent != ours:
+            hint = "use another --run; if it is a run that lost its plan.json, restore that"
+            raise RunError("has checkpoints of something else", where=str(run), hint=hint)
         store.remove(left)
     if checkpoint:
         Store(origin).pin(checkpoint.step, f"branch-{facts['run']}")
-        _link(store, checkpoint, plan, facts, choices, held)
+        store.pin(checkpoint.step, "begin")  # every step of the branch is run again from here
+        _link(store, checkpoint, plan, facts, choices, held, is_comparable)
     (run / "journal.jsonl").unlink(missing_ok=True)
     writer = journal.Journal(run)
-    for record in _past_of(origin, plan.parent.step):
+    for record in _past_of(origin, plan.parent.step, is_comparable):
         writer.append(record)
     parent = {name: value for name, value in plan.parent.model_dump(mode="json").items() if name != "step"}
     writer.append(journal.event("branched", held.attempt, step=plan.parent.step, **parent))
@@ -227,12 +244,19 @@ def _make(
         replace_file(run / "plan.json", plan.dump(facts))
 
 
-def _link(store: Store, checkpoint: Checkpoint, plan: Plan, facts: dict, choices: Choices, held: Lease) -> None:
-    """The checkpoint as the first one of the branch; of the optimizer nothing, where it is reset."""
+def _link(
+    store: Store, checkpoint: Checkpoint, plan: Plan, facts: dict, choices: Choices, held: Lease, is_comparable: bool
+) -> None:
+    """The checkpoint as the first one of the branch; of the optimizer nothing, where it is reset, and of held-out figures nothing, where
+    other rows are held out."""
     attempt = store.begin(checkpoint.step, held.attempt)
+    left_out = {*(RESUME_FILES if choices.is_optimizer_reset else ()), *(() if is_comparable else (HISTORY,))}
     for name, record in checkpoint.manifest.files.items():
-        if not (choices.is_optimizer_reset and name in RESUME_FILES):
+        if name not in left_out:
             attempt.link(name, checkpoint.path / name, record)
+    if not is_comparable and HISTORY in checkpoint.manifest.files:
+        history = json.loads((checkpoint.path / HISTORY).read_bytes())
+        attempt.write_json(HISTORY, without_evaluations(history))
     if choices.is_optimizer_reset:
         attempt.write_tensors("optimizer.safetensors", [], {})
         record = {"step": checkpoint.step, "optimizer": plan.recipe.optimizer.name, "scalars": {}}
@@ -244,7 +268,7 @@ def _link(store: Store, checkpoint: Checkpoint, plan: Plan, facts: dict, choices
         parent={"ref": plan.parent.ref, "digest": checkpoint.manifest.digest},
         plan_id=plan.plan_id,
         amendments=checkpoint.manifest.amendments,
-        metrics=checkpoint.manifest.metrics,
+        metrics=checkpoint.manifest.metrics if is_comparable else {},
         versions=facts["versions"],
         world={name: facts[name] for name in WORLD},
         created=journal.now(),
@@ -252,11 +276,21 @@ def _link(store: Store, checkpoint: Checkpoint, plan: Plan, facts: dict, choices
     store.commit(attempt, manifest, held.check)
 
 
-def _past_of(origin: Path, step: int) -> list[dict]:
-    """What the guard looks back on, and what was evaluated."""
+def _has_same_holdout(old: Plan, new: Plan) -> bool:
+    """Whether the held-out figures of two plans are about the same examples."""
+    is_drawn = not isinstance(new.recipe.data.holdout, list)
+    drawn = (old.train, old.recipe.train.seed, old.recipe.data.holdout) == (
+        new.train,
+        new.recipe.train.seed,
+        new.recipe.data.holdout,
+    )
+    pinned = (old.holdout, old.encoding, old.holdout_counts) == (new.holdout, new.encoding, new.holdout_counts)
+    return pinned and (drawn or not is_drawn)
+
+
+def _past_of(origin: Path, step: int, is_comparable: bool) -> list[dict]:
+    """The steps that led here, for the guard and the loss curve, and what was evaluated."""
     records = journal.read(origin)
-    trained = [
-        record for number, record in sorted(journal.steps(records).items()) if step - guard.WINDOW <= number <= step
-    ]
-    evaluated = journal.that_count(records, lambda record: record.get("event") == "evaluated")
+    trained = [record for number, record in sorted(journal.steps(records).items()) if number <= step]
+    evaluated = journal.that_count(records, lambda record: record.get("event") == "evaluated") if is_comparable else {}
     return trained + [record for number, record in sorted(evaluated.items()) if number <= step]

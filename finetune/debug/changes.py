@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.checkpoints.snapshot import ADAPTER
+from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.model.layers import module_of
 
@@ -44,14 +45,16 @@ class Weights:
 
     read: Mapping[str, Callable[[], torch.Tensor]]
     is_adapter: bool
+    directory: Path
     base: "Weights | None" = None
     """What an adapter lies on."""
 
 
 def weights_of(directory: Path) -> Weights:
     if (directory / "adapter_config.json").exists():
-        return Weights(_products(directory), True, weights_of(base.directory(*base.beneath(directory, str(directory)))))
-    return Weights(dict(_tensors(directory)), False)
+        below = base.directory(*base.beneath(directory, str(directory)))
+        return Weights(_products(directory), True, directory, weights_of(below))
+    return Weights(dict(_tensors(directory)), False, directory)
 
 
 def changes(one: Weights, two: Weights) -> tuple[list[Change], dict[str, list[str]]]:
@@ -60,6 +63,10 @@ def changes(one: Weights, two: Weights) -> tuple[list[Change], dict[str, list[st
     A base beside an adapter counts as an adapter that adds nothing.
     """
     is_adapter = one.is_adapter or two.is_adapter
+    bases = {(side.base or side).directory.resolve() for side in (one, two)}
+    if is_adapter and len(bases) > 1:
+        hint = "package both merged, and compare the packages"
+        raise FinetuneError("an adapter can be compared with its own base, or with another adapter on it", hint=hint)
     below = one.base or two.base
     names = list(dict.fromkeys([*one.read, *two.read] if not is_adapter else [*_added(one), *_added(two)]))
     found: list[Change] = []

@@ -9,6 +9,7 @@ from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import find, parse
 from finetune.contract import differences
 from finetune.debug import changes
+from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.plan import Plan
 from finetune.recipe.schema import Base
@@ -27,6 +28,8 @@ class Side:
 
 def diff(a: str, b: str, picture: Path | None = None) -> dict:
     """What `diff --json` prints; the heat map of the weights goes to a file."""
+    if picture and not picture.absolute().parent.is_dir():
+        raise FinetuneError("there is no such folder", where=str(picture.parent))
     one, two = side_of(a), side_of(b)
     found, others = changes.changes(changes.weights_of(one.directory), changes.weights_of(two.directory))
     if picture:

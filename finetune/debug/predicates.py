@@ -65,12 +65,11 @@ def parse(text: str) -> Comparison:
 def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> dict[int, float]:
     """The quantity of every recorded step in which it was recorded; smoothed ones are means over the steps up to it."""
     name, _, module = comparison.quantity.partition("/")
+    reader = columns.Reader(run)
     if module:
-        found = {step: columns.read_modules(run, step).get(module) for step in steps}
+        found = {step: reader.modules(step).get(module) if name == "grad_norm" else None for step in sorted(steps)}
     elif name in OF_ROWS:
-        found = {
-            step: OF_ROWS[name]((row.loss for row in columns.read_rows(run, step)), default=None) for step in steps
-        }
+        found = {step: OF_ROWS[name]((row.loss for row in reader.rows(step)), default=None) for step in sorted(steps)}
     else:
         found = {step: record.get(name) for step, record in steps.items()}
     values = {step: float(value) for step, value in found.items() if _is_number(value)}

@@ -61,6 +61,10 @@ def materialize(rerun: Rerun, steps: Sequence[int]) -> list[str]:
 
     CheckpointError where a step on the way is not as it was recorded: the state would be another one.
     """
+    if missing := sorted(set(steps) - rerun.steps.keys()):
+        newest = max(rerun.steps, default=0)
+        hint = f"the newest recorded step is {newest}" if newest else "the run has no step yet"
+        raise CheckpointError(f"step {missing[0]} was never made", where=str(rerun.run), hint=hint)
     holding = lease.acquire(rerun.run, secrets.token_hex(4)) if rerun.accelerator.is_main_process else nullcontext()
     with holding as held:
         committer = Committer(rerun, held) if held else None
@@ -113,7 +117,7 @@ class Committer:
         amendments = [each._asdict() for each in rerun.amendments if each.first <= step]
         record = Record(
             metrics=evaluated.get(step, {}),
-            columns=Columns(),
+            columns=self._unwritten(step),
             history=past.trainer_state(step),
             evaluated=evaluated,
             newest_step=max(rerun.steps),
@@ -123,6 +127,13 @@ class Committer:
         rerun.store.pin(step, "materialized")  # before it is there: the next training's keep rules must not take it
         save = self._saver.begin(rerun.state, record)
         self._saver.commit_kept(save, self._journal, self._lease)
+
+    def _unwritten(self, step: int) -> Columns:
+        """Of steps up to this one, what the run was killed before writing: no checkpoint is ahead of its record."""
+        found = Columns()
+        for number in sorted(number for number in self._rerun.unwritten if number <= step):
+            found.extend(self._rerun.unwritten.pop(number))
+        return found
 
     def close(self) -> None:
         self._journal.close()

@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 
 from finetune import columns, guard, journal, loop
 from finetune import plan as plans
 from finetune.checkpoints import snapshot
-from finetune.checkpoints.manifest import Checkpoint
+from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.store import Store
 from finetune.contract import FACT_NAMES, differences
 from finetune.data.batches import Batches
-from finetune.errors import NotFiniteError, RunError
+from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.guard import Amendment
 from finetune.model import base
 from finetune.opening import facts_of
@@ -53,29 +54,33 @@ class Rerun:
         self.plan, self.facts = plans.load(run)
         self.store = Store(run)
         self.records = journal.read(run)
-        self.steps = journal.steps(self.records)
-        self.refused = {item["step"]: item for item in self.records if item.get("event") in REFUSED and "loss" in item}
+        self.columns = columns.Reader(run)
+        first = self.plan.parent.step + 1 if self.plan.parent else 1
+        self.history = journal.steps(self.records)
+        """The record of every step; of a branch also those of the run that it comes from."""
+        self.steps = {step: record for step, record in self.history.items() if step >= first}
+        """Those that this plan is about."""
+        self.refused = journal.that_count(self.records, lambda item: item.get("event") in REFUSED and "loss" in item)
         """What was recorded of steps that were not made."""
+        self.unwritten: dict[int, columns.Columns] = {}
+        """Of steps that ran again, what no file has: the run was killed before it was written."""
         self.amendments = self._amendments()
         self.first_difference: Difference | None = None
         """Of all steps that ran again so far."""
         self.accelerator = start_accelerator(self.plan.recipe.train)
-        if not self._is_gpu():
-            torch.set_num_threads(self.facts["threads"])  # sums are divided among the threads
         loaded = LoadedRecipe(self.plan.recipe, "", str(run / "plan.json"), {"": 0})
         with self.accelerator.main_process_first():
             self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True)
             self._directory = base.directory(self.plan.recipe.base, self.plan.base)
         self._state: TrainState | None = None
-        self._budgets = {
-            record["attempt"]: record["world"]["micro_batch_tokens"]
-            for record in self.records
-            if record.get("event") == "started"
+        self._worlds = {
+            record["attempt"]: record["world"] for record in self.records if record.get("event") == "started"
         }
         self._batches: dict[int, Batches] = {}
 
     @property
-    def state(self) -> TrainState:
+    def state(self) -> TrainState | None:
+        """None before the first `begin_at` or `go_to`."""
         return self._state
 
     def notes(self) -> list[str]:
@@ -86,28 +91,53 @@ class Rerun:
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
 
     def nearest(self, step: int) -> Checkpoint | None:
-        """The newest sound checkpoint that leads to a step; None is the base."""
-        found, _ = self.store.newest_sound(before=step + 1)
-        if found is None and self.plan.parent and step < self.plan.parent.step:
-            hint = f"replay the run it comes from, {self.plan.parent.ref}"
-            raise RunError(f"begins at step {self.plan.parent.step}", where=str(self.run), hint=hint)
-        return found
+        """The newest sound checkpoint that leads to a step, as rank 0 sees it; None is the base."""
+        number = 0
+        if self.accelerator.is_main_process:
+            found, _ = self.store.newest_sound(before=step + 1)
+            number = found.step if found else 0
+        number = broadcast(torch.tensor([number], device=self.accelerator.device)).item()
+        if number:
+            return self.store.find(number)
+        if self.plan.parent and self.plan.parent.step:
+            where, hint = str(self.run), f"replay the run it comes from, {self.plan.parent.ref}"
+            raise RunError(
+                f"begins at step {self.plan.parent.step}, and has no checkpoint before step {step}",
+                where=where,
+                hint=hint,
+            )
+        return None
+
+    def sound_checkpoints(self) -> tuple[dict[int, Checkpoint], list[str]]:
+        """The full checkpoints of which every byte is right, by step, and the names of those that are damaged."""
+        full = [item for item in self.store.checkpoints() if item.manifest.kind == "full"]
+        broken = {item.step for item in full if any(damage.check != "extra" for damage in verify(item.path))}
+        return {item.step: item for item in full if item.step not in broken}, [
+            item.path.name for item in full if item.step in broken
+        ]
 
     def begin_at(self, checkpoint: Checkpoint | None) -> None:
         """Brings the state to a checkpoint, of this run or of its like, or to the base."""
         if checkpoint is None and self._state is not None and self._state.step == 0:
             return
         if self._state is None or checkpoint is None:
+            self._state = None
+            self.accelerator.free_memory()  # before there are two
             self._state = build(self.plan, self._directory, self.accelerator)
         if checkpoint:
-            snapshot.read(self._state, self.plan, checkpoint)
+            try:
+                snapshot.read(self._state, self.plan, checkpoint)
+            except FileNotFoundError as error:
+                hint = "a training that runs removes old checkpoints: raise checkpoint.keep, or try again"
+                raise CheckpointError("was removed meanwhile", where=str(checkpoint.path), hint=hint) from error
 
     def go_to(self, step: int, say: Callable[[str], None] | None = None) -> None:
         """Brings the state to a step, from where it is or from the nearest checkpoint before."""
-        nearest = self.nearest(step)
-        start = nearest.step if nearest else 0
-        if self._state is None or not start <= self._state.step <= step:
-            self.begin_at(nearest)
+        if self._state is None or not self._newest_name(step) <= self._state.step <= step:
+            nearest = self.nearest(step)
+            start = nearest.step if nearest else 0
+            if self._state is None or not start <= self._state.step <= step:
+                self.begin_at(nearest)
         if say and self._state.step < step:
             first = self._state.step + 1
             say(f"running step {step} again" if first == step else f"running steps {first} to {step} again")
@@ -122,14 +152,13 @@ class Rerun:
         """The first step that is not as recorded, once one is known that is not. What went wrong may have lasted since an earlier stretch
         between two checkpoints: these are run again, the one before first, then by halves. With how many were."""
         found, probes = self.first_difference, 0
-        starts = [0, *(item.step for item in self.store.checkpoints() if item.manifest.kind == "full")]
-        if self.plan.parent:
-            starts = [step for step in starts if step >= self.plan.parent.step]
+        stored, _ = self.sound_checkpoints()
+        starts = sorted(stored) if self.plan.parent and self.plan.parent.step else [0, *sorted(stored)]
         sound, broken = -1, max(place for place, start in enumerate(starts) if start < found.step)
         while broken - sound > 1:
             middle, probes = (sound + broken) // 2 if probes else broken - 1, probes + 1
             self.first_difference = None
-            self.begin_at(self.store.find(starts[middle]) if starts[middle] else None)
+            self.begin_at(stored.get(starts[middle]))
             while self.first_difference is None and self._state.step < starts[middle + 1]:
                 self.advance()
                 self.compare_state()
@@ -143,10 +172,10 @@ class Rerun:
     def compare_state(self) -> None:
         """Where a checkpoint of the state's step is stored, compares every tensor with it, to the bit."""
         step = self._state.step
-        kept = next(
-            (item for item in self.store.checkpoints() if item.step == step and item.manifest.kind == "full"), None
-        )
-        if self.first_difference or kept is None:
+        if self.first_difference or not (self.store.directory / f"step-{step:08d}").is_dir():
+            return
+        kept = self.store.find(step)
+        if kept.manifest.kind != "full":
             return
         tensors, _ = snapshot.Live(self._state).copied()
         stored = snapshot.stored_tensors(kept)
@@ -160,15 +189,19 @@ class Rerun:
         """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""
         report = self.attempt()
         if not report.is_finished:
-            raise NotFiniteError(
-                report.verdict.message, where=f"step {report.step}", hint="the run stopped here as well"
-            )
+            found = self.first_difference
+            hint = f"in the run it could: {found}" if found else "the run ended here as well"
+            raise NotFiniteError(f"cannot be made: {report.verdict.message}", where=f"step {report.step}", hint=hint)
         return report
 
     def attempt(self) -> loop.StepReport:
         """The same, without an update where the figures are no numbers: then the state stays where it is."""
         step = self._state.step + 1
+        if self.accelerator.device.type == "cpu":
+            torch.set_num_threads(self._world_of(step)["threads"])  # sums are divided among the threads
         report = loop.train_step(self._state, self.plan, self.batches_of(step), judge=self.judge)
+        if not self.columns.rows(step):
+            self.unwritten[step] = columns_of(report)
         if self.first_difference is None:
             self.first_difference = self.difference(report)
         return report
@@ -195,12 +228,12 @@ class Rerun:
         then = {name: record.get(name) for name in {**now, **({"skipped": 0} if "skipped" in record else {})}}
         if quantity := journal.difference(then, now):
             return Difference(step, quantity, then.get(quantity), now.get(quantity))
-        for one, two in zip(columns.read_rows(self.run, step), found.rows, strict=False):
+        for one, two in zip(self.columns.rows(step), found.rows, strict=False):
             if repr(one) != repr(two):
                 return Difference(
                     step, f"loss of row {one.row}", one.loss, two.loss if one.row == two.row else f"row {two.row}"
                 )
-        for name, norm in columns.read_modules(self.run, step).items():
+        for name, norm in self.columns.modules(step).items():
             if repr(norm) != repr(report.module_norms.get(name)):
                 return Difference(step, f"gradient norm of {name}", norm, report.module_norms.get(name))
         return None
@@ -211,21 +244,28 @@ class Rerun:
 
     def batches_of(self, step: int) -> Batches:
         """Arranged as they were: the micro-batches of an attempt had its own size."""
-        budget = self._budgets.get(self.steps.get(step, {}).get("attempt"), self.facts["micro_batch_tokens"])
+        budget = self._world_of(step)["micro_batch_tokens"]
         if budget not in self._batches:
             resolved = replace(self.resolved, micro_batch_tokens=budget)
             self._batches[budget] = batches(resolved, resolved.train, self.accelerator)
         return self._batches[budget]
 
+    def _world_of(self, step: int) -> dict:
+        """The facts of the attempt that a step was recorded in."""
+        return self._worlds.get(self.steps.get(step, {}).get("attempt"), self.facts)
+
+    def _newest_name(self, step: int) -> int:
+        """The newest step up to one whose directory is there, verified or not."""
+        names = self.store.directory.glob("step-*") if self.store.directory.is_dir() else ()
+        steps = [int(path.name[5:]) for path in names if path.name[5:].isdecimal()]
+        return max([0, *(each for each in steps if each <= step)])
+
     def _amendments(self) -> list[Amendment]:
-        newest, _ = self.store.newest_sound()
-        carried = newest.manifest.amendments if newest else []
+        stored = self.store.checkpoints()
+        carried = stored[-1].manifest.amendments if stored else []
         recorded = [record for record in self.records if record.get("event") == "amended"]
         found = [Amendment(**{name: each[name] for name in Amendment._fields}) for each in [*carried, *recorded]]
         return sorted(dict.fromkeys(found))
-
-    def _is_gpu(self) -> bool:
-        return self.accelerator.device.type != "cpu"
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,7 @@ class States:
     def __init__(self, rerun: Rerun, predicate: Comparison | str):
         self.rerun = rerun
         self.evaluations = 0
+        self.is_command = isinstance(predicate, str)
         self._predicate = predicate
         self._scratch: Path | None = None
         self._staging = Staging()
@@ -113,10 +114,15 @@ class States:
         """The state as it is as a checkpoint, in a directory of the run's disk that goes with this object."""
         rerun = self.rerun
         if self._scratch is None:
+            if rerun.accelerator.is_main_process:
+                for left in (rerun.run / "debug").glob("bisect-*"):  # of a search that was killed
+                    shutil.rmtree(left, ignore_errors=True)
             token = broadcast(torch.tensor([secrets.randbits(40)], device=rerun.accelerator.device)).item()
             self._scratch = rerun.run / "debug" / f"bisect-{token:010x}"
         store = Store(self._scratch)
         if rerun.accelerator.is_main_process:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            shutil.copy(rerun.run / "plan.json", self._scratch)  # a command may ask for it, as beside any checkpoint
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")
@@ -128,6 +134,12 @@ class States:
             taken.copy.release()
         rerun.accelerator.wait_for_everyone()
         return store.find(rerun.state.step)
+
+    def remove(self, checkpoint: Checkpoint | None) -> None:
+        """Removes what `write` made, and nothing else."""
+        is_ours = checkpoint is not None and self._scratch is not None and checkpoint.path.is_relative_to(self._scratch)
+        if is_ours and self.rerun.accelerator.is_main_process:
+            Store(self._scratch).remove(checkpoint)
 
     def close(self) -> None:
         if self._scratch and self.rerun.accelerator.is_main_process:
@@ -146,20 +158,35 @@ def _states(rerun: Rerun, predicate: Comparison | str) -> Iterator[States]:
 def search_states(rerun: Rerun, predicate: Comparison | str, good: int | None, bad: int | None) -> Found:
     """By halves. The ends are evaluated unless they are given; a state that is bad is taken to stay so."""
     with _states(rerun, predicate) as states:
-        stored = {item.step: item for item in rerun.store.checkpoints() if item.manifest.kind == "full"}
+        stored, damaged = rerun.sound_checkpoints()
         first = rerun.plan.parent.step if rerun.plan.parent else 0
         last = bad if bad is not None else max(stored, default=None)
         if last is None:
             raise NoAnswer("the run has no checkpoint yet")
+        newest = max(rerun.steps, default=0)
+        for name, step in (("good", good), ("bad", bad)):
+            if step is not None and not first <= step <= newest:
+                raise PredicateError(
+                    f"the {name} step {step} is not one of the run, which has steps {first} to {newest}"
+                )
+        if good is not None and good >= last:
+            raise NoAnswer(f"no state after step {good} is stored: train on, or give --bad STEP")
         low = start = good if good is not None else first
-        if bad is None and not states.is_bad(last, stored[last]):
+        verdict = states.is_bad(last, stored[last]) if bad is None else True
+        if verdict is None:
+            raise NoAnswer(f"the command cannot tell of step {last}, the last one that is stored", states)
+        if not verdict:
             raise NoAnswer(f"never bad: the state at step {last}, the last one that is stored, is good", states)
         low, high, unknown = _halves(sorted(step for step in stored if low < step < last), low, last, stored, states)
         # the start is evaluated last: mostly some later state is good, and it need not be
-        if good is None and low == start and states.is_bad(low, stored.get(low)):
+        verdict = states.is_bad(low, stored.get(low)) if good is None and low == start else False
+        if verdict is None:
+            raise NoAnswer(f"the command cannot tell of step {low}, where the run begins", states)
+        if verdict:
             raise NoAnswer(f"never good: the state at step {low}, where the run begins, is bad already", states)
         low, high, more = _between(rerun, states, low, high, stored)
-        notes = [f"the command could not tell of steps {sorted(unknown | more)}"] if unknown | more else []
+        notes = [f"{name} is damaged, and was left out" for name in damaged]
+        notes += [f"the command could not tell of steps {sorted(unknown | more)}"] if unknown | more else []
         if any(low < step < high for step in unknown | more):
             notes.append(f"so the first bad step is one of {low + 1} to {high}")
         return Found(high, low, states.evaluations, notes)
@@ -195,12 +222,15 @@ def _between(
         if rerun.state.step > step:
             rerun.begin_at(good_one)
         rerun.go_to_from_here(step)
-        written = states.write(good_one)
+        written = states.write(good_one) if states.is_command else None
         verdict = states.is_bad(step, written)
+        if verdict is False:
+            low, before, good_one = step, good_one, written or states.write(good_one)
+            states.remove(before)
+            continue
+        states.remove(written)
         if verdict is None:
             unknown.add(step)
-        elif verdict:
-            high = step
         else:
-            low, good_one = step, written
+            high = step
     return low, high, unknown

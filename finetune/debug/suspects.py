@@ -16,6 +16,7 @@ from finetune.plan import Plan
 from finetune.state import TrainState
 
 LEAST = "row_loss_min"
+NOT_OF_ROWS = ("learning_rate", "seconds", "await_seconds")
 
 
 def loss_shares(report: StepReport) -> dict[int, float]:
@@ -34,6 +35,8 @@ def loss_shares(report: StepReport) -> dict[int, float]:
 def shares_of(quantity: str, report: StepReport) -> dict[int, float]:
     """By example, of a recorded quantity: tokens by tokens, the least loss to the row that has it, all else as a loss."""
     examples = report.examples.tolist()
+    if quantity in NOT_OF_ROWS:
+        return {}
     if quantity in ("tokens", "supervised_tokens"):
         tokens = report.row_tokens
         return {example: count / sum(tokens) for example, count in zip(examples, tokens, strict=True)}

@@ -5,6 +5,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def public_name(text: str) -> str:
 
 def public_line(text: str) -> str:
     """A line of words, with the paths of this machine as their last parts."""
-    return " ".join(public_name(word) for word in text.split(" "))
+    return re.sub(r"(?<![\w.:/])[/~][^\s'\"\]},]+", lambda match: Path(match[0]).name, text)
 
 
 def figures(records: Iterable[dict], step: int) -> list[dict]:

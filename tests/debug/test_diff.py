@@ -77,7 +77,8 @@ def test_factors_that_are_turned_add_the_same(trained, tmp_path) -> None:
     }
     (turned / "adapter_model.safetensors").unlink()
     save_file(turned_ones, turned / "adapter_model.safetensors", {"format": "pt"})
-    one, two = changes.weights_of(run / "checkpoints/step-00000012"), changes.Weights(changes._products(turned), True)
+    one = changes.weights_of(run / "checkpoints/step-00000012")
+    two = changes.Weights(changes._products(turned), True, turned, one.base)
     found, others = changes.changes(one, two)
     assert not others
     assert all(item.change < 1e-5 * max(1e-3, item.norm) for item in found)

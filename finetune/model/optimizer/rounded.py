@@ -42,8 +42,8 @@ class RoundedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         counters = [slots["step"] for slots in self.state.values()]
-        if counters and counters[0] is not self._counter:  # one read of the device, after a state was loaded
-            self._updates = int(torch.stack(counters).max())
+        if not counters or counters[0] is not self._counter:  # one read of the device, after a state was loaded
+            self._updates = int(torch.stack(counters).max()) if counters else 0
         self._updates += 1
         number = 0
         for group in self.param_groups:
