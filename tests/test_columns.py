@@ -59,3 +59,16 @@ def test_of_two_files_of_one_attempt_the_later_one_counts(tmp_path, monkeypatch)
         monkeypatch.setattr("finetune.journal.now", lambda time=time: time)
         Columns([row(first, 0, loss), row(2, 1, loss)]).write(tmp_path, "a")
     assert read_rows(tmp_path, 2)[-1] == row(2, 1, 2.0)
+
+
+def test_what_a_rollback_gave_up_counts_no_more(tmp_path, monkeypatch):
+    writer = Journal(tmp_path)
+    for first, time, loss in ((1, "2026-01-01", 1.0), (3, "2026-01-02", 2.0)):
+        monkeypatch.setattr("finetune.journal.now", lambda time=time: time)
+        Columns([row(first, 0, loss), row(first + 1, 1, loss)]).write(tmp_path, "a")
+    about = {"kind": "event", "event": "amended", "action": "rollback", "time": "2026-01-03"}
+    writer.append(about | {"first": 4, "last": 4, "to": 2, "step": 4})
+    assert read_rows(tmp_path, 2)[0].loss == 1.0 and read_rows(tmp_path, 3) == []
+    monkeypatch.setattr("finetune.journal.now", lambda: "2026-01-04")
+    Columns([row(3, 0, 5.0)]).write(tmp_path, "a")
+    assert read_rows(tmp_path, 3)[0].loss == 5.0

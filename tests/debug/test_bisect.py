@@ -201,3 +201,30 @@ def test_two_processes_find_the_same(wrecked, tiny_base, monkeypatch) -> None:
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout.splitlines()[-1])
     assert (facts["first_bad_step"], facts["rows"][0]["id"]) == (45, row)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_said(wrecked) -> None:
+    run, row = wrecked
+    file = run / "checkpoints/step-00000030/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.chmod(0o644)
+    file.write_bytes(content)
+    facts = bisect(run, bad_evaluation="loss > 8")
+    assert (facts["first_bad_step"], facts["rows"][0]["id"]) == (45, row)
+    assert "step-00000030 is damaged, and was left out" in facts["notes"]
+
+
+def test_a_search_is_bounded_by_what_was_made(wrecked) -> None:
+    with pytest.raises(PredicateError, match="the bad step 1000 is not one of the run"):
+        bisect(wrecked[0], bad_evaluation="loss > 8", bad=1000)
+
+
+def test_a_command_finds_the_plan_beside_every_state(poisoned, train, tmp_path) -> None:
+    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+    script = tmp_path / "check.py"
+    script.write_text(
+        "import sys, pathlib; sys.exit(0 if (pathlib.Path(sys.argv[1]).parents[1] / 'plan.json').exists() else 1)"
+    )
+    facts = bisect(run, bad_command=f"{sys.executable} {script} {{checkpoint}}", good=42, bad=50)
+    assert facts["first_bad_step"] == 50  # which is given: every state between is good

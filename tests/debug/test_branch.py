@@ -220,3 +220,54 @@ def test_two_processes_branch_from_a_step_that_was_not_stored(recipe_file, tmp_p
     assert [item.step for item in Store(run).checkpoints()] == [8, 11, 16, 20]
     assert not _of_directories(run / "checkpoints/step-00000020", made / "checkpoints/step-00000020")
     assert json.loads(both("replay", made, "--steps", "12..15", "--json"))["identical"]
+
+
+def test_a_branch_with_other_keys_is_bisected_from_where_it_begins(run, tmp_path) -> None:
+    choices = Choices(("optimizer.learning_rate=0.001", "checkpoint.keep={last: 1}"))
+    made = branch(f"{run}@8", tmp_path / "made", choices)
+    assert [item.step for item in Store(made).checkpoints()] == [8, 20]  # the first one is pinned
+    assert replay(made, 9, 20)["identical"]
+    worst = max(range(10, 21), key=lambda step: records(made)[step]["loss"])
+    facts = bisect(made, bad=worst)
+    assert facts["cause"] in ("rows", "update") and facts["first_bad_step"] in (worst, worst - 1)
+    facts = bisect(made, bad=9)
+    assert (facts["first_bad_step"], facts["cause"]) == (9, "rows")
+
+
+def test_a_step_that_was_never_made_is_no_place_to_branch_from(run, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="step 21 was never made"):
+        branch(f"{run}@21", tmp_path / "other", Choices(("train.steps=40",)))
+
+
+def test_a_run_that_lost_its_plan_is_not_taken_for_an_empty_place(run, tmp_path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "plan.json").unlink()
+    with pytest.raises(RunError, match="has checkpoints of something else"):
+        branch(f"{run}@8", other, Choices())
+    assert [item.step for item in Store(other).checkpoints()] == [8, 16, 20]
+
+
+def test_rows_stay_left_out_in_a_branch_of_a_branch_with_another_seed(run, tmp_path) -> None:
+    from finetune.columns import read_rows
+
+    row = read_rows(run, 10)[2].row
+    one = branch(f"{run}@8", tmp_path / "one", Choices(skipped_rows=str(row)), until=12)
+    two = branch(f"{one}@12", tmp_path / "two", Choices(("train.seed=7",)))
+    assert plans.load(two)[0].skipped_rows == (row,)
+    assert all(row not in [item.row for item in read_rows(two, step)] for step in range(13, 21))
+
+
+def test_held_out_figures_of_other_rows_are_not_carried_over(run, tmp_path, chat_data) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((chat_data / "holdout.jsonl").read_text().splitlines(keepends=True)[:3]))
+    changed = f"data.holdout=[{{path: {few}}}]"
+    made = branch(f"{run}@20", tmp_path / "made", Choices((changed, "train.steps=24")))
+    evaluated = journal.evaluations(journal.read(made))
+    assert list(evaluated) == [20, 24] and all(each["rows"] == 3 for each in evaluated.values())
+
+
+def test_a_long_list_of_rows_is_a_list() -> None:
+    assert row_ids(",".join(map(str, range(1000, 1200)))) == list(range(1000, 1200))

@@ -114,3 +114,13 @@ def test_a_picture_has_the_same_bytes_each_time(trained, tmp_path) -> None:
         diff(f"{run}@4", f"{run}@12", tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_beside_other_weights_is_refused(trained, tmp_path) -> None:
+    from finetune.errors import FinetuneError
+
+    adapter, full = trained(), trained("full", **FULL)
+    with pytest.raises(FinetuneError, match="with its own base"):
+        diff(f"{adapter}@12", f"{full}@12")
+    with pytest.raises(FinetuneError, match="no such folder"):
+        diff(f"{full}@4", f"{full}@12", tmp_path / "missing/weights.png")

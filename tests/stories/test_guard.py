@@ -171,3 +171,32 @@ def test_two_processes_decide_alike(value, guard, poisoned, train, tmp_path, tin
     assert [first[name] for name in names] == [second[name] for name in names]
     steps = [list(journal.steps(journal.read(run))) for run in (one, tmp_path / "two")]
     assert steps[0] == steps[1] == list(range(1, 61))
+
+
+def test_a_rollback_does_not_take_what_is_pinned(poisoned, tmp_path) -> None:
+    from finetune.debug.replay import replay
+    from finetune.run import train as train_run
+
+    recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback", "span": 7})
+    run = tmp_path / "run"
+    train_run(load(recipe), run, is_quiet=True, until=42)
+    replay(run, 40, 40, is_materialized=True)
+    with pytest.raises(SpikeError):
+        train_run(load(recipe), run, is_quiet=True)
+    assert 40 in [item.step for item in Store(run).checkpoints()]
+
+
+def test_a_bundle_that_cannot_be_written_does_not_change_what_was_decided(
+    poisoned, train, tmp_path, monkeypatch, capfd
+) -> None:
+    from finetune import bundle
+    from finetune.errors import RunError
+
+    def full(*_: object) -> None:
+        raise RunError("no space left on the device")
+
+    monkeypatch.setattr(bundle, "write", full)
+    recipe, _ = poisoned(math.nan, [13], guard={"not_finite": "skip"})
+    run = train(recipe, tmp_path / "run")
+    assert journal.steps(journal.read(run))[13]["skipped"] == "not_finite"
+    assert "no bundle of step 13: no space left" in capfd.readouterr().err
