@@ -133,7 +133,8 @@ class Rerun:
 
     def go_to(self, step: int, say: Callable[[str], None] | None = None) -> None:
         """Brings the state to a step, from where it is or from the nearest checkpoint before."""
-        if self._state is None or not self._newest_name(step) <= self._state.step <= step:
+        is_near = self._state is not None and self._newest_name(step) <= self._state.step <= step
+        if not is_near or self.accelerator.num_processes > 1:  # several ranks ask together, or not at all
             nearest = self.nearest(step)
             start = nearest.step if nearest else 0
             if self._state is None or not start <= self._state.step <= step:
