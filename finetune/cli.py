@@ -252,7 +252,9 @@ def bisect(
         raise click.UsageError("give --bad once with a comparison, and once with a step")
     known = int(steps[0]) if steps else None
     comparison = comparisons[0] if comparisons else None
-    facts = bisection.bisect(run, comparison, bad_evaluation, bad_command, good, known)
+    facts = bisection.bisect(
+        run, comparison, bad_evaluation=bad_evaluation, bad_command=bad_command, good=good, bad=known
+    )
     _print(facts, bisection.listing(facts), is_json)
     if facts["first_bad_step"] is None:
         sys.exit(FinetuneError.exit_code)

@@ -10,6 +10,7 @@ import secrets
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -125,19 +126,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     """
     plan, recipe = resolved.plan, resolved.plan.recipe
     end = min(plan.steps, until or plan.steps)
-
-    def wishes() -> loop.Wishes:
-        return loop.Wishes(
-            stop=signals.received is not None,
-            save=signals.is_save_wished or recorder.is_save_due(),
-            renew=recorder.reports is not None and recorder.reports.is_broken,
-        )
-
-    def judge(step: int, figures: dict[str, float]) -> guard.Verdict | None:
-        if plan.is_left_out(step):
-            return guard.without_rows(step)
-        return guard.judge(recipe.guard, step, figures, recorder.window, recorder.amendments)
-
+    wishes, judge = partial(_wishes, signals, recorder), partial(_judge, plan, recorder)
     pace = recorder.progress.pace = ahead(plan, state.step, end)
 
     def evaluate_and_record() -> None:
@@ -146,20 +135,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
         if metrics:
             recorder.evaluated(state.step, metrics)
 
-    def commit_last() -> None:
-        if state.step > recorder.last_step:
-            recorder.commit(state)
-        try:
-            recorder.finish(state)
-        finally:
-            state.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one rank has ended
-
-    def is_evaluation(step: int, is_saved: bool) -> bool:
-        with_saves = is_saved and recipe.checkpoint.keep.best
-        is_due = step in (0, plan.steps) or with_saves or _is_due(recipe.evaluate.every, step)
-        return bool(is_due) and len(resolved.holdout) > 0
-
-    if is_evaluation(state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
+    if _is_evaluation(resolved, state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
         evaluate_and_record()  # at the start, or where a signal cut it short
     first, made = state.step + 1, batches(resolved, resolved.train, state.accelerator)
     try:
@@ -173,7 +149,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             if report.agreed.renew:
                 recorder.reports.renew()
             is_saved = report.agreed.save or report.step == end or _is_save(recipe.checkpoint, report.step)
-            if is_evaluation(report.step, is_saved):
+            if _is_evaluation(resolved, report.step, is_saved):
                 evaluate_and_record()
             if is_saved:
                 signals.is_save_wished = False
@@ -186,13 +162,36 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 recorder.event("forecast", step=report.step, **pace.forecast())
                 recorder.progress.say_forecast(report.step)
     except (NotFiniteError, SpikeError):
-        commit_last()
+        _commit_last(state, recorder)
         raise
-    commit_last()
-    is_done = state.step >= end and (not is_evaluation(state.step, True) or recorder.is_evaluated(state.step))
-    if is_done and state.step == plan.steps:
+    _commit_last(state, recorder)
+    is_evaluated = recorder.is_evaluated(state.step) or not _is_evaluation(resolved, state.step, is_saved=True)
+    if is_evaluated and state.step == plan.steps:
         recorder.progress.say(f"finished at step {state.step}")
-    return is_done
+    return is_evaluated and state.step >= end
+
+
+def _wishes(signals: Signals, recorder: Recorder) -> loop.Wishes:
+    return loop.Wishes(
+        stop=signals.received is not None,
+        save=signals.is_save_wished or recorder.is_save_due(),
+        renew=recorder.reports is not None and recorder.reports.is_broken,
+    )
+
+
+def _judge(plan: Plan, recorder: Recorder, step: int, figures: dict[str, float]) -> guard.Verdict | None:
+    if plan.is_left_out(step):
+        return guard.without_rows(step)
+    return guard.judge(plan.recipe.guard, step, figures, recorder.window, recorder.amendments)
+
+
+def _commit_last(state: TrainState, recorder: Recorder) -> None:
+    if state.step > recorder.last_step:
+        recorder.commit(state)
+    try:
+        recorder.finish(state)
+    finally:
+        state.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one rank has ended
 
 
 def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:
@@ -305,6 +304,13 @@ def evaluate(
     """Held-out figures of a prepared objective; None when a signal cut them short."""
     score = TASKS[resolved.plan.recipe.task.name].score
     return loop.evaluate(accelerator, objective, batches(resolved, resolved.holdout, accelerator), score, wishes)
+
+
+def _is_evaluation(resolved: Resolved, step: int, is_saved: bool) -> bool:
+    """Whether a step's weights are evaluated: by the recipe's cadence, where one of them may be the best, and at both ends."""
+    recipe = resolved.plan.recipe
+    is_due = step in (0, resolved.plan.steps) or _is_due(recipe.evaluate.every, step)
+    return len(resolved.holdout) > 0 and bool(is_due or (is_saved and recipe.checkpoint.keep.best))
 
 
 def _is_due(every: Every | None, step: int) -> bool:

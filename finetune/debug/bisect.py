@@ -5,6 +5,7 @@ them. What is found is run once more: where it does not come out as recorded, th
 that differs is the answer.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -22,9 +23,24 @@ SHOWN_ROWS = 5
 OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them
 
 
+@dataclass(frozen=True)
+class Culprit:
+    """What made a run bad: a step, and what of it."""
+
+    step: int
+    cause: str
+    """`rows`, `update`, `deviation` (not as planned) or `not reproduced`."""
+    note: str = ""
+    report: StepReport | None = None
+    """Of the step, run again; None where its rows are not to blame."""
+    shares: dict[int, float] | None = None
+    """By example, how much of it is its doing."""
+
+
 def bisect(
     run: Path,
     bad_if: str | None = None,
+    *,
     bad_evaluation: str | None = None,
     bad_command: str | None = None,
     good: int | None = None,
@@ -57,20 +73,20 @@ def bisect(
         facts = {"first_bad_step": None, "last_good_step": None, "rows": [], "bundle": None}
         facts["evaluations"] = answer.evaluations
         return facts | {"observed_step": None, "predicate": text, "cause": None, "notes": [str(answer)]}
-    return _explained(rerun, found, text, comparison.quantity if bad_if else None if given else "loss")
+    culprit = _culprit(rerun, found, comparison.quantity if bad_if else None if given else "loss")
+    return _bundled(rerun, found, text, culprit)
 
 
-def _explained(rerun: Rerun, found: Found, predicate: str, quantity: str | None) -> dict:
-    """Runs the step once more, says whether it comes out as recorded, and who in it is to blame; writes the bundle. `quantity` is the
-    recorded one that is bad; None where it is the state after the step."""
+def _culprit(rerun: Rerun, found: Found, quantity: str | None) -> Culprit:
+    """Runs the step once more, says whether it comes out as recorded, and who in it is to blame. `quantity` is the recorded one that is
+    bad; None where it is the state after the step."""
     step, cause = found.first_bad, "rows" if quantity else "update"
     if deviation := _deviation(rerun, step):
-        step, note = deviation
-        return _bundled(rerun, found, predicate, step, "deviation", note)
-    rerun.go_to(step - 1, rerun.say)
+        return deviation
+    rerun.go_to(step - 1, rerun.say, is_to_run=True)
     if not rerun.first_difference and quantity and quantity not in OF_ROWS_ALONE:
         step, cause = _blamed(rerun, step)
-        rerun.go_to(step - 1, rerun.say)
+        rerun.go_to(step - 1, rerun.say, is_to_run=True)
     shares: dict[int, float] = {}
     if not rerun.first_difference and cause == "update":
         shares = suspects.gradient_shares(rerun.state, rerun.plan, rerun.batches_of(step), step)
@@ -79,22 +95,14 @@ def _explained(rerun: Rerun, found: Found, predicate: str, quantity: str | None)
         difference, probes = rerun.earliest_difference()
         found.evaluations += probes
         note = f"run again, {difference}: what happened is not in the recipe or its rows (hardware, an edited file, other code)"
-        return _bundled(rerun, found, predicate, difference.step, "not reproduced", note)
-    return _bundled(rerun, found, predicate, step, cause, "", report, shares or suspects.shares_of(quantity, report))
+        return Culprit(difference.step, "not reproduced", note)
+    return Culprit(step, cause, "", report, shares or suspects.shares_of(quantity, report))
 
 
-def _bundled(
-    rerun: Rerun,
-    found: Found,
-    predicate: str,
-    step: int,
-    cause: str,
-    note: str,
-    report: StepReport | None = None,
-    shares: dict[int, float] | None = None,
-) -> dict:
+def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> dict:
     """The answer, with the bundle of the step to blame; where no rows are, the step is run as the plan has it."""
-    notes = [*found.notes, *([note] if note else [])]
+    step, report, shares = culprit.step, culprit.report, culprit.shares
+    notes = [*found.notes, *([culprit.note] if culprit.note else [])]
     if report is None:
         rerun.first_difference = None
         rerun.go_to(step - 1)
@@ -106,7 +114,7 @@ def _bundled(
         rows = sorted(shared, key=lambda row: -row["share"])
     folder = None
     if rerun.accelerator.is_main_process:
-        about = {"predicate": predicate, "observed_step": found.first_bad, "cause": cause, "notes": notes}
+        about = {"predicate": predicate, "observed_step": found.first_bad, "cause": culprit.cause, "notes": notes}
         folder = str(bundle.write(rerun.run, rerun.resolved, report, about, rows))
     return {
         "first_bad_step": step,
@@ -116,7 +124,7 @@ def _bundled(
         "bundle": folder,
         "observed_step": found.first_bad,
         "predicate": predicate,
-        "cause": cause,
+        "cause": culprit.cause,
         "notes": notes,
     }
 
@@ -147,8 +155,11 @@ def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:
     usual = _usual_loss(rerun, step)
     if not np.isfinite(now) and np.isfinite(before):
         return step - 1, "update"
-    # the weights are to blame where they account for more than half of what is above the usual
-    return (step - 1, "update") if now - before > (now - usual) / 2 > 0 else (step, "rows")
+    # the weights are to blame where they account for more than half of what is above the usual, now and when it was recorded: what was
+    # not so bad when it is run again was not their doing
+    recorded = float((rerun.steps.get(step) or rerun.refused[step])["loss"])
+    is_theirs = now - before > (now - usual) / 2 > 0 and now - before > (recorded - usual) / 2
+    return (step - 1, "update") if is_theirs else (step, "rows")
 
 
 def _mean_loss(rerun: Rerun, batches: Batches, ids: np.ndarray) -> float:
@@ -162,22 +173,20 @@ def _usual_loss(rerun: Rerun, step: int) -> float:
     return median(before) if before else 0.0
 
 
-def _deviation(rerun: Rerun, until: int) -> tuple[int, str] | None:
+def _deviation(rerun: Rerun, until: int) -> Culprit | None:
     """The first recorded step whose figures are not those that the plan gives without running it."""
     examples, plan = rerun.resolved.train, rerun.plan
     for step in sorted(each for each in rerun.steps if each <= until):
-        ids = plan.examples_of(step)
+        ids, record = plan.examples_of(step), rerun.steps[step]
         planned = {
             "learning_rate": plan.learning_rate(step),
             "tokens": int(examples.lengths[ids].sum()),
             "supervised_tokens": int(examples.targets[ids].sum()),
         }
         for name, value in planned.items():
-            if rerun.steps[step].get(name) != value:
-                return (
-                    step,
-                    f"step {step} was recorded with {name} {rerun.steps[step].get(name)!r}; the plan has {value!r}",
-                )
+            if record.get(name) != value:
+                note = f"step {step} was recorded with {name} {record.get(name)!r}; the plan has {value!r}"
+                return Culprit(step, "deviation", note)
     return None
 
 

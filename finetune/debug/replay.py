@@ -41,7 +41,7 @@ def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_mate
             report = rerun.attempt()
         if not report.is_finished:  # as in the run, which has no state after it
             break
-        rerun.compare_state()
+        rerun.first_difference = rerun.first_difference or rerun.stored_difference()
     found = rerun.first_difference
     facts = {
         "steps": [first, last],
@@ -105,7 +105,7 @@ class Committer:
         if not self._is_open:
             self._saver.open(rerun.state)
             self._is_open = True
-        before = rerun.nearest(step)
+        before, _ = rerun.store.newest_sound(before=step + 1)  # `nearest` asks all ranks
         if before and before.step == step:  # it is real already
             rerun.store.pin(step, "materialized")
             return

@@ -73,6 +73,7 @@ class Rerun:
             self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True)
             self._directory = base.directory(self.plan.recipe.base, self.plan.base)
         self._state: TrainState | None = None
+        self._loaded_step = 0
         self._worlds = {
             record["attempt"]: record["world"] for record in self.records if record.get("event") == "started"
         }
@@ -118,6 +119,7 @@ class Rerun:
 
     def begin_at(self, checkpoint: Checkpoint | None) -> None:
         """Brings the state to a checkpoint, of this run or of its like, or to the base."""
+        self._loaded_step = checkpoint.step if checkpoint else 0
         if checkpoint is None and self._state is not None and self._state.step == 0:
             return
         if self._state is None or checkpoint is None:
@@ -131,13 +133,18 @@ class Rerun:
                 hint = "a training that runs removes old checkpoints: raise checkpoint.keep, or try again"
                 raise CheckpointError("was removed meanwhile", where=str(checkpoint.path), hint=hint) from error
 
-    def go_to(self, step: int, say: Callable[[str], None] | None = None) -> None:
-        """Brings the state to a step, from where it is or from the nearest checkpoint before."""
-        is_near = self._state is not None and self._newest_name(step) <= self._state.step <= step
-        if not is_near or self.accelerator.num_processes > 1:  # several ranks ask together, or not at all
-            nearest = self.nearest(step)
-            start = nearest.step if nearest else 0
-            if self._state is None or not start <= self._state.step <= step:
+    def go_to(self, step: int, say: Callable[[str], None] | None = None, is_to_run: bool = False) -> None:
+        """Brings the state to a step, from where it is or from the nearest checkpoint before. With `is_to_run` not from one of that very
+        step, whose content may be what went wrong."""
+        begin = max(step - 1, self.plan.parent.step if self.plan.parent else 0) if is_to_run else step
+
+        def is_on_the_way(start: int) -> bool:
+            return self._state is not None and start <= self._state.step <= step and self._loaded_step <= begin
+
+        # several ranks ask together, or not at all
+        if not is_on_the_way(self._newest_name(begin)) or self.accelerator.num_processes > 1:
+            nearest = self.nearest(begin)
+            if not is_on_the_way(nearest.step if nearest else 0):
                 self.begin_at(nearest)
         if say and self._state.step < step:
             first = self._state.step + 1
@@ -162,7 +169,11 @@ class Rerun:
             self.begin_at(stored.get(starts[middle]))
             while self.first_difference is None and self._state.step < starts[middle + 1]:
                 self.advance()
-                self.compare_state()
+                other = None if self.first_difference else self.stored_difference()
+                if other:  # after that step's figures, and before the next one's
+                    begun = min(other.step + 1, max(self.history.keys() | self.refused.keys()))
+                    about = f"{other.quantity} where it begins" if begun > other.step else other.quantity
+                    self.first_difference = replace(other, step=begun, quantity=about)
             if self.first_difference:
                 broken, found = middle, self.first_difference
             else:
@@ -170,21 +181,21 @@ class Rerun:
         self.first_difference = found
         return found, probes
 
-    def compare_state(self) -> None:
-        """Where a checkpoint of the state's step is stored, compares every tensor with it, to the bit."""
+    def stored_difference(self) -> Difference | None:
+        """Where a checkpoint of the state's step is stored, the first tensor that is not the same, to the bit."""
         step = self._state.step
-        if self.first_difference or not (self.store.directory / f"step-{step:08d}").is_dir():
-            return
+        if not (self.store.directory / f"step-{step:08d}").is_dir():
+            return None
         kept = self.store.find(step)
         if kept.manifest.kind != "full":
-            return
+            return None
         tensors, _ = snapshot.Live(self._state).copied()
         stored = snapshot.stored_tensors(kept)
         for name, live in tensors.items():
             is_same = name in stored and torch.equal(_bits(live.detach().cpu()), _bits(stored[name]))
             if not is_same:
-                self.first_difference = Difference(step, f"tensor {name}", "as stored", "another")
-                return
+                return Difference(step, f"tensor {name}", "as stored", "another")
+        return None
 
     def advance(self) -> loop.StepReport:
         """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""

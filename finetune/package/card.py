@@ -177,18 +177,31 @@ def _recipe(facts: Facts) -> str:
     world = facts.manifest.world
     environment = [(name, version) for name, version in facts.manifest.versions.items()]
     environment += [(name.replace("_", " "), str(value)) for name, value in world.items()]
-    commands = (
-        f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
-    )
     return "\n\n".join(
         [
-            f"```console\n{commands}\n```",
+            f"```console\n{_commands(facts)}\n```",
             "with [training/recipe.yaml](training/recipe.yaml); files are named without their folders:",
             f"```yaml\n{record.recipe(facts.plan)}```",
+            *_beginning(facts.plan),
             "Environment of the training:",
             _table(("", ""), environment),
         ]
     )
+
+
+def _commands(facts: Facts) -> str:
+    return (
+        f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
+    )
+
+
+def _beginning(plan: Plan) -> list[str]:
+    """What the recipe does not say of a branch: it holds from a step on."""
+    if not plan.parent or not plan.parent.step:
+        return []
+    ref = plan.parent.ref
+    text = f"The training branched off `{ref}`: up to that step the recipe of that run holds, and these commands train all steps by this one."
+    return [text + " `finetune branch` of that checkpoint gives the same weights."]
 
 
 def _lineage(facts: Facts) -> str:

@@ -181,12 +181,12 @@ def test_what_cannot_be_is_refused_in_words(run, tmp_path) -> None:
 
 
 def test_a_branch_that_was_cut_off_while_it_was_made_is_made_anew(run, tmp_path, monkeypatch) -> None:
-    from finetune.debug import branch as branches
+    from finetune.debug import branch_run
 
     def cut(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(branches, "_past_of", cut)
+    monkeypatch.setattr(branch_run, "_past_of", cut)
     with pytest.raises(KeyboardInterrupt):
         branch(f"{run}@8", tmp_path / "made", Choices())
     monkeypatch.undo()
@@ -266,7 +266,7 @@ def test_held_out_figures_of_other_rows_are_not_carried_over(run, tmp_path, chat
     changed = f"data.holdout=[{{path: {few}}}]"
     made = branch(f"{run}@20", tmp_path / "made", Choices((changed, "train.steps=24")))
     evaluated = journal.evaluations(journal.read(made))
-    assert list(evaluated) == [20, 24] and all(each["rows"] == 3 for each in evaluated.values())
+    assert list(evaluated) == [24] and evaluated[24]["rows"] == 3
 
 
 def test_a_long_list_of_rows_is_a_list() -> None:

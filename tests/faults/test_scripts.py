@@ -63,3 +63,8 @@ def test_trainings_whose_power_was_cut_end_as_if_it_had_not_been(tmp_path) -> No
 @pytest.mark.parametrize(("group", "points", "modes"), [("1", 8, "before,torn,term,unsynced"), ("2:0", 3, "torn,term")])
 def test_ckpt_chaos_passes(group, points, modes, tmp_path) -> None:
     run("chaos", "--groups", group, "--points", points, "--modes", modes, "--work", tmp_path, seconds=880)
+
+
+@pytest.mark.slow
+def test_bisect_names_the_step_and_the_row_of_faults_of_all_kinds(tmp_path) -> None:
+    run("zoo", "--work", tmp_path / "zoo")

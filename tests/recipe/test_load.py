@@ -158,7 +158,7 @@ def test_problems_of_the_file_come_by_line_and_those_of_set_after_them():
     assert complaint(text, "guard.spike=no").splitlines() == [
         "recipe.yaml:1: base.checkpoint: must not be empty",
         "recipe.yaml:9: train.epochs: must be a whole number, not `x`",
-        "--set: guard.spike: must be `ignore`, `warn` or `stop`, not `no`",
+        "--set: guard.spike: must be `ignore`, `warn`, `skip`, `rollback` or `stop`, not `no`",
     ]
 
 

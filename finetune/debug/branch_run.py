@@ -1,0 +1,125 @@
+"""Floor 7. The directory of a branch: a linked checkpoint, the records that led to it, and last its plan.
+
+Until the plan is there, there is no run, and the same command begins anew.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from finetune import journal
+from finetune import plan as plans
+from finetune.checkpoints.durable import failures, replace_file
+from finetune.checkpoints.lease import Lease
+from finetune.checkpoints.manifest import Checkpoint, Manifest
+from finetune.checkpoints.store import RESUME_FILES, Store
+from finetune.errors import RunError
+from finetune.opening import WORLD
+from finetune.plan import Plan
+from finetune.recipe.load import dumps
+from finetune.recipe.schema import Recipe
+from finetune.trainer_state import HISTORY, without_evaluations
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What the directory is made of. Without a checkpoint the branch begins at the base."""
+
+    path: Path
+    origin: Path
+    plan: Plan
+    facts: dict
+    recipe: Recipe
+    checkpoint: Checkpoint | None
+    is_optimizer_reset: bool
+
+    @cached_property
+    def is_comparable(self) -> bool:
+        """Whether the held-out figures of both runs are about the same examples."""
+        return _has_same_holdout(plans.load(self.origin)[0], self.plan)
+
+
+def is_there(run: Path, plan: Plan) -> bool:
+    """Whether the branch was made before, by the same command. RunError where there is another run."""
+    if not (run / "plan.json").exists():
+        return False
+    if plan.plan_id in plans.load(run)[0].plan_ids:
+        return True
+    raise RunError("is another run", where=str(run), hint="use another --run")
+
+
+def make(branch: Branch, held: Lease) -> None:
+    """Makes the directory. RunError where it has checkpoints of something else."""
+    run, plan = branch.path, branch.plan
+    store, ours = Store(run), {"ref": plan.parent.ref, "digest": plan.parent.digest}
+    for left in store.checkpoints():  # of a branch that was cut off while it was made
+        if left.manifest.parent != ours:
+            hint = "use another --run; if it is a run that lost its plan.json, restore that"
+            raise RunError("has checkpoints of something else", where=str(run), hint=hint)
+        store.remove(left)
+    if branch.checkpoint:
+        Store(branch.origin).pin(branch.checkpoint.step, f"branch-{branch.facts['run']}")
+        store.pin(branch.checkpoint.step, "begin")  # every step of the branch is run again from here
+        _link(branch, store, held)
+    (run / "journal.jsonl").unlink(missing_ok=True)
+    writer = journal.Journal(run)
+    for record in _past_of(branch):
+        writer.append(record)
+    parent = {name: value for name, value in plan.parent.model_dump(mode="json").items() if name != "step"}
+    writer.append(journal.event("branched", held.attempt, step=plan.parent.step, **parent))
+    writer.sync()
+    writer.close()
+    with failures(run, RunError):
+        replace_file(run / "recipe.yaml", dumps(branch.recipe).encode())
+        replace_file(run / "plan.json", plan.dump(branch.facts))
+
+
+def _link(branch: Branch, store: Store, held: Lease) -> None:
+    """The checkpoint as the first one of the branch; of the optimizer nothing, where it is reset, and of held-out figures nothing, where
+    other rows are held out."""
+    plan, checkpoint = branch.plan, branch.checkpoint
+    attempt = store.begin(checkpoint.step, held.attempt)
+    left_out = {*(RESUME_FILES if branch.is_optimizer_reset else ()), *(() if branch.is_comparable else (HISTORY,))}
+    for name, record in checkpoint.manifest.files.items():
+        if name not in left_out:
+            attempt.link(name, checkpoint.path / name, record)
+    if not branch.is_comparable and HISTORY in checkpoint.manifest.files:
+        history = json.loads((checkpoint.path / HISTORY).read_bytes())
+        attempt.write_json(HISTORY, without_evaluations(history))
+    if branch.is_optimizer_reset:
+        attempt.write_tensors("optimizer.safetensors", [], {})
+        record = {"step": checkpoint.step, "optimizer": plan.recipe.optimizer.name, "scalars": {}}
+        attempt.write_json("state.json", record)
+    manifest = Manifest(
+        run=branch.facts["run"],
+        attempt=held.attempt,
+        step=checkpoint.step,
+        parent={"ref": plan.parent.ref, "digest": checkpoint.manifest.digest},
+        plan_id=plan.plan_id,
+        amendments=checkpoint.manifest.amendments,
+        metrics=checkpoint.manifest.metrics if branch.is_comparable else {},
+        versions=branch.facts["versions"],
+        world={name: branch.facts[name] for name in WORLD},
+        created=journal.now(),
+    )
+    store.commit(attempt, manifest, held.check)
+
+
+def _has_same_holdout(old: Plan, new: Plan) -> bool:
+    if (old.holdout, old.encoding, old.holdout_counts) != (new.holdout, new.encoding, new.holdout_counts):
+        return False
+    if isinstance(new.recipe.data.holdout, list):
+        return True
+    drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout) for plan in (old, new)]  # from these rows
+    return drawn[0] == drawn[1]
+
+
+def _past_of(branch: Branch) -> list[dict]:
+    """The steps that led here, for the guard and the loss curve, and what was evaluated."""
+    records, step = journal.read(branch.origin), branch.plan.parent.step
+    trained = [record for number, record in sorted(journal.steps(records).items()) if number <= step]
+    if not branch.is_comparable:
+        return trained
+    evaluated = journal.that_count(records, lambda record: record.get("event") == "evaluated")
+    return trained + [record for number, record in sorted(evaluated.items()) if number <= step]
