@@ -38,7 +38,9 @@ def measured(training: Training, rounds: int) -> Part:
     share = inside.median(recorded) / seconds.median(recorded)
     goals = [
         Goal("recorder's share of a step", share, 0.005, "%"),
-        Goal("a recorded step, beyond one that is not", seconds.median(recorded) / seconds.median(bare) - 1, 0.005, "%"),
+        Goal(
+            "a recorded step, beyond one that is not", seconds.median(recorded) / seconds.median(bare) - 1, 0.005, "%"
+        ),
     ]
     return Part([seconds, inside], goals)
 
