@@ -25,7 +25,8 @@ def generate(
 def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
     opened = open_model(text)
     tokenizer = base.load_tokenizer(opened.directory)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # asked whether it is there: a build of torch for GPUs names its kind of device on any machine
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = opened.model.to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = []
