@@ -399,6 +399,23 @@ def package(ref: str, directory: Path, is_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", metavar="DIR|REF")
+@click.option("--to", "target", metavar="OWNER/NAME|folder:PATH", help="Default: publish.repo of the recipe of a REF.")
+@click.option("--branch", default="main", show_default=True, help="The branch that will have the package.")
+@click.option("--tag", help="A tag for the commit.")
+@click.option("--public", "is_public", is_flag=True, help="A repository that is made is public. Default: private.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only say what would happen.")
+@JSON
+def publish(source: str, target: str | None, is_public: bool, is_json: bool, **choices: object) -> None:
+    """Put a package on the Hub as it is, in one commit, or not at all."""
+    from finetune.package import publish as publishing
+
+    directory, target, is_private = publishing.prepared(source, target, is_public)
+    facts = publishing.publish(directory, target, publishing.Choices(is_private=is_private, **choices))
+    _print(facts, publishing.listing(facts), is_json)
+
+
+@cli.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 def schema(file: Path | None) -> None:
     """Print the JSON Schema of recipes, or write it to a file."""

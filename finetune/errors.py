@@ -8,7 +8,8 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 ├── RunError                          a run directory that is in use, unwritable or of another recipe
 ├── CheckpointError                   a checkpoint that is missing, damaged, foreign or from the future
 ├── NotFiniteError                    a loss or gradient norm that is not a number: the step was refused
-└── PackageError                      a package that is not what was trained
+├── PackageError                      a package that is not what was trained, or has what must not go out
+└── PublishError                      a Hub or a folder that refuses, or ends up with something else
 Stopped                      exit 143 or 130: a signal asked for the end, and the last finished step is committed
 """
 
@@ -96,3 +97,7 @@ class Stopped(Exception):
     def __init__(self, signal_number: int):
         self.exit_code = 128 + signal_number
         super().__init__(f"stopped by signal {signal_number}")
+
+
+class PublishError(FinetuneError):
+    code = "publish"

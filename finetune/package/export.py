@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from finetune import journal
 from finetune.checkpoints.loading import Opened, open_model, run_of
-from finetune.checkpoints.refs import parse
+from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
@@ -70,6 +70,11 @@ def package(ref: str, directory: Path) -> dict:
         refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
+
+
+def checkpoint_of(ref: str) -> tuple[Path, int]:
+    """The run and the step of what a ref names. PackageError where it is no checkpoint of a run."""
+    return _run_of(ref), find(parse(ref)).step
 
 
 def _run_of(ref: str) -> Path:

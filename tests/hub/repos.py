@@ -91,18 +91,30 @@ class Repo:
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """What was uploaded for LFS, by its hash, committed or not."""
 
     def __post_init__(self) -> None:
         self.branches["main"] = self._add({}, None, "initial commit")
 
     def commit(self, files: Mapping[str, bytes | None], branch: str = "main", title: str = "a commit") -> str:
         """Moves a branch, made at `main` if need be, to a tree with these files changed (None: deleted)."""
+        return self.change(
+            {
+                path: None if content is None else File(content, is_lfs(path, len(content)))
+                for path, content in files.items()
+            },
+            branch,
+            title,
+        )
+
+    def change(self, files: Mapping[str, File | None], branch: str, title: str) -> str:
+        """The same with files as they are stored."""
         parent = self.branches.get(branch, self.branches["main"])
-        changed = {
-            path: File(content, _is_lfs(path, content)) for path, content in files.items() if content is not None
-        }
-        kept = {path: file for path, file in self.commits[parent].files.items() if path not in files}
-        self.branches[branch] = self._add(kept | changed, parent, title)
+        before = self.commits[parent].files
+        after = {path: file for path, file in {**before, **files}.items() if file is not None}
+        self.objects |= {file.sha256: file.content for file in after.values() if file.is_lfs}
+        self.branches[branch] = self._add(after, parent, title)
         return self.branches[branch]
 
     def commit_directory(self, directory: Path, branch: str = "main") -> str:
@@ -129,5 +141,5 @@ def git_hash(kind: str, content: bytes) -> str:
     return hashlib.sha1(b"%s %d\0%s" % (kind.encode(), len(content), content)).hexdigest()
 
 
-def _is_lfs(path: str, content: bytes) -> bool:
-    return len(content) >= LFS_BYTES or any(fnmatch(path, pattern) for pattern in LFS)
+def is_lfs(path: str, size: int) -> bool:
+    return size >= LFS_BYTES or any(fnmatch(path, pattern) for pattern in LFS)

@@ -1,19 +1,24 @@
-"""The Hub's answers over HTTP on the loopback: info, tree, refs, files; and the faults that a test orders.
+"""The Hub over HTTP on the loopback: what it answers to readers (info, tree, refs, files), and the faults that a test orders.
 
 Requests are rows of `ROUTES`: a method, a pattern of the path, the function that answers. Every request is recorded in
 `Hub.requests`. The server answers in threads that die with it, and stops by itself after `seconds`.
 """
 
-import json
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.hub import writes
+from tests.hub.answers import Answer, Refused, Request, as_json
 from tests.hub.repos import Commit, File, MissingError, Repo, git_hash
+from tests.hub.writes import User
 
 REQUEST_BYTES = 64 * 2**20
 IDLE_SECONDS = 20
@@ -22,45 +27,23 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of this method whose path matches: a status, or a cut connection."""
+    """What goes wrong with the next `times` requests of this method whose path matches, after `skip` that do not."""
 
     method: str
     pattern: str
     status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_landed: bool = False
+    """Whether the request is answered as usual, and only its reply is lost."""
     cut_after_bytes: int | None = None
+    is_corrupt: bool = False
+    """Whether one bit of the reply is flipped."""
+    seconds: float = 0.0
+    """How long the answer takes."""
+    call: Callable[[], None] | None = None
+    """What happens in between: before the request is answered, or after it where it is landed."""
     times: int = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    method: str
-    path: str
-    query: Mapping[str, list[str]] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
-
-    @property
-    def token(self) -> str | None:
-        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-
-    def is_set(self, name: str) -> bool:
-        return self.query.get(name, [""])[0].lower() in ("true", "1")
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int = 200
-    body: bytes = b""
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-class Refused(Exception):
-    """An answer that ends the request early."""
-
-    def __init__(self, status: int, code: str, message: str, commit: str | None = None):
-        headers = {"X-Error-Code": code, "X-Error-Message": message} | ({"X-Repo-Commit": commit} if commit else {})
-        self.answer = as_json({"error": message}, status, headers)
-        super().__init__(message)
+    skip: int = 0
 
 
 class Hub:
@@ -70,10 +53,15 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.users: dict[str, User] = {}
+        """By token."""
+        self.uploaded_bytes = 0
+        self.xet_directory: Path | None = None
         self.page_entries = page_entries
         self.is_up = True
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (_Handler,), {"hub": self}))
+        self._writing = threading.RLock()
+        self._server = _Server(("127.0.0.1", port), type("Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -100,8 +88,8 @@ class Hub:
         self.repos[kind, name] = Repo(kind, name, **facts)
         return self.repos[kind, name]
 
-    def fail(self, method: str, pattern: str, status: int = 503, times: int = 1) -> None:
-        self.faults.append(Fault(method, pattern, status=status, times=times))
+    def fail(self, method: str, pattern: str, status: int = 503, **how: object) -> None:
+        self.faults.append(Fault(method, pattern, status=status, **how))
 
     def cut(self, method: str, pattern: str, after_bytes: int, times: int = 1) -> None:
         """The connection of the next such request ends after so many bytes of its body."""
@@ -115,7 +103,14 @@ class Hub:
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
-                if fault.times and fault.method == request.method and re.search(fault.pattern, request.path):
+                if (
+                    fault.times
+                    and re.search(f"^({fault.method})$", request.method)
+                    and re.search(fault.pattern, request.path)
+                ):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     return fault
         return None
@@ -125,7 +120,8 @@ class Hub:
             if request.method == method and (match := re.fullmatch(pattern, request.path)):
                 parts = {name: unquote(text) for name, text in match.groupdict(default="").items()}
                 try:
-                    return respond(self, request, **parts)
+                    with self._writing:
+                        return respond(self, request, **parts)
                 except Refused as refusal:
                     return refusal.answer
                 except MissingError as missing:
@@ -138,10 +134,6 @@ class Hub:
         if repo is None or (repo.is_private and request.token not in repo.readers):
             raise Refused(404 if request.token else 401, "RepoNotFound", "Repository not found")
         return repo
-
-
-def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"} | dict(headers or {}))
 
 
 def info(hub: Hub, request: Request, kind: str, name: str, revision: str) -> Answer:
@@ -239,7 +231,15 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", rf"{_REPO}/commits/(?P<revision>[^/]+)", history),
     ("HEAD", _FILE, resolve),
     ("GET", _FILE, resolve),
+    *writes.ROUTES,
 ]
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, address: object) -> None:
+        """Clients that were killed are part of the stories."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -259,9 +259,20 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.title(): value for name, value in self.headers.items()}
         request = Request(self.command, url.path, parse_qs(url.query), headers, body)
         fault = self.hub.fault_of(request)
-        if fault is not None and fault.status is not None:
-            return self._send(as_json({"error": "a fault that the test ordered"}, fault.status), None)
-        return self._send(self.hub.answer(request), fault.cut_after_bytes if fault else None)
+        if fault is None:
+            return self._send(self.hub.answer(request), None)
+        time.sleep(fault.seconds)
+        if fault.call and not fault.is_landed:
+            fault.call()
+        answer = as_json({"error": "a fault that the test ordered"}, fault.status or 500, fault.headers)
+        if fault.status is None or fault.is_landed:
+            regular = self.hub.answer(request)
+            answer = regular if fault.status is None else answer
+        if fault.call and fault.is_landed:
+            fault.call()
+        if fault.is_corrupt and answer.body:
+            answer = replace(answer, body=answer.body[:-1] + bytes([answer.body[-1] ^ 1]))
+        return self._send(answer, fault.cut_after_bytes)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

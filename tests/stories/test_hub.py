@@ -5,7 +5,6 @@ Commands run in processes of their own, since `huggingface_hub` reads the addres
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,22 +17,9 @@ import pytest
 
 from finetune import journal
 from tests.hub import Hub
+from tests.hub.client import environment, in_turn
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of nothing
-RUN_IN_TURN = """
-import contextlib, io, json, sys
-from finetune.cli import main
-results = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv, printed, said, code = ["finetune", *arguments], io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    results.append([code, printed.getvalue(), said.getvalue()])
-print(json.dumps(results))
-"""
 
 
 @pytest.fixture
@@ -45,17 +31,7 @@ def hub():
 @pytest.fixture
 def online(hub: Hub, tmp_path: Path) -> dict[str, str]:
     """The environment of a user of this Hub, with an empty cache and no token."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "huggingface"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "FINETUNE_CACHE": str(tmp_path / "cache"),
-        "NO_PROXY": "127.0.0.1",
-    }
+    return environment(hub, tmp_path)
 
 
 @pytest.fixture
@@ -74,15 +50,6 @@ def rows(hub: Hub, chat_data: Path):
     repo = hub.add("dataset", "tiny/rows")
     repo.commit({"README.md": b"# Rows\n", "train.jsonl": (chat_data / "train.jsonl").read_bytes()})
     return repo
-
-
-def in_turn(env: dict[str, str], *commands: tuple[object, ...]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each command; all in one process, as starting one takes seconds."""
-    arguments = json.dumps([[str(part) for part in command] for command in commands])
-    command = [sys.executable, "-c", RUN_IN_TURN, arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr  # it ends with the traceback
-    return [tuple(result) for result in json.loads(done.stdout)]
 
 
 def plan_of(done: subprocess.CompletedProcess) -> dict:

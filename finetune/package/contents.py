@@ -1,0 +1,149 @@
+"""Floor 7. What may be in a package: files by name, and by content nothing that runs, unpickles, or is a secret. `publish` and `verify` ask.
+
+Names are a list of what is allowed, not of what is not; what a file is, its first bytes say, not its name.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.errors import PackageError
+
+ALLOWED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.gguf",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "README.md",
+    "LICEN[SC]E*",
+    "NOTICE*",
+    "provenance.intoto.jsonl",
+    "bom.cdx.json",
+    "model.sig",
+    "checkpoints.json",
+    "training/recipe.yaml",
+    "training/journal.jsonl",
+    "training/loss.png",
+    "training/probe.json",
+    ".eval_results/*.yaml",
+    ".gitattributes",
+)
+TEXT = (".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt", ".sig")
+RUNS = {
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"#!": "a script",
+    b"\xcf\xfa\xed\xfe": "a program",
+    b"PK\x03\x04": "a zip archive",
+}
+PICKLE = re.compile(rb"\A\x80[\x02-\x05]")  # PROTO, the first opcode since protocol 2
+OLD_PICKLE = re.compile(rb"\A[(\]}]?(c[\w.]+\n\w+\n|\(lp|\(dp)")  # protocols 0 and 1 are text
+SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "an AWS key": r"\bA(KIA|SIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a Google key": r"\bAIza[0-9A-Za-z_-]{35}",
+    "a Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+SHORTEST_SECRET = 8
+PLACE = re.compile(
+    r"""(?<![\w.:/<])/(?:home|root|Users|mnt|tmp|var/(?:tmp|lib|folders)|data|workspace|scratch|srv)/[^\s"'<>]+"""
+)
+
+
+class Finding(NamedTuple):
+    """One thing wrong with a package. `file` is relative to it."""
+
+    check: str
+    file: str
+    tensor: str | None
+    message: str
+
+
+def contents(directory: Path) -> dict[str, Path]:
+    """The files of a package by name. PackageError where there is none, or something is in it that must not go out."""
+    if not directory.is_dir():
+        raise PackageError("is not a folder", where=str(directory), hint="name a folder that `finetune package` made")
+    for finding in findings(directory):
+        hint = "remove it; nothing was published"
+        raise PackageError(f"{finding.check}: {finding.file} {finding.message}", where=str(directory), hint=hint)
+    return files_of(directory)
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path for path in paths}
+
+
+def findings(directory: Path, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Everything in a folder that has no place in a package."""
+    secret = secrets_of(environment)
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_symlink():
+            yield Finding("symlink", name, None, "is a link: what it leads to is not in the package")
+        elif path.is_file():
+            if not any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED):
+                yield Finding("allowed", name, None, "is no file of a package")
+            yield from of_content(name, path, secret)
+        elif not path.is_dir():
+            yield Finding("allowed", name, None, "is neither a file nor a folder")
+
+
+def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """Secrets that this process was given, by the name of their variable."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if SECRET_NAMES.search(name) and len(value) >= SHORTEST_SECRET and not value.isdecimal() and "/" not in value
+    }
+
+
+def of_content(name: str, path: Path, secret: Mapping[str, str]) -> Iterator[Finding]:
+    """What a file is, whatever it is called, and what it must not tell."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if what := next((what for magic, what in RUNS.items() if head.startswith(magic)), None):
+        yield Finding("runs", name, None, f"is {what}")
+    if PICKLE.match(head) or OLD_PICKLE.match(head):
+        yield Finding("pickle", name, None, "is a pickle: loading it runs code")
+    if path.suffix in TEXT or path.name.startswith(("LICEN", "NOTICE")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif path.suffix == ".safetensors":
+        text = _header(path)
+    else:
+        return
+    for what, pattern in SECRETS.items():
+        if re.search(pattern, text):
+            yield Finding("secret", name, None, f"holds {what}")
+    for variable, value in secret.items():
+        if value in text:
+            yield Finding("secret", name, None, f"holds what {variable} is set to")
+    if path.name != "tokenizer.json" and (match := PLACE.search(text)):  # a vocabulary may have any word
+        yield Finding("private", name, None, f"names {match[0][:80]}, a place of somebody's machine")
+
+
+def _header(path: Path) -> str:
+    """The header of a safetensors file: its metadata can say anything."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(min(length, 100_000_000)).decode(errors="replace")

@@ -1,0 +1,179 @@
+"""Floor 7. A package goes to the Hub, or to a folder: staged, compared file by file with what it should be, promoted, tagged; `cli` calls it.
+
+At every moment the target has the old tree or the new one. Whatever was interrupted is taken up by the same command: what is uploaded is
+not uploaded again, what is committed is not committed again.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune import plan as plans
+from finetune.checkpoints.store import failures, make_directory, sync_directory
+from finetune.errors import PublishError
+from finetune.package.contents import contents, files_of
+from finetune.package.repository import Repository, differences
+
+FOLDER = "folder:"
+STAGING = "staging-"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a package is published."""
+
+    branch: str = "main"
+    tag: str | None = None
+    is_private: bool = True
+    """Of a repository that is made; one that is there stays as it is."""
+    is_dry_run: bool = False
+
+
+def publish(directory: Path, target: str, choices: Choices) -> dict:
+    """{target, revision, uploaded_bytes, commits, files, …}, as `publish --json` prints it.
+
+    PublishError where the target is out of reach, refuses, or has something else in the end; PackageError for what must not go out.
+    """
+    files = contents(directory)
+    if target.startswith(FOLDER):
+        return _to_folder(files, Path(target.removeprefix(FOLDER)), choices)
+    return _to_hub(files, target, choices)
+
+
+def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, str, bool]:
+    """The package, where it goes, and whether that is private. A checkpoint is packaged first, in its run; the package stays there, and a
+    second call takes it."""
+    directory = Path(source)
+    if directory.is_dir() and not (directory / "plan.json").exists() and not (directory / "manifest.json").exists():
+        if target is None:
+            raise PublishError("says not where to", where=source, hint="use --to OWNER/NAME or --to folder:PATH")
+        return directory, target, not is_public
+    from finetune.package import export  # the heavy half
+
+    run, step = export.checkpoint_of(source)
+    asked = plans.load(run)[0].recipe.publish
+    if target is None and asked is None:
+        hint = "use --to OWNER/NAME or --to folder:PATH, or set publish.repo in the recipe"
+        raise PublishError("says not where to", where=source, hint=hint)
+    directory = run / "packages" / f"step-{step:08d}"
+    if not directory.exists():
+        export.package(f"{run}@{step}", directory)
+    return directory, target or asked.repo, not is_public if asked is None else asked.private and not is_public
+
+
+def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
+    repository = Repository(name)
+    user = repository.whoami()["name"]
+    there = repository.facts()
+    branches = repository.branches() if there else {}
+    head = branches.get(choices.branch)
+    tree = repository.tree(head) if head else {}
+    changes = differences(tree, files)
+    facts = {
+        "target": name,
+        "user": user,
+        "is_new": there is None,
+        "private": there["private"] if there else choices.is_private,
+        "branch": choices.branch,
+        "tag": choices.tag,
+        "files": [{"name": one, "bytes": path.stat().st_size} for one, path in files.items()],
+        "changes": {
+            one: "removed" if change is None else "new" if one not in tree else "changed"
+            for one, change in changes.items()
+        },
+        "uploaded_bytes": sum(change.stat().st_size for change in changes.values() if change),
+    }
+    if choices.is_dry_run:
+        return facts | {"revision": head, "commits": 2 if changes else 0, "is_dry_run": True}
+    if there is None:
+        repository.create(choices.is_private)
+        head = None
+    if head is None:
+        head = _begun(repository, choices.branch)
+    title = f"Publish {choices.tag or digest(files)[:12]}"
+    staging = STAGING + digest(files)[:12]
+    revision = head
+    if changes:
+        _stage(repository, staging, files, head, f"Stage: {title}")
+        revision = repository.commit(choices.branch, files, head, title)
+        _refuse_other(repository, revision, files, choices.branch)
+    if changes or staging in branches:  # left by a call that was killed after its last commit
+        repository.remove_branch(staging)
+    if choices.tag:
+        repository.add_tag(choices.tag, revision)
+    return facts | {"revision": revision, "commits": repository.commits, "is_dry_run": False}
+
+
+def _begun(repository: Repository, branch: str) -> str:
+    """The head of a branch that may have to be made, at the first commit."""
+    if branch not in repository.branches():
+        repository.add_branch(branch, repository.first_commit())
+    return repository.branches()[branch]
+
+
+def _stage(repository: Repository, staging: str, files: dict[str, Path], head: str, title: str) -> None:
+    """Uploads to a branch beside the target, and compares that with the package, file by file."""
+    repository.add_branch(staging, head)
+    staged = repository.commit(staging, files, repository.branches()[staging], title)
+    _refuse_other(repository, staged, files, staging)
+
+
+def _refuse_other(repository: Repository, revision: str, files: dict[str, Path], branch: str) -> None:
+    if wrong := sorted(differences(repository.tree(revision), files)):
+        message = f"{branch} does not have what was uploaded: {', '.join(wrong[:3])}"
+        raise PublishError(message, where=repository.name, hint="publish again; if it stays so, report it")
+
+
+def digest(files: dict[str, Path]) -> str:
+    """SHA-256 over names and contents: the same package has the same staging branch."""
+    whole = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _to_folder(files: dict[str, Path], target: Path, choices: Choices) -> dict:
+    """A copy beside the target, synced and compared, that takes its place by one exchange of names."""
+    total = sum(path.stat().st_size for path in files.values())
+    facts = {"target": f"{FOLDER}{target}", "revision": digest(files), "uploaded_bytes": total, "commits": 1}
+    facts |= {"files": [{"name": one, "bytes": path.stat().st_size} for one, path in files.items()]}
+    is_same = target.is_dir() and any(target.iterdir()) and digest(files_of(target)) == facts["revision"]
+    if choices.is_dry_run or is_same:
+        return facts | ({"uploaded_bytes": 0, "commits": 0} if is_same else {}) | {"is_dry_run": choices.is_dry_run}
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
+    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    try:
+        with failures(target, PublishError):
+            make_directory(target.parent)
+            for name, path in files.items():
+                copy = staging / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+                with copy.open("rb") as file:
+                    os.fsync(file.fileno())
+            for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+                sync_directory(folder)
+            if digest(files_of(staging)) != facts["revision"]:
+                raise PublishError("the copy is not what was copied", where=str(target), hint="look at this disk")
+            os.rename(staging, target)
+            sync_directory(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return facts | {"is_dry_run": False}
+
+
+def listing(facts: dict) -> str:
+    """The same for a reader."""
+    kind = "" if facts["target"].startswith(FOLDER) else f", {'private' if facts['private'] else 'public'}"
+    lines = [f"{facts['target']}{kind}"]
+    lines += [f"  {what}: {name}" for name, what in facts.get("changes", {}).items()]
+    size = sum(file["bytes"] for file in facts["files"])
+    lines.append(f"{len(facts['files'])} files, {size:,} bytes; {facts['uploaded_bytes']:,} to upload")
+    if facts["is_dry_run"]:
+        return "\n".join([*lines, f"would make {facts['commits']} commits"])
+    return "\n".join([*lines, f"published {facts['revision']} in {facts['commits']} commits"])

@@ -1,0 +1,210 @@
+"""Floor 7. A repository of the Hub, written to: its trees, and commits that land once or not at all; only `publish` calls it.
+
+Every request is tried again where trying again can help. A commit whose reply was lost is recognised by the tree that it left, so that it
+is never made twice (https://huggingface.co/docs/huggingface_hub/package_reference/hf_api, `create_commit`).
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from httpx2 import HTTPError, RequestError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from finetune.errors import PublishError
+
+TRIES = 6
+FIRST_WAIT_SECONDS = 0.5
+MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
+PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file of a tree, by what the Hub says of it."""
+
+    size: int
+    oid: str
+    """Of the git blob."""
+    sha256: str | None
+    """Of the content, where it is stored by LFS or Xet."""
+
+    def is_same(self, content: Path | bytes) -> bool:
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        if size != self.size:
+            return False
+        if self.sha256:
+            return _hash(content, hashlib.sha256()) == self.sha256
+        return _hash(content, hashlib.sha1(b"blob %d\0" % size)) == self.oid
+
+
+Tree = Mapping[str, Stored]
+Files = Mapping[str, Path | bytes]
+
+
+def differences(tree: Tree, files: Files) -> dict[str, Path | bytes | None]:
+    """What has to change in a tree so that it has these files and no others; None for what goes."""
+    changed = {name: content for name, content in files.items() if name not in tree or not tree[name].is_same(content)}
+    return changed | dict.fromkeys(name for name in tree if name not in files and name != ".gitattributes")
+
+
+class Repository:
+    """A model repository, by name. The token is what the Hub's own library finds: HF_TOKEN, or the store of `hf auth login`."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.commits = 0
+        """Made by this object."""
+        self._api = HfApi(library_name="finetune")
+
+    def whoami(self) -> dict:
+        """Whose token it is. PublishError where there is none, or it is no longer good."""
+        return self._ask(self._api.whoami)
+
+    def create(self, is_private: bool) -> None:
+        self._ask(lambda: self._api.create_repo(self.name, private=is_private, exist_ok=True))
+
+    def facts(self) -> dict | None:
+        """{private, gated}, or None where there is no such repository."""
+        try:
+            info = self._ask(lambda: self._api.model_info(self.name))
+        except _Missing:
+            return None
+        return {"private": bool(info.private), "gated": info.gated or False}
+
+    def branches(self) -> dict[str, str]:
+        """The commit at the head of each."""
+        return {ref.name: ref.target_commit for ref in self._refs().branches}
+
+    def tags(self) -> dict[str, str]:
+        return {ref.name: ref.target_commit for ref in self._refs().tags}
+
+    def tree(self, revision: str) -> dict[str, Stored]:
+        entries = self._ask(lambda: list(self._api.list_repo_tree(self.name, recursive=True, revision=revision)))
+        return {
+            entry.path: Stored(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        }
+
+    def first_commit(self) -> str:
+        """Branches begin there: they share no weights with each other."""
+        return self._ask(lambda: self._api.list_repo_commits(self.name))[-1].commit_id
+
+    def add_branch(self, name: str, at: str) -> None:
+        self._ask(lambda: self._api.create_branch(self.name, branch=name, revision=at, exist_ok=True))
+
+    def remove_branch(self, name: str) -> None:
+        try:
+            self._ask(lambda: self._api.delete_branch(self.name, branch=name))
+        except _Missing:  # the reply of an earlier try was lost
+            return
+
+    def add_tag(self, name: str, at: str) -> None:
+        """PublishError where the tag is there, at another commit."""
+        if (there := self.tags().get(name)) is None:
+            self._ask(lambda: self._api.create_tag(self.name, tag=name, revision=at, exist_ok=True))
+            there = self.tags()[name]
+        if there != at:
+            hint = "use another --tag, or delete that one on the Hub"
+            raise PublishError(f"the tag {name} is at another commit, {there[:8]}", where=self.name, hint=hint)
+
+    def commit(self, branch: str, files: Files, head: str, title: str) -> str:
+        """Makes a branch have these files and no others, in one commit on the head that is given, and returns the new head; the same head
+        where nothing has to change. PublishError where somebody else has moved the branch meanwhile."""
+
+        def attempt() -> str:
+            now = self.branches().get(branch)
+            changes = differences(self.tree(now), files) if now else {}
+            if now and not changes:
+                return now  # it landed before, and its reply was lost
+            if now != head:
+                hint = "look at what was committed there, and publish again"
+                raise PublishError(f"{branch} was moved by somebody else", where=self.name, hint=hint)
+            operations = [
+                CommitOperationDelete(name) if content is None else CommitOperationAdd(name, content)
+                for name, content in changes.items()
+            ]
+            made = self._api.create_commit(
+                self.name, operations, commit_message=title, revision=branch, parent_commit=head
+            )
+            self.commits += 1
+            return made.oid
+
+        return self._ask(attempt)
+
+    def _refs(self) -> object:
+        return self._ask(lambda: self._api.list_repo_refs(self.name))
+
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
+        wait = FIRST_WAIT_SECONDS
+        for tries_left in reversed(range(TRIES)):
+            try:
+                return request()
+            except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+                raise _Missing(f"has no such repository or revision: {_reason(error)}", where=self.name) from None
+            except HFValidationError as error:
+                raise PublishError(str(error), where=self.name, hint="a name is OWNER/NAME") from None
+            except (HTTPError, ConnectionError) as error:
+                if not tries_left or not _is_passing(error):
+                    raise _told(error, self.name) from None
+                time.sleep(_asked_wait(error) or wait)
+                wait *= 2
+        raise AssertionError("the last try returns or raises")
+
+
+class _Missing(PublishError):
+    """What was asked for is not there."""
+
+
+def _is_passing(error: Exception) -> bool:
+    return (
+        error.response.status_code in PASSING if isinstance(error, HfHubHTTPError) else isinstance(error, RequestError)
+    )
+
+
+def _asked_wait(error: Exception) -> float | None:
+    """Seconds that the Hub wants to be left alone (RateLimit, IETF draft; Retry-After, RFC 9110)."""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    limit = parse_ratelimit_headers(error.response.headers)
+    if limit and limit.remaining == 0:
+        return min(limit.reset_in_seconds + 1.0, MOST_WAIT_SECONDS)
+    after = error.response.headers.get("retry-after", "")
+    return min(float(after), MOST_WAIT_SECONDS) if after.isdecimal() else None
+
+
+def _told(error: Exception, name: str) -> PublishError:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    hints = {
+        401: "set HF_TOKEN to a token with write access, or `hf auth login`",
+        403: "use a token that may write to this owner's repositories",
+        400: "correct what the Hub refuses; nothing was committed",
+    }
+    return PublishError(
+        f"the Hub refuses: {_reason(error)}" if status else f"the Hub cannot be reached: {_reason(error)}",
+        where=name,
+        hint=hints.get(status, "publish again: what was uploaded is not uploaded twice"),
+    )
+
+
+def _reason(error: Exception) -> str:
+    told = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return told.strip().partition("\n")[0]
+
+
+def _hash(content: Path | bytes, digest: "hashlib._Hash") -> str:
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with content.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

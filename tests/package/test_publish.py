@@ -1,0 +1,197 @@
+"""Packages go to a Hub on the loopback, by the real client: the old tree or the new one at every moment, and nothing twice."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.hub import Hub
+from tests.hub.client import environment, in_turn
+from tests.hub.repos import File
+from tests.hub.writes import User
+
+TOKEN = "hf_" + "w" * 34
+OLD = {"README.md": b"---\nlicense: mit\n---\n# Old\n", "model.safetensors": b"old weights", "old.txt": b"gone"}
+CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n# New\n"
+
+
+@pytest.fixture
+def hub():
+    with Hub(seconds=280) as hub:
+        hub.users[TOKEN] = User("tiny")
+        yield hub
+
+
+@pytest.fixture
+def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return environment(hub, tmp_path, HF_TOKEN=TOKEN)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """Looks like a package: what is in it is not publish's to judge."""
+    directory = tmp_path / "package"
+    (directory / "training").mkdir(parents=True)
+    save_file({"a": torch.arange(4096.0)}, directory / "model-00001-of-00002.safetensors", {"format": "pt"})
+    save_file({"b": torch.arange(99.0)}, directory / "model-00002-of-00002.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text("{}\n")
+    (directory / "README.md").write_text(CARD)
+    (directory / "training/recipe.yaml").write_text("train: {steps: 2}\n")
+    return directory
+
+
+def files(package: Path) -> dict[str, bytes]:
+    return {path.relative_to(package).as_posix(): path.read_bytes() for path in package.rglob("*") if path.is_file()}
+
+
+def content(hub: Hub, revision: str = "main") -> dict[str, bytes]:
+    return {name: file.content for name, file in hub.repos["model", "tiny/new"].at(revision).files.items()}
+
+
+def publish(env: dict[str, str], package: Path, *more: str) -> dict:
+    ((code, printed, said),) = in_turn(env, ("publish", package, "--to", "tiny/new", "--json", *more))
+    assert code == 0, said
+    return json.loads(printed)
+
+
+def test_a_package_is_published_staged_promoted_and_tagged(hub, env, package) -> None:
+    facts = publish(env, package, "--tag", "v1")
+    repo = hub.repos["model", "tiny/new"]
+    assert content(hub) == files(package) and repo.is_private
+    assert repo.tags == {"v1": repo.branches["main"]} and facts["revision"] == repo.branches["main"]
+    assert list(repo.branches) == ["main"], "what was staged is gone"
+    assert facts["commits"] == 2 and len(repo.commits) == 3  # the first one came with the repository
+    assert hub.uploaded_bytes == sum(map(len, files(package).values())) + sum(
+        len(text) for name, text in files(package).items() if not name.endswith(".safetensors")
+    ), "weights once, small files with each of the two commits"
+
+
+def test_the_same_package_again_changes_nothing_and_uploads_nothing(hub, env, package) -> None:
+    first = publish(env, package, "--tag", "v1")
+    before, commits = hub.uploaded_bytes, len(hub.repos["model", "tiny/new"].commits)
+    again = publish(env, package, "--tag", "v1")
+    assert (again["commits"], again["uploaded_bytes"], again["revision"]) == (0, 0, first["revision"])
+    assert (hub.uploaded_bytes, len(hub.repos["model", "tiny/new"].commits)) == (before, commits)
+
+
+def test_what_is_not_in_the_package_goes_from_the_repository(hub, env, package) -> None:
+    hub.add("model", "tiny/new").commit(OLD | {".gitattributes": b"* text"})
+    (text, facts) = (in_turn(env, ("publish", package, "--to", "tiny/new", "--dry-run"))[0][1], publish(env, package))
+    assert "  removed: old.txt" in text and "  changed: README.md" in text and "would make 2 commits" in text
+    assert facts["changes"]["old.txt"] == "removed"
+    assert content(hub) == files(package) | {".gitattributes": b"* text"}
+
+
+def test_a_dry_run_asks_and_writes_nothing(hub, env, package) -> None:
+    facts = publish(env, package, "--dry-run")
+    assert facts["is_new"] and facts["private"] and facts["commits"] == 2
+    assert not hub.repos and not [request for request in hub.requests if request.method != "GET"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "times"),
+    [
+        ({"status": 503}, 1),
+        ({"status": 504, "is_landed": True}, 1),
+        ({"cut_after_bytes": 3}, 1),
+        ({"status": 429, "headers": {"RateLimit": '"api";r=0;t=0'}}, 2),
+        ({"status": 409}, 1),
+        ({"status": 412}, 1),
+        ({"seconds": 1.0}, 1),
+    ],
+    ids=["unavailable", "landed", "cut", "limited", "locked", "moved and back", "slow"],
+)
+def test_a_commit_that_went_wrong_once_lands_once(hub, env, package, fault, times) -> None:
+    hub.add("model", "tiny/new").commit(OLD)
+    how = dict(fault)
+    hub.fail("POST", "/commit/main$", how.pop("status", None), times=times, **how)
+    hub.fail("POST", "/commit/staging", fault.get("status"), times=times, **how)
+    publish(env, package)
+    assert content(hub) == files(package)
+    assert len(hub.repos["model", "tiny/new"].commits) == 4, "two before, one staged, one promoted"
+
+
+def test_a_branch_that_somebody_else_moved_is_left_as_it_is(hub, env, package) -> None:
+    repo = hub.add("model", "tiny/new")
+    repo.commit(OLD)
+    hub.fail("POST", "/commit/main$", None, call=lambda: repo.commit({"theirs.txt": b"1"}))
+    ((code, printed, _),) = in_turn(env, ("publish", package, "--to", "tiny/new", "--json"))
+    error = json.loads(printed)["error"]
+    assert (code, error["code"], error["message"]) == (1, "publish", "main was moved by somebody else")
+    assert content(hub) == OLD | {"theirs.txt": b"1"}
+
+
+def test_what_the_hub_lost_or_changed_is_not_promoted(hub, env, package) -> None:
+    repo = hub.add("model", "tiny/new")
+    repo.commit(OLD)
+
+    def spoil() -> None:
+        oid = next(oid for name, oid in repo.branches.items() if name.startswith("staging"))
+        stored = repo.commits[oid]
+        repo.commits[oid] = replace(stored, files={**stored.files, "config.json": File(b"[]", False)})
+
+    hub.fail("POST", "/commit/staging", None, is_landed=True, call=spoil)
+    ((code, _, said),) = in_turn(env, ("publish", package, "--to", "tiny/new"))
+    assert code == 1 and "does not have what was uploaded: config.json" in said
+    assert content(hub) == OLD
+
+
+def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finishes(hub, env, package) -> None:
+    repo = hub.add("model", "tiny/new")
+    weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
+    command = [sys.executable, "-m", "finetune", "publish", str(package), "--to", "tiny/new", "--tag", "v1"]
+    killed, number = 0, 0
+    while True:
+        repo.commits, repo.branches, repo.tags, repo.objects = {}, {}, {}, {}
+        repo.__post_init__()
+        repo.commit(OLD)
+        hub.uploaded_bytes, before = 0, len(hub.requests)
+        is_landed = number % 2 == 1
+        child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        hub.faults = []
+        hub.fail(".*", "", None, skip=number // 2, is_landed=is_landed, call=child.kill)
+        _, said = child.communicate(timeout=60)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -9, said.decode()
+        killed += 1
+        hub.faults = []
+        assert content(hub) in (OLD, files(package)), f"request {number // 2}: neither old nor new"
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert content(hub) == files(package) and repo.tags == {"v1": repo.branches["main"]}
+        assert list(repo.branches) == ["main"]
+        assert len(repo.commits) == 4, f"request {number // 2}: a commit was made twice"
+        assert sum(len(r.body) for r in hub.requests[before:] if r.method == "PUT") <= 2 * weights
+        number += 1
+    assert killed > 40
+
+
+def test_no_right_and_no_name_are_told_before_anything_is_sent(hub, env, package) -> None:
+    hub.users["hf_" + "r" * 34] = User("reader", "read")
+    cases = [
+        (env | {"HF_TOKEN": "hf_" + "x" * 34}, "tiny/new", "the Hub refuses: Invalid user token"),
+        (env | {"HF_TOKEN": "hf_" + "r" * 34}, "tiny/new", "the Hub refuses: You have no right to create tiny/new"),
+        (env, "other/new", "the Hub refuses: You have no right to create other/new"),
+    ]
+    for user, target, message in cases:
+        ((code, _, said),) = in_turn(user, ("publish", package, "--to", target))
+        assert code == 1 and message in said and "hint: " in said
+        assert TOKEN not in said and not hub.repos and hub.uploaded_bytes == 0
+
+
+def test_a_folder_is_a_target_as_well(env, package, tmp_path) -> None:
+    target = f"folder:{tmp_path}/out/copy"
+    first, again = (json.loads(in_turn(env, ("publish", package, "--to", target, "--json"))[0][1]) for _ in range(2))
+    assert files(tmp_path / "out/copy") == files(package) and [path.name for path in (tmp_path / "out").iterdir()] == [
+        "copy"
+    ]
+    assert (first["commits"], again["commits"], again["uploaded_bytes"]) == (1, 0, 0)
+    (tmp_path / "out/copy/config.json").write_text("[]")
+    ((code, _, said),) = in_turn(env, ("publish", package, "--to", target))
+    assert code == 1 and "has something else" in said
