@@ -189,16 +189,26 @@ def show(ref: str, is_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("ref")
+@click.argument("ref", metavar="REF|DIR|hub:OWNER/NAME@REVISION")
 @JSON
 def verify(ref: str, is_json: bool) -> None:
-    """Check every byte of a checkpoint or of a whole run."""
+    """Check every byte of a checkpoint or a run, or all that can be checked of a package, here or on the Hub."""
     from finetune import history
 
-    problems = history.problems(ref)
-    lines = [f"{problem['file']}: {problem['message']}" for problem in problems]
-    _print({"ok": not problems, "problems": problems}, "\n".join(lines) or "every byte is as it was committed", is_json)
-    if problems:
+    if history.is_model(ref):
+        from finetune.package.verify import verify as verify_package
+
+        facts = verify_package(ref)
+        held = f"nothing wrong by {len(facts['checks'])} checks: {', '.join(facts['checks'])}"
+    else:
+        problems = history.problems(ref)
+        facts, held = {"ok": not problems, "problems": problems}, "every byte is as it was committed"
+    lines = [
+        ": ".join(filter(None, (problem["file"], problem["tensor"], problem["message"])))
+        for problem in facts["problems"]
+    ]
+    _print(facts, "\n".join(lines) or held, is_json)
+    if not facts["ok"]:
         sys.exit(CheckpointError.exit_code)
 
 

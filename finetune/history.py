@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune import journal
 from finetune import plan as plans
-from finetune.checkpoints.manifest import Checkpoint, verify
+from finetune.checkpoints.manifest import MANIFEST, Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError, RunError
@@ -134,6 +134,14 @@ def listing(facts: dict) -> str:
         for name, file in facts["files"].items()
     ]
     return "\n".join(lines)
+
+
+def is_model(text: str) -> bool:
+    """Whether `verify` is asked about a model folder or a repository, and not about a run or its checkpoints."""
+    path = Path(text)
+    if not path.is_dir() or (path / MANIFEST).exists() or (path / "plan.json").exists():
+        return text.startswith("hub:")
+    return any(path.glob("*config.json")) or any(path.glob("*.safetensors"))
 
 
 def problems(text: str) -> list[dict]:

@@ -40,7 +40,7 @@ def card(facts: Facts) -> str:
         f"# {_title(facts.plan)}",
         _summary(facts),
         "## Figures",
-        _figures(facts),
+        figures(facts.figures, facts.manifest.step),
         "![Training and held-out loss over steps](training/loss.png)",
         "Every step and evaluation: [training/journal.jsonl](training/journal.jsonl).",
         "## How to use it",
@@ -126,15 +126,16 @@ def _source(source: Source, pinned: PinnedSource) -> str:
     return f"- {place}: {_number(pinned.rows)} rows{weight}, content `{pinned.fingerprint}`"
 
 
-def _figures(facts: Facts) -> str:
-    steps = [item for item in facts.figures if item["kind"] == "step"]
-    evaluated = {item["step"]: item for item in facts.figures if item.get("event") == "evaluated"}
-    columns = [("base", evaluated.get(0)), (f"step {facts.manifest.step}", evaluated.get(facts.manifest.step))]
+def figures(records: Sequence[Mapping], step: int) -> str:
+    """What a card says in numbers of a training, from the figures-only journal up to a step; `verify` asks for the same words."""
+    steps = [item for item in records if item["kind"] == "step"]
+    evaluated = {item["step"]: item for item in records if item.get("event") == "evaluated"}
+    columns = [("base", evaluated.get(0)), (f"step {step}", evaluated.get(step))]
     rows = [
         (name, *(_figure(found, key) for _, found in columns))
         for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
     ]
-    counted = evaluated.get(facts.manifest.step) or evaluated.get(0)
+    counted = evaluated.get(step) or evaluated.get(0)
     held_out = (
         f"On {_number(counted['rows'])} held-out rows ({_number(counted['tokens'])} tokens with a loss)."
         if counted

@@ -10,8 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.errors import PackageError
-
 ALLOWED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -77,16 +75,6 @@ class Finding(NamedTuple):
     file: str
     tensor: str | None
     message: str
-
-
-def contents(directory: Path) -> dict[str, Path]:
-    """The files of a package by name. PackageError where there is none, or something is in it that must not go out."""
-    if not directory.is_dir():
-        raise PackageError("is not a folder", where=str(directory), hint="name a folder that `finetune package` made")
-    for finding in findings(directory):
-        hint = "remove it; nothing was published"
-        raise PackageError(f"{finding.check}: {finding.file} {finding.message}", where=str(directory), hint=hint)
-    return files_of(directory)
 
 
 def files_of(directory: Path) -> dict[str, Path]:

@@ -22,9 +22,11 @@ from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
-from finetune.package import licence, probe, proof, record, weights
+from finetune.package import licence, probe, proof, provenance, record, weights
 from finetune.package.card import Facts, card, hub_base
+from finetune.package.contents import files_of
 from finetune.package.proof import Check, Look
+from finetune.package.verify import folder_findings
 from finetune.plan import Plan
 from finetune.resolve import encoding_digest
 from finetune.tasks.chat import template_of
@@ -67,6 +69,9 @@ def package(ref: str, directory: Path) -> dict:
         found = [check.to_dict() for check in checks]
         facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))
         _write_record(facts, staging)
+        said = provenance.statement(plan, manifest, form, files_of(staging))
+        (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")
+        _refuse_wrong(staging)
         refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
@@ -75,6 +80,13 @@ def package(ref: str, directory: Path) -> dict:
 def checkpoint_of(ref: str) -> tuple[Path, int]:
     """The run and the step of what a ref names. PackageError where it is no checkpoint of a run."""
     return _run_of(ref), find(parse(ref)).step
+
+
+def _refuse_wrong(directory: Path) -> None:
+    """The checks that anybody can make of the package, before it is one."""
+    for check, file, tensor, message in folder_findings(directory)[1]:
+        told = ": ".join(filter(None, (file, tensor, message)))
+        raise PackageError(f"{check}: {told}", where="package", hint="mend what it comes from; nothing was written")
 
 
 def _run_of(ref: str) -> Path:

@@ -4,17 +4,14 @@ Sources: the front matter of the base's own card, or the metadata in a GGUF file
 """
 
 import importlib.metadata
-import re
 from pathlib import Path
 
-from ruamel.yaml import YAML, YAMLError
-
 from finetune.checkpoints.refs import parse
+from finetune.package import metadata
 from finetune.recipe.schema import Base
 
 KEYS = ("license", "license_name", "license_link")
 TEXTS = ("LICEN[SC]E*", "NOTICE*")
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
 
 def of_base(base: Base, directory: Path | None) -> dict[str, str] | None:
@@ -32,12 +29,8 @@ def texts(directory: Path) -> list[Path]:
 
 def _of_card(directory: Path) -> dict:
     card = directory / "README.md"
-    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
-    try:
-        metadata = YAML(typ="safe", pure=True).load(match[1]) if match else None
-    except YAMLError:  # what cannot be read states nothing
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return metadata.read(text) or {}  # what cannot be read states nothing
 
 
 def _of_gguf(package: str, file: Path) -> dict:

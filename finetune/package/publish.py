@@ -13,9 +13,10 @@ from pathlib import Path
 
 from finetune import plan as plans
 from finetune.checkpoints.store import failures, make_directory, sync_directory
-from finetune.errors import PublishError
-from finetune.package.contents import contents, files_of
+from finetune.errors import PackageError, PublishError
+from finetune.package.contents import files_of
 from finetune.package.repository import Repository, differences
+from finetune.package.verify import folder_findings
 
 FOLDER = "folder:"
 STAGING = "staging-"
@@ -37,10 +38,23 @@ def publish(directory: Path, target: str, choices: Choices) -> dict:
 
     PublishError where the target is out of reach, refuses, or has something else in the end; PackageError for what must not go out.
     """
-    files = contents(directory)
+    files = _sound(directory)
     if target.startswith(FOLDER):
         return _to_folder(files, Path(target.removeprefix(FOLDER)), choices)
     return _to_hub(files, target, choices)
+
+
+def _sound(directory: Path) -> dict[str, Path]:
+    """The files of a package by name. PackageError where there is none, or something is wrong with it."""
+    if not directory.is_dir():
+        raise PackageError("is not a folder", where=str(directory), hint="name a folder that `finetune package` made")
+    _, wrong = folder_findings(directory)
+    if wrong:
+        check, file, tensor, message = wrong[0]
+        more = f" (and {len(wrong) - 1} more: `finetune verify {directory}`)" if len(wrong) > 1 else ""
+        told = f"{check}: {': '.join(filter(None, (file, tensor, message)))}{more}"
+        raise PackageError(told, where=str(directory), hint="package it again; nothing was published")
+    return files_of(directory)
 
 
 def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, str, bool]:

@@ -5,6 +5,8 @@ is never made twice (https://huggingface.co/docs/huggingface_hub/package_referen
 """
 
 import hashlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,6 +95,22 @@ class Repository:
             for entry in entries
             if isinstance(entry, RepoFile)
         }
+
+    def download(self, revision: str, directory: Path) -> str:
+        """All files of a revision, past every cache; returns its commit."""
+        commit = self._ask(lambda: self._api.model_info(self.name, revision=revision)).sha
+        for name in self.tree(commit):
+            self._ask(lambda name=name: self._fetch(commit, name, directory))
+        return commit
+
+    def _fetch(self, commit: str, name: str, directory: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=directory.parent) as cache:
+            path = self._api.hf_hub_download(self.name, name, revision=commit, cache_dir=cache, force_download=True)
+            target = (directory / name).resolve()
+            if not target.is_relative_to(directory.resolve()):
+                raise PublishError(f"has a file called {name}", where=self.name, hint="do not use this repository")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(path).resolve(), target)
 
     def first_commit(self) -> str:
         """Branches begin there: they share no weights with each other."""

@@ -36,12 +36,13 @@ def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 def package(tmp_path: Path) -> Path:
     """Looks like a package: what is in it is not publish's to judge."""
     directory = tmp_path / "package"
-    (directory / "training").mkdir(parents=True)
+    directory.mkdir()
     save_file({"a": torch.arange(4096.0)}, directory / "model-00001-of-00002.safetensors", {"format": "pt"})
     save_file({"b": torch.arange(99.0)}, directory / "model-00002-of-00002.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text("{}\n")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (directory / "config.json").write_text('{"model_type": "none"}\n')
     (directory / "README.md").write_text(CARD)
-    (directory / "training/recipe.yaml").write_text("train: {steps: 2}\n")
     return directory
 
 

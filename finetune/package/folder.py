@@ -1,0 +1,80 @@
+"""Floor 7. A model folder as `checks` reads it: configs as JSON, headers by our own reader; nothing of transformers, and nothing is run."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from finetune.checkpoints.tensors import Place, read_header
+from finetune.errors import CheckpointError
+from finetune.package.contents import Finding
+
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+
+
+@dataclass
+class Folder:
+    """A model folder, read once. `broken` is what could not be read."""
+
+    path: Path
+    broken: list[Finding] = field(default_factory=list)
+
+    @cached_property
+    def configs(self) -> dict[str, dict]:
+        found = {}
+        for name in CONFIGS:
+            if (self.path / name).is_file():
+                value = self.json(name, "config")
+                if isinstance(value, dict):
+                    found[name] = value
+                elif value is not None:
+                    self.broken.append(Finding("config", name, None, "is not a JSON object"))
+        return found
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Place]]:
+        """By file."""
+        found = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                found[file.name] = read_header(file)
+            except (CheckpointError, OSError) as error:
+                self.broken.append(Finding("header", file.name, None, getattr(error, "message", str(error))))
+        return found
+
+    @property
+    def config(self) -> dict:
+        return self.configs.get("config.json", {})
+
+    @property
+    def is_adapter(self) -> bool:
+        return "adapter_config.json" in self.configs
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Ids of the tokenizer's tokens, the added ones too; empty where there is no tokenizer.json."""
+        value = self.json("tokenizer.json", "tokenizer") if (self.path / "tokenizer.json").is_file() else None
+        if not isinstance(value, dict):
+            return {}
+        known = (value.get("model") or {}).get("vocab") or {}
+        tokens = dict(known) if isinstance(known, dict) else {one[0]: place for place, one in enumerate(known)}
+        return tokens | {token["content"]: token["id"] for token in value.get("added_tokens") or []}
+
+    def json(self, name: str, check: str) -> object:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError, OSError) as error:
+            self.broken.append(Finding(check, name, None, f"is not valid JSON: {error}"))
+            return None
+
+    def first(self, pattern: re.Pattern[str]) -> tuple[str, str, Place] | None:
+        """File, name and place of the first tensor that is called so."""
+        found = ((file, name, place) for file, places in self.tensors.items() for name, place in places.items())
+        return next((item for item in found if pattern.search(item[1])), None)
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is repeated")
+    return dict(pairs)

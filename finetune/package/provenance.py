@@ -1,0 +1,110 @@
+"""Floor 7. What a package was made from, as a SLSA provenance statement that names every file by its hash; `export` writes, `verify` reads it.
+
+One line of JSON: an in-toto Statement v1 (https://in-toto.io/Statement/v1) whose predicate is SLSA provenance v1
+(https://slsa.dev/spec/v1.0/provenance). It has no time and no host in it: the same run gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from finetune.checkpoints.manifest import Manifest
+from finetune.package import record
+from finetune.package.card import hub_base
+from finetune.package.contents import Finding
+from finetune.plan import PinnedSource, Plan
+from finetune.recipe.schema import Source
+
+FILE = "provenance.intoto.jsonl"
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:finetune:package:v1"
+# The card is for people to edit, the signature comes later, and the Hub writes the last.
+NOT_SUBJECTS = (FILE, "README.md", "model.sig", ".gitattributes")
+
+
+def statement(plan: Plan, manifest: Manifest, form: str, files: Mapping[str, Path]) -> dict:
+    """The whole statement. `files` are those of the package, by name."""
+    recipe = YAML(typ="safe", pure=True).load(record.recipe(plan))
+    return {
+        "_type": STATEMENT,
+        "subject": [{"name": name, "digest": {"sha256": sha256(path)}} for name, path in _subjects(files)],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"recipe": recipe, "step": manifest.step, "form": form},
+                "internalParameters": {"plan": plan.plan_id, "world": manifest.world, "versions": manifest.versions},
+                "resolvedDependencies": [_base(plan), *map(_source, plan.recipe.data.train, plan.train)],
+            },
+            "runDetails": {
+                "builder": {"id": "urn:finetune"},
+                "metadata": {"invocationId": manifest.run},
+                "byproducts": [{"name": f"step-{manifest.step:08d}/manifest.json", "digest": _digest(manifest.digest)}],
+            },
+        },
+    }
+
+
+def to_line(value: dict) -> str:
+    return json.dumps(value, sort_keys=True) + "\n"
+
+
+def findings(directory: Path) -> Iterator[Finding]:
+    """Files that are not what the statement says, or of which it knows nothing. Nothing where there is no statement."""
+    try:
+        value = json.loads((directory / FILE).read_text(encoding="utf-8").partition("\n")[0])
+        said = {item["name"]: item["digest"]["sha256"] for item in value["subject"]}
+        if value["_type"] != STATEMENT or value["predicateType"] != PREDICATE:
+            raise ValueError("it is no SLSA provenance")
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Finding("provenance", FILE, None, f"cannot be read: {error!r}")
+        return
+    there = dict(_subjects({path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}))
+    for name in sorted(said.keys() | there.keys()):
+        if name not in there:
+            yield Finding("provenance", name, None, "is missing")
+        elif name not in said:
+            yield Finding("provenance", name, None, "was not there when the package was made")
+        elif sha256(there[name]) != said[name]:
+            yield Finding("provenance", name, None, "is not the file that was packaged")
+
+
+def step_of(directory: Path) -> int:
+    """The step that the statement of a package names. KeyError, ValueError or OSError where it names none."""
+    value = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    return value["predicate"]["buildDefinition"]["externalParameters"]["step"]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _subjects(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    return sorted((name, path) for name, path in files.items() if name not in NOT_SUBJECTS and path.is_file())
+
+
+def _base(plan: Plan) -> dict:
+    if (hub := hub_base(plan)) and hub[1]:
+        return {"name": "base", "uri": f"hf://{hub[0]}@{hub[1]}", "digest": {"gitCommit": hub[1]}}
+    name = record.public_name(plan.recipe.base.checkpoint)
+    return {"name": "base", "uri": f"hf://{hub[0]}" if hub else f"local:{name}", "digest": _digest(plan.base.digest)}
+
+
+def _source(source: Source, pinned: PinnedSource) -> dict:
+    if source.dataset:
+        digest = {"gitCommit": pinned.revision, **_digest(pinned.fingerprint)}
+        return {"name": "data", "uri": f"hf://datasets/{source.dataset}@{pinned.revision}", "digest": digest}
+    return {"name": "data", "uri": f"local:{record.public_name(pinned.name)}", "digest": _digest(pinned.fingerprint)}
+
+
+def _digest(text: str | None) -> dict[str, str]:
+    """`blake3:…` as in-toto has it, a map of algorithm to digest."""
+    algorithm, _, value = (text or "").partition(":")
+    return {algorithm: value} if value else {}

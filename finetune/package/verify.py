@@ -1,0 +1,90 @@
+"""Floor 7. Whether a model folder, or a repository of the Hub, is what it should be: every check has a name; `cli` and `export` call it.
+
+It works for any model; checks that need a record which is not there are left out, and the answer says which were made. Nothing of the
+folder is loaded before everything that can be seen without loading is right.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.checkpoints.refs import parse
+from finetune.errors import PackageError
+from finetune.package import card, contents, metadata, provenance
+from finetune.package.checks import CHECKS
+from finetune.package.contents import Finding
+from finetune.package.folder import Folder
+
+HUB = "hub:"
+OURS = "training/recipe.yaml"
+CARD = "README.md"
+OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
+
+
+def verify(target: str) -> dict:
+    """{ok, problems: [{check, file, tensor, message}], checks: [names of those that were made], revision}."""
+    if target.startswith(HUB):
+        with tempfile.TemporaryDirectory() as folder:
+            revision, problems = _fetched(target.removeprefix(HUB), Path(folder))
+            checks, found = folder_findings(Path(folder))
+            return _facts(["hub", *checks], [*problems, *found]) | {"revision": revision}
+    if not Path(target).is_dir():
+        raise PackageError("is not a folder", where=target, hint="name a folder, or hub:OWNER/NAME@REVISION")
+    return _facts(*folder_findings(Path(target)))
+
+
+def folder_findings(directory: Path) -> tuple[list[str], list[Finding]]:
+    """The names of the checks that were made, and what they found."""
+    folder, is_ours = Folder(directory), (directory / OURS).is_file()
+    found = [item for item in contents.findings(directory) if is_ours or item.check in OF_CONTENT]
+    made = [*(["allowed"] if is_ours else []), *OF_CONTENT]
+    for name, check in CHECKS.items():
+        found += check(folder)
+        made.append(name)
+    if (directory / provenance.FILE).exists() or is_ours:
+        made.append("provenance")
+        found += provenance.findings(directory)
+        if is_ours and not (directory / provenance.FILE).exists():
+            found.append(Finding("provenance", provenance.FILE, None, "is missing"))
+    if (directory / CARD).is_file():
+        made.append("card")
+        found += _of_card(directory, is_ours)
+    return made, list(dict.fromkeys(found))
+
+
+def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
+    """The Hub's rules for front matter; and of a package of ours, that its figures are those of its record."""
+    text = (directory / CARD).read_text(encoding="utf-8", errors="replace")
+    yield from (Finding("card", CARD, None, problem) for problem in metadata.problems(text))
+    if not is_ours:
+        return
+    if "library_name" not in (metadata.read(text) or {}):
+        yield Finding("card", CARD, None, "does not name its library_name, which the Hub no longer guesses")
+    try:
+        records = [json.loads(line) for line in (directory / "training/journal.jsonl").read_text().splitlines()]
+        said = card.figures(records, provenance.step_of(directory))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        yield Finding("card", "training/journal.jsonl", None, f"cannot be read: {error!r}")
+        return
+    if said not in text:
+        yield Finding("card", CARD, None, "does not say the figures of the training's record")
+
+
+def _facts(checks: list[str], findings: list[Finding]) -> dict:
+    return {"ok": not findings, "problems": [finding._asdict() for finding in findings], "checks": checks}
+
+
+def _fetched(name: str, directory: Path) -> tuple[str, list[Finding]]:
+    """Downloads a revision, past every cache, and compares each file with what the Hub says of it."""
+    from finetune.package.repository import Repository, differences
+
+    ref = parse(name)
+    repository = Repository(ref.repo)
+    revision = repository.download(ref.revision or "main", directory)
+    files = contents.files_of(directory)
+    wrong = differences(repository.tree(revision), files)
+    return revision, [
+        Finding("hub", file, None, "is not the file that the Hub names" if there else "was not downloaded")
+        for file, there in sorted(wrong.items())
+    ]
