@@ -190,17 +190,20 @@ def show(ref: str, is_json: bool) -> None:
 
 @cli.command()
 @click.argument("ref", metavar="REF|DIR|hub:OWNER/NAME@REVISION")
+@click.option("--key", type=click.Path(path_type=Path), metavar="PEM", help="The public key that signed the package.")
 @JSON
-def verify(ref: str, is_json: bool) -> None:
+def verify(ref: str, key: Path | None, is_json: bool) -> None:
     """Check every byte of a checkpoint or a run, or all that can be checked of a package, here or on the Hub."""
     from finetune import history
 
     if history.is_model(ref):
         from finetune.package.verify import verify as verify_package
 
-        facts = verify_package(ref)
+        facts = verify_package(ref, key)
         held = f"nothing wrong by {len(facts['checks'])} checks: {', '.join(facts['checks'])}"
     else:
+        if key:
+            raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")
         problems = history.problems(ref)
         facts, held = {"ok": not problems, "problems": problems}, "every byte is as it was committed"
     lines = [
@@ -398,12 +401,13 @@ def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_j
 @cli.command()
 @click.argument("ref")
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--sign", "key", type=click.Path(path_type=Path), metavar="PEM", help="Sign it with this private key.")
 @JSON
-def package(ref: str, directory: Path, is_json: bool) -> None:
+def package(ref: str, directory: Path, key: Path | None, is_json: bool) -> None:
     """Write a checkpoint as a model folder that is proven to be what was trained."""
     from finetune.package.export import package as package_ref
 
-    facts = package_ref(ref, directory)
+    facts = package_ref(ref, directory, key)
     lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
     _print(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]), is_json)
 

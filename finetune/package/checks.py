@@ -38,7 +38,12 @@ def index(folder: Folder) -> Iterator[Finding]:
         yield Finding("index", dict(places)[name], name, "is stored twice")
     if not indices:
         if len(folder.tensors) > 1 and not folder.is_adapter:
-            yield Finding("index", "model.safetensors.index.json", None, f"{len(folder.tensors)} files of weights, and no index of them")
+            yield Finding(
+                "index",
+                "model.safetensors.index.json",
+                None,
+                f"{len(folder.tensors)} files of weights, and no index of them",
+            )
         return
     value = folder.json(indices[0].name, "index")
     named = value.get("weight_map") if isinstance(value, dict) else None

@@ -22,7 +22,7 @@ from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
-from finetune.package import licence, probe, proof, provenance, record, weights
+from finetune.package import licence, probe, proof, provenance, record, signing, weights
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of
 from finetune.package.proof import Check, Look
@@ -34,8 +34,8 @@ from finetune.tasks.chat import template_of
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 
-def package(ref: str, directory: Path) -> dict:
-    """Writes a checkpoint as a package; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
+def package(ref: str, directory: Path, key: Path | None = None) -> dict:
+    """Writes a checkpoint as a package, signed where a private key is named; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
 
     PackageError names the check that failed; then no folder is left.
     """
@@ -71,6 +71,8 @@ def package(ref: str, directory: Path) -> dict:
         _write_record(facts, staging)
         said = provenance.statement(plan, manifest, form, files_of(staging))
         (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")
+        if key:
+            signing.sign(staging, key)
         _refuse_wrong(staging)
         refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)

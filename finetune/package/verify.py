@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.checkpoints.refs import parse
 from finetune.errors import PackageError
-from finetune.package import card, contents, metadata, provenance
+from finetune.package import card, contents, metadata, provenance, signing
 from finetune.package.checks import CHECKS
 from finetune.package.contents import Finding
 from finetune.package.folder import Folder
@@ -22,19 +22,20 @@ CARD = "README.md"
 OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
 
 
-def verify(target: str) -> dict:
-    """{ok, problems: [{check, file, tensor, message}], checks: [names of those that were made], revision}."""
+def verify(target: str, key: Path | None = None) -> dict:
+    """{ok, problems: [{check, file, tensor, message}], checks: [names of those that were made], revision}. `key` is a public key that the
+    signature has to be of."""
     if target.startswith(HUB):
         with tempfile.TemporaryDirectory() as folder:
             revision, problems = _fetched(target.removeprefix(HUB), Path(folder))
-            checks, found = folder_findings(Path(folder))
+            checks, found = folder_findings(Path(folder), key)
             return _facts(["hub", *checks], [*problems, *found]) | {"revision": revision}
     if not Path(target).is_dir():
         raise PackageError("is not a folder", where=target, hint="name a folder, or hub:OWNER/NAME@REVISION")
-    return _facts(*folder_findings(Path(target)))
+    return _facts(*folder_findings(Path(target), key))
 
 
-def folder_findings(directory: Path) -> tuple[list[str], list[Finding]]:
+def folder_findings(directory: Path, key: Path | None = None) -> tuple[list[str], list[Finding]]:
     """The names of the checks that were made, and what they found."""
     folder, is_ours = Folder(directory), (directory / OURS).is_file()
     found = [item for item in contents.findings(directory) if is_ours or item.check in OF_CONTENT]
@@ -47,6 +48,9 @@ def folder_findings(directory: Path) -> tuple[list[str], list[Finding]]:
         found += provenance.findings(directory)
         if is_ours and not (directory / provenance.FILE).exists():
             found.append(Finding("provenance", provenance.FILE, None, "is missing"))
+    if (directory / signing.FILE).exists() or key:
+        made.append("signature")
+        found += signing.findings(directory, key)
     if (directory / CARD).is_file():
         made.append("card")
         found += _of_card(directory, is_ours)
