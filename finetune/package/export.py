@@ -22,7 +22,7 @@ from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
-from finetune.package import licence, probe, proof, provenance, record, signing, weights
+from finetune.package import bom, licence, probe, proof, provenance, record, signing, weights
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of
 from finetune.package.proof import Check, Look
@@ -69,6 +69,7 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         found = [check.to_dict() for check in checks]
         facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))
         _write_record(facts, staging)
+        _write_bom(facts, model.config.architectures, staging)
         said = provenance.statement(plan, manifest, form, files_of(staging))
         (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")
         if key:
@@ -143,6 +144,13 @@ def _write_record(facts: Facts, directory: Path) -> None:
     (training / "journal.jsonl").write_text(record.to_lines(facts.figures), encoding="utf-8")
     (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
     (directory / "README.md").write_text(card(facts), encoding="utf-8")
+
+
+def _write_bom(facts: Facts, architectures: list[str] | None, directory: Path) -> None:
+    files = {name: path for name, path in files_of(directory).items() if name != "README.md"}
+    name = facts.plan.recipe.publish.repo if facts.plan.recipe.publish else facts.plan.plan_id
+    value = bom.bom(facts, name, (architectures or ["unknown"])[0], files)
+    (directory / bom.FILE).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def refuse_private(directory: Path, places: list[Path]) -> None:

@@ -1,0 +1,96 @@
+"""Floor 7. A package as a bill of materials: CycloneDX 1.6, a machine-learning model with its files, data and ancestor; `export` writes it.
+
+Format: https://cyclonedx.org/docs/1.6/json/. It has no time in it, and its serial number is made of the run and the step.
+"""
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune.package import record
+from finetune.package.card import METHODS, Facts, hub_base
+from finetune.package.provenance import sha256
+from finetune.plan import PinnedSource
+from finetune.recipe.schema import Source
+
+FILE = "bom.cdx.json"
+NAMESPACE = uuid.UUID("6f0d2a5e-3f0a-5c7e-9a55-0c2f2b1d7a10")  # ours, drawn once
+METRICS = {"loss": "cross-entropy, nats per token", "perplexity": "perplexity"}
+
+
+def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -> dict:
+    """The whole document. `files` are those of the package that the card does not change."""
+    step = facts.manifest.step
+    method = facts.plan.recipe.adapter.name if facts.plan.recipe.adapter else None
+    datasets = [
+        {
+            "type": "dataset",
+            "name": _name(source, pinned),
+            "classification": "training",
+            "description": _described(pinned),
+        }
+        for source, pinned in zip(facts.plan.recipe.data.train, facts.plan.train, strict=True)
+    ]
+    card = {
+        "modelParameters": {
+            "approach": {"type": "supervised"},
+            "task": "text-generation",
+            "modelArchitecture": architecture,
+            "datasets": datasets,
+        },
+        "quantitativeAnalysis": {"performanceMetrics": _metrics(facts)},
+    }
+    model = {
+        "type": "machine-learning-model",
+        "bom-ref": "model",
+        "name": name,
+        "version": f"step-{step:08d}",
+        "description": f"{METHODS[method]}, {facts.form}, {facts.dtype}",
+        **_licences(facts.licence),
+        "pedigree": {"ancestors": [_ancestor(facts)]},
+        "modelCard": card,
+    }
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(NAMESPACE, f'{facts.manifest.run}@{step}')}",
+        "version": 1,
+        "metadata": {"component": model},
+        "components": [_file(one, path) for one, path in sorted(files.items())],
+        "dependencies": [{"ref": "model", "dependsOn": [f"file:{one}" for one in sorted(files)]}],
+    }
+
+
+def _file(name: str, path: Path) -> dict:
+    hashes = [{"alg": "SHA-256", "content": sha256(path)}]
+    return {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": hashes}
+
+
+def _ancestor(facts: Facts) -> dict:
+    hub, base = hub_base(facts.plan), facts.plan.base
+    name = hub[0] if hub else record.public_name(facts.plan.recipe.base.checkpoint)
+    version = (hub and hub[1]) or base.digest or "unknown"
+    return {"type": "machine-learning-model", "bom-ref": "base", "name": name, "version": version}
+
+
+def _name(source: Source, pinned: PinnedSource) -> str:
+    return f"{source.dataset}@{pinned.revision}" if source.dataset else record.public_name(pinned.name)
+
+
+def _described(pinned: PinnedSource) -> str:
+    return f"{pinned.rows} rows, content {pinned.fingerprint}"
+
+
+def _metrics(facts: Facts) -> list[dict]:
+    evaluated = {item["step"]: item for item in facts.figures if item.get("event") == "evaluated"}
+    found = evaluated.get(facts.manifest.step, {})
+    return [
+        {"type": title, "value": str(found[key]), "slice": "held-out rows"}
+        for key, title in METRICS.items()
+        if key in found
+    ]
+
+
+def _licences(licence: Mapping[str, str] | None) -> dict:
+    """By name: the Hub's ids are not all SPDX's."""
+    return {"licenses": [{"license": {"name": licence.get("license_name", licence["license"])}}]} if licence else {}
