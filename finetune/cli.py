@@ -200,7 +200,8 @@ def verify(ref: str, key: Path | None, is_json: bool) -> None:
         from finetune.package.verify import verify as verify_package
 
         facts = verify_package(ref, key)
-        held = f"nothing wrong by {len(facts['checks'])} checks: {', '.join(facts['checks'])}"
+        left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in facts["not_made"].items())
+        held = f"nothing wrong by {len(facts['checks'])} checks: {', '.join(facts['checks'])}{left_out}"
     else:
         if key:
             raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")

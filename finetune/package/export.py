@@ -22,7 +22,7 @@ from finetune.checkpoints.snapshot import DTYPES, companions
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
-from finetune.package import bom, licence, probe, proof, provenance, record, signing, weights
+from finetune.package import bom, licence, probe, proof, provenance, record, reference, signing, weights
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of
 from finetune.package.proof import Check, Look
@@ -69,6 +69,8 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         found = [check.to_dict() for check in checks]
         facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))
         _write_record(facts, staging)
+        probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
+        (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
         _write_bom(facts, model.config.architectures, staging)
         said = provenance.statement(plan, manifest, form, files_of(staging))
         (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")

@@ -6,11 +6,11 @@ folder is loaded before everything that can be seen without loading is right.
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.checkpoints.refs import parse
-from finetune.errors import PackageError
+from finetune.errors import BaseError, PackageError
 from finetune.package import card, contents, metadata, provenance, signing
 from finetune.package.checks import CHECKS
 from finetune.package.contents import Finding
@@ -19,20 +19,41 @@ from finetune.package.folder import Folder
 HUB = "hub:"
 OURS = "training/recipe.yaml"
 CARD = "README.md"
+PROBE = "training/probe.json"
 OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
 
 
 def verify(target: str, key: Path | None = None) -> dict:
-    """{ok, problems: [{check, file, tensor, message}], checks: [names of those that were made], revision}. `key` is a public key that the
-    signature has to be of."""
+    """{ok, problems: [{check, file, tensor, message}], checks: [names of those that were made], not_made: {name: why}, revision}.
+
+    `key` is a public key that the signature has to be of.
+    """
     if target.startswith(HUB):
         with tempfile.TemporaryDirectory() as folder:
             revision, problems = _fetched(target.removeprefix(HUB), Path(folder))
-            checks, found = folder_findings(Path(folder), key)
-            return _facts(["hub", *checks], [*problems, *found]) | {"revision": revision}
+            facts = _of_folder(Path(folder), key, ("hub",), problems)
+            return facts | {"revision": revision}
     if not Path(target).is_dir():
         raise PackageError("is not a folder", where=target, hint="name a folder, or hub:OWNER/NAME@REVISION")
-    return _facts(*folder_findings(Path(target), key))
+    return _of_folder(Path(target), key)
+
+
+def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), found: Sequence[Finding] = ()) -> dict:
+    """The checks of a folder; and where these find nothing and there is a probe, the model is run as well."""
+    more, findings = folder_findings(directory, key)
+    made, findings, not_made = [*made, *more], [*found, *findings], {}
+    if (directory / PROBE).is_file() and not findings:
+        from finetune.package import reference  # with torch
+
+        try:
+            findings += reference.findings(directory)
+            made += ["load", "logits"]
+        except BaseError as error:
+            not_made["logits"] = f"the base cannot be had: {error.message}"
+    elif findings:
+        not_made["logits"] = "what has problems is not loaded"
+    problems = [finding._asdict() for finding in findings]
+    return {"ok": not problems, "problems": problems, "checks": made, "not_made": not_made}
 
 
 def folder_findings(directory: Path, key: Path | None = None) -> tuple[list[str], list[Finding]]:
@@ -73,10 +94,6 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
         return
     if said not in text:
         yield Finding("card", CARD, None, "does not say the figures of the training's record")
-
-
-def _facts(checks: list[str], findings: list[Finding]) -> dict:
-    return {"ok": not findings, "problems": [finding._asdict() for finding in findings], "checks": checks}
 
 
 def _fetched(name: str, directory: Path) -> tuple[str, list[Finding]]:

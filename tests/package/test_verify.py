@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.package import provenance
+from finetune.package.contents import files_of
 from finetune.package.verify import verify
 
 Tamper = Callable[[Path], object]
@@ -183,6 +184,8 @@ def test_packages_as_they_were_made_have_nothing_wrong(merged, full, alone) -> N
         facts = verify(str(one.directory))
         assert facts["ok"] and facts["problems"] == []
         assert {"header", "provenance", "secret", "card", "tied"} <= set(facts["checks"])
+        assert ("logits" in facts["checks"]) == (one is not alone)
+    assert facts["not_made"]["logits"].startswith("the base cannot be had")
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -214,3 +217,36 @@ def test_a_model_of_others_is_checked_as_far_as_it_goes(tiny_base) -> None:
     facts = verify(str(tiny_base))
     assert facts["ok"], facts["problems"]
     assert "allowed" not in facts["checks"] and "provenance" not in facts["checks"]
+
+
+def test_weights_that_were_changed_with_all_records_of_them_are_found_by_what_they_compute(merged, tmp_path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(merged.directory, folder)
+    weights(lambda found: found["model.norm.weight"].mul_(1.5))(folder)
+    said = json.loads((folder / provenance.FILE).read_text())
+    for subject in said["subject"]:
+        subject["digest"]["sha256"] = provenance.sha256(folder / subject["name"])
+    (folder / provenance.FILE).write_text(provenance.to_line(said))
+    (found,) = verify(str(folder))["problems"]
+    assert found["check"] == "logits" and "computes other logits" in found["message"]
+
+
+def test_other_hardware_may_compute_a_little_else(full, tmp_path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(full.directory, folder)
+    said = json.loads((folder / "training/probe.json").read_text())
+    said["sha256"] = dict.fromkeys(said["sha256"], "of another machine")
+    said["likeliest"]["batch"][0]["logits"][0] += 1e-3
+    (folder / "training/probe.json").write_text(json.dumps(said))
+    (folder / provenance.FILE).write_text(
+        provenance.to_line(
+            json.loads((folder / provenance.FILE).read_text())
+            | {
+                "subject": [
+                    {"name": name, "digest": {"sha256": provenance.sha256(path)}}
+                    for name, path in provenance._subjects(files_of(folder))
+                ]
+            }
+        )
+    )
+    assert verify(str(folder))["ok"]

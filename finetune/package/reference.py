@@ -1,0 +1,85 @@
+"""Floor 7. What a package computed when it was made, small enough to travel with it: `export` writes it, `verify` computes it again.
+
+Of each probe sequence the likeliest tokens at some positions, with their logits, and a hash of all logits: where hardware and libraries are
+the same they are equal to the bit, elsewhere they are close.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from finetune.errors import PackageError
+from finetune.model import base
+from finetune.package import proof
+from finetune.package.contents import Finding
+from finetune.package.folder import Folder
+from finetune.package.proof import Logits
+from finetune.recipe.schema import Base
+
+FILE = "training/probe.json"
+EVERY, TOP = 8, 5
+# Of the largest logit: other hardware sums in another order, and bf16 keeps 8 bits of each sum.
+TOLERANCES = {"F32": 1e-3, "BF16": 5e-2}
+
+
+def recorded(logits: Logits, dtype: str) -> dict:
+    """`dtype` is that of the weights, spelled as safetensors does."""
+    return {
+        "dtype": dtype,
+        "sha256": {name: _hash(one) for name, one in logits.items()},
+        "likeliest": {name: _likeliest(one) for name, one in logits.items()},
+    }
+
+
+def findings(directory: Path) -> Iterator[Finding]:
+    """Loads the model in a fresh process, and says where it does not compute what it did. Only for folders that other checks let pass.
+    BaseError where an adapter's base cannot be had: then nothing can be said."""
+    try:
+        said = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        loaded = proof.load_back(directory, _base(directory))
+        now = recorded(loaded.logits, said["dtype"])
+        if now["sha256"] == said["sha256"]:
+            return
+        for name, one in said["likeliest"].items():
+            yield from _compared(name, one, loaded.logits[name], TOLERANCES[said["dtype"]])
+    except PackageError as error:
+        yield Finding("load", "", None, error.message.removeprefix("load: "))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        yield Finding("logits", FILE, None, f"cannot be read: {error!r}")
+
+
+def _compared(name: str, said: list[dict], logits: torch.Tensor, tolerance: float) -> Iterator[Finding]:
+    largest = max(abs(value) for item in said for value in item["logits"])
+    for item in said:
+        now = logits[item["row"], item["position"], item["tokens"]]
+        distance = (now - torch.tensor(item["logits"])).abs().max().item()
+        if not distance <= tolerance * max(largest, 1.0):
+            where = f"{name} {item['row']}, position {item['position']}"
+            yield Finding("logits", FILE, None, f"the model computes other logits: {distance:.3g} apart at {where}")
+            return
+
+
+def _likeliest(logits: torch.Tensor) -> list[dict]:
+    found = []
+    for row in range(logits.shape[0]):
+        for position in range(EVERY - 1, logits.shape[1], EVERY):
+            values, tokens = logits[row, position].topk(min(TOP, logits.shape[-1]))
+            found.append({"row": row, "position": position, "tokens": tokens.tolist(), "logits": values.tolist()})
+    return found
+
+
+def _hash(logits: torch.Tensor) -> str:
+    return hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _base(directory: Path) -> Path | None:
+    """What an adapter goes on, from the Hub or its cache."""
+    config = Folder(directory).configs.get("adapter_config.json")
+    if config is None:
+        return None
+    revision = f"@{config['revision']}" if config.get("revision") else ""
+    named = Base(checkpoint=f"{config['base_model_name_or_path']}{revision}")
+    return base.directory(named, base.pin(named))
