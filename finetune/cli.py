@@ -3,13 +3,15 @@
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143 and 130 after signals.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -17,6 +19,9 @@ from finetune import __version__
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Publish
 
 OVERRIDE = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
@@ -139,7 +144,9 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     loaded = load(recipe, overrides)
     from finetune.run import train as train_run
 
-    train_run(loaded, run or _default_run(recipe), is_quiet=quiet, **choices)
+    run = run or _default_run(recipe)
+    with _published(loaded.recipe.publish, run):
+        train_run(loaded, run, is_quiet=quiet, **choices)
 
 
 @cli.command()
@@ -420,9 +427,25 @@ def package(ref: str, directory: Path, key: Path | None, is_json: bool) -> None:
 @click.option("--tag", help="A tag for the commit.")
 @click.option("--public", "is_public", is_flag=True, help="A repository that is made is public. Default: private.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Only say what would happen.")
+@click.option("--milestones", "has_milestones", is_flag=True, help="Publish the milestones of a run that are left.")
+@click.option("--follow", "is_following", is_flag=True, hidden=True)
 @JSON
-def publish(source: str, target: str | None, is_public: bool, is_json: bool, **choices: object) -> None:
+def publish(
+    source: str,
+    target: str | None,
+    is_public: bool,
+    has_milestones: bool,
+    is_following: bool,
+    is_json: bool,
+    **choices: object,
+) -> None:
     """Put a package on the Hub as it is, in one commit, or not at all."""
+    if has_milestones:
+        from finetune.package import queue
+
+        facts = queue.follow(Path(source), target, is_following)
+        _print(facts, f"{len(facts['published'])} milestones published", is_json)
+        return
     from finetune.package import publish as publishing
 
     directory, target, is_private = publishing.prepared(source, target, is_public)
@@ -486,6 +509,22 @@ def _leave(exit_code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+@contextlib.contextmanager
+def _published(publish: "Publish | None", run: Path) -> Iterator[None]:
+    """Checks before a training that it can be published, and has its milestones published beside it, by rank 0."""
+    if publish is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from finetune.package import queue
+    from finetune.package.publish import preflight
+
+    preflight(publish)
+    child = queue.start(run) if publish.milestones else None
+    yield  # after a signal or an error the child is on its own: it publishes what is committed, and ends
+    if child:
+        queue.finish(child, run)
 
 
 def _report(error: FinetuneError) -> None:

@@ -10,7 +10,7 @@ from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.retention import Saved, keep
 from finetune.checkpoints.store import RESUME_FILES, Store
 from finetune.errors import CheckpointError
-from finetune.recipe.schema import Keep
+from finetune.recipe.schema import Keep, Publish
 
 
 def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[dict]:
@@ -32,7 +32,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
             raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
         damaged = {damage.file.partition("/")[0] for damage in damages}
         evaluated = journals.evaluations(journals.read(run))
-        actions = due(store, rule, evaluated, damaged)
+        actions = due(store, rule, plan.recipe.publish, evaluated, damaged)
         facts = [
             {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
             for item, action in actions
@@ -44,14 +44,19 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
     return facts
 
 
-def due(store: Store, rule: Keep, evaluated: dict[int, dict], damaged: Collection[str]) -> list[tuple[Checkpoint, str]]:
-    """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing."""
+def due(
+    store: Store, rule: Keep, publish: Publish | None, evaluated: dict[int, dict], damaged: Collection[str]
+) -> list[tuple[Checkpoint, str]]:
+    """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
+    checkpoints stay, and milestones that are published, or will be."""
     sound = [checkpoint for checkpoint in store.checkpoints() if checkpoint.path.name not in damaged]
     saved = [
         Saved(item.step, item.manifest.metrics or evaluated.get(item.step, {}), item.manifest.kind == "full")
         for item in sound
     ]
-    kept = keep(saved, rule, protected=store.pinned())
+    cadence = publish.milestones.steps if publish and publish.milestones else None
+    milestones = {item.step for item in sound if cadence and item.step % cadence == 0}
+    kept = keep(saved, rule, protected=store.pinned() | milestones)
     demoted = [item for item in sound if item.step in kept.weights and item.manifest.kind == "full"]
     removed = [item for item in sound if item.step not in kept.full | kept.weights]
     return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]

@@ -32,8 +32,7 @@ from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Checkpoint as Checkpoints
-from finetune.recipe.schema import Every
+from finetune.recipe.schema import Every, Recipe
 from finetune.recorder import Recorder
 from finetune.resolve import Resolved
 from finetune.state import TrainState, build, start_accelerator
@@ -148,7 +147,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             recorder.step(report)
             if report.agreed.renew:
                 recorder.reports.renew()
-            is_saved = report.agreed.save or report.step == end or _is_save(recipe.checkpoint, report.step)
+            is_saved = report.agreed.save or report.step == end or _is_save(recipe, report.step)
             if _is_evaluation(resolved, report.step, is_saved):
                 evaluate_and_record()
             if is_saved:
@@ -317,6 +316,7 @@ def _is_due(every: Every | None, step: int) -> bool:
     return every is not None and every.steps is not None and step % every.steps == 0
 
 
-def _is_save(rule: Checkpoints, step: int) -> bool:
-    cadences = [*rule.every, rule.keep.every, rule.keep.weights_every]
+def _is_save(recipe: Recipe, step: int) -> bool:
+    rule, milestones = recipe.checkpoint, recipe.publish.milestones if recipe.publish else None
+    cadences = [*rule.every, rule.keep.every, rule.keep.weights_every, milestones]
     return any(_is_due(cadence, step) for cadence in cadences)

@@ -17,6 +17,7 @@ from finetune.errors import PackageError, PublishError
 from finetune.package.contents import files_of
 from finetune.package.repository import Repository, differences
 from finetune.package.verify import folder_findings
+from finetune.recipe.schema import Publish
 
 FOLDER = "folder:"
 STAGING = "staging-"
@@ -42,6 +43,23 @@ def publish(directory: Path, target: str, choices: Choices) -> dict:
     if target.startswith(FOLDER):
         return _to_folder(files, Path(target.removeprefix(FOLDER)), choices)
     return _to_hub(files, target, choices)
+
+
+def preflight(asked: Publish) -> None:
+    """Whether the token may write to the repository that a recipe names; before a training, so that it is not found out after it.
+    Nothing where this machine works offline."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return
+    repository = Repository(asked.repo)
+    user = repository.whoami()
+    owner, role = asked.repo.partition("/")[0], user.get("auth", {}).get("accessToken", {}).get("role")
+    names = [user["name"], *(one["name"] for one in user.get("orgs", []))]
+    if owner not in names or role == "read":
+        why = f"the token of {user['name']} only reads" if role == "read" else f"{user['name']} is not of {owner}"
+        hint = "use a token that may write there, or leave out `publish` and publish by hand"
+        raise PublishError(f"cannot be published to: {why}", where=asked.repo, hint=hint)
 
 
 def _sound(directory: Path) -> dict[str, Path]:

@@ -21,10 +21,12 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from finetune.errors import PublishError
 
+CHECKPOINTS = "checkpoints.json"
 TRIES = 6
 FIRST_WAIT_SECONDS = 0.5
 MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
+KEPT = (".gitattributes", CHECKPOINTS)  # the Hub's, and the list of milestones
 Answer = TypeVar("Answer")
 
 
@@ -51,10 +53,11 @@ Tree = Mapping[str, Stored]
 Files = Mapping[str, Path | bytes]
 
 
-def differences(tree: Tree, files: Files) -> dict[str, Path | bytes | None]:
-    """What has to change in a tree so that it has these files and no others; None for what goes."""
+def differences(tree: Tree, files: Files, is_whole: bool = True) -> dict[str, Path | bytes | None]:
+    """What has to change in a tree so that it has these files; where they are the whole, no others, and None for what goes."""
     changed = {name: content for name, content in files.items() if name not in tree or not tree[name].is_same(content)}
-    return changed | dict.fromkeys(name for name in tree if name not in files and name != ".gitattributes")
+    gone = (name for name in tree if name not in files and name not in KEPT) if is_whole else ()
+    return changed | dict.fromkeys(gone)
 
 
 class Repository:
@@ -134,13 +137,13 @@ class Repository:
             hint = "use another --tag, or delete that one on the Hub"
             raise PublishError(f"the tag {name} is at another commit, {there[:8]}", where=self.name, hint=hint)
 
-    def commit(self, branch: str, files: Files, head: str, title: str) -> str:
-        """Makes a branch have these files and no others, in one commit on the head that is given, and returns the new head; the same head
+    def commit(self, branch: str, files: Files, head: str, title: str, is_whole: bool = True) -> str:
+        """Makes a branch have these files, and where they are the whole no others, in one commit on the head that is given, and returns the new head; the same head
         where nothing has to change. PublishError where somebody else has moved the branch meanwhile."""
 
         def attempt() -> str:
             now = self.branches().get(branch)
-            changes = differences(self.tree(now), files) if now else {}
+            changes = differences(self.tree(now), files, is_whole) if now else {}
             if now and not changes:
                 return now  # it landed before, and its reply was lost
             if now != head:

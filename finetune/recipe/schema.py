@@ -337,6 +337,8 @@ class Publish(Section):
     """The Hub repository, `owner/name`."""
     private: bool = True
     """Whether the repository is private."""
+    milestones: StepCadence | None = None
+    """Also publish the checkpoints at multiples of so many steps, while the training goes on, each on a branch `step-00000500`."""
 
 
 class Recipe(Section):

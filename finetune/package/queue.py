@@ -1,0 +1,121 @@
+"""Floor 7. Milestones on their way to the Hub: a process of its own beside the training, which it neither stops nor waits for.
+
+`cli.train` starts it where the recipe has `publish.milestones`, and `finetune publish RUN --milestones` does the same by hand. What is published
+is written down in `published/`; whatever a kill or an outage left out, the next one catches up with, in order.
+"""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from finetune import journal
+from finetune import plan as plans
+from finetune.checkpoints.durable import replace_file
+from finetune.checkpoints.store import Store, make_directory
+from finetune.errors import FinetuneError, PublishError
+from finetune.package import export, provenance
+from finetune.package.publish import Choices, publish
+from finetune.package.repository import CHECKPOINTS, Repository
+from finetune.recipe.schema import Publish
+
+LOOK_SECONDS = 2.0
+LOG = "publish.log"
+
+
+def start(run: Path) -> subprocess.Popen:
+    """The process, with what it says in `publish.log`. It ends when its stdin does, once nothing is left to publish."""
+    make_directory(run)
+    command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones", "--follow"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    with (run / LOG).open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def finish(child: subprocess.Popen, run: Path) -> None:
+    """Lets it catch up. PublishError where it could not."""
+    child.stdin.close()
+    if left := pending(run):
+        print(f"publishing steps {left}", file=sys.stderr, flush=True)
+    if child.wait():
+        hint = f"the training is whole; look at {run / LOG}, then `finetune publish {run} --milestones`"
+        raise PublishError(f"steps {pending(run)} are not published", where=str(run), hint=hint)
+
+
+def follow(run: Path, target: str | None, is_following: bool) -> dict:
+    """Publishes every milestone that is committed and not published, and where it follows, all that are committed until stdin ends.
+    {target, published: [{step, branch, revision}], pending}."""
+    if is_following:
+        os.nice(19)  # the training comes first
+    published, is_last = [], not is_following
+    while True:
+        for step in pending(run):
+            try:
+                published.append(_push(run, step, target))
+                print(f"published step {step}", file=sys.stderr, flush=True)
+            except FinetuneError as error:
+                if is_last:
+                    raise
+                print(f"step {step} has to wait: {error.message}", file=sys.stderr, flush=True)
+                break  # in order; again when it is looked for the next time
+        if is_last:
+            return {"published": published, "pending": pending(run)}
+        readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
+        is_last = bool(readable)  # its end; nothing is ever written to it
+
+
+def pending(run: Path) -> list[int]:
+    """Milestones that are committed and not published, oldest first."""
+    if not (run / "plan.json").exists():  # the training has not begun
+        return []
+    asked = plans.load(run)[0].recipe.publish
+    if asked is None or asked.milestones is None:
+        return []
+    steps = [item.step for item in Store(run).checkpoints() if item.step % asked.milestones.steps == 0]
+    return [step for step in steps if not _record(run, step).exists()]
+
+
+def _push(run: Path, step: int, target: str | None) -> dict:
+    """One milestone: packaged, published on a branch of its own, written down, and listed on main."""
+    asked: Publish = plans.load(run)[0].recipe.publish
+    repository, name = target or asked.repo, f"step-{step:08d}"
+    package = run / "packages" / name
+    if not package.exists():
+        export.package(f"{run}@{step}", package)
+    facts = publish(package, repository, Choices(branch=name, is_private=asked.private))
+    record = {"step": step, "branch": name, "revision": facts["revision"], **_figures(run, step, package)}
+    make_directory(run / "published")
+    replace_file(_record(run, step), json.dumps(record).encode())
+    _list(run, repository)
+    shutil.rmtree(package)  # the run has the weights, and the Hub
+    return record
+
+
+def _figures(run: Path, step: int, package: Path) -> dict:
+    records = journal.read(run)
+    trained = [record for at, record in journal.steps(records).items() if at <= step]
+    evaluated = journal.evaluations(records).get(step, {})
+    return {
+        "tokens": sum(record["tokens"] for record in trained),
+        "loss": trained[-1]["loss"],
+        **({"held_out_loss": evaluated["loss"]} if evaluated else {}),
+        "sha256": {path.name: provenance.sha256(path) for path in sorted(package.glob("*.safetensors"))},
+    }
+
+
+def _list(run: Path, target: str) -> None:
+    """checkpoints.json on main: all milestones that are there."""
+    records = [json.loads(path.read_bytes()) for path in sorted((run / "published").glob("step-*.json"))]
+    content = (json.dumps({"checkpoints": records}, indent=1) + "\n").encode()
+    repository = Repository(target)
+    head = repository.branches()["main"]
+    repository.commit("main", {CHECKPOINTS: content}, head, f"List step {records[-1]['step']}", is_whole=False)
+
+
+def _record(run: Path, step: int) -> Path:
+    return run / "published" / f"step-{step:08d}.json"

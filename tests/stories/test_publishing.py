@@ -1,0 +1,158 @@
+"""From a base on the Hub to a new checkpoint on the Hub and back: trained, published, verified, and loaded by others in a clean cache."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub import Hub
+from tests.hub.client import environment, in_turn
+from tests.hub.writes import User
+
+TOKEN = "hf_" + "w" * 34
+LORA = {"name": "lora", "rank": 4, "alpha": 8}
+FORMS = {
+    "full": ({}, {"max_shard_bytes": 30_000}, "bf16"),
+    "merged": ({"adapter": LORA}, {}, "fp32"),
+    "adapter": ({"adapter": LORA}, {"form": "adapter"}, "fp32"),
+}
+LOADED_BY_OTHERS = """
+import json, sys
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo, revision, form, out = sys.argv[1:]
+kind = AutoPeftModelForCausalLM if form == "adapter" else AutoModelForCausalLM
+model = kind.from_pretrained(repo, revision=revision, **({"torch_dtype": torch.float32} if form == "adapter" else {}))
+tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision)
+said = json.load(open(out))
+sequences = torch.arange(4 * 64) * 2_654_435_761 % model.config.get_text_config().vocab_size
+with torch.inference_mode():
+    logits = model(input_ids=sequences.reshape(4, 64), use_cache=False).logits.float()
+apart = max(
+    (logits[item["row"], item["position"], item["tokens"]] - torch.tensor(item["logits"])).abs().max().item()
+    for item in said["likeliest"]["batch"]
+)
+print(json.dumps({"apart": apart, "template": bool(tokenizer.chat_template)}))
+"""
+
+
+@pytest.fixture
+def hub(tiny_base):
+    with Hub(seconds=280) as hub:
+        hub.users[TOKEN] = User("tiny")
+        hub.add("model", "tiny/base").commit_directory(tiny_base)
+        yield hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_trained_is_what_others_load_from_the_hub(form, hub, recipe_file, tmp_path: Path) -> None:
+    sections, package, precision = FORMS[form]
+    train = {"steps": 6, "batch_size": 6, "precision": precision}
+    recipe = recipe_file(
+        base={"checkpoint": "tiny/base"}, package=package, publish={"repo": "tiny/new"}, train=train, **sections
+    )
+    env, run = environment(hub, tmp_path, HF_TOKEN=TOKEN), tmp_path / "run"
+    results = in_turn(
+        env,
+        ("train", recipe, "--run", run, "--quiet"),
+        ("publish", f"{run}@last", "--tag", "v1", "--json"),
+        ("publish", f"{run}@last", "--tag", "v1", "--json"),
+        ("verify", "hub:tiny/new@v1", "--json"),
+    )
+    assert [code for code, _, _ in results] == [0, 0, 0, 0], results
+    published, again, verified = (json.loads(printed) for _, printed, _ in results[1:])
+    assert published["commits"] == 2 and (again["commits"], again["revision"]) == (0, published["revision"])
+    assert verified["ok"] and {"hub", "provenance", "logits"} <= set(verified["checks"])
+    assert verified["revision"] == published["revision"] == hub.repos["model", "tiny/new"].tags["v1"]
+    clean = environment(hub, tmp_path / "elsewhere", HF_TOKEN=TOKEN)
+    probe = run / "packages/step-00000006/training/probe.json"
+    command = [sys.executable, "-c", LOADED_BY_OTHERS, "tiny/new", "v1", form, str(probe)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"apart": 0.0, "template": True}
+    for request in hub.requests:
+        assert TOKEN.encode() not in request.body and TOKEN not in request.path
+
+
+@pytest.mark.slow
+def test_a_repository_that_was_tampered_with_fails_verification(hub, recipe_file, tmp_path: Path) -> None:
+    recipe = recipe_file(base={"checkpoint": "tiny/base"}, publish={"repo": "tiny/new"})
+    env, run = environment(hub, tmp_path, HF_TOKEN=TOKEN), tmp_path / "run"
+    for code, _, said in in_turn(env, ("train", recipe, "--run", run, "--quiet"), ("publish", f"{run}@last")):
+        assert code == 0, said
+    repo = hub.repos["model", "tiny/new"]
+    content = bytearray(repo.at("main").files["model.safetensors"].content)
+    content[-2] ^= 1
+    repo.commit({"model.safetensors": bytes(content)})
+    hub.fail("GET", r"resolve/.*/config.json", None, is_corrupt=True)
+    ((code, printed, _),) = in_turn(env, ("verify", "hub:tiny/new", "--json"))
+    found = {(problem["check"], problem["file"]) for problem in json.loads(printed)["problems"]}
+    assert code == 1 and {("provenance", "model.safetensors"), ("hub", "config.json")} <= found
+
+
+@pytest.fixture
+def milestones(hub, recipe_file, tmp_path: Path):
+    """(environment, command, run): a training of 12 steps whose every fourth is a milestone."""
+    recipe = recipe_file(
+        base={"checkpoint": "tiny/base"},
+        publish={"repo": "tiny/new", "milestones": "4 steps"},
+        train={"steps": 12, "batch_size": 6, "precision": "fp32"},
+        checkpoint={"every": "2 steps", "keep": {"last": 1}},
+    )
+    run = tmp_path / "run"
+    env = environment(hub, tmp_path, HF_TOKEN=TOKEN)
+    return env, [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run), "--quiet"], run
+
+
+def published(hub: Hub) -> dict[str, list[int]]:
+    repo = hub.repos["model", "tiny/new"]
+    listed = json.loads(repo.at("main").files["checkpoints.json"].content)["checkpoints"]
+    for record in listed:
+        commit = repo.at(record["branch"])
+        assert commit.oid == record["revision"] and repo.commits[commit.parent].parent is None, (
+            "one commit on the first"
+        )
+        assert {name: commit.files[name].sha256 for name in record["sha256"]} == record["sha256"]
+    assert [branch for branch in repo.branches if branch.startswith("staging")] == []
+    branches = sorted(int(name[5:]) for name in repo.branches if name.startswith("step-"))
+    return {"listed": [record["step"] for record in listed], "branches": branches}
+
+
+@pytest.mark.slow
+def test_milestones_are_published_while_the_training_goes_on_and_caught_up_at_its_end(hub, milestones) -> None:
+    env, command, run = milestones
+    hub.fail("POST", "/commit/", 503, times=3)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr + (run / "publish.log").read_text()
+    assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (4, 8, 12)
+    ], "milestones stay, though the keep rule asks for one checkpoint"
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_down_costs_the_training_nothing_and_is_caught_up_with_by_hand(hub, milestones) -> None:
+    env, command, run = milestones
+    hub.fail("POST|PUT", "", 500, times=10_000)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1 and "steps [4, 8, 12] are not published" in done.stderr
+    assert "finished at step 12" in done.stderr and f"finetune publish {run} --milestones" in done.stderr
+    hub.faults = []
+    ((code, printed, said),) = in_turn(env, ("publish", run, "--milestones", "--json"))
+    assert code == 0, said
+    assert [item["step"] for item in json.loads(printed)["published"]] == [4, 8, 12]
+    assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}
+
+
+@pytest.mark.slow
+def test_a_training_that_cannot_be_published_says_so_before_it_begins(hub, milestones) -> None:
+    env, command, run = milestones
+    hub.users["hf_" + "r" * 34] = User("tiny", "read")
+    done = subprocess.run(command, env=env | {"HF_TOKEN": "hf_" + "r" * 34}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not run.exists()
+    assert "tiny/new: cannot be published to: the token of tiny only reads\nhint: " in done.stderr
