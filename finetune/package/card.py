@@ -4,16 +4,19 @@ A pure function of the run's record: no clock, no path, no host, no row. The fro
 (https://huggingface.co/docs/hub/model-cards).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import parse
-from finetune.package import record
+from finetune.package import figures, record
 from finetune.plan import PinnedSource, Plan
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
 
+NOTES_BEGIN = "<!-- notes: what stands between these two lines stays when the card is written again -->"
+NOTES_END = "<!-- /notes -->"
 METHODS = {None: "full fine-tuning", "lora": "LoRA", "frozen": "fine-tuning with some weights frozen"}
 
 
@@ -40,7 +43,7 @@ def card(facts: Facts) -> str:
         f"# {_title(facts.plan)}",
         _summary(facts),
         "## Figures",
-        figures(facts.figures, facts.manifest.step),
+        figures.shown(facts.figures, facts.manifest.step),
         "![Training and held-out loss over steps](training/loss.png)",
         "Every step and evaluation: [training/journal.jsonl](training/journal.jsonl).",
         "## How to use it",
@@ -49,11 +52,25 @@ def card(facts: Facts) -> str:
         _recipe(facts),
         "## Checks",
         "Made when the package was written; without every one of them there would be no package.",
-        _table(("check", "found"), [(check["name"], check["message"]) for check in facts.checks]),
+        figures.table(("check", "found"), [(check["name"], check["message"]) for check in facts.checks]),
         "## Lineage",
         _lineage(facts),
+        "## Limits",
+        _limits(facts),
+        "## Facts for those who have to document it",
+        "What is known of data and compute; no legal advice.",
+        _facts(facts),
+        f"{NOTES_BEGIN}\n{NOTES_END}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_notes(text: str, earlier: str) -> str:
+    """A card with what people have written between the marks of an earlier one."""
+    one, other = (
+        re.search(f"{re.escape(NOTES_BEGIN)}\n(.*?){re.escape(NOTES_END)}", each, re.DOTALL) for each in (text, earlier)
+    )
+    return text[: one.start(1)] + other[1] + text[one.end(1) :] if one and other else text
 
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:
@@ -73,6 +90,11 @@ def _front_matter(facts: Facts) -> dict:
         "pipeline_tag": "text-generation",
         **({"base_model": hub[0], "base_model_relation": "adapter" if is_adapter else "finetune"} if hub else {}),
         **({"datasets": datasets} if datasets else {}),
+        **(
+            {"model-index": index}
+            if (index := figures.model_index(facts.figures, facts.manifest.step, _title(facts.plan)))
+            else {}
+        ),
         "tags": [
             "finetune",
             *(["lora"] if _method(facts.plan) == "lora" else []),
@@ -97,8 +119,8 @@ def _summary(facts: Facts) -> str:
     lines = [
         f"A language model made by {METHODS[_method(plan)]} of {_base(plan)}; this is step {step} of {plan.steps} ({form}).",
         "It was trained on:\n\n" + "\n".join(map(_source, plan.recipe.data.train, plan.train)),
-        f"{_number(plan.counts.examples)} examples, {_number(plan.counts.tokens)} tokens, of them "
-        f"{_number(plan.counts.supervised_tokens)} with a loss.",
+        f"{figures.number(plan.counts.examples)} examples, {figures.number(plan.counts.tokens)} tokens, of them "
+        f"{figures.number(plan.counts.supervised_tokens)} with a loss.",
     ]
     if plan.recipe.base.origin and plan.base.kind != "hub":
         lines.append(f"The base was a local checkpoint that the recipe declares equal to `{plan.recipe.base.origin}`.")
@@ -107,6 +129,33 @@ def _summary(facts: Facts) -> str:
             "The licence is not known: the base does not state one. Ask its authors before you pass this model on."
         )
     return "\n\n".join(lines)
+
+
+def _limits(facts: Facts) -> str:
+    lines = [
+        "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
+        "other languages, what it knows, whether it is safe or fair, and what the base brought with it.",
+    ]
+    counts = facts.plan.counts
+    if counts.cut_rows:
+        lines.append(
+            f"Rows longer than {facts.plan.recipe.task.max_length} tokens were cut: {figures.number(counts.cut_rows)} of them."
+        )
+    if counts.left_out_rows:
+        lines.append(
+            f"{figures.number(counts.left_out_rows)} rows were left out, since nothing that counts was within that length."
+        )
+    return "\n\n".join(lines)
+
+
+def _facts(facts: Facts) -> str:
+    plan = facts.plan
+    rows = figures.cost(facts.figures, plan, facts.manifest.world.get("world_size", 1))
+    for source, pinned in zip(plan.recipe.data.train, plan.train, strict=True):
+        name = f"{source.dataset} at `{pinned.revision}`" if source.dataset else f"`{record.public_name(pinned.name)}`"
+        rows.append(("training data", f"{name}, {figures.number(pinned.rows)} rows, content `{pinned.fingerprint}`"))
+    rows.append(("licence of the base", facts.licence["license"] if facts.licence else "not stated by the base"))
+    return figures.table(("", ""), rows)
 
 
 def _base(plan: Plan) -> str:
@@ -123,36 +172,7 @@ def _source(source: Source, pinned: PinnedSource) -> str:
     else:
         place = f"`{record.public_name(pinned.name)}`"
     weight = f", weight {source.weight:g}" if source.weight else ""
-    return f"- {place}: {_number(pinned.rows)} rows{weight}, content `{pinned.fingerprint}`"
-
-
-def figures(records: Sequence[Mapping], step: int) -> str:
-    """What a card says in numbers of a training, from the figures-only journal up to a step; `verify` asks for the same words."""
-    steps = [item for item in records if item["kind"] == "step"]
-    evaluated = {item["step"]: item for item in records if item.get("event") == "evaluated"}
-    columns = [("base", evaluated.get(0)), (f"step {step}", evaluated.get(step))]
-    rows = [
-        (name, *(_figure(found, key) for _, found in columns))
-        for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
-    ]
-    counted = evaluated.get(step) or evaluated.get(0)
-    held_out = (
-        f"On {_number(counted['rows'])} held-out rows ({_number(counted['tokens'])} tokens with a loss)."
-        if counted
-        else "No rows were held out."
-    )
-    sums = [sum(item[key] for item in steps) for key in ("tokens", "supervised_tokens")]
-    seen = (
-        f"Trained for {_number(len(steps))} steps on {_number(sums[0])} tokens, of them {_number(sums[1])} with a loss."
-    )
-    if left_out := [item for item in steps if "skipped" in item]:
-        reasons = sorted({item["skipped"].replace("_", " ") for item in left_out})
-        seen += f" The updates of {_number(len(left_out))} steps were left out ({', '.join(reasons)})."
-    return (
-        "\n\n".join([_table(("", *(name for name, _ in columns)), rows), held_out, seen])
-        if counted
-        else f"{held_out} {seen}"
-    )
+    return f"- {place}: {figures.number(pinned.rows)} rows{weight}, content `{pinned.fingerprint}`"
 
 
 def _usage(facts: Facts) -> str:
@@ -185,7 +205,7 @@ def _recipe(facts: Facts) -> str:
             f"```yaml\n{record.recipe(facts.plan)}```",
             *_beginning(facts.plan),
             "Environment of the training:",
-            _table(("", ""), environment),
+            figures.table(("", ""), environment),
         ]
     )
 
@@ -215,7 +235,7 @@ def _lineage(facts: Facts) -> str:
         *([("branched from", _branch(facts.plan))] if facts.plan.parent else []),
         ("checkpoint before it", f"`{parent['ref']}`, manifest `{parent['digest']}`" if parent else "none"),
     ]
-    return _table(("", ""), rows)
+    return figures.table(("", ""), rows)
 
 
 def _branch(plan: Plan) -> str:
@@ -231,16 +251,3 @@ def _method(plan: Plan) -> str | None:
 
 def _is_chat(plan: Plan) -> bool:
     return plan.recipe.task.name == "chat"
-
-
-def _figure(found: Mapping | None, key: str) -> str:
-    return f"{found[key]:.4f}" if found else "not evaluated"
-
-
-def _number(value: int) -> str:
-    return f"{value:,}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

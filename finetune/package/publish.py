@@ -14,12 +14,14 @@ from pathlib import Path
 from finetune import plan as plans
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import PackageError, PublishError
+from finetune.package.card import with_notes
 from finetune.package.contents import files_of
-from finetune.package.repository import Repository, differences
+from finetune.package.repository import Files, Repository, differences, digest_of, size_of
 from finetune.package.verify import folder_findings
 from finetune.recipe.schema import Publish
 
 FOLDER = "folder:"
+CARD = "README.md"
 STAGING = "staging-"
 
 
@@ -103,6 +105,8 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
     branches = repository.branches() if there else {}
     head = branches.get(choices.branch)
     tree = repository.tree(head) if head else {}
+    if CARD in tree and CARD in files:
+        files = files | {CARD: _card_with_notes(files[CARD], repository.read(head, CARD))}
     changes = differences(tree, files)
     facts = {
         "target": name,
@@ -111,12 +115,12 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
         "private": there["private"] if there else choices.is_private,
         "branch": choices.branch,
         "tag": choices.tag,
-        "files": [{"name": one, "bytes": path.stat().st_size} for one, path in files.items()],
+        "files": [{"name": one, "bytes": size_of(content)} for one, content in files.items()],
         "changes": {
             one: "removed" if change is None else "new" if one not in tree else "changed"
             for one, change in changes.items()
         },
-        "uploaded_bytes": sum(change.stat().st_size for change in changes.values() if change),
+        "uploaded_bytes": sum(size_of(change) for change in changes.values() if change),
     }
     if choices.is_dry_run:
         return facts | {"revision": head, "commits": 2 if changes else 0, "is_dry_run": True}
@@ -139,6 +143,13 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
     return facts | {"revision": revision, "commits": repository.commits, "is_dry_run": False}
 
 
+def _card_with_notes(path: Path, earlier: bytes) -> bytes | Path:
+    """The card with what people have written into the one that is there."""
+    text = path.read_text(encoding="utf-8")
+    kept = with_notes(text, earlier.decode(errors="replace"))
+    return path if kept == text else kept.encode()
+
+
 def _begun(repository: Repository, branch: str) -> str:
     """The head of a branch that may have to be made, at the first commit."""
     if branch not in repository.branches():
@@ -146,25 +157,24 @@ def _begun(repository: Repository, branch: str) -> str:
     return repository.branches()[branch]
 
 
-def _stage(repository: Repository, staging: str, files: dict[str, Path], head: str, title: str) -> None:
+def _stage(repository: Repository, staging: str, files: Files, head: str, title: str) -> None:
     """Uploads to a branch beside the target, and compares that with the package, file by file."""
     repository.add_branch(staging, head)
     staged = repository.commit(staging, files, repository.branches()[staging], title)
     _refuse_other(repository, staged, files, staging)
 
 
-def _refuse_other(repository: Repository, revision: str, files: dict[str, Path], branch: str) -> None:
+def _refuse_other(repository: Repository, revision: str, files: Files, branch: str) -> None:
     if wrong := sorted(differences(repository.tree(revision), files)):
         message = f"{branch} does not have what was uploaded: {', '.join(wrong[:3])}"
         raise PublishError(message, where=repository.name, hint="publish again; if it stays so, report it")
 
 
-def digest(files: dict[str, Path]) -> str:
+def digest(files: Files) -> str:
     """SHA-256 over names and contents: the same package has the same staging branch."""
     whole = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        with path.open("rb") as file:
-            whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name, content in sorted(files.items()):
+        whole.update(f"{name}\0{digest_of(content, hashlib.sha256())}\n".encode())
     return whole.hexdigest()
 
 

@@ -41,12 +41,11 @@ class Stored:
     """Of the content, where it is stored by LFS or Xet."""
 
     def is_same(self, content: Path | bytes) -> bool:
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        if size != self.size:
+        if size_of(content) != self.size:
             return False
         if self.sha256:
-            return _hash(content, hashlib.sha256()) == self.sha256
-        return _hash(content, hashlib.sha1(b"blob %d\0" % size)) == self.oid
+            return digest_of(content, hashlib.sha256()) == self.sha256
+        return digest_of(content, hashlib.sha1(b"blob %d\0" % self.size)) == self.oid
 
 
 Tree = Mapping[str, Stored]
@@ -98,6 +97,12 @@ class Repository:
             for entry in entries
             if isinstance(entry, RepoFile)
         }
+
+    def read(self, revision: str, name: str) -> bytes:
+        """A small file."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._ask(lambda: self._fetch(revision, name, Path(folder, "files")))
+            return Path(folder, "files", name).read_bytes()
 
     def download(self, revision: str, directory: Path) -> str:
         """All files of a revision, past every cache; returns its commit."""
@@ -221,7 +226,11 @@ def _reason(error: Exception) -> str:
     return told.strip().partition("\n")[0]
 
 
-def _hash(content: Path | bytes, digest: "hashlib._Hash") -> str:
+def size_of(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def digest_of(content: Path | bytes, digest: "hashlib._Hash") -> str:
     if isinstance(content, bytes):
         digest.update(content)
     else:

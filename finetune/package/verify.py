@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.checkpoints.refs import parse
 from finetune.errors import BaseError, PackageError
-from finetune.package import card, contents, metadata, provenance, signing
+from finetune.package import contents, figures, metadata, provenance, signing
 from finetune.package.checks import CHECKS
 from finetune.package.contents import Finding
 from finetune.package.folder import Folder
@@ -88,7 +88,7 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
         yield Finding("card", CARD, None, "does not name its library_name, which the Hub no longer guesses")
     try:
         records = [json.loads(line) for line in (directory / "training/journal.jsonl").read_text().splitlines()]
-        said = card.figures(records, provenance.step_of(directory))
+        said = figures.shown(records, provenance.step_of(directory))
     except (ValueError, KeyError, TypeError, OSError) as error:
         yield Finding("card", "training/journal.jsonl", None, f"cannot be read: {error!r}")
         return

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from finetune.package.card import NOTES_BEGIN, NOTES_END
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.repos import File
@@ -196,3 +197,15 @@ def test_a_folder_is_a_target_as_well(env, package, tmp_path) -> None:
     (tmp_path / "out/copy/config.json").write_text("[]")
     ((code, _, said),) = in_turn(env, ("publish", package, "--to", target))
     assert code == 1 and "has something else" in said
+
+
+def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, package) -> None:
+    empty = f"{CARD}\n{NOTES_BEGIN}\n{NOTES_END}\n"
+    (package / "README.md").write_text(empty)
+    publish(env, package)
+    noted = empty.replace(NOTES_END, f"Mind the gap.\n{NOTES_END}")
+    hub.repos["model", "tiny/new"].commit({"README.md": noted.encode()})
+    assert publish(env, package)["commits"] == 0
+    (package / "README.md").write_text(empty.replace("# New", "# Newer"))
+    publish(env, package)
+    assert content(hub)["README.md"].decode() == noted.replace("# New", "# Newer")
