@@ -26,6 +26,7 @@ FLOORS = {
     "finetune.pace": 0,
     "finetune.history": 0,
     "finetune.pruning": 0,
+    "finetune.remote_code": 0,
     "finetune.trainer_state": 0,
     "finetune.past": 1,
     "finetune.doctor": 0,

@@ -12,11 +12,11 @@ import numpy as np
 from finetune.checkpoints.tensors import Place
 from finetune.package.contents import Finding
 from finetune.package.folder import Folder
+from finetune.remote_code import asked_by
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-REMOTE_CODE = ("auto_map", "trust_remote_code", "_attn_implementation_internal", "custom_pipelines")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 PIECE = 1 << 22  # items looked at at once
@@ -112,24 +112,10 @@ def config(folder: Folder) -> Iterator[Finding]:
 def remote_code(folder: Folder) -> Iterator[Finding]:
     """No config asks a loader to run code that comes with it."""
     for file, value in folder.configs.items():
-        for key in _keys_of(value):
-            if key in REMOTE_CODE:
-                yield Finding("remote_code", file, None, f"has `{key}`, by which a loader runs code of a repository")
-        kernel = value.get("attn_implementation") or value.get("_attn_implementation")
-        if isinstance(kernel, str) and "/" in kernel:
-            yield Finding("remote_code", file, None, f"asks for the kernel {kernel}")
+        for key in dict.fromkeys(asked_by(value)):
+            yield Finding("remote_code", file, None, f"has `{key}`, by which a loader runs code of a repository")
     for path in sorted(folder.path.rglob("*.py")):
         yield Finding("remote_code", path.relative_to(folder.path).as_posix(), None, "is code")
-
-
-def _keys_of(value: object) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _keys_of(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _keys_of(item)
 
 
 def vocabulary(folder: Folder) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """From a base on the Hub to a new checkpoint on the Hub and back: trained, published, verified, and loaded by others in a clean cache."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.hub.client import environment, in_turn
 from tests.hub.writes import User
 
 TOKEN = "hf_" + "w" * 34
+SECRET = "planted-secret-of-a-tracker"
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
 FORMS = {
     "full": ({}, {"max_shard_bytes": 30_000}, "bf16"),
@@ -50,13 +52,13 @@ def hub(tiny_base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_trained_is_what_others_load_from_the_hub(form, hub, recipe_file, tmp_path: Path) -> None:
+def test_what_was_trained_is_what_others_load_from_the_hub(form, hub, recipe_file, chat_data, tmp_path: Path) -> None:
     sections, package, precision = FORMS[form]
     train = {"steps": 6, "batch_size": 6, "precision": precision}
     recipe = recipe_file(
         base={"checkpoint": "tiny/base"}, package=package, publish={"repo": "tiny/new"}, train=train, **sections
     )
-    env, run = environment(hub, tmp_path, HF_TOKEN=TOKEN), tmp_path / "run"
+    env, run = environment(hub, tmp_path, HF_TOKEN=TOKEN, TRACKER_API_KEY=SECRET), tmp_path / "run"
     results = in_turn(
         env,
         ("train", recipe, "--run", run, "--quiet"),
@@ -75,8 +77,16 @@ def test_what_was_trained_is_what_others_load_from_the_hub(form, hub, recipe_fil
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"apart": 0.0, "template": True}
+    row = json.loads((chat_data / "train.jsonl").read_text().splitlines()[3])["messages"][-1]["content"]
+    host = socket.gethostname()
+    private = [TOKEN, SECRET, row, str(tmp_path), str(chat_data), *([host] if len(host) > 5 else [])]
     for request in hub.requests:
-        assert TOKEN.encode() not in request.body and TOKEN not in request.path
+        others = {name: value for name, value in request.headers.items() if name != "Authorization"}
+        told = request.body + f"{request.path} {request.query} {others}".encode()
+        assert not [word for word in private if word.encode() in told], f"{request.method} {request.path}"
+    for path in (path for path in run.rglob("*") if path.is_file()):
+        assert not [word for word in (TOKEN, SECRET) if word.encode() in path.read_bytes()], path
+    assert not [word for word in (TOKEN, SECRET) for _, *streams in results if word in "".join(streams)]
 
 
 @pytest.mark.slow

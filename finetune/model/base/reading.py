@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokeniz
 
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError
+from finetune.remote_code import asked_by
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
 TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # a directory without any of these has no tokenizer
@@ -34,12 +35,7 @@ def load_config(path: Path) -> PretrainedConfig:
         message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
         raise BaseError(message, where=_name(path), hint=hint)
     raw = read_json(path / "config.json")
-    if "auto_map" in raw:
-        message, hint = (
-            "needs code of its own (`auto_map`), which is never run",
-            "choose a base that transformers knows",
-        )
-        raise BaseError(message, where=_name(path), hint=hint)
+    _refuse_remote_code(path)
     architectures = raw.get("architectures") or []
     is_known = raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
@@ -57,10 +53,19 @@ def load_config(path: Path) -> PretrainedConfig:
         raise _damaged(path / "config.json", " ".join(str(error).split())) from None
 
 
+def _refuse_remote_code(path: Path) -> None:
+    """Configs are data: read as JSON, before a library reads more into them."""
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if (path / name).is_file() and (key := next(asked_by(read_json(path / name)), None)):
+            message = f"needs code of its own (`{key}` in {name}), which is never run"
+            raise BaseError(message, where=_name(path), hint="choose a base that transformers knows")
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer; only a fast one tells which characters a token stands for."""
     from transformers import AutoTokenizer
 
+    _refuse_remote_code(path)
     tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
