@@ -428,7 +428,9 @@ def package(ref: str, directory: Path, key: Path | None, is_json: bool) -> None:
 @click.option("--public", "is_public", is_flag=True, help="A repository that is made is public. Default: private.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Only say what would happen.")
 @click.option("--milestones", "has_milestones", is_flag=True, help="Publish the milestones of a run that are left.")
-@click.option("--follow", "is_following", is_flag=True, hidden=True)
+@click.option(
+    "--follow", "is_following", is_flag=True, help="With --milestones: go on until stdin ends, as beside a training."
+)
 @JSON
 def publish(
     source: str,

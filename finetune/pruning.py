@@ -32,7 +32,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
             raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
         damaged = {damage.file.partition("/")[0] for damage in damages}
         evaluated = journals.evaluations(journals.read(run))
-        actions = due(store, rule, plan.recipe.publish, evaluated, damaged)
+        actions = due(store, rule, evaluated, damaged, plan.recipe.publish)
         facts = [
             {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
             for item, action in actions
@@ -45,7 +45,11 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
 
 
 def due(
-    store: Store, rule: Keep, publish: Publish | None, evaluated: dict[int, dict], damaged: Collection[str]
+    store: Store,
+    rule: Keep,
+    evaluated: dict[int, dict],
+    damaged: Collection[str],
+    publish: Publish | None = None,
 ) -> list[tuple[Checkpoint, str]]:
     """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
     checkpoints stay, and milestones that are published, or will be."""

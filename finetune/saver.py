@@ -168,7 +168,7 @@ class Saver:
     def _prune(self, save: Save, journal: Journal, lease: Lease) -> None:
         lease.check()
         recipe = self._plan.recipe
-        actions = pruning.due(self._store, recipe.checkpoint.keep, recipe.publish, save.record.evaluated, self._damaged)
+        actions = pruning.due(self._store, recipe.checkpoint.keep, save.record.evaluated, self._damaged, recipe.publish)
         try:
             pruning.apply(self._store, actions, lambda name, at: journal.append(self._event(name, step=at)))
         except FinetuneError as error:

@@ -23,7 +23,7 @@ CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n# New\n"
 
 @pytest.fixture
 def hub():
-    with Hub(seconds=280) as hub:
+    with Hub(seconds=890) as hub:
         hub.users[TOKEN] = User("tiny")
         yield hub
 
@@ -143,6 +143,8 @@ def test_what_the_hub_lost_or_changed_is_not_promoted(hub, env, package) -> None
     assert content(hub) == OLD
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finishes(hub, env, package) -> None:
     repo = hub.add("model", "tiny/new")
     weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))

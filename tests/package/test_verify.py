@@ -227,8 +227,8 @@ def test_weights_that_were_changed_with_all_records_of_them_are_found_by_what_th
     for subject in said["subject"]:
         subject["digest"]["sha256"] = provenance.sha256(folder / subject["name"])
     (folder / provenance.FILE).write_text(provenance.to_line(said))
-    (found,) = verify(str(folder))["problems"]
-    assert found["check"] == "logits" and "computes other logits" in found["message"]
+    found = verify(str(folder))["problems"]
+    assert {problem["check"] for problem in found} == {"logits"} and "computes other logits" in found[0]["message"]
 
 
 def test_other_hardware_may_compute_a_little_else(full, tmp_path) -> None:
