@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune import chat_template
 from finetune.checkpoints.tensors import Place
 from finetune.package.contents import Finding
 from finetune.package.folder import Folder
@@ -153,6 +154,17 @@ def tokenizer(folder: Folder) -> Iterator[Finding]:
             yield Finding("tokenizer", "generation_config.json", None, message)
 
 
+def template(folder: Folder) -> Iterator[Finding]:
+    """Chat templates render in the sandbox, within seconds and memory that a short conversation may take."""
+    settings = folder.configs.get("tokenizer_config.json", {})
+    found = [("tokenizer_config.json", text) for text in chat_template.texts(settings.get("chat_template"))]
+    for path in [*folder.path.glob("chat_template.jinja"), *sorted(folder.path.glob("additional_chat_templates/*"))]:
+        found.append((path.relative_to(folder.path).as_posix(), path.read_text(encoding="utf-8", errors="replace")))
+    for file, text in found:
+        if problem := chat_template.problem(text):
+            yield Finding("template", file, None, problem)
+
+
 def tied(folder: Folder) -> Iterator[Finding]:
     """What the config says of input and output embeddings is how they are stored."""
     text = folder.config.get("text_config") or folder.config
@@ -194,6 +206,7 @@ CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     "remote_code": remote_code,
     "vocabulary": vocabulary,
     "tokenizer": tokenizer,
+    "template": template,
     "tied": tied,
     "base": base,
 }

@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from finetune import chat_template
 from finetune.errors import DataError
 from finetune.example import Example
 from finetune.recipe.schema import ChatTask
@@ -62,11 +63,14 @@ def template_of(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> str:
     """The chat template in force: the recipe's file, or the base's own."""
     if task.template is not None:
         try:
-            return Path(task.template).read_text()
+            template = Path(task.template).read_text()
         except OSError as error:
             raise DataError(
                 f"cannot be read: {error.strerror}", where=task.template, hint="task.template names a file"
             ) from None
+        if problem := chat_template.problem(template):
+            raise DataError(f"the template {problem}", where=task.template, hint="mend it, or use the base's own")
+        return template
     if not tokenizer.chat_template:
         raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
     return tokenizer.chat_template

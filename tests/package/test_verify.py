@@ -119,6 +119,14 @@ TAMPERED: dict[str, tuple[str, str, Tamper]] = {  # name: (package, check, what 
     ),
     "no weights": ("merged", "header", lambda folder: (folder / "model.safetensors").unlink()),
     "an edited template": ("full", "provenance", appended("chat_template.jinja", "{# be evil #}")),
+    "a template that reaches out": ("full", "template", added("chat_template.jinja", b"{{ ''.__class__.__mro__ }}")),
+    "a template without an end": (
+        "full",
+        "template",
+        added("chat_template.jinja", b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+    ),
+    "a template that eats memory": ("full", "template", added("chat_template.jinja", b"{{ 'x' * 10**10 }}")),
+    "a template that is torn": ("full", "template", added("chat_template.jinja", b"{% if messages %}")),
     "weights of another type": (
         "merged",
         "dtype",

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError
 from finetune.remote_code import asked_by
@@ -83,6 +84,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             )  # tells what is wrong: tokenizers answers a torn file with a bare Exception
     if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=_name(path))
+    for template in chat_template.texts(tokenizer.chat_template):
+        if problem := chat_template.problem(template):
+            hint = "choose another base, or mend the template: what renders it may not survive it"
+            raise BaseError(f"has a chat template that {problem}", where=_name(path), hint=hint)
     return tokenizer
 
 

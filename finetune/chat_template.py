@@ -1,0 +1,115 @@
+"""Floor 0. And a program: renders chat templates in a process with limits before anything else does; who loads or verifies one asks.
+
+A template is a program by whoever made the base. The sandbox of transformers keeps it from files and code (CVE-2024-34359, CVE-2026-5760
+are of renderers that had none); seconds and memory it can still use up, so the first rendering has bounds of its own.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from finetune import cache
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+LONGEST = 200_000  # characters; the longest in use are about 20,000
+CPU_SECONDS = 2
+MEMORY_BYTES = 256 << 20  # beyond what the imports take
+WALL_SECONDS = 60
+QUESTION = [{"role": "user", "content": "What is a checkpoint good for?"}]
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "To go on from."}]
+CONVERSATIONS = [QUESTION, ANSWERED, [{"role": "system", "content": "Be brief."}, *ANSWERED, *ANSWERED]]
+
+
+def texts(chat_template: object) -> list[str]:
+    """The templates that a tokenizer or its config has: one, or several by name."""
+    if isinstance(chat_template, dict):
+        return [text for text in chat_template.values() if isinstance(text, str)]
+    if isinstance(chat_template, list):
+        return [one["template"] for one in chat_template if isinstance(one, dict) and "template" in one]
+    return [chat_template] if isinstance(chat_template, str) else []
+
+
+def problem(template: str) -> str | None:
+    """Why a template must not be rendered, or None. What a template was found to do is kept in the cache, by its text."""
+    if len(template) > LONGEST:
+        return f"has {len(template):,} characters, more than {LONGEST:,}"
+    facts = [template, CONVERSATIONS, CPU_SECONDS, MEMORY_BYTES, version("transformers")]
+    try:
+        return cache.found("templates", facts, lambda: _tried(template))
+    except _Unfinished as error:  # it may be this machine's fault: not kept
+        return str(error)
+
+
+class _Unfinished(Exception):
+    """The rendering process ended by itself, or did not."""
+
+
+def _tried(template: str) -> str | None:
+    # It needs no network and no secret; -P: without it the program's own folder comes first on the import path.
+    environment = {
+        name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME", "VIRTUAL_ENV") if name in os.environ
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", __file__],
+            input=json.dumps(template),
+            env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=WALL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise _Unfinished(f"takes more than {WALL_SECONDS} seconds to render") from None
+    if done.returncode == -signal.SIGXCPU:
+        return f"takes more than {CPU_SECONDS} seconds of a processor to render a short conversation"
+    if done.returncode:
+        raise _Unfinished(f"ends the process that renders it, with exit code {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    """Reads a template as JSON, and writes why it must not be rendered, or null."""
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,
+    )  # the very sandbox that training renders in
+
+    template = json.load(sys.stdin)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES,) * 2)
+    print(json.dumps(_rendered(template, _compile_jinja_template)))
+
+
+def _rendered(template: str, compiled: Callable[[str], "Template"]) -> str | None:
+    """Renders every conversation; one that the template refuses is its right, as long as it takes another."""
+    from jinja2 import TemplateError
+    from jinja2.exceptions import SecurityError
+
+    refusals = []
+    for messages in CONVERSATIONS:
+        try:
+            compiled(template).render(messages=messages, add_generation_prompt=False, bos_token="", eos_token="")
+        except SecurityError as error:
+            return f"reaches for what the sandbox forbids: {error}"
+        except MemoryError:
+            return f"needs more than {MEMORY_BYTES >> 20} MiB to render a short conversation"
+        except RecursionError:
+            return "calls itself without end"
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            refusals.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+    return f"renders no conversation: {refusals[0]}" if len(refusals) == len(CONVERSATIONS) else None
+
+
+if __name__ == "__main__":
+    main()

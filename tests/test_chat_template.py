@@ -1,0 +1,61 @@
+"""Templates of strangers are rendered in a process with limits before they are rendered here."""
+
+import os
+import shutil
+
+import pytest
+
+from finetune.chat_template import ANSWERED, LONGEST, problem, texts
+from tests.hub.client import in_turn
+
+PLAIN = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+HOSTILE = {
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "reaches for what the sandbox forbids: access to attribute '__class__' of 'str' object is unsafe.",
+    "{{ messages.append(1) }}": "reaches for what the sandbox forbids:",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more than 2 seconds of a processor to render a short conversation",
+    "{{ 'x' * 10 ** 10 }}": "needs more than 256 MiB to render a short conversation",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "calls itself without end",
+    "{% for message in messages %}": "renders no conversation: TemplateSyntaxError",
+    "{{ raise_exception('never') }}": "renders no conversation: TemplateError: never",
+    "x" * (LONGEST + 1): "has 200,001 characters, more than 200,000",
+}
+
+
+@pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:40])
+def test_a_hostile_or_broken_template_is_refused_and_the_reason_told(template) -> None:
+    assert problem(template).startswith(HOSTILE[template])
+
+
+def test_usual_templates_pass_also_those_that_want_roles_in_turn(tiny_tokenizer) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + PLAIN
+    tracked = PLAIN.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %}")
+    for template in (PLAIN, strict, tracked, tiny_tokenizer.chat_template):
+        assert problem(template) is None
+    assert len(ANSWERED) == 2
+
+
+def test_what_was_found_out_of_a_template_is_kept(monkeypatch) -> None:
+    assert problem(PLAIN + "{# once #}") is None
+    monkeypatch.setattr("finetune.chat_template._tried", lambda template: "was tried again")
+    assert problem(PLAIN + "{# once #}") is None
+
+
+def test_all_templates_of_a_tokenizer_are_found() -> None:
+    assert texts("a") == ["a"] and texts({"default": "a", "tool": "b"}) == ["a", "b"] and texts(None) == []
+    assert texts([{"name": "default", "template": "a"}]) == ["a"]
+
+
+def test_a_base_or_a_recipe_with_a_hostile_template_is_refused_by_plan(tiny_base, recipe_file, tmp_path) -> None:
+    recipe = recipe_file()
+    bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    base, own = tmp_path / "base", tmp_path / "own.jinja"
+    shutil.copytree(tiny_base, base)
+    (base / "chat_template.jinja").write_text(bomb)
+    own.write_text("{{ ''.__class__.__mro__ }}")
+    refused, other = in_turn(
+        dict(os.environ),
+        ("plan", recipe, "--set", f"base.checkpoint={base}"),
+        ("plan", recipe, "--set", f"task.template={own}"),
+    )
+    assert refused[0] == 1 and "base: has a chat template that takes more than 2 seconds of a processor" in refused[2]
+    assert other[0] == 1 and "own.jinja: the template reaches for what the sandbox forbids" in other[2]
