@@ -21,7 +21,7 @@ from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
 
 if TYPE_CHECKING:
-    from finetune.recipe.schema import Publish
+    from finetune.recipe.schema import Recipe
 
 OVERRIDE = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
@@ -84,9 +84,11 @@ def plan(
     from finetune.memory import Work, shape_of
     from finetune.model import base
     from finetune.pace import largest_step
+    from finetune.package.preflight import refuse_unpackageable
     from finetune.resolve import device, resolve
 
     resolved, run, here = resolve(loaded), run or _default_run(recipe), device()
+    refuse_unpackageable(resolved)
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))
     facts = estimate.forecast(resolved.plan, shape, work, here, run)
@@ -142,11 +144,12 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
+    from finetune.package.preflight import refuse_unpackageable
     from finetune.run import train as train_run
 
     run = run or _default_run(recipe)
-    with _published(loaded.recipe.publish, run):
-        train_run(loaded, run, is_quiet=quiet, **choices)
+    with _published(loaded.recipe, run):
+        train_run(loaded, run, is_quiet=quiet, ask=refuse_unpackageable, **choices)
 
 
 @cli.command()
@@ -514,16 +517,16 @@ def _leave(exit_code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _published(publish: "Publish | None", run: Path) -> Iterator[None]:
+def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
     """Checks before a training that it can be published, and has its milestones published beside it, by rank 0."""
-    if publish is None or os.environ.get("RANK", "0") != "0":
+    if recipe.publish is None or os.environ.get("RANK", "0") != "0":
         yield
         return
     from finetune.package import queue
     from finetune.package.publish import preflight
 
-    preflight(publish)
-    child = queue.start(run) if publish.milestones else None
+    preflight(recipe)
+    child = queue.start(run) if recipe.publish.milestones else None
     yield  # after a signal or an error the child is on its own: it publishes what is committed, and ends
     if child:
         queue.finish(child, run)

@@ -74,11 +74,12 @@ def train(
     until: int | None = None,
     schedule: str | None = None,
     take_over: bool = False,
+    ask: Callable[[Resolved], None] | None = None,
 ) -> None:
     """Starts the run at `path`, or resumes it, and returns when it is finished, or step `until` is committed.
 
-    `schedule` is how the learning rate of a run that is extended goes on; `take_over` takes a lease whose heartbeat has stopped. Raises
-    Stopped after a signal, when the last finished step is committed.
+    `schedule` is how the learning rate of a run that is extended goes on; `take_over` takes a lease whose heartbeat has stopped; `ask` may
+    refuse what was resolved, before a new run writes anything. Raises Stopped after a signal, when the last finished step is committed.
     """
     with Signals() as signals:
         accelerator = start_accelerator(loaded.recipe.train)
@@ -87,6 +88,8 @@ def train(
         with holding as held:
             with accelerator.main_process_first():
                 resolved, facts, changes = open_plan(loaded, path, accelerator, schedule)
+                if ask and is_writer and not Store(path).checkpoints():
+                    ask(resolved)
                 base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
             resolved, facts = with_same_micro_batches(resolved, facts, accelerator)
             plan = resolved.plan

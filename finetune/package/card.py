@@ -32,8 +32,12 @@ class Facts:
     form: str
     """`merged` or `adapter`."""
     dtype: str
-    licence: Mapping[str, str] | None
-    """Licence keys of the base's own card, or None where it is not known."""
+    licence: Mapping[str, object] | None
+    """Licence keys of the card, or None where the base's is not known and the recipe names none."""
+    base_licence: str | None
+    """What the base itself states."""
+    data_licences: Sequence[str | None]
+    """Of each source of training rows, as far as its card says."""
 
 
 def card(facts: Facts) -> str:
@@ -118,7 +122,7 @@ def _summary(facts: Facts) -> str:
         form += ", the adapter merged in"
     lines = [
         f"A language model made by {METHODS[_method(plan)]} of {_base(plan)}; this is step {step} of {plan.steps} ({form}).",
-        "It was trained on:\n\n" + "\n".join(map(_source, plan.recipe.data.train, plan.train)),
+        "It was trained on:\n\n" + "\n".join(map(_source, plan.recipe.data.train, plan.train, facts.data_licences)),
         f"{figures.number(plan.counts.examples)} examples, {figures.number(plan.counts.tokens)} tokens, of them "
         f"{figures.number(plan.counts.supervised_tokens)} with a loss.",
     ]
@@ -151,10 +155,11 @@ def _limits(facts: Facts) -> str:
 def _facts(facts: Facts) -> str:
     plan = facts.plan
     rows = figures.cost(facts.figures, plan, facts.manifest.world.get("world_size", 1))
-    for source, pinned in zip(plan.recipe.data.train, plan.train, strict=True):
+    for source, pinned, stated in zip(plan.recipe.data.train, plan.train, facts.data_licences, strict=True):
         name = f"{source.dataset} at `{pinned.revision}`" if source.dataset else f"`{record.public_name(pinned.name)}`"
-        rows.append(("training data", f"{name}, {figures.number(pinned.rows)} rows, content `{pinned.fingerprint}`"))
-    rows.append(("licence of the base", facts.licence["license"] if facts.licence else "not stated by the base"))
+        told = f"{name}, {figures.number(pinned.rows)} rows, licence {stated or 'not stated'}"
+        rows.append(("training data", f"{told}, content `{pinned.fingerprint}`"))
+    rows.append(("licence of the base", facts.base_licence or "not stated by the base"))
     return figures.table(("", ""), rows)
 
 
@@ -165,14 +170,15 @@ def _base(plan: Plan) -> str:
     return f"the local checkpoint `{record.public_name(plan.recipe.base.checkpoint)}` (`{plan.base.digest}`)"
 
 
-def _source(source: Source, pinned: PinnedSource) -> str:
+def _source(source: Source, pinned: PinnedSource, licence: str | None) -> str:
     if source.dataset:
         place = f"[{source.dataset}](https://huggingface.co/datasets/{source.dataset}) at revision `{pinned.revision}`"
         place += f", split `{source.split or 'train'}`"
     else:
         place = f"`{record.public_name(pinned.name)}`"
     weight = f", weight {source.weight:g}" if source.weight else ""
-    return f"- {place}: {figures.number(pinned.rows)} rows{weight}, content `{pinned.fingerprint}`"
+    stated = f", licence {licence or 'not stated by its card'}" if source.dataset else ""
+    return f"- {place}: {figures.number(pinned.rows)} rows{weight}{stated}, content `{pinned.fingerprint}`"
 
 
 def _usage(facts: Facts) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finetune import journal
-from finetune.checkpoints.loading import Opened, open_model, run_of
+from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.snapshot import DTYPES, companions
+from finetune.checkpoints.snapshot import DTYPES
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
-from finetune.package import bom, licence, probe, proof, provenance, record, reference, signing, weights
+from finetune.package import bom, licence, probe, proof, provenance, record, reference, signing, small_files, weights
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of
 from finetune.package.proof import Check, Look
@@ -57,17 +57,23 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         checks.append(weights.unquantized(probe.logits(quantized, tokenizer), probe.logits(opened.model, tokenizer)))
         del quantized
     base_directory = _base_directory(plan)
+    stated = licence.of_base(recipe.base, base_directory)
+    licences = (
+        licence.of_package(recipe.package, stated),
+        stated["license"] if stated else None,
+        tuple(map(licence.of_data, recipe.data.train, plan.train)),
+    )
     figures = record.figures(journal.read(run), manifest.step)
     with _staged(directory) as staging:
         model, logits, changes = weights.convert(opened.model, form, base.DTYPES[dtype], tokenizer)
         trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
         weights.write(model, opened, form, base.DTYPES[dtype], staging)
-        _write_small_files(opened, tokenizer.chat_template, base_directory, staging)
+        small_files.write(staging, opened.directory, tokenizer.chat_template, base_directory)
         loaded = proof.load_back(staging, opened.base_directory if form == "adapter" else None)
         checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
-        facts = Facts(plan, manifest, figures, found, form, dtype, licence.of_base(recipe.base, base_directory))
+        facts = Facts(plan, manifest, figures, found, form, dtype, *licences)
         _write_record(facts, staging)
         probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
         (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
@@ -128,15 +134,6 @@ def _base_directory(plan: Plan) -> Path | None:
         return base.directory(plan.recipe.base, plan.base, with_weights=False)
     except (BaseError, CheckpointError):
         return None
-
-
-def _write_small_files(opened: Opened, template: str | None, base_directory: Path | None, directory: Path) -> None:
-    for file in companions(opened.directory):
-        shutil.copyfile(file, directory / file.name)
-    if template != base.load_tokenizer(opened.directory).chat_template:
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    for file in licence.texts(base_directory) if base_directory else ():
-        shutil.copyfile(file, directory / file.name)
 
 
 def _write_record(facts: Facts, directory: Path) -> None:

@@ -1,25 +1,86 @@
-"""Floor 7. Under which licence a base stands, as far as the base itself says; `export` asks, `card` passes it on.
+"""Floor 7. Under which licence base and data stand, as far as they say themselves, and a package may; `export` asks, `card` passes it on.
 
-Sources: the front matter of the base's own card, or the metadata in a GGUF file. Nothing is guessed: None means unknown.
+Sources: the front matter of the card of a base or a data set, or the metadata in a GGUF file. Nothing is guessed: None means unknown.
+What a licence asks of works made from it is told by its kind (https://huggingface.co/docs/hub/repositories-licenses), no legal advice.
 """
 
 import importlib.metadata
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from finetune.checkpoints.refs import parse
+from finetune.errors import PackageError
 from finetune.package import metadata
-from finetune.recipe.schema import Base
+from finetune.plan import PinnedSource
+from finetune.recipe.schema import Base, Package, Source
 
 KEYS = ("license", "license_name", "license_link")
+GATE = "extra_gated_"  # what the Hub asks of those who want access
 TEXTS = ("LICEN[SC]E*", "NOTICE*")
+FREE = (
+    *("apache-2.0", "mit", "bsd*", "isc", "zlib", "unlicense", "wtfpl", "bsl-1.0", "ncsa", "postgresql", "afl-3.0"),
+    *("artistic-2.0", "ecl-2.0", "cc0-1.0", "cc-by-[234].[05]", "cdla-permissive-*", "odc-by", "pddl", "openmdw-1.0"),
+)
+ASKS = {  # the first that fits
+    "cc-by*-nd-*": "does not allow changed versions to be passed on",
+    "cc-by-nc-*": "forbids commercial use, also of what is made from it",
+    "fair-noncommercial-*": "forbids commercial use, also of what is made from it",
+    "*gpl*": "asks that what is made from it stays under it",
+    "cc-by-sa-*": "asks that what is made from it stays under it",
+    "[eo][us][pl]l-*": "asks that what is made from it stays under it",
+    "*": "has terms of its own, which go on to what is made from it",
+}
 
 
-def of_base(base: Base, directory: Path | None) -> dict[str, str] | None:
-    """The licence keys of a model card: `license`, and the name and link that go with `other`."""
+def of_base(base: Base, directory: Path | None) -> dict | None:
+    """The licence keys of a model card: `license`, the name and link that go with `other`, and what a gated base asks of its readers."""
     ref = parse(base.checkpoint)
     found = _of_gguf(ref.repo, ref.path) if ref.kind == "package" else _of_card(directory) if directory else {}
-    found = {key: found[key] for key in KEYS if isinstance(found.get(key), str)}
-    return found if "license" in found else None
+    said = {key: found[key] for key in KEYS if isinstance(found.get(key), str)}
+    return said | {key: found[key] for key in found if key.startswith(GATE)} if "license" in said else None
+
+
+def of_package(asked: Package, base: dict | None) -> dict | None:
+    """The licence keys of the package: what the recipe says, or else the base's. PackageError where the base's does not allow it."""
+    base_licence = base["license"] if base else None
+    told = ASKS[next(pattern for pattern in ASKS if fnmatchcase(base_licence or "", pattern))]
+    if base_licence and fnmatchcase(base_licence, "cc-by*-nd-*"):
+        hint = "choose another base: the checkpoint can be used here, not packaged"
+        raise PackageError(f"the base is under {base_licence}, which {told}", where="package.license", hint=hint)
+    if asked.license is None:
+        return base
+    values = (asked.license, asked.license_name, asked.license_link)
+    said = {key: value for key, value in zip(KEYS, values, strict=True) if value}
+    front = "".join(f"{key}: {value}\n" for key, value in said.items())
+    if wrong := next(metadata.problems(f"---\n{front}---\n"), None):
+        raise PackageError(wrong, where="package.license", hint="take an id of the Hub, like apache-2.0 or other")
+    is_free = base_licence is None or any(fnmatchcase(base_licence, pattern) for pattern in FREE)
+    if not is_free and (asked.license != base_licence or _is_renamed(asked, base)):
+        hint = f"leave package.license out: the package is then under {base_licence} as well"
+        message = f"cannot be {asked.license}: the base is under {base_licence}, which {told}"
+        raise PackageError(message, where="package.license", hint=hint)
+    return {key: value for key, value in (base or {}).items() if key not in KEYS} | said
+
+
+def _is_renamed(asked: Package, base: dict) -> bool:
+    """`other` says nothing without its name."""
+    return asked.license == "other" and asked.license_name != base.get("license_name")
+
+
+def of_data(source: Source, pinned: PinnedSource) -> str | None:
+    """The licence that the card of a Hub data set states, at its commit; asked once, and then kept by the Hub's own cache."""
+    if source.dataset is None:
+        return None
+    from httpx2 import HTTPError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        card = hf_hub_download(source.dataset, "README.md", repo_type="dataset", revision=pinned.revision)
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError):  # the card then says that it is not known
+        return None
+    said = (metadata.read(Path(card).read_text(encoding="utf-8", errors="replace")) or {}).get("license")
+    return ", ".join(map(str, said)) if isinstance(said, list) else said
 
 
 def texts(directory: Path) -> list[Path]:

@@ -81,6 +81,19 @@ def step_of(directory: Path) -> int:
     return value["predicate"]["buildDefinition"]["externalParameters"]["step"]
 
 
+def base_of(files: Mapping[str, Path]) -> str | None:
+    """The Hub checkpoint that a package was made from, as its statement says; None where none is named."""
+    try:
+        value = json.loads(files[FILE].read_text(encoding="utf-8"))
+        (base,) = [
+            one for one in value["predicate"]["buildDefinition"]["resolvedDependencies"] if one["name"] == "base"
+        ]
+        uri = base["uri"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    return uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else None
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

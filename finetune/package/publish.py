@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import plan as plans
+from finetune.checkpoints.refs import parse
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import PackageError, PublishError
+from finetune.package import provenance
 from finetune.package.card import with_notes
 from finetune.package.contents import files_of
 from finetune.package.repository import Files, Repository, differences, digest_of, size_of
 from finetune.package.verify import folder_findings
-from finetune.recipe.schema import Publish
+from finetune.recipe.schema import Recipe
 
 FOLDER = "folder:"
 CARD = "README.md"
@@ -47,13 +49,14 @@ def publish(directory: Path, target: str, choices: Choices) -> dict:
     return _to_hub(files, target, choices)
 
 
-def preflight(asked: Publish) -> None:
-    """Whether the token may write to the repository that a recipe names; before a training, so that it is not found out after it.
-    Nothing where this machine works offline."""
+def preflight(recipe: Recipe) -> None:
+    """Whether the token may write to the repository that a recipe names, and the base may be published there; before a training, so that
+    it is not found out after it. Nothing where this machine works offline."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
         return
+    asked, base = recipe.publish, parse(recipe.base.checkpoint)
     repository = Repository(asked.repo)
     user = repository.whoami()
     owner, role = asked.repo.partition("/")[0], user.get("auth", {}).get("accessToken", {}).get("role")
@@ -62,6 +65,16 @@ def preflight(asked: Publish) -> None:
         why = f"the token of {user['name']} only reads" if role == "read" else f"{user['name']} is not of {owner}"
         hint = "use a token that may write there, or leave out `publish` and publish by hand"
         raise PublishError(f"cannot be published to: {why}", where=asked.repo, hint=hint)
+    if not asked.private:
+        _refuse_gated(base.repo if base.kind == "hub" else None, asked.repo, repository.facts())
+
+
+def _refuse_gated(base: str | None, name: str, there: dict | None) -> None:
+    """What its authors give to those alone whom they know does not become public by a fine-tune."""
+    is_open = there is None or not (there["private"] or there["gated"])
+    if base and is_open and (Repository(base).facts() or {}).get("gated"):
+        hint = "publish it privately, or make the repository yourself and gate it as the base is"
+        raise PublishError(f"would be open to everybody, and its base {base} is gated", where=name, hint=hint)
 
 
 def _sound(directory: Path) -> dict[str, Path]:
@@ -102,6 +115,8 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
     repository = Repository(name)
     user = repository.whoami()["name"]
     there = repository.facts()
+    if not choices.is_private or (there and not there["private"]):
+        _refuse_gated(provenance.base_of(files), name, there)
     branches = repository.branches() if there else {}
     head = branches.get(choices.branch)
     tree = repository.tree(head) if head else {}

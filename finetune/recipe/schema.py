@@ -328,6 +328,12 @@ class Package(Section):
     """Type of the packaged weights. Default: `train.precision`."""
     max_shard_bytes: PositiveInt = 5_000_000_000
     """Weights over this size are divided into several files."""
+    license: str | None = None
+    """The licence of the package, by its id on the Hub (`apache-2.0`, `other`). Default: the base's. One that the base's licence does not allow is refused."""
+    license_name: str | None = None
+    """The name of the licence `other`."""
+    license_link: str | None = None
+    """Where the text of the licence `other` is."""
 
 
 class Publish(Section):

@@ -71,7 +71,15 @@ def facts(
         digest="blake3:5678",
     )
     return Facts(
-        plan, manifest, FIGURES, ({"name": "logits", "message": "a|b"},), "merged", "bf16", {"license": "apache-2.0"}
+        plan,
+        manifest,
+        FIGURES,
+        ({"name": "logits", "message": "a|b"},),
+        "merged",
+        "bf16",
+        {"license": "apache-2.0"},
+        "apache-2.0",
+        (None,),
     )
 
 
@@ -122,7 +130,7 @@ def test_an_unknown_licence_is_left_out_and_said_to_be_unknown() -> None:
 def test_data_sets_of_the_hub_are_listed_with_their_revision() -> None:
     text = card(facts(source={"dataset": "owner/rows"}))
     assert front_matter(text)["datasets"] == ["owner/rows"]
-    assert "at revision `c0ffee`, split `train`: 40 rows, content `blake3:da7a`" in text
+    assert "at revision `c0ffee`, split `train`: 40 rows, licence not stated by its card, content `blake3:da7a`" in text
 
 
 def test_figures_of_base_and_checkpoint_stand_side_by_side() -> None:

@@ -1,0 +1,55 @@
+"""Floor 7. Whether what a recipe trains could be packaged, found out before it is trained; `cli` has `run` ask.
+
+The rules are those that a package is checked by, as far as they are about what is there before the training: config, tokenizer,
+template, generation config, licence.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from finetune import cache
+from finetune.errors import PackageError
+from finetune.package import contents, licence, small_files
+from finetune.package.checks import CHECKS
+from finetune.package.folder import Folder
+from finetune.resolve import Resolved
+from finetune.tasks.chat import template_of
+
+BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")
+
+
+def refuse_unpackageable(resolved: Resolved) -> None:
+    """PackageError where the recipe asks for a package, or a place to publish it; a line on stderr where nobody has."""
+    plan = resolved.plan
+    sections = plan.recipe.model_dump(mode="json", include={"base", "package"})
+    facts = [sections, plan.base.model_dump(mode="json"), plan.encoding, version("finetune")]
+    problems = cache.found("packageable", facts, lambda: list(_problems(resolved)))
+    if problems and plan.recipe.model_fields_set & {"package", "publish"}:
+        hint = "mend it now: the package would be refused for it after the training"
+        raise PackageError("; ".join(problems), where="package", hint=hint)
+    for problem in problems:
+        print(f"this run could not be packaged as it is: {problem}", file=sys.stderr, flush=True)
+
+
+def _problems(resolved: Resolved) -> Iterator[str]:
+    recipe = resolved.plan.recipe
+    try:
+        licence.of_package(recipe.package, licence.of_base(recipe.base, resolved.base_directory))
+    except PackageError as error:
+        yield f"{error.where}: {error.message}"
+    with tempfile.TemporaryDirectory() as made:
+        directory = Path(made)
+        config = json.loads((resolved.base_directory / "config.json").read_bytes())
+        config = {key: value for key, value in config.items() if key != "_name_or_path"}  # the package's is without it
+        (directory / "config.json").write_text(json.dumps(config))
+        tokenizer, task = resolved.tokenizer, recipe.task
+        template = template_of(tokenizer, task) if task.name == "chat" else tokenizer.chat_template
+        small_files.write(directory, resolved.base_directory, template, resolved.base_directory)
+        folder = Folder(directory)
+        found = [*contents.findings(directory), *(item for name in BEFORE for item in CHECKS[name](folder))]
+        for check, file, _, message in dict.fromkeys(found):
+            yield f"{check}: {file}: {message}"
