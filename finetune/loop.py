@@ -230,7 +230,7 @@ def evaluate(
             sums += accelerator.reduce(row_sums, "sum").tolist()
     finally:
         objective.train()
-    return score(math.fsum(sums), int(examples.targets.sum()), len(examples))
+    return score(sums, np.asarray(examples.targets, dtype=np.int64))
 
 
 def agree(accelerator: Accelerator, wishes: Wishes, step: int = 0) -> Wishes:

@@ -22,12 +22,25 @@ from finetune.checkpoints.snapshot import DTYPES
 from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
-from finetune.package import bom, licence, probe, proof, provenance, record, reference, signing, small_files, weights
+from finetune.package import (
+    bom,
+    figures,
+    licence,
+    probe,
+    proof,
+    provenance,
+    record,
+    reference,
+    signing,
+    small_files,
+    weights,
+)
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of
 from finetune.package.proof import Check, Look
 from finetune.package.verify import folder_findings
 from finetune.plan import Plan
+from finetune.recipe.load import to_yaml
 from finetune.resolve import encoding_digest
 from finetune.tasks.chat import template_of
 
@@ -63,7 +76,7 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         stated["license"] if stated else None,
         tuple(map(licence.of_data, recipe.data.train, plan.train)),
     )
-    figures = record.figures(journal.read(run), manifest.step)
+    numbers = record.figures(journal.read(run), manifest.step)
     with _staged(directory) as staging:
         model, logits, changes = weights.convert(opened.model, form, base.DTYPES[dtype], tokenizer)
         trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
@@ -73,7 +86,7 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
-        facts = Facts(plan, manifest, figures, found, form, dtype, *licences)
+        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences)
         _write_record(facts, staging)
         probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
         (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
@@ -143,6 +156,9 @@ def _write_record(facts: Facts, directory: Path) -> None:
     (training / "journal.jsonl").write_text(record.to_lines(facts.figures), encoding="utf-8")
     (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
     (directory / "README.md").write_text(card(facts), encoding="utf-8")
+    if entries := figures.eval_results(facts.figures, facts.manifest.step, facts.plan):
+        (directory / ".eval_results").mkdir()
+        (directory / ".eval_results/held-out.yaml").write_text(to_yaml(entries), encoding="utf-8")
 
 
 def _write_bom(facts: Facts, architectures: list[str] | None, directory: Path) -> None:

@@ -1,8 +1,12 @@
 """Floor 7. What a card says in numbers: figures of the training, its cost, and what stands in for a benchmark. `card` and `verify` call it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from finetune.plan import Plan
+
+WITHIN = 1.96  # standard errors: 95 % of a normal distribution
+INTERVALS = "In brackets the 95 % interval over rows like these, each with all its tokens."
 
 
 def shown(records: Sequence[Mapping], step: int) -> str:
@@ -14,9 +18,11 @@ def shown(records: Sequence[Mapping], step: int) -> str:
         (name, *(_figure(found, key) for _, found in columns))
         for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
     ]
+    has_intervals = any(found and "loss_stderr" in found for _, found in columns)
     counted = evaluated.get(step) or evaluated.get(0)
     held_out = (
         f"On {number(counted['rows'])} held-out rows ({number(counted['tokens'])} tokens with a loss)."
+        + (f" {INTERVALS}" if has_intervals else "")
         if counted
         else "No rows were held out."
     )
@@ -33,7 +39,38 @@ def shown(records: Sequence[Mapping], step: int) -> str:
 
 
 def _figure(found: Mapping | None, key: str) -> str:
-    return f"{found[key]:.4f}" if found else "not evaluated"
+    if found is None:
+        return "not evaluated"
+    if "loss_stderr" not in found or not isinstance(found["loss"], int | float):
+        return _rounded(found[key])
+    ends = [found["loss"] + sign * WITHIN * found["loss_stderr"] for sign in (-1, 1)]
+    if key == "perplexity":
+        ends = [math.exp(end) if end < 700 else math.inf for end in ends]
+    return f"{_rounded(found[key])} ({_rounded(ends[0])} to {_rounded(ends[1])})"
+
+
+def _rounded(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"  # the journal spells what is no number
+
+
+def eval_results(records: Sequence[Mapping], step: int, plan: Plan) -> list[dict]:
+    """Entries of `.eval_results` (https://huggingface.co/docs/hub/eval-results) where one Hub data set is held out; the Hub shows those whose
+    data set is registered as a benchmark."""
+    evaluated = {item["step"]: item for item in records if item.get("event") == "evaluated"}
+    sources = plan.recipe.data.holdout
+    if step not in evaluated or not isinstance(sources, list) or len(sources) > 1 or not sources[0].dataset:
+        return []
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    (source,), (pinned,), found = sources, plan.holdout, evaluated[step]
+    entry = EvalResultEntry(
+        dataset_id=source.dataset,
+        task_id=source.name or "default",
+        value=found["loss"],
+        dataset_revision=pinned.revision,
+        notes=f"held-out loss, nats per token: {_figure(found, 'loss')}",
+    )
+    return eval_result_entries_to_yaml([entry])
 
 
 def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[str, str]]:

@@ -65,7 +65,16 @@ def loss(model: torch.nn.Module, batch: dict, token_losses: TokenLosses) -> tupl
     return loss_sum, rows_R
 
 
-def score(loss_sum: float, tokens: int, rows: int) -> dict[str, float]:
-    """Held-out figures: mean loss in nats a supervised token, and its perplexity."""
-    mean = loss_sum / tokens
-    return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "rows": rows, "tokens": tokens}
+def score(row_sums: Sequence[float], row_tokens: np.ndarray) -> dict[str, float]:
+    """Held-out figures: mean loss in nats a supervised token, its standard error, and its perplexity.
+
+    The error is that of a ratio of two sums over rows, drawn at random with all their tokens (Cochran, Sampling Techniques, 1977, section
+    6.4; for evaluations: Miller 2024, arXiv 2411.00640); one row has none.
+    """
+    rows, tokens = len(row_sums), int(row_tokens.sum())
+    mean = math.fsum(row_sums) / tokens
+    figures = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "rows": rows, "tokens": tokens}
+    if rows > 1 and math.isfinite(mean):
+        deviations = np.array(row_sums) - mean * row_tokens
+        figures["loss_stderr"] = math.sqrt(rows / (rows - 1) * math.fsum(deviations**2)) / tokens
+    return figures

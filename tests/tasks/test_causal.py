@@ -121,5 +121,22 @@ def test_one_row_packs_and_pads_alike(models):
 
 
 def test_the_figures_are_means_of_a_supervised_token():
-    assert score(6.0, 3, 2) == {"loss": 2.0, "perplexity": math.exp(2.0), "rows": 2, "tokens": 3}
-    assert score(3000.0, 3, 1)["perplexity"] == math.inf
+    figures = score([2.0, 4.0], np.array([1, 2]))
+    assert figures == {"loss": 2.0, "perplexity": math.exp(2.0), "rows": 2, "tokens": 3, "loss_stderr": 0.0}
+    one = score([3000.0], np.array([3]))
+    assert one["perplexity"] == math.inf and "loss_stderr" not in one
+
+
+def test_the_standard_error_is_that_of_rows_drawn_at_random():
+    drawn = np.random.default_rng(0)
+    tokens = drawn.integers(1, 60, 4000)
+    sums = tokens * drawn.normal(2.0, 0.5, 4000) + drawn.normal(0, 3, 4000)
+    means = []
+    for _ in range(400):
+        rows = drawn.integers(0, 4000, 200)
+        means.append(sums[rows].sum() / tokens[rows].sum())
+    errors = []
+    for _ in range(20):
+        rows = drawn.integers(0, 4000, 200)
+        errors.append(score(sums[rows].tolist(), tokens[rows])["loss_stderr"])
+    assert np.median(errors) == pytest.approx(np.std(means), rel=0.1)
