@@ -3,8 +3,11 @@
 `run` calls `open_plan` under the lease. What may differ between a recipe and the run that it resumes is in `contract`.
 """
 
+import hashlib
+import os
 import platform
 import secrets
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +42,8 @@ def open_plan(
         if schedule:
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
         resolved = resolve(loaded, is_to_load=True)
-        return resolved, now | {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8)}, []
+        now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
+        return resolved, now, []
     earlier, facts = plans.load(path)
     lines = _sorted_out(earlier, loaded.recipe)
     if lines["refused"]:
@@ -64,7 +68,7 @@ def open_plan(
     changes += [
         f"{name} changed: {old} -> {new}; bit equality may be lost" for name, old, new in differences(before, now)
     ]
-    return resolved, now | {"run": facts["run"]}, changes
+    return resolved, now | {"run": facts["run"], "software": software()}, changes
 
 
 def with_same_micro_batches(resolved: Resolved, facts: dict, accelerator: Accelerator) -> tuple[Resolved, dict]:
@@ -112,6 +116,17 @@ def _idle_schedule(path: Path, schedule: str, reason: str) -> RunError:
         where=str(path),
         hint="raise train.epochs or train.steps to extend a run, or leave --schedule out",
     )
+
+
+def software() -> dict[str, str]:
+    """What a training ran: digests of our own source and of the list of installed packages with their versions, and the image that it ran
+    in, where FINETUNE_IMAGE names it. Recorded, not compared: what matters for equal bits is in the versions."""
+    source = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in source)).hexdigest()
+    installed = sorted({found.name for place in sys.path for found in Path(place).glob("*.dist-info")})
+    lock = hashlib.sha256("\n".join(installed).encode()).hexdigest()
+    image = os.environ.get("FINETUNE_IMAGE")
+    return {"code": f"sha256:{code}", "lock": f"sha256:{lock}", **({"image": image} if image else {})}
 
 
 def facts_of(accelerator: Accelerator) -> dict:

@@ -49,7 +49,7 @@ def refusal(opened, *overrides, **options):
 def test_an_unchanged_recipe_finds_the_plan_of_the_run(opened):
     plan, facts, _ = opened()
     assert opened() == (plan, facts, [])
-    assert facts.keys() == {"run", *FACT_NAMES}
+    assert facts.keys() == {"run", "software", *FACT_NAMES}
 
 
 def test_what_is_taken_is_said_with_both_values_and_what_is_refused_is_named_alone(opened):

@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finetune import journal
+from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.snapshot import DTYPES
@@ -91,7 +92,7 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
         (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
         _write_bom(facts, model.config.architectures, staging)
-        said = provenance.statement(plan, manifest, form, files_of(staging))
+        said = provenance.statement(plan, manifest, form, files_of(staging), plans.load(run)[1].get("software", {}))
         (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")
         if key:
             signing.sign(staging, key)

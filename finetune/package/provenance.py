@@ -26,8 +26,10 @@ BUILD_TYPE = "urn:finetune:package:v1"
 NOT_SUBJECTS = (FILE, "README.md", "model.sig", ".gitattributes")
 
 
-def statement(plan: Plan, manifest: Manifest, form: str, files: Mapping[str, Path]) -> dict:
-    """The whole statement. `files` are those of the package, by name."""
+def statement(
+    plan: Plan, manifest: Manifest, form: str, files: Mapping[str, Path], software: Mapping[str, str]
+) -> dict:
+    """The whole statement. `files` are those of the package, by name; `software` is what the run has recorded of it."""
     recipe = YAML(typ="safe", pure=True).load(record.recipe(plan))
     return {
         "_type": STATEMENT,
@@ -38,7 +40,11 @@ def statement(plan: Plan, manifest: Manifest, form: str, files: Mapping[str, Pat
                 "buildType": BUILD_TYPE,
                 "externalParameters": {"recipe": recipe, "step": manifest.step, "form": form},
                 "internalParameters": {"plan": plan.plan_id, "world": manifest.world, "versions": manifest.versions},
-                "resolvedDependencies": [_base(plan), *map(_source, plan.recipe.data.train, plan.train)],
+                "resolvedDependencies": [
+                    _base(plan),
+                    *map(_source, plan.recipe.data.train, plan.train),
+                    *_software(software, manifest.versions),
+                ],
             },
             "runDetails": {
                 "builder": {"id": "urn:finetune"},
@@ -115,6 +121,16 @@ def _source(source: Source, pinned: PinnedSource) -> dict:
         digest = {"gitCommit": pinned.revision, **_digest(pinned.fingerprint)}
         return {"name": "data", "uri": f"hf://datasets/{source.dataset}@{pinned.revision}", "digest": digest}
     return {"name": "data", "uri": f"local:{record.public_name(pinned.name)}", "digest": _digest(pinned.fingerprint)}
+
+
+def _software(recorded: Mapping[str, str], versions: Mapping[str, str]) -> list[dict]:
+    """Code, lock and image of the training; of an image the digest, as its registry is nobody's business. Older runs have no record."""
+    uris = {"code": f"pkg:pypi/finetune@{versions.get('finetune', 'unknown')}", "lock": "local:installed-packages"}
+    found = [{"name": one, "uri": uris[one], "digest": _digest(recorded[one])} for one in uris if one in recorded]
+    name, _, digest = recorded.get("image", "").partition("@")
+    if digest:
+        found.append({"name": "image", "uri": f"local:{name.rpartition('/')[2]}", "digest": _digest(digest)})
+    return found
 
 
 def _digest(text: str | None) -> dict[str, str]:

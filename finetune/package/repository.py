@@ -98,6 +98,15 @@ class Repository:
             if isinstance(entry, RepoFile)
         }
 
+    def scans(self, revision: str) -> dict[str, str]:
+        """What the Hub's scanners say of each file, where they say anything: `safe`, `unsafe`, `suspicious`, or that they have to wait."""
+        entries = self._ask(
+            lambda: list(self._api.list_repo_tree(self.name, recursive=True, revision=revision, expand=True))
+        )
+        return {
+            entry.path: entry.security.status for entry in entries if isinstance(entry, RepoFile) and entry.security
+        }
+
     def read(self, revision: str, name: str) -> bytes:
         """A small file."""
         with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ HUB = "hub:"
 OURS = "training/recipe.yaml"
 CARD = "README.md"
 PROBE = "training/probe.json"
+DANGEROUS = ("unsafe", "suspicious")  # the other words are of scans that wait or failed
 OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
 
 
@@ -30,8 +31,10 @@ def verify(target: str, key: Path | None = None) -> dict:
     """
     if target.startswith(HUB):
         with tempfile.TemporaryDirectory() as folder:
-            revision, problems = _fetched(target.removeprefix(HUB), Path(folder))
-            facts = _of_folder(Path(folder), key, ("hub",), problems)
+            revision, problems, unscanned = _fetched(target.removeprefix(HUB), Path(folder))
+            facts = _of_folder(Path(folder), key, ("hub", "scan"), problems)
+            if unscanned:
+                facts["not_made"]["scan"] = f"the Hub has not looked at {', '.join(unscanned[:3])} yet"
             return facts | {"revision": revision}
     if not Path(target).is_dir():
         raise PackageError("is not a folder", where=target, hint="name a folder, or hub:OWNER/NAME@REVISION")
@@ -96,16 +99,23 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
         yield Finding("card", CARD, None, "does not say the figures of the training's record")
 
 
-def _fetched(name: str, directory: Path) -> tuple[str, list[Finding]]:
-    """Downloads a revision, past every cache, and compares each file with what the Hub says of it."""
+def _fetched(name: str, directory: Path) -> tuple[str, list[Finding], list[str]]:
+    """Downloads a revision, past every cache, and compares each file with what the Hub says of it: its hash, and what the Hub's own scanners
+    found, which may not have seen all files yet."""
     from finetune.package.repository import Repository, differences
 
     ref = parse(name)
     repository = Repository(ref.repo)
     revision = repository.download(ref.revision or "main", directory)
     files = contents.files_of(directory)
-    wrong = differences(repository.tree(revision), files)
-    return revision, [
+    wrong, scans = differences(repository.tree(revision), files), repository.scans(revision)
+    found = [
         Finding("hub", file, None, "is not the file that the Hub names" if there else "was not downloaded")
         for file, there in sorted(wrong.items())
     ]
+    found += [
+        Finding("scan", file, None, f"is called {status} by the Hub's scanners")
+        for file, status in sorted(scans.items())
+        if status in DANGEROUS
+    ]
+    return revision, found, sorted(file for file, status in scans.items() if status not in (*DANGEROUS, "safe"))

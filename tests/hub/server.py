@@ -55,6 +55,8 @@ class Hub:
         self.requests: list[Request] = []
         self.users: dict[str, User] = {}
         """By token."""
+        self.scans: dict[str, str] = {}
+        """What the scanners say, by path."""
         self.uploaded_bytes = 0
         self.xet_directory: Path | None = None
         self.page_entries = page_entries
@@ -153,6 +155,9 @@ def tree(hub: Hub, request: Request, kind: str, name: str, revision: str, path: 
     """GET …/tree/{revision}[/{path}]?recursive=, in pages that a Link header chains."""
     commit = hub.repo(request, kind, name).at(revision)
     entries = [_entry(path, file) for path, file in commit.entries(path, request.is_set("recursive"))]
+    for entry in entries if request.is_set("expand") else ():
+        if status := hub.scans.get(entry["path"]):
+            entry["securityFileStatus"] = {"status": status, "avScan": None, "pickleImportScan": None}
     first = int(request.query.get("cursor", ["0"])[0])
     headers = {}
     if first + hub.page_entries < len(entries):

@@ -211,3 +211,16 @@ def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, packag
     (package / "README.md").write_text(empty.replace("# New", "# Newer"))
     publish(env, package)
     assert content(hub)["README.md"].decode() == noted.replace("# New", "# Newer")
+
+
+def test_what_the_hubs_scanners_found_is_told_and_what_waits_is_no_fault(hub, env, package) -> None:
+    publish(env, package)
+    hub.scans = {"config.json": "safe", "model-00001-of-00002.safetensors": "queued"}
+    ((code, printed, said),) = in_turn(env, ("verify", "hub:tiny/new", "--json"))
+    facts = json.loads(printed)
+    assert code == 0 and "scan" in facts["checks"], said
+    assert facts["not_made"]["scan"] == "the Hub has not looked at model-00001-of-00002.safetensors yet"
+    hub.scans["model-00002-of-00002.safetensors"] = "unsafe"
+    ((code, printed, _),) = in_turn(env, ("verify", "hub:tiny/new", "--json"))
+    (found,) = json.loads(printed)["problems"]
+    assert (code, found["check"], found["message"]) == (1, "scan", "is called unsafe by the Hub's scanners")
