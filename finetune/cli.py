@@ -413,12 +413,21 @@ def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_j
 @click.argument("ref")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--sign", "key", type=click.Path(path_type=Path), metavar="PEM", help="Sign it with this private key.")
+@click.option(
+    "--average",
+    "steps",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="STEP",
+    help="Package the mean of the weights of REF and of this step; may be given several times.",
+)
 @JSON
-def package(ref: str, directory: Path, key: Path | None, is_json: bool) -> None:
+def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], is_json: bool) -> None:
     """Write a checkpoint as a model folder that is proven to be what was trained."""
-    from finetune.package.export import package as package_ref
+    from finetune.compare.evaluate import of_model
+    from finetune.package import export
 
-    facts = package_ref(ref, directory, key)
+    facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None)
     lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
     _print(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]), is_json)
 

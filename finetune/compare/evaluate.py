@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import parse
@@ -20,6 +22,19 @@ def evaluate(texts: Sequence[str], recipe: Path | None, overrides: Sequence[str]
     """One {ref, metrics} a ref. Rows come from `recipe`, or else from each ref's own run."""
     shared = resolve(load(recipe, overrides)) if recipe else None
     return [{"ref": text, "metrics": _metrics(text, shared or _rows_of_run(text))} for text in texts]
+
+
+def of_model(model: torch.nn.Module, run: Path) -> dict[str, float]:
+    """Held-out figures of a live model on the rows of a run, one row in a sequence; empty where none are held out. It stays on the CPU."""
+    resolved = _rows_of_run(str(run))
+    if len(resolved.holdout) == 0:
+        return {}
+    plan = resolved.plan
+    task = plan.recipe.task.model_copy(update={"packing": False})
+    recipe = plan.recipe.model_copy(update={"task": task})
+    figures = _figures(model, replace(resolved, plan=plan.model_copy(update={"recipe": recipe})))
+    model.cpu()
+    return figures
 
 
 def _rows_of_run(text: str) -> Resolved:
@@ -49,6 +64,11 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
         )
     if recipe.task.packing:
         check_packing(model, recipe.task.max_length)
+    return _figures(model, resolved)
+
+
+def _figures(model: torch.nn.Module, resolved: Resolved) -> dict[str, float]:
+    recipe = resolved.plan.recipe
     accelerator = start_accelerator(recipe.train)
     token_losses, _ = losses.fitting(model)
     objective = accelerator.prepare_model(

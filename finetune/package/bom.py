@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.package import record
+from finetune.package import figures, record
 from finetune.package.card import METHODS, Facts, hub_base
 from finetune.package.provenance import sha256
 from finetune.plan import PinnedSource
@@ -45,7 +45,7 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
         "bom-ref": "model",
         "name": name,
         "version": f"step-{step:08d}",
-        "description": f"{METHODS[method]}, {facts.form}, {facts.dtype}",
+        "description": f"{METHODS[method]}, {figures.named(facts.figures, step)}, {facts.form}, {facts.dtype}",
         **_licences(facts.licence),
         "pedigree": {"ancestors": [_ancestor(facts)]},
         "modelCard": card,
@@ -82,8 +82,7 @@ def _described(pinned: PinnedSource) -> str:
 
 
 def _metrics(facts: Facts) -> list[dict]:
-    evaluated = {item["step"]: item for item in facts.figures if item.get("event") == "evaluated"}
-    found = evaluated.get(facts.manifest.step, {})
+    found = figures.held_out(facts.figures).get(facts.manifest.step, {})
     return [
         {"type": title, "value": str(found[key]), "slice": "held-out rows"}
         for key, title in METRICS.items()

@@ -38,6 +38,8 @@ class Facts:
     """What the base itself states."""
     data_licences: Sequence[str | None]
     """Of each source of training rows, as far as its card says."""
+    averaged: Sequence[Manifest] = ()
+    """Of the other checkpoints that went into the weights."""
 
 
 def card(facts: Facts) -> str:
@@ -117,11 +119,12 @@ def _title(plan: Plan) -> str:
 
 def _summary(facts: Facts) -> str:
     plan, step = facts.plan, facts.manifest.step
+    what = f"the {name}" if (name := figures.named(facts.figures, step)).startswith("mean") else name
     form = f"the adapter alone, {facts.dtype}" if facts.form == "adapter" else f"whole weights, {facts.dtype}"
     if facts.form == "merged" and _method(plan) == "lora":
         form += ", the adapter merged in"
     lines = [
-        f"A language model made by {METHODS[_method(plan)]} of {_base(plan)}; this is step {step} of {plan.steps} ({form}).",
+        f"A language model made by {METHODS[_method(plan)]} of {_base(plan)}; this is {what} of {plan.steps} ({form}).",
         "It was trained on:\n\n" + "\n".join(map(_source, plan.recipe.data.train, plan.train, facts.data_licences)),
         f"{figures.number(plan.counts.examples)} examples, {figures.number(plan.counts.tokens)} tokens, of them "
         f"{figures.number(plan.counts.supervised_tokens)} with a loss.",
@@ -219,6 +222,7 @@ def _recipe(facts: Facts) -> str:
 def _commands(facts: Facts) -> str:
     return (
         f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
+        + "".join(f" --average {other.step}" for other in facts.averaged)
     )
 
 
@@ -238,6 +242,7 @@ def _lineage(facts: Facts) -> str:
         ("plan", f"`{manifest.plan_id}`"),
         ("run", f"`{manifest.run}`"),
         ("checkpoint", f"step {manifest.step}, manifest `{manifest.digest}`"),
+        *((f"averaged with step {other.step}", f"manifest `{other.digest}`") for other in facts.averaged),
         *([("branched from", _branch(facts.plan))] if facts.plan.parent else []),
         ("checkpoint before it", f"`{parent['ref']}`, manifest `{parent['digest']}`" if parent else "none"),
     ]

@@ -9,15 +9,19 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from finetune import journal
 from finetune import plan as plans
-from finetune.checkpoints.loading import open_model, run_of
+from finetune.checkpoints.loading import Opened, open_model, run_of
+from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.snapshot import DTYPES
 from finetune.checkpoints.store import failures, make_directory, sync_directory
@@ -48,8 +52,17 @@ from finetune.tasks.chat import template_of
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 
-def package(ref: str, directory: Path, key: Path | None = None) -> dict:
-    """Writes a checkpoint as a package, signed where a private key is named; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
+@dataclass(frozen=True)
+class Average:
+    """What else goes into the weights."""
+
+    steps: Sequence[int]
+    evaluate: Callable[[torch.nn.Module, Path], dict]
+    """Held-out figures of a model on the rows of a run, empty where none are held out: a mean is not packaged unseen."""
+
+
+def package(ref: str, directory: Path, key: Path | None = None, average: Average | None = None) -> dict:
+    """Writes a checkpoint, or the mean of several, as a package, signed where a private key is named; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
 
     PackageError names the check that failed; then no folder is left.
     """
@@ -77,9 +90,15 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         stated["license"] if stated else None,
         tuple(map(licence.of_data, recipe.data.train, plan.train)),
     )
-    numbers = record.figures(journal.read(run), manifest.step)
+    numbers, model, averaged = record.figures(journal.read(run), manifest.step), opened.model, []
+    if average:
+        model, averaged, changes = _averaged(run, opened, tokenizer, average)
+        steps = [*(other.step for other in averaged), manifest.step]
+        numbers.append({"kind": "event", "event": "averaged", "step": manifest.step, "steps": steps})
+        numbers[-1] |= average.evaluate(model, run)
+        checks += changes
     with _staged(directory) as staging:
-        model, logits, changes = weights.convert(opened.model, form, base.DTYPES[dtype], tokenizer)
+        model, logits, changes = weights.convert(model, form, base.DTYPES[dtype], tokenizer)
         trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
         weights.write(model, opened, form, base.DTYPES[dtype], staging)
         small_files.write(staging, opened.directory, tokenizer.chat_template, base_directory)
@@ -87,12 +106,12 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
         checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
-        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences)
+        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences, averaged)
         _write_record(facts, staging)
         probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
         (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
         _write_bom(facts, model.config.architectures, staging)
-        said = provenance.statement(plan, manifest, form, files_of(staging), plans.load(run)[1].get("software", {}))
+        said = provenance.statement(facts, files_of(staging), plans.load(run)[1].get("software", {}))
         (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")
         if key:
             signing.sign(staging, key)
@@ -105,6 +124,18 @@ def package(ref: str, directory: Path, key: Path | None = None) -> dict:
 def checkpoint_of(ref: str) -> tuple[Path, int]:
     """The run and the step of what a ref names. PackageError where it is no checkpoint of a run."""
     return _run_of(ref), find(parse(ref)).step
+
+
+def _averaged(
+    run: Path, opened: Opened, tokenizer: PreTrainedTokenizerBase, average: Average
+) -> tuple[torch.nn.Module, list[Manifest], list[Check]]:
+    if opened.plan.recipe.package.form == "adapter":
+        message = "the mean of adapters is no adapter: the product of two means is not the mean of products"
+        raise PackageError(message, where="package.form", hint="average with `package.form: merged`")
+    others = sorted(set(average.steps) - {opened.checkpoint.manifest.step})
+    if not others:
+        raise PackageError("there is nothing to average with", where="--average", hint="name other steps of the run")
+    return weights.mean([f"{run}@{step}" for step in others], opened, tokenizer)
 
 
 def _refuse_wrong(directory: Path) -> None:

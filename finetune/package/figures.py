@@ -1,7 +1,7 @@
 """Floor 7. What a card says in numbers: figures of the training, its cost, and what stands in for a benchmark. `card` and `verify` call it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from finetune.plan import Plan
 
@@ -9,18 +9,40 @@ WITHIN = 1.96  # standard errors: 95 % of a normal distribution
 INTERVALS = "In brackets the 95 % interval over rows like these, each with all its tokens."
 
 
+def held_out(records: Iterable[Mapping]) -> dict[int, Mapping]:
+    """Held-out figures by step; those of a mean of several steps stand in for those of the last of them, if there are any."""
+    records = list(records)
+    found = {item["step"]: item for item in records if item.get("event") == "evaluated"}
+    for item in records:
+        if item.get("event") == "averaged":
+            found.pop(item["step"], None)
+            found |= {item["step"]: item} if "loss" in item else {}
+    return found
+
+
+def averaged(records: Iterable[Mapping]) -> list[int]:
+    """The steps that the packaged weights are the mean of; empty for those of one step."""
+    return next((item["steps"] for item in records if item.get("event") == "averaged"), [])
+
+
+def named(records: Iterable[Mapping], step: int) -> str:
+    """What was packaged: a step, or the mean of several."""
+    steps = averaged(records)
+    return f"mean of steps {', '.join(map(str, steps))}" if steps else f"step {step}"
+
+
 def shown(records: Sequence[Mapping], step: int) -> str:
     """What a card says in numbers of a training, from the figures-only journal up to a step; `verify` asks for the same words."""
     steps = [item for item in records if item["kind"] == "step"]
-    evaluated = {item["step"]: item for item in records if item.get("event") == "evaluated"}
-    columns = [("base", evaluated.get(0)), (f"step {step}", evaluated.get(step))]
+    evaluated = held_out(records)
+    columns = [("base", evaluated.get(0)), (named(records, step), evaluated.get(step))]
     rows = [
         (name, *(_figure(found, key) for _, found in columns))
         for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
     ]
     has_intervals = any(found and "loss_stderr" in found for _, found in columns)
     counted = evaluated.get(step) or evaluated.get(0)
-    held_out = (
+    rows_held_out = (
         f"On {number(counted['rows'])} held-out rows ({number(counted['tokens'])} tokens with a loss)."
         + (f" {INTERVALS}" if has_intervals else "")
         if counted
@@ -32,9 +54,9 @@ def shown(records: Sequence[Mapping], step: int) -> str:
         reasons = sorted({item["skipped"].replace("_", " ") for item in left_out})
         seen += f" The updates of {number(len(left_out))} steps were left out ({', '.join(reasons)})."
     return (
-        "\n\n".join([table(("", *(name for name, _ in columns)), rows), held_out, seen])
+        "\n\n".join([table(("", *(name for name, _ in columns)), rows), rows_held_out, seen])
         if counted
-        else f"{held_out} {seen}"
+        else f"{rows_held_out} {seen}"
     )
 
 
@@ -56,7 +78,7 @@ def _rounded(value: float | str) -> str:
 def eval_results(records: Sequence[Mapping], step: int, plan: Plan) -> list[dict]:
     """Entries of `.eval_results` (https://huggingface.co/docs/hub/eval-results) where one Hub data set is held out; the Hub shows those whose
     data set is registered as a benchmark."""
-    evaluated = {item["step"]: item for item in records if item.get("event") == "evaluated"}
+    evaluated = held_out(records)
     sources = plan.recipe.data.holdout
     if step not in evaluated or not isinstance(sources, list) or len(sources) > 1 or not sources[0].dataset:
         return []
@@ -93,7 +115,7 @@ def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[
 
 def model_index(records: Sequence[Mapping], step: int, name: str) -> list[dict]:
     """The front matter's `model-index` (https://huggingface.co/docs/hub/model-cards#evaluation-results); empty where nothing was evaluated."""
-    evaluated = {item["step"]: item for item in records if item.get("event") == "evaluated"}
+    evaluated = held_out(records)
     if step not in evaluated:
         return []
     metrics = [

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from finetune.checkpoints.manifest import Manifest
 from finetune.package import record
-from finetune.package.card import hub_base
+from finetune.package.card import Facts, hub_base
 from finetune.package.contents import Finding
 from finetune.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
@@ -26,11 +25,11 @@ BUILD_TYPE = "urn:finetune:package:v1"
 NOT_SUBJECTS = (FILE, "README.md", "model.sig", ".gitattributes")
 
 
-def statement(
-    plan: Plan, manifest: Manifest, form: str, files: Mapping[str, Path], software: Mapping[str, str]
-) -> dict:
+def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, str]) -> dict:
     """The whole statement. `files` are those of the package, by name; `software` is what the run has recorded of it."""
+    plan, manifest, made = facts.plan, facts.manifest, [*facts.averaged, facts.manifest]
     recipe = YAML(typ="safe", pure=True).load(record.recipe(plan))
+    average = {"average": [each.step for each in made]} if facts.averaged else {}
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": sha256(path)}} for name, path in _subjects(files)],
@@ -38,7 +37,7 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"recipe": recipe, "step": manifest.step, "form": form},
+                "externalParameters": {"recipe": recipe, "step": manifest.step, "form": facts.form, **average},
                 "internalParameters": {"plan": plan.plan_id, "world": manifest.world, "versions": manifest.versions},
                 "resolvedDependencies": [
                     _base(plan),
@@ -49,7 +48,9 @@ def statement(
             "runDetails": {
                 "builder": {"id": "urn:finetune"},
                 "metadata": {"invocationId": manifest.run},
-                "byproducts": [{"name": f"step-{manifest.step:08d}/manifest.json", "digest": _digest(manifest.digest)}],
+                "byproducts": [
+                    {"name": f"step-{each.step:08d}/manifest.json", "digest": _digest(each.digest)} for each in made
+                ],
             },
         },
     }

@@ -3,13 +3,15 @@
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetune.checkpoints.loading import Opened
+from finetune.checkpoints.loading import Opened, open_model
+from finetune.checkpoints.manifest import Manifest
 from finetune.model import adapter
 from finetune.package import probe, proof
 from finetune.package.card import hub_base
@@ -34,6 +36,25 @@ def convert(
             proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, proof.CAST_BOUND)
         )
     return model, logits, checks
+
+
+def mean(
+    texts: Sequence[str], opened: Opened, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.nn.Module, list[Manifest], list[Check]]:
+    """The mean in fp32 of the weights of `opened` and of what the refs name, adapters merged in first; and the manifests of these
+    (Izmailov et al. 2018, arXiv 1803.05407; Wortsman et al. 2022, arXiv 2203.05482)."""
+    model, _, checks = convert(opened.model, "merged", torch.float32, tokenizer)
+    total, manifests = dict(model.named_parameters()), []  # tied ones once
+    for count, text in enumerate(texts, 2):
+        other = open_model(text, is_as_trained=False)
+        merged, _, more = convert(other.model, "merged", torch.float32, tokenizer)
+        with torch.no_grad():
+            for name, parameter in merged.named_parameters():
+                total[name].lerp_(parameter, 1 / count)
+        manifests.append(other.checkpoint.manifest)
+        checks += more
+    steps = ", ".join(str(manifest.step) for manifest in [*manifests, opened.checkpoint.manifest])
+    return model, manifests, [*checks, Check("average", f"the mean of the weights of steps {steps}, taken in fp32")]
 
 
 def unquantized(trained: Logits, packaged: Logits) -> Check:
