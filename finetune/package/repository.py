@@ -27,6 +27,7 @@ FIRST_WAIT_SECONDS = 0.5
 MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
 KEPT = (".gitattributes", CHECKPOINTS)  # the Hub's, and the list of milestones
+AGAIN = "publish again: what was uploaded is not uploaded twice"
 Answer = TypeVar("Answer")
 
 
@@ -167,9 +168,16 @@ class Repository:
                 CommitOperationDelete(name) if content is None else CommitOperationAdd(name, content)
                 for name, content in changes.items()
             ]
-            made = self._api.create_commit(
-                self.name, operations, commit_message=title, revision=branch, parent_commit=head
-            )
+            try:
+                made = self._api.create_commit(
+                    self.name, operations, commit_message=title, revision=branch, parent_commit=head
+                )
+            except (HTTPError, ConnectionError):
+                raise
+            except (RuntimeError, OSError) as error:  # uploads wrap what went wrong; those by Xet know no other kinds
+                if isinstance(error.__cause__, HTTPError | ConnectionError):
+                    raise error.__cause__ from None
+                raise PublishError(f"the upload failed: {_reason(error)}", where=self.name, hint=AGAIN) from None
             self.commits += 1
             return made.oid
 
@@ -226,7 +234,7 @@ def _told(error: Exception, name: str) -> PublishError:
     return PublishError(
         f"the Hub refuses: {_reason(error)}" if status else f"the Hub cannot be reached: {_reason(error)}",
         where=name,
-        hint=hints.get(status, "publish again: what was uploaded is not uploaded twice"),
+        hint=hints.get(status, AGAIN),
     )
 
 

@@ -93,6 +93,8 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     """What was uploaded for LFS, by its hash, committed or not."""
+    parts: dict[str, dict[int, tuple[str, bytes]]] = field(default_factory=dict)
+    """Pieces of large objects on their way: ETag and content, by hash and number."""
 
     def __post_init__(self) -> None:
         self.branches["main"] = self._add({}, None, "initial commit")

@@ -58,7 +58,11 @@ class Hub:
         self.scans: dict[str, str] = {}
         """What the scanners say, by path."""
         self.uploaded_bytes = 0
+        self.multipart_bytes: int | None = None
+        """Larger LFS objects come in pieces of this size."""
         self.xet_directory: Path | None = None
+        self.xet_hashes: dict[str, str] = {}
+        """By SHA-256."""
         self.page_entries = page_entries
         self.is_up = True
         self._lock = threading.Lock()

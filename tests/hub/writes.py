@@ -9,6 +9,8 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from ruamel.yaml import YAML, YAMLError
@@ -122,7 +124,12 @@ def batch(hub: "Hub", request: Request, folder: str, name: str) -> Answer:
     answers = []
     for asked in json.loads(request.body)["objects"]:
         place = f"{hub.url}/lfs/{repo.kind}s/{name}/{asked['oid']}"
-        actions = {"actions": {"upload": {"href": place}, "verify": {"href": f"{place}/verify"}}}
+        upload = {"href": place}
+        if hub.multipart_bytes and asked["size"] > hub.multipart_bytes:
+            numbers = range(1, -(-asked["size"] // hub.multipart_bytes) + 1)
+            addresses = {str(number): f"{place}/{number}" for number in numbers}
+            upload = {"href": f"{place}/complete", "header": {"chunk_size": str(hub.multipart_bytes), **addresses}}
+        actions = {"actions": {"upload": upload, "verify": {"href": f"{place}/verify"}}}
         answers.append({"oid": asked["oid"], "size": asked["size"]} | ({} if asked["oid"] in repo.objects else actions))
     return as_json({"transfer": "basic", "objects": answers})
 
@@ -133,6 +140,26 @@ def put(hub: "Hub", request: Request, kind: str, name: str, oid: str) -> Answer:
         raise Refused(422, "WrongDigest", "the content does not have this hash")
     hub.repos[kind, name].objects[oid] = request.body
     hub.uploaded_bytes += len(request.body)
+    return Answer()
+
+
+def put_part(hub: "Hub", request: Request, kind: str, name: str, oid: str, number: str) -> Answer:
+    """A piece of a large upload; its ETag is asked for when all are there."""
+    etag = hashlib.md5(request.body).hexdigest()
+    hub.repos[kind, name].parts.setdefault(oid, {})[int(number)] = (etag, request.body)
+    hub.uploaded_bytes += len(request.body)
+    return Answer(headers={"ETag": etag})
+
+
+def complete(hub: "Hub", request: Request, kind: str, name: str, oid: str) -> Answer:
+    """The pieces become one object, which must have the hash of its name."""
+    repo = hub.repos[kind, name]
+    parts = repo.parts.pop(oid, {})
+    told = {part["partNumber"]: part["etag"] for part in json.loads(request.body)["parts"]}
+    content = b"".join(parts[number][1] for number in sorted(parts))
+    if told != {number: etag for number, (etag, _) in parts.items()} or hashlib.sha256(content).hexdigest() != oid:
+        raise Refused(422, "WrongDigest", "the pieces do not have this hash")
+    repo.objects[oid] = content
     return Answer()
 
 
@@ -162,6 +189,8 @@ def commit(hub: "Hub", request: Request, kind: str, name: str, revision: str) ->
             hub.uploaded_bytes += len(content)
             changes[value["path"]] = File(content, False)
         elif line["key"] == "lfsFile":
+            if value["oid"] not in repo.objects and value["oid"] in hub.xet_hashes:
+                repo.objects[value["oid"]] = _from_xet(hub, value["oid"], value["size"])
             if value["oid"] not in repo.objects:
                 raise Refused(400, "BadRequest", f"{value['path']}: the LFS object {value['oid']} was not uploaded")
             changes[value["path"]] = File(repo.objects[value["oid"]], True)
@@ -173,6 +202,24 @@ def commit(hub: "Hub", request: Request, kind: str, name: str, revision: str) ->
             raise Refused(400, "BadRequest", "; ".join(errors))
     oid = repo.change(changes, revision, header["summary"])
     return as_json({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"})
+
+
+def _from_xet(hub: "Hub", oid: str, size: int) -> bytes:
+    """Reads an object back from the Xet store. The real Hub learns which Xet hash belongs to a SHA-256 from what was uploaded; here the
+    test tells. Refused where it is not there, or is another one."""
+    import hf_xet
+
+    with TemporaryDirectory() as folder:
+        target = Path(folder, "object")
+        try:
+            with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{hub.xet_directory}") as group:
+                group.start_download_file(hf_xet.XetFileInfo(hub.xet_hashes[oid], size), str(target))
+        except (RuntimeError, OSError, hf_xet.XetObjectNotFoundError) as error:
+            raise Refused(400, "BadRequest", f"the Xet object of {oid} was not uploaded: {error}") from None
+        content = target.read_bytes()
+    if hashlib.sha256(content).hexdigest() != oid:
+        raise Refused(400, "BadRequest", f"the Xet object of {oid} is another one")
+    return content
 
 
 def add_branch(hub: "Hub", request: Request, kind: str, name: str, branch: str) -> Answer:
@@ -204,7 +251,7 @@ def remove_tag(hub: "Hub", request: Request, kind: str, name: str, revision: str
 
 
 def xet_token(hub: "Hub", request: Request, kind: str, name: str, revision: str) -> Answer:
-    """Xet uploads go to a folder in place of a server; what was put there is not read back here."""
+    """Xet uploads go to a folder in place of a server; a commit reads them back from it."""
     writable(hub, request, kind, name)
     facts = {"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": f"local://{hub.xet_directory}"}
     return as_json(facts) if hub.xet_directory else as_json({"error": "no Xet here"}, 404)
@@ -221,6 +268,8 @@ ROUTES = [
     ("POST", r"/(?P<folder>datasets/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", batch),
     ("PUT", _OBJECT, put),
     ("POST", rf"{_OBJECT}/verify", verify),
+    ("PUT", rf"{_OBJECT}/(?P<number>\d+)", put_part),
+    ("POST", rf"{_OBJECT}/complete", complete),
     ("POST", rf"{_REPO}/commit/(?P<revision>[^/]+)", commit),
     ("POST", rf"{_REPO}/branch/(?P<branch>[^/]+)", add_branch),
     ("DELETE", rf"{_REPO}/branch/(?P<branch>[^/]+)", remove_branch),

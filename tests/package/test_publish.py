@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.package.card import NOTES_BEGIN, NOTES_END
+from finetune.package.provenance import sha256
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.repos import File
@@ -211,6 +212,84 @@ def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, packag
     (package / "README.md").write_text(empty.replace("# New", "# Newer"))
     publish(env, package)
     assert content(hub)["README.md"].decode() == noted.replace("# New", "# Newer")
+
+
+def test_large_weights_go_in_pieces_and_a_piece_that_was_lost_goes_again(hub, env, package) -> None:
+    hub.multipart_bytes = 5000
+    hub.fail("PUT", "/2$", 503)
+    publish(env, package)
+    assert content(hub) == files(package)
+    numbers = [int(request.path.rpartition("/")[2]) for request in hub.seen("PUT", "/lfs/.*/[0-9]+$")]
+    assert sorted(numbers) == [1, 2, 2, 3, 4] and len(hub.seen("POST", "/complete$")) == 1
+
+
+def test_pieces_that_arrive_damaged_are_no_object_and_nothing_is_committed(hub, env, package) -> None:
+    hub.add("model", "tiny/new").commit(OLD)
+    hub.multipart_bytes = 5000
+
+    def spoil() -> None:
+        (parts,) = hub.repos["model", "tiny/new"].parts.values()
+        parts[1] = (parts[1][0], b"x" * 5000)
+
+    hub.fail("POST", "/complete$", None, call=spoil)
+    ((code, _, said),) = in_turn(env, ("publish", package, "--to", "tiny/new"))
+    assert code == 1 and "the pieces do not have this hash" in said
+    assert content(hub) == OLD
+    publish(env, package)
+    assert content(hub) == files(package)
+
+
+@pytest.fixture
+def xet(hub, env, package, tmp_path) -> dict[str, str]:
+    """A user whose uploads go by Xet, to a store in a folder."""
+    import hf_xet
+
+    hub.xet_directory = tmp_path / "cas"
+    hub.xet_directory.mkdir()
+    paths = sorted(package.glob("*.safetensors"))
+    hashes = hf_xet.hash_files([str(path) for path in paths])
+    hub.xet_hashes = {sha256(path): one.hash for path, one in zip(paths, hashes, strict=True)}
+    return env | {"HF_HUB_DISABLE_XET": "0"}
+
+
+def stored(hub: Hub) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (hub.xet_directory / "xet/xorbs/xorbs").glob("*")}
+
+
+def test_weights_go_by_xet_and_nothing_is_stored_twice(hub, xet, package) -> None:
+    publish(xet, package, "--tag", "v1")
+    assert content(hub) == files(package) and hub.seen("GET", "xet-write-token") and not hub.seen("PUT", "")
+    before = stored(hub)
+    assert before
+    again = publish(xet, package, "--tag", "v1")
+    assert (again["commits"], again["uploaded_bytes"]) == (0, 0) and stored(hub) == before
+
+
+def test_a_xet_store_that_cannot_be_written_is_one_error_and_nothing_is_committed(hub, xet, package) -> None:
+    hub.add("model", "tiny/new").commit(OLD)
+    place, hub.xet_directory = hub.xet_directory, Path("/proc/nothing")
+    ((code, _, said),) = in_turn(xet, ("publish", package, "--to", "tiny/new"))
+    assert code == 1 and "the upload failed: " in said and "hint: publish again" in said and content(hub) == OLD
+    hub.xet_directory = place
+    publish(xet, package)
+    assert content(hub) == files(package)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "how"),
+    [
+        ("GET", "xet-write-token", {"status": 503}),
+        ("POST", "/commit/staging", {"status": 504, "is_landed": True}),
+        ("POST", "/commit/main", {"cut_after_bytes": 3, "status": None}),
+    ],
+    ids=["no token", "staged, unheard", "promoted, cut"],
+)
+def test_a_publish_by_xet_survives_faults_and_commits_once(hub, xet, package, method, path, how) -> None:
+    hub.add("model", "tiny/new").commit(OLD)
+    hub.fail(method, path, **how)
+    publish(xet, package)
+    assert content(hub) == files(package)
+    assert len(hub.repos["model", "tiny/new"].commits) == 4, "two before, one staged, one promoted"
 
 
 def test_what_the_hubs_scanners_found_is_told_and_what_waits_is_no_fault(hub, env, package) -> None:
