@@ -7,6 +7,7 @@ A pure function of the run's record: no clock, no path, no host, no row. The fro
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import parse
@@ -77,6 +78,13 @@ def with_notes(text: str, earlier: str) -> str:
         re.search(f"{re.escape(NOTES_BEGIN)}\n(.*?){re.escape(NOTES_END)}", each, re.DOTALL) for each in (text, earlier)
     )
     return text[: one.start(1)] + other[1] + text[one.end(1) :] if one and other else text
+
+
+def with_notes_of(earlier: bytes, path: Path) -> bytes | Path:
+    """The card in a file, with what people have written into the one that was published before."""
+    text = path.read_text(encoding="utf-8")
+    kept = with_notes(text, earlier.decode(errors="replace"))
+    return path if kept == text else kept.encode()
 
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:

@@ -150,9 +150,9 @@ def _run_of(ref: str) -> Path:
     parsed = parse(ref)
     run = run_of(parsed) if parsed.kind in ("run", "checkpoint") else None
     if run is None:
-        raise PackageError(
-            "is not a checkpoint of a run", where=ref, hint="name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run"
-        )
+        what = "is no folder that is here, and" if parsed.kind == "hub" else "is"
+        hint = "name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run"
+        raise PackageError(f"{what} not a checkpoint of a run", where=ref, hint=hint)
     return run
 
 

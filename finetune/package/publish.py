@@ -1,28 +1,22 @@
-"""Floor 7. A package goes to the Hub, or to a folder: staged, compared file by file with what it should be, promoted, tagged; `cli` calls it.
+"""Floor 7. A package goes to the Hub: staged, compared file by file with what it should be, promoted, tagged; `cli` calls it.
 
 At every moment the target has the old tree or the new one. Whatever was interrupted is taken up by the same command: what is uploaded is
 not uploaded again, what is committed is not committed again.
 """
 
-import hashlib
-import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import plan as plans
 from finetune.checkpoints.refs import parse
-from finetune.checkpoints.store import failures, make_directory, sync_directory
 from finetune.errors import PackageError, PublishError
-from finetune.package import provenance
-from finetune.package.card import with_notes
+from finetune.package import provenance, to_folder
+from finetune.package.card import with_notes_of
 from finetune.package.contents import files_of
-from finetune.package.repository import Files, Repository, differences, digest_of, size_of
+from finetune.package.repository import Files, Repository, differences, digest, size_of
 from finetune.package.verify import folder_findings
 from finetune.recipe.schema import Recipe
 
-FOLDER = "folder:"
 CARD = "README.md"
 STAGING = "staging-"
 
@@ -44,8 +38,8 @@ def publish(directory: Path, target: str, choices: Choices) -> dict:
     PublishError where the target is out of reach, refuses, or has something else in the end; PackageError for what must not go out.
     """
     files = _sound(directory)
-    if target.startswith(FOLDER):
-        return _to_folder(files, Path(target.removeprefix(FOLDER)), choices)
+    if target.startswith(to_folder.PREFIX):
+        return to_folder.publish(files, Path(target.removeprefix(to_folder.PREFIX)), choices.is_dry_run)
     return _to_hub(files, target, choices)
 
 
@@ -121,7 +115,7 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
     head = branches.get(choices.branch)
     tree = repository.tree(head) if head else {}
     if CARD in tree and CARD in files:
-        files = files | {CARD: _card_with_notes(files[CARD], repository.read(head, CARD))}
+        files = files | {CARD: with_notes_of(repository.read(head, CARD), files[CARD])}
     changes = differences(tree, files)
     facts = {
         "target": name,
@@ -158,13 +152,6 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
     return facts | {"revision": revision, "commits": repository.commits, "is_dry_run": False}
 
 
-def _card_with_notes(path: Path, earlier: bytes) -> bytes | Path:
-    """The card with what people have written into the one that is there."""
-    text = path.read_text(encoding="utf-8")
-    kept = with_notes(text, earlier.decode(errors="replace"))
-    return path if kept == text else kept.encode()
-
-
 def _begun(repository: Repository, branch: str) -> str:
     """The head of a branch that may have to be made, at the first commit."""
     if branch not in repository.branches():
@@ -185,48 +172,9 @@ def _refuse_other(repository: Repository, revision: str, files: Files, branch: s
         raise PublishError(message, where=repository.name, hint="publish again; if it stays so, report it")
 
 
-def digest(files: Files) -> str:
-    """SHA-256 over names and contents: the same package has the same staging branch."""
-    whole = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        whole.update(f"{name}\0{digest_of(content, hashlib.sha256())}\n".encode())
-    return whole.hexdigest()
-
-
-def _to_folder(files: dict[str, Path], target: Path, choices: Choices) -> dict:
-    """A copy beside the target, synced and compared, that takes its place by one exchange of names."""
-    total = sum(path.stat().st_size for path in files.values())
-    facts = {"target": f"{FOLDER}{target}", "revision": digest(files), "uploaded_bytes": total, "commits": 1}
-    facts |= {"files": [{"name": one, "bytes": path.stat().st_size} for one, path in files.items()]}
-    is_same = target.is_dir() and any(target.iterdir()) and digest(files_of(target)) == facts["revision"]
-    if choices.is_dry_run or is_same:
-        return facts | ({"uploaded_bytes": 0, "commits": 0} if is_same else {}) | {"is_dry_run": choices.is_dry_run}
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    try:
-        with failures(target, PublishError):
-            make_directory(target.parent)
-            for name, path in files.items():
-                copy = staging / name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-                with copy.open("rb") as file:
-                    os.fsync(file.fileno())
-            for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
-                sync_directory(folder)
-            if digest(files_of(staging)) != facts["revision"]:
-                raise PublishError("the copy is not what was copied", where=str(target), hint="look at this disk")
-            os.rename(staging, target)
-            sync_directory(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return facts | {"is_dry_run": False}
-
-
 def listing(facts: dict) -> str:
     """The same for a reader."""
-    kind = "" if facts["target"].startswith(FOLDER) else f", {'private' if facts['private'] else 'public'}"
+    kind = "" if facts["target"].startswith(to_folder.PREFIX) else f", {'private' if facts['private'] else 'public'}"
     lines = [f"{facts['target']}{kind}"]
     lines += [f"  {what}: {name}" for name, what in facts.get("changes", {}).items()]
     size = sum(file["bytes"] for file in facts["files"])

@@ -4,12 +4,16 @@
 is written down in `published/`; whatever a kill or an outage left out, the next one catches up with, in order.
 """
 
+import errno
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune import journal
@@ -52,21 +56,40 @@ def follow(run: Path, target: str | None, is_following: bool) -> dict:
     {target, published: [{step, branch, revision}], pending}."""
     if is_following:
         os.nice(19)  # the training comes first
+    else:
+        plans.load(run)  # RunError where there is no run; one that is followed may not have begun
     published, is_last = [], not is_following
-    while True:
-        for step in pending(run):
-            try:
-                published.append(_push(run, step, target))
-                print(f"published step {step}", file=sys.stderr, flush=True)
-            except FinetuneError as error:
-                if is_last:
-                    raise
-                print(f"step {step} has to wait: {error.message}", file=sys.stderr, flush=True)
-                break  # in order; again when it is looked for the next time
-        if is_last:
-            return {"published": published, "pending": pending(run)}
-        readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
-        is_last = bool(readable)  # its end; nothing is ever written to it
+    with _alone(run, is_following):
+        while True:
+            for step in pending(run):
+                try:
+                    published.append(_push(run, step, target))
+                    print(f"published step {step}", file=sys.stderr, flush=True)
+                except FinetuneError as error:
+                    if is_last:
+                        raise
+                    print(f"step {step} has to wait: {error.message}", file=sys.stderr, flush=True)
+                    break  # in order; again when it is looked for the next time
+            if is_last:
+                return {"published": published, "pending": pending(run)}
+            readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
+            is_last = bool(readable)  # its end; nothing is ever written to it
+
+
+@contextmanager
+def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
+    """One process publishes a run at a time; who starts one by hand is told, the one beside a training waits. Where the file system has no
+    locks nobody is held up: what two do at once is done once, or refused by the Hub."""
+    with (run / LOG).open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
+        except BlockingIOError:
+            hint = f"wait for it; what it says is in {run / LOG}"
+            raise PublishError("another process is publishing its milestones", where=str(run), hint=hint) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def pending(run: Path) -> list[int]:
@@ -77,22 +100,29 @@ def pending(run: Path) -> list[int]:
     if asked is None or asked.milestones is None:
         return []
     steps = [item.step for item in Store(run).checkpoints() if item.step % asked.milestones.steps == 0]
-    return [step for step in steps if not _record(run, step).exists()]
+    return [step for step in steps if step not in _published(run)]
 
 
 def _push(run: Path, step: int, target: str | None) -> dict:
-    """One milestone: packaged, published on a branch of its own, written down, and listed on main."""
+    """One milestone: packaged, published on a branch of its own, listed on main, and written down at the end: a kill before it has all of
+    this done again, of which nothing is left to do."""
     asked: Publish = plans.load(run)[0].recipe.publish
     repository, name = target or asked.repo, f"step-{step:08d}"
     package = run / "packages" / name
     if not package.exists():
         export.package(f"{run}@{step}", package)
     facts = publish(package, repository, Choices(branch=name, is_private=asked.private))
-    record = {"step": step, "branch": name, "revision": facts["revision"], **_figures(run, step, package)}
-    make_directory(run / "published")
-    replace_file(_record(run, step), json.dumps(record).encode())
-    _list(run, repository)
+    record = {
+        "run": plans.load(run)[1]["run"],
+        "step": step,
+        "branch": name,
+        "revision": facts["revision"],
+        **_figures(run, step, package),
+    }
+    _list(record, repository)
     shutil.rmtree(package)  # the run has the weights, and the Hub
+    make_directory(run / "published")
+    replace_file(run / "published" / f"{name}.json", json.dumps(record).encode())
     return record
 
 
@@ -108,14 +138,24 @@ def _figures(run: Path, step: int, package: Path) -> dict:
     }
 
 
-def _list(run: Path, target: str) -> None:
-    """checkpoints.json on main: all milestones that are there."""
-    records = [json.loads(path.read_bytes()) for path in sorted((run / "published").glob("step-*.json"))]
-    content = (json.dumps({"checkpoints": records}, indent=1) + "\n").encode()
+def _list(record: dict, target: str) -> None:
+    """checkpoints.json on main: all milestones of the run that are there."""
     repository = Repository(target)
     head = repository.branches()["main"]
-    repository.commit("main", {CHECKPOINTS: content}, head, f"List step {records[-1]['step']}", is_whole=False)
+    listed = {record["step"]: record}
+    if CHECKPOINTS in repository.tree(head):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a list of somebody else's making is replaced
+            there = json.loads(repository.read(head, CHECKPOINTS))["checkpoints"]
+            listed = {one["step"]: one for one in there if one.get("run") == record["run"]} | listed
+    content = json.dumps({"checkpoints": [listed[step] for step in sorted(listed)]}, indent=1) + "\n"
+    repository.commit("main", {CHECKPOINTS: content.encode()}, head, f"List step {record['step']}", is_whole=False)
 
 
-def _record(run: Path, step: int) -> Path:
-    return run / "published" / f"step-{step:08d}.json"
+def _published(run: Path) -> dict[int, dict]:
+    """What is written down, by step; what cannot be read is published again, which changes nothing there."""
+    found = {}
+    for path in (run / "published").glob("step-*.json"):
+        with suppress(ValueError):
+            record = json.loads(path.read_bytes())
+            found[record["step"]] = record
+    return found

@@ -243,6 +243,14 @@ def _reason(error: Exception) -> str:
     return told.strip().partition("\n")[0]
 
 
+def digest(files: Files) -> str:
+    """SHA-256 over names and contents: the same package has the same staging branch."""
+    whole = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        whole.update(f"{name}\0{digest_of(content, hashlib.sha256())}\n".encode())
+    return whole.hexdigest()
+
+
 def size_of(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 

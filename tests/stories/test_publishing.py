@@ -1,13 +1,18 @@
 """From a base on the Hub to a new checkpoint on the Hub and back: trained, published, verified, and loaded by others in a clean cache."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from finetune.recipe.load import load
+from finetune.run import train
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.writes import User
@@ -166,3 +171,89 @@ def test_a_training_that_cannot_be_published_says_so_before_it_begins(hub, miles
     done = subprocess.run(command, env=env | {"HF_TOKEN": "hf_" + "r" * 34}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and not run.exists()
     assert "tiny/new: cannot be published to: the token of tiny only reads\nhint: " in done.stderr
+
+
+@pytest.fixture
+def unpublished(hub, recipe_file, tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """(environment, run): a training with three milestones is over, and nothing of it has reached the Hub."""
+    sections = {"train": {"steps": 12, "batch_size": 6, "precision": "fp32"}, "checkpoint": {"every": "12 steps"}}
+    recipe, run = recipe_file(publish={"repo": "tiny/new", "milestones": "4 steps"}, **sections), tmp_path / "run"
+    train(load(recipe), run, is_quiet=True)
+    return environment(hub, tmp_path, HF_TOKEN=TOKEN), run
+
+
+KILLS = [  # (request, skipped before it, whether the Hub had acted on it)
+    ("POST", "/commit/staging", 0, True),
+    ("POST", "/commit/step-", 0, False),
+    ("DELETE", "/branch/staging", 0, True),
+    ("POST", "/commit/main", 0, True),
+    ("POST", "/commit/main", 1, False),
+]
+
+
+@pytest.mark.slow
+def test_a_queue_that_is_killed_again_and_again_publishes_everything_once_and_in_order(hub, unpublished) -> None:
+    env, run = unpublished
+    command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones"]
+    for method, path, skip, is_landed in KILLS:
+        child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        hub.faults = []
+        hub.fail(method, path, None, skip=skip, is_landed=is_landed, call=child.kill)
+        _, said = child.communicate(timeout=100)
+        assert child.returncode == -9, said.decode()
+        repo = hub.repos["model", "tiny/new"]
+        listed = repo.at("main").files.get("checkpoints.json")
+        steps = [record["step"] for record in json.loads(listed.content)["checkpoints"]] if listed else []
+        assert steps == [4, 8, 12][: len(steps)], "in order, and never half a list"
+    hub.faults = []
+    (run / "published/step-00000004.json").write_bytes(b"")  # a record that the disk has lost
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}
+    repo = hub.repos["model", "tiny/new"]
+    made = [commit.title for commit in repo.commits.values()]
+    assert len([title for title in made if title.startswith("List step")]) == 3, made
+    assert len([title for title in made if title.startswith("Publish")]) == 3, made
+    weights = sum(len(content) for content in repo.objects.values())
+    assert sum(len(request.body) for request in hub.requests if request.method == "PUT") == weights, "no byte twice"
+    assert sorted(path.name for path in (run / "published").iterdir()) == [
+        f"step-{step:08d}.json" for step in (4, 8, 12)
+    ]
+    assert not list((run / "packages").iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_publish_a_run_at_once(hub, unpublished) -> None:
+    env, run = unpublished
+    command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones"]
+    hub.fail("POST", "/commit/staging", None, seconds=15)
+    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for(lambda: hub.seen("POST", "/commit/staging"))
+    ((code, _, said),) = in_turn(env, ("publish", run, "--milestones"))
+    assert code == 1 and f"{run}: another process is publishing its milestones\nhint: wait for it" in said
+    beside = subprocess.Popen([*command, "--follow"], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert first.wait(100) == 0, first.stderr.read()
+    assert beside.wait(100) == 0, beside.stderr.read()
+    assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}
+    for process in (first, beside):
+        process.stderr.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_what_is_neither_a_package_nor_a_checkpoint_is_told_so(tmp_path) -> None:
+    env = dict(os.environ)
+    (code, _, said), (other, _, none) = in_turn(
+        env,
+        ("publish", "non/existent", "--to", f"folder:{tmp_path}/copy"),
+        ("publish", tmp_path / "none", "--milestones"),
+    )
+    assert other == 1 and "none: is not a run directory: it has no plan.json" in none and "Traceback" not in none
+    assert code == 1 and said.startswith(
+        "non/existent: is no folder that is here, and not a checkpoint of a run\nhint: "
+    )
