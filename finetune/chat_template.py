@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from typing import TYPE_CHECKING
 
 from finetune import cache
@@ -77,9 +78,8 @@ def _tried(template: str) -> str | None:
 
 def main() -> None:
     """Reads a template as JSON, and writes why it must not be rendered, or null."""
-    from transformers.utils.chat_template_utils import (
-        _compile_jinja_template,
-    )  # the very sandbox that training renders in
+    # The very sandbox that training renders in.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = json.load(sys.stdin)
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -97,9 +97,9 @@ def _rendered(template: str, compiled: Callable[[str], "Template"]) -> str | Non
     from jinja2.exceptions import SecurityError
 
     refusals = []
-    for messages in CONVERSATIONS:
+    for messages, is_asked in product(CONVERSATIONS, (False, True)):
         try:
-            compiled(template).render(messages=messages, add_generation_prompt=False, bos_token="", eos_token="")
+            compiled(template).render(messages=messages, add_generation_prompt=is_asked, bos_token="", eos_token="")
         except SecurityError as error:
             return f"reaches for what the sandbox forbids: {error}"
         except MemoryError:
@@ -108,7 +108,7 @@ def _rendered(template: str, compiled: Callable[[str], "Template"]) -> str | Non
             return "calls itself without end"
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             refusals.append(f"{type(error).__name__}: {error}".partition("\n")[0])
-    return f"renders no conversation: {refusals[0]}" if len(refusals) == len(CONVERSATIONS) else None
+    return f"renders no conversation: {refusals[0]}" if len(refusals) == 2 * len(CONVERSATIONS) else None
 
 
 if __name__ == "__main__":

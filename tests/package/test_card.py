@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finetune.checkpoints.manifest import Manifest
-from finetune.package import record
+from finetune.package import figures, record
 from finetune.package.card import Facts, card
 from finetune.plan import Counts, PinnedBase, PinnedSource, Plan
 from finetune.recipe.schema import Recipe
@@ -176,3 +176,31 @@ def test_figures_keep_the_last_record_of_a_step_and_numbers_only() -> None:
 def test_a_card_is_made_without_torch() -> None:
     code = "import finetune.package.card, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_held_out_data_set_of_the_hub_has_its_result_in_the_hubs_own_form() -> None:
+    from huggingface_hub._eval_results import parse_eval_result_entries
+
+    one = facts(data={"train": [{"path": "train.jsonl"}], "holdout": [{"dataset": "owner/test", "name": "hard"}]})
+    pinned = PinnedSource(name="owner/test", revision="c0ffee", fingerprint="blake3:0", rows=8)
+    plan = one.plan.model_copy(update={"holdout": (pinned,)})
+    records = [*FIGURES[:-1], FIGURES[-1] | {"loss_stderr": 0.1}]
+    (entry,) = parse_eval_result_entries(figures.eval_results(records, 2, plan))
+    assert (entry.dataset_id, entry.task_id, entry.dataset_revision, entry.value) == (
+        "owner/test",
+        "hard",
+        "c0ffee",
+        2.0,
+    )
+    assert entry.notes == "held-out loss, nats per token: 2.0000 (1.8040 to 2.1960)"
+    assert figures.eval_results(records, 2, facts().plan) == [] == figures.eval_results(records, 1, plan)
+
+
+def test_figures_have_intervals_where_the_record_has_errors() -> None:
+    records = [*FIGURES[:-1], FIGURES[-1] | {"loss_stderr": 0.1}]
+    text = figures.shown(records, 2)
+    assert "| held-out loss (nats per token) | 3.0000 | 2.0000 (1.8040 to 2.1960) |" in text
+    assert "| held-out perplexity | 20.0855 | 7.3891 (6.0739 to 8.9890) |" in text and "95 % interval" in text
+    assert "interval" not in figures.shown(FIGURES, 2)
+    grown = figures.shown([*FIGURES[:-1], FIGURES[-1] | {"loss": "inf", "perplexity": "inf"}], 2)
+    assert "| 3.0000 | inf |" in grown

@@ -167,7 +167,7 @@ def test_an_existing_target_is_refused(merged) -> None:
 
 def test_only_a_checkpoint_of_a_run_can_be_packaged(merged, tiny_base, tmp_path) -> None:
     for ref in (f"{merged.run}@0", str(tiny_base), "owner/name"):
-        with pytest.raises(PackageError, match="is not a checkpoint of a run") as caught:
+        with pytest.raises(PackageError, match="not a checkpoint of a run") as caught:
             export.package(ref, tmp_path / "dist")
         assert caught.value.where == ref
     assert list(tmp_path.iterdir()) == []

@@ -248,7 +248,7 @@ def test_a_template_that_refuses_the_order_of_roles_is_quoted(encoded):
 
 def test_a_template_with_a_mistake_in_it_is_quoted(encoded):
     message = complaint(encoded, {"messages": turns("ask", "answer")}, "{% for message in messages %}")
-    assert message.startswith("data.jsonl:1: the chat template refuses the row: Unexpected end of template")
+    assert "template.jinja: the template renders no conversation: TemplateSyntaxError: Unexpected end of" in message
 
 
 def test_a_template_file_that_is_not_there_is_named(tiny_tokenizer, tmp_path):
