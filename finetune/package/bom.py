@@ -3,13 +3,14 @@
 Format: https://cyclonedx.org/docs/1.6/json/. It has no time in it, and its serial number is made of the run and the step.
 """
 
+import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune.package import figures, record
-from finetune.package.card import METHODS, Facts, hub_base
-from finetune.package.provenance import sha256
+from finetune.package.card import LIMITS, METHODS, Facts, hub_base
+from finetune.package.contents import sha256
 from finetune.plan import PinnedSource
 from finetune.recipe.schema import Source
 
@@ -37,8 +38,12 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
             "task": "text-generation",
             "modelArchitecture": architecture,
             "datasets": datasets,
+            "inputs": [{"format": "text"}],
+            "outputs": [{"format": "text"}],
         },
         "quantitativeAnalysis": {"performanceMetrics": _metrics(facts)},
+        "considerations": {"technicalLimitations": [LIMITS]},
+        "properties": [{"name": f"finetune:{key}", "value": value} for key, value in _hyperparameters(facts)],
     }
     model = {
         "type": "machine-learning-model",
@@ -59,6 +64,15 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
         "components": [_file(one, path) for one, path in sorted(files.items())],
         "dependencies": [{"ref": "model", "dependsOn": [f"file:{one}" for one in sorted(files)]}],
     }
+
+
+def _hyperparameters(facts: Facts) -> Iterator[tuple[str, str]]:
+    """What the recipe says of adapter, optimizer and training, its defaults too, and the steps of the plan."""
+    recipe = facts.plan.recipe
+    for section in ("adapter", "optimizer", "train"):
+        if value := getattr(recipe, section):
+            yield from ((f"{section}.{key}", json.dumps(item)) for key, item in value.model_dump(mode="json").items())
+    yield "steps", str(facts.plan.steps)
 
 
 def _file(name: str, path: Path) -> dict:

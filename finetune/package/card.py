@@ -18,6 +18,10 @@ from finetune.recipe.schema import Source
 
 NOTES_BEGIN = "<!-- notes: what stands between these two lines stays when the card is written again -->"
 NOTES_END = "<!-- /notes -->"
+LIMITS = (
+    "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
+    "other languages, what it knows, whether it is safe or fair, and what the base brought with it."
+)
 METHODS = {None: "full fine-tuning", "lora": "LoRA", "frozen": "fine-tuning with some weights frozen"}
 
 
@@ -147,10 +151,7 @@ def _summary(facts: Facts) -> str:
 
 
 def _limits(facts: Facts) -> str:
-    lines = [
-        "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
-        "other languages, what it knows, whether it is safe or fair, and what the base brought with it.",
-    ]
+    lines = [LIMITS]
     counts = facts.plan.counts
     if counts.cut_rows:
         lines.append(

@@ -3,10 +3,12 @@
 Names are a list of what is allowed, not of what is not; what a file is, its first bytes say, not its name.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +82,18 @@ class Finding(NamedTuple):
 def files_of(directory: Path) -> dict[str, Path]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path for path in paths}
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content; read once in a process, as long as nothing is written to the file."""
+    status = path.stat()
+    return _sha256_of(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, as_it_is: tuple[int, ...]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def findings(directory: Path, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:

@@ -4,7 +4,6 @@ Everything is written beside the target, loaded back in a fresh process and comp
 into place at the very end: there is a proven package, or none.
 """
 
-import hashlib
 import json
 import os
 import secrets
@@ -41,7 +40,7 @@ from finetune.package import (
     weights,
 )
 from finetune.package.card import Facts, card, hub_base
-from finetune.package.contents import files_of
+from finetune.package.contents import files_of, sha256
 from finetune.package.proof import Check, Look
 from finetune.package.verify import folder_findings
 from finetune.plan import Plan
@@ -218,13 +217,10 @@ def refuse_private(directory: Path, places: list[Path]) -> None:
 
 def _files(directory: Path) -> list[dict]:
     """What is in the package, with the digests that the Hub uses too."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    found = []
-    for file in files:
-        with file.open("rb") as content:
-            digest = f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
-        found.append({"name": str(file.relative_to(directory)), "bytes": file.stat().st_size, "digest": digest})
-    return found
+    files = files_of(directory)
+    return [
+        {"name": name, "bytes": path.stat().st_size, "digest": f"sha256:{sha256(path)}"} for name, path in files.items()
+    ]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ One line of JSON: an in-toto Statement v1 (https://in-toto.io/Statement/v1) whos
 (https://slsa.dev/spec/v1.0/provenance). It has no time and no host in it: the same run gives the same bytes.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from ruamel.yaml import YAML
 
 from finetune.package import record
 from finetune.package.card import Facts, hub_base
-from finetune.package.contents import Finding
+from finetune.package.contents import Finding, sha256
 from finetune.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 
@@ -99,11 +98,6 @@ def base_of(files: Mapping[str, Path]) -> str | None:
     except (ValueError, KeyError, TypeError, OSError):
         return None
     return uri.removeprefix("hf://").partition("@")[0] if uri.startswith("hf://") else None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _subjects(files: Mapping[str, Path]) -> list[tuple[str, Path]]:

@@ -21,7 +21,8 @@ from finetune import plan as plans
 from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.store import Store, make_directory
 from finetune.errors import FinetuneError, PublishError
-from finetune.package import export, provenance
+from finetune.package import export
+from finetune.package.contents import sha256
 from finetune.package.publish import Choices, publish
 from finetune.package.repository import CHECKPOINTS, Repository
 from finetune.recipe.schema import Publish
@@ -134,7 +135,7 @@ def _figures(run: Path, step: int, package: Path) -> dict:
         "tokens": sum(record["tokens"] for record in trained),
         "loss": trained[-1]["loss"],
         **({"held_out_loss": evaluated["loss"]} if evaluated else {}),
-        "sha256": {path.name: provenance.sha256(path) for path in sorted(package.glob("*.safetensors"))},
+        "sha256": {path.name: sha256(path) for path in sorted(package.glob("*.safetensors"))},
     }
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from finetune.errors import PublishError
+from finetune.package.contents import sha256
 
 CHECKPOINTS = "checkpoints.json"
 TRIES = 6
@@ -45,8 +46,9 @@ class Stored:
         if size_of(content) != self.size:
             return False
         if self.sha256:
-            return digest_of(content, hashlib.sha256()) == self.sha256
-        return digest_of(content, hashlib.sha1(b"blob %d\0" % self.size)) == self.oid
+            return sha256_of(content) == self.sha256
+        content = content if isinstance(content, bytes) else content.read_bytes()  # what git keeps itself is small
+        return hashlib.sha1(b"blob %d\0%s" % (self.size, content)).hexdigest() == self.oid
 
 
 Tree = Mapping[str, Stored]
@@ -247,7 +249,7 @@ def digest(files: Files) -> str:
     """SHA-256 over names and contents: the same package has the same staging branch."""
     whole = hashlib.sha256()
     for name, content in sorted(files.items()):
-        whole.update(f"{name}\0{digest_of(content, hashlib.sha256())}\n".encode())
+        whole.update(f"{name}\0{sha256_of(content)}\n".encode())
     return whole.hexdigest()
 
 
@@ -255,11 +257,5 @@ def size_of(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def digest_of(content: Path | bytes, digest: "hashlib._Hash") -> str:
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
+def sha256_of(content: Path | bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)

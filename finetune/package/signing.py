@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import PackageError
-from finetune.package.contents import Finding, files_of
-from finetune.package.provenance import sha256
+from finetune.package.contents import Finding, files_of, sha256
 
 FILE = "model.sig"
 PREDICATE = "https://model_signing/signature/v1.0"

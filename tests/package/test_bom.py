@@ -19,6 +19,10 @@ def test_a_bill_of_materials_keeps_to_the_schema_and_names_the_files(form, reque
         assert listed[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
     model = bom["metadata"]["component"]
     assert model["pedigree"]["ancestors"][0]["name"] == ("owner/tiny" if form == "alone" else "base")
+    said = {item["name"]: item["value"] for item in model["modelCard"]["properties"]}
+    assert said["finetune:steps"] == "6" and said["finetune:optimizer.learning_rate"] == "0.01"
+    assert ("finetune:adapter.rank" in said) == (form != "full")
+    assert model["modelCard"]["considerations"]["technicalLimitations"][0].startswith("Checked is that")
     assert {metric["type"] for metric in model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]} == {
         "cross-entropy, nats per token",
         "perplexity",
