@@ -19,6 +19,7 @@ from tests.hub.writes import User
 
 TOKEN = "hf_" + "w" * 34
 OLD = {"README.md": b"---\nlicense: mit\n---\n# Old\n", "model.safetensors": b"old weights", "old.txt": b"gone"}
+XORBS = "xet/xorbs/xorbs"
 CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n# New\n"
 
 
@@ -252,17 +253,20 @@ def xet(hub, env, package, tmp_path) -> dict[str, str]:
     return env | {"HF_HUB_DISABLE_XET": "0"}
 
 
-def stored(hub: Hub) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (hub.xet_directory / "xet/xorbs/xorbs").glob("*")}
+def stored(hub: Hub, folder: str = "") -> dict[str, bytes]:
+    """What the Xet store has, by path; the contents of files are in XORBS."""
+    paths = (hub.xet_directory / folder).rglob("*")
+    return {str(path.relative_to(hub.xet_directory)): path.read_bytes() for path in paths if path.is_file()}
 
 
 def test_weights_go_by_xet_and_nothing_is_stored_twice(hub, xet, package) -> None:
     publish(xet, package, "--tag", "v1")
     assert content(hub) == files(package) and hub.seen("GET", "xet-write-token") and not hub.seen("PUT", "")
-    before = stored(hub)
-    assert before
+    before, tokens = stored(hub), len(hub.seen("GET", "xet-write-token"))
+    assert stored(hub, XORBS)
     again = publish(xet, package, "--tag", "v1")
     assert (again["commits"], again["uploaded_bytes"]) == (0, 0) and stored(hub) == before
+    assert len(hub.seen("GET", "xet-write-token")) == tokens
 
 
 def test_a_xet_store_that_cannot_be_written_is_one_error_and_nothing_is_committed(hub, xet, package) -> None:
@@ -287,9 +291,30 @@ def test_a_xet_store_that_cannot_be_written_is_one_error_and_nothing_is_committe
 def test_a_publish_by_xet_survives_faults_and_commits_once(hub, xet, package, method, path, how) -> None:
     hub.add("model", "tiny/new").commit(OLD)
     hub.fail(method, path, **how)
-    publish(xet, package)
-    assert content(hub) == files(package)
+    told = in_turn(xet, *[("publish", package, "--to", "tiny/new", "--json")] * 2)
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert content(hub) == files(package) and not hub.faults[0].times, "the fault happened"
+    assert json.loads(told[1][1])["commits"] == 0
     assert len(hub.repos["model", "tiny/new"].commits) == 4, "two before, one staged, one promoted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "status"), [("/commit/staging", 503), ("/commit/main$", None)], ids=["uploaded", "promoted, unheard"]
+)
+def test_a_publish_by_xet_that_was_killed_is_finished_by_the_next_call(hub, xet, package, path, status) -> None:
+    repo = hub.add("model", "tiny/new")
+    repo.commit(OLD)
+    command = [sys.executable, "-m", "finetune", "publish", str(package), "--to", "tiny/new"]
+    child = subprocess.Popen(command, env=xet, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    hub.fail("POST", path, status, call=child.kill)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == -9, said.decode()
+    uploaded = stored(hub, XORBS)
+    publish(xet, package)
+    assert content(hub) == files(package) and list(repo.branches) == ["main"]
+    assert len(repo.commits) == 4, "two before, one staged, one promoted"
+    assert uploaded and stored(hub, XORBS) == uploaded
 
 
 def test_what_the_hubs_scanners_found_is_told_and_what_waits_is_no_fault(hub, env, package) -> None:
