@@ -198,7 +198,7 @@ def test_a_queue_that_is_killed_again_and_again_publishes_everything_once_and_in
     for method, path, skip, is_landed in KILLS:
         child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         hub.faults = []
-        hub.fail(method, path, None, skip=skip, is_landed=is_landed, call=child.kill)
+        hub.fail(method, path, None if is_landed else 503, skip=skip, is_landed=is_landed, call=child.kill)
         _, said = child.communicate(timeout=100)
         assert child.returncode == -9, said.decode()
         repo = hub.repos["model", "tiny/new"]
