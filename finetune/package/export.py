@@ -6,8 +6,6 @@ into place at the very end: there is a proven package, or none.
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from finetune.checkpoints.loading import Opened, open_model, run_of
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.snapshot import DTYPES
-from finetune.checkpoints.store import failures, make_directory, sync_directory
+from finetune.checkpoints.store import failures, sync_directory
 from finetune.errors import BaseError, CheckpointError, PackageError
 from finetune.model import base
 from finetune.package import (
@@ -42,6 +40,7 @@ from finetune.package import (
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of, sha256
 from finetune.package.proof import Check, Look
+from finetune.package.staging import staged
 from finetune.package.verify import folder_findings
 from finetune.plan import Plan
 from finetune.recipe.load import to_yaml
@@ -226,11 +225,8 @@ def _files(directory: Path) -> list[dict]:
 @contextmanager
 def _staged(directory: Path) -> Iterator[Path]:
     """A directory beside the target that becomes it, synced, if nothing goes wrong, and vanishes otherwise."""
-    staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
     try:
-        with failures(directory, PackageError):
-            make_directory(directory.parent)
-            staging.mkdir()
+        with failures(directory, PackageError), staged(directory) as staging:
             yield staging
             _sync(staging)
             os.rename(staging, directory)
@@ -243,8 +239,6 @@ def _staged(directory: Path) -> Iterator[Path]:
         raise PackageError(
             f"cannot write weights: {error}", where=str(directory), hint="look at the free space of this disk"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

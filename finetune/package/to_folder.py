@@ -5,83 +5,72 @@ At every moment the folder is the old package or the new one. What a killed call
 
 import ctypes
 import errno
-import fcntl
 import os
-import re
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.checkpoints.store import failures, make_directory, sync_directory
+from finetune.checkpoints.store import failures, sync_directory
 from finetune.errors import PublishError
 from finetune.package import provenance
 from finetune.package.card import with_notes_of
 from finetune.package.contents import files_of
 from finetune.package.repository import Files, digest, size_of
+from finetune.package.staging import staged, sweep
 
 PREFIX = "folder:"
 CARD = "README.md"
 RENAME_EXCHANGE = 2  # of renameat2(2)
+NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool) -> dict:
     """{target, revision, uploaded_bytes, commits, files, is_dry_run}. PublishError where something else is there, or the disk fails."""
-    there = files_of(target) if target.is_dir() else {}
-    wanted: Files = files | {CARD: with_notes_of(there[CARD].read_bytes(), files[CARD])} if CARD in there else files
-    revision, total = digest(wanted), sum(map(size_of, wanted.values()))
-    facts = {"target": f"{PREFIX}{target}", "revision": revision, "is_dry_run": is_dry_run}
-    facts |= {"files": [{"name": name, "bytes": size_of(content)} for name, content in wanted.items()]}
-    if not is_dry_run and target.parent.is_dir():
-        _sweep(target)
-    if there and digest(there) == revision:
-        return facts | {"uploaded_bytes": 0, "commits": 0}
-    if target.exists() and not (target.is_dir() and (not there or _is_package(target))):
-        raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
-    if not is_dry_run:
-        with failures(target, PublishError), _staged(target) as staging:
-            _copy(wanted, staging)
-            if digest(files_of(staging)) != revision:
-                raise PublishError("the copy is not what was copied", where=str(target), hint="look at this disk")
-            _take_place(staging, target)
-            sync_directory(target.parent)
-    return facts | {"uploaded_bytes": total, "commits": 1}
+    place = Path(os.path.realpath(target))  # an exchange would take a link away, and leave the folder it leads to
+    with failures(target, PublishError):
+        there = _files_in(place)
+        wanted: Files = files
+        if CARD in there and CARD in files:
+            wanted = files | {CARD: with_notes_of(there[CARD].read_bytes(), files[CARD])}
+        revision, total = digest(wanted), sum(map(size_of, wanted.values()))
+        facts = {"target": f"{PREFIX}{target}", "revision": revision, "is_dry_run": is_dry_run}
+        facts |= {"files": [{"name": name, "bytes": size_of(content)} for name, content in wanted.items()]}
+        if not is_dry_run and place.parent.is_dir():
+            sweep(place)
+        if there.keys() == wanted.keys() and digest(there) == revision:  # only what can be the same is read
+            return facts | {"uploaded_bytes": 0, "commits": 0}
+        if os.path.lexists(place) and not _may_go(place):
+            raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
+        if not is_dry_run:
+            _replace(place, digest(there), wanted)
+        return facts | {"uploaded_bytes": total, "commits": 1}
 
 
-def _is_package(directory: Path) -> bool:
-    """Whether all that is in a folder came with a package, so that nothing is lost with it."""
-    return (directory / provenance.FILE).is_file() and not list(provenance.findings(directory))
+def _files_in(directory: Path) -> dict[str, Path]:
+    return files_of(directory) if directory.is_dir() else {}
 
 
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A directory beside the target, gone in the end; locked as long as its maker lives."""
-    make_directory(target.parent)
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    staging.mkdir()
-    held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(held)
+def _may_go(place: Path) -> bool:
+    """Whether all that is there came with a package, so that nothing is lost with it."""
+    if not place.is_dir():
+        return False
+    paths = list(place.rglob("*"))
+    is_plain = all((path.is_file() or path.is_dir()) and not path.is_symlink() for path in paths)
+    is_package = (place / provenance.FILE).is_file() and not list(provenance.findings(place))
+    return not paths or (is_plain and is_package)
 
 
-def _sweep(target: Path) -> None:
-    """Removes staged directories that nobody holds: they were left by a kill."""
-    for path in target.parent.iterdir():
-        if not re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", path.name) or not path.is_dir():
-            continue
-        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(held)
+def _replace(place: Path, before: str, wanted: Files) -> None:
+    """`before` is the digest of what may go."""
+    with staged(place) as staging:
+        _copy(wanted, staging)
+        if digest(files_of(staging)) != digest(wanted):
+            raise PublishError("the copy is not what was copied", where=str(place), hint="look at this disk")
+        if digest(_files_in(place)) != before:  # a copy of large weights takes minutes
+            hint = "look at what was written there, and publish again"
+            raise PublishError("was changed by somebody else meanwhile", where=str(place), hint=hint)
+        _take_place(staging, place)
+        sync_directory(place.parent)
 
 
 def _copy(files: Files, directory: Path) -> None:
@@ -98,16 +87,17 @@ def _copy(files: Files, directory: Path) -> None:
         sync_directory(folder)
 
 
-def _take_place(staging: Path, target: Path) -> None:
-    """The staged folder under the target's name, and what was there under the other's, by one call."""
-    if not target.exists() or not any(target.iterdir()):
-        os.rename(staging, target)
+def _take_place(staging: Path, place: Path) -> None:
+    """The staged folder under the place's name, and what was there under the other's, by one call."""
+    if not place.exists() or not any(place.iterdir()):
+        os.rename(staging, place)
         return
-    libc = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28; macOS has none
     here = -100  # AT_FDCWD
-    if libc.renameat2(here, os.fsencode(staging), here, os.fsencode(target), RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        if number in (errno.EINVAL, errno.ENOSYS):
-            hint = "name a new folder, and move it there yourself"
-            raise PublishError("this file system cannot exchange two folders", where=str(target), hint=hint)
-        raise OSError(number, os.strerror(number), str(target))
+    if renameat2 and not renameat2(here, os.fsencode(staging), here, os.fsencode(place), RENAME_EXCHANGE):
+        return
+    number = ctypes.get_errno() if renameat2 else errno.ENOSYS
+    if number in NO_EXCHANGE:
+        hint = "name a new folder, and move it there yourself"
+        raise PublishError("this file system cannot exchange two folders", where=str(place), hint=hint)
+    raise OSError(number, os.strerror(number), str(place))

@@ -91,14 +91,23 @@ def test_a_file_or_a_folder_that_is_no_package_is_left_as_it_is(tmp_path, new) -
     assert (tmp_path / "file").read_text() == (tmp_path / "folder/mine.txt").read_text() == "mine"
 
 
+def restore(target: Path, directory: Path) -> None:
+    """As it was before, without the syncs of a publish."""
+    shutil.rmtree(target)
+    shutil.copytree(directory, target)
+
+
 def died(work: Callable[[], object], event: int) -> bool:
-    """Does the work in a process that is killed at its so many-th event (opening, renaming, removing, …); whether it came that far."""
+    """Does the work in a process that is killed at its so many-th change (a file made, a name moved or removed, a lock); whether it came
+    that far. What only reads is left out: a kill there is one at the change that follows."""
     child = os.fork()
     if not child:
         seen = count()
 
         def hook(name: str, arguments: tuple) -> None:
-            if name.startswith(("open", "os.", "shutil.", "ctypes.", "fcntl.")) and next(seen) == event:
+            is_change = name.startswith(("os.mkdir", "os.re", "os.rmdir", "shutil.", "ctypes.", "fcntl."))
+            is_change |= name == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+            if is_change and next(seen) == event:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
@@ -109,17 +118,84 @@ def died(work: Callable[[], object], event: int) -> bool:
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-def test_killed_anywhere_the_folder_is_old_or_new_and_a_second_call_finishes(tmp_path, target, old, new) -> None:
+def test_killed_anywhere_the_folder_is_old_or_new_and_a_second_call_finishes(tmp_path, target, new) -> None:
     before, after = content(tmp_path / "old"), content(tmp_path / "new")
     for event in count():
         is_dead = died(lambda: to_folder.publish(new, target, is_dry_run=False), event)
         assert content(target) in (before, after), f"event {event}: neither old nor new"
         to_folder.publish(new, target, is_dry_run=False)
         assert content(target) == after and [path.name for path in target.parent.iterdir()] == ["model"]
-        to_folder.publish(old, target, is_dry_run=False)
+        restore(target, tmp_path / "old")
         if not is_dead:
             break
-    assert event > 40
+    assert event > 20
+
+
+SYSTEM_CALLS = ["mkdir", "fsync", "sendfile", "flock", "renameat2", "unlinkat", "rmdir"]
+PUBLISH = "import sys; from tests.package.test_to_folder import *; to_folder.publish(files_of(Path(sys.argv[1])), Path(sys.argv[2]), False)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace kills at a system call")
+@pytest.mark.parametrize("call", SYSTEM_CALLS)
+def test_killed_at_any_system_call_the_folder_is_old_or_new(tmp_path, target, new, call) -> None:
+    before, after = content(tmp_path / "old"), content(tmp_path / "new")
+    work, killed = [sys.executable, "-c", PUBLISH, str(tmp_path / "new"), str(target)], 0
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for number in count(1):
+        inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
+        done = subprocess.run(
+            ["strace", "-f", "-qq", "-o", tmp_path / "log", *inject, *work], env=env, capture_output=True
+        )
+        assert content(target) in (before, after), f"{call} {number}: neither old nor new"
+        to_folder.publish(new, target, is_dry_run=False)
+        assert content(target) == after and [path.name for path in target.parent.iterdir()] == ["model"]
+        restore(target, tmp_path / "old")
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        killed += 1
+    assert killed, "it came to none of these"
+
+
+def test_a_link_that_is_named_stays_and_leads_to_the_new_package(tmp_path, target, new) -> None:
+    link = target.parent / "current"
+    link.symlink_to("model")
+    to_folder.publish(new, link, is_dry_run=False)
+    assert link.is_symlink() and content(target) == content(tmp_path / "new")
+    assert sorted(path.name for path in target.parent.iterdir()) == ["current", "model"]
+
+
+def test_a_package_without_a_card_takes_the_place_of_one_with_a_card(tmp_path, target, new) -> None:
+    (tmp_path / "new/README.md").unlink()
+    to_folder.publish(files_of(tmp_path / "new"), target, is_dry_run=False)
+    assert content(target) == content(tmp_path / "new")
+
+
+@pytest.mark.parametrize("leads_to", ["../elsewhere", "nowhere"])
+def test_a_folder_with_a_link_of_somebody_is_left_as_it_is(tmp_path, target, new, leads_to) -> None:
+    (target.parent / "elsewhere").mkdir()
+    for place in (target, target.parent / "links"):
+        place.mkdir(exist_ok=True)
+        (place / "theirs").symlink_to(leads_to)
+        with pytest.raises(PublishError, match="has something else"):
+            to_folder.publish(new, place, is_dry_run=False)
+        assert (place / "theirs").is_symlink()
+
+
+def test_what_comes_into_the_folder_while_a_package_is_copied_is_not_lost(target, new) -> None:
+    watched = [True]
+
+    def write(name: str, arguments: tuple) -> None:  # an audit hook stays for good: it works once
+        if watched and name == "shutil.copyfile" and str(target.parent) in str(arguments[1]):
+            watched.clear()
+            (target / "thesis.tex").write_text("years of work")
+
+    sys.addaudithook(write)
+    with pytest.raises(PublishError, match="was changed by somebody else meanwhile"):
+        to_folder.publish(new, target, is_dry_run=False)
+    assert (target / "thesis.tex").exists() and (target / "model.safetensors").read_text() == "old weights"
+    assert len(list(target.parent.iterdir())) == 1
 
 
 def test_the_staged_folder_of_a_living_process_is_not_removed(tmp_path, target, new) -> None:
@@ -138,13 +214,15 @@ def test_the_staged_folder_of_a_living_process_is_not_removed(tmp_path, target, 
     assert not staging.exists()
 
 
-def test_a_file_system_that_cannot_exchange_keeps_the_old_package(tmp_path, target, new, monkeypatch) -> None:
-    class NoExchange:
-        def renameat2(self, *arguments: object) -> int:
-            to_folder.ctypes.set_errno(errno.EINVAL)
-            return -1
+class NoExchange:
+    def renameat2(self, *arguments: object) -> int:
+        to_folder.ctypes.set_errno(errno.EINVAL)
+        return -1
 
-    monkeypatch.setattr(to_folder.ctypes, "CDLL", lambda *arguments, **options: NoExchange())
+
+@pytest.mark.parametrize("libc", [NoExchange(), object()], ids=["the file system", "a libc without it"])
+def test_where_nothing_can_be_exchanged_the_old_package_stays(libc, tmp_path, target, new, monkeypatch) -> None:
+    monkeypatch.setattr(to_folder.ctypes, "CDLL", lambda *arguments, **options: libc)
     with pytest.raises(PublishError, match="cannot exchange two folders"):
         to_folder.publish(new, target, is_dry_run=False)
     assert content(target) == content(tmp_path / "old") and len(list(target.parent.iterdir())) == 1

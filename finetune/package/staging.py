@@ -1,0 +1,75 @@
+"""Floor 7. Folders beside the one that they become, or that they were: locked as long as their maker lives, so that what a kill has left is known.
+
+`export`, `to_folder` and `queue` call it.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from finetune.checkpoints.store import make_directory
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, gone in the end unless it was renamed. What earlier calls for this target left goes first."""
+    make_directory(target.parent)
+    sweep(target)
+    staging = _beside(target)
+    staging.mkdir()
+    held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _is_locked_by_us(held)  # where there are no locks nobody sweeps
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(held)
+
+
+def sweep(target: Path) -> None:
+    """Removes folders of `staged` and `remove` that nobody holds: a kill has left them."""
+    for path in list(target.parent.iterdir()):
+        if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", path.name):
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # gone meanwhile, or not ours
+                _remove_unheld(path)
+
+
+def remove(directory: Path) -> None:
+    """Takes a folder from its place by one call, and then deletes it: a kill in between leaves no half of it there."""
+    doomed = _beside(directory)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_unheld(path: Path) -> None:
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if _is_locked_by_us(held):
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def _is_locked_by_us(descriptor: int) -> bool:
+    """Locks it where that can be; not where somebody holds it, or the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(4)}"
