@@ -4,12 +4,10 @@
 is written down in `published/`; whatever a kill or an outage left out, the next one catches up with, in order.
 """
 
-import errno
 import fcntl
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +23,8 @@ from finetune.package import export
 from finetune.package.contents import sha256
 from finetune.package.publish import Choices, publish
 from finetune.package.repository import CHECKPOINTS, Repository
+from finetune.package.staging import NO_LOCKS, remove
+from finetune.package.to_folder import PREFIX
 from finetune.recipe.schema import Publish
 
 LOOK_SECONDS = 2.0
@@ -55,10 +55,13 @@ def finish(child: subprocess.Popen, run: Path) -> None:
 def follow(run: Path, target: str | None, is_following: bool) -> dict:
     """Publishes every milestone that is committed and not published, and where it follows, all that are committed until stdin ends.
     {target, published: [{step, branch, revision}], pending}."""
+    if target and target.startswith(PREFIX):
+        hint = "use --to OWNER/NAME, or publish RUN@STEP to a folder"
+        raise PublishError("milestones go to branches, and a folder has none", where=target, hint=hint)
+    if not (is_following and run.is_dir()):
+        plans.load(run)  # RunError where there is no run; one that is followed may not have begun
     if is_following:
         os.nice(19)  # the training comes first
-    else:
-        plans.load(run)  # RunError where there is no run; one that is followed may not have begun
     published, is_last = [], not is_following
     with _alone(run, is_following):
         while True:
@@ -88,7 +91,7 @@ def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
             hint = f"wait for it; what it says is in {run / LOG}"
             raise PublishError("another process is publishing its milestones", where=str(run), hint=hint) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
         yield
 
@@ -121,7 +124,7 @@ def _push(run: Path, step: int, target: str | None) -> dict:
         **_figures(run, step, package),
     }
     _list(record, repository)
-    shutil.rmtree(package)  # the run has the weights, and the Hub
+    remove(package)  # the run has the weights, and the Hub
     make_directory(run / "published")
     replace_file(run / "published" / f"{name}.json", json.dumps(record).encode())
     return record
@@ -156,7 +159,7 @@ def _published(run: Path) -> dict[int, dict]:
     """What is written down, by step; what cannot be read is published again, which changes nothing there."""
     found = {}
     for path in (run / "published").glob("step-*.json"):
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError, TypeError):
             record = json.loads(path.read_bytes())
             found[record["step"]] = record
     return found
