@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune import plan as plans
 from finetune.checkpoints.refs import parse
-from finetune.errors import PackageError, PublishError
+from finetune.errors import CheckpointError, PackageError, PublishError
 from finetune.package import provenance, to_folder
 from finetune.package.card import with_notes_of
 from finetune.package.contents import files_of
@@ -92,6 +92,9 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
         if target is None:
             raise PublishError("says not where to", where=source, hint="use --to OWNER/NAME or --to folder:PATH")
         return directory, target, not is_public
+    if _kind_of(source) not in ("run", "checkpoint"):
+        hint = "name a folder that `finetune package` made, or RUN@STEP, RUN@last or RUN@best"
+        raise PublishError("is neither a folder nor a checkpoint of a run", where=source, hint=hint)
     from finetune.package import export  # the heavy half
 
     run, step = export.checkpoint_of(source)
@@ -103,6 +106,13 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     if not directory.exists():
         export.package(f"{run}@{step}", directory)
     return directory, target or asked.repo, not is_public if asked is None else asked.private and not is_public
+
+
+def _kind_of(source: str) -> str | None:
+    try:
+        return parse(source).kind
+    except CheckpointError:  # it speaks of Hub ids, which are what is published to
+        return None
 
 
 def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:

@@ -254,6 +254,4 @@ def test_what_is_neither_a_package_nor_a_checkpoint_is_told_so(tmp_path) -> None
         ("publish", tmp_path / "none", "--milestones"),
     )
     assert other == 1 and "none: is not a run directory: it has no plan.json" in none and "Traceback" not in none
-    assert code == 1 and said.startswith(
-        "non/existent: is no folder that is here, and not a checkpoint of a run\nhint: "
-    )
+    assert code == 1 and said.startswith("non/existent: is neither a folder nor a checkpoint of a run\nhint: ")
