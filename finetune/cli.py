@@ -19,6 +19,7 @@ from finetune import __version__
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
+from finetune.launch import TOLD
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
@@ -150,6 +151,52 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     run = run or _default_run(recipe)
     with _published(loaded.recipe, run):
         train_run(loaded, run, is_quiet=quiet, ask=refuse_unpackageable, **choices)
+
+
+@cli.command()
+@click.option(
+    "--nproc-per-node", "processes", type=click.IntRange(min=1), help="Processes on this host. Default: one a GPU."
+)
+@click.option(
+    "--nnodes", "nodes", type=click.IntRange(min=1), help="Hosts. Default: as Slurm or Kubernetes says, else 1."
+)
+@click.option("--node-rank", "node", type=click.IntRange(min=0), help="Which of them this is, counted from 0.")
+@click.option("--master-addr", "address", help="Host 0, as the others call it.")
+@click.option("--master-port", "port", type=click.IntRange(1, 65535), help="A free port of host 0.")
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How often a crashed training is started again from its last commit.",
+)
+@RECIPE
+@OVERRIDE
+@RUN
+@click.option("--quiet", is_flag=True, help="Print commits and problems only.")
+@click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
+def launch(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    quiet: bool,
+    until: int | None,
+    restarts: int,
+    **asked: object,
+) -> None:
+    """Train a recipe on all devices here, as the one process of a container or a job: signals reach every rank."""
+    from finetune import launch as launching
+    from finetune.recipe.load import load
+
+    grace = load(recipe, overrides).recipe.checkpoint.grace_seconds
+    arguments = [
+        str(recipe),
+        *(f"--set={override}" for override in overrides),
+        "--run",
+        str(run or _default_run(recipe)),
+    ]
+    arguments += [*(["--quiet"] if quiet else []), *(["--until", str(until)] if until else [])]
+    launching.launch(asked, arguments, restarts, grace)
 
 
 @cli.command()
@@ -542,6 +589,8 @@ def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
 
 
 def _report(error: FinetuneError) -> None:
+    if told := os.environ.get(TOLD):  # so that `launch` does not start it again
+        Path(told).write_text(json.dumps(error.code))
     if os.environ.get("RANK", "0") != "0" and isinstance(error, RecipeError):  # all ranks meet it; one says so
         return
     if "--json" in sys.argv:

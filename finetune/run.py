@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -38,13 +39,16 @@ from finetune.resolve import Resolved
 from finetune.state import TrainState, build, start_accelerator
 from finetune.tasks import TASKS
 
+SAME_SIGNAL_SECONDS = 2.0
+
 
 class Signals:
-    """SIGTERM and SIGINT as a wish: before training they end the process, in training the loop asks; a second one ends at once.
-    SIGUSR1 wishes for a save at the next step's edge."""
+    """SIGTERM and SIGINT as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
+    comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge."""
 
     def __init__(self):
         self.received: int | None = None
+        self.received_at = 0.0
         self.is_training = False
         self.is_save_wished = False
 
@@ -58,9 +62,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is not None and now - self.received_at < SAME_SIGNAL_SECONDS:
+            return
         if self.received is not None or not self.is_training:
             os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
-        self.received = number
+        self.received, self.received_at = number, now
 
     def _wish_save(self, number: int, frame: FrameType | None) -> None:
         self.is_save_wished = True

@@ -50,6 +50,7 @@ FLOORS = {
     "finetune.compare": 7,
     "finetune.package": 7,
     "finetune.debug": 7,
+    "finetune.launch": 7,
     "finetune.cli": 8,
     "finetune.__main__": 9,
 }

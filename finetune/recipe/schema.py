@@ -304,6 +304,8 @@ class Checkpoint(Section):
     """One cadence or several, like `[100 steps, 15 minutes]`."""
     keep: Keep = Keep()
     """Which checkpoints stay."""
+    grace_seconds: PositiveInt = 120
+    """So long `finetune launch` waits for the last commit after a signal, before it kills."""
 
 
 class Guard(Section):

@@ -1,0 +1,190 @@
+"""`finetune launch` as what a container starts: as PID 1, under an init, with one rank and two; signalled, killed, started again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune import journal
+from tests.stories.same_run import assert_same_run
+
+LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+SHORT = LONG | {"steps": 12}
+FINETUNE = [sys.executable, "-m", "finetune"]
+AS_PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+needs_namespaces = pytest.mark.skipif(
+    subprocess.run([*AS_PID_1, "true"], capture_output=True).returncode != 0, reason="no PID namespaces here"
+)
+
+
+def launch(*arguments: object, ranks: int = 1) -> list[str]:
+    return [*FINETUNE, "launch", "--nproc-per-node", str(ranks), *map(str, arguments)]
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def last_step(run: Path) -> int:
+    return max(journal.steps(journal.read(run)), default=0)
+
+
+def committed(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*/"))
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile, reaped or not
+            if "train" in one.cmdline() and one.environ().get("RANK"):
+                found.append(one)
+    return sorted(found, key=lambda one: int(one.environ()["RANK"]))
+
+
+def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file, tmp_path) -> None:
+    recipe = recipe_file(train=SHORT)
+    done = subprocess.run(
+        launch(recipe, "--run", tmp_path / "two", ranks=2), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("launch: 2 processes (as the flags say)\n")
+    started = [record for record in journal.read(tmp_path / "two") if record.get("event") == "started"]
+    assert [record["world"]["world_size"] for record in started] == [2]
+
+
+def test_an_error_of_the_recipe_or_the_data_is_told_once_and_not_tried_again(recipe_file, tmp_path) -> None:
+    gone = recipe_file("gone", data={"train": [{"path": str(tmp_path / "gone.jsonl")}]})
+    wrong = recipe_file("wrong", train={"steps": 0})
+    for recipe, code, message in ((wrong, 2, "train.steps"), (gone, 1, "gone.jsonl: no such file")):
+        done = subprocess.run(
+            launch("--restarts", 3, recipe, "--run", tmp_path / "run"), capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == code and done.stderr.count(message) == 1, done.stderr
+        assert "starting again" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(recipe_file, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG | {"steps": 40}, checkpoint={"every": "4 steps"}), tmp_path / "killed"
+    whole = subprocess.run(
+        launch(recipe, "--run", tmp_path / "whole", ranks=2), capture_output=True, text=True, timeout=200
+    )
+    assert whole.returncode == 0, whole.stderr
+    command = launch("--restarts", 3, recipe, "--run", run, ranks=2)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for step in (9, 22):
+            wait_for(lambda step=step: last_step(run) >= step, process)
+            ranks_of(process)[-1].send_signal(signal.SIGKILL)
+            wait_for(lambda step=step: len(ranks_of(process)) == 2 and last_step(run) > step + 4, process)
+        _, said = process.communicate(timeout=200)
+    assert process.returncode == 0 and said.count("starting again from the last commit") == 2, said
+    assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+def test_a_crash_is_started_again_no_more_often_than_was_asked_for(recipe_file, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG), tmp_path / "run"
+    with subprocess.Popen(launch("--restarts", 1, recipe, "--run", run), stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(2):
+            before = last_step(run)
+            wait_for(lambda before=before: last_step(run) > before, process)
+            ranks_of(process)[0].send_signal(signal.SIGKILL)
+            time.sleep(1)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 137 and said.count("starting again") == 1, said
+
+
+def in_a_step(run: Path) -> bool:
+    return last_step(run) >= 7
+
+
+def in_a_save(run: Path) -> bool:
+    return any((run / "attempts").glob("*"))
+
+
+def in_an_evaluation(run: Path) -> bool:
+    return last_step(run) >= 6  # what is evaluated then takes seconds
+
+
+MOMENTS = {
+    "step": (in_a_step, {}),
+    "save": (in_a_save, {"checkpoint": {"every": "3 steps"}}),
+    "evaluation": (in_an_evaluation, {"evaluate": {"every": "6 steps"}}),
+}
+STARTERS = {"python": [], "launch": [], "launch under tini": ["tini", "--"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_namespaces
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("starter", STARTERS)
+def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(starter, ranks, recipe_file, tmp_path, chat_data) -> None:
+    if starter == "python" and ranks == 2:
+        pytest.skip("plain python starts one process")
+    if STARTERS[starter] and not shutil.which("tini"):
+        pytest.skip("there is no tini here")
+    many = tmp_path / "many.jsonl"
+    many.write_text((chat_data / "holdout.jsonl").read_text() * 50)
+    for moment, (is_there, sections) in MOMENTS.items():
+        if moment == "evaluation":
+            sections = sections | {
+                "data": {
+                    "train": [{"path": str(chat_data / "train.jsonl")}],
+                    "holdout": [{"path": str(many)}],
+                }
+            }
+        recipe, run = recipe_file(moment, train=LONG, **sections), tmp_path / moment
+        what = [*FINETUNE, "train", str(recipe)] if starter == "python" else launch(recipe, ranks=ranks)
+        command = [*AS_PID_1, *STARTERS[starter], *what, "--run", str(run)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            wait_for(lambda run=run, is_there=is_there: is_there(run), process)
+            (first,) = psutil.Process(process.pid).children()
+            first.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=100)
+        assert process.returncode == 143, f"{moment}: {said}"
+        assert committed(run)[-1] == last_step(run), f"{moment}: {said}"
+        again = subprocess.run([*what, "--run", str(run), "--until", str(last_step(run) + 2)], capture_output=True)
+        assert again.returncode == 0, again.stderr.decode()
+        resumed = [record for record in journal.read(run) if record.get("event") == "started"][-1]
+        assert resumed["step"] == committed(run)[0] or resumed["step"] in committed(run)
+
+
+@pytest.mark.slow
+def test_a_signal_that_comes_twice_at_once_is_one_signal(recipe_file, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG), tmp_path / "run"
+    with subprocess.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: in_a_step(run), process)
+        for one in (process.pid, *(rank.pid for rank in ranks_of(process))):  # as a scheduler that signals all
+            os.kill(one, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and committed(run)[-1] == last_step(run), said
+
+
+@pytest.mark.slow
+def test_sigusr1_to_the_launcher_saves_and_the_training_goes_on(recipe_file, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG, checkpoint={"every": "100 steps"}), tmp_path / "run"
+    with subprocess.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: in_a_step(run), process)
+        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: committed(run) if (run / "checkpoints").exists() else False, process)
+        step = last_step(run)
+        wait_for(lambda: last_step(run) > step + 3, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert json.loads((run / "checkpoints" / f"step-{last_step(run):08d}" / "manifest.json").read_text())["step"]
