@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -46,6 +46,30 @@ class Steps(click.ParamType):
 
 
 STEPS = Steps()
+
+
+def how_to_train(command: Callable) -> Callable:
+    """The options of `train` beside what is trained; `launch` hands them on."""
+    for option in reversed(
+        (
+            click.option("--quiet", is_flag=True, help="Print commits and problems only."),
+            click.option(
+                "--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed."
+            ),
+            click.option(
+                "--schedule",
+                type=click.Choice(["continue", "restart"]),
+                help="How the learning rate of a run that is extended goes on. Default: continue.",
+            ),
+            click.option(
+                "--take-over",
+                is_flag=True,
+                help="Where the file system has no locks: take a run whose holder's heartbeat has stopped (waits 30 seconds).",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -125,18 +149,7 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 @RECIPE
 @OVERRIDE
 @RUN
-@click.option("--quiet", is_flag=True, help="Print commits and problems only.")
-@click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
-@click.option(
-    "--schedule",
-    type=click.Choice(["continue", "restart"]),
-    help="How the learning rate of a run that is extended goes on. Default: continue.",
-)
-@click.option(
-    "--take-over",
-    is_flag=True,
-    help="Where the file system has no locks: take a run whose holder's heartbeat has stopped (waits 30 seconds).",
-)
+@how_to_train
 def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
     for number in (signal.SIGTERM, signal.SIGINT):  # until `run` has something to save
@@ -173,14 +186,15 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
 @RECIPE
 @OVERRIDE
 @RUN
-@click.option("--quiet", is_flag=True, help="Print commits and problems only.")
-@click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
+@how_to_train
 def launch(
     recipe: Path,
     overrides: tuple[str, ...],
     run: Path | None,
     quiet: bool,
     until: int | None,
+    schedule: str | None,
+    take_over: bool,
     restarts: int,
     **asked: object,
 ) -> None:
@@ -189,13 +203,9 @@ def launch(
     from finetune.recipe.load import load
 
     grace = load(recipe, overrides).recipe.checkpoint.grace_seconds
-    arguments = [
-        str(recipe),
-        *(f"--set={override}" for override in overrides),
-        "--run",
-        str(run or _default_run(recipe)),
-    ]
-    arguments += [*(["--quiet"] if quiet else []), *(["--until", str(until)] if until else [])]
+    arguments = [str(recipe), *(f"--set={override}" for override in overrides), f"--run={run or _default_run(recipe)}"]
+    arguments += ["--quiet"] * quiet + ["--take-over"] * take_over
+    arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
     launching.launch(asked, arguments, restarts, grace)
 
 

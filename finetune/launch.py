@@ -24,7 +24,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PORTS = range(20_000, 30_000)
 AFTER_A_CRASH_SECONDS = 5  # the other ranks have so long to see it themselves, and to say so
 BETWEEN_STARTS_SECONDS = 2.0
-SET_CHILD_SUBREAPER = 36  # of prctl(2): orphans of ranks become ours also where this is not PID 1
+SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 TOLD = "FINETUNE_TOLD"
 """The file in which a rank notes that it failed with an error that a user has to mend."""
 
@@ -131,7 +131,7 @@ class Ranks:
         self.codes, self._ranks = {}, {}
         for local in range(world.processes if world else 1):
             environment = {**os.environ, **(_rank(world, local) if world else {}), TOLD: str(told / str(local))}
-            child = subprocess.Popen(command, env=environment, start_new_session=True)
+            child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
             child.returncode = 0  # it is waited for below, with everybody else
             self._ranks[child.pid] = local
         if self.stopped_by is not None:  # it came while they were started
@@ -170,6 +170,11 @@ class Ranks:
                 continue
 
 
+def _end_with_launcher() -> None:
+    """In a rank: a launcher that is killed takes its ranks along, and they commit first."""
+    ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _rank(world: World, local: int) -> dict[str, str]:
     """The variables that torch.distributed reads."""
     threads = max(1, len(os.sched_getaffinity(0)) // world.processes)
@@ -189,8 +194,7 @@ def launch(asked: Mapping[str, object], arguments: Sequence[str], restarts: int,
     begun again from the last commit, at most `restarts` times; an error that a user has to mend is not."""
     world = world_of(asked, os.environ, devices_here(os.environ))
     ranks = Ranks(grace_seconds)
-    if ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        _say("orphans of this training cannot be waited for here")
+    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)  # orphans of ranks become ours, also where this is not PID 1
     for number in FORWARDED:
         signal.signal(number, ranks.forward)
     signal.signal(signal.SIGALRM, ranks.kill)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from finetune import journal
+from finetune import plan as plans
 from tests.stories.same_run import assert_same_run
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -57,10 +58,10 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file, tmp_path) -> None:
     recipe = recipe_file(train=SHORT)
-    done = subprocess.run(
-        launch(recipe, "--run", tmp_path / "two", ranks=2), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    words = (recipe, "--run", tmp_path / "two", "--set", "train.seed=3", "--until", 8, "--quiet")
+    done = subprocess.run(launch(*words, ranks=2), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and last_step(tmp_path / "two") == 8, done.stderr
+    assert plans.load(tmp_path / "two")[0].recipe.train.seed == 3
     assert done.stderr.startswith("launch: 2 processes (as the flags say)\n")
     started = [record for record in journal.read(tmp_path / "two") if record.get("event") == "started"]
     assert [record["world"]["world_size"] for record in started] == [2]
@@ -173,6 +174,17 @@ def test_a_signal_that_comes_twice_at_once_is_one_signal(recipe_file, tmp_path) 
             os.kill(one, signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and committed(run)[-1] == last_step(run), said
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_they_commit(recipe_file, tmp_path) -> None:
+    recipe, run = recipe_file(train=LONG), tmp_path / "run"
+    with subprocess.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: in_a_step(run), process)
+        ranks = ranks_of(process)
+        process.kill()
+        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert committed(run)[-1] == last_step(run)
 
 
 @pytest.mark.slow
