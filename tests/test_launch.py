@@ -99,3 +99,20 @@ def test_devices_are_those_that_the_driver_shows_and_the_environment_lets_throug
 )
 def test_one_code_for_all_ranks(codes, stopped_by, together) -> None:
     assert _code(codes, stopped_by) == together
+
+
+def test_a_signal_that_comes_again_at_once_is_the_same_and_a_later_one_ends_at_once(monkeypatch) -> None:
+    from finetune import run
+
+    now, ended = [100.0], []
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run.os, "_exit", ended.append)
+    signals = run.Signals()
+    signals.is_training = True
+    for at in (100.0, 100.1, 101.9):
+        now[0] = at
+        signals._receive(15, None)
+    assert signals.received == 15 and not ended
+    now[0] = 102.1
+    signals._receive(2, None)
+    assert ended == [130]
