@@ -31,7 +31,7 @@ def launch(*arguments: object, ranks: int = 1) -> list[str]:
     return [*FINETUNE, "launch", "--nproc-per-node", str(ranks), *map(str, arguments)]
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 100) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -105,7 +105,7 @@ def test_a_crash_is_started_again_no_more_often_than_was_asked_for(recipe_file, 
             wait_for(lambda before=before: last_step(run) > before, process)
             ranks_of(process)[0].send_signal(signal.SIGKILL)
             time.sleep(1)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert process.returncode == 137 and said.count("starting again") == 1, said
 
 
@@ -156,7 +156,7 @@ def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(starter, ranks, recipe
             wait_for(lambda run=run, is_there=is_there: is_there(run), process)
             (first,) = psutil.Process(process.pid).children()
             first.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=100)
+            _, said = process.communicate(timeout=250)
         assert process.returncode == 143, f"{moment}: {said}"
         assert committed(run)[-1] == last_step(run), f"{moment}: {said}"
         again = subprocess.run([*what, "--run", str(run), "--until", str(last_step(run) + 2)], capture_output=True)
@@ -172,7 +172,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_signal(recipe_file, tmp_path) 
         wait_for(lambda: in_a_step(run), process)
         for one in (process.pid, *(rank.pid for rank in ranks_of(process))):  # as a scheduler that signals all
             os.kill(one, signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert process.returncode == 143 and committed(run)[-1] == last_step(run), said
 
 
@@ -183,7 +183,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_they_commit(recipe_
         wait_for(lambda: in_a_step(run), process)
         ranks = ranks_of(process)
         process.kill()
-        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+        assert psutil.wait_procs(ranks, timeout=200)[1] == []
     assert committed(run)[-1] == last_step(run)
 
 
@@ -197,6 +197,6 @@ def test_sigusr1_to_the_launcher_saves_and_the_training_goes_on(recipe_file, tmp
         step = last_step(run)
         wait_for(lambda: last_step(run) > step + 3, process)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert process.returncode == 130, said
     assert json.loads((run / "checkpoints" / f"step-{last_step(run):08d}" / "manifest.json").read_text())["step"]
