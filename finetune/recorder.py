@@ -261,6 +261,8 @@ class Recorder:
 
     def close(self) -> None:
         self._writer.close()
+        if self.reports:
+            self.reports.close()
         if self._journal:
             self._journal.close()
 

@@ -34,7 +34,7 @@ def torchrun(ranks: int, recipe: Path, run: Path) -> list[str]:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while max(journal.steps(journal.read(run)), default=0) < step:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -155,6 +155,6 @@ def test_ranks_that_are_killed_together_leave_no_trace(ranks, recipe_file, tmp_p
 
 
 def wait_for_attempt(run: Path) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while not any(run.glob("attempts/*")):
         assert time.monotonic() < deadline
