@@ -123,7 +123,15 @@ def pin_dataset(source: Source) -> str:
 
 
 def _reader_of(name: str) -> Reader:
-    file = Path(name)
+    try:
+        return _opened(Path(name))
+    except PermissionError as error:
+        hint = f"let user {os.geteuid()} read it, or train as another one"
+        raise DataError("cannot be read: permission denied", where=name, hint=hint) from error
+
+
+def _opened(file: Path) -> Reader:
+    name = str(file)
     if not file.exists():
         raise DataError("no such file", where=name, hint="a path is seen from the working directory")
     if not file.is_file():
@@ -133,10 +141,7 @@ def _reader_of(name: str) -> Reader:
         raise DataError(ending, where=name, hint="rows are read from .jsonl, .parquet and .csv")
     if file.stat().st_size == 0:
         raise DataError("is empty", where=name, hint="training needs at least one row")
-    try:
-        return READERS[file.suffix.lower()](name)
-    except PermissionError as error:
-        raise DataError("cannot be read: permission denied", where=name) from error
+    return READERS[file.suffix.lower()](name)
 
 
 class JsonLines:

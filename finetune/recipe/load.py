@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except IsADirectoryError:
         _refuse(file, "is a directory, not a recipe", "name a `.yaml` file in it")
     except OSError as error:
-        _refuse(file, f"cannot be read: {error.strerror}")
+        _refuse(file, f"cannot be read: {error.strerror}", f"let user {os.geteuid()} read it")
     try:
         text = content.decode("utf-8", errors="strict" if len(content) <= MAX_BYTES else "replace")
     except UnicodeDecodeError as error:
