@@ -87,6 +87,9 @@ def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
             if tasks > nodes:
                 hint = "ask Slurm for one task a host (--ntasks-per-node=1): its GPUs get a process each"
                 raise FinetuneError(f"{tasks} tasks on {nodes} hosts", where="SLURM_NTASKS", hint=hint)
+            if "SLURM_STEP_ID" not in environment:  # in the batch script, task 0 of all: nothing starts the others
+                message = f"{nodes} hosts, started without srun"
+                raise FinetuneError(message, where="SLURM_NNODES", hint="put `srun` before it: srun finetune launch …")
             listed = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
             return World(
                 processes=max(devices, 1),
@@ -130,7 +133,8 @@ class Ranks:
     def start(self, world: World | None, command: Sequence[str], told: Path) -> None:
         self.codes, self._ranks = {}, {}
         for local in range(world.processes if world else 1):
-            environment = {**os.environ, **(_rank(world, local) if world else {}), TOLD: str(told / str(local))}
+            placed = _rank(world, local) if world and world.size > 1 else {}  # one process needs no other
+            environment = {**os.environ, **placed, TOLD: str(told / str(local))}
             child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
             child.returncode = 0  # it is waited for below, with everybody else
             self._ranks[child.pid] = local

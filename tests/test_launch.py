@@ -11,6 +11,7 @@ SLURM = {
     "SLURM_NTASKS": "2",
     "SLURM_NNODES": "2",
     "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
     "SLURM_JOB_NODELIST": "gpu[007-008]",
 }
 CASES = {
@@ -54,6 +55,11 @@ REFUSED = {
         "2 is not one of 2 hosts, which are counted from 0",
     ),
     "several tasks a host": ({}, SLURM | {"SLURM_NTASKS": "16"}, "16 tasks on 2 hosts"),
+    "a batch script without srun": (
+        {},
+        {key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"},
+        "2 hosts, started without srun",
+    ),
     "words for numbers": ({}, PET | {"PET_NNODES": "many"}, "a number was expected"),
     "no list of hosts": ({}, SLURM | {"SLURM_JOB_NODELIST": ""}, "names no host"),
 }

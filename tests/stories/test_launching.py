@@ -16,6 +16,7 @@ import pytest
 
 from finetune import journal
 from finetune import plan as plans
+from finetune.launch import TOLD
 from tests.stories.same_run import assert_same_run
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -51,9 +52,9 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     found = []
     for one in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # ended meanwhile, reaped or not
-            if "train" in one.cmdline() and one.environ().get("RANK"):
+            if "train" in one.cmdline() and one.environ().get(TOLD):
                 found.append(one)
-    return sorted(found, key=lambda one: int(one.environ()["RANK"]))
+    return sorted(found, key=lambda one: int(one.environ().get("RANK", "0")))
 
 
 def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file, tmp_path) -> None:
