@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -207,6 +207,30 @@ def launch(
     arguments += ["--quiet"] * quiet + ["--take-over"] * take_over
     arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
     launching.launch(asked, arguments, restarts, grace)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--patience",
+    "patience_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="Less than this without a record is never called hung.",
+)
+@JSON
+def health(run: Path | None, patience_seconds: float, is_json: bool) -> None:
+    """Tell a hung training from a slow one; without RUN, all that are trained here."""
+    from finetune import health as looking
+
+    runs = [run] if run else looking.trainings(_run_of)
+    each = [looking.look(run, patience_seconds) for run in runs]
+    facts = {"ok": all(one["ok"] for one in each), "runs": each}
+    _print(facts, looking.listing(facts), is_json)
+    if not facts["ok"]:
+        sys.exit(FinetuneError.exit_code)
 
 
 @cli.command()
@@ -615,4 +639,10 @@ def _print(facts: dict, text: str, is_json: bool) -> None:
 
 
 def _default_run(recipe: Path) -> Path:
-    return Path("runs") / recipe.stem
+    return Path(os.environ.get("FINETUNE_RUNS", "runs")) / recipe.stem
+
+
+def _run_of(command: str, arguments: Sequence[str]) -> Path | None:
+    """Where `train` or `launch` trains when it is given these arguments; None where it ends at once, as with --help."""
+    given = cli.commands[command].make_context(command, [*arguments], resilient_parsing=True).params
+    return given["run"] or (_default_run(given["recipe"]) if given["recipe"] else None)

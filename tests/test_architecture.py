@@ -26,6 +26,7 @@ FLOORS = {
     "finetune.memory": 0,
     "finetune.pace": 0,
     "finetune.history": 0,
+    "finetune.health": 0,
     "finetune.pruning": 0,
     "finetune.remote_code": 0,
     "finetune.trainer_state": 0,

@@ -1,0 +1,99 @@
+"""Floor 0. Whether a training goes on or hangs: how long its journal has been quiet, beside what its own steps and evaluations
+took. `finetune health` asks, as the healthcheck of a container."""
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from finetune import journal
+from finetune import plan as plans
+from finetune.checkpoints import holder as holders
+from finetune.errors import RunError
+
+SLOW = 10
+"""A training that takes so many times what it usually takes is still slow, not hung."""
+RECENT_RECORDS = 1_000
+
+
+def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> list[Path]:
+    """The runs that processes here train, once they have taken them; `run_of` tells a run from a command, `train` or `launch`, and its
+    arguments."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is somebody else's
+            words = process.cmdline()
+            for place, command in enumerate(words[1:], start=1):
+                if command in ("train", "launch") and Path(words[place - 1]).name == "finetune":
+                    run = run_of(command, words[place + 1 :])
+                    found |= {Path(process.cwd()) / run} if run else set()
+                    break
+    return sorted(run for run in found if (run / "lease.json").exists())
+
+
+def look(run: Path, patience_seconds: float) -> dict:
+    """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well.
+
+    Before its first step a training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed.
+    RunError where there is no run, or its journal is damaged.
+    """
+    holder = holders.read(run / "lease.json")
+    if holder is None:
+        raise RunError("is not a run directory: nobody has trained there", where=str(run), hint="name another one")
+    records = _recent(run)
+    mine = [record for record in records if record["attempt"] == holder.attempt]
+    steps = [record["step"] for record in mine if record["kind"] == "step"]
+    last = datetime.fromisoformat(mine[-1]["time"] if mine else holder.since)
+    quiet_seconds = max(0.0, (datetime.now(UTC) - last).total_seconds())
+    facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
+    if holder.released is not None:
+        return facts | {"ok": True, "state": "ended", "limit_seconds": None}
+    if not steps:
+        return facts | {"ok": True, "state": "starting", "limit_seconds": None}
+    end = plans.load(run)[0].steps
+    if any(record.get("event") == "committed" and record["step"] == end for record in mine):
+        return facts | {"ok": True, "state": "finished", "limit_seconds": None}
+    limit = max(patience_seconds, SLOW * _usual_pause(records))
+    is_hung = quiet_seconds > limit
+    return facts | {"ok": not is_hung, "state": "hung" if is_hung else "training", "limit_seconds": round(limit, 1)}
+
+
+def listing(facts: dict) -> str:
+    """A line about each run."""
+    return "\n".join(_line(**each) for each in facts["runs"]) or "nothing is trained here"
+
+
+def _line(run: str, ok: bool, state: str, step: int | None, quiet_seconds: float, limit_seconds: float | None) -> str:
+    at = f" at step {step}" if step is not None else ""
+    limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
+    return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
+
+
+def _recent(run: Path) -> list[dict]:
+    """The newest records, back to an evaluation where the run has any: evaluations are rarer than steps, and take longer."""
+    count = itertools.count(1)
+    is_evaluated = not (run / "plan.json").exists() or plans.load(run)[0].holdout_counts.examples == 0
+
+    def is_first(record: dict) -> bool:
+        nonlocal is_evaluated
+        was_evaluated, is_evaluated = is_evaluated, is_evaluated or record.get("event") == "evaluated"
+        return (
+            next(count) >= RECENT_RECORDS and was_evaluated
+        )  # by a record after this one, whose pause this one begins
+
+    return journal.read_since(run, is_first)
+
+
+def _usual_pause(records: Sequence[dict]) -> float:
+    """Seconds between a record and the one before, in the same attempt: the median of each kind, the greatest of these."""
+    pauses = defaultdict(list)
+    for before, record in itertools.pairwise(records):
+        if before["attempt"] == record["attempt"]:
+            seconds = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
+            pauses[record.get("event", "step")].append(seconds.total_seconds())
+    return max(map(statistics.median, pauses.values()), default=0.0)

@@ -1,0 +1,119 @@
+"""A hung training is told from a slow one, and from one that is only starting or ending."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune import health, journal
+from finetune.checkpoints import lease
+from finetune.recipe.load import load
+from finetune.run import train
+
+FINETUNE = [sys.executable, "-m", "finetune"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, tiny_sections) -> Path:
+    place = tmp_path_factory.mktemp("health")
+    recipe = tiny_sections | {"train": {"steps": 4, "precision": "fp32"}}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(load(place / "recipe.yaml"), place / "run", is_quiet=True)
+    return place / "run"
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path) -> Path:
+    """A run that has ended."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def as_if(run: Path, pauses: list[tuple[float, str]], step: int = 0) -> None:
+    """Writes the journal of a training that is now held by this process: (seconds since the record before, step or event)."""
+    attempt = json.loads((run / "lease.json").read_text())["attempt"]
+    moment = datetime.now(UTC) - timedelta(seconds=sum(seconds for seconds, _ in pauses))
+    records = []
+    for seconds, kind in pauses:
+        step += kind == "step"
+        about = {"kind": "step"} if kind == "step" else {"kind": "event", "event": kind}
+        records.append({**about, "step": step, "attempt": attempt, "time": moment.isoformat()})
+        moment += timedelta(seconds=seconds)
+    (run / "journal.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("pauses", "state"),
+    [
+        ([(1, "started"), (20, "evaluated")] + [(2, "step")] * 30 + [(250, "step")], "training"),
+        ([(1, "started"), (20, "evaluated")] + [(2, "step")] * 30 + [(310, "step")], "hung"),
+        ([(1, "started")] + [(100, "step")] * 5 + [(900, "step")], "training"),
+        ([(1, "started")] + [(100, "step")] * 5 + [(1_100, "step")], "hung"),
+        ([(600, "started"), (1, "evaluated")] + [(1, "step")] * 1_500 + [(3_000, "step")], "training"),
+        ([(100, "started")] + [(1, "step")] * 1_500 + [(900, "step"), (301, "step")], "hung"),
+        ([(9_000, "started")], "starting"),
+    ],
+    ids=["slow", "quick, hung", "slow steps", "slow steps, hung", "evaluation", "it has hung before", "no step yet"],
+)
+def test_a_hung_training_is_told_from_a_slow_one(pauses, state, finished) -> None:
+    with lease.acquire(finished, "mine"):
+        as_if(finished, pauses)
+        facts = health.look(finished, patience_seconds=300)
+    assert facts["state"] == state, facts
+    assert facts["ok"] == (state != "hung")
+
+
+def test_what_an_attempt_before_left_is_not_held_against_a_start(finished) -> None:
+    with lease.acquire(finished, "first"):
+        as_if(finished, [(1, "step")] * 20 + [(90_000, "step")])
+    assert health.look(finished, 300)["state"] == "ended"
+    with lease.acquire(finished, "second"):
+        facts = health.look(finished, 300)
+    assert facts["state"] == "starting" and facts["quiet_seconds"] < 60
+
+
+def test_a_training_whose_last_step_is_committed_may_take_its_time_to_publish(finished) -> None:
+    last = max(journal.steps(journal.read(finished)))
+    with lease.acquire(finished, "mine"):
+        as_if(finished, [(1, "step"), (1, "step"), (5_000, "committed")], step=last - 2)
+        assert health.look(finished, 300)["state"] == "finished"
+
+
+def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
+    recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"})
+    monkeypatch.setenv("FINETUNE_RUNS", str(tmp_path / "all"))
+    run, process = tmp_path / "all" / recipe.stem, subprocess.Popen([*FINETUNE, "train", recipe, "--quiet"])
+    ask = [*FINETUNE, "health", "--patience", "3", "--json"]
+    try:
+        while not run.exists() or max(journal.steps(journal.read(run)), default=0) < 3:
+            assert process.poll() is None
+            time.sleep(0.1)
+        (facts,) = of_run(subprocess.run(ask, capture_output=True), run)
+        assert facts["state"] == "training"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(facts["limit_seconds"] + 1)
+        answer = subprocess.run(ask, capture_output=True)
+        (facts,) = of_run(answer, run)
+        assert answer.returncode == 1 and facts["state"] == "hung", facts
+        line = subprocess.run([*FINETUNE, "health", str(run), "--patience", "3"], capture_output=True, text=True).stdout
+        assert line.startswith(f"{run}: hung at step {facts['step']}, nothing recorded for "), line
+    finally:
+        process.kill()
+        process.wait()
+    assert of_run(subprocess.run(ask, capture_output=True), run) == []
+
+
+def of_run(answer: subprocess.CompletedProcess, run: Path) -> list[dict]:
+    """What an answer says of a run; other tests may train beside this one."""
+    return [one for one in json.loads(answer.stdout)["runs"] if one["run"] == str(run)]
+
+
+def test_a_directory_that_is_no_run_is_an_error(tmp_path) -> None:
+    answer = subprocess.run([*FINETUNE, "health", tmp_path], capture_output=True, text=True)
+    assert answer.returncode == 1 and "nobody has trained there" in answer.stderr
