@@ -5,6 +5,7 @@ A base is a model on the Hub, in a directory or in a package, or an adapter, whi
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,11 @@ MERGING = 1  # of `_write_merged`; part of the cache key
 
 def pin(base: Base) -> PinnedBase:
     """What exactly the base is: the commit of a Hub id, a digest over the files of a local one; of an adapter, what is beneath too."""
-    pinned, adapter = _pin_itself(base)
+    try:
+        pinned, adapter = _pin_itself(base)
+    except PermissionError:
+        hint = f"let user {os.geteuid()} read it and all that is in it, or train as another one"
+        raise BaseError("may not be read", where=base.checkpoint, hint=hint) from None
     if adapter is None:
         return pinned
     adapters.check_weights(adapter, base.checkpoint)
