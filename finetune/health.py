@@ -3,7 +3,7 @@ took. `finetune health` asks, as the healthcheck of a container."""
 
 import itertools
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -39,13 +39,16 @@ def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> list[Path]
 def look(run: Path, patience_seconds: float) -> dict:
     """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well.
 
-    Before its first step a training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed.
-    RunError where there is no run, or its journal is damaged.
+    Before its first step a training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed,
+    nor one that saves: it may wait for a slow disk, and ends itself where the disk hangs (`checkpoints.writer`). RunError where there is no run, or its journal is damaged.
     """
     holder = holders.read(run / "lease.json")
     if holder is None:
         raise RunError("is not a run directory: nobody has trained there", where=str(run), hint="name another one")
-    records = _recent(run)
+    if holder == holders.UNKNOWN:
+        raise RunError("its lease.json cannot be read", where=str(run), hint="ask as the user who trains")
+    stored = _newest_stored(run)
+    records = _recent(run, stored)
     mine = [record for record in records if record["attempt"] == holder.attempt]
     steps = [record["step"] for record in mine if record["kind"] == "step"]
     last = datetime.fromisoformat(mine[-1]["time"] if mine else holder.since)
@@ -59,8 +62,10 @@ def look(run: Path, patience_seconds: float) -> dict:
     if any(record.get("event") == "committed" and record["step"] == end for record in mine):
         return facts | {"ok": True, "state": "finished", "limit_seconds": None}
     limit = max(patience_seconds, SLOW * _usual_pause(records))
-    is_hung = quiet_seconds > limit
-    return facts | {"ok": not is_hung, "state": "hung" if is_hung else "training", "limit_seconds": round(limit, 1)}
+    state = "training"
+    if quiet_seconds > limit:
+        state = "saving" if _is_saving(run, stored, holder.attempt, records) else "hung"
+    return facts | {"ok": state != "hung", "state": state, "limit_seconds": round(limit, 1)}
 
 
 def listing(facts: dict) -> str:
@@ -70,23 +75,34 @@ def listing(facts: dict) -> str:
 
 def _line(run: str, ok: bool, state: str, step: int | None, quiet_seconds: float, limit_seconds: float | None) -> str:
     at = f" at step {step}" if step is not None else ""
-    limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
+    words = {"training": "hung after", "hung": "more than", "saving": "not judged while it saves, after"}
+    limit = f", {words[state]} {limit_seconds:.0f}" if limit_seconds is not None else ""
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
 
 
-def _recent(run: Path) -> list[dict]:
-    """The newest records, back to an evaluation where the run has any: evaluations are rarer than steps, and take longer."""
-    count = itertools.count(1)
-    is_evaluated = not (run / "plan.json").exists() or plans.load(run)[0].holdout_counts.examples == 0
+def _recent(run: Path, stored: int) -> list[dict]:
+    """The newest records: back to the newest checkpoint's commit, and to an evaluation where the run has any, as these are rare and long."""
+    seen = Counter()
+    has_evaluations = (run / "plan.json").exists() and plans.load(run)[0].holdout_counts.examples > 0
 
     def is_first(record: dict) -> bool:
-        nonlocal is_evaluated
-        was_evaluated, is_evaluated = is_evaluated, is_evaluated or record.get("event") == "evaluated"
-        return (
-            next(count) >= RECENT_RECORDS and was_evaluated
-        )  # by a record after this one, whose pause this one begins
+        is_enough = seen.total() >= RECENT_RECORDS and record.get("step", stored) < stored
+        is_enough = is_enough and (seen["evaluated"] > 0 or not has_evaluations)  # this one begins its pause
+        seen[record.get("event", "step")] += 1
+        return is_enough
 
     return journal.read_since(run, is_first)
+
+
+def _newest_stored(run: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-" + 8 * "[0-9]")), default=0)
+
+
+def _is_saving(run: Path, stored: int, attempt: str, records: Sequence[dict]) -> bool:
+    """Whether a save of this attempt is written, or read back: the journal has it when both are done."""
+    known = {record["step"] for record in records if record.get("event") in ("started", "committed")}
+    return any((run / "attempts").glob(f"step-*-{attempt}-*")) or stored not in known | {0}
 
 
 def _usual_pause(records: Sequence[dict]) -> float:

@@ -14,6 +14,7 @@ import yaml
 
 from finetune import health, journal
 from finetune.checkpoints import lease
+from finetune.errors import RunError
 from finetune.recipe.load import load
 from finetune.run import train
 
@@ -36,7 +37,8 @@ def finished(finished_run, tmp_path) -> Path:
 
 
 def as_if(run: Path, pauses: list[tuple[float, str]], step: int = 0) -> None:
-    """Writes the journal of a training that is now held by this process: (seconds since the record before, step or event)."""
+    """Makes it a training of this process without a checkpoint, whose journal has these: (seconds until the next, step or event)."""
+    shutil.rmtree(run / "checkpoints")
     attempt = json.loads((run / "lease.json").read_text())["attempt"]
     moment = datetime.now(UTC) - timedelta(seconds=sum(seconds for seconds, _ in pauses))
     records = []
@@ -85,6 +87,25 @@ def test_a_training_whose_last_step_is_committed_may_take_its_time_to_publish(fi
         assert health.look(finished, 300)["state"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("place", "is_recorded", "state"),
+    [
+        ("attempts/step-00000015-mine-12345678", False, "saving"),
+        ("attempts/step-00000015-theirs-12345678", False, "hung"),
+        ("checkpoints/step-00000015", False, "saving"),
+        ("checkpoints/step-00000015", True, "hung"),
+    ],
+    ids=["written", "left by an attempt before", "read back", "recorded"],
+)
+def test_a_save_to_a_slow_disk_is_waited_for(place, is_recorded, state, finished) -> None:
+    pauses = [(1, "step")] * 5 + [(1, "committed")] * is_recorded + [(1, "step")] * 1_500 + [(400, "step")]
+    with lease.acquire(finished, "mine"):
+        as_if(finished, pauses, step=10)
+        (finished / place).mkdir(parents=True)
+        facts = health.look(finished, 300)
+    assert facts["state"] == state, facts
+
+
 def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
     recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"})
     monkeypatch.setenv("FINETUNE_RUNS", str(tmp_path / "all"))
@@ -117,3 +138,9 @@ def of_run(answer: subprocess.CompletedProcess, run: Path) -> list[dict]:
 def test_a_directory_that_is_no_run_is_an_error(tmp_path) -> None:
     answer = subprocess.run([*FINETUNE, "health", tmp_path], capture_output=True, text=True)
     assert answer.returncode == 1 and "nobody has trained there" in answer.stderr
+
+
+def test_a_lease_that_says_nothing_is_an_error(finished) -> None:
+    (finished / "lease.json").write_text("")
+    with pytest.raises(RunError, match=r"lease\.json cannot be read"):
+        health.look(finished, 300)
