@@ -3,7 +3,7 @@ took. `finetune health` asks, as the healthcheck of a container."""
 
 import itertools
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -106,10 +106,11 @@ def _is_saving(run: Path, stored: int, attempt: str, records: Sequence[dict]) ->
 
 
 def _usual_pause(records: Sequence[dict]) -> float:
-    """Seconds between a record and the one before, in the same attempt: the median of each kind, the greatest of these."""
-    pauses = defaultdict(list)
+    """Seconds between a step or an evaluation and the record before, of the same attempt: the median of each, the greater of the two."""
+    pauses = {"step": [], "evaluated": []}
     for before, record in itertools.pairwise(records):
-        if before["attempt"] == record["attempt"]:
+        kind = record.get("event", "step")
+        if kind in pauses and before["attempt"] == record["attempt"]:
             seconds = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
-            pauses[record.get("event", "step")].append(seconds.total_seconds())
-    return max(map(statistics.median, pauses.values()), default=0.0)
+            pauses[kind].append(seconds.total_seconds())
+    return max((statistics.median(each) for each in pauses.values() if each), default=0.0)
