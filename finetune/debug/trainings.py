@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,7 +61,7 @@ class Trainings:
 
     def kill(self) -> None:
         """SIGKILL to the process under way, if one is, and to all that it started, as where the power fails; returns when they are gone."""
-        psutil.wait_procs(self.send_sigkill()[1:], timeout=GONE_SECONDS)
+        _wait_until_gone(self.send_sigkill()[1:])
         if self._process:
             self._process.wait()
 
@@ -83,6 +84,20 @@ class Trainings:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def _wait_until_gone(killed: Sequence[psutil.Process]) -> None:
+    """Or zombies: whose children orphans become, such as PID 1 of a container, may not reap them."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while any(map(_is_alive, killed)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
 def trainings_beside(run: Path, is_kept: bool) -> Iterator[Trainings]:
     """Trainings in `<run>.rehearsal`, on the disk that the run will use. SIGTERM and SIGINT clear up and end this process."""
@@ -97,7 +112,7 @@ def trainings_beside(run: Path, is_kept: bool) -> Iterator[Trainings]:
     trainings = Trainings(directory, is_kept)
 
     def end(number: int, frame: FrameType | None) -> None:
-        psutil.wait_procs(trainings.send_sigkill(), timeout=GONE_SECONDS)
+        _wait_until_gone(trainings.send_sigkill())
         trainings.remove()
         os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
 

@@ -24,6 +24,8 @@ with trainings_beside(Path(sys.argv[1]), is_kept=False) as trainings:
     while True:
         time.sleep(0.01)
 """
+# orphans below it become its children, which it does not reap, as PID 1 of many a container
+ADOPTER = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1); sys.exit(subprocess.call(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize("where", ["waits", "polls"])
@@ -38,6 +40,17 @@ def test_a_signal_takes_processes_and_directory_away(number, code, where, tmp_pa
     assert program.wait(timeout=60) == code
     assert list(tmp_path.iterdir()) == []
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in started)
+
+
+def test_what_was_killed_and_is_not_reaped_is_not_waited_for(tmp_path) -> None:
+    program = [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "polls", SLEEPER]
+    with subprocess.Popen([sys.executable, "-c", ADOPTER, *program]) as adopter:
+        deadline = time.monotonic() + 60
+        while len(started := psutil.Process(adopter.pid).children(recursive=True)) < 3:
+            assert adopter.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        started[0].terminate()
+        assert adopter.wait(timeout=20) == 143
 
 
 def test_an_error_takes_processes_and_directory_away(tmp_path) -> None:
