@@ -1,6 +1,6 @@
 """Floor 8. The command line: one thin function a command. Whatever imports torch is imported inside.
 
-Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143 and 130 after signals.
+Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143, 130 and 129 after signals.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from finetune import __version__
+from finetune import __version__, streams
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
-from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
+from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped, ending_signals
 from finetune.launch import TOLD
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 @how_to_train
 def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # until `run` has something to save
+    for number in ending_signals():  # until `run` has something to save
         signal.signal(number, lambda received, frame: os._exit(128 + received))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     from finetune.recipe.load import load
@@ -573,6 +573,7 @@ def doctor(is_json: bool) -> None:
 
 def main() -> None:
     """The console script: errors become messages and exit codes."""
+    streams.secure()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         cli.main(standalone_mode=False)

@@ -13,6 +13,7 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 Stopped                      exit 143 or 130: a signal asked for the end, and the last finished step is committed
 """
 
+import signal
 from dataclasses import dataclass
 
 
@@ -89,6 +90,12 @@ class NotFiniteError(FinetuneError):
 
 class PackageError(FinetuneError):
     code = "package"
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a training for its end: SIGHUP as well, which is a terminal that went away, unless `nohup` has it ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT) if is_ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, ending_signals
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PORTS = range(20_000, 30_000)
 AFTER_A_CRASH_SECONDS = 5  # the other ranks have so long to see it themselves, and to say so
 BETWEEN_STARTS_SECONDS = 2.0
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 TOLD = "FINETUNE_TOLD"
 """The file in which a rank notes that it failed with an error that a user has to mend."""
 
@@ -53,11 +53,15 @@ def world_of(asked: Mapping[str, object], environment: Mapping[str, str], device
     FinetuneError where the flags or the environment say half of what several hosts need.
     """
     flags = {key: value for key, value in asked.items() if value is not None}
-    if not flags and {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
+    of_launcher = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
+    if not flags and len(of_launcher) == 3:
         return None
     found = _of_scheduler(environment, devices)
     if found and not flags:
         return found
+    if of_launcher and not flags:
+        hint = "a launcher sets RANK, LOCAL_RANK and WORLD_SIZE: unset them, or say by flags who trains together"
+        raise FinetuneError(f"has {' and '.join(of_launcher)} alone", where="environment", hint=hint)
     world = found or World(max(devices, 1), f"{devices} devices here" if devices else "no GPU here")
     world = replace(world, **flags, **({"why": "as the flags say"} if flags else {}))
     if world.nodes > 1 and (world.port is None or world.address == "127.0.0.1"):
@@ -132,9 +136,10 @@ class Ranks:
 
     def start(self, world: World | None, command: Sequence[str], told: Path) -> None:
         self.codes, self._ranks = {}, {}
+        inherited = {name: value for name, value in os.environ.items() if world is None or name not in OF_RANKS}
         for local in range(world.processes if world else 1):
             placed = _rank(world, local) if world and world.size > 1 else {}  # one process needs no other
-            environment = {**os.environ, **placed, TOLD: str(told / str(local))}
+            environment = {**inherited, **placed, TOLD: str(told / str(local))}
             child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
             child.returncode = 0  # it is waited for below, with everybody else
             self._ranks[child.pid] = local
@@ -194,12 +199,12 @@ def _rank(world: World, local: int) -> dict[str, str]:
 
 
 def launch(asked: Mapping[str, object], arguments: Sequence[str], restarts: int, grace_seconds: float) -> NoReturn:
-    """Trains with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143 or 130 after a signal, 1 or 2 after an error. A crash is
+    """Trains with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error. A crash is
     begun again from the last commit, at most `restarts` times; an error that a user has to mend is not."""
     world = world_of(asked, os.environ, devices_here(os.environ))
     ranks = Ranks(grace_seconds)
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)  # orphans of ranks become ours, also where this is not PID 1
-    for number in FORWARDED:
+    for number in (*ending_signals(), signal.SIGUSR1):
         signal.signal(number, ranks.forward)
     signal.signal(signal.SIGALRM, ranks.kill)
     _say(_described(world))

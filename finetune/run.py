@@ -26,7 +26,7 @@ from finetune.checkpoints.reports import Reports
 from finetune.checkpoints.store import Store
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
-from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
+from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped, ending_signals
 from finetune.model import base
 from finetune.opening import open_plan, with_same_micro_batches
 from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
@@ -43,7 +43,7 @@ SAME_SIGNAL_SECONDS = 2.0
 
 
 class Signals:
-    """SIGTERM and SIGINT as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
+    """SIGTERM, SIGINT and SIGHUP as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
     comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge."""
 
     def __init__(self):
@@ -53,7 +53,7 @@ class Signals:
         self.is_save_wished = False
 
     def __enter__(self) -> "Signals":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._receive) for number in ending_signals()}
         self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._wish_save)
         return self
 

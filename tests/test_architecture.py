@@ -20,6 +20,7 @@ FLOORS = {
     "finetune.chat_template": 0,
     "finetune.guard": 0,
     "finetune.journal": 0,
+    "finetune.streams": 0,
     "finetune.columns": 0,
     "finetune.checkpoints": 0,
     "finetune.estimate": 0,

@@ -60,6 +60,7 @@ REFUSED = {
         {key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"},
         "2 hosts, started without srun",
     ),
+    "what a launcher sets, without LOCAL_RANK": ({}, {"RANK": "1", "WORLD_SIZE": "2"}, "has RANK and WORLD_SIZE alone"),
     "words for numbers": ({}, PET | {"PET_NNODES": "many"}, "a number was expected"),
     "no list of hosts": ({}, SLURM | {"SLURM_JOB_NODELIST": ""}, "names no host"),
 }

@@ -296,7 +296,7 @@ class Keep(Section):
 
 
 class Checkpoint(Section):
-    """When the state is committed to disk; always at the end and on SIGTERM or SIGINT."""
+    """When the state is committed to disk; always at the end and on SIGTERM, SIGINT or SIGHUP."""
 
     every: Annotated[list[Cadence], BeforeValidator(_listed)] = Field(
         default=[Every(minutes=15.0)], validate_default=True

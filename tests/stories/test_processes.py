@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,16 @@ def events(run: Path, name: str) -> list[dict]:
     return [record for record in journal.read(run) if record.get("event") == name]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.fixture(params=[signal.SIG_DFL])
+def hangups(request) -> Iterator[None]:
+    """How what is started takes a SIGHUP; these tests may themselves run under `nohup`."""
+    previous = signal.signal(signal.SIGHUP, request.param)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("hangups")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_with_the_last_finished_step_committed(number, code, recipe_file, finetune, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG, checkpoint={"every": "100 steps"}), tmp_path / "run"
     process = start("train", recipe, "--run", run)
@@ -56,6 +66,18 @@ def test_a_signal_ends_with_the_last_finished_step_committed(number, code, recip
     assert said.splitlines()[-1] == f"committed step {last}"
     log = json.loads(finetune("log", run, "--json").stdout)
     assert [checkpoint["step"] for checkpoint in log["checkpoints"]][-1] == last
+
+
+@pytest.mark.usefixtures("hangups")
+@pytest.mark.parametrize("hangups", [signal.SIG_IGN], indirect=True)
+def test_under_nohup_a_terminal_that_goes_away_ends_nothing(recipe_file, tmp_path) -> None:
+    process = start("train", recipe_file(train=LONG), "--run", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(signal.SIGHUP)
+    wait_for_step(tmp_path / "run", max(journal.steps(journal.read(tmp_path / "run"))) + 3)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_commits_nothing(recipe_file, tmp_path) -> None:

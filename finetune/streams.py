@@ -1,0 +1,34 @@
+"""Floor 0. stdin, stdout and stderr as a process of weeks finds them: closed, on a disk that fills up, or with a reader that goes away."""
+
+import io
+import os
+import sys
+
+
+class _Lasting(io.FileIO):
+    """Where nobody takes what is written any more, or cannot take it now, it is lost, and the writer goes on."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def secure() -> None:
+    """A failing stderr ends no process, and no file of a run gets the number of one of the three, which native code may write to.
+
+    stdout is as it was: it carries data, and a command whose data nobody takes has failed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 as long as the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is not sys.__stderr__:  # who replaced it looks after it
+        return
+    encoding = sys.stderr.encoding if sys.stderr else "utf-8"
+    lasting = io.BufferedWriter(_Lasting(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(lasting, encoding, errors="backslashreplace", line_buffering=True)
