@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 from finetune.checkpoints.durable import failures
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import FinetuneError, RunError, ending_signals
 
 SHOWN_LINES = 12
 GONE_SECONDS = 30  # for the kernel to take a killed process away
@@ -100,7 +100,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def trainings_beside(run: Path, is_kept: bool) -> Iterator[Trainings]:
-    """Trainings in `<run>.rehearsal`, on the disk that the run will use. SIGTERM and SIGINT clear up and end this process."""
+    """Trainings in `<run>.rehearsal`, on the disk that the run will use. SIGTERM, SIGINT and SIGHUP clear up and end this process."""
     directory = run.with_name(f"{run.name}.rehearsal")
     with failures(directory.parent, RunError):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def trainings_beside(run: Path, is_kept: bool) -> Iterator[Trainings]:
         trainings.remove()
         os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, end) for number in ending_signals()}
     try:
         yield trainings
     finally:

@@ -28,10 +28,16 @@ with trainings_beside(Path(sys.argv[1]), is_kept=False) as trainings:
 ADOPTER = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1); sys.exit(subprocess.call(sys.argv[1:]))"
 
 
+def heed_hangups() -> None:
+    """Also where the tests run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("where", ["waits", "polls"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_takes_processes_and_directory_away(number, code, where, tmp_path) -> None:
-    program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "run"), where, SLEEPER])
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), where, SLEEPER]
+    program = subprocess.Popen(command, preexec_fn=heed_hangups)
     deadline = time.monotonic() + 60
     while len(started := psutil.Process(program.pid).children(recursive=True)) < 2:
         assert program.poll() is None and time.monotonic() < deadline

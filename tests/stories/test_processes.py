@@ -47,7 +47,7 @@ def events(run: Path, name: str) -> list[dict]:
 
 @pytest.fixture(params=[signal.SIG_DFL])
 def hangups(request) -> Iterator[None]:
-    """How what is started takes a SIGHUP; these tests may themselves run under `nohup`."""
+    """How what is started takes a SIGHUP, also where the tests run under `nohup`."""
     previous = signal.signal(signal.SIGHUP, request.param)
     yield
     signal.signal(signal.SIGHUP, previous)
