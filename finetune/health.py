@@ -14,6 +14,7 @@ import psutil
 from finetune import journal
 from finetune import plan as plans
 from finetune.checkpoints import holder as holders
+from finetune.checkpoints.writer import SLOWEST_DISK, STALL_SECONDS
 from finetune.errors import RunError
 
 SLOW = 10
@@ -39,8 +40,8 @@ def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> list[Path]
 def look(run: Path, patience_seconds: float) -> dict:
     """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well.
 
-    Before its first step a training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed,
-    nor one that saves: it may wait for a slow disk, and ends itself where the disk hangs (`checkpoints.writer`). RunError where there is no run, or its journal is damaged.
+    While a save is under way it may be quiet for as much longer as the slowest disk takes: it may wait for it. Before its first step a
+    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. RunError where there is no run, or its journal is damaged.
     """
     holder = holders.read(run / "lease.json")
     if holder is None:
@@ -61,10 +62,11 @@ def look(run: Path, patience_seconds: float) -> dict:
     end = plans.load(run)[0].steps
     if any(record.get("event") == "committed" and record["step"] == end for record in mine):
         return facts | {"ok": True, "state": "finished", "limit_seconds": None}
-    limit = max(patience_seconds, SLOW * _usual_pause(records))
-    state = "training"
+    limit, state = max(patience_seconds, SLOW * _usual_pause(records)), "training"
+    if quiet_seconds > limit and (saves := _saves(run, stored, holder.attempt, records)):
+        limit, state = limit + STALL_SECONDS + sum(map(_bytes, saves)) / SLOWEST_DISK, "saving"
     if quiet_seconds > limit:
-        state = "saving" if _is_saving(run, stored, holder.attempt, records) else "hung"
+        state = "hung"
     return facts | {"ok": state != "hung", "state": state, "limit_seconds": round(limit, 1)}
 
 
@@ -75,8 +77,7 @@ def listing(facts: dict) -> str:
 
 def _line(run: str, ok: bool, state: str, step: int | None, quiet_seconds: float, limit_seconds: float | None) -> str:
     at = f" at step {step}" if step is not None else ""
-    words = {"training": "hung after", "hung": "more than", "saving": "not judged while it saves, after"}
-    limit = f", {words[state]} {limit_seconds:.0f}" if limit_seconds is not None else ""
+    limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
 
 
@@ -99,10 +100,19 @@ def _newest_stored(run: Path) -> int:
     return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-" + 8 * "[0-9]")), default=0)
 
 
-def _is_saving(run: Path, stored: int, attempt: str, records: Sequence[dict]) -> bool:
-    """Whether a save of this attempt is written, or read back: the journal has it when both are done."""
+def _saves(run: Path, stored: int, attempt: str, records: Sequence[dict]) -> list[Path]:
+    """The directories that this attempt writes, or reads back: the journal has a save when both are done."""
     known = {record["step"] for record in records if record.get("event") in ("started", "committed")}
-    return any((run / "attempts").glob(f"step-*-{attempt}-*")) or stored not in known | {0}
+    read_back = [] if stored in known | {0} else [run / "checkpoints" / f"step-{stored:08d}"]
+    return [*(run / "attempts").glob(f"step-*-{attempt}-*"), *read_back]
+
+
+def _bytes(save: Path) -> int:
+    """So far; 0 where it has ended meanwhile."""
+    try:
+        return sum(file.stat().st_size for file in save.iterdir())
+    except FileNotFoundError:
+        return 0
 
 
 def _usual_pause(records: Sequence[dict]) -> float:
