@@ -72,6 +72,11 @@ def found(kind: str, facts: object, find: Callable[[], object]) -> object:
     return json.loads((built(kind, key, build) / FOUND).read_bytes())
 
 
+def boot_id() -> str | None:
+    """None where the system has no name for its boots."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else None
+
+
 def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
     """The sealed directory `name` of an entry that is being built, made unless an earlier build left it, sound."""
     made = directory / name
@@ -101,10 +106,10 @@ def _is_verified(entry: Path) -> bool:
         files = {file.name: file.stat() for file in sorted(entry.iterdir())}
     except OSError:
         return False
-    if sum(facts.st_size for facts in files.values()) <= STAMPED_BYTES or not BOOT_ID.exists():
+    if sum(facts.st_size for facts in files.values()) <= STAMPED_BYTES or boot_id() is None:
         return is_sound(entry)
     facts = {name: [file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns] for name, file in files.items()}
-    seen = json.dumps({"boot_id": BOOT_ID.read_text().strip(), "device": entry.stat().st_dev, "files": facts})
+    seen = json.dumps({"boot_id": boot_id(), "device": entry.stat().st_dev, "files": facts})
     stamp = entry.with_name(f"{entry.name}.verified")
     with suppress(OSError, ValueError):
         if stamp.read_text() == seen:

@@ -10,7 +10,7 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 ├── NotFiniteError                    a loss or gradient norm that is not a number: the step was refused
 ├── PackageError                      a package that is not what was trained, or has what must not go out
 └── PublishError                      a Hub or a folder that refuses, or ends up with something else
-Stopped                      exit 143 or 130: a signal asked for the end, and the last finished step is committed
+Stopped                      exit 143, 130 or 129: a signal asked for the end, and the last finished step is committed
 """
 
 import signal

@@ -41,7 +41,8 @@ def look(run: Path, patience_seconds: float) -> dict:
     """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well.
 
     While a save is under way it may be quiet for as much longer as the slowest disk takes: it may wait for it. Before its first step a
-    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. RunError where there is no run, or its journal is damaged.
+    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. RunError where there
+    is no run, or its journal is damaged.
     """
     holder = holders.read(run / "lease.json")
     if holder is None:

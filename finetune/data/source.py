@@ -19,6 +19,7 @@ import numpy as np
 from blake3 import blake3
 from pydantic_core import from_json
 
+from finetune.checkpoints import durable
 from finetune.errors import DataError
 from finetune.plan import PinnedSource
 from finetune.recipe.schema import Source
@@ -317,8 +318,11 @@ READERS: dict[str, Callable[[str], Reader]] = {
 def _hub_error(source: Source, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
     from httpx2 import TransportError
+    from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError
 
+    if of_disk := durable.of_disk(error, DataError, f"HF_HOME={constants.HF_HOME}"):
+        return of_disk
     if "is a gated dataset" in str(error):  # DatasetNotFoundError hides the Hub's own error
         message, hint = "is gated", "ask for access at its page, then set HF_TOKEN"
     elif isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):

@@ -8,7 +8,8 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from finetune.checkpoints import durable
 from finetune.errors import PublishError
 from finetune.package.contents import sha256
 
@@ -28,7 +30,7 @@ FIRST_WAIT_SECONDS = 0.5
 MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
 KEPT = (".gitattributes", CHECKPOINTS)  # the Hub's, and the list of milestones
-AGAIN = "publish again: what was uploaded is not uploaded twice"
+AGAIN = "try again: what was uploaded is not uploaded twice"
 Answer = TypeVar("Answer")
 
 
@@ -125,7 +127,8 @@ class Repository:
 
     def _fetch(self, commit: str, name: str, directory: Path) -> None:
         with tempfile.TemporaryDirectory(dir=directory.parent) as cache:
-            path = self._api.hf_hub_download(self.name, name, revision=commit, cache_dir=cache, force_download=True)
+            with self._unwrapped("download", Path(cache)):
+                path = self._api.hf_hub_download(self.name, name, revision=commit, cache_dir=cache)
             target = (directory / name).resolve()
             if not target.is_relative_to(directory.resolve()):
                 raise PublishError(f"has a file called {name}", where=self.name, hint="do not use this repository")
@@ -170,16 +173,10 @@ class Repository:
                 CommitOperationDelete(name) if content is None else CommitOperationAdd(name, content)
                 for name, content in changes.items()
             ]
-            try:
+            with self._unwrapped("upload"):
                 made = self._api.create_commit(
                     self.name, operations, commit_message=title, revision=branch, parent_commit=head
                 )
-            except (HTTPError, ConnectionError):
-                raise
-            except (RuntimeError, OSError) as error:  # uploads wrap what went wrong; those by Xet know no other kinds
-                if isinstance(error.__cause__, HTTPError | ConnectionError):
-                    raise error.__cause__ from None
-                raise PublishError(f"the upload failed: {_reason(error)}", where=self.name, hint=AGAIN) from None
             self.commits += 1
             return made.oid
 
@@ -187,6 +184,21 @@ class Repository:
 
     def _refs(self) -> object:
         return self._ask(lambda: self._api.list_repo_refs(self.name))
+
+    @contextmanager
+    def _unwrapped(self, what: str, disk: Path | None = None) -> Iterator[None]:
+        """The client wraps what went wrong, and Xet raises no kinds but RuntimeError and OSError: here are the errors that `_ask` knows, or
+        one that trying again does not mend."""
+        try:
+            yield
+        except (HTTPError, ConnectionError):
+            raise
+        except (RuntimeError, OSError) as error:
+            if isinstance(error.__cause__, HTTPError | ConnectionError):
+                raise error.__cause__ from None
+            if disk and (of_disk := durable.of_disk(error, PublishError, str(disk))):
+                raise of_disk from None
+            raise PublishError(f"the {what} failed: {_reason(error)}", where=self.name, hint=AGAIN) from None
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         wait = FIRST_WAIT_SECONDS

@@ -207,9 +207,21 @@ def resolve(hub: Hub, request: Request, folder: str, name: str, revision: str, p
     headers["Content-Type"] = "application/octet-stream"
     if file.is_lfs:
         headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
+        if file.sha256 in hub.xet_hashes:
+            token = f"{hub.url}/api/{repo.kind}s/{name}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": hub.xet_hashes[file.sha256], "X-Xet-Refresh-Route": token}
     if match := re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", "")):
         return _part(file.content, match[1], match[2], headers)
     return Answer(200, file.content, headers)
+
+
+def xet_read_token(hub: Hub, request: Request, kind: str, name: str, revision: str) -> Answer:
+    """Xet downloads come from a folder in place of a server."""
+    hub.repo(request, kind, name).at(revision)
+    expiration = str(int(time.time()) + 3600)
+    place = f"local://{hub.xet_directory}"
+    headers = {"X-Xet-Cas-Url": place, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": expiration}
+    return as_json({}, 200, headers)
 
 
 def _part(content: bytes, first: str, last: str, headers: Mapping[str, str]) -> Answer:
@@ -240,6 +252,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", rf"{_REPO}/commits/(?P<revision>[^/]+)", history),
     ("HEAD", _FILE, resolve),
     ("GET", _FILE, resolve),
+    ("GET", rf"{_REPO}/xet-read-token/(?P<revision>[^/]+)", xet_read_token),
     *writes.ROUTES,
 ]
 

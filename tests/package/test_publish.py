@@ -273,10 +273,22 @@ def test_a_xet_store_that_cannot_be_written_is_one_error_and_nothing_is_committe
     hub.add("model", "tiny/new").commit(OLD)
     place, hub.xet_directory = hub.xet_directory, Path("/proc/nothing")
     ((code, _, said),) = in_turn(xet, ("publish", package, "--to", "tiny/new"))
-    assert code == 1 and "the upload failed: " in said and "hint: publish again" in said and content(hub) == OLD
+    assert code == 1 and "the upload failed: " in said and "hint: try again" in said and content(hub) == OLD
     hub.xet_directory = place
     publish(xet, package)
     assert content(hub) == files(package)
+
+
+def test_what_came_by_xet_is_read_back_by_xet_past_a_fault_or_refused_with_one_error(hub, xet, package) -> None:
+    publish(xet, package)
+    hub.fail("HEAD", "model-00001", 503)
+    verify = ("verify", "hub:tiny/new", "--json")
+    ((code, printed, said),) = in_turn(xet, verify)
+    assert code == 0 and json.loads(printed)["ok"] and not hub.faults[0].times, said
+    assert hub.seen("GET", "xet-read-token") and not hub.seen("GET", "model-0")
+    hub.xet_directory = Path("/proc/nothing")
+    ((code, _, said),) = in_turn(xet, verify)
+    assert code == 1 and "tiny/new: the download failed: " in said and "hint: try again" in said
 
 
 @pytest.mark.parametrize(

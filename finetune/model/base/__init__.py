@@ -121,7 +121,7 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     ref = parse(base.checkpoint)
     if ref.kind == "hub":
         commit = hub.commit_of(ref.repo, base.revision or ref.revision)
-        is_adapter = adapters.is_adapter(hub.download(ref.repo, commit, (adapters.CONFIG,)))
+        is_adapter = adapters.is_adapter(hub.download(ref.repo, commit, (adapters.CONFIG, "config.json")))
         return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
