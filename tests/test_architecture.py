@@ -17,6 +17,7 @@ FLOORS = {
     "finetune.order": 0,
     "finetune.example": 0,
     "finetune.cache": 0,
+    "finetune.downloads": 0,
     "finetune.chat_template": 0,
     "finetune.guard": 0,
     "finetune.journal": 0,

@@ -1,11 +1,9 @@
-"""Floor 0. Files and names that survive a power cut, and the disk's refusals in plain words; for `store`, `lease` and `journal`, and
-for those who download."""
+"""Floor 0. Files and names that survive a power cut, and the disk's refusals in plain words; for `store`, `lease` and `journal`."""
 
 import errno
 import fcntl
 import mmap
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -159,21 +157,3 @@ def failures(path: Path, kind: type[FinetuneError] = CheckpointError, *, what: s
     except OSError as error:
         message = f"{what}: {(error.strerror or str(error)).lower()}"
         raise kind(message, where=str(path), hint=HINTS.get(error.errno)) from error
-
-
-def of_disk(error: BaseException | None, kind: type[FinetuneError], where: str) -> FinetuneError | None:
-    """The error about `where`, if it was a disk that a client of the Hub failed at, whatever the client made of it; else None.
-
-    A permission may be a network's too; a disk's has a file's name, or comes from Rust, in which Xet's client is written.
-    """
-    while error is not None:
-        in_rust = re.search(r"\(os error (\d+)\)", str(error))
-        number, file = (
-            (int(in_rust[1]), None) if in_rust else (getattr(error, name, None) for name in ("errno", "filename"))
-        )
-        is_permission = number in (errno.EACCES, errno.EPERM)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) or is_permission and (file or in_rust):
-            message = f"downloads cannot be kept: {os.strerror(number).lower()}{f': {file}' if file else ''}"
-            return kind(message, where=where, hint=HINTS[number])
-        error = error.__cause__ or error.__context__
-    return None

@@ -19,7 +19,7 @@ import numpy as np
 from blake3 import blake3
 from pydantic_core import from_json
 
-from finetune.checkpoints import durable
+from finetune import downloads
 from finetune.errors import DataError
 from finetune.plan import PinnedSource
 from finetune.recipe.schema import Source
@@ -290,6 +290,8 @@ def _load(source: Source, revision: str) -> "Dataset":
     """The split at the pin: where `datasets` has made it before, from its cache without a request."""
     from datasets import load_dataset
     from datasets.packaged_modules.cache.cache import Cache
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
     split, name = source.split or SPLIT, source.dataset.rpartition("/")[2]
     made = Cache(
@@ -300,10 +302,15 @@ def _load(source: Source, revision: str) -> "Dataset":
         hash=revision,
     )
     if Path(made.cache_dir).is_dir():
-        return made.as_dataset(split=split)
-    rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
+        rows = made.as_dataset(split=split)
+    else:
+        rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
     if any(Path(file["filename"]).parent.name != revision for file in rows.cache_files):
         raise ConnectionError("without the Hub, `datasets` gives the revision it cached last, whatever was asked for")
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source.dataset, repo_type="dataset"))
+    made_of_them = next((str(Path(file["filename"]).parent) for file in rows.cache_files), "")
+    files = (folder / "snapshots" / revision).rglob("*")
+    downloads.refuse_damaged(files, DataError, f"{source.dataset}@{revision}", made_of_them)
     return rows
 
 
@@ -321,8 +328,8 @@ def _hub_error(source: Source, error: Exception) -> DataError:
     from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError
 
-    if of_disk := durable.of_disk(error, DataError, f"HF_HOME={constants.HF_HOME}"):
-        return of_disk
+    if refusal := downloads.refusal_of_disk(error, DataError, f"HF_HOME={constants.HF_HOME}"):
+        return refusal
     if "is a gated dataset" in str(error):  # DatasetNotFoundError hides the Hub's own error
         message, hint = "is gated", "ask for access at its page, then set HF_TOKEN"
     elif isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from finetune.checkpoints import durable
+from finetune import downloads
 from finetune.errors import PublishError
 from finetune.package.contents import sha256
 
@@ -196,8 +196,8 @@ class Repository:
         except (RuntimeError, OSError) as error:
             if isinstance(error.__cause__, HTTPError | ConnectionError):
                 raise error.__cause__ from None
-            if disk and (of_disk := durable.of_disk(error, PublishError, str(disk))):
-                raise of_disk from None
+            if disk and (refusal := downloads.refusal_of_disk(error, PublishError, str(disk))):
+                raise refusal from None
             raise PublishError(f"the {what} failed: {_reason(error)}", where=self.name, hint=AGAIN) from None
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:

@@ -83,6 +83,23 @@ def test_a_bit_that_flips_on_the_disk_is_refused(online, base, recipe) -> None:
 
 
 @pytest.mark.slow
+def test_a_row_that_changes_on_the_way_is_refused_and_mended_as_hinted(hub, online, base, recipe_file) -> None:
+    rows = "\n".join(["text", *(f"the words of row {number}" for number in range(40)), "the last one"])
+    hub.add("dataset", "tiny/texts").commit({"train.csv": rows.encode()})
+    data = {"train": [{"dataset": "tiny/texts"}], "holdout": 4}
+    recipe = recipe_file(base={"checkpoint": "tiny/base"}, data=data, task={"name": "text", "max_length": 64})
+    hub.fail("GET", "train.csv", None, is_corrupt=True)
+    for _ in range(2):
+        message, hint = refusal(fetch(recipe, online))
+        assert message.startswith("tiny/texts@") and "a file is not what the Hub has" in message
+    downloaded, _, made_of_it = hint.removeprefix("hint: remove ").partition(",")[0].partition(" and ")
+    assert Path(downloaded).read_text().endswith("the last ond")
+    os.remove(downloaded)
+    shutil.rmtree(made_of_it)
+    assert is_as_the_hub_has_it(fetch(recipe, online), base)
+
+
+@pytest.mark.slow
 def test_a_xet_store_without_the_object_is_one_clear_error(hub, by_xet, base, recipe) -> None:
     place, hub.xet_directory = hub.xet_directory, Path("/proc/nothing")
     assert "the Hub cannot be reached: " in refusal(fetch(recipe, by_xet))[0]
