@@ -7,11 +7,14 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from finetune import cache
 from finetune.checkpoints.durable import HINTS
 from finetune.errors import FinetuneError
+
+PIECE_BYTES = 1 << 20
 
 
 def refuse_damaged(files: Iterable[Path], kind: type[FinetuneError], where: str, made_of_them: str = "") -> None:
@@ -26,13 +29,12 @@ def refuse_damaged(files: Iterable[Path], kind: type[FinetuneError], where: str,
 
     def find() -> None:
         with ThreadPoolExecutor() as threads:
-            damaged = [
-                blob for blob, is_sound in zip(blobs, threads.map(_is_sound, blobs), strict=True) if not is_sound
-            ]
-        if damaged:
+            are_sound = list(threads.map(_is_sound, blobs))
+        if not all(are_sound):
+            place = blobs[are_sound.index(False)][1]
             message = "a file is not what the Hub has: it was damaged on its way, or on this disk"
             rest = f" and {made_of_them}" if made_of_them else ""
-            raise kind(message, where=where, hint=f"remove {damaged[0][1]}{rest}, so that it is downloaded again")
+            raise kind(message, where=where, hint=f"remove {place}{rest}, so that it is downloaded again")
 
     cache.found("downloads", [facts, cache.boot_id()], find)
 
@@ -46,11 +48,15 @@ def _is_sound(blob: tuple[str, str]) -> bool:
     """Whether the file has the hash that is its name, told by the number of digits; another name is none."""
     name, place = blob
     header = b"blob %d\0" % Path(place).stat().st_size
-    starts = {64: hashlib.sha256(), 40: hashlib.sha1(header, usedforsecurity=False)}
-    if len(name) not in starts:
+    sha1 = partial(hashlib.sha1, usedforsecurity=False)
+    hashes = {64: [hashlib.sha256()], 40: [sha1(header), sha1()]}.get(len(name))  # proxies may not do it as git does
+    if hashes is None:
         return True
     with open(place, "rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, lambda: starts[len(name)]).hexdigest() == name
+        while piece := stream.read(PIECE_BYTES):
+            for one in hashes:
+                one.update(piece)
+    return name in [one.hexdigest() for one in hashes]
 
 
 def refusal_of_disk(error: BaseException | None, kind: type[FinetuneError], where: str) -> FinetuneError | None:
