@@ -107,7 +107,7 @@ def _loaded(path: Path, is_private: bool):  # noqa: ANN202 the extra may not be 
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError:
-        hint = "install the extra: pip install 'finetune[signing]'"
+        hint = "install the extra: pip install '.[signing]'"
         raise PackageError("signatures need the package `cryptography`", where=str(path), hint=hint) from None
     try:
         content = path.read_bytes()
