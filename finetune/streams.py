@@ -1,18 +1,35 @@
-"""Floor 0. stdin, stdout and stderr as a process of weeks finds them: closed, on a disk that fills up, or with a reader that goes away."""
+"""Floor 0. stdin, stdout and stderr as a process of weeks finds them: closed, on a disk that fills up, with a reader that goes away or stalls."""
 
 import io
 import os
+import select
 import sys
+
+AT_ONCE_BYTES = 512  # what POSIX has every pipe take as a whole once it is ready
+PATIENCE_MS = 1_000
 
 
 class _Lasting(io.FileIO):
     """Where nobody takes what is written any more, or cannot take it now, it is lost, and the writer goes on."""
 
+    def __init__(self, descriptor: int):
+        super().__init__(descriptor, "w", closefd=False)
+        self._ready = select.poll()
+        self._ready.register(descriptor, select.POLLOUT)
+        self._patience_ms = PATIENCE_MS
+
     def write(self, data: bytes) -> int:
-        try:
-            return super().write(data) or len(data)
-        except OSError:
-            return len(data)
+        view = memoryview(data).cast("B")
+        for first in range(0, len(view), AT_ONCE_BYTES):
+            if not self._ready.poll(self._patience_ms):
+                self._patience_ms = 0  # once is enough, until somebody reads again
+                break
+            self._patience_ms = PATIENCE_MS
+            try:
+                super().write(view[first : first + AT_ONCE_BYTES])
+            except OSError:
+                break
+        return len(view)
 
 
 def secure() -> None:
@@ -30,5 +47,5 @@ def secure() -> None:
     if sys.stderr is not sys.__stderr__:  # who replaced it looks after it
         return
     encoding = sys.stderr.encoding if sys.stderr else "utf-8"
-    lasting = io.BufferedWriter(_Lasting(2, "w", closefd=False))
+    lasting = io.BufferedWriter(_Lasting(2))
     sys.stderr = io.TextIOWrapper(lasting, encoding, errors="backslashreplace", line_buffering=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,22 @@ def test_a_command_whose_data_nobody_takes_fails(tmp_path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([*FINETUNE, "doctor", "--json"], stdout=full, stderr=subprocess.PIPE, timeout=100)
     assert done.returncode != 0
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_a_training_whose_reader_stalls_goes_on(what, recipe, tmp_path) -> None:
+    """A terminal that was stopped by ctrl-S, a pager, a log driver that blocks."""
+    reader, writer = os.pipe()
+    with subprocess.Popen([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=writer) as process:
+        os.set_blocking(writer, False)
+        # until torch has said what it says by itself, past Python
+        while max(journal.steps(journal.read(tmp_path / "run")), default=0) < 2:
+            assert process.poll() is None
+        with suppress(BlockingIOError):
+            while os.write(writer, b"x" * 512):  # until it is full
+                pass
+        os.set_blocking(writer, True)
+        assert process.wait(timeout=200) == 0
+    os.close(writer)
+    os.close(reader)
+    assert is_whole(tmp_path / "run")
