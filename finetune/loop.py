@@ -218,11 +218,13 @@ def evaluate(
     objective.eval()
     try:
         for first in range(0, len(examples), EVALUATED_AT_ONCE):
-            if agree(accelerator, wishes()).stop:
-                return None
             ids = np.arange(first, min(first + EVALUATED_AT_ONCE, len(examples)))
             row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
-            for micro_batch in batches.of(ids).on(accelerator.device):
+            for turn, micro_batch in enumerate(batches.of(ids).on(accelerator.device)):
+                # a part takes a CPU minutes; a GPU is through in no time, and is handed its work in advance
+                is_asked = turn == 0 or accelerator.device.type == "cpu"
+                if is_asked and agree(accelerator, wishes()).stop:
+                    return None
                 with torch.inference_mode():
                     _, rows = objective(micro_batch.inputs)
                 if not micro_batch.is_idle:

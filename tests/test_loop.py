@@ -235,7 +235,9 @@ def test_an_evaluation_of_many_parts_is_that_of_one_and_stops_when_asked(opened,
     monkeypatch.setattr(loop, "EVALUATED_AT_ONCE", 3)
     parts = evaluate(run.resolved, run.state.accelerator, run.state.objective)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    wishes = iter([loop.Wishes(), loop.Wishes(stop=True)])
+    wishes = iter(
+        [loop.Wishes(), loop.Wishes(stop=True)]
+    )  # asked before each micro-batch: on a slow CPU one takes long
     assert evaluate(run.resolved, run.state.accelerator, run.state.objective, lambda: next(wishes)) is None
     assert run.state.objective.training
 
