@@ -1,9 +1,10 @@
 # docker build --tag finetune .        (docs/container.md; scripts/container builds it without Docker as well, and tries it out)
 # BASE is of Debian or Ubuntu, with Python 3.11 or newer or none. CUDA's libraries come with torch, so it needs none of them.
-# TORCH is `locked`; `base` where BASE brings its own, as NGC's do; or a requirement, which then is not held to a hash.
+# TORCH is `locked`, for CUDA 13; `base` where BASE brings its own, as NGC's do; or a requirement that needs none of CUDA's libraries, such as
+# a CPU's, which then is not held to a hash.
 ARG BASE=python:3.11-slim-bookworm
 
-FROM ${BASE} AS python
+FROM ${BASE} AS interpreter
 SHELL ["/bin/sh", "-euc"]
 # The distribution of BASE decides which Python it has.
 # hadolint ignore=DL3008
@@ -14,12 +15,13 @@ RUN if ! python3 -c 'import ctypes, sqlite3, venv' 2>/dev/null; then \
     fi; \
     python3 -c 'import sys; assert sys.version_info >= (3, 11), f"BASE has Python {sys.version}"'
 
-FROM python AS dependencies
+FROM interpreter AS dependencies
 ARG TORCH=locked
 # Constraints of NGC's images would forbid what is locked.
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=
 WORKDIR /build
 COPY scripts/locked/ ./
+# Of its pip as well, which stays in this stage.
 # hadolint ignore=DL3008
 RUN if ! python3 -m pip --version; then \
         apt-get update; \
@@ -43,10 +45,11 @@ COPY pyproject.toml README.md LICENSE ./
 COPY finetune finetune
 RUN python3 -m pip --python /opt/finetune/bin/python install --no-deps --no-build-isolation --prefix /opt/package .
 
-FROM python
+FROM interpreter
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune" \
       org.opencontainers.image.description="A fine-tuning pipeline in which every checkpoint is a commit" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=dependencies /opt/finetune /opt/finetune

@@ -1,5 +1,6 @@
 #!/bin/bash
-# A training on Slurm, on one host or several: sbatch scripts/hosts/slurm.sh recipes/mine.yaml [OPTION …]
+# A training on Slurm, on one host or several: sbatch [--nodes 2] [--gpus-per-node 4] scripts/hosts/slurm.sh recipes/mine.yaml [OPTION …]
+# With `finetune` on the PATH of every host (. .venv/bin/activate before sbatch), runs and data on a disk that they share.
 # Before its time is over it commits and goes back into the queue, until it has finished. Run with Slurm 22.05, without GPUs.
 # scancel JOB, a preemption and scontrol requeue leave Slurm's KillWait (30 s) for the commit; scancel --signal=TERM JOB leaves
 # it all of checkpoint.grace_seconds.

@@ -1,4 +1,5 @@
-"""Runs an image as an engine without Docker: its entrypoint as PID 1, as its user, on a root file system that is read-only but for volumes.
+"""Runs an image as an engine without Docker: its entrypoint as PID 1, as its user, on a root file system that is read-only but for volumes
+and the host's devices.
 
 `scripts/container` says where the image's files and its configuration are.
 """
@@ -8,7 +9,8 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,17 @@ import psutil
 @dataclass(frozen=True)
 class Image:
     root: Path
+    """All its files, as a container sees them."""
     config: dict
+    archive: Path
+    """Its layers, as `docker save` writes them."""
+
+    def layers(self) -> Iterator[tarfile.TarFile]:
+        with tarfile.open(self.archive) as archive:
+            (facts,) = json.load(archive.extractfile("manifest.json"))
+            for name in facts["Layers"]:
+                with tarfile.open(fileobj=archive.extractfile(name)) as layer:
+                    yield layer
 
     def command(self, arguments: list[str], user: str, set_variables: Mapping[str, str]) -> list[str]:
         """What runs inside, once `/` is the image: as `docker run --user USER --env … IMAGE ARGUMENTS`."""
@@ -28,10 +40,10 @@ class Image:
 
 
 def from_environment() -> Image:
-    root, _, facts = os.environ["FINETUNE_TEST_IMAGE"].partition(":")
-    found = json.loads(Path(facts).read_text())
+    root, _, place = os.environ["FINETUNE_TEST_IMAGE"].partition(":")
+    found = json.loads(Path(place, "image.json").read_text())
     config = found[0]["Config"] if isinstance(found, list) else found["Docker"]["config"]  # of Docker, or of buildah
-    return Image(Path(root), config)
+    return Image(Path(root), config, Path(place, "image.tar"))
 
 
 class Container:
