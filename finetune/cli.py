@@ -19,7 +19,7 @@ from finetune import __version__, streams
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped, ending_signals
-from finetune.launch import TOLD
+from finetune.world import TOLD, is_alone, is_first
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
@@ -203,10 +203,11 @@ def launch(
     from finetune.recipe.load import load
 
     grace = load(recipe, overrides).recipe.checkpoint.grace_seconds
-    arguments = [str(recipe), *(f"--set={override}" for override in overrides), f"--run={run or _default_run(recipe)}"]
+    run = run or _default_run(recipe)
+    arguments = [*(f"--set={override}" for override in overrides), f"--run={run}"]
     arguments += ["--quiet"] * quiet + ["--take-over"] * take_over
     arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
-    launching.launch(asked, arguments, restarts, grace)
+    launching.launch(asked, [*arguments, "--", str(recipe)], run, restarts, grace)
 
 
 @cli.command()
@@ -573,6 +574,7 @@ def doctor(is_json: bool) -> None:
 
 def main() -> None:
     """The console script: errors become messages and exit codes."""
+    told = os.environ.pop(TOLD, None)  # not for processes that this one starts
     streams.secure()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -580,6 +582,7 @@ def main() -> None:
     except click.exceptions.Exit as request:
         sys.exit(request.exit_code)
     except click.ClickException as error:
+        _tell(told, "usage")
         if "--json" in sys.argv:
             click.echo(
                 json.dumps({"error": {"code": "usage", "message": error.format_message(), "where": None, "hint": None}})
@@ -590,9 +593,13 @@ def main() -> None:
         sys.exit(130)
     except Stopped as stop:
         sys.exit(stop.exit_code)
-    except FinetuneError as error:
-        _report(error)
-        _leave(error.exit_code)
+    except (FinetuneError, RuntimeError) as error:
+        known = error if isinstance(error, FinetuneError) else _lost_rank(error)
+        if known is None:
+            raise
+        _report(known)
+        _tell(told, known.code)
+        _leave(known.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `finetune log … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -610,7 +617,7 @@ def _leave(exit_code: int) -> NoReturn:
 @contextlib.contextmanager
 def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
     """Checks before a training that it can be published, and has its milestones published beside it, by rank 0."""
-    if recipe.publish is None or os.environ.get("RANK", "0") != "0":
+    if recipe.publish is None or not is_first(os.environ):
         yield
         return
     from finetune.package import queue
@@ -623,10 +630,23 @@ def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
         queue.finish(child, run)
 
 
+def _lost_rank(error: RuntimeError) -> FinetuneError | None:
+    """What a rank says when another one is gone; None for a bug."""
+    if is_alone(os.environ):
+        return None
+    from finetune.ranks import lost_rank
+
+    return lost_rank(error)
+
+
+def _tell(told: str | None, code: str) -> None:
+    """Lets `launch` know that this is no crash: it would start the training again."""
+    if told:
+        os.write(int(told), code.encode())
+
+
 def _report(error: FinetuneError) -> None:
-    if told := os.environ.get(TOLD):  # so that `launch` does not start it again
-        Path(told).write_text(json.dumps(error.code))
-    if os.environ.get("RANK", "0") != "0" and isinstance(error, RecipeError):  # all ranks meet it; one says so
+    if not is_first(os.environ) and isinstance(error, RecipeError):  # all ranks meet it; one says so
         return
     if "--json" in sys.argv:
         facts = {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
@@ -635,7 +655,7 @@ def _report(error: FinetuneError) -> None:
 
 
 def _print(facts: dict, text: str, is_json: bool) -> None:
-    if os.environ.get("RANK", "0") == "0":  # all ranks know it; one says so
+    if is_first(os.environ):  # all ranks know it; one says so
         click.echo(to_json(facts) if is_json else text)
 
 

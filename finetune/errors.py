@@ -7,6 +7,7 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 ├── AdapterError             exit 2   an adapter that does not fit the base
 ├── RunError                          a run directory that is in use, unwritable or of another recipe
 ├── CheckpointError                   a checkpoint that is missing, damaged, foreign or from the future
+├── LostRankError                     another process of the training has ended, or does not answer
 ├── NotFiniteError                    a loss or gradient norm that is not a number: the step was refused
 ├── PackageError                      a package that is not what was trained, or has what must not go out
 └── PublishError                      a Hub or a folder that refuses, or ends up with something else
@@ -82,6 +83,12 @@ class RunError(FinetuneError):
 
 class CheckpointError(FinetuneError):
     code = "checkpoint"
+
+
+class LostRankError(FinetuneError):
+    """Nothing is wrong with this rank: `launch` looks for another one that began it."""
+
+    code = "lost_rank"
 
 
 class NotFiniteError(FinetuneError):

@@ -5,160 +5,102 @@ signals twice, does not know SIGUSR1, and hides the ranks' exit code. Both still
 """
 
 import ctypes
-import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.errors import FinetuneError, ending_signals
+import psutil
 
-PORTS = range(20_000, 30_000)
-AFTER_A_CRASH_SECONDS = 5  # the other ranks have so long to see it themselves, and to say so
+from finetune.errors import LostRankError, ending_signals
+from finetune.world import TOLD, World, cores, devices_here, world_of
+
+AFTER_A_CRASH_SECONDS = 5.0  # the other ranks have so long to see it themselves, and to say so
 BETWEEN_STARTS_SECONDS = 2.0
+BETWEEN_LOOKS_SECONDS = 0.5
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
-OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-TOLD = "FINETUNE_TOLD"
-"""The file in which a rank notes that it failed with an error that a user has to mend."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a training: `processes` on each of `nodes` hosts, of which this is number `node`; they meet at `address`."""
-
-    processes: int
-    why: str
-    nodes: int = 1
-    node: int = 0
-    address: str = "127.0.0.1"
-    port: int | None = None
-    """Where rank 0 listens; None on one host, where a free one is taken."""
-
-    @property
-    def size(self) -> int:
-        return self.nodes * self.processes
-
-
-def world_of(asked: Mapping[str, object], environment: Mapping[str, str], devices: int) -> World | None:
-    """Who trains together: what the flags say, else what the scheduler says, else a process for each device. None for a process that
-    a launcher has started already, as one of its ranks.
-
-    FinetuneError where the flags or the environment say half of what several hosts need.
-    """
-    flags = {key: value for key, value in asked.items() if value is not None}
-    of_launcher = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
-    if not flags and len(of_launcher) == 3:
-        return None
-    found = _of_scheduler(environment, devices)
-    if found and not flags:
-        return found
-    if of_launcher and not flags:
-        hint = "a launcher sets RANK, LOCAL_RANK and WORLD_SIZE: unset them, or say by flags who trains together"
-        raise FinetuneError(f"has {' and '.join(of_launcher)} alone", where="environment", hint=hint)
-    world = found or World(max(devices, 1), f"{devices} devices here" if devices else "no GPU here")
-    world = replace(world, **flags, **({"why": "as the flags say"} if flags else {}))
-    if world.nodes > 1 and (world.port is None or world.address == "127.0.0.1"):
-        hint = "give --master-addr and --master-port, the same on all hosts, and --node-rank"
-        raise FinetuneError(f"{world.nodes} hosts have to know where to meet", where="--nnodes", hint=hint)
-    if not 0 <= world.node < world.nodes:
-        message = f"{world.node} is not one of {world.nodes} hosts, which are counted from 0"
-        raise FinetuneError(message, where="--node-rank", hint="give each host another one")
-    return world
-
-
-def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
-    """What Kubernetes' training operator (PET_…) or Slurm says of several hosts or tasks."""
-    try:
-        if "PET_NNODES" in environment:
-            each = environment.get("PET_NPROC_PER_NODE", "auto")
-            return World(
-                processes=int(each) if each.isdecimal() else max(devices, 1),
-                why="Kubernetes' PET_NNODES",
-                nodes=int(environment["PET_NNODES"].partition(":")[0]),
-                node=int(environment.get("PET_NODE_RANK", environment.get("RANK", "0"))),
-                address=environment.get("PET_MASTER_ADDR", environment.get("MASTER_ADDR", "127.0.0.1")),
-                port=int(environment.get("PET_MASTER_PORT", environment.get("MASTER_PORT", PORTS[0]))),
-            )
-        if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-            tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", "1"))
-            if tasks > nodes:
-                hint = "ask Slurm for one task a host (--ntasks-per-node=1): its GPUs get a process each"
-                raise FinetuneError(f"{tasks} tasks on {nodes} hosts", where="SLURM_NTASKS", hint=hint)
-            if "SLURM_STEP_ID" not in environment:  # in the batch script, task 0 of all: nothing starts the others
-                message = f"{nodes} hosts, started without srun"
-                raise FinetuneError(message, where="SLURM_NNODES", hint="put `srun` before it: srun finetune launch …")
-            listed = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-            return World(
-                processes=max(devices, 1),
-                why="Slurm's SLURM_NNODES",
-                nodes=nodes,
-                node=int(environment["SLURM_PROCID"]),
-                address=first_host(listed),
-                port=PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(PORTS)],
-            )
-    except ValueError as error:
-        hint = "correct what the scheduler sets, or give the flags"
-        raise FinetuneError(f"a number was expected: {error}", where="environment", hint=hint) from None
-    return None
-
-
-def first_host(listed: str) -> str:
-    """The first of Slurm's list of hosts, like `gpu[007-012,20],cpu1`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", listed)
-    if not match:
-        raise FinetuneError("names no host", where="SLURM_JOB_NODELIST", hint="give --master-addr")
-    return "".join(part or "" for part in match.groups())
-
-
-def devices_here(environment: Mapping[str, str], place: Path = Path("/dev")) -> int:
-    """NVIDIA's devices as the driver shows them, or as many as CUDA_VISIBLE_DEVICES lets through; torch is not imported for it."""
-    found = len([path for path in place.glob("nvidia*") if path.name[6:].isdecimal()])
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return min(found, len([one for one in visible.split(",") if one.strip()])) if visible is not None else found
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_OTHER_LAUNCHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
+"""How variables begin that torch or Accelerate would believe as well."""
 
 
 class Ranks:
     """The processes of this host, alive or ended; and the signal that asked for the end, if one did."""
 
-    def __init__(self, grace_seconds: float):
+    def __init__(self, run: Path, grace_seconds: float):
+        self.run = run
         self.grace_seconds = grace_seconds
         self.stopped_by: int | None = None
         self.codes: dict[int, int] = {}
+        """Exit code by local rank, in the order of their ends; negative for a signal."""
+        self.killed: set[int] = set()
+        """Local ranks that were killed here, after a crash or at the end of their grace."""
         self._ranks: dict[int, int] = {}
-        """Rank by pid."""
+        """Local rank by pid."""
+        self._writer: int | None = None
+        """The pid of rank 0, where it is one of these."""
+        self._told: dict[int, int] = {}
+        """Where to read what a local rank tells."""
+        self._deadline: float | None = None
+        """On the clock `time.monotonic`: when what is alive is killed, a save under way or not; None until something asks for the end."""
 
-    def start(self, world: World | None, command: Sequence[str], told: Path) -> None:
-        self.codes, self._ranks = {}, {}
-        inherited = {name: value for name, value in os.environ.items() if world is None or name not in OF_RANKS}
+    def start(self, world: World | None, command: Sequence[str]) -> None:
+        self.codes, self.killed, self._ranks, self._writer = {}, set(), {}, None
+        if self.stopped_by is None:
+            self._deadline = None
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if world is None or (name not in OF_RANKS and not name.startswith(OF_OTHER_LAUNCHERS))
+        }
         for local in range(world.processes if world else 1):
             placed = _rank(world, local) if world and world.size > 1 else {}  # one process needs no other
-            environment = {**inherited, **placed, TOLD: str(told / str(local))}
-            child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher)
+            self._told[local], told = os.pipe()
+            environment = {**inherited, **placed, TOLD: str(told)}
+            child = subprocess.Popen(
+                command, env=environment, start_new_session=True, preexec_fn=_begin_rank, pass_fds=[told]
+            )
+            os.close(told)
             child.returncode = 0  # it is waited for below, with everybody else
             self._ranks[child.pid] = local
+            if world and world.node == local == 0:
+                self._writer = child.pid
         if self.stopped_by is not None:  # it came while they were started
             self._send(self.stopped_by)
+
+    def told(self) -> dict[int, str]:
+        """The codes of the errors that ranks have told, when all have ended."""
+        return {local: code for local, told in self._told.items() if (code := _read(told))}
 
     @property
     def alive(self) -> list[int]:
         return [pid for pid, rank in self._ranks.items() if rank not in self.codes]
 
+    @property
+    def seconds_left(self) -> float:
+        """Of the grace; all of it where it has not begun."""
+        return self.grace_seconds if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
     def forward(self, number: int, frame: object = None) -> None:
         """Once to each; after a wish to end they have their grace."""
         if number != signal.SIGUSR1 and self.stopped_by is None:
             self.stopped_by = number
-            signal.setitimer(signal.ITIMER_REAL, self.grace_seconds)
+            self._begin_grace(self.grace_seconds)
         self._send(number)
 
     def kill(self, *_: object) -> None:
+        """What is alive; after a crash once the save under way is done, or the grace is over."""
+        may_save = self.stopped_by is None and self._writer in self.alive
+        if may_save and self.seconds_left and any((self.run / "attempts").glob("step-*")):
+            signal.setitimer(signal.ITIMER_REAL, BETWEEN_LOOKS_SECONDS)
+            return
+        self.killed |= {self._ranks[pid] for pid in self.alive}
         self._send(signal.SIGKILL)
 
     def wait(self) -> None:
@@ -168,9 +110,13 @@ class Ranks:
             if pid not in self._ranks:
                 continue
             self.codes[self._ranks[pid]] = code = os.waitstatus_to_exitcode(status)
-            if code and self.alive and self.stopped_by is None:
-                signal.setitimer(signal.ITIMER_REAL, AFTER_A_CRASH_SECONDS)
+            if code and self._deadline is None:
+                self._begin_grace(AFTER_A_CRASH_SECONDS)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _begin_grace(self, first_look_seconds: float) -> None:
+        self._deadline = time.monotonic() + self.grace_seconds
+        signal.setitimer(signal.ITIMER_REAL, first_look_seconds)
 
     def _send(self, number: int) -> None:
         for pid in self.alive:
@@ -180,14 +126,27 @@ class Ranks:
                 continue
 
 
-def _end_with_launcher() -> None:
-    """In a rank: a launcher that is killed takes its ranks along, and they commit first."""
-    ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)
+def _read(told: int) -> str:
+    os.set_blocking(told, False)
+    try:
+        return os.read(told, 100).decode()
+    except BlockingIOError:  # nothing was told, and a process that the rank has left behind might yet
+        return ""
+    finally:
+        os.close(told)
+
+
+def _begin_rank() -> None:
+    """In a rank, before it is a Python: a launcher that is killed takes it along, and it commits first; a wish for a save that comes before
+    there is anything to save is none."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _rank(world: World, local: int) -> dict[str, str]:
     """The variables that torch.distributed reads."""
-    threads = max(1, len(os.sched_getaffinity(0)) // world.processes)
+    threads = max(1, cores() // world.processes)
     return {
         "RANK": str(world.node * world.processes + local),
         "LOCAL_RANK": str(local),
@@ -199,46 +158,67 @@ def _rank(world: World, local: int) -> dict[str, str]:
     }
 
 
-def launch(asked: Mapping[str, object], arguments: Sequence[str], restarts: int, grace_seconds: float) -> NoReturn:
-    """Trains with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error. A crash is
-    begun again from the last commit, at most `restarts` times; an error that a user has to mend is not."""
+def launch(
+    asked: Mapping[str, object], arguments: Sequence[str], run: Path, restarts: int, grace_seconds: float
+) -> NoReturn:
+    """Trains `run` with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error. A crash
+    is begun again from the last commit, at most `restarts` times; an error that a user has to mend is not."""
     world = world_of(asked, os.environ, devices_here(os.environ))
-    ranks = Ranks(grace_seconds)
-    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)  # orphans of ranks become ours, also where this is not PID 1
+    ranks, strangers = Ranks(run, grace_seconds), _children()  # a shell may have started some before it became this
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)  # orphans of ranks become ours, also where this is not PID 1
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored nothing can be waited for
     for number in (*ending_signals(), signal.SIGUSR1):
         signal.signal(number, ranks.forward)
     signal.signal(signal.SIGALRM, ranks.kill)
     _say(_described(world))
     command = [sys.executable, "-m", "finetune", "train", *arguments]
     for left in reversed(range(restarts + 1)):
-        with tempfile.TemporaryDirectory() as folder:
-            ranks.start(world and replace(world, port=world.port or _free_port()), command, Path(folder))
-            ranks.wait()
-            told = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
-        code = _code(list(ranks.codes.values()), ranks.stopped_by)
-        if code == 0 or ranks.stopped_by is not None or told or not left:
+        ranks.start(world and replace(world, port=world.port or _free_port()), command)
+        ranks.wait()
+        told = ranks.told()
+        others = ranks.killed | {local for local, code in told.items() if code == LostRankError.code}
+        failed, code = _outcome(ranks.codes, others, ranks.stopped_by)
+        is_asked = ranks.stopped_by is not None or code - 128 in ending_signals()  # of the launcher, or of a rank
+        if code == 0 or is_asked or told.keys() - others or not left:
             break
-        _say(f"a rank crashed ({code}); starting again from the last commit, {left} more times at most")
+        rank = failed + (world.node * world.processes if world else 0)
+        begun_again = f"starting again from the last commit, {left} more times at most"
+        _say(f"launch: rank {rank} crashed ({_of_code(code)}); {begun_again}")
         time.sleep(BETWEEN_STARTS_SECONDS)
         if ranks.stopped_by is not None:  # meanwhile
+            code = 128 + ranks.stopped_by
             break
-    _reap(grace_seconds)
+    _reap(ranks.seconds_left, strangers)
     sys.exit(code)
 
 
-def _code(codes: Sequence[int], stopped_by: int | None) -> int:
-    """One for all: that of the first rank that crashed or had to be killed, else that of the signal which all followed, or 0."""
-    failed = [128 - code if code < 0 else code for code in codes if code]
+def _outcome(codes: Mapping[int, int], others: Set[int], stopped_by: int | None) -> tuple[int, int]:
+    """One rank and its exit code for all: the first that crashed or had to be killed, but not one of `others`, which failed for it, if there
+    is another; else one that followed the signal, or ended well."""
     asked = 128 + stopped_by if stopped_by is not None else None
-    return next((code for code in failed if code != asked), failed[0] if failed else 0)
+    exits = {rank: 128 - code if code < 0 else code for rank, code in codes.items()}
+    failed = [rank for rank, code in exits.items() if code not in (0, asked)]
+    followed = [rank for rank, code in exits.items() if code]
+    chosen = next(iter([*(rank for rank in failed if rank not in others), *failed, *followed, *exits]))
+    return chosen, exits[chosen]
 
 
-def _reap(seconds: float) -> None:
+def _of_code(code: int) -> str:
+    names = {128 + number: number.name for number in signal.Signals}
+    return f"killed by {names[code]}" if code in names else f"exit code {code}"
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def _reap(seconds: float, strangers: Set[int]) -> None:
     """Waits for what the ranks left behind, such as the process that publishes milestones: the end of PID 1 would end it."""
     signal.signal(signal.SIGALRM, _end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))  # 0 would be no limit
     try:
-        while True:
+        while _children() - strangers:
             os.waitpid(-1, 0)
     except (ChildProcessError, TimeoutError):
         signal.setitimer(signal.ITIMER_REAL, 0)

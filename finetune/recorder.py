@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune import journal as journals
+from finetune import ranks
 from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
@@ -236,6 +237,7 @@ class Recorder:
         # before the wait: ranks that write nothing have room at once, and their reports time out
         report = self.reports.begin(state.step, self.plan.plan_id) if self.reports else None
         waited = self._writer.make_room()
+        ranks.wait_for_everyone(state.accelerator)  # not in the next step, whose collectives give up on a slow disk
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
         if not self.is_writer:

@@ -8,18 +8,18 @@ import math
 import os
 import secrets
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
-from finetune import bundle, estimate, guard, loop
+from finetune import bundle, estimate, guard, loop, ranks
 from finetune.checkpoints import holder, lease, snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.reports import Reports
@@ -38,13 +38,18 @@ from finetune.recorder import Recorder
 from finetune.resolve import Resolved
 from finetune.state import TrainState, build, start_accelerator
 from finetune.tasks import TASKS
+from finetune.world import is_first
 
 SAME_SIGNAL_SECONDS = 2.0
+STOPPING = "stopping: what is under way is finished and committed; a second signal ends at once"
 
 
 class Signals:
     """SIGTERM, SIGINT and SIGHUP as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
-    comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge."""
+    comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge.
+
+    A thread hears them: the main one may stand in native code, and wait for a rank that does not come.
+    """
 
     def __init__(self):
         self.received: int | None = None
@@ -53,24 +58,41 @@ class Signals:
         self.is_save_wished = False
 
     def __enter__(self) -> "Signals":
-        self._previous = {number: signal.signal(number, self._receive) for number in ending_signals()}
-        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._wish_save)
+        self._ending = ending_signals()
+        heard, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        self._thread = threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True)
+        self._thread.start()
+        self._previous_written = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        self._previous = {each: signal.signal(each, lambda *_: None) for each in (*self._ending, signal.SIGUSR1)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_written)
+        os.close(self._written)
+        self._thread.join()
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, heard: int) -> None:
+        """Each signal is a byte in a pipe; its end is the end of this thread."""
+        while numbers := os.read(heard, 100):
+            for number in numbers:
+                if number == signal.SIGUSR1:
+                    self.is_save_wished = True
+                elif number in self._ending:
+                    self._receive(number)
+        os.close(heard)
+
+    def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self.received is not None and now - self.received_at < SAME_SIGNAL_SECONDS:
             return
         if self.received is not None or not self.is_training:
             os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
         self.received, self.received_at = number, now
-
-    def _wish_save(self, number: int, frame: FrameType | None) -> None:
-        self.is_save_wished = True
+        if is_first(os.environ):
+            print(STOPPING, file=sys.stderr, flush=True)
 
 
 def train(
@@ -93,7 +115,7 @@ def train(
         is_writer = accelerator.is_main_process
         holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
         with holding as held:
-            with accelerator.main_process_first():
+            with ranks.rank_0_first(accelerator):
                 resolved, facts, changes = open_plan(loaded, path, accelerator, schedule)
                 if ask and is_writer and not Store(path).checkpoints():
                     ask(resolved)
@@ -200,14 +222,14 @@ def _commit_last(state: TrainState, recorder: Recorder) -> None:
     try:
         recorder.finish(state)
     finally:
-        state.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one rank has ended
+        ranks.wait_for_everyone(state.accelerator)  # a launcher ends the others as soon as one rank has ended
 
 
 def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint that rank 0 found, on every rank. Hosts that do not share the run directory, or read other bytes, are refused."""
     if accelerator.num_processes == 1:
         return newest
-    step = int(broadcast(torch.tensor([newest.step if newest else 0], device=accelerator.device)))
+    step = ranks.of_rank_0(accelerator, newest.step if newest else 0)
     mine, held = newest, holder.read(path / "lease.json")
     seen = int(held.token[:15], 16) if held else 0  # only the directory that rank 0 holds has this one
     with suppress(CheckpointError):  # the ranks must not part here: what was not seen is told below
@@ -215,6 +237,7 @@ def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Acceler
             mine = Store(path).find(step)
         if mine and (mine is newest or not verify(mine.path)):
             seen ^= int(mine.manifest.digest.rpartition(":")[2][:15], 16)
+    ranks.wait_for_everyone(accelerator)
     digests = accelerator.gather(torch.tensor([seen], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:
         others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -267,7 +290,7 @@ def _roll_back(
     if checkpoint is None:
         return False
     recorder.roll_back(amendment, report, checkpoint)
-    state.accelerator.wait_for_everyone()  # the others read what rank 0 has written of it
+    ranks.wait_for_everyone(state.accelerator)  # the others read what rank 0 has written of it
     snapshot.read(state, plan, checkpoint)
     recorder.recall(checkpoint)
     return True

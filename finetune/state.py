@@ -5,6 +5,7 @@
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from finetune import cache
+from finetune import cache, ranks
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, layers, losses, optimizer
@@ -23,6 +24,7 @@ from finetune.order import derive
 from finetune.plan import Plan
 from finetune.recipe.schema import Recipe, Train
 from finetune.tasks import TASKS
+from finetune.world import cores, refuse_half
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -88,7 +90,9 @@ class TrainState:
 
 
 def start_accelerator(settings: Train) -> Accelerator:
-    """Devices, precision and processes. Fails when the launcher started more processes than know of each other."""
+    """Devices, precision and processes. FinetuneError where the launcher started fewer than it was asked for, or more than know of each other."""
+    refuse_half(os.environ)
+    ranks.refuse_other_ways()
     if settings.reproducibility == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
         torch.use_deterministic_algorithms(True)
@@ -97,6 +101,8 @@ def start_accelerator(settings: Train) -> Accelerator:
         )
     if not torch.accelerator.is_available():
         _keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())  # torch counts the host's cores: beyond the quota they hinder each other
     AcceleratorState._reset_state()  # else a second one in this process inherits the first one's precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -105,12 +111,13 @@ def start_accelerator(settings: Train) -> Accelerator:
         # uninterrupted one (seen with 3 and 4 ranks); with unused-parameter search on, it never rebuilds them.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
-    declared = int(os.environ.get("WORLD_SIZE", "1"))
+    declared = ranks.declared()
     if accelerator.num_processes != declared:
         raise FinetuneError(
-            f"the launcher declared {declared} processes, but only {accelerator.num_processes} know of each other",
-            hint="on CPUs use `torchrun --nproc-per-node N -m -- finetune train RECIPE`",
+            f"the launcher was asked for {declared} processes, and {accelerator.num_processes} know of each other",
+            hint=f"on CPUs `finetune launch --nproc-per-node {declared} RECIPE` starts as many; `accelerate launch` starts one",
         )
+    ranks.connect(accelerator)
     return accelerator
 
 
@@ -149,7 +156,11 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
         layers.compile_layers(model)
     model.train()
     objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
-    objective, prepared = accelerator.prepare(objective, optimizer.build(model, recipe.optimizer, recipe.train.seed))
+    with warnings.catch_warnings():  # Accelerate gives DDP an older name of an option, and each rank says so
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        objective, prepared = accelerator.prepare(
+            objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
+        )
     notes = (f"the loss holds the logits of a whole micro-batch: {reason}",) if reason else ()
     return TrainState(accelerator, objective, model, prepared, notes=notes)
 

@@ -1,111 +1,178 @@
-"""Who trains together, by flags, devices and what a scheduler says; what the ranks' codes are together."""
+"""The launcher's part of a training, with small programs for ranks: codes, grace, orphans, saves under way, what ranks tell."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from finetune.errors import FinetuneError
-from finetune.launch import World, _code, devices_here, first_host, world_of
+from finetune.launch import _outcome
 
-PET = {"PET_NNODES": "4", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "job-0"}
-SLURM = {
-    "SLURM_PROCID": "1",
-    "SLURM_NTASKS": "2",
-    "SLURM_NNODES": "2",
-    "SLURM_JOB_ID": "77",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_NODELIST": "gpu[007-008]",
-}
-CASES = {
-    "a laptop": ({}, {}, 0, (1, 1, 0, None)),
-    "four GPUs": ({}, {}, 4, (4, 1, 0, None)),
-    "two processes asked for": ({"processes": 2}, {}, 0, (2, 1, 0, None)),
-    "fewer processes than GPUs": ({"processes": 2}, {}, 4, (2, 1, 0, None)),
-    "two hosts by flags": (
-        {"nodes": 2, "node": 1, "address": "one", "port": 29500},
-        {},
-        8,
-        (8, 2, 1, "one:29500"),
-    ),
-    "Kubernetes": ({}, PET, 8, (8, 4, 2, "job-0:20000")),
-    "Kubernetes, processes by devices": ({}, PET | {"PET_NPROC_PER_NODE": "auto"}, 2, (2, 4, 2, "job-0:20000")),
-    "Slurm, a task a host": ({}, SLURM, 8, (8, 2, 1, "gpu007:20077")),
-    "Slurm, one task": ({}, SLURM | {"SLURM_NTASKS": "1"}, 2, (2, 1, 0, None)),
-    "Slurm, with a flag": ({"port": 4000}, SLURM, 8, (8, 2, 1, "gpu007:4000")),
-}
+LAUNCH = """
+import sys
+from pathlib import Path
+from finetune import launch
+run, grace, restarts, processes, pause, ranks = sys.argv[1:]
+launch.sys.executable = ranks
+launch.BETWEEN_STARTS_SECONDS = float(pause)
+launch.AFTER_A_CRASH_SECONDS = 0.5
+launch.launch({"processes": int(processes)}, [], Path(run), int(restarts), float(grace))
+"""
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_processes_are_those_that_flags_scheduler_and_devices_ask_for(name) -> None:
-    flags, environment, devices, (processes, nodes, node, meeting) = CASES[name]
-    world = world_of(flags | {"absent": None}, environment, devices)
-    assert (world.processes, world.nodes, world.node) == (processes, nodes, node) and world.why
-    assert world.size == processes * nodes
-    assert (f"{world.address}:{world.port}" if meeting else world.port) == meeting
+@pytest.fixture
+def launched(tmp_path):
+    """Starts a launcher whose ranks run a shell script; `$RUN` is the run directory. `read -t` is a sleep that a signal ends."""
+
+    def start(script: str, *, grace: float = 60, restarts: int = 0, processes: int = 2, pause: float = 0.1, **options):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        ranks = tmp_path / "ranks"
+        ranks.write_text(f"#!/bin/bash\n{script}\n")
+        ranks.chmod(0o755)
+        command = [sys.executable, "-c", LAUNCH, tmp_path / "run", grace, restarts, processes, pause, ranks]
+        environment = os.environ | {"RUN": str(tmp_path / "run")}
+        words = [str(word) for word in command]
+        return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+    return start
 
 
-def test_a_rank_of_another_launcher_stays_one() -> None:
-    assert world_of({}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 8) is None
-    assert isinstance(world_of({"processes": 2}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 8), World)
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-REFUSED = {
-    "hosts that do not know where to meet": ({"nodes": 2}, {}, "2 hosts have to know where to meet"),
-    "a host too many": (
-        {"nodes": 2, "node": 2, "address": "one", "port": 1},
-        {},
-        "2 is not one of 2 hosts, which are counted from 0",
-    ),
-    "several tasks a host": ({}, SLURM | {"SLURM_NTASKS": "16"}, "16 tasks on 2 hosts"),
-    "a batch script without srun": (
-        {},
-        {key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"},
-        "2 hosts, started without srun",
-    ),
-    "what a launcher sets, without LOCAL_RANK": ({}, {"RANK": "1", "WORLD_SIZE": "2"}, "has RANK and WORLD_SIZE alone"),
-    "words for numbers": ({}, PET | {"PET_NNODES": "many"}, "a number was expected"),
-    "no list of hosts": ({}, SLURM | {"SLURM_JOB_NODELIST": ""}, "names no host"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_half_of_what_several_hosts_need_is_refused(name) -> None:
-    flags, environment, message = REFUSED[name]
-    with pytest.raises(FinetuneError, match=message) as caught:
-        world_of(flags, environment, 8)
-    assert caught.value.hint
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
 
 
 @pytest.mark.parametrize(
-    ("listed", "first"),
-    [("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1"), ("gpu[007-012,20],cpu1", "gpu007"), ("a[1,3]-ib,b", "a1-ib")],
-)
-def test_the_first_host_of_a_list_of_slurm(listed, first) -> None:
-    assert first_host(listed) == first
-
-
-def test_devices_are_those_that_the_driver_shows_and_the_environment_lets_through(tmp_path) -> None:
-    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm", "null"):
-        (tmp_path / name).touch()
-    assert devices_here({}, tmp_path) == 3
-    assert devices_here({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
-    assert devices_here({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
-
-
-@pytest.mark.parametrize(
-    ("codes", "stopped_by", "together"),
+    ("codes", "others", "stopped_by", "outcome"),
     [
-        ([0, 0], None, 0),
-        ([143, 143], 15, 143),
-        ([0, 0], 15, 0),  # it was done already
-        ([143, -15], 15, 143),
-        ([143, -9], 15, 137),  # its grace was over
-        ([1, -9], None, 1),
-        ([-9, 1], None, 137),
-        ([2], None, 2),
-        ([143, 143], None, 143),
+        ({0: 0, 1: 0}, (), None, (0, 0)),
+        ({1: 143, 0: 143}, (), 15, (1, 143)),
+        ({0: 0, 1: 0}, (), 15, (0, 0)),  # it was done already
+        ({0: 143, 1: -15}, (), 15, (0, 143)),
+        ({0: 143, 1: -9}, {1}, 15, (1, 137)),  # its grace was over
+        ({0: 1, 1: -9}, {1}, None, (0, 1)),
+        ({1: 1, 0: -9}, {1}, None, (0, 137)),  # it lost rank 0, and ended first
+        ({1: 1, 0: 1}, {0, 1}, None, (1, 1)),  # a rank of another host
+        ({0: 2}, (), None, (0, 2)),
+        ({0: 143, 1: 143}, (), None, (0, 143)),
     ],
 )
-def test_one_code_for_all_ranks(codes, stopped_by, together) -> None:
-    assert _code(codes, stopped_by) == together
+def test_one_code_for_all_ranks_is_that_of_the_one_that_began_it(codes, others, stopped_by, outcome) -> None:
+    assert _outcome(codes, set(others), stopped_by) == outcome
+
+
+def test_a_rank_that_ignores_the_signal_is_killed_at_the_end_of_its_grace(launched, tmp_path) -> None:
+    process = launched("trap '' TERM; touch $RUN/ready$LOCAL_RANK; while :; do sleep 0.1; done", grace=2)
+    for rank in range(2):
+        wait_for(tmp_path / f"run/ready{rank}")
+    process.terminate()
+    assert ended(process)[0] == 137
+
+
+def test_what_ranks_leave_behind_is_waited_for_within_the_same_grace(launched, tmp_path) -> None:
+    leave = "(trap '' TERM; sleep {}; touch $RUN/left) >/dev/null 2>&1 &"
+    process = launched(f"{leave.format(2)} exit 0", processes=1)
+    assert ended(process)[0] == 0 and (tmp_path / "run/left").exists()
+    stay = f"{leave.format(5.5)} trap 'sleep 2; exit 143' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
+    (tmp_path / "run/left").unlink()
+    process = launched(stay, grace=4, processes=1)
+    wait_for(tmp_path / "run/ready")
+    process.terminate()
+    assert ended(process)[0] == 143
+    assert not (tmp_path / "run/left").exists(), "two seconds for the rank and two for what it left, not another four"
+
+
+def test_children_that_the_launcher_did_not_start_are_not_waited_for(tmp_path) -> None:
+    """As `nvidia-smi dmon & exec finetune launch …` in an entrypoint."""
+    code = LAUNCH.replace("launch.sys.executable = ranks", "launch.sys.executable = '/bin/true'")
+    words = [sys.executable, "-c", code, str(tmp_path), "60", "0", "2", "0", "-"]
+    script = 'sleep 30 >/dev/null 2>&1 & echo $! >&2; exec "$@"'
+    process = subprocess.Popen(["bash", "-c", script, "-", *words], stderr=subprocess.PIPE, text=True)
+    stranger = int(process.stderr.readline())
+    assert ended(process)[0] == 0
+    os.kill(stranger, signal.SIGKILL)  # it is there
+
+
+def test_variables_of_other_launchers_reach_no_rank(launched, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    assert ended(launched("env >$RUN/env$LOCAL_RANK"))[0] == 0
+    found = dict(line.split("=", 1) for line in (tmp_path / "run/env1").read_text().splitlines() if "=" in line)
+    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "2", "127.0.0.1")
+    assert not [name for name in found if name.startswith(("TORCHELASTIC", "OMPI"))]
+
+
+def test_orphans_of_ranks_are_reaped(launched, tmp_path) -> None:
+    (tmp_path / "look.sh").write_text("cat /proc/$PPID/task/$PPID/children | tr ' ' '\\n' | grep -c . >$RUN/children\n")
+    orphan = "for one in 1 2 3 4 5; do (sleep 0.2 &) ; done; sleep 2; . ./look.sh"
+    process = launched(orphan, processes=1, cwd=tmp_path)
+    assert ended(process)[0] == 0
+    assert (tmp_path / "run/children").read_text().strip() == "1", "the rank alone"
+
+
+def test_a_save_under_way_ends_before_the_ranks_of_a_crashed_one_are_killed(launched, tmp_path) -> None:
+    save = "mkdir -p $RUN/attempts/step-1; touch $RUN/saving; sleep 3; touch $RUN/saved; rm -r $RUN/attempts/step-1"
+    crash = "while [ ! -e $RUN/saving ]; do sleep 0.1; done; kill -9 $$"
+    hangs = "while :; do sleep 0.1; done"
+    process = launched(f'if [ "$RANK" = 0 ]; then {save}; {hangs}; else {crash}; fi')
+    code, said = ended(process)
+    assert code == 137 and (tmp_path / "run/saved").exists(), said
+
+
+def test_a_save_that_its_rank_has_left_is_not_waited_for(launched) -> None:
+    crash = "mkdir -p $RUN/attempts/step-1; kill -9 $$"
+    process = launched(f'if [ "$RANK" = 0 ]; then {crash}; else while :; do sleep 0.1; done; fi', grace=1_000)
+    assert ended(process)[0] == 137
+
+
+def test_a_crash_is_begun_again_and_the_rank_that_began_it_is_named(launched) -> None:
+    code, said = ended(launched('[ "$RANK" = 1 ] || exec sleep 1000; kill -9 $$', restarts=2))
+    assert code == 137
+    assert said.count("launch: rank 1 crashed (killed by SIGKILL); starting again from the last commit") == 2, said
+
+
+def test_an_error_that_a_rank_tells_is_not_tried_again_and_that_of_a_lost_rank_is(launched) -> None:
+    code, said = ended(launched('[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD; exit 1', restarts=3))
+    assert (code, said.count("starting again")) == (1, 0), said
+    code, said = ended(launched("echo -n lost_rank >&$FINETUNE_TOLD; exit 1", restarts=3))
+    assert (code, said.count("starting again")) == (1, 3), said
+
+
+@pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("INT", 130), ("HUP", 129)])
+def test_a_rank_that_was_signalled_ends_them_all_and_is_no_crash(number, code, launched) -> None:
+    found, said = ended(launched(f"exit {code}", restarts=3))
+    assert (found, said.count("starting again")) == (code, 0), said
+    found, said = ended(launched(f"kill -{number} $$", restarts=3, processes=1))
+    assert (found, said.count("starting again")) == (code, 0), said
+
+
+def test_a_signal_between_two_starts_ends_the_training(launched, tmp_path) -> None:
+    process = launched("touch $RUN/started; kill -9 $$", restarts=9, processes=1, pause=10)
+    said = process.stderr.readline() + process.stderr.readline()
+    assert "starting again" in said
+    process.terminate()
+    assert ended(process) == (143, "")
+
+
+def test_a_wish_for_a_save_before_there_is_a_training_ends_nothing(launched, tmp_path) -> None:
+    process = launched("exec 3<>/dev/null; kill -USR1 $$; sleep 0.2; touch $RUN/on", processes=1)
+    assert ended(process)[0] == 0 and (tmp_path / "run/on").exists()
+
+
+def test_the_launcher_waits_also_where_it_was_started_with_children_ignored(launched) -> None:
+    process = launched("exit 0", preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert ended(process)[0] == 0
 
 
 def test_a_signal_that_comes_again_at_once_is_the_same_and_a_later_one_ends_at_once(monkeypatch) -> None:
@@ -118,8 +185,8 @@ def test_a_signal_that_comes_again_at_once_is_the_same_and_a_later_one_ends_at_o
     signals.is_training = True
     for at in (100.0, 100.1, 101.9):
         now[0] = at
-        signals._receive(15, None)
+        signals._receive(15)
     assert signals.received == 15 and not ended
     now[0] = 102.1
-    signals._receive(2, None)
+    signals._receive(2)
     assert ended == [130]

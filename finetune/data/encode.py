@@ -25,6 +25,7 @@ import numpy as np
 from finetune import cache
 from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
+from finetune.world import cores
 
 VERSION = 2  # of the format below; part of every key
 SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
@@ -32,7 +33,6 @@ PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seco
 MOST_WORKERS = 16  # of a quarter of a GiB each, and what a reader keeps of its source
 ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads
 CHARACTERS_AT_ONCE = 4 << 20  # and small enough for memory, at some 100 bytes a character on the way
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 # rows and their places in, the examples of each row out
 Encoder = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
@@ -66,12 +66,8 @@ def encode(
 
 
 def workers() -> int:
-    """As many processes as this one may use cores, by its affinity and its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if CPU_QUOTA.exists():
-        quota, period = CPU_QUOTA.read_text().split()
-        cores = cores if quota == "max" else min(cores, -(-int(quota) // int(period)))
-    return min(cores, MOST_WORKERS)
+    """As many processes as this one may use cores."""
+    return min(cores(), MOST_WORKERS)
 
 
 def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> list[Path]:

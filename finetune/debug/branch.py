@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from finetune import plan as plans
+from finetune import ranks
 from finetune.checkpoints import lease
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
@@ -78,7 +79,7 @@ def branch(
                 is_reset = choices.is_optimizer_reset
                 made = branch_run.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
                 branch_run.make(made, held)
-    accelerator.wait_for_everyone()
+    ranks.wait_for_everyone(accelerator)
     if is_to_train:
         recipe = LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0})
         train(recipe, run, is_quiet=is_quiet, until=until)

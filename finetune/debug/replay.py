@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finetune import journal as journals
+from finetune import ranks
 from finetune.checkpoints import lease
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Manifest
@@ -76,7 +77,7 @@ def materialize(rerun: Rerun, steps: Sequence[int]) -> list[str]:
                 raise CheckpointError(message, where=str(rerun.run), hint=hint)
             if committer:
                 committer.commit(step)
-        rerun.accelerator.wait_for_everyone()
+        ranks.wait_for_everyone(rerun.accelerator)
         if committer:
             committer.close()
     return [f"{rerun.run}@{step}" for step in sorted(steps)]

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
 
-from finetune import columns, guard, journal, loop
+from finetune import columns, guard, journal, loop, ranks
 from finetune import plan as plans
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
@@ -69,7 +68,7 @@ class Rerun:
         """Of all steps that ran again so far."""
         self.accelerator = start_accelerator(self.plan.recipe.train)
         loaded = LoadedRecipe(self.plan.recipe, "", str(run / "plan.json"), {"": 0})
-        with self.accelerator.main_process_first():
+        with ranks.rank_0_first(self.accelerator):
             self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True)
             self._directory = base.directory(self.plan.recipe.base, self.plan.base)
         self._state: TrainState | None = None
@@ -97,7 +96,7 @@ class Rerun:
         if self.accelerator.is_main_process:
             found, _ = self.store.newest_sound(before=step + 1)
             number = found.step if found else 0
-        number = broadcast(torch.tensor([number], device=self.accelerator.device)).item()
+        number = ranks.of_rank_0(self.accelerator, number)
         if number:
             return self.store.find(number)
         if self.plan.parent and self.plan.parent.step:

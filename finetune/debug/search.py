@@ -7,10 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast
-
-from finetune import journal
+from finetune import journal, ranks
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.staging import Staging
@@ -101,7 +98,7 @@ class States:
         path = checkpoint.path if checkpoint else rerun.resolved.base_directory
         code = {None: 2, True: 1, False: 0}
         answer = predicates.run_command(self._predicate, path) if rerun.accelerator.is_main_process else None
-        told = broadcast(torch.tensor([code[answer]], device=rerun.accelerator.device)).item()
+        told = ranks.of_rank_0(rerun.accelerator, code[answer])
         verdict = {2: None, 1: True, 0: False}[told]
         rerun.say(f"step {step}: {'the command cannot tell' if verdict is None else 'bad' if verdict else 'good'}")
         return verdict
@@ -117,7 +114,7 @@ class States:
             if rerun.accelerator.is_main_process:
                 for left in (rerun.run / "debug").glob("bisect-*"):  # of a search that was killed
                     shutil.rmtree(left, ignore_errors=True)
-            token = broadcast(torch.tensor([secrets.randbits(40)], device=rerun.accelerator.device)).item()
+            token = ranks.of_rank_0(rerun.accelerator, secrets.randbits(40))
             self._scratch = rerun.run / "debug" / f"bisect-{token:010x}"
         store = Store(self._scratch)
         if rerun.accelerator.is_main_process:
@@ -132,7 +129,7 @@ class States:
             )
             store.commit(attempt, manifest)
             taken.copy.release()
-        rerun.accelerator.wait_for_everyone()
+        ranks.wait_for_everyone(rerun.accelerator)
         return store.find(rerun.state.step)
 
     def remove(self, checkpoint: Checkpoint | None) -> None:

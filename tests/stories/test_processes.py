@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from finetune import columns, journal
 from tests.stories.same_run import assert_same_run
+from tests.stories.workers import free_port
 
 ROOT = Path(__file__).parents[2]
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -89,6 +91,26 @@ def test_a_signal_before_the_first_step_ends_at_once_and_commits_nothing(recipe_
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def test_a_signal_ends_a_rank_that_stands_in_native_code(recipe_file, tmp_path) -> None:
+    """It waits for a host that does not come, in a call that hears of no Python handler."""
+    port = free_port()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "finetune", "train", recipe_file(), "--run", tmp_path / "run"]
+    with subprocess.Popen(command, env=os.environ | alone, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while not is_open(port):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_second_process_on_a_run_directory_refuses(recipe_file, finetune, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG), tmp_path / "run"
     first = start("train", recipe, "--run", run)
@@ -119,15 +141,35 @@ def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tm
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
 
 
+def accelerate(recipe: Path, run: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "finetune", "train", str(recipe)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, "--run", str(run)], capture_output=True, text=True, timeout=240, env=environment)
+
+
 def test_accelerate_launch_runs_the_same_program(recipe_file, tmp_path) -> None:
-    recipe, run = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32"}), tmp_path / "run"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command = [*accelerate, "-m", "finetune", "train", str(recipe), "--run", str(run)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    recipe = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32"})
+    result = accelerate(recipe, tmp_path / "run", "--cpu", "--num_processes", "1")
     assert result.returncode == 0, result.stderr
     assert "finished at step 2" in result.stderr.splitlines()
+
+
+@pytest.mark.parametrize("says", ["flags", "configuration"])
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_refused(says, recipe_file, tmp_path) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    asked = {"distributed_type": "MULTI_CPU", "num_processes": 2, "num_machines": 1, "use_cpu": True}
+    config.write_text(json.dumps(asked | {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no"}))
+    flags = ["--cpu", "--num_processes", "2"] if says == "flags" else ["--config_file", str(config)]
+    result = accelerate(recipe_file(), run, *flags)
+    assert result.returncode == 1
+    assert "the launcher was asked for 2 processes, and 1 know of each other" in result.stderr
+    assert not run.exists()
+
+
+def test_half_of_what_a_launcher_sets_is_refused(recipe_file, finetune, tmp_path) -> None:
+    half = finetune("train", recipe_file(), "--run", tmp_path / "run", env=os.environ | {"WORLD_SIZE": "2"})
+    assert (half.returncode, half.stderr.splitlines()[0]) == (1, "environment: has WORLD_SIZE alone")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so_and_does_nothing(recipe_file, finetune, tmp_path) -> None:

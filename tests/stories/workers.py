@@ -75,7 +75,7 @@ class Workers:
     def _start(self) -> None:
         launched = {}
         if self.world_size > 1:
-            local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+            local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
             launched = local | {"WORLD_SIZE": str(self.world_size), "LOCAL_WORLD_SIZE": str(self.world_size)}
         for rank, log in enumerate(self._logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {}
@@ -92,7 +92,7 @@ class Workers:
             self._processes.append(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 

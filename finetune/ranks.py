@@ -1,0 +1,122 @@
+"""Floor 1. What the ranks of a training do beside its steps: they wait for the one that works, and tell a rank that is lost from a bug.
+
+`run` and the debugging tools wait here, `state` asks how many were declared, `cli` says what is lost.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from finetune.errors import FinetuneError, LostRankError
+
+LONGEST_WORK = timedelta(days=7)
+OTHER_WAYS = {
+    "ACCELERATE_USE_FSDP": ("FSDP",),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed",),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron",),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("several kinds of parallelism",),
+    "ACCELERATE_DYNAMO_BACKEND": ("a compiler (train.compile is the recipe's)",),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("accumulation (it follows from train.micro_batch_tokens)", "1"),
+}
+"""What Accelerate would do on its own where its launcher, its configuration file or a variable left over asks for it; and a value that
+asks for nothing."""
+OFF = ("", "0", "n", "no", "f", "false", "off")
+OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has a class of its own
+
+
+def lost_rank(error: RuntimeError) -> LostRankError | None:
+    """What an error of a collective says of another rank; None for any other error."""
+    is_of_store = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+    if not is_of_store and not any(part in str(error) for part in OF_LOST_PEERS):
+        return None
+    reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    return LostRankError(f"lost another rank: {reason}", where=f"rank {os.environ['RANK']}")
+
+
+@lru_cache(maxsize=1)
+def _patient() -> dist.ProcessGroup:
+    """The connections of `wait_for_everyone`, for the life of the process. Collectives of the training give up after minutes, NCCL's after
+    ten; a download, an encoding or a slow disk may take hours."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WORK)
+
+
+def connect(accelerator: Accelerator) -> None:
+    """By all ranks, before they wait for each other."""
+    if accelerator.num_processes > 1:
+        _patient()
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """Returns when all ranks are here, however long one of them works."""
+    if accelerator.num_processes > 1:
+        dist.barrier(_patient())
+
+
+def of_rank_0(accelerator: Accelerator, number: int) -> int:
+    """Rank 0's number on every rank, however long it worked for it."""
+    if accelerator.num_processes == 1:
+        return number
+    told = torch.tensor([number])
+    dist.broadcast(told, 0, group=_patient())
+    return int(told)
+
+
+@contextmanager
+def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
+    """Rank 0 runs the body, then the others do, and all go on together."""
+    if not accelerator.is_main_process:
+        wait_for_everyone(accelerator)
+    yield
+    if accelerator.is_main_process:
+        wait_for_everyone(accelerator)
+    wait_for_everyone(accelerator)
+
+
+def refuse_other_ways() -> None:
+    """FinetuneError where Accelerate was told to train in a way that no recipe asks for: it would, and nobody would know."""
+    asked = [name for name, (_, *off) in OTHER_WAYS.items() if os.environ.get(name, "").lower() not in (*OFF, *off)]
+    if asked:
+        what = " and ".join(OTHER_WAYS[name][0] for name in asked)
+        hint = f"unset {', '.join(asked)}, or change the launcher's flags or configuration file that set it"
+        raise FinetuneError(f"Accelerate is told to use {what}", where="environment", hint=hint)
+
+
+def declared() -> int:
+    """How many processes a launcher says that it has started. `accelerate launch` says it to nobody where it starts one alone: on CPUs,
+    whatever it was asked for."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    for parent in psutil.Process().parents():
+        with suppress(psutil.Error):  # it has ended, or is somebody else's
+            if (asked := _after_accelerate(parent.cmdline())) is not None:
+                return _asked_of_accelerate(asked)
+    return 1
+
+
+def _after_accelerate(words: list[str]) -> list[str] | None:
+    """The arguments of a command that is `accelerate launch`, in one of its ways, perhaps by a Python; None for any other."""
+    names = [Path(word).name for word in words]
+    for way in (["accelerate", "launch"], ["accelerate-launch"], ["accelerate.commands.launch"]):
+        for place in range(3):
+            if names[place : place + len(way)] == way:
+                return words[place + len(way) :]
+    return None
+
+
+def _asked_of_accelerate(words: list[str]) -> int:
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    asked = launch_command_parser().parse_args(words)
+    number = asked.num_processes
+    if number is None and not asked.cpu and (asked.config_file or Path(default_config_file).is_file()):
+        number = load_config_from_file(asked.config_file).num_processes
+    return number or 1

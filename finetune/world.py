@@ -1,0 +1,167 @@
+"""Floor 0. Who trains together: by flags, the variables of a launcher or of a scheduler, else the devices here; and the cores of each.
+
+`launch` starts these processes; `state` and `cli` ask which of them this one is.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.errors import FinetuneError
+
+PORTS = range(20_000, 30_000)
+NO_STEP = 0xFFFFFFFA  # the least of Slurm's numbers for what srun has not started: an interactive shell, a batch script
+TOLD = "FINETUNE_TOLD"
+"""The descriptor of the pipe into which a rank writes the code of the error with which it failed, if it was no crash. A pipe, for a disk may be full."""
+OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a training: `processes` on each of `nodes` hosts, of which this is number `node`; they meet at `address`."""
+
+    processes: int
+    why: str
+    nodes: int = 1
+    node: int = 0
+    address: str = "127.0.0.1"
+    port: int | None = None
+    """Where rank 0 listens; None on one host, where a free one is taken."""
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.processes
+
+
+def world_of(asked: Mapping[str, object], environment: Mapping[str, str], devices: int) -> World | None:
+    """Who trains together: what the flags say, else what the scheduler says, else a process for each device. None for a process that
+    a launcher has started already, as one of its ranks.
+
+    FinetuneError where the flags or the environment say half of what several hosts need.
+    """
+    flags = {key: value for key, value in asked.items() if value is not None}
+    if not flags and all(name in environment for name in OF_LAUNCHER):
+        return None
+    is_all_said = flags.get("nodes") == 1 or {"nodes", "node", "address", "port"} <= flags.keys()
+    found = None if is_all_said else _of_scheduler(environment, devices)
+    if not found and not flags:
+        refuse_half(environment)
+    here = "no NVIDIA GPU here" if not devices else "one GPU here" if devices == 1 else f"{devices} GPUs here"
+    world = found or World(max(devices, 1), here)
+    world = replace(world, **flags, **({"why": "as the flags say"} if flags else {}))
+    if world.nodes > 1 and (world.port is None or world.address == "127.0.0.1"):
+        hint = "give --master-addr and --master-port, the same on all hosts, and --node-rank"
+        raise FinetuneError(f"{world.nodes} hosts have to know where to meet", where="--nnodes", hint=hint)
+    if min(world.processes, world.nodes) < 1:
+        message = f"{world.processes} processes on {world.nodes} hosts train nothing"
+        raise FinetuneError(message, where="environment", hint="correct what the scheduler sets, or give the flags")
+    if not 0 <= world.node < world.nodes:
+        message = f"{world.node} is not one of {world.nodes} hosts, which are counted from 0"
+        raise FinetuneError(message, where="--node-rank", hint="give each host another one")
+    return world
+
+
+def refuse_half(environment: Mapping[str, str]) -> None:
+    """FinetuneError for variables of a launcher that leave open which of its processes this is."""
+    found = [name for name in OF_LAUNCHER if name in environment]
+    if 0 < len(found) < len(OF_LAUNCHER) and environment.get("WORLD_SIZE") != "1":
+        hint = "a launcher sets RANK, LOCAL_RANK and WORLD_SIZE: unset them, or use `finetune launch` and its flags"
+        raise FinetuneError(f"has {' and '.join(found)} alone", where="environment", hint=hint)
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or the only one; what all ranks know it alone says."""
+    return environment.get("RANK", "0") == "0"
+
+
+def is_alone(environment: Mapping[str, str]) -> bool:
+    """Whether this process trains without others."""
+    return environment.get("WORLD_SIZE", "1") == "1"
+
+
+def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
+    """What Kubernetes' training operator (PET_…) or Slurm says of several hosts or tasks."""
+    try:
+        if "PET_NNODES" in environment:
+            each = environment.get("PET_NPROC_PER_NODE", "auto")
+            return World(
+                processes=int(each) if each.isdecimal() else max(devices, 1),
+                why="Kubernetes' PET_NNODES",
+                nodes=_of_range(environment["PET_NNODES"]),
+                node=int(environment.get("PET_NODE_RANK", environment.get("RANK", "0"))),
+                address=environment.get("PET_MASTER_ADDR", environment.get("MASTER_ADDR", "127.0.0.1")),
+                port=int(environment.get("PET_MASTER_PORT", environment.get("MASTER_PORT", PORTS[0]))),
+            )
+        if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+            tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", "1"))
+            if tasks > nodes:
+                hint = "ask Slurm for one task a host (--ntasks-per-node=1): its GPUs get a process each"
+                raise FinetuneError(f"{tasks} tasks on {nodes} hosts", where="SLURM_NTASKS", hint=hint)
+            if (
+                int(environment.get("SLURM_STEP_ID", NO_STEP)) >= NO_STEP
+            ):  # task 0 of all, and nothing starts the others
+                message = f"{nodes} hosts, started without srun"
+                raise FinetuneError(message, where="SLURM_NNODES", hint="put `srun` before it: srun finetune launch …")
+            listed = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+            return World(
+                processes=max(devices, 1),
+                why="Slurm's SLURM_NNODES",
+                nodes=nodes,
+                node=int(environment["SLURM_PROCID"]),
+                address=first_host(listed),
+                port=PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(PORTS)],
+            )
+    except ValueError as error:
+        hint = "correct what the scheduler sets, or give the flags"
+        raise FinetuneError(f"a number was expected: {error}", where="environment", hint=hint) from None
+    return None
+
+
+def _of_range(hosts: str) -> int:
+    """Kubernetes says `2`, or `2:2`."""
+    fewest, _, most = hosts.partition(":")
+    if most not in ("", fewest):
+        hint = "ask for a fixed number: a run has the same processes all the time"
+        raise FinetuneError(f"{hosts} hosts, as they come", where="PET_NNODES", hint=hint)
+    return int(fewest)
+
+
+def first_host(listed: str) -> str:
+    """The first of Slurm's list of hosts, like `gpu[007-012,20],cpu1`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", listed)
+    if not match:
+        raise FinetuneError("names no host", where="SLURM_JOB_NODELIST", hint="give --master-addr")
+    return "".join(part or "" for part in match.groups())
+
+
+def devices_here(environment: Mapping[str, str], place: Path = Path("/dev")) -> int:
+    """NVIDIA's devices as the driver shows them, or as many as CUDA_VISIBLE_DEVICES lets through; torch is not imported for it."""
+    found = len([path for path in place.glob("nvidia*") if path.name[6:].isdecimal()])
+    if "CUDA_VISIBLE_DEVICES" not in environment:
+        return found
+    named = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",")]
+    visible = list(itertools.takewhile(lambda name: name and not name.startswith("-"), named))  # CUDA ends there
+    most = (
+        1 if any(name.startswith("MIG-") for name in visible) else len(visible)
+    )  # a process sees one part of a device
+    return min(found, most)
+
+
+def cores(quotas: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores that this process may use: by its affinity, and by the quota of its container (cgroups of either version)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    words = _words(quotas / "cpu.max") or [
+        *_words(quotas / "cpu/cpu.cfs_quota_us"),
+        *_words(quotas / "cpu/cpu.cfs_period_us"),
+    ]
+    if len(words) == 2 and all(word.isdecimal() for word in words):  # `max` and -1 are none
+        quota, period = map(int, words)
+        allowed = min(allowed, max(1, -(-quota // period)))
+    return allowed
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []

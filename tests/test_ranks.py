@@ -1,0 +1,114 @@
+"""What ranks do beside their steps: how many there should be, what Accelerate must not be told, and how long they wait for each other."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from finetune import journal, ranks
+from finetune.errors import FinetuneError
+from tests.stories.workers import free_port
+
+IMPATIENT = """
+import sys, time
+from datetime import timedelta
+from functools import partial
+import torch.distributed as dist
+from finetune import run
+from finetune.checkpoints.writer import Writer
+from finetune.recorder import Recorder
+
+def slowed(work):
+    def slow(*arguments, **options):
+        time.sleep(WORK_SECONDS if dist.get_rank() == 0 else 0)
+        return work(*arguments, **options)
+    return slow
+
+PATIENCE_SECONDS, WORK_SECONDS = 3, 7
+dist.init_process_group = partial(dist.init_process_group, timeout=timedelta(seconds=PATIENCE_SECONDS))
+name = sys.argv.pop(1)
+owner = {"open_plan": run, "make_room": Writer, "open": Recorder, "finish": Recorder}[name]
+setattr(owner, name, slowed(getattr(owner, name)))
+from finetune.cli import main
+main()
+"""
+
+
+def two_ranks(*command: object) -> list[subprocess.Popen]:
+    """What torchrun starts; on a port that was free a moment ago."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["open_plan", "open", "make_room", "finish"])
+def test_ranks_wait_for_one_that_works_longer_than_their_collectives_are_patient(work, recipe_file, tmp_path) -> None:
+    """A download, an encoding, a checkpoint that is verified, a save on a slow disk: NCCL gives up after ten minutes."""
+    recipe = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128})
+    both = two_ranks("-c", IMPATIENT, work, "train", recipe, "--run", tmp_path / "run")
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert max(journal.steps(journal.read(tmp_path / "run"))) == 2
+
+
+def test_a_rank_that_lost_another_says_so_in_a_line(recipe_file, chat_data, tmp_path) -> None:
+    recipe = recipe_file(data={"train": [{"path": str(chat_data / "gone.jsonl")}]})
+    both = two_ranks("-m", "finetune", "train", recipe, "--run", tmp_path / "run")
+    first, second = (process.communicate(timeout=200)[1].splitlines() for process in both)
+    assert [process.returncode for process in both] == [1, 1]
+    assert first[0].endswith("gone.jsonl: no such file") and first[1].startswith("hint: ")
+    assert len(second) == 1 and second[0].startswith("rank 1: lost another rank: "), second
+
+
+def test_an_error_of_one_rank_alone_is_a_bug() -> None:
+    assert ranks.lost_rank(RuntimeError("shape mismatch")) is None
+    assert ranks.lost_rank(dist.DistBackendError("NCCL error: unhandled system error, ncclSystemError")) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "after"),
+    [
+        ("/usr/bin/python3 /opt/bin/accelerate launch --cpu -m finetune", "--cpu -m finetune"),
+        ("/opt/bin/accelerate launch --cpu", "--cpu"),
+        ("python /opt/bin/accelerate-launch --cpu", "--cpu"),
+        ("python -m accelerate.commands.launch --cpu", "--cpu"),
+        ("bash launch accelerate", None),
+        ("python train.py --by accelerate launch", None),
+    ],
+)
+def test_accelerate_launch_is_known_by_its_command(words, after) -> None:
+    assert ranks._after_accelerate(words.split()) == (None if after is None else after.split())
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "ACCELERATE_USE_FSDP=true",
+        "ACCELERATE_USE_DEEPSPEED=1",
+        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
+    ],
+)
+def test_what_accelerate_would_do_beside_the_recipe_is_refused(variable, monkeypatch) -> None:
+    name, value = variable.split("=")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(FinetuneError, match="Accelerate is told to use") as caught:
+        ranks.refuse_other_ways()
+    assert f"unset {name}" in caught.value.hint
+
+
+def test_what_accelerate_sets_where_nothing_is_asked_of_it_is_not_refused(monkeypatch) -> None:
+    for name, value in (("DYNAMO_BACKEND", "NO"), ("GRADIENT_ACCUMULATION_STEPS", "1"), ("USE_FSDP", "false")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    ranks.refuse_other_ways()
+    assert ranks.declared() == 1
