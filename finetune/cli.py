@@ -226,8 +226,8 @@ def health(run: Path | None, patience_seconds: float, is_json: bool) -> None:
     """Tell a hung training from a slow one; without RUN, all that are trained here."""
     from finetune import health as looking
 
-    runs = [run] if run else looking.trainings(_run_of)
-    each = [looking.look(run, patience_seconds) for run in runs]
+    runs = {run: 0.0} if run else looking.trainings(_run_of)
+    each = [looking.look(run, patience_seconds, since) for run, since in runs.items()]
     facts = {"ok": all(one["ok"] for one in each), "runs": each}
     _print(facts, looking.listing(facts), is_json)
     if not facts["ok"]:

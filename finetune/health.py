@@ -3,7 +3,6 @@ took. `finetune health` asks, as the healthcheck of a container."""
 
 import itertools
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -22,27 +21,38 @@ SLOW = 10
 RECENT_RECORDS = 1_000
 
 
-def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> list[Path]:
-    """The runs that processes here train, once they have taken them; `run_of` tells a run from a command, `train` or `launch`, and its
-    arguments."""
-    found = set()
+def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> dict[Path, float]:
+    """The runs that processes here train, and since when (the epoch's seconds) the newest of these processes does; `run_of` tells a run from
+    a command, `train` or `launch`, and its arguments. RunError where somebody else trains: a relative path cannot be told then."""
+    found: dict[Path, float] = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # it has ended, or is somebody else's
             words = process.cmdline()
             for place, command in enumerate(words[1:], start=1):
                 if command in ("train", "launch") and Path(words[place - 1]).name == "finetune":
                     run = run_of(command, words[place + 1 :])
-                    found |= {Path(process.cwd()) / run} if run else set()
+                    if run := run and _seen_from(process, run):
+                        found[run] = max(found.get(run, 0.0), process.create_time())
                     break
-    return sorted(run for run in found if (run / "lease.json").exists())
+    return {run: since for run, since in sorted(found.items()) if (run / "lease.json").exists()}
 
 
-def look(run: Path, patience_seconds: float) -> dict:
-    """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well.
+def _seen_from(process: psutil.Process, run: Path) -> Path:
+    try:
+        return run if run.is_absolute() else Path(process.cwd()) / run
+    except psutil.AccessDenied:
+        message = f"is trained by process {process.pid} of another user, so its place is not known"
+        raise RunError(message, where=str(run), hint="ask as that user, or name the run") from None
+
+
+def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
+    """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well; or where its
+    process is gone.
 
     While a save is under way it may be quiet for as much longer as the slowest disk takes: it may wait for it. Before its first step a
-    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. RunError where there
-    is no run, or its journal is damaged.
+    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. A training that has run
+    only `since` then has not taken the run yet: what is there is of one that was killed. RunError where there is no run, or its journal is
+    damaged.
     """
     holder = holders.read(run / "lease.json")
     if holder is None:
@@ -58,12 +68,20 @@ def look(run: Path, patience_seconds: float) -> dict:
     facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
     if holder.released is not None:
         return facts | {"ok": True, "state": "ended", "limit_seconds": None}
+    taken = datetime.fromisoformat(holder.since).timestamp()
+    if taken + 1 < since:  # it is told in whole seconds
+        return facts | {"step": None, "ok": True, "state": "starting", "limit_seconds": None}
+    if holders.is_dead_here(holder):
+        return facts | {"ok": False, "state": "killed", "limit_seconds": None}
     if not steps:
         return facts | {"ok": True, "state": "starting", "limit_seconds": None}
     end = plans.load(run)[0].steps
     if any(record.get("event") == "committed" and record["step"] == end for record in mine):
         return facts | {"ok": True, "state": "finished", "limit_seconds": None}
-    limit, state = max(patience_seconds, SLOW * _usual_pause(records)), "training"
+    of_evaluations = _usual_pause(records, "evaluated") or _usual_pause(
+        journal.read_start(run), "evaluated"
+    )  # they are rare
+    limit, state = max(patience_seconds, SLOW * max(_usual_pause(records, "step"), of_evaluations)), "training"
     if quiet_seconds > limit and (saves := _saves(run, stored, holder.attempt, records)):
         limit, state = limit + STALL_SECONDS + sum(map(_bytes, saves)) / SLOWEST_DISK, "saving"
     if quiet_seconds > limit:
@@ -83,15 +101,11 @@ def _line(run: str, ok: bool, state: str, step: int | None, quiet_seconds: float
 
 
 def _recent(run: Path, stored: int) -> list[dict]:
-    """The newest records: back to the newest checkpoint's commit, and to an evaluation where the run has any, as these are rare and long."""
-    seen = Counter()
-    has_evaluations = (run / "plan.json").exists() and plans.load(run)[0].holdout_counts.examples > 0
+    """The newest records, back to the newest checkpoint's commit."""
+    counted = itertools.count()
 
     def is_first(record: dict) -> bool:
-        is_enough = seen.total() >= RECENT_RECORDS and record.get("step", stored) < stored
-        is_enough = is_enough and (seen["evaluated"] > 0 or not has_evaluations)  # this one begins its pause
-        seen[record.get("event", "step")] += 1
-        return is_enough
+        return next(counted) >= RECENT_RECORDS and record.get("step", stored) < stored
 
     return journal.read_since(run, is_first)
 
@@ -116,12 +130,11 @@ def _bytes(save: Path) -> int:
         return 0
 
 
-def _usual_pause(records: Sequence[dict]) -> float:
-    """Seconds between a step or an evaluation and the record before, of the same attempt: the median of each, the greater of the two."""
-    pauses = {"step": [], "evaluated": []}
+def _usual_pause(records: Sequence[dict], wanted: str) -> float:
+    """The median of the seconds between a step, or an event, and the record before, of the same attempt; 0 without any."""
+    pauses = []
     for before, record in itertools.pairwise(records):
-        kind = record.get("event", "step")
-        if kind in pauses and before["attempt"] == record["attempt"]:
+        if record.get("event", "step") == wanted and before["attempt"] == record["attempt"]:
             seconds = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
-            pauses[kind].append(seconds.total_seconds())
-    return max((statistics.median(each) for each in pauses.values() if each), default=0.0)
+            pauses.append(seconds.total_seconds())
+    return statistics.median(pauses) if pauses else 0.0

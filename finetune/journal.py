@@ -5,6 +5,7 @@ dropped when the journal is next opened for writing.
 """
 
 import errno
+import itertools
 import json
 import os
 import threading
@@ -21,6 +22,7 @@ VOLATILE = frozenset({"time", "seconds", "attempt"})
 _VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+START_BYTES = 1 << 16
 END_BYTES = 1 << 20  # more than a thousand records
 
 
@@ -111,6 +113,17 @@ def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, ob
             if is_first(records[place]):
                 return records[place:]
     return read(run)
+
+
+def read_start(run: Path) -> list[dict[str, object]]:
+    """The first records of a run, a few hundred; less of a damaged file."""
+    path = run / "journal.jsonl"
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        data = file.read(START_BYTES)
+    records = (_record(line) for line in data[: _sound_length(data)].splitlines())
+    return list(itertools.takewhile(lambda record: record is not None, records))
 
 
 def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:

@@ -9,6 +9,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -135,6 +136,48 @@ def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_fil
 def of_run(answer: subprocess.CompletedProcess, run: Path) -> list[dict]:
     """What an answer says of a run; other tests may train beside this one."""
     return [one for one in json.loads(answer.stdout)["runs"] if one["run"] == str(run)]
+
+
+def test_a_training_of_somebody_else_is_not_taken_for_none(monkeypatch) -> None:
+    def refuse(process: psutil.Process) -> str:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "cwd", refuse)
+    words = ["-c", "import sys; print(flush=True); sys.stdin.read()", "finetune", "train", "mine.yaml"]
+    with subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(RunError, match=r"runs/mine: is trained by process \d+ of another user"):
+            health.trainings(lambda command, arguments: Path("runs/mine"))
+        process.stdin.close()
+
+
+def test_what_a_killed_attempt_left_is_not_held_against_the_next_before_it_has_taken_the_run(finished) -> None:
+    """It downloads, or waits for other hosts; a probe that called it hung would have it killed, again and again."""
+    with lease.acquire(finished, "killed"):
+        as_if(finished, [(1, "step")] * 20 + [(90_000, "step")])
+        killed = json.loads((finished / "lease.json").read_text())
+        killed |= {"since": (datetime.now(UTC) - timedelta(hours=26)).isoformat(timespec="seconds")}
+        (finished / "lease.json").write_text(json.dumps(killed))
+        assert health.look(finished, 300)["state"] == "hung"
+        assert health.look(finished, 300, since=time.time() - 3_600)["state"] == "starting"
+
+
+def test_a_training_whose_process_is_gone_was_killed(finished) -> None:
+    hold = "import sys; from finetune.checkpoints import lease; held = lease.acquire({!r}, 'mine'); import os; os.kill(os.getpid(), 9)"
+    subprocess.run(
+        [sys.executable, "-c", "from pathlib import Path; " + hold.replace("{!r}", f"Path({str(finished)!r})")]
+    )
+    as_if(finished, [(1, "step")] * 20)
+    facts = health.look(finished, 300)
+    assert (facts["ok"], facts["state"]) == (False, "killed")
+
+
+def test_a_long_journal_is_not_read_as_a_whole_for_an_evaluation_at_its_start(finished, monkeypatch) -> None:
+    monkeypatch.setattr(journal, "read", lambda run: pytest.fail("read as a whole"))
+    with lease.acquire(finished, "mine"):
+        as_if(finished, [(600, "started"), (1, "evaluated")] + [(1, "step")] * 20_000 + [(3_000, "step")])
+        (finished / "checkpoints" / "step-00019990").mkdir(parents=True)
+        assert health.look(finished, 300)["limit_seconds"] == 6_000
 
 
 def test_a_directory_that_is_no_run_is_an_error(tmp_path) -> None:
