@@ -145,7 +145,7 @@ def _begin_rank() -> None:
 
 
 def _rank(world: World, local: int) -> dict[str, str]:
-    """The variables that torch.distributed reads."""
+    """The variables that torch reads."""
     threads = max(1, cores() // world.processes)
     return {
         "RANK": str(world.node * world.processes + local),
@@ -155,6 +155,8 @@ def _rank(world: World, local: int) -> dict[str, str]:
         "MASTER_ADDR": world.address,
         "MASTER_PORT": str(world.port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # at every start DDP warns each rank of an option that `state` needs
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
 
 
@@ -183,8 +185,8 @@ def launch(
         if code == 0 or is_asked or told.keys() - others or not left:
             break
         rank = failed + (world.node * world.processes if world else 0)
-        begun_again = f"starting again from the last commit, {left} more times at most"
-        _say(f"launch: rank {rank} crashed ({_of_code(code)}); {begun_again}")
+        what = "lost another rank" if failed in others else f"crashed ({_of_code(code)})"
+        _say(f"launch: rank {rank} {what}; starting again from the last commit, {left} more times at most")
         time.sleep(BETWEEN_STARTS_SECONDS)
         if ranks.stopped_by is not None:  # meanwhile
             code = 128 + ranks.stopped_by

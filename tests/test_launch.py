@@ -146,7 +146,7 @@ def test_an_error_that_a_rank_tells_is_not_tried_again_and_that_of_a_lost_rank_i
     code, said = ended(launched('[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD; exit 1', restarts=3))
     assert (code, said.count("starting again")) == (1, 0), said
     code, said = ended(launched("echo -n lost_rank >&$FINETUNE_TOLD; exit 1", restarts=3))
-    assert (code, said.count("starting again")) == (1, 3), said
+    assert (code, said.count("lost another rank; starting again")) == (1, 3), said
 
 
 @pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("INT", 130), ("HUP", 129)])
