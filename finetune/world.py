@@ -87,11 +87,13 @@ def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
     try:
         if "PET_NNODES" in environment:
             each = environment.get("PET_NPROC_PER_NODE", "auto")
+            nodes = _of_range(environment["PET_NNODES"])
+            unsaid = "0" if nodes == 1 else "-1"
             return World(
                 processes=int(each) if each.isdecimal() else max(devices, 1),
                 why="Kubernetes' PET_NNODES",
-                nodes=_of_range(environment["PET_NNODES"]),
-                node=int(environment.get("PET_NODE_RANK", environment.get("RANK", "0"))),
+                nodes=nodes,
+                node=int(environment.get("PET_NODE_RANK", environment.get("RANK", unsaid))),
                 address=environment.get("PET_MASTER_ADDR", environment.get("MASTER_ADDR", "127.0.0.1")),
                 port=int(environment.get("PET_MASTER_PORT", environment.get("MASTER_PORT", PORTS[0]))),
             )
@@ -100,9 +102,7 @@ def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
             if tasks > nodes:
                 hint = "ask Slurm for one task a host (--ntasks-per-node=1): its GPUs get a process each"
                 raise FinetuneError(f"{tasks} tasks on {nodes} hosts", where="SLURM_NTASKS", hint=hint)
-            if (
-                int(environment.get("SLURM_STEP_ID", NO_STEP)) >= NO_STEP
-            ):  # task 0 of all, and nothing starts the others
+            if int(environment.get("SLURM_STEP_ID", NO_STEP)) >= NO_STEP:  # nothing starts the tasks beside this one
                 message = f"{nodes} hosts, started without srun"
                 raise FinetuneError(message, where="SLURM_NNODES", hint="put `srun` before it: srun finetune launch …")
             listed = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
@@ -144,10 +144,8 @@ def devices_here(environment: Mapping[str, str], place: Path = Path("/dev")) -> 
         return found
     named = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",")]
     visible = list(itertools.takewhile(lambda name: name and not name.startswith("-"), named))  # CUDA ends there
-    most = (
-        1 if any(name.startswith("MIG-") for name in visible) else len(visible)
-    )  # a process sees one part of a device
-    return min(found, most)
+    has_parts = any(name.startswith("MIG-") for name in visible)  # a process sees one part of a device
+    return min(found, 1 if has_parts else len(visible))
 
 
 def cores(quotas: Path = Path("/sys/fs/cgroup")) -> int:

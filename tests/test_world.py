@@ -75,6 +75,11 @@ REFUSED = {
     "what a launcher sets, without LOCAL_RANK": ({}, {"RANK": "1", "WORLD_SIZE": "2"}, "has RANK and WORLD_SIZE alone"),
     "Kubernetes without a place to meet": ({}, {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "2 hosts have to know where"),
     "a host of Kubernetes too many": ({}, PET | {"PET_NODE_RANK": "4"}, "4 is not one of 4 hosts"),
+    "a host of Kubernetes without a number": (
+        {},
+        {"PET_NNODES": "2", "PET_MASTER_ADDR": "job-0"},
+        "-1 is not one of 2 hosts",
+    ),
     "hosts that come and go": ({}, PET | {"PET_NNODES": "2:4"}, "2:4 hosts, as they come"),
     "words for numbers": ({}, PET | {"PET_NNODES": "many"}, "a number was expected"),
     "no list of hosts": ({}, SLURM | {"SLURM_JOB_NODELIST": ""}, "names no host"),
