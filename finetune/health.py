@@ -50,8 +50,8 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     process is gone.
 
     While a save is under way it may be quiet for as much longer as the slowest disk takes: it may wait for it. Before its first step a
-    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. A training that has run
-    only `since` then has not taken the run yet: what is there is of one that was killed. RunError where there is no run, or its journal is
+    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. A training that runs
+    only `since` then has not taken the run yet, where its holder is dead or older: what is there is of one that was killed. RunError where there is no run, or its journal is
     damaged.
     """
     holder = holders.read(run / "lease.json")
@@ -68,10 +68,11 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
     if holder.released is not None:
         return facts | {"ok": True, "state": "ended", "limit_seconds": None}
-    taken = datetime.fromisoformat(holder.since).timestamp()
-    if taken + 1 < since:  # it is told in whole seconds
+    is_dead = holders.is_dead_here(holder)
+    is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it is told in whole seconds
+    if since and (is_dead or (is_older and not holders.is_here(holder))):
         return facts | {"step": None, "ok": True, "state": "starting", "limit_seconds": None}
-    if holders.is_dead_here(holder):
+    if is_dead:
         return facts | {"ok": False, "state": "killed", "limit_seconds": None}
     if not steps:
         return facts | {"ok": True, "state": "starting", "limit_seconds": None}

@@ -155,21 +155,22 @@ def test_what_a_killed_attempt_left_is_not_held_against_the_next_before_it_has_t
     """It downloads, or waits for other hosts; a probe that called it hung would have it killed, again and again."""
     with lease.acquire(finished, "killed"):
         as_if(finished, [(1, "step")] * 20 + [(90_000, "step")])
-        killed = json.loads((finished / "lease.json").read_text())
+        assert health.look(finished, 300, since=time.time())["state"] == "hung", "its holder lives here"
+        killed = json.loads((finished / "lease.json").read_text()) | {"pid_namespace": "of a container before"}
         killed |= {"since": (datetime.now(UTC) - timedelta(hours=26)).isoformat(timespec="seconds")}
         (finished / "lease.json").write_text(json.dumps(killed))
         assert health.look(finished, 300)["state"] == "hung"
         assert health.look(finished, 300, since=time.time() - 3_600)["state"] == "starting"
 
 
-def test_a_training_whose_process_is_gone_was_killed(finished) -> None:
-    hold = "import sys; from finetune.checkpoints import lease; held = lease.acquire({!r}, 'mine'); import os; os.kill(os.getpid(), 9)"
-    subprocess.run(
-        [sys.executable, "-c", "from pathlib import Path; " + hold.replace("{!r}", f"Path({str(finished)!r})")]
-    )
+def test_a_training_whose_process_is_gone_was_killed_and_another_may_be_about_to_take_it(finished) -> None:
+    hold = f"lease.acquire(Path({str(finished)!r}), 'mine'); os.kill(os.getpid(), 9)"
+    code = f"import os; from pathlib import Path; from finetune.checkpoints import lease; held = {hold}"
+    subprocess.run([sys.executable, "-c", code])
     as_if(finished, [(1, "step")] * 20)
     facts = health.look(finished, 300)
     assert (facts["ok"], facts["state"]) == (False, "killed")
+    assert health.look(finished, 300, since=time.time())["state"] == "starting"
 
 
 def test_a_long_journal_is_not_read_as_a_whole_for_an_evaluation_at_its_start(finished, monkeypatch) -> None:

@@ -71,11 +71,16 @@ def this_process(attempt: str, beat: str | None) -> Holder:
     )
 
 
-def is_dead_here(holder: Holder) -> bool:
-    """Whether a process of this boot and pid namespace, where its pid means something, has ended."""
+def is_here(holder: Holder) -> bool:
+    """Whether it is, or was, a process of this boot and pid namespace, where its pid means something."""
     place = _place()
     there = {"boot_id": holder.boot_id, "pid_namespace": holder.pid_namespace}
-    if holder.host != socket.gethostname() or place != there or None in place.values():
+    return holder.host == socket.gethostname() and place == there and None not in place.values()
+
+
+def is_dead_here(holder: Holder) -> bool:
+    """Whether a process of this boot and pid namespace has ended."""
+    if not is_here(holder):
         return False
     try:
         os.kill(holder.pid, 0)
