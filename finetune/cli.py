@@ -241,7 +241,7 @@ def health(run: Path | None, patience_seconds: float, is_json: bool) -> None:
 @click.option(
     "--steps", type=click.IntRange(min=2), default=2, show_default=True, help="Steps before the kill, and after it."
 )
-@click.option("--launcher", default="", metavar="COMMAND", help="Starts trainings, like 'torchrun --nproc-per-node 2'.")
+@click.option("--launcher", default="", metavar="COMMAND", help="Starts trainings, like 'finetune launch'.")
 @click.option("--package/--no-package", "has_package", default=True, help="Whether to package the result as well.")
 @click.option("--keep", "is_kept", is_flag=True, help="Leave the scratch directory, <run>.rehearsal.")
 @JSON

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from finetune import estimate, journal, memory
@@ -39,18 +40,23 @@ class Rehearsal:
     steps: int = 2
     """Before the kill, and after the resume; at least 2, for what comes first in a process is not measured."""
     launcher: str = ""
-    """Starts the trainings, like `torchrun --nproc-per-node 2`."""
+    """Starts the trainings, like `finetune launch` or `torchrun --nproc-per-node 2`."""
     has_package: bool = True
     is_kept: bool = False
 
     def command(self, run: Path, until: int, every: int) -> list[str]:
         """`finetune train` up to a step of the plan, saving every so many; what is set here touches nothing that is trained."""
-        # the lone -- keeps torchrun from reading our options as its own
-        start = [*shlex.split(self.launcher), "-m", "--"] if self.launcher else [sys.executable, "-m"]
+        words = shlex.split(self.launcher)
+        is_ours = any(Path(word).name == "finetune" and after == "launch" for word, after in pairwise(words))
+        if is_ours:  # it starts `train` by itself
+            start = words
+        elif words:  # the lone -- keeps torchrun from reading our options as its own
+            start = [*words, "-m", "--", "finetune", "train"]
+        else:
+            start = [sys.executable, "-m", "finetune", "train"]
         added = [f"checkpoint.every={every} steps", "checkpoint.keep={last: 1}", "evaluate.every=null"]
         settings = [word for setting in [*self.overrides, *added] for word in ("--set", setting)]
-        train = ["finetune", "train", self.loaded.file, "--run", str(run), "--until", str(until), "--quiet"]
-        return [*start, *train, *settings]
+        return [*start, self.loaded.file, "--run", str(run), "--until", str(until), "--quiet", *settings]
 
 
 def rehearse(rehearsal: Rehearsal) -> dict:
