@@ -18,7 +18,8 @@ import click
 from finetune import __version__, streams
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
-from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped, ending_signals
+from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
+from finetune.signals import ending_signals
 from finetune.world import TOLD, is_alone, is_first
 
 if TYPE_CHECKING:
@@ -642,7 +643,8 @@ def _lost_rank(error: RuntimeError) -> FinetuneError | None:
 def _tell(told: str | None, code: str) -> None:
     """Lets `launch` know that this is no crash: it would start the training again."""
     if told:
-        os.write(int(told), code.encode())
+        with contextlib.suppress(OSError):  # it is gone
+            os.write(int(told), code.encode())
 
 
 def _report(error: FinetuneError) -> None:

@@ -8,13 +8,13 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 ├── RunError                          a run directory that is in use, unwritable or of another recipe
 ├── CheckpointError                   a checkpoint that is missing, damaged, foreign or from the future
 ├── LostRankError                     another process of the training has ended, or does not answer
+├── DivergedError                     processes of a training that came to different results
 ├── NotFiniteError                    a loss or gradient norm that is not a number: the step was refused
 ├── PackageError                      a package that is not what was trained, or has what must not go out
 └── PublishError                      a Hub or a folder that refuses, or ends up with something else
 Stopped                      exit 143, 130 or 129: a signal asked for the end, and the last finished step is committed
 """
 
-import signal
 from dataclasses import dataclass
 
 
@@ -91,18 +91,16 @@ class LostRankError(FinetuneError):
     code = "lost_rank"
 
 
+class DivergedError(FinetuneError):
+    code = "diverged"
+
+
 class NotFiniteError(FinetuneError):
     code = "not_finite"
 
 
 class PackageError(FinetuneError):
     code = "package"
-
-
-def ending_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a training for its end: SIGHUP as well, which is a terminal that went away, unless `nohup` has it ignored."""
-    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGTERM, signal.SIGINT) if is_ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):

@@ -23,26 +23,34 @@ RECENT_RECORDS = 1_000
 
 def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> dict[Path, float]:
     """The runs that processes here train, and since when (the epoch's seconds) the newest of these processes does; `run_of` tells a run from
-    a command, `train` or `launch`, and its arguments. RunError where somebody else trains: a relative path cannot be told then."""
+    a command, `train` or `launch`, and its arguments. RunError where somebody else trains, and nobody beside them: a relative path cannot
+    be told then."""
     found: dict[Path, float] = {}
+    strangers = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it has ended, or is somebody else's
-            words = process.cmdline()
-            for place, command in enumerate(words[1:], start=1):
-                if command in ("train", "launch") and Path(words[place - 1]).name == "finetune":
-                    run = run_of(command, words[place + 1 :])
-                    if run := run and _seen_from(process, run):
-                        found[run] = max(found.get(run, 0.0), process.create_time())
-                    break
+        with suppress(psutil.NoSuchProcess):
+            if (run := _run_of_process(process, run_of)) is None:
+                continue
+            try:
+                place = run if run.is_absolute() else Path(process.cwd()) / run
+            except psutil.AccessDenied:
+                strangers.append((process.pid, run))
+            else:
+                found[place] = max(found.get(place, 0.0), process.create_time())
+    if strangers and not found:
+        pid, run = strangers[0]
+        message = f"is trained by process {pid} of another user, so its place is not known"
+        raise RunError(message, where=str(run), hint="ask as that user, or name the run")
     return {run: since for run, since in sorted(found.items()) if (run / "lease.json").exists()}
 
 
-def _seen_from(process: psutil.Process, run: Path) -> Path:
-    try:
-        return run if run.is_absolute() else Path(process.cwd()) / run
-    except psutil.AccessDenied:
-        message = f"is trained by process {process.pid} of another user, so its place is not known"
-        raise RunError(message, where=str(run), hint="ask as that user, or name the run") from None
+def _run_of_process(process: psutil.Process, run_of: Callable[[str, Sequence[str]], Path | None]) -> Path | None:
+    with suppress(psutil.AccessDenied):  # of a system that hides the processes of others
+        words = process.cmdline()
+        for place, command in enumerate(words[1:], start=1):
+            if command in ("train", "launch") and Path(words[place - 1]).name == "finetune":
+                return run_of(command, words[place + 1 :])
+    return None
 
 
 def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
@@ -51,8 +59,8 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
 
     While a save is under way it may be quiet for as much longer as the slowest disk takes: it may wait for it. Before its first step a
     training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. A training that runs
-    only `since` then has not taken the run yet, where its holder is dead or older: what is there is of one that was killed. RunError where there is no run, or its journal is
-    damaged.
+    only `since` then has not taken the run yet, where the holder is dead or older: what is there is of one that was killed. RunError
+    where there is no run, or its journal is damaged.
     """
     holder = holders.read(run / "lease.json")
     if holder is None:
@@ -79,9 +87,9 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     end = plans.load(run)[0].steps
     if any(record.get("event") == "committed" and record["step"] == end for record in mine):
         return facts | {"ok": True, "state": "finished", "limit_seconds": None}
-    of_evaluations = _usual_pause(records, "evaluated") or _usual_pause(
-        journal.read_start(run), "evaluated"
-    )  # they are rare
+    of_evaluations = _usual_pause(records, "evaluated")
+    if not of_evaluations:  # they may be rare
+        of_evaluations = _usual_pause(journal.newest_pair(run, "evaluated"), "evaluated")
     limit, state = max(patience_seconds, SLOW * max(_usual_pause(records, "step"), of_evaluations)), "training"
     if quiet_seconds > limit and (saves := _saves(run, stored, holder.attempt, records)):
         limit, state = limit + STALL_SECONDS + sum(map(_bytes, saves)) / SLOWEST_DISK, "saving"

@@ -5,12 +5,12 @@ dropped when the journal is next opened for writing.
 """
 
 import errno
-import itertools
 import json
 import os
 import threading
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 from finetune.checkpoints.durable import failures, sync_directory
@@ -22,7 +22,6 @@ VOLATILE = frozenset({"time", "seconds", "attempt"})
 _VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-START_BYTES = 1 << 16
 END_BYTES = 1 << 20  # more than a thousand records
 
 
@@ -115,15 +114,17 @@ def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, ob
     return read(run)
 
 
-def read_start(run: Path) -> list[dict[str, object]]:
-    """The first records of a run, a few hundred; less of a damaged file."""
-    path = run / "journal.jsonl"
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        data = file.read(START_BYTES)
-    records = (_record(line) for line in data[: _sound_length(data)].splitlines())
-    return list(itertools.takewhile(lambda record: record is not None, records))
+def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
+    """The record before the newest of an event, and that one, or nothing; a line at a time, however long the journal is."""
+    path, sign = run / "journal.jsonl", f'"event": "{name}"'.encode()
+    before, found = b"", (b"", b"")
+    with path.open("rb") if path.exists() else BytesIO() as lines:
+        for line in lines:
+            if sign in line:
+                found = (before, line)
+            before = line
+    records = [_record(line) for line in found]
+    return [] if None in records else records
 
 
 def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:

@@ -18,13 +18,16 @@ from typing import NoReturn
 
 import psutil
 
-from finetune.errors import LostRankError, ending_signals
+from finetune.errors import DivergedError, LostRankError
+from finetune.signals import ending_signals
 from finetune.world import TOLD, World, cores, devices_here, world_of
 
 AFTER_A_CRASH_SECONDS = 5.0  # the other ranks have so long to see it themselves, and to say so
 BETWEEN_STARTS_SECONDS = 2.0
 BETWEEN_LOOKS_SECONDS = 0.5
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+PASSING = (LostRankError.code, DivergedError.code)
+"""Errors that nobody has to mend: from the last commit on it may go well."""
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_OTHER_LAUNCHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
 """How variables begin that torch or Accelerate would believe as well."""
@@ -179,12 +182,13 @@ def launch(
         ranks.start(world and replace(world, port=world.port or _free_port()), command)
         ranks.wait()
         told = ranks.told()
-        others = ranks.killed | {local for local, code in told.items() if code == LostRankError.code}
+        others = {local for local, code in told.items() if code == LostRankError.code} | (ranks.killed - told.keys())
+        is_to_mend = any(code not in PASSING for code in told.values())
         failed, code = _outcome(ranks.codes, others, ranks.stopped_by)
         is_asked = ranks.stopped_by is not None or code - 128 in ending_signals()  # of the launcher, or of a rank
-        if code == 0 or is_asked or told.keys() - others or not left:
+        if code == 0 or is_asked or is_to_mend or not left:
             break
-        rank = failed + (world.node * world.processes if world else 0)
+        rank = world.node * world.processes + failed if world else os.environ["RANK"]
         what = "lost another rank" if failed in others else f"crashed ({_of_code(code)})"
         _say(f"launch: rank {rank} {what}; starting again from the last commit, {left} more times at most")
         time.sleep(BETWEEN_STARTS_SECONDS)
@@ -223,7 +227,9 @@ def _reap(seconds: float, strangers: Set[int]) -> None:
         while _children() - strangers:
             os.waitpid(-1, 0)
     except (ChildProcessError, TimeoutError):
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        pass  # nobody is left, or no time
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def _end(*_: object) -> NoReturn:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune import guard
 from finetune.data.batches import Batches
-from finetune.errors import RunError
+from finetune.errors import DivergedError
 from finetune.order import derive
 from finetune.plan import Plan
 from finetune.recipe.schema import Guard
@@ -236,12 +236,12 @@ def evaluate(
 
 
 def agree(accelerator: Accelerator, wishes: Wishes, step: int = 0) -> Wishes:
-    """What any rank wishes, all do. RunError when only some of them refused the update of a step: their weights differ."""
+    """What any rank wishes, all do. DivergedError when only some of them refused the update of a step: their weights differ."""
     if accelerator.num_processes == 1:
         return wishes
     counts = torch.tensor(wishes, dtype=torch.int32, device=accelerator.device)
     counts = accelerator.reduce(counts, "sum").tolist()
     if 0 < Wishes(*counts).refused < accelerator.num_processes:
         hint = "run the same command again; it resumes from the last commit"
-        raise RunError("some ranks refused the update, and others made it", where=f"step {step}", hint=hint)
+        raise DivergedError("some ranks refused the update, and others made it", where=f"step {step}", hint=hint)
     return Wishes(*(count > 0 for count in counts))

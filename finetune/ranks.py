@@ -18,17 +18,17 @@ from accelerate import Accelerator
 from finetune.errors import FinetuneError, LostRankError
 
 LONGEST_WORK = timedelta(days=7)
-OTHER_WAYS = {
-    "ACCELERATE_USE_FSDP": ("FSDP",),
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed",),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron",),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("several kinds of parallelism",),
-    "ACCELERATE_DYNAMO_BACKEND": ("a compiler (train.compile is the recipe's)",),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("accumulation (it follows from train.micro_batch_tokens)", "1"),
-}
-"""What Accelerate would do on its own where its launcher, its configuration file or a variable left over asks for it; and a value that
-asks for nothing."""
 OFF = ("", "0", "n", "no", "f", "false", "off")
+OTHER_WAYS = {
+    "ACCELERATE_USE_FSDP": ("FSDP", OFF),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", OFF),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", OFF),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("several kinds of parallelism", OFF),
+    "ACCELERATE_DYNAMO_BACKEND": ("a compiler (train.compile is the recipe's)", OFF),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("accumulation (it follows from train.micro_batch_tokens)", ("", "1")),
+}
+"""What Accelerate would do on its own where its launcher, its configuration file or a variable left over asks for it, and the values that
+ask for nothing."""
 OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has a class of its own
 
 
@@ -37,8 +37,12 @@ def lost_rank(error: RuntimeError) -> LostRankError | None:
     is_of_store = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
     if not is_of_store and not any(part in str(error) for part in OF_LOST_PEERS):
         return None
-    reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-    return LostRankError(f"lost another rank: {reason}", where=f"rank {os.environ['RANK']}")
+    where, reason = f"rank {os.environ['RANK']}", str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    if dist.is_initialized():
+        return LostRankError(f"lost another rank: {reason}", where=where)
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    hint = "is that host 0 as this one calls it, with a port that is free there, and was every host started?"
+    return LostRankError(f"cannot meet the others at {place}: {reason}", where=where, hint=hint)
 
 
 @lru_cache(maxsize=1)
@@ -82,7 +86,7 @@ def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
 
 def refuse_other_ways() -> None:
     """FinetuneError where Accelerate was told to train in a way that no recipe asks for: it would, and nobody would know."""
-    asked = [name for name, (_, *off) in OTHER_WAYS.items() if os.environ.get(name, "").lower() not in (*OFF, *off)]
+    asked = [name for name, (_, off) in OTHER_WAYS.items() if os.environ.get(name, "").lower() not in off]
     if asked:
         what = " and ".join(OTHER_WAYS[name][0] for name in asked)
         hint = f"unset {', '.join(asked)}, or change the launcher's flags or configuration file that set it"
@@ -94,8 +98,11 @@ def declared() -> int:
     whatever it was asked for."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    for parent in psutil.Process().parents():
-        with suppress(psutil.Error):  # it has ended, or is somebody else's
+    parents = []
+    with suppress(psutil.Error):  # one of them has ended meanwhile
+        parents = psutil.Process().parents()
+    for parent in parents:
+        with suppress(psutil.Error):  # or is somebody else's
             if (asked := _after_accelerate(parent.cmdline())) is not None:
                 return _asked_of_accelerate(asked)
     return 1
@@ -117,6 +124,6 @@ def _asked_of_accelerate(words: list[str]) -> int:
 
     asked = launch_command_parser().parse_args(words)
     number = asked.num_processes
-    if number is None and not asked.cpu and (asked.config_file or Path(default_config_file).is_file()):
+    if number is None and (asked.config_file or (not asked.cpu and Path(default_config_file).is_file())):
         number = load_config_from_file(asked.config_file).num_processes
     return number or 1

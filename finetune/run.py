@@ -5,12 +5,8 @@ save, stop) is a function of the step, or was agreed by all of them.
 """
 
 import math
-import os
 import secrets
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -26,7 +22,7 @@ from finetune.checkpoints.reports import Reports
 from finetune.checkpoints.store import Store
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
-from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped, ending_signals
+from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.model import base
 from finetune.opening import open_plan, with_same_micro_batches
 from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
@@ -36,63 +32,9 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Every, Recipe
 from finetune.recorder import Recorder
 from finetune.resolve import Resolved
+from finetune.signals import Signals
 from finetune.state import TrainState, build, start_accelerator
 from finetune.tasks import TASKS
-from finetune.world import is_first
-
-SAME_SIGNAL_SECONDS = 2.0
-STOPPING = "stopping: what is under way is finished and committed; a second signal ends at once"
-
-
-class Signals:
-    """SIGTERM, SIGINT and SIGHUP as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
-    comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge.
-
-    A thread hears them: the main one may stand in native code, and wait for a rank that does not come.
-    """
-
-    def __init__(self):
-        self.received: int | None = None
-        self.received_at = 0.0
-        self.is_training = False
-        self.is_save_wished = False
-
-    def __enter__(self) -> "Signals":
-        self._ending = ending_signals()
-        heard, self._written = os.pipe()
-        os.set_blocking(self._written, False)
-        self._thread = threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True)
-        self._thread.start()
-        self._previous_written = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
-        self._previous = {each: signal.signal(each, lambda *_: None) for each in (*self._ending, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_written)
-        os.close(self._written)
-        self._thread.join()
-
-    def _hear(self, heard: int) -> None:
-        """Each signal is a byte in a pipe; its end is the end of this thread."""
-        while numbers := os.read(heard, 100):
-            for number in numbers:
-                if number == signal.SIGUSR1:
-                    self.is_save_wished = True
-                elif number in self._ending:
-                    self._receive(number)
-        os.close(heard)
-
-    def _receive(self, number: int) -> None:
-        now = time.monotonic()
-        if self.received is not None and now - self.received_at < SAME_SIGNAL_SECONDS:
-            return
-        if self.received is not None or not self.is_training:
-            os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
-        self.received, self.received_at = number, now
-        if is_first(os.environ):
-            print(STOPPING, file=sys.stderr, flush=True)
 
 
 def train(
@@ -221,8 +163,11 @@ def _commit_last(state: TrainState, recorder: Recorder) -> None:
         recorder.commit(state)
     try:
         recorder.finish(state)
-    finally:
-        ranks.wait_for_everyone(state.accelerator)  # a launcher ends the others as soon as one rank has ended
+    except FinetuneError:
+        with suppress(RuntimeError):  # another rank is gone as well
+            ranks.wait_for_everyone(state.accelerator)
+        raise
+    ranks.wait_for_everyone(state.accelerator)  # a launcher ends the others as soon as one rank has ended
 
 
 def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:

@@ -13,23 +13,35 @@ class _Lasting(io.FileIO):
     """Where nobody takes what is written any more, or cannot take it now, it is lost, and the writer goes on."""
 
     def __init__(self, descriptor: int):
-        super().__init__(descriptor, "w", closefd=False)
+        super().__init__(_own(descriptor), "w", closefd=False)
         self._ready = select.poll()
-        self._ready.register(descriptor, select.POLLOUT)
+        self._ready.register(self, select.POLLOUT)
         self._patience_ms = PATIENCE_MS
 
     def write(self, data: bytes) -> int:
-        view = memoryview(data).cast("B")
-        for first in range(0, len(view), AT_ONCE_BYTES):
+        left = memoryview(data).cast("B")
+        count = len(left)
+        while left:
             if not self._ready.poll(self._patience_ms):
                 self._patience_ms = 0  # once is enough, until somebody reads again
                 break
             self._patience_ms = PATIENCE_MS
             try:
-                super().write(view[first : first + AT_ONCE_BYTES])
+                written = super().write(left[:AT_ONCE_BYTES])
             except OSError:
                 break
-        return len(view)
+            if not written:
+                break
+            left = left[written:]
+        return count
+
+
+def _own(descriptor: int) -> int:
+    """Of a terminal another description: it may be ready for less than a line, and one that does not block is not shared with a shell."""
+    try:
+        return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # it is none, or has no name in this container
+        return descriptor
 
 
 def secure() -> None:

@@ -23,6 +23,7 @@ FLOORS = {
     "finetune.journal": 0,
     "finetune.streams": 0,
     "finetune.world": 0,
+    "finetune.signals": 0,
     "finetune.columns": 0,
     "finetune.checkpoints": 0,
     "finetune.estimate": 0,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune import signals
 from finetune.launch import _outcome
 
 LAUNCH = """
@@ -83,13 +84,13 @@ def test_what_ranks_leave_behind_is_waited_for_within_the_same_grace(launched, t
     leave = "(trap '' TERM; sleep {}; touch $RUN/left) >/dev/null 2>&1 &"
     process = launched(f"{leave.format(2)} exit 0", processes=1)
     assert ended(process)[0] == 0 and (tmp_path / "run/left").exists()
-    stay = f"{leave.format(5.5)} trap 'sleep 2; exit 143' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
+    stay = f"{leave.format(60)} trap 'sleep 2; exit 143' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
     (tmp_path / "run/left").unlink()
     process = launched(stay, grace=4, processes=1)
     wait_for(tmp_path / "run/ready")
     process.terminate()
     assert ended(process)[0] == 143
-    assert not (tmp_path / "run/left").exists(), "two seconds for the rank and two for what it left, not another four"
+    assert not (tmp_path / "run/left").exists(), "of four seconds two are for the rank, and two for what it left"
 
 
 def test_children_that_the_launcher_did_not_start_are_not_waited_for(tmp_path) -> None:
@@ -145,6 +146,11 @@ def test_a_crash_is_begun_again_and_the_rank_that_began_it_is_named(launched) ->
 def test_an_error_that_a_rank_tells_is_not_tried_again_and_that_of_a_lost_rank_is(launched) -> None:
     code, said = ended(launched('[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD; exit 1', restarts=3))
     assert (code, said.count("starting again")) == (1, 0), said
+    code, said = ended(launched('[ "$RANK" = 0 ] && echo -n diverged >&$FINETUNE_TOLD; exit 1', restarts=1))
+    assert (code, said.count("rank 0 crashed (exit code 1); starting again")) == (1, 1), said
+    hangs = '[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD && exec sleep 1000; exit 1'
+    code, said = ended(launched(hangs, restarts=3))
+    assert said.count("starting again") == 0, said
     code, said = ended(launched("echo -n lost_rank >&$FINETUNE_TOLD; exit 1", restarts=3))
     assert (code, said.count("lost another rank; starting again")) == (1, 3), said
 
@@ -176,17 +182,15 @@ def test_the_launcher_waits_also_where_it_was_started_with_children_ignored(laun
 
 
 def test_a_signal_that_comes_again_at_once_is_the_same_and_a_later_one_ends_at_once(monkeypatch) -> None:
-    from finetune import run
-
     now, ended = [100.0], []
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(run.os, "_exit", ended.append)
-    signals = run.Signals()
-    signals.is_training = True
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    heard = signals.Signals()
+    heard.is_training = True
     for at in (100.0, 100.1, 101.9):
         now[0] = at
-        signals._receive(15)
-    assert signals.received == 15 and not ended
+        heard._receive(15)
+    assert heard.received == 15 and not ended
     now[0] = 102.1
-    signals._receive(2)
+    heard._receive(2)
     assert ended == [130]

@@ -14,7 +14,6 @@ from tests.stories.workers import free_port
 IMPATIENT = """
 import sys, time
 from datetime import timedelta
-from functools import partial
 import torch.distributed as dist
 from finetune import run
 from finetune.checkpoints.writer import Writer
@@ -27,7 +26,15 @@ def slowed(work):
     return slow
 
 PATIENCE_SECONDS, WORK_SECONDS = 3, 7
-dist.init_process_group = partial(dist.init_process_group, timeout=timedelta(seconds=PATIENCE_SECONDS))
+
+def impatient(start):
+    def started(*arguments):
+        accelerator = start(*arguments)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=PATIENCE_SECONDS), dist.group.WORLD)
+        return accelerator
+    return started
+
+run.start_accelerator = impatient(run.start_accelerator)  # not earlier: to meet each other they may take long
 name = sys.argv.pop(1)
 owner = {"open_plan": run, "make_room": Writer, "open": Recorder, "finish": Recorder}[name]
 setattr(owner, name, slowed(getattr(owner, name)))

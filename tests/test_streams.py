@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,18 +69,21 @@ def test_a_command_whose_data_nobody_takes_fails(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("what", WHAT)
-def test_a_training_whose_reader_stalls_goes_on(what, recipe, tmp_path) -> None:
-    """A terminal that was stopped by ctrl-S, a pager, a log driver that blocks."""
-    reader, writer = os.pipe()
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_training_whose_reader_stalls_goes_on(kind, what, recipe, tmp_path) -> None:
+    """A pager, a log driver that blocks, a terminal behind a connection that sleeps."""
+    reader, writer = os.pipe() if kind == "pipe" else os.openpty()
     with subprocess.Popen([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=writer) as process:
-        os.set_blocking(writer, False)
-        # until torch has said what it says by itself, past Python
+        deadline = time.monotonic() + 200
         while max(journal.steps(journal.read(tmp_path / "run")), default=0) < 2:
-            assert process.poll() is None
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.set_blocking(writer, False)
         with suppress(BlockingIOError):
-            while os.write(writer, b"x" * 512):  # until it is full
+            while os.write(writer, b"x" * 100):  # until it is full
                 pass
         os.set_blocking(writer, True)
+        assert process.poll() is None
         assert process.wait(timeout=200) == 0
     os.close(writer)
     os.close(reader)

@@ -1,0 +1,69 @@
+"""Floor 0. Signals as wishes: which ask a training for its end, and how it hears them. `run` asks, `launch` hands them on."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from finetune.world import is_first
+
+SAME_SIGNAL_SECONDS = 2.0
+STOPPING = "stopping: what is under way is finished and committed; a second signal ends at once"
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a training for its end: SIGHUP as well, which is a terminal that went away, unless `nohup` has it ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT) if is_ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGHUP as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
+    comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge.
+
+    A thread hears them: the main one may stand in native code, and wait for a rank that does not come.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.received_at = 0.0
+        self.is_training = False
+        self.is_save_wished = False
+
+    def __enter__(self) -> "Signals":
+        self._ending = ending_signals()
+        heard, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        self._thread = threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True)
+        self._thread.start()
+        self._previous_written = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        self._previous = {each: signal.signal(each, lambda *_: None) for each in (*self._ending, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_written)
+        os.close(self._written)
+        self._thread.join()
+
+    def _hear(self, heard: int) -> None:
+        """Each signal is a byte in a pipe; its end is the end of this thread."""
+        while numbers := os.read(heard, 100):
+            for number in numbers:
+                if number == signal.SIGUSR1:
+                    self.is_save_wished = True
+                elif number in self._ending:
+                    self._receive(number)
+        os.close(heard)
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if self.received is not None and now - self.received_at < SAME_SIGNAL_SECONDS:
+            return
+        if self.received is not None or not self.is_training:
+            os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
+        self.received, self.received_at = number, now
+        if is_first(os.environ):
+            print(STOPPING, file=sys.stderr, flush=True)
