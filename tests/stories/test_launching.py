@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,7 @@ def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(
 ) -> None:
     if starter == "python" and ranks == 2:
         pytest.skip("plain python starts one process")
+    assert not STARTERS[starter] or shutil.which("tini"), "`scripts/test --all` installs tini where it can"
     many = tmp_path / "many.jsonl"
     many.write_text((chat_data / "holdout.jsonl").read_text() * 50)
     for moment, (is_there, sections) in MOMENTS.items():
