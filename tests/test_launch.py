@@ -86,11 +86,11 @@ def test_what_ranks_leave_behind_is_waited_for_within_the_same_grace(launched, t
     assert ended(process)[0] == 0 and (tmp_path / "run/left").exists()
     stay = f"{leave.format(60)} trap 'sleep 2; exit 143' TERM; touch $RUN/ready; while :; do sleep 0.1; done"
     (tmp_path / "run/left").unlink()
-    process = launched(stay, grace=4, processes=1)
+    process = launched(stay, grace=8, processes=1)
     wait_for(tmp_path / "run/ready")
     process.terminate()
     assert ended(process)[0] == 143
-    assert not (tmp_path / "run/left").exists(), "of four seconds two are for the rank, and two for what it left"
+    assert not (tmp_path / "run/left").exists(), "of eight seconds two are for the rank, and the rest for what it left"
 
 
 def test_children_that_the_launcher_did_not_start_are_not_waited_for(tmp_path) -> None:
@@ -116,7 +116,7 @@ def test_variables_of_other_launchers_reach_no_rank(launched, tmp_path, monkeypa
 
 def test_orphans_of_ranks_are_reaped(launched, tmp_path) -> None:
     (tmp_path / "look.sh").write_text("cat /proc/$PPID/task/$PPID/children | tr ' ' '\\n' | grep -c . >$RUN/children\n")
-    orphan = "for one in 1 2 3 4 5; do (sleep 0.2 &) ; done; sleep 2; . ./look.sh"
+    orphan = "for one in 1 2 3 4 5; do (sleep 0.2 &) ; done; sleep 4; . ./look.sh"
     process = launched(orphan, processes=1, cwd=tmp_path)
     assert ended(process)[0] == 0
     assert (tmp_path / "run/children").read_text().strip() == "1", "the rank alone"

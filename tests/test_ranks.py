@@ -35,9 +35,8 @@ def impatient(start):
     return started
 
 run.start_accelerator = impatient(run.start_accelerator)  # not earlier: to meet each other they may take long
-name = sys.argv.pop(1)
-owner = {"open_plan": run, "make_room": Writer, "open": Recorder, "finish": Recorder}[name]
-setattr(owner, name, slowed(getattr(owner, name)))
+for owner, name in ((run, "open_plan"), (Recorder, "open"), (Writer, "make_room"), (Recorder, "finish")):
+    setattr(owner, name, slowed(getattr(owner, name)))
 from finetune.cli import main
 main()
 """
@@ -58,11 +57,10 @@ def two_ranks(*command: object) -> list[subprocess.Popen]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", ["open_plan", "open", "make_room", "finish"])
-def test_ranks_wait_for_one_that_works_longer_than_their_collectives_are_patient(work, recipe_file, tmp_path) -> None:
+def test_ranks_wait_for_one_that_works_longer_than_their_collectives_are_patient(recipe_file, tmp_path) -> None:
     """A download, an encoding, a checkpoint that is verified, a save on a slow disk: NCCL gives up after ten minutes."""
     recipe = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128})
-    both = two_ranks("-c", IMPATIENT, work, "train", recipe, "--run", tmp_path / "run")
+    both = two_ranks("-c", IMPATIENT, "train", recipe, "--run", tmp_path / "run")
     said = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert max(journal.steps(journal.read(tmp_path / "run"))) == 2
