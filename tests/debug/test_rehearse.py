@@ -50,8 +50,8 @@ def test_a_resume_that_is_not_exact_is_found_out(recipe_file, finetune, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    ["", "-m finetune launch --nproc-per-node 2"],
-    ids=["alone", "launch"],
+    ["", "-m torch.distributed.run --standalone --nproc-per-node 2", "-m finetune launch --nproc-per-node 2"],
+    ids=["alone", "torchrun", "launch"],
 )
 def test_a_killed_run_equals_one_left_alone(launcher, recipe_file, finetune, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG), tmp_path / "planned"
