@@ -52,9 +52,9 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     found = []
     for one in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # ended meanwhile, reaped or not
-            if "train" in one.cmdline() and one.environ().get(TOLD):
-                found.append(one)
-    return sorted(found, key=lambda one: int(one.environ().get("RANK", "0")))
+            if "train" in one.cmdline() and (environ := one.environ()).get(TOLD):
+                found.append((int(environ.get("RANK", "0")), one))
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
 
 
 def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file, tmp_path) -> None:
