@@ -269,6 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each body waits 40 ms for the receipt of its headers
     timeout = IDLE_SECONDS
 
     def _handle(self) -> None:
