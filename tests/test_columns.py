@@ -1,6 +1,8 @@
 """What is finer than a line of the journal: written by span, read by step, and of several records the one that counts."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,18 @@ def test_gradient_norms_of_modules_are_written_beside_them(tmp_path):
     found = read_modules(tmp_path, 2)
     assert math.isnan(found["layers.0"]) and found["layers.1"] == 1e-310
     assert read_modules(tmp_path, 3) == {}
+
+
+def test_writing_them_loads_no_pandas_beside_a_training(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from finetune.columns import Columns, ModuleNorms, RowLoss
+Columns([RowLoss(1, 5, 15, 1.0, 7)], [ModuleNorms(1, {"layers.0": 1.0})]).write(Path(sys.argv[1]), "a")
+sys.exit("pandas" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert read_modules(tmp_path, 1) == {"layers.0": 1.0}
 
 
 def test_columns_without_a_step_write_nothing(tmp_path):
