@@ -208,8 +208,11 @@ def evaluate(
     batches: Batches,
     score: Callable,
     wishes: Callable[[], Wishes] = Wishes,
+    *,
+    tell: Callable[[int], None] | None = None,
 ) -> dict[str, float] | None:
-    """Figures over all examples of `batches`; streamed, nothing is gathered. None when a rank wished to stop.
+    """Figures over all examples of `batches`; streamed, nothing is gathered. None when a rank wished to stop. `tell` hears about how many
+    examples are done.
 
     Leaves no trace in training: dropout is off and every training forward seeds itself.
     """
@@ -220,7 +223,8 @@ def evaluate(
         for first in range(0, len(examples), EVALUATED_AT_ONCE):
             ids = np.arange(first, min(first + EVALUATED_AT_ONCE, len(examples)))
             row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
-            for turn, micro_batch in enumerate(batches.of(ids).on(accelerator.device)):
+            micro_batches = batches.of(ids)
+            for turn, micro_batch in enumerate(micro_batches.on(accelerator.device)):
                 # a part takes a CPU minutes; a GPU is through in no time, and is handed its work in advance
                 is_asked = turn == 0 or accelerator.device.type == "cpu"
                 if is_asked and agree(accelerator, wishes()).stop:
@@ -229,6 +233,8 @@ def evaluate(
                     _, rows = objective(micro_batch.inputs)
                 if not micro_batch.is_idle:
                     row_sums.index_copy_(0, micro_batch.places, rows.double())
+                if tell:
+                    tell(first + len(ids) * (turn + 1) // len(micro_batches))
             sums += accelerator.reduce(row_sums, "sum").tolist()
     finally:
         objective.train()

@@ -6,6 +6,7 @@ Everything goes to stderr, flushed at once. `run` owns the one `Progress`; other
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from finetune.pace import Pace
 
@@ -19,6 +20,7 @@ class Progress:
         self._is_quiet = is_quiet or is_silent
         self._is_silent = is_silent
         self._is_terminal = sys.stderr.isatty()
+        self._interval = REDRAW_EVERY_SECONDS if self._is_terminal else LINES_EVERY_SECONDS
         self._drawn_at = -float("inf")
         self._is_line_open = False
         self._lock = threading.Lock()
@@ -44,9 +46,8 @@ class Progress:
         """The figures of a finished step; `tokens` and `seconds` are of this step."""
         if self.pace:
             self.pace.step(tokens)
-        interval = REDRAW_EVERY_SECONDS if self._is_terminal else LINES_EVERY_SECONDS
         is_last = step == self._steps
-        if self._is_quiet or (not is_last and time.monotonic() - self._drawn_at < interval):
+        if self._is_quiet or (not is_last and time.monotonic() - self._drawn_at < self._interval):
             return
         self._drawn_at = time.monotonic()
         width = len(str(self._steps))
@@ -56,6 +57,23 @@ class Progress:
         )
         if self.pace:
             line += f"  {duration(self.pace.seconds_left)} left"
+        self._draw(line)
+
+    def evaluation(self, step: int, count: int) -> Callable[[int], None]:
+        """To be called with the number of held-out examples that are done, of `count`: shown where it takes long."""
+        started = drawn_at = time.monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal drawn_at
+            now = time.monotonic()
+            if not self._is_quiet and now - drawn_at >= self._interval:
+                drawn_at = now
+                left = duration((now - started) / done * (count - done))
+                self._draw(f"evaluating step {step}: {done:,} of {count:,} examples  {left} left")
+
+        return tell
+
+    def _draw(self, line: str) -> None:
         with self._lock:
             self._clear()
             sys.stderr.write(line if self._is_terminal else f"{line}\n")

@@ -103,8 +103,9 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     pace = recorder.progress.pace = ahead(plan, state.step, end)
 
     def evaluate_and_record() -> None:
+        tell = recorder.progress.evaluation(state.step, len(resolved.holdout))
         with pace.aside("evaluation"):
-            metrics = evaluate(resolved, state.accelerator, state.objective, wishes)
+            metrics = evaluate(resolved, state.accelerator, state.objective, wishes, tell)
         if metrics:
             recorder.evaluated(state.step, metrics)
 
@@ -277,10 +278,11 @@ def evaluate(
     accelerator: Accelerator,
     objective: torch.nn.Module,
     wishes: Callable[[], loop.Wishes] = loop.Wishes,
+    tell: Callable[[int], None] | None = None,
 ) -> dict | None:
-    """Held-out figures of a prepared objective; None when a signal cut them short."""
-    score = TASKS[resolved.plan.recipe.task.name].score
-    return loop.evaluate(accelerator, objective, batches(resolved, resolved.holdout, accelerator), score, wishes)
+    """Held-out figures of a prepared objective; None when a signal cut them short. `tell` hears about how many examples are done."""
+    score, made = TASKS[resolved.plan.recipe.task.name].score, batches(resolved, resolved.holdout, accelerator)
+    return loop.evaluate(accelerator, objective, made, score, wishes, tell=tell)
 
 
 def _is_evaluation(resolved: Resolved, step: int, is_saved: bool) -> bool:

@@ -72,8 +72,8 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(recipe_file
     whole = train(recipe, tmp_path / "whole")
     evaluate = loop.evaluate
 
-    def cut(accelerator, objective, batches, score, wishes):
-        return evaluate(accelerator, objective, batches, score, lambda: Wishes(stop=is_last()))
+    def cut(accelerator, objective, batches, score, wishes, tell):
+        return evaluate(accelerator, objective, batches, score, lambda: Wishes(stop=is_last()), tell=tell)
 
     def is_last() -> bool:
         return max(journal.steps(journal.read(tmp_path / "cut")), default=0) == 10
