@@ -46,8 +46,10 @@ def traced(library, recipe_file):
     return traced
 
 
-@pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}])
-@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(None, marks=pytest.mark.slow), {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}]
+)
+@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter, is_packed):
     report = traced(adapter=adapter, task={"name": "chat", "max_length": 64, "packing": is_packed})
     assert report["devices"] == ["cuda:0"]
@@ -80,6 +82,7 @@ def test_a_snapshot_reads_the_counters_of_the_optimizer_at_once(traced):
     assert report["snapshot"] == {"device to host: tolist": 1}
 
 
+@pytest.mark.slow
 def test_fp32_attends_row_by_row(traced):
     report = traced(train={"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64})
     assert "_varlen_attn" not in report["kernels"]

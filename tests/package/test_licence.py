@@ -82,6 +82,7 @@ def test_what_could_not_be_packaged_is_refused_before_the_training_where_it_is_a
     assert (run / "checkpoints/step-00000001/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_generation_that_would_not_end_where_training_ends_a_turn_is_mended(base, recipe_file, tiny_tokenizer) -> None:
     edited(base / "generation_config.json", eos_token_id=0)
     recipe = recipe_file(base={"checkpoint": str(base)}, train={"steps": 1, "batch_size": 6}, package={"dtype": "fp32"})
@@ -130,6 +131,7 @@ def test_a_gated_base_does_not_become_public(tmp_path, tiny_base, recipe_file) -
         assert gated[0] == 0, gated[2]
 
 
+@pytest.mark.slow
 def test_the_licence_of_a_data_set_is_on_the_card(tmp_path, tiny_base, chat_data, recipe_file) -> None:
     with Hub(seconds=200) as hub:
         rows = (chat_data / "train.jsonl").read_bytes()

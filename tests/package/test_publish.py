@@ -1,8 +1,11 @@
 """Packages go to a Hub on the loopback, by the real client: the old tree or the new one at every moment, and nothing twice."""
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from finetune.package.card import NOTES_BEGIN, NOTES_END
 from finetune.package.provenance import sha256
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
+from tests.hub.forks import Forks
 from tests.hub.repos import File
 from tests.hub.writes import User
 
@@ -33,6 +37,12 @@ def hub():
 @pytest.fixture
 def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
     return environment(hub, tmp_path, HF_TOKEN=TOKEN)
+
+
+@pytest.fixture
+def forks(hub: Hub, tmp_path: Path) -> Iterator[Forks]:
+    with closing(Forks(hub, tmp_path, TOKEN)) as forks:
+        yield forks
 
 
 @pytest.fixture
@@ -147,10 +157,10 @@ def test_what_the_hub_lost_or_changed_is_not_promoted(hub, env, package) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finishes(hub, env, package) -> None:
+def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finishes(hub, forks, package) -> None:
     repo = hub.add("model", "tiny/new")
     weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
-    command = [sys.executable, "-m", "finetune", "publish", str(package), "--to", "tiny/new", "--tag", "v1"]
+    command = ("publish", package, "--to", "tiny/new", "--tag", "v1")
     killed, number = 0, 0
     while True:
         repo.commits, repo.branches, repo.tags, repo.objects = {}, {}, {}, {}
@@ -158,18 +168,15 @@ def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finish
         repo.commit(OLD)
         hub.uploaded_bytes, before = 0, len(hub.requests)
         is_landed = number % 2 == 1
-        child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         hub.faults = []
-        hub.fail(".*", "", None if is_landed else 503, skip=number // 2, is_landed=is_landed, call=child.kill)
-        _, said = child.communicate(timeout=60)
-        if child.returncode == 0:
+        hub.fail(".*", "", None if is_landed else 503, skip=number // 2, is_landed=is_landed, call=forks.kill)
+        if (code := forks.run(*command)) == 0:
             break
-        assert child.returncode == -9, said.decode()
+        assert code == -signal.SIGKILL, forks.said.read_text()
         killed += 1
         hub.faults = []
         assert content(hub) in (OLD, files(package)), f"request {number // 2}: neither old nor new"
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+        assert forks.run(*command) == 0, forks.said.read_text()
         assert content(hub) == files(package) and repo.tags == {"v1": repo.branches["main"]}
         assert list(repo.branches) == ["main"]
         assert len(repo.commits) == 4, f"request {number // 2}: a commit was made twice"

@@ -107,6 +107,7 @@ def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_re
     assert_same_run(plain, saver)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpointed-full", "checkpointed-lora", "bf16-weights-full"])
 def test_two_processes_resume_exactly(name, write_recipe, train, tmp_path):
     recipe, workers = write_recipe(name, **SAVERS[name]), Workers(2, tmp_path)

@@ -56,7 +56,13 @@ def hangups(request) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hangups")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((signal.SIGINT, 130), (signal.SIGHUP, 129))),
+    ],
+)
 def test_a_signal_ends_with_the_last_finished_step_committed(number, code, recipe_file, finetune, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG, checkpoint={"every": "100 steps"}), tmp_path / "run"
     process = start("train", recipe, "--run", run)
@@ -154,7 +160,7 @@ def test_accelerate_launch_runs_the_same_program(recipe_file, tmp_path) -> None:
     assert "finished at step 2" in result.stderr.splitlines()
 
 
-@pytest.mark.parametrize("says", ["flags", "configuration"])
+@pytest.mark.parametrize("says", ["flags", pytest.param("configuration", marks=pytest.mark.slow)])
 def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_refused(says, recipe_file, tmp_path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     asked = {"distributed_type": "MULTI_CPU", "num_processes": 2, "num_machines": 1, "use_cpu": True}

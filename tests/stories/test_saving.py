@@ -178,11 +178,12 @@ train(load(Path(sys.argv[1]), []), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         ("not", "rank 1 did not report within 0.3 seconds"),
-        pytest.param("wrong", "rank 1 is at step 99, or follows another plan", marks=pytest.mark.slow),
+        ("wrong", "rank 1 is at step 99, or follows another plan"),
     ],
 )
 def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(how, said, recipe_file, tmp_path) -> None:
