@@ -110,7 +110,7 @@ def test_a_save_is_given_the_time_of_the_slowest_disk(place, is_recorded, quiet_
 
 
 def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
-    recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"})
+    recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"}, checkpoint={"every": "99999 steps"})
     monkeypatch.setenv("FINETUNE_RUNS", str(tmp_path / "all"))
     run, process = tmp_path / "all" / recipe.stem, subprocess.Popen([*FINETUNE, "train", recipe, "--quiet"])
     ask = [*FINETUNE, "health", "--patience", "3", "--json"]
