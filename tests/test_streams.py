@@ -13,6 +13,7 @@ from finetune import journal
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 WHAT = {"train": ["train"], "launch": ["launch", "--nproc-per-node", "2"]}
+EACH = ["train", pytest.param("launch", marks=pytest.mark.slow)]
 CLOSED = "import os, sys; os.closerange(0, 3); os.execv(sys.argv[1], sys.argv[1:])"
 
 
@@ -25,7 +26,7 @@ def is_whole(run: Path) -> bool:
     return max(journal.steps(journal.read(run))) == 60 and (run / "checkpoints" / "step-00000060").is_dir()
 
 
-@pytest.mark.parametrize("what", ["train", pytest.param("launch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", EACH)
 def test_a_training_outlives_the_reader_of_what_it_says(what, recipe, tmp_path) -> None:
     with subprocess.Popen(
         [*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=subprocess.PIPE
@@ -37,14 +38,14 @@ def test_a_training_outlives_the_reader_of_what_it_says(what, recipe, tmp_path) 
     assert is_whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["train", pytest.param("launch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", EACH)
 def test_a_training_whose_log_is_on_a_full_disk_goes_on(what, recipe, tmp_path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=full, timeout=200)
     assert done.returncode == 0 and is_whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["train", pytest.param("launch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", EACH)
 def test_no_file_of_a_run_takes_the_place_of_a_closed_stream(what, recipe, tmp_path) -> None:
     """What native code says would be written into it."""
     found = tmp_path / "found"
@@ -68,9 +69,8 @@ def test_a_command_whose_data_nobody_takes_fails(tmp_path) -> None:
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "what"), [("terminal", "train"), pytest.param("pipe", "launch", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("what", EACH)
+@pytest.mark.parametrize("kind", [pytest.param("pipe", marks=pytest.mark.slow), "terminal"])
 def test_a_training_whose_reader_stalls_goes_on(kind, what, recipe, tmp_path) -> None:
     """A pager, a log driver that blocks, a terminal behind a connection that sleeps."""
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()
