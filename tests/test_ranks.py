@@ -59,7 +59,8 @@ def two_ranks(*command: object) -> list[subprocess.Popen]:
 @pytest.mark.slow
 def test_ranks_wait_for_one_that_works_longer_than_their_collectives_are_patient(recipe_file, tmp_path) -> None:
     """A download, an encoding, a checkpoint that is verified, a save on a slow disk: NCCL gives up after ten minutes."""
-    recipe = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128})
+    train = {"steps": 2, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe = recipe_file(train=train, checkpoint={"every": "1 steps"})  # a step follows a save
     both = two_ranks("-c", IMPATIENT, "train", recipe, "--run", tmp_path / "run")
     said = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
