@@ -20,7 +20,8 @@ from finetune import cache, memory
 from finetune.contract import differences
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode
-from finetune.data.source import State, open_source, pin_dataset, reopen_source
+from finetune.data.hub import pin_dataset
+from finetune.data.source import State, open_source, reopen_source
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
 from finetune.example import Encoded
 from finetune.model import adapter, base

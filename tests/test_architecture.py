@@ -37,6 +37,8 @@ FLOORS = {
     "finetune.past": 1,
     "finetune.doctor": 0,
     "finetune.data": 1,
+    "finetune.data.files": 0,
+    "finetune.data.hub": 0,
     "finetune.tasks": 1,
     "finetune.ranks": 1,
     "finetune.model": 1,

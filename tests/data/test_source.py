@@ -9,8 +9,9 @@ import pytest
 from pyarrow import parquet
 from ruamel.yaml import YAML
 
-from finetune.data import source as source_module
-from finetune.data.source import open_source, pin_dataset
+from finetune.data import files
+from finetune.data.hub import pin_dataset
+from finetune.data.source import Rows, open_source
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 
@@ -19,7 +20,7 @@ EXPECTED = YAML(typ="safe", pure=True).load(CORPUS / "expected.yaml")
 PIN = "0123456789abcdef0123456789abcdef01234567"
 
 
-def rows_of(path: Path, content: bytes | str, **columns: str) -> source_module.Rows:
+def rows_of(path: Path, content: bytes | str, **columns: str) -> Rows:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return open_source(Source(path=str(path), columns=columns))
 
@@ -47,7 +48,7 @@ def test_json_lines_are_found_whatever_ends_and_separates_them(tmp_path):
 
 
 def test_json_lines_that_cross_the_edge_of_a_scan_stay_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_module, "SCAN_BYTES", 7)
+    monkeypatch.setattr(files, "SCAN_BYTES", 7)
     rows = rows_of(tmp_path / "rows.jsonl", "".join(f'{{"text": "{"x" * size}"}}\n' for size in range(30)))
     assert [len(rows[index]["text"]) for index in range(len(rows))] == list(range(30))
 

@@ -1,0 +1,191 @@
+"""Floor 0. Readers of local files: JSON Lines, CSV and Parquet, each row by position, with its place for a person.
+
+What is wrong with a file or a row is a DataError. Nothing is read before it is asked for but what finds the rows.
+"""
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from pydantic_core import from_json
+
+from finetune.errors import DataError
+
+Row = dict[str, object]
+
+SCAN_BYTES = 16 * 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Reader(Protocol):
+    """Rows of one place, under the column names that they have there."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def where(self, index: int) -> str: ...
+
+
+def reader_of(name: str) -> Reader:
+    """What reads the file of this name, chosen by its ending."""
+    try:
+        return _opened(Path(name))
+    except PermissionError as error:
+        hint = f"let user {os.geteuid()} read it, or train as another one"
+        raise DataError("cannot be read: permission denied", where=name, hint=hint) from error
+
+
+def _opened(file: Path) -> Reader:
+    name = str(file)
+    if not file.exists():
+        raise DataError("no such file", where=name, hint="a path is seen from the working directory")
+    if not file.is_file():
+        raise DataError("is not a file", where=name, hint="list the files one by one in the recipe")
+    if file.suffix.lower() not in READERS:
+        ending = f"unknown ending `{file.suffix}`" if file.suffix else "has no ending"
+        raise DataError(ending, where=name, hint="rows are read from .jsonl, .parquet and .csv")
+    if file.stat().st_size == 0:
+        raise DataError("is empty", where=name, hint="training needs at least one row")
+    return READERS[file.suffix.lower()](name)
+
+
+class JsonLines:
+    """One JSON object a line. The file is mapped and a row is parsed when it is asked for; memory: 8 bytes a line, 16 where some are blank."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._bytes = np.memmap(name, dtype=np.uint8, mode="r")
+        size = len(self._bytes)
+        scans = (range(size)[start : start + SCAN_BYTES] for start in range(0, size, SCAN_BYTES))
+        newlines = [scan.start + np.flatnonzero(self._bytes[scan.start : scan.stop] == ord("\n")) for scan in scans]
+        end = [] if self._bytes[-1] == ord("\n") else [size]
+        self._edges = np.concatenate([[-1], *newlines, end]).astype(np.int64)  # line k is between edges k and k + 1
+        firsts = self._bytes[self._edges[:-1] + 1]
+        blanks = [line for line in np.flatnonzero(np.isin(firsts, list(b" \t\r\n"))) if not self._line(line).strip()]
+        self._lines = np.delete(np.arange(len(firsts)), blanks) if blanks else range(len(firsts))
+
+    def _line(self, line: int) -> bytes:
+        content = self._bytes[self._edges[line] + 1 : self._edges[line + 1]].tobytes()
+        return content.removeprefix(BYTE_ORDER_MARK) if line == 0 else content
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Row:
+        content = self._line(self._lines[index])
+        hint = 'each line holds one JSON object, like `{"text": "..."}`'
+        if content.lstrip().startswith(b"["):
+            hint += "; `jq -c '.[]'` makes lines of an array"
+        try:
+            row = from_json(content.decode())
+        except UnicodeDecodeError as error:
+            raise DataError("is not UTF-8 text", where=self.where(index), hint="save the file as UTF-8") from error
+        except ValueError as error:
+            reason = re.sub(r" at line \d+ column (\d+)$", r" at column \1", str(error))
+            raise DataError(f"bad JSON: {reason}", where=self.where(index), hint=hint) from error
+        if not isinstance(row, dict):
+            raise DataError("is not a JSON object", where=self.where(index), hint=hint)
+        return row
+
+    def where(self, index: int) -> str:
+        return f"{self._name}:{self._lines[index] + 1}"
+
+
+class Csv:
+    """Comma-separated values under one line of column names (RFC 4180), in UTF-8; held in memory, every value is text."""
+
+    def __init__(self, name: str):
+        self._name = name
+        content = Path(name).read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise DataError("is not UTF-8 text", where=f"{name}:{line}", hint="save the file as UTF-8") from error
+        csv.field_size_limit(sys.maxsize)  # the default refuses values over 131,072 characters
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        self._rows: list[tuple[int, list[str]]] = []
+        start = 1
+        try:
+            for values in lines:
+                if values:
+                    self._rows.append((start, values))
+                start = lines.line_num + 1
+        except csv.Error as error:
+            hint = "a quote inside a quoted value is written twice"
+            raise DataError(f"bad CSV: {error}", where=f"{name}:{start}", hint=hint) from error
+        self._columns = self._rows.pop(0)[1] if self._rows else []
+        self._check()
+
+    def _check(self) -> None:
+        if len(set(self._columns)) < len(self._columns):
+            raise DataError(f"repeated column name among {listed(self._columns)}", where=f"{self._name}:1")
+        for line, values in self._rows:
+            if len(values) != len(self._columns):
+                message = f"{len(values)} values for {len(self._columns)} columns"
+                hint = "put a value that holds a comma in double quotes"
+                raise DataError(message, where=f"{self._name}:{line}", hint=hint)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return dict(zip(self._columns, self._rows[index][1], strict=True))
+
+    def where(self, index: int) -> str:
+        return f"{self._name}:{self._rows[index][0]}"
+
+
+class Parquet:
+    """A Parquet file; the two row groups read last stay in memory."""
+
+    def __init__(self, name: str):
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        self._name = name
+        self._damage = (pyarrow.ArrowException, OSError)
+        try:
+            file = ParquetFile(name, memory_map=True)
+        except self._damage as error:
+            raise DataError("is not a whole Parquet file", where=name, hint="write or fetch it again") from error
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._read_group = lru_cache(maxsize=2)(file.read_row_group)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            return self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
+        except self._damage as error:
+            raise DataError(f"is damaged: {first_line(error)}", where=self.where(index)) from error
+
+    def where(self, index: int) -> str:
+        return f"{self._name} row {index}"
+
+
+READERS: dict[str, Callable[[str], Reader]] = {
+    ".jsonl": JsonLines,
+    ".json": JsonLines,
+    ".parquet": Parquet,
+    ".csv": Csv,
+}
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def listed(columns: Iterable[str]) -> str:
+    return ", ".join(f"`{column}`" for column in columns)
