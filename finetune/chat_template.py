@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import product
 from typing import TYPE_CHECKING
 
-from finetune import cache
+from finetune import cache, version
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -4,10 +4,10 @@ import os
 import platform
 import shutil
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-from finetune import cache
+from finetune import cache, version
 from finetune.estimate import readable
 from finetune.memory import machine_bytes
 

@@ -9,13 +9,12 @@ import platform
 import secrets
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from finetune import journal
+from finetune import journal, version
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.contract import FACT_NAMES, differences, outcome, rule_of

@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune import cache, memory
+from finetune import cache, memory, version
 from finetune.contract import differences
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode

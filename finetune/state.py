@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from finetune import cache, ranks
+from finetune import cache, ranks, version
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, layers, losses, optimizer

@@ -4,6 +4,9 @@ Registered with transformers under `PER_ROW`; `state` chooses it when the plan p
 precision and model alone, never on what else is installed, so that a plan is computed in one way (docs/gpu.md).
 """
 
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from itertools import groupby
 from typing import NamedTuple
 
@@ -65,13 +68,16 @@ def per_row(
 
 def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | None:
     """The type in which one variable-length kernel computes all rows; None where there is no such kernel."""
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    has_kernel = (
-        device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _capability(query) >= KERNEL_CAPABILITY
-    )
+    dtype, is_cuda = _product_type(query), query.device.type == "cuda"
+    has_kernel = is_cuda and dtype in (torch.bfloat16, torch.float16) and _capability(query) >= KERNEL_CAPABILITY
     fits = shape.cap is None and not shape.dropout and max(query.shape[-1], value.shape[-1]) <= KERNEL_HEAD_SIZE
     return dtype if has_kernel and fits else None
+
+
+def _product_type(tensor: Tensor) -> torch.dtype:
+    """The type in which products of it are computed."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _capability(tensor: Tensor) -> tuple[int, int]:
@@ -91,6 +97,7 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
         for tensor in (query, key, value)
     )
     window = (-1, 0) if shape.window is None else (shape.window - 1, 0)
+    groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _has_word_for_groups(varlen_attn) else {}
     return varlen_attn(
         query,
         key,
@@ -101,8 +108,14 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
         longest,
         scale=shape.scale,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **groups,
     )
+
+
+@cache
+def _has_word_for_groups(kernel: Callable) -> bool:
+    """Whether the kernel wants to hear of fewer key heads; that of torch 2.11 takes them unasked."""
+    return "enable_gqa" in signature(kernel).parameters
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], shape: Shape) -> Tensor:
@@ -124,6 +137,8 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], sh
 def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
     """(rows, heads, length, size), all rows of one length -> (rows, length, heads, size)."""
     length = query.shape[2]
+    if query.shape[1] != key.shape[1] and not _takes_groups(query):
+        key, value = _repeated(key, value, query)
     is_cut = shape.window is not None and length > shape.window
     if shape.cap is not None:
         return _capped(query, key, value, _mask(length, shape.window, query.device), shape).transpose(1, 2)
@@ -139,6 +154,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
     ).transpose(1, 2)
 
 
+def _takes_groups(query: Tensor) -> bool:
+    """Whether a fused kernel takes fewer key heads than queries. The one for fp32 on CUDA does not: all scores of a row would be held."""
+    return query.device.type != "cuda" or _product_type(query) != torch.float32
+
+
+def _repeated(key: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with a head for each of the query's."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys (columns) a query (row) sees."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -147,8 +173,7 @@ def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape) -> Tensor:
     """Attention with soft-capped scores, which no kernel of torch has: all scores of a row are held."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    key, value = _repeated(key, value, query)
     scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / shape.cap)) * shape.cap
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, shape.dropout) @ value

@@ -15,8 +15,10 @@ COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names anot
 def checkpoint_activations(model: torch.nn.Module) -> None:
     """Each decoder layer keeps its input alone, and runs again in the backward pass with the random numbers that it had."""
     inner = _transformers_model(model)
+    # transformers 5.17 has the second name alone
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     try:
-        inner.activation_checkpointing_enable({"use_reentrant": False})
+        enable({"use_reentrant": False})
     except ValueError as error:
         hint = "set train.activation_checkpointing: false"
         raise BaseError(str(error), where="train.activation_checkpointing", hint=hint) from None

@@ -8,10 +8,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
-from finetune import cache
+from finetune import cache, version
 from finetune.errors import PackageError
 from finetune.package import contents, licence, small_files
 from finetune.package.checks import CHECKS

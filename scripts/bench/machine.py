@@ -3,10 +3,11 @@
 import os
 import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from finetune import version
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "safetensors", "numpy", "blake3", "xxhash")
 TICKS = os.sysconf("SC_CLK_TCK")

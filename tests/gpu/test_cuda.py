@@ -18,15 +18,15 @@ EXACT = {"train": BF16["train"] | {"reproducibility": "exact"}}
 
 
 def attended(device, dtype, *, size=64, heads=(8, 2), bounds=BOUNDS, **settings):
-    """Output and gradients of packed attention; the same random inputs everywhere."""
+    """Output and gradients of packed attention; the same random inputs everywhere, which bf16 holds exactly."""
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(1, count, bounds[-1], size, generator=generator).to(device, dtype).requires_grad_()
+        torch.randn(1, count, bounds[-1], size, generator=generator).bfloat16().to(device, dtype).requires_grad_()
         for count in (heads[0], heads[1], heads[1])
     ]
     cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=device)
     output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=bounds, cu_seq_lens=cu_seq_lens, **settings)
-    seed = torch.randn(output.shape, generator=generator).to(device, dtype)
+    seed = torch.randn(output.shape, generator=generator).bfloat16().to(device, dtype)
     return [tensor.float().cpu() for tensor in (output, *torch.autograd.grad(output, inputs, seed))]
 
 
@@ -39,7 +39,8 @@ def test_the_kernel_for_all_rows_equals_attention_row_by_row(size, heads, settin
         monkeypatch.setattr(attention, "_row_by_row", None)  # only the kernel can answer
     ours = attended("cuda", torch.bfloat16, size=size, heads=heads, **settings)
     for mine, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=5e-2, atol=5e-2)
+        # roundings within the kernel, emulated on a CPU, make 0.0016 to 0.0035
+        assert (mine - other).norm() <= 1e-2 * other.norm()
 
 
 def test_soft_capped_attention_is_the_same_on_the_gpu():

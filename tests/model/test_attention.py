@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.errors import BaseError
+from finetune.model import attention
 from finetune.model.attention import PER_ROW, per_row
 
 BOUNDS = [0, 3, 4, 9, 16]
@@ -79,6 +81,60 @@ def test_a_value_may_be_shorter_than_a_key():
     inputs = [query, key, value[..., :5]]
     output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=BOUNDS)
     torch.testing.assert_close(output, masked(*inputs, BOUNDS), rtol=1e-5, atol=1e-6)
+
+
+def kernel_of_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    page_table=None,
+):
+    """The variable-length kernel as torch 2.11 declares it, which takes fewer key heads unasked."""
+    heads_first = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+    return masked(*heads_first, cu_seq_q.tolist(), scale)[0]
+
+
+def kernel_of_2_13(*tensors, enable_gqa=False, **settings):
+    assert enable_gqa == (tensors[0].shape[1] != tensors[1].shape[1])
+    return kernel_of_2_11(*tensors, **settings)
+
+
+@pytest.mark.parametrize("kernel", [kernel_of_2_11, kernel_of_2_13])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_kernel_for_all_rows_is_called_as_each_torch_declares_it(kernel, key_heads, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_kernel_type", lambda query, *_: query.dtype)
+    inputs = tensors(key_heads=key_heads)
+    cu_seq_lens = torch.tensor(BOUNDS, dtype=torch.int32)
+    output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=BOUNDS, cu_seq_lens=cu_seq_lens)
+    torch.testing.assert_close(output, masked(*inputs, BOUNDS), rtol=1e-5, atol=1e-6)
+
+
+def test_fp32_on_cuda_repeats_key_heads_and_gives_the_same(monkeypatch):
+    with FakeTensorMode():
+        on_cuda = torch.empty(1, device="cuda")
+        assert attention._takes_groups(on_cuda.bfloat16()) and not attention._takes_groups(on_cuda)
+    monkeypatch.setattr(attention, "_takes_groups", lambda query: False)
+    heads, whole = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: heads.append(a[1].shape[1]) or whole(*a, **k)
+    )
+    inputs = tensors(key_heads=2)
+    output, _ = per_row(torch.nn.Module(), *inputs, None, row_bounds=BOUNDS)
+    expected = masked(*inputs, BOUNDS)
+    assert heads[:-1] == [4] * 4
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(result.sum(), inputs) for result in (output, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_model_adds_to_attention_and_is_unknown_here_is_refused():

@@ -58,6 +58,15 @@ def test_checkpointed_activations_give_the_same_gradients_to_the_bit_and_keep_le
         assert kept < 0.6 * all_kept
 
 
+def test_activation_checkpointing_is_asked_for_by_either_of_its_names(tiny_base):
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        asked, base = [], load_model(tiny_base)
+        base.activation_checkpointing_enable = None  # an instance's own hides its class's
+        setattr(base, name, asked.append)
+        layers.checkpoint_activations(base)
+        assert asked == [{"use_reentrant": False}]
+
+
 def test_a_base_that_cannot_be_checkpointed_is_named(tiny_base):
     base = load_model(tiny_base)
     base.supports_gradient_checkpointing = False
