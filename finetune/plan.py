@@ -17,6 +17,8 @@ from finetune.order import Order
 from finetune.recipe.schema import Recipe, Train, count_of
 
 SCHEMA = 1
+ROW_RULES = 2
+"""By which rules a new run reads its rows: 1 trained on what a template showed of a row, 2 refuses a row that would lose something."""
 
 
 class Pin(BaseModel):
@@ -109,6 +111,8 @@ class Plan(Pin):
     """Rows that a branch leaves out of its steps ..."""
     skipped_examples: tuple[int, ...] = ()
     """... and the examples that are made of them."""
+    row_rules: int = 1
+    """See `ROW_RULES`: a run keeps those that it began with."""
 
     @property
     def plan_id(self) -> str:

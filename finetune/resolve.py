@@ -25,7 +25,7 @@ from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunEr
 from finetune.example import Encoded
 from finetune.model import adapter, base
 from finetune.order import permute
-from finetune.plan import Counts, PinnedBase, PinnedSource, Plan, steps_of, warmup_of
+from finetune.plan import ROW_RULES, Counts, PinnedBase, PinnedSource, Plan, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import ChatTask, Recipe, Source, TextTask, count_of
 from finetune.tasks import TASKS
@@ -65,20 +65,22 @@ def resolve(
     problems = _problems(loaded, config, tokenizer, pinned)
     if problems:
         raise RecipeError(problems)
-    encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, base.stop_tokens(directory, tokenizer))
-    encoding = encoding_digest(recipe, directory, tokenizer)
+    is_same = like is not None and like.recipe.data == recipe.data
+    row_rules = like.row_rules if is_same else ROW_RULES
+    stops = base.stop_tokens(directory, tokenizer)
+    encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, stops, row_rules)
+    encoding = encoding_digest(recipe, directory, tokenizer, row_rules)
 
     def read(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(source, pin, encoder, encoding, partial(_reopened, directory, recipe.task))
+            _read(source, pin, encoder, encoding, partial(_reopened, directory, recipe.task, row_rules))
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     has_own_holdout = isinstance(recipe.data.holdout, list)
-    is_same = like is not None and like.recipe.data == recipe.data
     train_pins, encoded = read(recipe.data.train, like.train if is_same else None)
     holdout_pins, holdout_encoded = (
         read(recipe.data.holdout, like.holdout if is_same else None) if has_own_holdout else ([], [])
@@ -113,6 +115,7 @@ def resolve(
         parent=earlier.parent if earlier else None,
         skipped_rows=earlier.skipped_rows if earlier else (),
         skipped_examples=earlier.skipped_examples if earlier else (),
+        row_rules=row_rules,
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -182,11 +185,13 @@ def _problems(
     return problems
 
 
-def encoding_digest(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def encoding_digest(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase, row_rules: int) -> str:
     """Over everything that decides which tokens a row becomes: tokenizer files, template, stop tokens, task settings."""
     template = template_of(tokenizer, recipe.task) if recipe.task.name == "chat" else ""
     stops = sorted(base.stop_tokens(directory, tokenizer))
-    total = hashlib.sha256(json.dumps([recipe.task.name, recipe.task.max_length, template, stops]).encode())
+    facts = [recipe.task.name, recipe.task.max_length, template, stops]
+    facts += [row_rules] if row_rules > 1 else []  # the first ones had no number
+    total = hashlib.sha256(json.dumps(facts).encode())
     for name in base.TOKENIZER_FILES:
         if (directory / name).is_file():
             total.update(f"\0{name}\0".encode() + (directory / name).read_bytes())
@@ -208,12 +213,13 @@ def _read(
 
 
 def _reopened(
-    directory: Path, task: ChatTask | TextTask, source: Source, pin: PinnedSource, state: State | None
+    directory: Path, task: ChatTask | TextTask, row_rules: int, source: Source, pin: PinnedSource, state: State | None
 ) -> Work:
     """What encodes a source, made anew in a worker process."""
     tokenizer = base.load_tokenizer(directory)
     rows = reopen_source(source, pin, state)
-    return Work(rows, rows.where, TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer)))
+    stops = base.stop_tokens(directory, tokenizer)
+    return Work(rows, rows.where, TASKS[task.name].encoder(tokenizer, task, stops, row_rules))
 
 
 def _held_out(recipe: Recipe, rows: int) -> np.ndarray:

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finetune.errors import BaseError, DataError, RecipeError, RunError
 from finetune.memory import CPU_TOKENS
+from finetune.model.base import load_tokenizer
+from finetune.plan import ROW_RULES
 from finetune.recipe.load import load
-from finetune.resolve import resolve
+from finetune.resolve import encoding_digest, resolve
 
 
 def chat(question, answer):
@@ -274,3 +277,20 @@ def test_a_micro_batch_is_as_the_recipe_says_or_the_longest_example_doubled_whil
     assert resolved(batch_size=1).micro_batch_tokens == longest
     assert 1024 < resolved(batch_size=1000).micro_batch_tokens <= CPU_TOKENS
     assert resolved(batch_size=6).plan.plan_id == resolved(batch_size=6, micro_batch_tokens=100).plan.plan_id
+
+
+def test_a_run_keeps_the_row_rules_it_began_with_and_new_data_gets_the_new_ones(recipe_file, chat_data):
+    path = recipe_file()
+    plan = resolve(load(path)).plan
+    before = plan.model_copy(update={"row_rules": 1})
+    resumed = resolve(load(path), before.model_copy(update={"encoding": _encoding_of(path, 1)})).plan
+    assert (plan.row_rules, resumed.row_rules) == (ROW_RULES, 1)
+    assert resumed.encoding != plan.encoding
+    other = recipe_file("other", data={"train": [{"path": str(chat_data / "train.jsonl")}]})
+    assert resolve(load(other), like=before).plan.row_rules == ROW_RULES
+
+
+def _encoding_of(path, row_rules):
+    recipe = load(path).recipe
+    directory = Path(recipe.base.checkpoint)
+    return encoding_digest(recipe, directory, load_tokenizer(directory), row_rules)

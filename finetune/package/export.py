@@ -71,7 +71,7 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
     form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
     _refuse_unnamed_base(plan, form)
     tokenizer = base.load_tokenizer(opened.directory)
-    if encoding_digest(recipe, opened.directory, tokenizer) != plan.encoding:
+    if encoding_digest(recipe, opened.directory, tokenizer, plan.row_rules) != plan.encoding:
         message = "encoding: the tokenizer or the chat template is not the one that the rows were encoded with"
         raise PackageError(message, where=ref, hint="restore the file that task.template names")
     if recipe.task.name == "chat":

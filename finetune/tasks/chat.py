@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune import chat_template
 from finetune.errors import DataError
 from finetune.example import Example
+from finetune.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
@@ -28,7 +29,9 @@ class Conversation(NamedTuple):
     """So many messages at the start are given: their assistant turns are not learnt (`prompt` and `completion` rows)."""
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, task: ChatTask, stop_tokens: Collection[int]) -> Encode:
+def encoder(
+    tokenizer: PreTrainedTokenizerBase, task: ChatTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
+) -> Encode:
     """A function from rows and their places to the one example of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.

@@ -7,12 +7,15 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import DataError
 from finetune.example import Example
+from finetune.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, task: TextTask, stop_tokens: Collection[int]) -> Encode:
+def encoder(
+    tokenizer: PreTrainedTokenizerBase, task: TextTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
+) -> Encode:
     """A function from rows and their places to the examples of each row; each row ends with the tokenizer's end token."""
     end = tokenizer.eos_token_id
     if end is None:
