@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import downloads
+from finetune import downloads, hub
 from finetune.data.files import Row, first_line
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
@@ -16,13 +16,13 @@ SPLIT = "train"  # of a Hub data set, where the recipe names none
 
 def pin_dataset(source: Source) -> str:
     """The commit of a Hub data set's `revision` now; without the Hub, the one seen last. A full commit hash is its own pin."""
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionResolutionError
 
     try:
-        return HfApi().resolve_revision(source.dataset, repo_type="dataset", revision=source.revision).resolved
-    except (HTTPError, OSError, ValueError, RevisionResolutionError) as error:
+        with hub.waiting(f"which commit the data set {source.dataset} is at"):
+            return HfApi().resolve_revision(source.dataset, repo_type="dataset", revision=source.revision).resolved
+    except (hub.http().HTTPError, OSError, ValueError, RevisionResolutionError) as error:
         raise _hub_error(source, error) from error
 
 
@@ -31,12 +31,13 @@ class HubDataset:
 
     def __init__(self, source: Source, revision: str):
         from datasets.exceptions import DatasetsError
-        from httpx2 import HTTPError
 
         self._place = f"{source.dataset}@{revision[:8]} {source.split or SPLIT}"
         try:
-            self._rows = _load(source, revision)
-        except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a script
+            with hub.waiting(f"rows of the data set {source.dataset}"):
+                self._rows = _load(source, revision)
+        # RuntimeError: it is a script
+        except (DatasetsError, hub.http().HTTPError, OSError, ValueError, RuntimeError) as error:
             raise _hub_error(source, error) from error
 
     def __len__(self) -> int:
@@ -79,7 +80,6 @@ def _load(source: Source, revision: str) -> "Dataset":
 
 def _hub_error(source: Source, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
-    from httpx2 import TransportError
     from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError
 
@@ -94,7 +94,9 @@ def _hub_error(source: Source, error: Exception) -> DataError:
         )
     elif isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
         message, hint = "no such data set on the Hub", "check its name; a private or gated one needs `hf auth login`"
-    elif isinstance(error, ConnectionError | TransportError | RevisionResolutionError):
+    elif (told := hub.refusal(error)).status is not None:
+        message, hint = told.message, told.hint
+    elif isinstance(error, ConnectionError | hub.http().TransportError | RevisionResolutionError):
         message, hint = "the Hub cannot be reached", "check the network, or name a local file with `path`"
     else:
         message, hint = f"cannot be loaded: {first_line(error)}", "check `name`, `split` and `revision` in the recipe"

@@ -8,6 +8,7 @@ import importlib.metadata
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from finetune import hub
 from finetune.checkpoints.refs import parse
 from finetune.errors import PackageError
 from finetune.package import metadata
@@ -71,13 +72,18 @@ def of_data(source: Source, pinned: PinnedSource) -> str | None:
     """The licence that the card of a Hub data set states, at its commit; asked once, and then kept by the Hub's own cache."""
     if source.dataset is None:
         return None
-    from httpx2 import HTTPError
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        card = hf_hub_download(source.dataset, "README.md", repo_type="dataset", revision=pinned.revision)
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError):  # the card then says that it is not known
+        with hub.waiting(f"the card of the data set {source.dataset}"):
+            card = hf_hub_download(source.dataset, "README.md", repo_type="dataset", revision=pinned.revision)
+    except (
+        HfHubHTTPError,
+        hub.http().HTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+    ):  # the card then says that it is not known
         return None
     said = (metadata.read(Path(card).read_text(encoding="utf-8", errors="replace")) or {}).get("license")
     return ", ".join(map(str, said)) if isinstance(said, list) else said

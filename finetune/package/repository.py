@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from httpx2 import HTTPError, RequestError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from finetune import downloads
+from finetune import downloads, hub
 from finetune.errors import PublishError
 from finetune.package.contents import sha256
 
@@ -31,6 +36,7 @@ MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
 KEPT = (".gitattributes", CHECKPOINTS)  # the Hub's, and the list of milestones
 AGAIN = "try again: what was uploaded is not uploaded twice"
+HTTPError, RequestError = hub.http().HTTPError, hub.http().RequestError
 Answer = TypeVar("Answer")
 
 
@@ -201,6 +207,11 @@ class Repository:
             raise PublishError(f"the {what} failed: {_reason(error)}", where=self.name, hint=AGAIN) from None
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
+        """What the Hub answers, asked again where that can help; a silence is said."""
+        with hub.waiting(f"an answer about {self.name}"):
+            return self._answer(request)
+
+    def _answer(self, request: Callable[[], Answer]) -> Answer:
         wait = FIRST_WAIT_SECONDS
         for tries_left in reversed(range(TRIES)):
             try:
@@ -209,9 +220,13 @@ class Repository:
                 raise _Missing(f"has no such repository or revision: {_reason(error)}", where=self.name) from None
             except HFValidationError as error:
                 raise PublishError(str(error), where=self.name, hint="a name is OWNER/NAME") from None
+            except LocalTokenNotFoundError:
+                hint = "set HF_TOKEN to a token with write access, or run `hf auth login`"
+                raise PublishError("there is no token for the Hub", where=self.name, hint=hint) from None
             except (HTTPError, ConnectionError) as error:
                 if not tries_left or not _is_passing(error):
-                    raise _told(error, self.name) from None
+                    told = hub.refusal(error)
+                    raise PublishError(told.message, where=self.name, hint=told.hint or AGAIN) from None
                 time.sleep(_asked_wait(error) or wait)
                 wait *= 2
         raise AssertionError("the last try returns or raises")
@@ -236,20 +251,6 @@ def _asked_wait(error: Exception) -> float | None:
         return min(limit.reset_in_seconds + 1.0, MOST_WAIT_SECONDS)
     after = error.response.headers.get("retry-after", "")
     return min(float(after), MOST_WAIT_SECONDS) if after.isdecimal() else None
-
-
-def _told(error: Exception, name: str) -> PublishError:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    hints = {
-        401: "set HF_TOKEN to a token with write access, or `hf auth login`",
-        403: "use a token that may write to this owner's repositories",
-        400: "correct what the Hub refuses; nothing was committed",
-    }
-    return PublishError(
-        f"the Hub refuses: {_reason(error)}" if status else f"the Hub cannot be reached: {_reason(error)}",
-        where=name,
-        hint=hints.get(status, AGAIN),
-    )
 
 
 def _reason(error: Exception) -> str:

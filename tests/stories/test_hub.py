@@ -68,6 +68,14 @@ def test_what_cannot_be_had_from_the_hub_is_one_clear_error(hub, online, base, r
     no_split = """cannot be loaded: Unknown split "gone". Should be one of ['train']
 hint: check `name`, `split` and `revision` in the recipe"""
     moved = "hint: correct `revision`, or leave it out for the main branch"
+    for name, status in (("tiny/unpaid", 402), ("tiny/down", 503)):
+        hub.add("model", name).commit(small)
+        hub.add("dataset", name).commit({"train.jsonl": b'{"text": "a"}\n'})
+        hub.fail("GET|HEAD", f"/{name}", status, times=1000)
+    fault = "a fault that the test ordered"
+    unpaid = f"the Hub refuses: {fault} (402, payment required)\nhint: the owner's plan or storage is used up: "
+    unpaid += "look at its billing page on the Hub"
+    down = f"the Hub is out of order: {fault} (503)\nhint: try again later: the fault is the Hub's or a proxy's"
     cases = [
         ("plan", "tiny/none", {}, f"tiny/none: {absent}"),
         ("plan", "tiny/private", {}, f"tiny/private: {absent}"),
@@ -76,6 +84,10 @@ hint: check `name`, `split` and `revision` in the recipe"""
         ("plan", "tiny/gated", {}, f"tiny/gated@{gated}: is gated\n{ask}"),
         ("plan", "tiny/pickled", {}, f"tiny/pickled: {pickled}"),
         ("fetch", "tiny/pickled", {}, f"tiny/pickled: {pickled}"),
+        ("plan", "tiny/unpaid", {}, f"tiny/unpaid: {unpaid}"),
+        ("plan", "tiny/down", {}, f"tiny/down: {down}"),
+        ("plan", "tiny/base", {"dataset": "tiny/unpaid"}, f"tiny/unpaid: {unpaid}"),
+        ("plan", "tiny/base", {"dataset": "tiny/down"}, f"tiny/down: {down}"),
         ("plan", "tiny/base", {"dataset": "tiny/none"}, f"tiny/none: {no_data}"),
         ("plan", "tiny/base", {"dataset": "tiny/gated-rows"}, f"tiny/gated-rows: is gated\n{ask}"),
         (

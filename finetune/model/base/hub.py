@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune import downloads
+from finetune import downloads, hub
 from finetune.errors import BaseError
 
 # `*` matches `/` too: leave out exports in folders, and Mistral's second copy of its weights.
@@ -16,7 +16,7 @@ def commit_of(repo: str, revision: str | None) -> str:
     """The commit of a revision now; where the Hub cannot be reached, the one that was last seen from here."""
     import huggingface_hub
 
-    with _errors(repo, revision):
+    with _errors(repo, revision), hub.waiting(f"which commit {repo} is at"):
         return huggingface_hub.HfApi().resolve_revision(repo, revision=revision).resolved
 
 
@@ -24,7 +24,7 @@ def download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
     """The directory with the files of a commit that match, as the commit has them; what is there already is not downloaded again."""
     import huggingface_hub
 
-    with _errors(repo, commit):
+    with _errors(repo, commit), hub.waiting(f"files of {repo}"):
         path = huggingface_hub.snapshot_download(
             repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FILES)
         )
@@ -38,7 +38,11 @@ def has_files(repo: str, commit: str, patterns: tuple[str, ...]) -> bool:
     import huggingface_hub
     from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
 
-    with contextlib.suppress(DryRunError, LocalEntryNotFoundError):
+    with (
+        _errors(repo, commit),
+        contextlib.suppress(DryRunError, LocalEntryNotFoundError),
+        hub.waiting(f"what {repo} has"),
+    ):
         return bool(
             huggingface_hub.snapshot_download(
                 repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FILES), dry_run=True
@@ -49,7 +53,6 @@ def has_files(repo: str, commit: str, patterns: tuple[str, ...]) -> bool:
 
 @contextmanager
 def _errors(repo: str, revision: str | None) -> Iterator[None]:
-    from httpx2 import HTTPError
     from huggingface_hub import constants, errors
 
     where = f"{repo}@{revision}" if revision else repo
@@ -65,12 +68,10 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
         raise BaseError(
             "the repository has no such revision", where=where, hint="name a branch, a tag or a commit"
         ) from None
-    except (errors.RevisionResolutionError, HTTPError, OSError, RuntimeError) as error:  # the last is Xet's
+    # the last is Xet's
+    except (errors.RevisionResolutionError, hub.http().HTTPError, OSError, RuntimeError) as error:
         if refusal := downloads.refusal_of_disk(error, BaseError, f"HF_HOME={constants.HF_HOME}"):
             raise refusal from None
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise BaseError(
-            f"the Hub cannot be reached: {reason}",
-            where=where,
-            hint="`finetune fetch` a recipe where there is a network",
-        ) from None
+        told = hub.refusal(error)
+        hint = told.hint or "`finetune fetch` a recipe where there is a network"
+        raise BaseError(told.message, where=where, hint=hint) from None
