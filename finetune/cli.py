@@ -20,7 +20,7 @@ from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
 from finetune.signals import ending_signals
-from finetune.world import TOLD, is_alone, is_first
+from finetune.world import TOLD, is_alone, is_first, prepare_allocator
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
@@ -577,6 +577,7 @@ def main() -> None:
     """The console script: errors become messages and exit codes."""
     told = os.environ.pop(TOLD, None)  # not for processes that this one starts
     streams.secure()
+    prepare_allocator(os.environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         cli.main(standalone_mode=False)

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import journal, version
+from finetune import journal, memory, version
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
-from finetune.contract import FACT_NAMES, differences, outcome, rule_of
+from finetune.contract import FACT_NAMES, differences, outcome, recorded, rule_of
 from finetune.errors import RunError
 from finetune.plan import Plan
 from finetune.recipe.load import LoadedRecipe
@@ -63,9 +63,9 @@ def open_plan(
         resolved = replace(resolved, plan=plan)
         where = f"after step {plan.extension['step']} (--schedule {plan.extension['schedule']})"
         changes += [f"extended {where}: {line}" for line in lines["extended"]]
-    before = {name: facts.get(name) for name in FACT_NAMES}
     changes += [
-        f"{name} changed: {old} -> {new}; bit equality may be lost" for name, old, new in differences(before, now)
+        f"{name} changed: {old} -> {new}; bit equality may be lost"
+        for name, old, new in differences(recorded(facts), now)
     ]
     return resolved, now | {"run": facts["run"], "software": software()}, changes
 
@@ -136,4 +136,5 @@ def facts_of(accelerator: Accelerator) -> dict:
         "device": name,
         "world_size": accelerator.num_processes,
         "threads": torch.get_num_threads(),
+        "update_slice": memory.update_slice(device.type),
     }

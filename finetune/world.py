@@ -6,7 +6,7 @@
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,6 +146,13 @@ def devices_here(environment: Mapping[str, str], place: Path = Path("/dev")) -> 
     visible = list(itertools.takewhile(lambda name: name and not name.startswith("-"), named))  # CUDA ends there
     has_parts = any(name.startswith("MIG-") for name in visible)  # a process sees one part of a device
     return min(found, 1 if has_parts else len(visible))
+
+
+def prepare_allocator(environment: MutableMapping[str, str], place: Path = Path("/dev")) -> None:
+    """Lets torch's blocks of device memory grow in place, unless the user has said how: packed micro-batches differ in length, and every new
+    length leaves a hole otherwise. Bits do not change. Torch reads it once, when it is imported."""
+    if devices_here(environment, place) and "PYTORCH_CUDA_ALLOC_CONF" not in environment:
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def cores(quotas: Path = Path("/sys/fs/cgroup")) -> int:

@@ -126,6 +126,31 @@ def test_the_parts_add_up_and_say_what_each_setting_costs(planned):
     assert "staging" not in memory.parts(plan, shape, work, CARD)  # it is in the host's memory
 
 
+def test_products_of_a_quantized_base_are_as_wide_as_the_residual_stream(weightless, planned):
+    """Held against tensors that a Llama of 4 layers keeps on a CPU: 3 of the 4 that a gated layer keeps are fp32 beside fp32 weights."""
+    base, work = weightless(LARGE["8B"]), Work(8192, 16384)
+
+    def activations(quantization, weights):
+        sections = {"base": base | ({"quantization": "nf4"} if quantization else {}), "adapter": {"name": "lora"}}
+        plan, shape = planned(**sections, train={"steps": 4, "weights": weights})
+        return memory.parts(plan, shape, work, CARD)["activations"]
+
+    wider = 3 * 14336 * 2 * 33 * 8192
+    assert activations(True, "fp32") == activations(False, "fp32") + wider
+    assert activations(True, "bf16") == activations(False, "bf16")
+    assert activations(True, "fp32") == pytest.approx(76.5 * 2**30, rel=0.01)  # as traced over fake CUDA tensors
+
+
+def test_an_update_of_weights_in_bf16_has_room_for_a_slice_on_a_gpu(weightless, planned):
+    train = {"steps": 4, "weights": "bf16"}
+    plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None, train=train)
+    assert memory.parts(plan, shape, Work(1024, 4096), CARD)["moments"] == 8 * plan.trainable_parameters + 14 * 2**26
+    plan, shape = planned(adapter=None, train=train)  # its largest tensor is smaller
+    for device, room in ((CARD, 14 * shape.vocabulary * shape.hidden), (Device(2**34), 0)):
+        found = memory.parts(plan, shape, Work(128, 512), device)["moments"]
+        assert found == 8 * plan.trainable_parameters + room
+
+
 def test_gradients_take_the_place_of_activations_where_a_step_is_one_micro_batch(planned):
     plan, shape = planned(adapter=None)
     alone, several = (memory.parts(plan, shape, Work(1024, step), Device(2**34)) for step in (1024, 1025))

@@ -52,6 +52,15 @@ def test_an_unchanged_recipe_finds_the_plan_of_the_run(opened):
     assert facts.keys() == {"run", "software", *FACT_NAMES}
 
 
+def test_a_run_that_did_not_record_how_much_is_updated_at_once_had_the_slices_of_its_time(opened):
+    plan, facts, _ = opened()
+    assert facts.pop("update_slice") == 2**20
+    (opened.path / "plan.json").write_bytes(plan.dump(facts))
+    assert opened()[2] == []
+    (opened.path / "plan.json").write_bytes(plan.dump(facts | {"update_slice": 2**26}))
+    assert opened()[2] == ["update_slice changed: 67108864 -> 1048576; bit equality may be lost"]
+
+
 def test_what_is_taken_is_said_with_both_values_and_what_is_refused_is_named_alone(opened):
     plan, _, _ = opened()
     again, _, changes = opened("guard.spike=stop", "checkpoint.keep.last=5")

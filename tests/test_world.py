@@ -5,7 +5,7 @@ import os
 import pytest
 
 from finetune.errors import FinetuneError
-from finetune.world import World, cores, devices_here, first_host, refuse_half, world_of
+from finetune.world import World, cores, devices_here, first_host, prepare_allocator, refuse_half, world_of
 
 PET = {"PET_NNODES": "4", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "job-0"}
 SLURM = {
@@ -111,6 +111,19 @@ def test_devices_are_those_that_the_driver_shows_and_the_environment_lets_throug
     assert devices_here({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == 0
     assert devices_here({"CUDA_VISIBLE_DEVICES": "1,-1,0"}, tmp_path) == 1
     assert devices_here({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, tmp_path) == 1
+
+
+def test_device_memory_grows_in_place_where_there_is_an_nvidia_device_and_nobody_has_said_how(tmp_path) -> None:
+    def prepared(environment):
+        prepare_allocator(environment, tmp_path)
+        return environment
+
+    assert prepared({}) == {}
+    (tmp_path / "nvidia0").touch()
+    assert prepared({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert prepared({name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
+    assert prepared({"CUDA_VISIBLE_DEVICES": ""}) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_training_alone_is_no_rank_whatever_else_is_set() -> None:

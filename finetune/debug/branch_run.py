@@ -14,6 +14,7 @@ from finetune.checkpoints.durable import failures, replace_file
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.store import RESUME_FILES, Store
+from finetune.contract import recorded
 from finetune.errors import RunError
 from finetune.opening import WORLD
 from finetune.plan import Plan
@@ -100,7 +101,7 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
         amendments=checkpoint.manifest.amendments,
         metrics=checkpoint.manifest.metrics if branch.is_comparable else {},
         versions=branch.facts["versions"],
-        world={name: branch.facts[name] for name in WORLD},
+        world={name: recorded(branch.facts)[name] for name in WORLD},
         created=journal.now(),
     )
     store.commit(attempt, manifest, held.check)

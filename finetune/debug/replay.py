@@ -16,6 +16,7 @@ from finetune.checkpoints import lease
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Manifest
 from finetune.columns import Columns
+from finetune.contract import recorded
 from finetune.debug import inspection
 from finetune.debug.rerun import Difference, Rerun
 from finetune.errors import CheckpointError, RunError
@@ -96,7 +97,7 @@ class Committer:
             parent=None,
             plan_id=rerun.plan.plan_id,
             versions=rerun.facts["versions"],
-            world={name: rerun.facts[name] for name in WORLD},
+            world={name: recorded(rerun.facts)[name] for name in WORLD},
         )
         self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.base_directory, manifest, rerun.say)
         self._is_open = False

@@ -16,7 +16,7 @@ from finetune import plan as plans
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.store import Store
-from finetune.contract import FACT_NAMES, differences
+from finetune.contract import differences, recorded
 from finetune.data.batches import Batches
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.guard import Amendment
@@ -86,8 +86,7 @@ class Rerun:
     def notes(self) -> list[str]:
         """A line for every recorded fact of the machine that is another one here."""
         now = facts_of(self.accelerator) | {"micro_batch_tokens": self.facts["micro_batch_tokens"]}
-        before = {name: self.facts.get(name) for name in FACT_NAMES}
-        found = differences(before, {name: now.get(name) for name in FACT_NAMES})
+        found = differences(recorded(self.facts), recorded(now))
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
 
     def nearest(self, step: int) -> Checkpoint | None:

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from finetune.errors import FinetuneError
-from finetune.memory import MOMENTS
+from finetune.memory import MOMENTS, update_slice
 from finetune.model.adapter import ADAPTERS
 from finetune.model.base import load_model
-from finetune.model.optimizer import OPTIMIZERS, build
-from finetune.model.optimizer.rounded import SLICE, RoundedAdamW, Scratch, round_by_chance
+from finetune.model.optimizer import OPTIMIZERS, build, rounded
+from finetune.model.optimizer.rounded import RoundedAdamW, Scratch, round_by_chance
 from finetune.recipe.schema import Optimizer, Recipe
 from finetune.schedule import SCHEDULES
 from finetune.tasks import TASKS
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
+SLICE = update_slice("cpu")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BUILDABLE = [
     "adamw",
@@ -161,7 +162,7 @@ def test_paging_without_a_gpu_is_refused():
 
 
 def test_rounding_by_chance_gives_a_neighbour_in_bf16_and_is_right_on_average():
-    generator, scratch = torch.Generator().manual_seed(0), Scratch(torch.device("cpu"))
+    generator, scratch = torch.Generator().manual_seed(0), Scratch(torch.device("cpu"), SLICE)
     for value in (1.0 + 2**-9, -3.3, 1e-3, -7e-20):
         values = torch.full((SLICE,), value)
         round_by_chance(values, generator, scratch)
@@ -199,6 +200,21 @@ def test_updates_of_fp32_weights_are_those_of_adamw_to_the_bit_whatever_the_size
             weight.grad = start.cos() * number
             optimizer.step()
     assert torch.equal(plain, sliced)
+
+
+def test_scratch_is_as_large_as_a_slice_or_as_the_largest_weight(monkeypatch):
+    assert (update_slice("cpu"), update_slice("cuda")) == (2**20, 2**26)
+    for slice_, expected in ((2**26, 640), (100, 100)):
+        monkeypatch.setattr(rounded, "update_slice", lambda kind, size=slice_: size)
+        weights = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in (10, (10, 64), 33)]
+        optimizer = built(weights, settings("adamw"))
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = 0.1
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        [scratch] = optimizer._scratch.values()
+        assert len(scratch.weight) == len(scratch.noise) == expected
+        assert all((weight < 1).all() for weight in weights)
 
 
 def test_chance_depends_on_seed_and_update_and_not_on_what_else_is_drawn():

@@ -9,18 +9,17 @@ from collections.abc import Callable
 import torch
 from torch.optim.adamw import adamw
 
+from finetune.memory import update_slice
 from finetune.order import derive
-
-SLICE = 2**20  # weights that are in fp32 at once; also the order in which random numbers are drawn
 
 
 class Scratch:
     """Room for one slice, kept: in fresh memory an update takes several times as long."""
 
-    def __init__(self, device: torch.device):
-        self.weight, self.grad = (torch.empty(SLICE, device=device) for _ in range(2))
-        self.words = torch.empty(SLICE // 4, dtype=torch.int64, device=device)
-        self.noise = torch.empty(SLICE, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, size: int):
+        self.weight, self.grad = (torch.empty(size, device=device) for _ in range(2))
+        self.words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
+        self.noise = torch.empty(size, dtype=torch.int32, device=device)
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -60,13 +59,11 @@ class RoundedAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 slots[name] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
         generator = torch.Generator(parameter.device).manual_seed(seed)
-        if parameter.device not in self._scratch:
-            self._scratch[parameter.device] = Scratch(parameter.device)
-        scratch = self._scratch[parameter.device]
+        size, scratch = update_slice(parameter.device.type), self._scratch_on(parameter.device)
         flat = [
             tensor.view(-1) for tensor in (parameter.detach(), parameter.grad, slots["exp_avg"], slots["exp_avg_sq"])
         ]
-        for weight, grad, first, second in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
+        for weight, grad, first, second in zip(*(tensor.split(size) for tensor in flat), strict=True):
             updated = scratch.weight[: len(weight)].copy_(weight)
             adamw(
                 [updated],
@@ -89,6 +86,12 @@ class RoundedAdamW(torch.optim.Optimizer):
                 round_by_chance(updated, generator, scratch)
             weight.copy_(updated)
         slots["step"] += 1
+
+    def _scratch_on(self, device: torch.device) -> Scratch:
+        if device not in self._scratch:
+            largest = max(parameter.numel() for group in self.param_groups for parameter in group["params"])
+            self._scratch[device] = Scratch(device, min(largest, update_slice(device.type)))
+        return self._scratch[device]
 
 
 def round_by_chance(values: torch.Tensor, generator: torch.Generator, scratch: Scratch) -> None:
