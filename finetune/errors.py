@@ -15,6 +15,8 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 Stopped                      exit 143, 130 or 129: a signal asked for the end, and the last finished step is committed
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -33,6 +35,28 @@ class FinetuneError(Exception):
     def __str__(self) -> str:
         first = f"{self.where}: {self.message}" if self.where else self.message
         return f"{first}\nhint: {self.hint}" if self.hint else first
+
+
+def of_libraries() -> tuple[type[Exception], ...]:
+    """What libraries raise for a model that they cannot handle. Without MemoryError, which is about this machine.
+
+    Called in an `except` clause, so that nothing is imported until something is raised.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # of a config; it is no ValueError
+
+    return (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NameError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        StrictDataclassError,
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,25 @@ class BaseError(FinetuneError):
 class AdapterError(FinetuneError):
     code = "adapter"
     exit_code = 2
+
+
+@contextmanager
+def explained(
+    message: str, where: str, hint: str | None = None, kind: type[FinetuneError] = BaseError
+) -> Iterator[None]:
+    """The boundary around one call of transformers or peft: whatever that raises is one error with its cause. Our own pass."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except of_libraries() as error:
+        cause = " ".join(str(error).split())
+        told = f"{type(error).__name__}: {cause[:CAUSE]}{'…' if len(cause) > CAUSE else ''}"
+        raise kind(f"{message} ({told})", where=where, hint=hint or UNKNOWN) from error
+
+
+CAUSE = 240  # characters of a cause that are shown
+UNKNOWN = "choose another base, or another version of transformers"
 
 
 class RunError(FinetuneError):

@@ -61,19 +61,36 @@ class Shape(NamedTuple):
 def shape_of(config: "PretrainedConfig") -> Shape:
     """The shape in a transformers config, by the names its families use."""
     text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    size = getattr(text, "head_dim", None) or hidden // heads
-    experts = getattr(text, "num_experts_per_tok", None)
-    wide = getattr(text, "intermediate_size", None) or 4 * hidden
+
+    def size_of(*names: str) -> int:
+        """The first of these that the config has; where layers differ, the largest."""
+        return next((max(values) for name in names if (values := values_of(text, name))), 0)
+
+    hidden = size_of("hidden_size", "d_model") or 1
+    # without attention, states as wide as the model mix the tokens
+    heads = size_of("num_attention_heads", "num_heads") or 1
+    size = size_of("head_dim") or hidden // heads
+    experts = size_of("num_experts_per_tok")
+    wide = size_of("intermediate_size") or 4 * hidden
     return Shape(
-        layers=text.num_hidden_layers,
+        layers=size_of("num_hidden_layers", "num_blocks") or 1,
         hidden=hidden,
-        intermediate=experts * (getattr(text, "moe_intermediate_size", None) or wide) if experts else wide,
-        vocabulary=text.vocab_size,
+        intermediate=experts * (size_of("moe_intermediate_size") or wide) if experts else wide,
+        vocabulary=size_of("vocab_size"),
         queries=heads * size,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
-        is_tied=bool(config.tie_word_embeddings),
+        keys=(size_of("num_key_value_heads") or heads) * size,
+        is_tied=bool(getattr(config, "tie_word_embeddings", False)),
     )
+
+
+def values_of(config: "PretrainedConfig", name: str) -> list[int]:
+    """A size in a config, once, or once for each layer where layers differ; empty where the config has none."""
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    else:
+        value = getattr(config, name, None)
+        found = list(value) if isinstance(value, list | tuple) else [value]
+    return [value for value in found if value]
 
 
 class Work(NamedTuple):

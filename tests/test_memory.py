@@ -6,6 +6,7 @@ import sys
 from subprocess import run
 
 import pytest
+from transformers import AutoConfig
 
 from finetune import estimate, memory
 from finetune.memory import Device, Shape, Work
@@ -76,6 +77,21 @@ def on_devices(plan, shape):
 
 def test_chunks_of_logits_are_as_long_as_those_of_the_loss():
     assert memory.CHUNK_TOKENS == losses.CHUNK_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("mamba2", Shape(64, 4096, 16384, 32768, 8192, 8192, False)),
+        ("falcon_mamba", Shape(32, 768, 1536, 50280, 768, 768, True)),
+        ("rwkv", Shape(32, 4096, 16384, 50277, 4096, 4096, False)),
+        ("xlstm", Shape(32, 4096, 16384, 50304, 4096, 4096, False)),
+        ("gemma3n_text", Shape(35, 2048, 16384, 262400, 2048, 512, True)),  # a size for each layer
+        ("gemma4_text", Shape(30, 2304, 9216, 262144, 4096, 2048, True)),  # layers that differ
+    ],
+)
+def test_a_shape_is_found_in_configs_without_attention_and_in_those_whose_layers_differ(kind, shape):
+    assert memory.shape_of(AutoConfig.for_model(kind)) == shape
 
 
 @pytest.mark.parametrize(("name", "parameters", "fits_from"), [("8B", 8_030_261_248, 4), ("70B", 70_553_706_496, None)])

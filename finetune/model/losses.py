@@ -3,12 +3,15 @@
 Shapes: B sequences, T positions, N supervised tokens, C tokens of a chunk, V vocabulary, D hidden size.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from finetune.errors import explained, of_libraries
 
 CHUNK_TOKENS = 512  # on two CPU cores 128 is 40 % slower: every chunk is one more pass over the gradient of the head
 
@@ -18,10 +21,11 @@ def full(model: torch.nn.Module, inputs: dict, positions_N: Tensor, labels_N: Te
 
     `positions_N` are the places among B * T whose next token is supervised, and `labels_N` is that token.
     """
-    is_packed = len(inputs["input_ids"]) == 1
-    kept = positions_N if is_packed else 0  # of padded rows no one set of columns is wanted: all
-    logits_NV = model(**inputs, logits_to_keep=kept, use_cache=False).logits.flatten(0, 1)
-    logits_NV = logits_NV if is_packed else logits_NV[positions_N]
+    is_single = len(inputs["input_ids"]) == 1 and takes_places(model)
+    # of padded rows no one set of columns is wanted: all
+    kept = {"logits_to_keep": positions_N} if is_single else {}
+    logits_NV = model(**inputs, **kept, use_cache=False).logits.flatten(0, 1)
+    logits_NV = logits_NV if is_single else logits_NV[positions_N]
     losses_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
     return losses_N.sum(), losses_N
 
@@ -42,12 +46,21 @@ def fitting(model: torch.nn.Module) -> tuple[Callable, str | None]:
         return full, "its head is not one linear layer"
     tokens = torch.arange(2, 10, device=head.weight.device)[None] % len(head.weight)
     with torch.inference_mode():
-        logits = model(input_ids=tokens, use_cache=False).logits
-        hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
-        ours = _shaped(F.linear(hidden, head.weight.to(hidden.dtype), head.bias), head.scale, head.cap)
-    if (ours - logits).abs().max() > 1e-3 * logits.abs().max():
+        with explained("transformers cannot run it", type(_unwrapped(model)).__name__):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        try:
+            hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
+            ours = _shaped(F.linear(hidden, head.weight.to(hidden.dtype), head.bias), head.scale, head.cap)
+        except of_libraries():
+            return full, "its decoder gives no hidden states"
+    if ours.shape != logits.shape or (ours - logits).abs().max() > 1e-3 * logits.abs().max():
         return full, "its logits are not its head on its decoder's output"
     return chunked, None
+
+
+def takes_places(model: torch.nn.Module) -> bool:
+    """Whether the model makes the logits of given places alone."""
+    return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
 
 
 class Head(NamedTuple):

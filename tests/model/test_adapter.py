@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from finetune.errors import AdapterError, CheckpointError
-from finetune.model.adapter import apply, is_adapter, load_weights, weights
+from finetune.model.adapter import apply, is_adapter, load_weights, skipped, weights
 from finetune.model.base import attach, empty_model, load_model
+from finetune.model.tiny import model_like
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter
 
 
@@ -75,6 +76,78 @@ def test_a_target_that_matches_nothing_is_an_error_that_names_the_layers(tiny_ba
         "hint: the base has `down_proj`, `gate_proj`, `k_proj`, `lm_head`, `o_proj`, `q_proj`, `up_proj`, `v_proj`"
     )
     assert caught.value.exit_code == 2
+
+
+def small(kind, **settings):
+    """A small random model of a family."""
+    from transformers import AutoConfig
+
+    return model_like(AutoConfig.for_model(kind, **settings), max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("phimoe", "all-linear skips `router` (it is not a plain linear layer)"),
+        ("llama4_text", "all-linear skips `router` (it is not a plain linear layer)"),
+        ("deepseek_v4", "all-linear skips `o_a_proj` (it is not a plain linear layer)"),
+        ("falcon_h1", "all-linear skips `out_proj` (peft does not allow it in this family)"),
+        ("nemotron_h", "all-linear skips `out_proj` (peft does not allow it in this family)"),
+        ("mamba", "all-linear skips `out_proj` (peft does not allow it in this family)"),
+        ("llama", None),
+    ],
+)
+def test_all_linear_skips_layers_that_lora_cannot_wrap_and_says_so(kind, told):
+    model = small(kind)
+    assert skipped(model, lora()) == told
+    model = apply(model, lora())
+    tokens = torch.arange(2, 12)[None]
+    model(input_ids=tokens, use_cache=False).logits.sum().backward()
+    wrapped = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in trainable(model)}
+    assert wrapped and not wrapped & {"router", "o_a_proj", "lm_head", *(["out_proj"] if told else [])}
+    assert skipped(small(kind), frozen("*norm*")) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name", "reason"),
+    [
+        ("llama", "lm_head", "lm_head", "another module has the same weight"),
+        ("zamba", "up_proj", "model.layers.2.shared_transf.feed_forward.up_proj", "another module has the same weight"),
+        ("mamba", "mixer.out_proj", "backbone.layers.0.mixer.out_proj", "peft does not allow it in this family"),
+        ("phimoe", "router", "model.layers.0.mlp.router", "it is not a plain linear layer"),
+    ],
+)
+def test_a_target_that_lora_cannot_train_is_refused_by_name(kind, target, name, reason):
+    with pytest.raises(AdapterError) as caught:
+        apply(small(kind, **({"tie_word_embeddings": True} if kind == "llama" else {})), lora(targets=[target]))
+    assert str(caught.value) == (
+        f"adapter.targets: LoRA cannot train `{name}`: {reason}\nhint: remove `{target}` from adapter.targets"
+    )
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens", ".*lm_head", "head", "lm_head.weight"])
+def test_no_other_spelling_reaches_tied_weights(tiny_base, target):
+    with pytest.raises(AdapterError, match="no linear layer is called"):
+        apply(empty_model(tiny_base), lora(targets=["q_proj", target]))
+
+
+def test_an_untied_head_can_be_a_target():
+    assert any("lm_head.lora_A" in name for name in trainable(apply(small("llama"), lora(targets=["lm_head"]))))
+
+
+def test_what_peft_raises_is_one_error_with_its_cause(tiny_base, monkeypatch):
+    import peft
+
+    def refuse(*_):
+        raise ValueError("no such thing\nas this")
+
+    monkeypatch.setattr(peft, "get_peft_model", refuse)
+    with pytest.raises(AdapterError) as caught:
+        apply(empty_model(tiny_base), lora())
+    assert str(caught.value) == (
+        "adapter: peft cannot put an adapter on this base (ValueError: no such thing as this)\n"
+        "hint: name its layers in adapter.targets, or train without an adapter"
+    )
 
 
 def test_frozen_parameters_are_those_that_match_a_pattern(tiny_base):

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokeniz
 
 from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
-from finetune.errors import BaseError, CheckpointError
+from finetune.errors import BaseError, CheckpointError, explained, of_libraries
 from finetune.remote_code import asked_by
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
@@ -28,7 +28,6 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 def load_config(path: Path) -> PretrainedConfig:
     """The config of a language model; read as JSON first, so that nothing in it can name code to run."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -49,8 +48,10 @@ def load_config(path: Path) -> PretrainedConfig:
             f"is not a language model: it is {what}", where=_name(path), hint="choose a base that generates text"
         )
     try:
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(path)
+        config.get_text_config()  # some have several, none of which is the language model's
+        return config
+    except of_libraries() as error:
         raise _damaged(path / "config.json", " ".join(str(error).split())) from None
 
 
@@ -126,7 +127,7 @@ def load_model(
 
     config = load_config(path)
     check_weight_files(path)
-    with quiet():
+    with quiet(), explained("transformers cannot open it", _name(path)):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -166,9 +167,10 @@ def empty_model(path: Path) -> torch.nn.Module:
     """The model on the meta device: names and shapes, no memory, for counting and for checking an adapter."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(load_config(path))
-    model.tie_weights()
+    config = load_config(path)
+    with torch.device("meta"), quiet(), explained("transformers cannot make its model", _name(path)):
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
     return model
 
 

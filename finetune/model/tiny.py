@@ -1,0 +1,151 @@
+"""Floor 1. A base's model in small: every sort of layer it has, random weights, a thousandth of the size.
+
+What depends on the kind of a model alone (whether rows stay apart, whether an adapter goes on) is tried on it in a second, without the
+base's weights. Its numbers say nothing about the base.
+"""
+
+import re
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from finetune.errors import BaseError, explained
+
+EDGE = 16  # where a window, a chunk or an original context ends, if the base's own end lies within its rows
+BEYOND = 512  # where it ends, if no row gets there
+LAYERS = re.compile(
+    r"num_hidden_layers|n_layers?|num_layers|(num_)?(de|en)coder_layers|num_blocks|num_global_layers|conf_num_hidden_layers|depth"
+)
+EDGES = re.compile(
+    r"(.*_)?sliding_window(_size)?|(.*_)?chunk_size|(local_)?attention_window(_size|_len)?|window_size|keep_window_size|local_attention"
+    r"|original_max_position_embeddings|index_topk|rel_extent"
+)
+POSITIONS = re.compile(r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length")
+# A key that the whole of a pattern matches gets at most that size.
+SIZES = {
+    r"(.*_)?(vocab(ulary)?_size(_per_layer_input)?|vocab|codebook_size|ngram_vocab_size_base)": 256,
+    r".*(key_value|kv|num_key)_heads|kv_n_heads|num_query_groups": 2,
+    r"(.*_)?(attention|num|n|num_value|value)_heads?|n_heads?": 4,
+    r"(.*_)?head_dim|d_head|d_kv|kv_channels|dim_head|attention_head_size|rotary_dim|query_pre_attn_scalar": 8,
+    r"(.*_)?intermediate_size(_mlp)?|(.*_)?ffn_(dim|hidden_size)|dff|d_ff|dim_ff|d_inner|feed_forward_size|mlp_dim": 48,
+    r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
+    r"num_experts_per_tok(en)?|moe_k|moe_top_?k": 2,
+    r"n_group|topk_group|num_expert_group|n_groups|mamba_n_?groups": 1,
+    r"(.*_)?lora_rank|.*_rank": 8,
+    r"mamba_d_state|.*state_size": 8,
+    r"(.*_)?hidden_size(_per_layer_input|_global)?|d_model|n_embd|emb_dim|(.*_)?embedding_(dim|size)|word_embed_proj_dim|lru_width"
+    r"|(.*_)?embed_dim|dim_model_base": 32,
+}
+RULES = [(re.compile(pattern), size) for pattern, size in SIZES.items()]
+LAYER_LISTS = 3  # ways to choose layers, see `_layers`
+
+
+def model_like(config: PretrainedConfig, max_length: int, **options: object) -> torch.nn.Module:
+    """A small model of the kind of `config`, in eval mode; options go to transformers. BaseError where none can be made.
+
+    `max_length` is that of the rows that the base will see: what ends within them ends within the small model's.
+    """
+    tried = []
+    for way in range(LAYER_LISTS):
+        try:
+            with explained("cannot be made small", config.model_type):
+                return _model(shrunk(config, max_length, way), options)
+        except BaseError as error:
+            tried.append(error)
+    raise tried[0]
+
+
+def _model(config: PretrainedConfig, options: dict) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, **options).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)  # else what starts as zero has no part in it
+            model(input_ids=torch.arange(2, 10)[None], use_cache=False)
+    return model
+
+
+def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> PretrainedConfig:
+    """A copy of a config in small; `way` is how layers are chosen."""
+    facts = config.to_dict()
+    parts = [name for name in type(config).sub_configs if isinstance(getattr(config, name, None), PretrainedConfig)]
+    changes: dict[str, object] = {name: shrunk(getattr(config, name), max_length, way) for name in parts}
+    count = next((facts[name] for name in facts if LAYERS.fullmatch(name) and isinstance(facts[name], int)), 0)
+    lists = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) == count > 1}
+    kept = _layers(list(lists.values()), count, way)
+    heads = facts.get("num_attention_heads")
+    for name, value in facts.items():
+        if name in parts or name in ("id2label", "label2id"):
+            continue
+        if name in lists:
+            changes[name] = [_smaller(name, value[place], max_length) for place in kept]
+        elif LAYERS.fullmatch(name) and isinstance(value, int):
+            changes[name] = min(value, len(kept))
+        elif name == "num_key_value_heads" and value == heads is not None:
+            changes[name] = min(value, 4)  # not grouped
+        else:
+            changes[name] = _smaller(name, value, max_length)
+    changes |= _consistent(facts, changes)
+    kept_facts = {name: value for name, value in facts.items() if name not in changes and name not in UNUSED}
+    return type(config)(**kept_facts, **changes)
+
+
+def _consistent(facts: dict, small: dict) -> dict:
+    """Sizes that families compute from others."""
+    found, hidden = {}, small.get("hidden_size")
+    if total := facts.get("attention_hidden_size"):
+        found["attention_hidden_size"] = hidden * max(1, total // facts["hidden_size"])
+        if facts.get("attention_head_dim"):
+            found["attention_head_dim"] = found["attention_hidden_size"] // small["num_attention_heads"]
+    if facts.get("qk_head_dim"):
+        found["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    for heads, size, expand in STATES:
+        if facts.get(heads) and facts.get(size) and facts.get(expand):
+            found[size] = small[expand] * hidden // small[heads]
+    if facts.get("mamba_d_ssm"):
+        found["mamba_d_ssm"] = small["mamba_n_heads"] * found["mamba_d_head"]
+    return found
+
+
+UNUSED = ("model_type", "transformers_version", "_name_or_path")
+# heads, their size, and how much wider than the model they are together
+STATES = (
+    ("num_heads", "head_dim", "expand"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+)
+
+
+def _smaller(name: str, value: object, max_length: int) -> object:
+    if isinstance(value, dict):
+        return {key: _smaller(key, item, max_length) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_smaller(name, item, max_length) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if EDGES.fullmatch(name):
+        return min(value, EDGE if value < max_length else BEYOND)
+    if POSITIONS.fullmatch(name):
+        return min(value, 2 * BEYOND)
+    if re.fullmatch(r"(.*_)?(token_id|token_index)", name):
+        return value % 256
+    return min([value, *(size for pattern, size in RULES if pattern.fullmatch(name))][:2])
+
+
+def _layers(lists: list[list], count: int, way: int) -> list[int]:
+    """The layers that are kept: the first ones that together have every value of every list, the first few, or all."""
+    if way == 2:
+        return list(range(count))
+    if way == 1:
+        return list(range(min(count, 8)))
+    seen: set[tuple[int, str]] = set()
+    kept = []
+    for place in range(count):
+        values = {(number, str(each[place])) for number, each in enumerate(lists)}
+        if not values <= seen:
+            kept.append(place)
+            seen |= values
+    rest = [place for place in range(count) if place not in kept]
+    return sorted(kept + rest[: max(0, 2 - len(kept))])
