@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune import memory
 from finetune.errors import RunError
 from finetune.memory import Device, Shape, Work, state_bytes
+from finetune.pace import mean_tokens
 from finetune.plan import Plan
 from finetune.recipe.schema import LoraAdapter, Publish
 
@@ -63,7 +64,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
         "steps_per_epoch": steps_per_epoch,
         "rows": counts.rows,
         "examples": counts.examples,
-        "tokens": round(counts.tokens * plan.steps / steps_per_epoch),
+        "tokens": round(mean_tokens(plan, 0, plan.steps)),
         "tokens_per_epoch": counts.tokens,
         "supervised_tokens_per_epoch": counts.supervised_tokens,
         "cut_rows": counts.cut_rows,

@@ -60,6 +60,11 @@ class Order:
     batch_size: int
     sizes: tuple[int, ...]
     weights: tuple[float, ...] | None = None
+    before: "Order | None" = None
+    """The order up to update `until`, where a branch went on with another seed or batch size ..."""
+    until: int = 0
+    start: int = 0
+    """... and the examples drawn by then: the next update begins at this position."""
 
     @property
     def examples_per_epoch(self) -> int:
@@ -77,25 +82,69 @@ class Order:
 
     def positions_of(self, step: int) -> np.ndarray:
         """The positions of an update's examples, counted from the start of the run."""
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
-        first = index * self.batch_size
-        count = min(self.batch_size, self.examples_per_epoch - first)
-        return epoch * self.examples_per_epoch + np.arange(first, first + count, dtype=np.int64)
+        if step <= self.until:
+            return self.before.positions_of(step)
+        begun = -self.start % self.examples_per_epoch  # examples left in the epoch that `start` lies in
+        steps_in_begun = -(-begun // self.batch_size)
+        index = step - self.until - 1
+        if index < steps_in_begun:
+            first, end = self.start, self.start + begun
+        else:
+            epoch, index = divmod(index - steps_in_begun, self.steps_per_epoch)
+            first = self.start + begun + epoch * self.examples_per_epoch
+            end = first + self.examples_per_epoch
+        first += index * self.batch_size
+        return np.arange(first, min(first + self.batch_size, end), dtype=np.int64)
+
+    def drawn_after(self, step: int) -> int:
+        """Examples that the updates up to `step` draw together."""
+        return int(self.positions_of(step)[-1]) + 1 if step else 0
+
+    def epochs_after(self, step: int) -> float:
+        """Epochs that the updates up to `step` make, by their examples."""
+        return self.drawn_after(step) / self.examples_per_epoch
+
+    def last_step_of(self, epoch: int) -> int:
+        """The update that ends epoch `epoch`, counted from 1; `until` where that is over by then."""
+        whole, begun = divmod(epoch * self.examples_per_epoch - self.start, self.examples_per_epoch)
+        return self.until + max(0, whole * self.steps_per_epoch + -(-begun // self.batch_size))
 
     def examples_at(self, positions: np.ndarray) -> np.ndarray:
         """Example ids at absolute positions (int64), counted from the start of the run."""
-        examples = np.empty_like(positions)
-        rest, where = np.asarray(positions), np.arange(len(positions))
+        rest = np.asarray(positions)
+        examples, where = np.empty_like(rest), np.arange(len(rest))
+        if (is_before := rest < self.start).any():
+            examples[is_before] = self.before.examples_at(rest[is_before])
+            rest, where = rest[~is_before], where[~is_before]
         first = 0
         for source, size in enumerate(self.sizes):
             drawn, is_here = self._draws(rest, source)
-            epochs, within = np.divmod(drawn[is_here], size)
-            for epoch in np.unique(epochs):
-                chosen = where[is_here][epochs == epoch]
-                examples[chosen] = first + permute(within[epochs == epoch], size, self.seed, source, int(epoch))
+            examples[where[is_here]] = first + self._members(source, drawn[is_here])
             rest, where = (rest - drawn)[~is_here], where[~is_here]
             first += size
         return examples
+
+    def _members(self, source: int, draws: np.ndarray) -> np.ndarray:
+        """Which example of a source each of its draws is, counted from the start of the run."""
+        size = self.sizes[source]
+        members = np.empty_like(draws)
+        epochs, within = np.divmod(draws, size)
+        begun, begun_at = divmod(_drawn_of(self, source) if self.before else 0, size)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            if epoch == begun and begun_at:
+                members[chosen] = self._unseen(source, within[chosen], int(epoch), begun_at)
+            else:
+                members[chosen] = permute(within[chosen], size, self.seed, source, int(epoch))
+        return members
+
+    def _unseen(self, source: int, within: np.ndarray, epoch: int, begun_at: int) -> np.ndarray:
+        """The same in an epoch that `before` began: what it left, in an order of this seed."""
+        size = self.sizes[source]
+        if self.seed != self.before.seed:
+            key = (self.seed, source, epoch, "left by", self.until)
+            within = begun_at + permute(within - begun_at, size - begun_at, *key)
+        return self.before._members(source, epoch * size + within)
 
     def _draws(self, positions: np.ndarray, source: int) -> tuple[np.ndarray, np.ndarray]:
         """How many of the positions before each one belong to `source`, and which of them do themselves.
@@ -118,6 +167,15 @@ class Order:
         for fraction in fractions:
             scale = scale * fraction.denominator
         return tuple(int(fraction * scale) for fraction in fractions)
+
+
+@lru_cache(maxsize=64)
+def _drawn_of(order: Order, source: int) -> int:
+    """Draws of a source before `order.start`."""
+    rest = np.array([order.start], dtype=np.int64)
+    for earlier in range(source):
+        rest = rest - order._draws(rest, earlier)[0]
+    return int(order._draws(rest, source)[0][0])
 
 
 @lru_cache(maxsize=4)

@@ -95,7 +95,9 @@ def ahead(plan: Plan, start: int, end: int) -> Pace:
 
 def mean_tokens(plan: Plan, start: int, end: int) -> float:
     """Tokens of the steps after `start` up to `end`, as they are on average."""
-    return plan.counts.tokens * (end - start) / plan.order.steps_per_epoch
+    order = plan.order
+    examples = order.drawn_after(end) - order.drawn_after(start)
+    return plan.counts.tokens * examples / order.examples_per_epoch
 
 
 def tokens_of(plan: Plan, lengths: np.ndarray, start: int, end: int) -> float:

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import blake3
@@ -84,6 +85,18 @@ class Parent(Pin):
     """A line for every key of the recipe that is another one, and for what else was changed."""
 
 
+class EarlierOrder(Pin):
+    """What chose the examples of a branch's steps up to `until`, where the branch changed it."""
+
+    until: int
+    drawn: int
+    """Examples that these steps drew: the next step goes on after them."""
+    seed: int
+    batch_size: int
+    steps: int
+    """Of the whole plan that was left; the learning rate keeps its course over what was left of it."""
+
+
 class Plan(Pin):
     recipe: Recipe
     base: PinnedBase
@@ -107,6 +120,8 @@ class Plan(Pin):
     """Earlier plans of the run, oldest first; empty unless it was extended."""
     parent: Parent | None = None
     """Where a branch comes from; its first step is the one after."""
+    earlier_orders: tuple[EarlierOrder, ...] = ()
+    """Oldest first; empty unless a branch changed its seed or batch size after a step."""
     skipped_rows: tuple[int, ...] = ()
     """Rows that a branch leaves out of its steps ..."""
     skipped_examples: tuple[int, ...] = ()
@@ -143,9 +158,7 @@ class Plan(Pin):
 
     @property
     def order(self) -> Order:
-        sources = self.recipe.data.train
-        weights = None if sources[0].weight is None else tuple(source.weight for source in sources)
-        return Order(self.recipe.train.seed, self.recipe.train.batch_size, self.sizes, weights)
+        return order_of(self.recipe, self.sizes, self.earlier_orders)
 
     def examples_of(self, step: int) -> np.ndarray:
         """Example ids (int64) of update `step`. A step of which all are to be skipped has them, and is not made (`is_left_out`)."""
@@ -161,10 +174,13 @@ class Plan(Pin):
 
     def learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer
-        curve = next((segment for segment in self.segments if step <= segment.until), self)
-        start, length = curve.schedule_start, curve.steps - curve.schedule_start
+        segment = next((segment for segment in self.segments if step <= segment.until), None)
+        curve = segment or self
+        changes = [each for each in self.earlier_orders if segment is None or each.until < segment.until]
+        at, length = _on_curve(step, curve.steps, changes, curve.schedule_start)
+        start = curve.schedule_start
         return schedule.learning_rate(
-            optimizer.learning_rate, optimizer.schedule, curve.warmup_steps, length, step - start
+            optimizer.learning_rate, optimizer.schedule, curve.warmup_steps, length - start, at - start
         )
 
     def extended(self, train: Train, recorded: int, schedule: str) -> "Plan":
@@ -181,12 +197,12 @@ class Plan(Pin):
             schedule_start=self.schedule_start,
         )
         start = recorded if schedule == "restart" else self.schedule_start
-        steps = steps_of(train, sum(self.sizes))
+        steps = steps_of(train, self.order)
         return self.model_copy(
             update={
                 "recipe": self.recipe.model_copy(update={"train": train}),
                 "steps": steps,
-                "warmup_steps": warmup_of(self.recipe, steps - start),
+                "warmup_steps": warmup_of(self.recipe, steps, start, self.earlier_orders),
                 "schedule_start": start,
                 "segments": (*self.segments, earlier),
             }
@@ -195,21 +211,49 @@ class Plan(Pin):
     def dump(self, facts: dict) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # what only an extended run or a branch has is left out of the others' plans
-        optional = ("schedule_start", "segments", "parent", "skipped_rows", "skipped_examples")
+        optional = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples")
         unused = {name for name in optional if not getattr(self, name)}
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
         return (json.dumps(record, indent=1) + "\n").encode()
 
 
-def steps_of(train: Train, examples: int) -> int:
+def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOrder] = ()) -> Order:
+    """The order of a recipe's examples, after the orders that branches had before it."""
+    sources, order = recipe.data.train, None
+    weights = None if sources[0].weight is None else tuple(source.weight for source in sources)
+    begins = [(0, 0), *((each.until, each.drawn) for each in earlier)]
+    keys = [*((each.seed, each.batch_size) for each in earlier), (recipe.train.seed, recipe.train.batch_size)]
+    for (seed, batch_size), (until, start) in zip(keys, begins, strict=True):
+        order = Order(seed, batch_size, sizes, weights, order, until, start)
+    return order
+
+
+def steps_of(train: Train, order: Order) -> int:
     """Updates in all; one never crosses an epoch's edge."""
-    return train.steps or train.epochs * -(-examples // train.batch_size)
+    return train.steps or order.last_step_of(train.epochs)
 
 
-def warmup_of(recipe: Recipe, steps: int) -> int:
-    """Steps of warm-up in a curve of so many; a share counts on the curve's own length."""
-    return min(steps, count_of(recipe.optimizer.warmup, steps))
+def warmup_of(recipe: Recipe, steps: int, start: int = 0, earlier: Sequence[EarlierOrder] = ()) -> int:
+    """Steps of warm-up in the curve from step `start` to the plan's end; a share counts on the curve's own length."""
+    length = _on_curve(steps, steps, earlier, start)[1] - start
+    return min(length, count_of(recipe.optimizer.warmup, length))
+
+
+def _on_curve(step: int, steps: int, earlier: Sequence[EarlierOrder], start: int) -> tuple[float, int]:
+    """Where on its curve of the learning rate a step is, and the last step of that curve.
+
+    A curve that began before a branch changed the batch size has the steps that were planned then: what was left of them is
+    covered by the steps that are left now.
+    """
+    at = step
+    for change in reversed(earlier):
+        if change.until <= start:
+            break
+        if at > change.until and steps != change.steps:
+            at = change.until + (at - change.until) * (change.steps - change.until) / (steps - change.until)
+        steps = change.steps
+    return at, steps
 
 
 def load(run: Path) -> tuple[Plan, dict]:

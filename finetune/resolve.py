@@ -25,7 +25,7 @@ from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunEr
 from finetune.example import Encoded
 from finetune.model import adapter, base
 from finetune.order import permute
-from finetune.plan import ROW_RULES, Counts, PinnedBase, PinnedSource, Plan, steps_of, warmup_of
+from finetune.plan import ROW_RULES, Counts, PinnedBase, PinnedSource, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import ChatTask, Recipe, Source, TextTask, count_of
 from finetune.tasks import TASKS
@@ -95,7 +95,8 @@ def resolve(
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
     total, trainable = _count_parameters(loaded, directory)
-    steps = steps_of(recipe.train, len(train))
+    earlier_orders = earlier.earlier_orders if earlier else ()
+    steps = steps_of(recipe.train, order_of(recipe, train.sizes, earlier_orders))
     start = earlier.schedule_start if earlier else 0
     plan = Plan(
         recipe=recipe,
@@ -107,12 +108,13 @@ def resolve(
         holdout_counts=holdout_counts,
         sizes=train.sizes,
         steps=steps,
-        warmup_steps=warmup_of(recipe, steps - start),
+        warmup_steps=warmup_of(recipe, steps, start, earlier_orders),
         total_parameters=total,
         trainable_parameters=trainable,
         schedule_start=start,
         segments=earlier.segments if earlier else (),
         parent=earlier.parent if earlier else None,
+        earlier_orders=earlier_orders,
         skipped_rows=earlier.skipped_rows if earlier else (),
         skipped_examples=earlier.skipped_examples if earlier else (),
         row_rules=row_rules,

@@ -14,8 +14,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(peak: float, schedule: str, warmup_steps: int, steps: int, step: int) -> float:
-    """The learning rate of update `step` (1 to `steps`).
+def learning_rate(peak: float, schedule: str, warmup_steps: int, steps: int, step: float) -> float:
+    """The learning rate of update `step` (1 to `steps`), or of a place between two.
 
     It rises linearly to `peak` over `warmup_steps` updates, then follows `schedule`, which would reach its end one
     update after the last, so that no update is wasted on a rate of zero.

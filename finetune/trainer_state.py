@@ -23,24 +23,23 @@ def cadence(plan: Plan) -> int:
 def loss_entry(plan: Plan, record: dict) -> dict:
     """The entry of a journal's record of a step."""
     figures = {name: record[name] for name in ("loss", "grad_norm", "learning_rate")}
-    return {"epoch": record["step"] / plan.order.steps_per_epoch, "step": record["step"], **figures}
+    return {"epoch": plan.order.epochs_after(record["step"]), "step": record["step"], **figures}
 
 
 def trainer_state(plan: Plan, step: int, losses: Iterable[dict], evaluated: dict[int, dict], tokens: int) -> dict:
     """The state at a step, of the entries of losses, the held-out figures by their steps, and the tokens of all steps so far."""
-    per_epoch = plan.order.steps_per_epoch
-    entries = [*losses]
+    order, entries = plan.order, [*losses]
     for at, metrics in evaluated.items():
         figures = {f"eval_{name}": value for name, value in metrics.items()}
-        entries.append({"epoch": at / per_epoch, "step": at, **figures})
+        entries.append({"epoch": order.epochs_after(at), "step": at, **figures})
     best_steps = best([Saved(at, figures) for at, figures in evaluated.items() if at <= step], 1)
     best_step = best_steps.pop() if best_steps else None
     recipe = plan.recipe
     return {
-        "epoch": step / per_epoch,
+        "epoch": order.epochs_after(step),
         "global_step": step,
         "max_steps": plan.steps,
-        "num_train_epochs": ceil(plan.steps / per_epoch),
+        "num_train_epochs": ceil(order.epochs_after(plan.steps)),
         "train_batch_size": recipe.train.batch_size,
         "logging_steps": cadence(plan),
         "eval_steps": _steps_of([recipe.evaluate.every]),

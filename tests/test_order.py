@@ -190,3 +190,37 @@ def test_the_order_never_changes():
     assert [step.tolist() for step in epoch_of(Order(0, 4, (5, 4)), 1)] == [[5, 4, 6, 1], [7, 2, 8, 3], [0]]
     assert Order(7, 8, (6, 30), (0.25, 0.75)).examples_of(9).tolist() == [22, 19, 35, 0, 18, 17, 33, 2]
     assert permute(np.array([0, 10**9]), 10**10 + 7, 1).tolist() == [6463257952, 3399766440]
+
+
+@settings(deadline=None)
+@given(SIZES, st.booleans(), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2), st.integers(1, 50)), max_size=3))
+def test_a_branch_draws_what_is_left_of_its_epoch_once_whatever_its_seed_and_batch_size(sizes, is_weighted, branches):
+    weights = tuple(1.0 + number for number in range(len(sizes))) if is_weighted else None
+    order = Order(0, 7, sizes, weights)
+    for after, seed, batch_size in branches:
+        until = order.until + after
+        order = Order(seed, batch_size, sizes, weights, order, until, order.drawn_after(until))
+    total = sum(sizes)
+    epochs = order.start // total + 2
+    drawn = [order.positions_of(step) for step in range(1, order.last_step_of(epochs) + 1)]
+    assert np.array_equal(np.concatenate(drawn), np.arange(epochs * total))
+    assert not any(positions[0] // total < positions[-1] // total for positions in drawn)
+    if not is_weighted:
+        examples = order.examples_at(np.arange(epochs * total)).reshape(epochs, total)
+        assert np.array_equal(np.sort(examples, axis=1), np.tile(np.arange(total), (epochs, 1)))
+
+
+def test_a_weighted_source_goes_on_with_what_a_branch_has_not_drawn_of_it():
+    before = Order(0, 4, (10, 30), (1.0, 1.0))
+    order = Order(1, 3, (10, 30), (1.0, 1.0), before, 3, before.drawn_after(3))
+    small = [example for example in order.examples_at(np.arange(20)).tolist() if example < 10]
+    assert sorted(small) == list(range(10))
+    assert order.examples_at(np.arange(12)).tolist() == before.examples_at(np.arange(12)).tolist()
+    assert order.examples_at(np.arange(12, 20)).tolist() != before.examples_at(np.arange(12, 20)).tolist()
+
+
+def test_a_branch_with_the_same_seed_keeps_the_order_of_the_examples():
+    before = Order(5, 8, (220,))
+    order = Order(5, 16, (220,), None, before, 10, 80)
+    assert order.examples_at(np.arange(440)).tolist() == before.examples_at(np.arange(440)).tolist()
+    assert order.positions_of(11).tolist() == list(range(80, 96)) and order.last_step_of(1) == 10 + 9

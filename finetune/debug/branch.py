@@ -7,6 +7,7 @@ a run like any other.
 import json
 import re
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
 from finetune.opening import facts_of
-from finetune.plan import Parent, Plan, warmup_of
+from finetune.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
@@ -79,6 +80,8 @@ def branch(
                 is_reset = choices.is_optimizer_reset
                 made = branch_run.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
                 branch_run.make(made, held)
+            if not is_quiet:
+                print("\n".join((f"branched from {parent.ref}", *plan.parent.changes)), file=sys.stderr)
     ranks.wait_for_everyone(accelerator)
     if is_to_train:
         recipe = LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0})
@@ -129,7 +132,8 @@ def _checkpoint(origin: Path, step: int) -> Checkpoint | None:
 
 def _plan(resolved: Resolved, old: Plan, parent: Parent, choices: Choices) -> Plan:
     """The plan of the branch, with all that is another than in the plan it comes from. RunError where no step is left to train."""
-    new, is_restarted = resolved.plan, choices.schedule == "restart"
+    is_restarted = choices.schedule == "restart"
+    new = _counted_on(resolved.plan, old, parent.step)
     lines = [f"{key}: {was} -> {now}" for key, was, now in _changes(old.recipe, new.recipe)]
     lines += [f"{name}: {was} -> {now}" for name, was, now in _other_data(old, new)]
     skipped, about_rows = _skipped(resolved, old, choices)
@@ -143,16 +147,46 @@ def _plan(resolved: Resolved, old: Plan, parent: Parent, choices: Choices) -> Pl
         message = f"has {new.steps} steps in all, so none is left after step {parent.step}"
         raise RunError(message, where=parent.ref, hint=hint)
     start = parent.step if is_restarted else old.schedule_start
-    return new.model_copy(
+    new = new.model_copy(
         update={
             "schedule_start": start,
-            "warmup_steps": warmup_of(new.recipe, new.steps - start),
+            "warmup_steps": warmup_of(new.recipe, new.steps, start, new.earlier_orders),
             "segments": () if is_restarted else old.segments,
             "skipped_rows": tuple(skipped),
             "skipped_examples": tuple(np.flatnonzero(np.isin(resolved.train.rows, skipped)).tolist()),
-            "parent": parent.model_copy(update={"changes": tuple(lines)}),
         }
     )
+    if new.earlier_orders != old.earlier_orders:
+        lines += _course(new, old, parent.step)
+    return new.model_copy(update={"parent": parent.model_copy(update={"changes": tuple(lines)})})
+
+
+def _counted_on(new: Plan, old: Plan, step: int) -> Plan:
+    """The plan of a branch, which goes on at the next example that the run has not drawn, whatever its seed and batch size.
+
+    Of data that changed the order is another one: some examples of the epoch come again, and some do not come.
+    """
+    earlier = tuple(each for each in old.earlier_orders if each.until <= step)
+    train = old.recipe.train
+    has_other_order = (new.recipe.train.seed, new.recipe.train.batch_size) != (train.seed, train.batch_size)
+    if step and has_other_order:
+        drawn = old.order.drawn_after(step)
+        order = EarlierOrder(until=step, drawn=drawn, seed=train.seed, batch_size=train.batch_size, steps=old.steps)
+        earlier = (*earlier, order)
+    steps = steps_of(new.recipe.train, order_of(new.recipe, new.sizes, earlier))
+    return new.model_copy(update={"earlier_orders": earlier, "steps": steps})
+
+
+def _course(new: Plan, old: Plan, step: int) -> list[str]:
+    """What another seed or batch size makes of the steps that are left."""
+    order, next_step = new.order, step + 1
+    epoch, place = divmod(int(order.positions_of(next_step)[0]), order.examples_per_epoch)
+    rates = " -> ".join(f"{plan.learning_rate(next_step):.3g}" for plan in (old, new))
+    return [
+        f"goes on at example {place + 1} of {order.examples_per_epoch} in epoch {epoch + 1}",
+        f"steps: {old.steps} -> {new.steps}",
+        f"learning rate of step {next_step}: {rates}",
+    ]
 
 
 def _changes(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:

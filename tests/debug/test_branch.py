@@ -271,3 +271,73 @@ def test_held_out_figures_of_other_rows_are_not_carried_over(run, tmp_path, chat
 
 def test_a_long_list_of_rows_is_a_list() -> None:
     assert row_ids(",".join(map(str, range(1000, 1200)))) == list(range(1000, 1200))
+
+
+@pytest.fixture
+def epoch_run(recipe_file, train, tmp_path):
+    """28 rows in 7 steps of 4, stopped after step 3."""
+    recipe = recipe_file(
+        data={"train": [{"path": str(_rows(tmp_path, 28))}]},
+        train={"epochs": 1, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 128},
+        checkpoint={"every": "3 steps", "keep": {"last": 9}},
+    )
+    return train(recipe, tmp_path / "run")
+
+
+def _rows(folder, count):
+    from tests.conftest import chat_row
+
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(chat_row(number)) + "\n" for number in range(count)))
+    return path
+
+
+def rows_of(run):
+    from finetune.columns import read_rows
+
+    rows = {step: [item.row for item in read_rows(run, step)] for step in records(run)}
+    return {step: drawn for step, drawn in rows.items() if drawn}  # a branch has no rows of the steps before it
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(8, 5), (16, 4), (32, 4), (1, 19), (3, 9)])
+def test_a_branch_with_another_batch_size_goes_on_at_the_next_unseen_example(
+    epoch_run, tmp_path, capsys, batch_size, steps
+) -> None:
+    made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices((f"train.batch_size={batch_size}",)))
+    assert max(records(made)) == steps == plans.load(made)[0].steps
+    before, after = rows_of(epoch_run), rows_of(made)
+    seen = [row for step in (1, 2, 3) for row in before[step]]
+    left = [row for step in range(4, steps + 1) for row in after[step]]
+    assert left == [row for step in range(4, 8) for row in before[step]]
+    assert sorted(seen + left) == list(range(28))
+    said = capsys.readouterr().err
+    assert "goes on at example 13 of 28 in epoch 1\n" in said and f"steps: 7 -> {steps}\n" in said
+    assert replay(made, 4, steps)["identical"]
+
+
+def test_a_branch_with_another_batch_size_keeps_the_course_of_the_learning_rate(epoch_run, tmp_path) -> None:
+    made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices(("train.batch_size=8",)))
+    old, new = plans.load(epoch_run)[0], plans.load(made)[0]
+    # two updates cover what four did: each has the rate of where it ends
+    assert new.learning_rate(4) == pytest.approx(old.learning_rate(5))
+    assert new.learning_rate(5) == pytest.approx(old.learning_rate(7))
+    smaller = branch(f"{epoch_run}@3", tmp_path / "smaller", Choices(("train.batch_size=2",), schedule="restart"))
+    assert records(smaller)[4]["learning_rate"] == pytest.approx(0.01)
+
+
+def test_a_branch_with_another_seed_draws_the_rest_of_the_epoch_in_another_order(epoch_run, tmp_path) -> None:
+    made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices(("train.seed=1",)))
+    before, after = rows_of(epoch_run), rows_of(made)
+    left = [[row for step in range(4, 8) for row in rows[step]] for rows in (before, after)]
+    assert left[0] != left[1] and sorted(left[0]) == sorted(left[1])
+
+
+def test_a_branch_of_a_branch_goes_on_where_that_one_is(epoch_run, tmp_path) -> None:
+    one = branch(f"{epoch_run}@3", tmp_path / "one", Choices(("train.batch_size=8", "train.epochs=2")), until=4)
+    two = branch(f"{one}@4", tmp_path / "two", Choices(("train.batch_size=5",)))
+    drawn = [*range(1, 5)], [*range(5, max(records(two)) + 1)]
+    rows = [row for step in drawn[0] for row in (rows_of(epoch_run) | rows_of(one))[step]]
+    rows += [row for step in drawn[1] for row in rows_of(two)[step]]
+    assert sorted(rows[:28]) == sorted(rows[28:]) == list(range(28))
+    same = branch(f"{two}@last", tmp_path / "longer", Choices(("train.epochs=3",)))
+    assert plans.load(same)[0].earlier_orders == plans.load(two)[0].earlier_orders
