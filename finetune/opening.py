@@ -18,13 +18,18 @@ from finetune import journal, memory, version
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.contract import FACT_NAMES, differences, outcome, recorded, rule_of
-from finetune.errors import RunError
-from finetune.plan import Plan
+from finetune.data.source import open_source
+from finetune.errors import DataError, RunError
+from finetune.example import Example
+from finetune.model import base
+from finetune.plan import ROW_RULES, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
+from finetune.tasks import TASKS
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
+FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose
 WORLD = tuple(name for name in FACT_NAMES if name != "versions")
 
 
@@ -63,11 +68,37 @@ def open_plan(
         resolved = replace(resolved, plan=plan)
         where = f"after step {plan.extension['step']} (--schedule {plan.extension['schedule']})"
         changes += [f"extended {where}: {line}" for line in lines["extended"]]
+    if resolved.plan.row_rules < ROW_RULES:
+        changes += _losses_of_older_rules(resolved)
     changes += [
         f"{name} changed: {old} -> {new}; bit equality may be lost"
         for name, old, new in differences(recorded(facts), now)
     ]
     return resolved, now | {"run": facts["run"], "software": software()}, changes
+
+
+def _losses_of_older_rules(resolved: Resolved) -> list[str]:
+    """What the rules for rows that a run began with lose of its first rows, in one line; none where they lose nothing."""
+    plan, directory, tokenizer = resolved.plan, resolved.base_directory, resolved.tokenizer
+    stops, task = base.stop_tokens(directory, tokenizer), plan.recipe.task
+    old, new = (TASKS[task.name].encoder(tokenizer, task, stops, rules) for rules in (plan.row_rules, ROW_RULES))
+    seen, losses = 0, []
+    for source, pin in zip(plan.recipe.data.train, plan.train, strict=True):
+        before, after = (open_source(source, pin.revision, rules) for rules in (plan.row_rules, ROW_RULES))
+        for index in range(min(len(before), FIRST_ROWS)):
+            place, seen = before.where(index), seen + 1
+            try:
+                [was], [now] = old([before[index]], [place]), new([after[index]], [place])
+                if list(map(_values, was)) != list(map(_values, now)):
+                    losses.append(f"{place}: is another text, or learnt in other parts")
+            except DataError as error:
+                losses.append(f"{place}: {error.message}")
+    about = f"today's rules differ for {len(losses)} of the first {seen}: {losses[0] if losses else ''}"
+    return [f"rows are read by the rules that the run began with; {about}"] if losses else []
+
+
+def _values(example: Example) -> tuple[list[int], list[bool]]:
+    return example.tokens.tolist(), example.supervised.tolist()
 
 
 def with_same_micro_batches(resolved: Resolved, facts: dict, accelerator: Accelerator) -> tuple[Resolved, dict]:

@@ -71,11 +71,13 @@ def resolve(
     encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, stops, row_rules)
     encoding = encoding_digest(recipe, directory, tokenizer, row_rules)
 
+    reopen = partial(_reopened, directory, recipe.task, row_rules)
+
     def read(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(source, pin, encoder, encoding, partial(_reopened, directory, recipe.task, row_rules))
+            _read(source, pin, encoder, encoding, reopen, row_rules=row_rules)
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -201,12 +203,18 @@ def encoding_digest(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokeni
 
 
 def _read(
-    source: Source, earlier: PinnedSource | None, encoder: Encoder, encoding: str, reopen: Callable[..., Work]
+    source: Source,
+    earlier: PinnedSource | None,
+    encoder: Encoder,
+    encoding: str,
+    reopen: Callable[..., Work],
+    *,
+    row_rules: int,
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
-    rows = open_source(source, revision)
+    rows = open_source(source, revision, row_rules)
     pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
-    columns = repr(sorted(source.columns.items()))
+    columns = repr(sorted(source.columns.items())) + (repr(sorted(source.skip)) if source.skip else "")
     is_held = source.path is not None and source.path.lower().endswith(
         ".csv"
     )  # in memory, by each process that opens it
@@ -219,7 +227,7 @@ def _reopened(
 ) -> Work:
     """What encodes a source, made anew in a worker process."""
     tokenizer = base.load_tokenizer(directory)
-    rows = reopen_source(source, pin, state)
+    rows = reopen_source(source, pin, state, row_rules)
     stops = base.stop_tokens(directory, tokenizer)
     return Work(rows, rows.where, TASKS[task.name].encoder(tokenizer, task, stops, row_rules))
 

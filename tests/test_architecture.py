@@ -38,6 +38,8 @@ FLOORS = {
     "finetune.past": 1,
     "finetune.doctor": 0,
     "finetune.data": 1,
+    "finetune.data.completeness": 0,
+    "finetune.data.conversation": 0,
     "finetune.data.files": 0,
     "finetune.data.hub": 0,
     "finetune.tasks": 1,

@@ -1,12 +1,13 @@
 """What a run directory and a recipe make together: a new plan, the run's own, a longer one, or a refusal that names each difference."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from finetune.contract import FACT_NAMES
-from finetune.errors import RunError
+from finetune.errors import DataError, RunError
 from finetune.journal import Journal
 from finetune.opening import open_plan
 from finetune.recipe.load import load
@@ -182,3 +183,30 @@ def test_the_micro_batch_of_auto_is_decided_once_and_kept_on_another_machine(ope
     _, afresh, changes = opened(sections=automatic)
     assert afresh["micro_batch_tokens"] < facts["micro_batch_tokens"]
     assert changes[-1] == f"micro_batch_tokens changed: 100 -> {afresh['micro_batch_tokens']}; bit equality may be lost"
+
+
+def test_a_run_of_older_row_rules_goes_on_and_says_what_they_lose(opened, tmp_path, monkeypatch):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "ask"},
+                {"role": "assistant", "content": "yes", "thinking": "hm"},
+            ]
+        },
+        {"prompt": "ask", "completion": "yes", "system": "be brief"},
+        {"prompt": "ask", "completion": "yes", "id": 3},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {"data": {"train": [{"path": str(file)}]}}
+    with pytest.raises(DataError, match="`messages\\[1\\].thinking` is not in the text"):
+        opened(sections=sections)
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.resolve.ROW_RULES", 1)  # as the run began
+        plan, _, _ = opened(sections=sections)
+    resumed, _, changes = opened(sections=sections)
+    assert resumed == plan
+    assert changes[0] == (
+        "rows are read by the rules that the run began with; today's rules differ for 2 of the first 3: "
+        f"{file}:1: `messages[1].thinking` is not in the text that the chat template makes"
+    )

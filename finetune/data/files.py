@@ -27,11 +27,27 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Reader(Protocol):
     """Rows of one place, under the column names that they have there."""
 
+    fills_with_nulls: bool
+    """Whether a null may stand for an absent field: Arrow gives all objects of a column the same fields."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
 
     def where(self, index: int) -> str: ...
+
+
+def without_nulls(row: Row) -> Row:
+    """A row of Arrow without the fields that other rows have; its columns stay."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {field: _without_nulls(item) for field, item in value.items() if item is not None}
+    return value
 
 
 def reader_of(name: str) -> Reader:
@@ -59,6 +75,8 @@ def _opened(file: Path) -> Reader:
 
 class JsonLines:
     """One JSON object a line. The file is mapped and a row is parsed when it is asked for; memory: 8 bytes a line, 16 where some are blank."""
+
+    fills_with_nulls = False
 
     def __init__(self, name: str):
         self._name = name
@@ -101,6 +119,8 @@ class JsonLines:
 
 class Csv:
     """Comma-separated values under one line of column names (RFC 4180), in UTF-8; held in memory, every value is text."""
+
+    fills_with_nulls = False
 
     def __init__(self, name: str):
         self._name = name
@@ -146,6 +166,8 @@ class Csv:
 
 class Parquet:
     """A Parquet file; the two row groups read last stay in memory."""
+
+    fills_with_nulls = True
 
     def __init__(self, name: str):
         import pyarrow

@@ -29,6 +29,8 @@ def pin_dataset(source: Source) -> str:
 class HubDataset:
     """A split of a Hub data set at one commit, in the cache of `datasets`; a split may be a slice, like `train[:100]`."""
 
+    fills_with_nulls = True
+
     def __init__(self, source: Source, revision: str):
         from datasets.exceptions import DatasetsError
 

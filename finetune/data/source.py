@@ -6,15 +6,14 @@ as the recipe's `columns` say; what is wrong with it is a DataError that names i
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
 
-from finetune.data.files import Reader, Row, listed, reader_of
+from finetune.data.files import Reader, Row, listed, reader_of, without_nulls
 from finetune.data.hub import SPLIT, HubDataset, pin_dataset
 from finetune.errors import DataError
-from finetune.plan import PinnedSource
+from finetune.plan import ROW_RULES, PinnedSource
 from finetune.recipe.schema import Source
 
 State = tuple[int, ...]
@@ -23,12 +22,12 @@ State = tuple[int, ...]
 class Rows:
     """The rows of a source, map-style; `fingerprint` speaks of their content alone, not of file names or times."""
 
-    def __init__(self, reader: Reader, name: str, fingerprint: str, columns: Mapping[str, str]):
+    def __init__(self, reader: Reader, name: str, fingerprint: str, source: Source, row_rules: int):
         self.name = name
         self.fingerprint = fingerprint
         self.state = state_of(name)
         self._reader = reader
-        self._columns = dict(columns)
+        self._columns, self._skip, self._row_rules = source.columns, frozenset(source.skip), row_rules
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -38,40 +37,65 @@ class Rows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} rows of {self.name}")
         row = self._reader[index]
+        if self._row_rules > 1:
+            row = self._without_skipped(without_nulls(row) if self._reader.fills_with_nulls else row)
         for field, column in self._columns.items():
             if column not in row:
                 hint = f"correct `columns.{field}` in the recipe"
                 raise DataError(f"no column `{column}`, there is {listed(row)}", where=self.where(index), hint=hint)
         kept = {column: value for column, value in row.items() if column not in self._columns.values()}
+        if self._row_rules > 1 and (hidden := kept.keys() & self._columns.keys()):
+            field = min(hidden)
+            message = f"has a column `{field}` beside `{self._columns[field]}`, which `columns.{field}` takes for it"
+            raise DataError(
+                message, where=self.where(index), hint=f"name the one to drop: data.train[].skip: [{field}]"
+            )
         return kept | {field: row[column] for field, column in self._columns.items()}
+
+    def _without_skipped(self, row: Row) -> Row:
+        """Without the columns, and the fields of messages, that the recipe skips."""
+        if not self._skip:
+            return row
+        kept = {column: value for column, value in row.items() if column not in self._skip}
+        return {column: self._fields_left(value) for column, value in kept.items()}
+
+    def _fields_left(self, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        return [
+            {field: item[field] for field in item if field not in self._skip} if isinstance(item, dict) else item
+            for item in value
+        ]
 
     def where(self, index: int) -> str:
         """Where a person finds row `index`: the line of a file, or the row, from 0, of a Parquet file or data set."""
         return self._reader.where(index)
 
 
-def open_source(source: Source, revision: str | None = None) -> Rows:
+def open_source(source: Source, revision: str | None = None, row_rules: int = ROW_RULES) -> Rows:
     """Opens a recipe's source and reads its first row; `revision` is a Hub data set's pin, found out here if not given."""
     if source.dataset is not None:
         if Path(source.dataset).exists():  # `datasets` would take that in place of the Hub's, whatever the pin
             raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
         pin = revision or pin_dataset(source)
         identity = json.dumps([source.dataset, pin, source.name, source.split or SPLIT]).encode()
-        rows = Rows(HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source.columns)
+        rows = Rows(
+            HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source, row_rules
+        )
     else:
         reader = reader_of(source.path)
         digest = blake3(max_threads=blake3.AUTO).update_mmap(source.path).hexdigest()
-        rows = Rows(reader, source.path, f"blake3:{digest}", source.columns)
+        rows = Rows(reader, source.path, f"blake3:{digest}", source, row_rules)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
     rows[0]  # so that a source of the wrong shape is refused before anything heavy happens
     return rows
 
 
-def reopen_source(source: Source, pin: PinnedSource, state: State | None) -> Rows:
+def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
     """The same rows in another process, which takes what the first one found out; DataError where the file is no longer in `state`."""
     reader = reader_of(source.path) if source.dataset is None else HubDataset(source, pin.revision)
-    rows = Rows(reader, pin.name, pin.fingerprint, source.columns)
+    rows = Rows(reader, pin.name, pin.fingerprint, source, row_rules)
     if rows.state != state:
         raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")
     return rows

@@ -172,7 +172,9 @@ class Source(Section):
     weight: float | None = Field(default=None, gt=0)
     """The source's part of the rows drawn, relative to the other sources' weights. Give all sources one, or none: then every row is drawn once an epoch."""
     columns: dict[str, str] = {}
-    """Which column holds which field, as `field: column`; chat reads `messages`, or `prompt` and `completion`; text reads `text`."""
+    """Which column holds which field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` where they are; text reads `text`."""
+    skip: Annotated[list[str], BeforeValidator(_listed)] = []
+    """Columns, and fields of messages, to train without, like `[reasoning_content]`. A row of chat with content that its text would lack is refused unless that is named here."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "Source":

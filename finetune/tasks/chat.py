@@ -1,18 +1,19 @@
 """Floor 1. Conversations to examples; the loss is on what the assistant says and on the token that ends its turn.
 
-A row holds `messages`, or `prompt` and `completion` (text, or lists of messages). Spans are found by rendering each
-conversation up to a turn and as a whole, so any template works whose renderings are prefixes of one another.
+Spans are found by rendering each conversation up to a turn and as a whole, so any template works whose renderings are prefixes of
+one another. What a row says and its text does not is refused.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune import chat_template
+from finetune.data.completeness import refuse_lost
+from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.errors import DataError
 from finetune.example import Example
 from finetune.plan import ROW_RULES
@@ -23,12 +24,6 @@ Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 
 
-class Conversation(NamedTuple):
-    messages: list[dict]
-    given: int
-    """So many messages at the start are given: their assistant turns are not learnt (`prompt` and `completion` rows)."""
-
-
 def encoder(
     tokenizer: PreTrainedTokenizerBase, task: ChatTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
 ) -> Encode:
@@ -37,11 +32,21 @@ def encoder(
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
     """
     template = template_of(tokenizer, task)
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def render(row: dict, place: str) -> tuple[str, list[tuple[int, int]]]:
+        conversation = conversation_of(row, place, row_rules)
+        if row_rules == 1:
+            _refuse_control_tokens(conversation, place, control, is_all=False)
+            return _render(tokenizer, template, conversation, place)
+        _refuse_roles(conversation, template, place)
+        _refuse_control_tokens(conversation, place, control)
+        text, spans = _render_calls(tokenizer, template, conversation, place)
+        refuse_lost(conversation, row, text, spans, place)
+        return text, spans
 
     def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
-        conversations = [conversation_of(row, place) for row, place in zip(rows, places, strict=True)]
-        _refuse_control_tokens(conversations, places, tokenizer)
-        rendered = [_render(tokenizer, template, *pair) for pair in zip(conversations, places, strict=True)]
+        rendered = [render(*pair) for pair in zip(rows, places, strict=True)]
         batch = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
         examples = []
         for number, (text, spans) in enumerate(rendered):
@@ -79,60 +84,59 @@ def template_of(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> str:
     return tokenizer.chat_template
 
 
-def conversation_of(row: dict, place: str) -> Conversation:
-    """The messages of a row, checked."""
-    if row.get("messages") is not None:
-        conversation = Conversation(_messages(row["messages"], "messages", place), 0)
-    elif row.get("prompt") is not None and row.get("completion") is not None:
-        prompt, completion = row["prompt"], row["completion"]
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        given = _messages(asked, "prompt", place)
-        conversation = Conversation(given + _messages(answer, "completion", place), len(given))
-    else:
-        present = ", ".join(sorted(row)) or "none"
-        raise DataError(
-            f"has neither `messages` nor `prompt` and `completion`; its columns are: {present}",
-            where=place,
-            hint="map columns with data.train[].columns, like {messages: conversations}",
-        )
-    if conversation.messages[0]["role"] == "assistant":
-        raise DataError("begins with an assistant turn, which answers nothing", where=place, hint="remove the turn")
-    turns = [message for message in conversation.messages[conversation.given :] if message["role"] == "assistant"]
-    if not turns:
-        raise DataError(
-            "has no assistant turn, so there is nothing to learn from it", where=place, hint="remove the row"
-        )
-    if not all(turn["content"].strip() for turn in turns):
-        raise DataError("has an empty assistant turn", where=place, hint="remove the row")
-    return conversation
+def _refuse_roles(conversation: Conversation, template: str, place: str) -> None:
+    """A role that the template does not know is written as it stands, or not at all."""
+    for message, field in zip(conversation.messages, conversation.places, strict=True):
+        role = message["role"]
+        if role not in ROLES and not any(f"{quote}{role}{quote}" in template for quote in "\"'"):
+            hint = f"rename it to one of {', '.join(ROLES)}"
+            raise DataError(
+                f"`{field}.role` is `{role}`, which the chat template does not name", where=place, hint=hint
+            )
 
 
-def _messages(messages: object, column: str, place: str) -> list[dict]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"`{column}` must be a list of messages, each with `role` and `content`", where=place)
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"`{column}[{number}]` must have a `role`", where=place)
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"`{column}[{number}]` must have a `content` that is text", where=place)
-    return messages
+def _refuse_control_tokens(conversation: Conversation, place: str, control: Sequence[str], is_all: bool = True) -> None:
+    """Text that spells a control token would become that token, and end or forge a turn; in contents, or wherever there is text."""
+    named = [(f"{message['role']} message", message.get("content")) for message in conversation.messages]
+    if is_all:
+        for message, field in zip(conversation.messages, conversation.places, strict=True):
+            named += [(f"`{field}.{name}`", value) for name, value in message.items() if name != "content"]
+        named.append(("`tools`", conversation.tools))
+    for name, value in named:
+        for text in _strings(value):
+            if token := next((token for token in control if token in text), None):
+                said = name if name.startswith("`") else f"a {name}"
+                raise DataError(f"{said} spells the control token `{token}`", where=place, hint="remove or respell it")
 
 
-def _refuse_control_tokens(
-    conversations: list[Conversation], places: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Text that spells a control token would become that token, and end or forge a turn."""
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for conversation, place in zip(conversations, places, strict=True):
-        for message in conversation.messages:
-            for token in control:
-                if token in message["content"]:
-                    raise DataError(
-                        f"a {message['role']} message spells the control token `{token}`",
-                        where=place,
-                        hint="remove or respell it",
-                    )
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _render_calls(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, place: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """As `_render`, with the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
+    texts = with_text_arguments(conversation)
+    if texts is None:
+        return _render(tokenizer, template, conversation, place)
+    try:
+        rendered = _render(tokenizer, template, conversation, place)
+    except (DataError, TypeError) as error:
+        try:
+            return _render(tokenizer, template, texts, place)
+        except (DataError, TypeError):
+            raise error from None
+    is_python = any(str(arguments) in rendered[0] for arguments in arguments_of(conversation) if arguments)
+    return _render(tokenizer, template, texts, place) if is_python else rendered
 
 
 def _render(
@@ -143,23 +147,26 @@ def _render(
 
     def render(count: int, with_header: bool = False) -> str:
         return tokenizer.apply_chat_template(
-            messages[:count], chat_template=template, tokenize=False, add_generation_prompt=with_header
+            messages[:count],
+            tools=conversation.tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=with_header,
         )
 
     spans = []
     try:
         text = render(len(messages))
-        for number in range(conversation.given, len(messages)):
-            if messages[number]["role"] == "assistant":
-                before = render(number, with_header=True)
-                through = render(number + 1) if number + 1 < len(messages) else text
-                if not (text.startswith(before) and text.startswith(through)):
-                    raise DataError(
-                        "the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart",
-                        where=place,
-                        hint=TEMPLATE_HINT,
-                    )
-                spans.append((len(before), len(through)))
+        for number in conversation.turns:
+            before = render(number, with_header=True)
+            through = render(number + 1) if number + 1 < len(messages) else text
+            if not (text.startswith(before) and text.startswith(through)):
+                raise DataError(
+                    "the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart",
+                    where=place,
+                    hint=TEMPLATE_HINT,
+                )
+            spans.append((len(before), len(through)))
     except jinja2.TemplateError as error:
         raise DataError(
             f"the chat template refuses the row: {error}", where=place, hint="look at the order of roles in it"

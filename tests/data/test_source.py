@@ -182,3 +182,33 @@ def test_a_local_path_of_the_same_name_does_not_stand_in_for_the_hub(tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("owner/name").mkdir(parents=True)
     assert refusal(Source(dataset="owner/name")).startswith("owner/name: is also the name of a local path")
+
+
+def test_skipped_columns_and_fields_of_messages_are_gone(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a", "thinking": "b"}], "system": "c", "id": [1], "own": {"thinking": 1}}'
+    )
+    rows = open_source(Source(path=str(tmp_path / "rows.jsonl"), skip=["thinking", "system"]))
+    assert rows[0] == {"messages": [{"role": "user", "content": "a"}], "id": [1], "own": {"thinking": 1}}
+
+
+def test_a_column_that_columns_would_hide_is_refused(tmp_path):
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path / "rows.jsonl", '{"prompt": "p", "question": "q"}', prompt="question")
+    assert str(caught.value) == (
+        f"{tmp_path}/rows.jsonl:1: has a column `prompt` beside `question`, which `columns.prompt` takes for it\n"
+        "hint: name the one to drop: data.train[].skip: [prompt]"
+    )
+    source = Source(path=str(tmp_path / "rows.jsonl"), columns={"prompt": "question"}, skip=["prompt"])
+    assert open_source(source)[0] == {"prompt": "q"}
+    assert open_source(source.model_copy(update={"skip": []}), row_rules=1)[0] == {"prompt": "q"}
+
+
+def test_fields_that_only_other_rows_have_are_not_nulls(tmp_path):
+    calls = [{"city": "Oslo"}, {"unit": "km"}]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [{"arguments": call}]}], "id": None} for call in calls]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    source = Source(path=str(tmp_path / "rows.parquet"))
+    assert [open_source(source)[row] for row in (0, 1)] == rows
+    old = open_source(source, row_rules=1)[0]["messages"][0]["tool_calls"][0]["arguments"]
+    assert old == {"city": "Oslo", "unit": None}

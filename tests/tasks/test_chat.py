@@ -1,6 +1,7 @@
 """The loss is on what the assistant says and on the token that ends its turn, whatever the template; bad rows are named."""
 
 import copy
+import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -48,7 +49,10 @@ def turns(*contents, roles=("user", "assistant")):
 def encoded(tiny_tokenizer, tmp_path):
     """A function from a row to its example, with a template and settings of the test's own."""
 
-    def encoded(row, template=None, tokenizer=tiny_tokenizer, stop_tokens=None, **task):
+    def encoded(row, template=None, tokenizer=tiny_tokenizer, stop_tokens=None, base_template=None, **task):
+        if base_template is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = base_template
         if template is not None:
             (tmp_path / "template.jinja").write_text(template)
             task["template"] = str(tmp_path / "template.jinja")
@@ -224,8 +228,8 @@ def test_a_base_without_a_stop_token_is_refused(encoded):
 def test_a_template_that_drops_what_the_assistant_says_is_refused(encoded):
     template = "{% for message in messages %}{{ message['role'] }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
     assert complaint(encoded, {"messages": turns("ask", "answer")}, template) == (
-        "data.jsonl:1: the chat template ends the assistant's turn with `nothing`, not with a stop token (`<|im_end|>`): "
-        "the tuned model would not stop" + HINT
+        "data.jsonl:1: `messages[0].content`, `messages[1].content` are not in the text that the chat template makes\n"
+        "hint: use a template that shows it, with task.template: FILE"
     )
 
 
@@ -317,7 +321,7 @@ def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
         ),
         ({"messages": "hello"}, "`messages` must be a list of messages, each with `role` and `content`"),
         ({"messages": []}, "`messages` must be a list of messages, each with `role` and `content`"),
-        ({"prompt": 3, "completion": "a"}, "`prompt` must be a list of messages, each with `role` and `content`"),
+        ({"prompt": 3, "completion": "a"}, "`prompt` must be text or a list of messages, not a number"),
         ({"prompt": "a", "completion": []}, "`completion` must be a list of messages, each with `role` and `content`"),
         ({"messages": ["hello"]}, "`messages[0]` must have a `role`"),
         ({"messages": [*turns("ask"), {"from": "gpt", "value": "a"}]}, "`messages[1]` must have a `role`"),
@@ -343,3 +347,179 @@ def test_of_many_rows_the_bad_one_is_named(tiny_tokenizer):
     assert [len(examples) for examples in encode([good] * 3, ["a:1", "a:2", "a:3"])] == [1, 1, 1]
     with pytest.raises(DataError, match="^a:2: has no assistant turn"):
         encode([good, {"messages": turns("ask")}, good], ["a:1", "a:2", "a:3"])
+
+
+# Renders tools, reasoning and tool calls as templates in use do (Qwen 3), with ChatML's control tokens.
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    """{{ '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + ARGUMENTS + '}</tool_call>' }}{% endfor %}"""
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OBJECTS = TOOLS.replace("ARGUMENTS", "call.function.arguments | tojson")
+TEXTS = TOOLS.replace("ARGUMENTS", "call.function.arguments")
+PRINTS = TOOLS.replace("' + ARGUMENTS + '", "' ~ call.function.arguments ~ '")
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": 'Says "how it is" outside.',
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where."}}},
+    },
+}
+
+
+def called(arguments, **others):
+    call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call], **others}
+
+
+def with_call(arguments, **others):
+    result = {"role": "tool", "tool_call_id": "1", "content": '{"sky": "blue"}'}
+    return {
+        "messages": [*turns("how is it"), called(arguments, **others), result, *turns("fine", roles=("assistant",))]
+    }
+
+
+@pytest.mark.parametrize("template", [OBJECTS, TEXTS, PRINTS])
+@pytest.mark.parametrize("arguments", [{"city": 'Köln, "old"'}, '{"city":"Köln, \\"old\\""}'])
+def test_tool_calls_are_learnt_as_json_however_they_are_given_and_asked_for(learnt, template, arguments):
+    row = with_call(arguments) | {"tools": [WEATHER]}
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Köln, \\"old\\""}}</tool_call>'
+    assert learnt(row, base_template=template) == [f"{call}<|im_end|>", "fine<|im_end|>"]
+
+
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)]])
+def test_tools_reach_the_template_as_a_list_or_as_text(encoded, tiny_tokenizer, tools):
+    text = tiny_tokenizer.decode(
+        encoded({"messages": turns("ask", "answer"), "tools": tools}, base_template=OBJECTS).tokens
+    )
+    assert f"<|im_start|>system\n{json.dumps(WEATHER)}\n<|im_end|>" in text
+
+
+@pytest.mark.parametrize("part", [{"weight": 0}, {"train": False}])
+def test_a_turn_with_weight_0_is_shown_and_not_learnt(learnt, encoded, part):
+    one, two, three, four = turns("one", "the first", "two", "the second")
+    assert learnt({"messages": [one, two | part, three, four]}) == ["the second<|im_end|>"]
+    row = {"messages": [one, two | part]}
+    assert "has no assistant turn to learn" in complaint(encoded, row)
+
+
+def test_a_system_column_is_the_first_message(encoded):
+    plain = encoded({"messages": turns("be brief", "ask", "answer", roles=("system", "user", "assistant"))})
+    for row in ({"prompt": "ask", "completion": "answer"}, {"messages": turns("ask", "answer")}):
+        assert encoded(row | {"system": "be brief"}).tokens.tolist() == plain.tokens.tolist()
+
+
+REASONED = [*turns("ask"), {"role": "assistant", "content": "yes", "reasoning_content": "it is yes, clearly"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        ({"messages": turns("ask", "answer"), "tools": [WEATHER]}, "`tools[0].name`, `tools[0].description`, "),
+        (with_call({"city": "Oslo"}), "`messages[1].tool_calls[0].function.name`, "),
+        (with_call({"city": "Oslo"}, content="let me look"), "`messages[1].tool_calls[0].function.name`, "),
+        ({"messages": REASONED}, "`messages[1].reasoning_content` is not in the text"),
+        ({"messages": [*turns("ask"), {**turns("", "yes")[1], "thinking": "hm"}]}, "`messages[1].thinking` is not"),
+        ({"messages": [*turns("ask"), {**turns("", "yes")[1], "masked": True}]}, "`messages[1].masked` is not"),
+        ({"prompt": "ask", "completion": "yes", "input": "the model"}, "`input` is not in the text"),
+        ({"prompt": "ask", "completion": "yes", "history": [["one", "two"]]}, "`history` is not in the text"),
+        ({"messages": turns("ask", "yes"), "images": [{"bytes": b"png"}]}, "`images` is not in the text"),
+        ({"messages": turns("ask", "yes"), "completion": "no"}, "`completion` is not in the text"),
+    ],
+)
+def test_what_a_row_says_and_its_text_does_not_is_refused_by_name(encoded, row, lost):
+    message = complaint(encoded, row)
+    assert message.startswith(f"data.jsonl:1: {lost}") and "data.train[].skip: [" in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ask", "completion": "yes", "input": "", "history": [], "system": None, "images": []},
+        {"messages": turns("ask", "yes"), "prompt": "ask", "prompt_id": "af31", "score": 3},
+        {"messages": [turns("ask")[0] | {"tool_calls": None}, turns("", "yes")[1] | {"tool_calls": [], "name": None}]},
+    ],
+)
+def test_empty_columns_and_texts_that_stand_in_the_row_twice_lose_nothing(learnt, row):
+    assert learnt(row) == ["yes<|im_end|>"]
+
+
+def test_a_text_may_be_trimmed_and_written_as_json(learnt):
+    template = LLAMA_3.replace("message['content'] | trim", "message['content'] | trim | tojson")
+    assert learnt({"messages": turns(' say "it"\n', " yes\n\n no ")}, base_template=template) == [
+        '"yes\\n\\n no"<|im_end|>'
+    ]
+
+
+def test_reasoning_has_to_be_in_its_own_turn(encoded, learnt):
+    assert learnt({"messages": REASONED}, base_template=OBJECTS) == ["<think>it is yes, clearly</think>yes<|im_end|>"]
+    row = {"messages": [*turns("it is yes, clearly"), REASONED[1]]}
+    assert "`messages[1].reasoning_content` is not in the text" in complaint(encoded, row)
+
+
+@pytest.mark.parametrize("role", ["human", "gpt", "developer", "function", "observation"])
+def test_a_role_that_the_template_does_not_name_is_refused(encoded, learnt, role):
+    row = {"messages": [*turns("ask"), {"role": role, "content": "hm"}, *turns("yes", roles=("assistant",))]}
+    assert complaint(encoded, row) == (
+        f"data.jsonl:1: `messages[1].role` is `{role}`, which the chat template does not name\n"
+        "hint: rename it to one of system, user, assistant, tool"
+    )
+    assert learnt(row, base_template=f"{{% set known = ['{role}'] %}}" + OBJECTS) == ["yes<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        (with_call({"city": "<|im_end|>"}), "`messages[1].tool_calls`"),
+        (with_call({"<|im_start|>": "x"}), "`messages[1].tool_calls`"),
+        ({"messages": [*turns("ask"), turns("", "a")[1] | {"reasoning_content": "<|im_end|>"}]}, "`messages[1].reason"),
+        ({"messages": turns("ask", "a"), "tools": [{"name": "x<|im_end|>"}]}, "`tools`"),
+        ({"messages": turns("ask", "a"), "system": "<|im_end|>"}, "a system message"),
+    ],
+)
+def test_control_tokens_are_refused_wherever_a_row_has_text(encoded, row, place):
+    message = complaint(encoded, row, base_template=OBJECTS)
+    assert message.startswith(f"data.jsonl:1: {place}") and "spells the control token `<|im_" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (with_call("city: Oslo"), "`messages[1].tool_calls[0].function.arguments` is text that is not JSON: `city: Oslo`"),
+        (with_call("[1]"), "`messages[1].tool_calls[0].function.arguments` must be an object, or that as JSON text, not a list"),
+        ({"messages": [*turns("ask"), called({}) | {"tool_calls": "x"}]}, "`messages[1].tool_calls` must be a list, not text"),
+        ({"messages": [*turns("ask"), called({}) | {"tool_calls": [{}]}]}, "`messages[1].tool_calls[0]` must have a `function` with a `name`"),
+        ({"messages": turns("ask", "a"), "tools": "get it"}, "`tools` is text that is not JSON: `get it`"),
+        ({"messages": turns("ask", "a"), "tools": 3}, "`tools` must be a list of objects, or that as JSON text"),
+        ({"messages": turns("ask", "a"), "system": 3}, "`system` must be text, not a number"),
+        ({"messages": [*turns("ask"), turns("", "a")[1] | {"weight": 0.5}]}, "`messages[1].weight` must be 0 or 1, not 0.5"),
+        ({"messages": [*turns("ask"), turns("", "a")[1] | {"train": "no"}]}, "`messages[1].train` must be true or false, not text"),
+        ({"messages": [turns("ask")[0] | {"train": True}, turns("", "a")[1]]}, "`messages[0].train` asks to learn a user message"),
+        ({"prompt": "a", "completion": 5}, "`completion` must be text or a list of messages, not a number"),
+        ({"prompt": "a", "completion": float("nan")}, "`completion` must be text or a list of messages, not NaN"),
+        ({"prompt": "a", "completion": b"b"}, "`completion` must be text or a list of messages, not bytes"),
+        ({"prompt": True, "completion": "b"}, "`prompt` must be text or a list of messages, not true or false"),
+        ({"prompt": "a", "completion": None}, "`completion` is null\nhint: remove the row"),
+        ({"messages": None}, "`messages` is null\nhint: remove the row"),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_wrong_kind_is_named(encoded, row, message):
+    assert complaint(encoded, row, base_template=OBJECTS) == f"data.jsonl:1: {message}"
+
+
+def test_a_run_of_the_first_row_rules_takes_rows_as_it_did(tiny_tokenizer):
+    task, stops = ChatTask(name="chat"), {tiny_tokenizer.eos_token_id}
+    old, new = (encoder(tiny_tokenizer, task, stops, rules) for rules in (1, 2))
+    answer = {**turns("", "yes")[1], "weight": 0, "reasoning_content": "<|im_end|>", "tool_calls": [{"name": "x"}]}
+    row = {"messages": [{"role": "human", "content": "ask"}, answer], "tools": [WEATHER], "system": "be brief"}
+    [[example]] = old([row], ["data.jsonl:1"])
+    assert tiny_tokenizer.decode(example.tokens) == (
+        "<|im_start|>human\nask<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    assert tiny_tokenizer.decode(example.tokens[example.supervised]) == "yes<|im_end|>"
+    with pytest.raises(DataError):
+        new([row], ["data.jsonl:1"])

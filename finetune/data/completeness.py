@@ -1,0 +1,147 @@
+"""Floor 0. Finds what a row says and its rendered text does not: nothing of a row is lost unnamed.
+
+A template may trim a text, and write it as JSON or as Python would; so a text is also looked for in those forms, without blanks.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from finetune.data.conversation import FIELDS, Conversation
+from finetune.errors import DataError
+
+IDENTIFIERS = ("role", "tool_call_id", "id", "type", "index")
+"""Fields of messages and tool calls that only refer to something."""
+CONTENT_COLUMNS = (
+    *FIELDS,
+    *("input", "history", "instruction", "output", "context", "functions", "documents", "chosen", "rejected"),
+    *("system_prompt", "reasoning", "reasoning_content", "thinking", "image", "images", "audio", "audios", "videos"),
+)
+"""Columns that are part of a conversation by their usual meaning. Others are about the row, and `plan` names them."""
+
+
+class Said(NamedTuple):
+    """Something that a row says."""
+
+    place: str
+    forms: Sequence[str]
+    """Spellings, one of which has to be in the text."""
+    message: int | None = None
+
+
+def said(conversation: Conversation) -> Iterator[Said]:
+    """All texts of a conversation, in its order."""
+    for number, tool in enumerate(conversation.tools or []):
+        yield from _tool(tool, f"tools[{number}]")
+    for number, (message, place) in enumerate(zip(conversation.messages, conversation.places, strict=True)):
+        for found in _message(message, place):
+            yield found._replace(message=number)
+
+
+def refuse_lost(
+    conversation: Conversation, row: Mapping[str, object], text: str, spans: Sequence[tuple[int, int]], where: str
+) -> None:
+    """DataError where the text lacks something that the row says. What a learnt turn says has to be in its span."""
+    whole, learnt = _Text(text), dict(zip(conversation.turns, spans, strict=True))
+    parts = {number: _Text(text[first:last]) for number, (first, last) in learnt.items()}
+    lost = [each.place for each in said(conversation) if not parts.get(each.message, whole).has(each.forms)]
+    used = ("messages",) if row.get("messages") is not None else ("prompt", "completion")
+    for column in CONTENT_COLUMNS:
+        if column in row and column not in (*used, "system", "tools"):
+            is_there = all(whole.has(each.forms) for each in _leaves(row[column], column, has_keys=False))
+            lost += [] if is_there else [column]
+    if not lost:
+        return
+    named = ", ".join(f"`{place}`" for place in lost[:4])
+    more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+    are = "are" if len(lost) > 1 else "is"
+    fields = dict.fromkeys(_field(place) for place in lost)
+    hint = "use a template that shows it, with task.template: FILE"
+    if "content" not in fields:
+        hint += f", or train without it, with data.train[].skip: [{', '.join(fields)}]"
+    raise DataError(f"{named}{more} {are} not in the text that the chat template makes", where=where, hint=hint)
+
+
+class _Text:
+    def __init__(self, text: str):
+        self._text = text
+        self._dense: str | None = None
+
+    def has(self, forms: Sequence[str]) -> bool:
+        if any(form.strip() in self._text for form in forms):
+            return True
+        if self._dense is None:
+            self._dense = _dense(self._text)
+        return any(_dense(form) in self._dense for plain in forms for form in _written(plain))
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
+
+
+def _written(text: str) -> list[str]:
+    """As a template may write a text: as it is, in JSON, in JSON within JSON, and as Python does."""
+    text = text.strip()
+    in_json = json.dumps(text, ensure_ascii=False)[1:-1]
+    return [text, in_json, json.dumps(text)[1:-1], json.dumps(in_json, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
+
+
+def _message(message: dict, place: str) -> Iterator[Said]:
+    for field, value in message.items():
+        if field == "tool_calls":
+            for number, call in enumerate(value):
+                called = f"{place}.tool_calls[{number}]"
+                function = call.get("function", call)
+                others = {name: call[name] for name in call if name not in ("function", "name", "arguments")}
+                yield from _leaves(function["name"], f"{called}.function.name")
+                yield from _leaves(function["arguments"], f"{called}.function.arguments")
+                yield from _leaves(_without_identifiers(others), called, has_keys=False)
+        elif field not in IDENTIFIERS:
+            yield from _leaves(value, f"{place}.{field}", has_keys=False)
+
+
+def _without_identifiers(fields: dict) -> dict:
+    return {name: value for name, value in fields.items() if name not in IDENTIFIERS}
+
+
+def _tool(tool: dict, place: str) -> Iterator[Said]:
+    """Names and descriptions of a tool and of its parameters; a template may have its own words for types."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict):
+        yield Said(place, (str(function),))
+        return
+    for name in ("name", "description"):
+        if isinstance(function.get(name), str):
+            yield Said(f"{place}.{name}", (function[name],))
+    yield from _properties(function.get("parameters"), f"{place}.parameters")
+
+
+def _properties(schema: object, place: str) -> Iterator[Said]:
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for name, value in properties.items() if isinstance(properties, dict) else ():
+        yield Said(f"{place}.{name}", (name,))
+        if isinstance(value, dict) and isinstance(value.get("description"), str):
+            yield Said(f"{place}.{name}.description", (value["description"],))
+        yield from _properties(value, f"{place}.{name}")
+
+
+def _leaves(value: object, place: str, has_keys: bool = True) -> Iterator[Said]:
+    """The texts and numbers of a value, and the names in it where they are part of what is said."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if has_keys:
+                yield Said(f"{place}.{name}", (name,))
+            yield from _leaves(item, f"{place}.{name}", has_keys)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{place}[{number}]", has_keys)
+    elif isinstance(value, str):
+        yield Said(place, (value,))
+    elif value is not None:
+        yield Said(place, (json.dumps(value, default=str), str(value)))
+
+
+def _field(place: str) -> str:
+    """What `skip` calls it: a column, or a field of messages."""
+    column, _, field = place.partition(".")
+    return field.partition(".")[0].partition("[")[0] if "[" in column and field else column.partition("[")[0]

@@ -1,0 +1,198 @@
+"""Floor 0. What a row of chat holds: its messages, its tools, and which turns are learnt. What it must not hold is refused by name.
+
+Needs neither torch nor a tokenizer, so rows can be looked at before a base is opened.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from finetune.errors import DataError
+from finetune.plan import ROW_RULES
+
+FIELDS = ("messages", "prompt", "completion", "system", "tools")
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that every template is expected to know; another one has to stand in the template."""
+
+Row = Mapping[str, object]
+
+
+class Conversation(NamedTuple):
+    messages: list[dict]
+    places: list[str]
+    """Where each message stands in its row, like `messages[2]`."""
+    turns: list[int]
+    """The messages that are learnt."""
+    tools: list[dict] | None = None
+
+
+def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Conversation:
+    """The conversation of a row, checked. `row_rules` 1 takes the messages as they stand, and neither tools nor a system column."""
+    parts = _parts(row, where)
+    messages = [message for _, part in parts for message in part]
+    places = [f"{column}[{number}]" for column, part in parts for number in range(len(part))]
+    for message, place in zip(messages, places, strict=True):
+        _check(message, place, where, row_rules)
+    given = len(parts[0][1]) if len(parts) > 1 else 0
+    if messages[0]["role"] == "assistant":
+        raise DataError("begins with an assistant turn, which answers nothing", where=where, hint="remove the turn")
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number >= given]
+    if not turns:
+        message = "has no assistant turn, so there is nothing to learn from it"
+        raise DataError(message, where=where, hint="remove the row")
+    if row_rules > 1:
+        turns = [number for number in turns if _is_learnt(messages[number], places[number], where)]
+        messages = [_plain(message, place, where) for message, place in zip(messages, places, strict=True)]
+    if not turns:
+        message = "has no assistant turn to learn: each has `weight: 0` or `train: false`"
+        raise DataError(message, where=where, hint="remove the row")
+    if not all(messages[number]["content"].strip() or messages[number].get("tool_calls") for number in turns):
+        raise DataError("has an empty assistant turn", where=where, hint="remove the row")
+    conversation = Conversation(messages, places, turns)
+    return _with_columns(conversation, row, where) if row_rules > 1 else conversation
+
+
+def arguments_of(conversation: Conversation) -> list[dict]:
+    """The arguments of all tool calls."""
+    calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
+    return [call.get("function", call)["arguments"] for call in calls]
+
+
+def with_text_arguments(conversation: Conversation) -> Conversation | None:
+    """The same conversation with the arguments of tool calls as JSON text; None where there are no calls."""
+    if not arguments_of(conversation):
+        return None
+    messages = [dict(message) for message in conversation.messages]
+    for message in messages:
+        for number, call in enumerate(calls := list(message.get("tool_calls", ()))):
+            function = call.get("function", call)
+            filled = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+            calls[number] = {**call, "function": filled} if "function" in call else filled
+            message["tool_calls"] = calls
+    return conversation._replace(messages=messages)
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for a person."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", bytes: "bytes"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _parts(row: Row, where: str) -> list[tuple[str, list]]:
+    """The columns that hold messages, as lists of them."""
+    if row.get("messages") is not None:
+        return [("messages", _listed(row["messages"], "messages", where))]
+    missing = [name for name in ("prompt", "completion") if row.get(name) is None]
+    if missing:
+        null = next((name for name in ("messages", *missing) if name in row), None)
+        if null and (null == "messages" or len(missing) == 1):
+            raise DataError(f"`{null}` is null", where=where, hint="remove the row")
+        present = ", ".join(sorted(row)) or "none"
+        raise DataError(
+            f"has neither `messages` nor `prompt` and `completion`; its columns are: {present}",
+            where=where,
+            hint="map columns with data.train[].columns, like {messages: conversations}",
+        )
+    roles = {"prompt": "user", "completion": "assistant"}
+    return [(name, _listed(row[name], name, where, role)) for name, role in roles.items()]
+
+
+def _listed(value: object, column: str, where: str, role: str | None = None) -> list:
+    """Messages as they are; text is one message of `role`."""
+    if role and isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if role and not isinstance(value, list):
+        raise DataError(f"`{column}` must be text or a list of messages, not {kind_of(value)}", where=where)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"`{column}` must be a list of messages, each with `role` and `content`", where=where)
+    return value
+
+
+def _check(message: object, place: str, where: str, row_rules: int) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"`{place}` must have a `role`", where=where)
+    content = message.get("content")
+    has_other = row_rules > 1 and content is None and message.get("tool_calls")
+    if not isinstance(content, str) and not has_other:
+        raise DataError(f"`{place}` must have a `content` that is text", where=where)
+
+
+def _is_learnt(message: dict, place: str, where: str) -> bool:
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(f"`{place}.weight` must be 0 or 1, not {weight!r}", where=where)
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"`{place}.train` must be true or false, not {kind_of(train)}", where=where)
+    return weight != 0 and train is not False
+
+
+def _plain(message: dict, place: str, where: str) -> dict:
+    """The message as templates want it: without what is null, and with the arguments of tool calls as objects."""
+    if message["role"] != "assistant" and message.get("train"):
+        raise DataError(f"`{place}.train` asks to learn a {message['role']} message", where=where)
+    kept = {name: value for name, value in message.items() if value is not None and name not in ("weight", "train")}
+    kept.setdefault("content", "")
+    if not kept.get("tool_calls"):
+        kept.pop("tool_calls", None)
+        return kept
+    if not isinstance(kept["tool_calls"], list):
+        raise DataError(f"`{place}.tool_calls` must be a list, not {kind_of(kept['tool_calls'])}", where=where)
+    kept["tool_calls"] = [
+        _call(call, f"{place}.tool_calls[{number}]", where) for number, call in enumerate(kept["tool_calls"])
+    ]
+    return kept
+
+
+def _call(call: object, place: str, where: str) -> dict:
+    """A tool call, as `{function: {name, arguments}}` or as `{name, arguments}`."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"`{place}` must have a `function` with a `name`", where=where)
+    if isinstance(arguments := function.get("arguments"), str):
+        arguments = _from_json(arguments or "{}", f"{place}.function.arguments", where)
+    if arguments is not None and not isinstance(arguments, dict):
+        message = f"`{place}.function.arguments` must be an object, or that as JSON text, not {kind_of(arguments)}"
+        raise DataError(message, where=where)
+    filled = {**function, "arguments": arguments or {}}
+    return {**call, "function": filled} if "function" in call else filled
+
+
+def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversation:
+    """With the `system` column as the first message, and the `tools` column."""
+    tools, system = row.get("tools"), row.get("system")
+    if isinstance(tools, str) and tools:
+        tools = _from_json(tools, "tools", where)
+    if isinstance(tools, list):
+        tools = [
+            _from_json(tool, f"tools[{number}]", where) if isinstance(tool, str) else tool
+            for number, tool in enumerate(tools)
+        ]
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError("`tools` must be a list of objects, or that as JSON text", where=where)
+    conversation = conversation._replace(tools=tools or None)
+    if system is None or system == "":
+        return conversation
+    if not isinstance(system, str):
+        raise DataError(f"`system` must be text, not {kind_of(system)}", where=where)
+    first = conversation.messages[0]
+    if first["role"] != "system":
+        return conversation._replace(
+            messages=[{"role": "system", "content": system}, *conversation.messages],
+            places=["system", *conversation.places],
+            turns=[number + 1 for number in conversation.turns],
+        )
+    if first["content"].strip() != system.strip():
+        raise DataError("has a `system` column and another system message", where=where, hint="keep one of them")
+    return conversation
+
+
+def _from_json(text: str, place: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"`{place}` is text that is not JSON: `{text[:40]}`", where=where) from None
