@@ -131,11 +131,11 @@ def resolve(
 
 def device() -> memory.Device:
     """What this process trains on. Its whole memory, not what is free now: `plan`, `train` and all ranks must see the same."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if torch.accelerator.is_available():
         total = torch.accelerator.get_memory_info()[1]
-        return memory.Device(total, is_gpu=True, world_size=world_size)
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host = memory.machine_bytes()
+        return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside)
     return memory.Device(memory.machine_bytes() // beside, world_size=world_size)
 
 

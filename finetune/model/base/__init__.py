@@ -23,12 +23,13 @@ from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, reading
 from finetune.model.base.files import TOKENIZER_FILES, read_ahead
 from finetune.model.base.foreign import refuse as refuse_foreign
-from finetune.model.base.reading import DTYPES, empty_model, load_config, load_model, load_tokenizer, stop_tokens
+from finetune.model.base.reading import DTYPES, Place, empty_model, load_config, load_model, load_tokenizer, stop_tokens
 from finetune.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 __all__ = [
     "DTYPES",
+    "Place",
     "TOKENIZER_FILES",
     "attach",
     "beneath",
