@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import cache, memory, version
 from finetune.contract import differences
+from finetune.data import preflight
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode
 from finetune.data.hub import pin_dataset
@@ -56,6 +57,9 @@ def resolve(
     """
     recipe = loaded.recipe
     like = earlier or like
+    is_same = like is not None and like.recipe.data == recipe.data
+    if not is_same:
+        preflight.check(loaded)
     pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
     directory = base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
@@ -65,7 +69,6 @@ def resolve(
     problems = _problems(loaded, config, tokenizer, pinned)
     if problems:
         raise RecipeError(problems)
-    is_same = like is not None and like.recipe.data == recipe.data
     row_rules = like.row_rules if is_same else ROW_RULES
     stops = base.stop_tokens(directory, tokenizer)
     encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, stops, row_rules)
