@@ -37,6 +37,31 @@ def texts(chat_template: object) -> list[str]:
     return [chat_template] if isinstance(chat_template, str) else []
 
 
+def default(chat_template: object) -> str | None:
+    """Of what a tokenizer has, the template that a conversation is rendered with; None without one, or without one called `default`."""
+    found = chat_template.get("default") if isinstance(chat_template, dict) else chat_template
+    return clean(found) if found else None
+
+
+def names(chat_template: object) -> list[str]:
+    """Of several templates; of one none, for it has no name."""
+    return sorted(chat_template) if isinstance(chat_template, dict) else []
+
+
+def decoded(data: bytes) -> str:
+    """The template in a file; ValueError names the line that is not UTF-8."""
+    try:
+        return clean(data.decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"is not UTF-8: line {line} has the byte 0x{data[error.start]:02x}") from None
+
+
+def clean(template: str) -> str:
+    """Without a byte-order mark, which would be in every row, and with the line ends that reading it from a file would give."""
+    return template.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def problem(template: str) -> str | None:
     """Why a template must not be rendered, or None. What a template was found to do is kept in the cache, by its text."""
     if len(template) > LONGEST:

@@ -20,6 +20,7 @@ from finetune.columns import Columns, ModuleNorms, RowLoss
 from finetune.errors import CheckpointError, RunError
 from finetune.guard import Amendment
 from finetune.loop import StepReport
+from finetune.model.base import Companions
 from finetune.opening import WORLD
 from finetune.past import Past
 from finetune.plan import Plan
@@ -49,7 +50,9 @@ class Recorder:
         self._said_stalled: int | None = None
         self._columns = Columns()
 
-    def open(self, recipe_text: str, base_directory: Path, state: TrainState, changes: list[str]) -> Checkpoint | None:
+    def open(
+        self, recipe_text: str, companions: Companions, state: TrainState, changes: list[str]
+    ) -> Checkpoint | None:
         """Writes down what is about to happen; returns the newest sound checkpoint, and says what is wrong with newer ones."""
         self._refuse_strangers()
         manifest = Manifest(
@@ -61,8 +64,7 @@ class Recorder:
             versions=self._facts["versions"],
             world=self._world(),
         )
-        self._saver = Saver(self.path, self.plan, base_directory, manifest, self.progress.say)
-        self._writer.in_flight = self._saver.sets
+        self._saver = Saver(self.path, self.plan, companions, manifest, self.progress.say)
         damages = self._saver.open(state)
         self.recall(self._saver.last)
         while self._past.is_abandoned:  # a rollback gave it up, and was cut off before it was removed

@@ -3,7 +3,6 @@
 On resume the pins of the run's own plan are used again, and the plan that comes out must be the same.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune import cache, memory, version
+from finetune import cache, chat_template, memory, version
 from finetune.contract import differences
-from finetune.data import preflight
+from finetune.data import encodings
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode
 from finetune.data.hub import pin_dataset
@@ -33,6 +32,8 @@ from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of
 
 PIECE = 1 << 20  # rows
+# Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.
+PLACE = {"path", "dataset", "name", "split", "revision", "weight"}
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,16 @@ class Resolved:
     base_directory: Path
     """Config and tokenizer of the base; the weights too, once `base.directory` was asked for them."""
     tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    """The chat template in force; None where rows are not conversations."""
     train: Examples
     holdout: Examples
     micro_batch_tokens: int
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
+
+    @property
+    def companions(self) -> base.Companions:
+        return base.Companions(self.base_directory, self.template)
 
 
 def resolve(
@@ -57,9 +64,6 @@ def resolve(
     """
     recipe = loaded.recipe
     like = earlier or like
-    is_same = like is not None and like.recipe.data == recipe.data
-    if not is_same:
-        preflight.check(loaded)
     pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
     directory = base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
@@ -69,18 +73,24 @@ def resolve(
     problems = _problems(loaded, config, tokenizer, pinned)
     if problems:
         raise RecipeError(problems)
+    is_same = like is not None and like.recipe.data == recipe.data
     row_rules = like.row_rules if is_same else ROW_RULES
-    stops = base.stop_tokens(directory, tokenizer)
-    encoder = TASKS[recipe.task.name].encoder(tokenizer, recipe.task, stops, row_rules)
-    encoding = encoding_digest(recipe, directory, tokenizer, row_rules)
+    is_same_task = like is not None and (like.recipe.task, like.recipe.base) == (recipe.task, recipe.base)
+    rules_of = like if is_same_task else None
+    template, encoding = template_and_encoding(recipe.task, directory, tokenizer, row_rules, rules_of)
+    if shown := template or chat_template.default(tokenizer.chat_template):
+        tokenizer.chat_template = shown
+    rendering = {"row_rules": row_rules} | ({} if template is None else {"template": template})
+    encoder = _encoder(directory, tokenizer, recipe.task, rendering)
+    key = encodings.key(encoding, tokenizer, None)
 
-    reopen = partial(_reopened, directory, recipe.task, row_rules)
+    reopen = partial(_reopened, directory, recipe.task, rendering)
 
     def read(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(source, pin, encoder, encoding, reopen, row_rules=row_rules)
+            _read(source, pin, encoder, key, reopen, row_rules=row_rules)
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -129,16 +139,16 @@ def resolve(
     named = recipe.train.micro_batch_tokens
     if named == "auto":
         named = memory.micro_batch_tokens(plan, memory.shape_of(config), device())
-    return Resolved(plan, directory, tokenizer, train, holdout, named)
+    return Resolved(plan, directory, tokenizer, template, train, holdout, named)
 
 
 def device() -> memory.Device:
     """What this process trains on. Its whole memory, not what is free now: `plan`, `train` and all ranks must see the same."""
-    world_size, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.accelerator.is_available():
         total = torch.accelerator.get_memory_info()[1]
-        host = memory.machine_bytes()
-        return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside)
+        return memory.Device(total, is_gpu=True, world_size=world_size)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return memory.Device(memory.machine_bytes() // beside, world_size=world_size)
 
 
@@ -192,24 +202,45 @@ def _problems(
     return problems
 
 
-def encoding_digest(recipe: Recipe, directory: Path, tokenizer: PreTrainedTokenizerBase, row_rules: int) -> str:
-    """Over everything that decides which tokens a row becomes: tokenizer files, template, stop tokens, task settings."""
-    template = template_of(tokenizer, recipe.task) if recipe.task.name == "chat" else ""
+def in_force(plan: Plan, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that a plan trains with, for the tokenizer in a directory; what is there where rows are not conversations.
+
+    DataError where that tokenizer and no template at hand are what the rows were encoded with.
+    """
+    task = plan.recipe.task
+    template = chat_template.default(tokenizer.chat_template)
+    for settings in [task.model_copy(update={"template": None}), task] if task.name == "chat" else [task]:
+        if settings.name == "chat" and settings.template is None and template is None:
+            continue
+        found, encoding = template_and_encoding(settings, directory, tokenizer, plan.row_rules, plan)
+        if encoding == plan.encoding:
+            return template if found is None else found
+    message = "the tokenizer or the chat template is not the one that the rows were encoded with"
+    raise DataError(message, hint="restore the file that task.template names")
+
+
+def template_and_encoding(
+    task: ChatTask | TextTask,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    row_rules: int = ROW_RULES,
+    like: Plan | None = None,
+) -> tuple[str | None, str]:
+    """The chat template in force, and a digest over what decides which tokens a row becomes, by the rules of a plan that exists."""
+    template = template_of(tokenizer, task) if task.name == "chat" else None
     stops = sorted(base.stop_tokens(directory, tokenizer))
-    facts = [recipe.task.name, recipe.task.max_length, template, stops]
-    facts += [row_rules] if row_rules > 1 else []  # the first ones had no number
-    total = hashlib.sha256(json.dumps(facts).encode())
-    for name in base.TOKENIZER_FILES:
-        if (directory / name).is_file():
-            total.update(f"\0{name}\0".encode() + (directory / name).read_bytes())
-    return f"sha256:{total.hexdigest()}"
+    if like is None or not encodings.is_older(like.encoding):
+        return template, encodings.digest(task, base.tokenizer_files(directory), template, stops, row_rules)
+    texts = encodings.older_texts(template)
+    found = [(text, encodings.older_digest(task, directory, text, stops, row_rules)) for text in texts]
+    return next((pair for pair in found if pair[1] == like.encoding), found[0])
 
 
 def _read(
     source: Source,
     earlier: PinnedSource | None,
     encoder: Encoder,
-    encoding: str,
+    key: str,
     reopen: Callable[..., Work],
     *,
     row_rules: int,
@@ -217,22 +248,26 @@ def _read(
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     rows = open_source(source, revision, row_rules)
     pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
-    columns = repr(sorted(source.columns.items())) + (repr(sorted(source.skip)) if source.skip else "")
+    reading = json.dumps(source.model_dump(mode="json", exclude_defaults=True, exclude=PLACE), sort_keys=True)
     is_held = source.path is not None and source.path.lower().endswith(
         ".csv"
     )  # in memory, by each process that opens it
     again = None if is_held else partial(reopen, source, pin, rows.state)
-    return pin, encode(rows, rows.where, encoder, rows.fingerprint, columns, encoding, reopen=again)
+    return pin, encode(rows, rows.where, encoder, rows.fingerprint, reading, key, reopen=again)
 
 
 def _reopened(
-    directory: Path, task: ChatTask | TextTask, row_rules: int, source: Source, pin: PinnedSource, state: State | None
+    directory: Path, task: ChatTask | TextTask, rendering: dict, source: Source, pin: PinnedSource, state: State | None
 ) -> Work:
-    """What encodes a source, made anew in a worker process."""
-    tokenizer = base.load_tokenizer(directory)
-    rows = reopen_source(source, pin, state, row_rules)
-    stops = base.stop_tokens(directory, tokenizer)
-    return Work(rows, rows.where, TASKS[task.name].encoder(tokenizer, task, stops, row_rules))
+    """What encodes a source, made again in a worker process."""
+    rows = reopen_source(source, pin, state, rendering["row_rules"])
+    return Work(rows, rows.where, _encoder(directory, base.load_tokenizer(directory), task, rendering))
+
+
+def _encoder(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, task: ChatTask | TextTask, rendering: dict
+) -> Encoder:
+    return TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer), **rendering)
 
 
 def _held_out(recipe: Recipe, rows: int) -> np.ndarray:

@@ -74,7 +74,7 @@ def train(
                 progress.say(note)
             recorder = Recorder(path, plan, facts, progress, held)
             try:
-                newest = recorder.open(loaded.text, resolved.base_directory, state, changes) if is_writer else None
+                newest = recorder.open(loaded.text, resolved.companions, state, changes) if is_writer else None
                 checkpoint = _same_checkpoint(newest, path, accelerator)
                 if checkpoint:
                     snapshot.read(state, plan, checkpoint)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from blake3 import blake3
+
 from finetune import journal as journals
 from finetune import pruning
 from finetune.checkpoints import snapshot as snapshots
@@ -23,9 +25,8 @@ from finetune.columns import Columns
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.estimate import free_bytes, readable
 from finetune.journal import FULL_DISK, Journal
-from finetune.memory import staging_sets
+from finetune.model.base import Companions
 from finetune.plan import Plan
-from finetune.resolve import device
 from finetune.state import TrainState
 
 SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
@@ -65,19 +66,17 @@ class NoRoom(CheckpointError):
 class Saver:
     """The checkpoints of a run that is being trained; on rank 0 only."""
 
-    def __init__(self, run: Path, plan: Plan, base_directory: Path, manifest: Manifest, say: Callable[[str], None]):
+    def __init__(self, run: Path, plan: Plan, companions: Companions, manifest: Manifest, say: Callable[[str], None]):
         self.last: Checkpoint | None = None
         self.given_up: FinetuneError | None = None
         """Why the newest save was, if it was."""
         self._run = run
         self._plan = plan
-        self._base_directory = base_directory
+        self._companions = companions
         self._manifest = manifest  # what is the same in all of this attempt
         self._say = say
         self._store = Store(run)
         self._staging = Staging()
-        self.sets = staging_sets(plan, device())
-        """Saves that may be under way at once: each has a copy of the state."""
         self._damaged: set[str] = set()
         self._left_over = Columns()  # of saves that were given up; the next one writes them
 
@@ -108,7 +107,7 @@ class Saver:
         return sorted(each for each in self._store.pinned() & stored if each > step)
 
     def warm(self, state: TrainState) -> None:
-        snapshots.warm(state, self._live, self._staging, self.sets)
+        snapshots.warm(state, self._live, self._staging)
 
     def begin(self, state: TrainState, record: Record) -> Save:
         started = time.monotonic()
@@ -151,7 +150,7 @@ class Saver:
         )  # and the journal, so that no checkpoint is ahead of its record
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
-        snapshots.write(save.snapshot, self._plan, self._base_directory, self.last, attempt)
+        snapshots.write(save.snapshot, self._plan, self._companions, self.last, attempt)
         attempt.write_json("trainer_state.json", save.record.history())
         committed = self._store.commit(attempt, self._manifest_of(step, save.record), lease.check)
         durable = time.monotonic()
@@ -199,11 +198,13 @@ class Saver:
         """Puts right what the base still has, where it is damaged: small files, and weights that cannot change. What is trained
         beside them need not be given up. Returns whether anything was."""
         restored = []
+        small = self._companions.contents(with_config=True)
+        digests = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in small.items()}
         for checkpoint in self._store.checkpoints():
-            for file in snapshots.companions(self._base_directory):
-                record, kept = checkpoint.manifest.files.get(file.name), checkpoint.path / file.name
-                if record and not is_as_recorded(kept, record) and is_as_recorded(file, record):
-                    replace_file(kept, file.read_bytes())
+            for name, content in small.items():
+                record, kept = checkpoint.manifest.files.get(name), checkpoint.path / name
+                if record and record.digest == digests[name] and not is_as_recorded(kept, record):
+                    replace_file(kept, content)
                     restored.append(kept)
             record = checkpoint.manifest.files.get(FROZEN)
             is_damaged = record and not is_as_recorded(checkpoint.path / FROZEN, record)

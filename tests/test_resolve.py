@@ -12,7 +12,7 @@ from finetune.memory import CPU_TOKENS
 from finetune.model.base import load_tokenizer
 from finetune.plan import ROW_RULES
 from finetune.recipe.load import load
-from finetune.resolve import encoding_digest, resolve
+from finetune.resolve import resolve, template_and_encoding
 
 
 def chat(question, answer):
@@ -293,4 +293,4 @@ def test_a_run_keeps_the_row_rules_it_began_with_and_new_data_gets_the_new_ones(
 def _encoding_of(path, row_rules):
     recipe = load(path).recipe
     directory = Path(recipe.base.checkpoint)
-    return encoding_digest(recipe, directory, load_tokenizer(directory), row_rules)
+    return template_and_encoding(recipe.task, directory, load_tokenizer(directory), row_rules)[1]

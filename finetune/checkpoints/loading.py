@@ -1,4 +1,4 @@
-"""Floor 2. A ref to a live model: whatever a user can name, ready to evaluate, to generate with or to package.
+"""Floor 3. A ref to a live model: whatever a user can name, ready to evaluate, to generate with or to package.
 
 A checkpoint of a run is verified first, every byte. Nothing here trains; `state` and `snapshot` do that.
 """
@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from finetune import chat_template
 from finetune import plan as plans
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import Ref, find, parse
 from finetune.model import base
 from finetune.plan import Plan
 from finetune.recipe.schema import Base, Recipe
+from finetune.resolve import in_force
 
 
 @dataclass(frozen=True)
@@ -29,34 +32,31 @@ class Opened:
     """None for a base or a plain model."""
 
 
-def open_model(
-    text: str,
-    attention: str | None = None,
-    is_as_trained: bool = True,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> Opened:
-    """The model that a ref names: as it was trained, on a quantized base and with bf16 weights perhaps, or in fp32 on the base itself.
-
-    It is made on the device, or on the CPU. A `dtype` is that of its weights whatever they were trained in.
-    """
-    asked = {"attention": attention, "place": base.Place(device) if device else None}
-    asked |= {"dtype": dtype} if dtype else {}
+def open_model(text: str, attention: str | None = None, is_as_trained: bool = True) -> Opened:
+    """The model that a ref names: as it was trained, on a quantized base and with bf16 weights perhaps, or in fp32 on the base itself."""
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
         plan, _ = plans.load(ref.run)
         directory = base.directory(plan.recipe.base, plan.base)
         settings = _as_trained(plan.recipe) if is_as_trained else {}
-        return Opened(base.load_model(directory, **settings | asked), directory, directory, plan, None)
+        return Opened(base.load_model(directory, attention=attention, **settings), directory, directory, plan, None)
     if ref.kind in ("run", "checkpoint"):
-        return _open_checkpoint(find(ref), asked, is_as_trained)
+        return _open_checkpoint(find(ref), attention, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
-        return _open_adapter(ref.path, asked, None)
+        return _open_adapter(ref.path, attention, None)
     named = Base(checkpoint=text)
     directory = base.directory(named, base.pin(named))
-    return Opened(base.load_model(directory, **asked), directory, directory, None, None)
+    return Opened(base.load_model(directory, attention=attention), directory, directory, None, None)
+
+
+def open_tokenizer(opened: Opened) -> PreTrainedTokenizerBase:
+    """The tokenizer of an opened model as its rows were encoded, with the chat template that it was trained with."""
+    tokenizer = base.load_tokenizer(opened.directory)
+    own = chat_template.default(tokenizer.chat_template)
+    if template := in_force(opened.plan, opened.directory, tokenizer) if opened.plan else own:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def run_of(ref: Ref) -> Path | None:
@@ -66,25 +66,27 @@ def run_of(ref: Ref) -> Path | None:
     return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
-def _open_checkpoint(checkpoint: Checkpoint, asked: dict, is_as_trained: bool) -> Opened:
+def _open_checkpoint(checkpoint: Checkpoint, attention: str | None, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
     plan = plans.load(run)[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
-        return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
-    model = base.load_model(checkpoint.path, **(_as_trained(recipe) if recipe else {}) | asked)
-    return Opened(model, checkpoint.path, checkpoint.path, plan, checkpoint)
+        return replace(_open_adapter(checkpoint.path, attention, recipe), plan=plan, checkpoint=checkpoint)
+    model = base.load_model(checkpoint.path, attention=attention, **(_as_trained(recipe) if recipe else {}))
+    directory = checkpoint.path
+    if plan and not base.has_tokenizer(directory):  # older code left out some kinds
+        directory = base.directory(plan.recipe.base, plan.base, with_weights=False)
+    return Opened(model, directory, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, asked: dict, recipe: Recipe | None) -> Opened:
+def _open_adapter(path: Path, attention: str | None, recipe: Recipe | None) -> Opened:
     """An adapter on its base: that of its run, or the one that a plain peft directory names. As `recipe` trained it, or in fp32."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
-    model = base.load_model(base_directory, **(_as_trained(recipe) if recipe else {}) | asked)
+    model = base.load_model(base_directory, attention=attention, **(_as_trained(recipe) if recipe else {}))
     model = base.attach(model, path, str(path))
-    has_tokenizer = (path / "tokenizer_config.json").exists()
-    return Opened(model, path if has_tokenizer else base_directory, base_directory, None, None)
+    return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 
 
 def _as_trained(recipe: Recipe) -> dict:

@@ -24,10 +24,6 @@ from finetune.plan import Plan
 from finetune.state import TrainState
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
-# The small files that travel with weights, byte for byte; what is not named here stays where it is.
-COMPANIONS = (*base.TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
-
-
 # Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.
 WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "model-frozen.safetensors"
 INDEX = f"{WHOLE}.index.json"
@@ -92,17 +88,16 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
     return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
 
 
-def warm(state: TrainState, live: Live, staging: Staging, sets: int) -> None:
-    """Makes buffers and fills them once, after the first update, so that the first save finds them warm. On a GPU also the other set."""
+def warm(state: TrainState, live: Live, staging: Staging) -> None:
+    """Makes buffers and fills them once, after the first update, so that the first save finds them warm."""
     state.await_snapshot()
-    tensors = live.copied()[0]
-    state.copy = staging.take(tensors)
+    state.copy = staging.take(live.copied()[0])
     state.copy.release_when_done()
-    if sets > 1 and state.accelerator.device.type != "cpu":
-        staging.make_ahead(tensors)
 
 
-def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
+def write(
+    snapshot: Snapshot, plan: Plan, companions: base.Companions, previous: Checkpoint | None, attempt: Attempt
+) -> None:
     """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
     snapshot.copy.wait()
     weights = _tensors(snapshot.copy.tensors, "weights/") + _tensors(snapshot.buffers)
@@ -111,12 +106,12 @@ def write(snapshot: Snapshot, plan: Plan, base_directory: Path, previous: Checkp
         attempt.write_json("adapter_config.json", snapshot.adapter_config)
     else:
         _write_model(snapshot, weights, previous, attempt)
-        attempt.write_json("config.json", _config(base_directory, plan.recipe.train.weights))
+        attempt.write_json("config.json", _config(companions.directory, plan.recipe.train.weights))
     attempt.write_tensors("optimizer.safetensors", _tensors(snapshot.copy.tensors, "moments/"), {})
     record = {"step": snapshot.step, "optimizer": plan.recipe.optimizer.name, "scalars": snapshot.scalars}
     attempt.write_json("state.json", record)
-    for file in companions(base_directory):
-        _write_or_link(file, previous, attempt)
+    for name, content in companions.contents(with_config=snapshot.adapter_config is not None).items():
+        _write_or_link(name, content, previous, attempt)
 
 
 def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
@@ -180,19 +175,13 @@ def _write_model(snapshot: Snapshot, weights: list[Tensor], previous: Checkpoint
     attempt.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 
-def companions(directory: Path) -> list[Path]:
-    """The small files that travel with weights: tokenizer, chat template, generation config."""
-    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
-
-
-def _write_or_link(file: Path, previous: Checkpoint | None, attempt: Attempt) -> None:
-    content = file.read_bytes()
-    earlier = previous.path / file.name if previous else None
+def _write_or_link(name: str, content: bytes, previous: Checkpoint | None, attempt: Attempt) -> None:
+    earlier = previous.path / name if previous else None
     # compared, not trusted: a damaged copy is not handed on
-    if earlier and file.name in previous.manifest.files and earlier.is_file() and earlier.read_bytes() == content:
-        attempt.link(file.name, earlier, previous.manifest.files[file.name])
+    if earlier and name in previous.manifest.files and earlier.is_file() and earlier.read_bytes() == content:
+        attempt.link(name, earlier, previous.manifest.files[name])
     else:
-        attempt.write_bytes(file.name, content)
+        attempt.write_bytes(name, content)
 
 
 def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from finetune.checkpoints.loading import open_model
-from finetune.model import base
+from finetune.checkpoints.loading import open_model, open_tokenizer
 
 
 def generate(
@@ -23,16 +22,15 @@ def generate(
 
 
 def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+    opened = open_model(text)
+    tokenizer = open_tokenizer(opened)
     # asked whether it is there: a build of torch for GPUs names its kind of device on any machine
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    # fp32 would take twice a GPU's memory, for the same text nearly always
-    opened = open_model(text, device=device, dtype=None if device.type == "cpu" else torch.bfloat16)
-    tokenizer = base.load_tokenizer(opened.directory)
     model = opened.model.to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = []
     for prompt in prompts:
-        if tokenizer.chat_template:
+        if isinstance(tokenizer.chat_template, str):
             message = [{"role": "user", "content": prompt}]
             inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")
         else:

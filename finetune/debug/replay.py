@@ -99,7 +99,7 @@ class Committer:
             versions=rerun.facts["versions"],
             world={name: recorded(rerun.facts)[name] for name in WORLD},
         )
-        self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.base_directory, manifest, rerun.say)
+        self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.companions, manifest, rerun.say)
         self._is_open = False
 
     def commit(self, step: int) -> None:

@@ -123,7 +123,7 @@ class States:
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")
-            snapshot.write(taken, rerun.plan, rerun.resolved.base_directory, previous, attempt)
+            snapshot.write(taken, rerun.plan, rerun.resolved.companions, previous, attempt)
             manifest = Manifest(
                 run=rerun.facts["run"], attempt="bisect", step=state.step, parent=None, plan_id=rerun.plan.plan_id
             )

@@ -63,7 +63,9 @@ def dtype(folder: Folder) -> Iterator[Finding]:
     """Weights have the type that the config says."""
     said = folder.config.get("dtype") or folder.config.get("torch_dtype")
     wanted = DTYPES.get(str(said).removeprefix("torch."))
-    if wanted is None or folder.config.get("quantization_config"):
+    if (
+        wanted is None or folder.is_adapter or folder.config.get("quantization_config")
+    ):  # an adapter's config is the base's
         return
     for file, tensors in folder.tensors.items():
         for name, place in tensors.items():

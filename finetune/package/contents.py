@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.data.encodings import TOKENIZER_FILES
+
 ALLOWED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -19,16 +21,7 @@ ALLOWED = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "README.md",
     "LICEN[SC]E*",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune import journal
 from finetune import plan as plans
-from finetune.checkpoints.loading import Opened, open_model, run_of
+from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.snapshot import DTYPES
@@ -44,8 +44,6 @@ from finetune.package.staging import staged
 from finetune.package.verify import folder_findings
 from finetune.plan import Plan
 from finetune.recipe.load import to_yaml
-from finetune.resolve import encoding_digest
-from finetune.tasks.chat import template_of
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
@@ -70,12 +68,7 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
     recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
     form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
     _refuse_unnamed_base(plan, form)
-    tokenizer = base.load_tokenizer(opened.directory)
-    if encoding_digest(recipe, opened.directory, tokenizer, plan.row_rules) != plan.encoding:
-        message = "encoding: the tokenizer or the chat template is not the one that the rows were encoded with"
-        raise PackageError(message, where=ref, hint="restore the file that task.template names")
-    if recipe.task.name == "chat":
-        tokenizer.chat_template = template_of(tokenizer, recipe.task)
+    tokenizer = open_tokenizer(opened)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
     if recipe.base.quantization:
         quantized = open_model(ref).model
@@ -99,7 +92,7 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
         model, logits, changes = weights.convert(model, form, base.DTYPES[dtype], tokenizer)
         trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
         weights.write(model, opened, form, base.DTYPES[dtype], staging)
-        small_files.write(staging, opened.directory, tokenizer.chat_template, base_directory)
+        small_files.write(staging, opened.directory, tokenizer, base_directory, is_adapter=form == "adapter")
         loaded = proof.load_back(staging, opened.base_directory if form == "adapter" else None)
         checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))

@@ -16,7 +16,6 @@ from finetune.package import contents, licence, small_files
 from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
 from finetune.resolve import Resolved
-from finetune.tasks.chat import template_of
 
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")
 
@@ -25,7 +24,7 @@ def refuse_unpackageable(resolved: Resolved) -> None:
     """PackageError where the recipe asks for a package, or a place to publish it; a line on stderr where nobody has."""
     plan = resolved.plan
     sections = plan.recipe.model_dump(mode="json", include={"base", "package"})
-    facts = [sections, plan.base.model_dump(mode="json"), plan.encoding, version("finetune")]
+    facts = [sections, plan.base.model_dump(mode="json"), plan.encoding, *map(version, ("finetune", "transformers"))]
     problems = cache.found("packageable", facts, lambda: list(_problems(resolved)))
     if problems and plan.recipe.model_fields_set & {"package", "publish"}:
         hint = "mend it now: the package would be refused for it after the training"
@@ -45,9 +44,10 @@ def _problems(resolved: Resolved) -> Iterator[str]:
         config = json.loads((resolved.base_directory / "config.json").read_bytes())
         config = {key: value for key, value in config.items() if key != "_name_or_path"}  # the package's is without it
         (directory / "config.json").write_text(json.dumps(config))
-        tokenizer, task = resolved.tokenizer, recipe.task
-        template = template_of(tokenizer, task) if task.name == "chat" else tokenizer.chat_template
-        small_files.write(directory, resolved.base_directory, template, resolved.base_directory)
+        tokenizer = resolved.tokenizer
+        small_files.write(directory, resolved.base_directory, tokenizer, resolved.base_directory)
+        if found := small_files.change_by_loading(directory, tokenizer):
+            yield f"tokenizer: {found}"
         folder = Folder(directory)
         found = [*contents.findings(directory), *(item for name in BEFORE for item in CHECKS[name](folder))]
         for check, file, _, message in dict.fromkeys(found):

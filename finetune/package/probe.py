@@ -27,7 +27,7 @@ SEQUENCES, LENGTH = 4, 64
 def logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """fp32 logits of a fixed batch, and of a rendered question where there is a chat template."""
     inputs = {"batch": batch(model.config)}
-    if tokenizer.chat_template:
+    if isinstance(tokenizer.chat_template, str):
         rendered = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
         inputs["question"] = rendered["input_ids"]
     with torch.inference_mode():
@@ -47,7 +47,8 @@ def facts(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict:
     by_place: dict[int, list[str]] = {}
     for name, tensor in state.items():
         by_place.setdefault(tensor.data_ptr(), []).append(name)
-    rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False) if tokenizer.chat_template else None
+    has_template = isinstance(tokenizer.chat_template, str)  # several without a default render nothing
+    rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False) if has_template else None
     return {
         "weights": {name: digest(tensor) for name, tensor in state.items()},
         "tied": sorted(names for names in by_place.values() if len(names) > 1),

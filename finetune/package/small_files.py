@@ -8,23 +8,48 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.checkpoints.snapshot import companions
+from finetune.errors import BaseError
 from finetune.model import base
 from finetune.package import licence
 
 GENERATION = "generation_config.json"
 
 
-def write(directory: Path, source: Path, template: str | None, base_directory: Path | None) -> None:
-    """Copies them from a checkpoint or a base. `template` is what is trained with; licence and notices are those of the base's folder."""
-    for file in companions(source):
-        shutil.copyfile(file, directory / file.name)
-    tokenizer = base.load_tokenizer(source)
-    if template != tokenizer.chat_template:
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+def write(
+    directory: Path,
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    base_directory: Path | None,
+    is_adapter: bool = False,
+) -> None:
+    """Copies them from a checkpoint or a base. `tokenizer` has the template that is trained with; licence and notices are those of the
+    base's folder. An adapter gets the base's config where its tokenizer would be opened as another class without it."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    companions = base.Companions(source, template)
+    _copy(companions.contents(with_config=False), directory)
+    if is_adapter and change_by_loading(directory, tokenizer):
+        _copy(companions.contents(with_config=True), directory)
     for file in licence.texts(base_directory) if base_directory else ():
         shutil.copyfile(file, directory / file.name)
     _mend_generation(directory / GENERATION, tokenizer)
+
+
+def _copy(contents: dict[str, bytes], directory: Path) -> None:
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+
+
+def change_by_loading(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the tokenizer in a directory of small files and config does otherwise than the one that trains; None where nothing is lost."""
+    try:
+        loaded = base.load_tokenizer(directory)
+    except BaseError as error:
+        return error.message
+    if found := base.difference(tokenizer, loaded):
+        return f"as it is saved, it is opened as {type(loaded).__name__} with other {found}"
+    if loaded.chat_template != tokenizer.chat_template:
+        return "as it is saved, it has another chat template"
+    return None
 
 
 def _mend_generation(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -80,7 +80,7 @@ def write(model: torch.nn.Module, opened: Opened, form: str, dtype: torch.dtype,
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in adapter.weights(model).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         repo, revision = hub_base(opened.plan)
-        config = json.loads((opened.directory / "adapter_config.json").read_bytes())
+        config = json.loads((opened.checkpoint.path / "adapter_config.json").read_bytes())
         _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
         return
     # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.

@@ -12,7 +12,8 @@ from finetune.tasks import causal, chat, text
 @dataclass(frozen=True)
 class Task:
     encoder: Callable
-    """(tokenizer, settings, stop tokens, row rules) -> a function from rows and their places to the examples of each row."""
+    """(tokenizer, settings, stop tokens, row rules, and how conversations are rendered) -> a function from rows and their places to the
+    examples of each row."""
     collate_packed: Callable
     collate_padded: Callable
     """Examples -> the arguments of `loss`, on the CPU."""

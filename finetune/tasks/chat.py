@@ -25,13 +25,17 @@ TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 
 
 def encoder(
-    tokenizer: PreTrainedTokenizerBase, task: ChatTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChatTask,
+    stop_tokens: Collection[int],
+    row_rules: int = ROW_RULES,
+    template: str | None = None,
 ) -> Encode:
     """A function from rows and their places to the one example of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
     """
-    template = template_of(tokenizer, task)
+    template = template or template_of(tokenizer, task)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
     def render(row: dict, place: str) -> tuple[str, list[tuple[int, int]]]:
@@ -71,17 +75,22 @@ def template_of(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> str:
     """The chat template in force: the recipe's file, or the base's own."""
     if task.template is not None:
         try:
-            template = Path(task.template).read_text()
+            template = chat_template.decoded(Path(task.template).read_bytes())
         except OSError as error:
             raise DataError(
                 f"cannot be read: {error.strerror}", where=task.template, hint="task.template names a file"
             ) from None
+        except ValueError as error:
+            raise DataError(f"the template {error}", where=task.template, hint="save it as UTF-8") from None
         if problem := chat_template.problem(template):
-            raise DataError(f"the template {problem}", where=task.template, hint="mend it, or use the base's own")
+            raise DataError(f"the template {problem}", where=task.template, hint="fix it, or use the base's own")
         return template
-    if not tokenizer.chat_template:
-        raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
-    return tokenizer.chat_template
+    if template := chat_template.default(tokenizer.chat_template):
+        return template
+    if names := chat_template.names(tokenizer.chat_template):
+        message = f"the base has several chat templates, and none is called `default`: {', '.join(names)}"
+        raise DataError(message, hint="save one of them to a file, and name it with task.template: FILE")
+    raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
 
 
 def _refuse_roles(conversation: Conversation, template: str, place: str) -> None:

@@ -121,7 +121,7 @@ def _advance(recipe: Path, run: Path, position: int, has_records: bool) -> None:
         state.optimizer.step()
         state.optimizer.zero_grad()
         recorder = Recorder(run, plan, facts, Progress(plan.steps, is_silent=True), held)
-        recorder.open(loaded.text, resolved.base_directory, state, changes)
+        recorder.open(loaded.text, resolved.companions, state, changes)
         state.step = position
         recorder.commit(state)
         recorder.finish(state)

@@ -82,7 +82,7 @@ def opened(recipe: Path, run: Path) -> Iterator[Training]:
             raise ValueError(f"rows of unequal length: {plan.counts}")
         state = build(plan, base.directory(plan.recipe.base, plan.base), accelerator)
         recorder = Recorder(run, plan, facts, Progress(plan.steps, is_silent=True), held)
-        recorder.open(loaded.text, resolved.base_directory, state, changes)
+        recorder.open(loaded.text, resolved.companions, state, changes)
         reports = loop.steps(state, plan, batches(resolved, resolved.train, accelerator), plan.steps, loop.Wishes)
         training = Training(state, plan, recorder, resolved.base_directory, reports)
         try:

@@ -6,6 +6,7 @@ A base is a model on the Hub, in a directory or in a package, or an adapter, whi
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,20 +22,22 @@ from finetune.checkpoints.manifest import MANIFEST, verify
 from finetune.checkpoints.refs import Ref, find, parse
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, reading
-from finetune.model.base.files import TOKENIZER_FILES, read_ahead
+from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
 from finetune.model.base.foreign import refuse as refuse_foreign
-from finetune.model.base.reading import DTYPES, Place, empty_model, load_config, load_model, load_tokenizer, stop_tokens
+from finetune.model.base.likeness import difference
+from finetune.model.base.reading import DTYPES, empty_model, load_config, load_model, load_tokenizer, stop_tokens
 from finetune.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 __all__ = [
     "DTYPES",
-    "Place",
-    "TOKENIZER_FILES",
+    "Companions",
     "attach",
     "beneath",
+    "difference",
     "directory",
     "empty_model",
+    "has_tokenizer",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -44,6 +47,8 @@ __all__ = [
     "refuse_foreign",
     "run_around",
     "stop_tokens",
+    "tokenizer_directory",
+    "tokenizer_files",
 ]
 MERGING = 1  # of `_write_merged`; part of the cache key
 
@@ -68,7 +73,7 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
     if pinned.beneath is not None:
         return _merged(ref, pinned, with_weights)
     if ref.kind == "hub":
-        patterns = files.SMALL_FILES + files.LICENCES + (files.WEIGHTS if with_weights else ())
+        patterns = files.FROM_HUB + (files.WEIGHTS if with_weights else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
         if not with_weights and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
             raise BaseError("has no safetensors weights", where=ref.repo, hint=reading.CONVERT)
@@ -101,6 +106,22 @@ def attach(model: torch.nn.Module, path: Path, where: str) -> torch.nn.Module:
     """The model with an adapter on it, not merged and not trainable."""
     with reading.quiet():
         return adapters.attach(model, path, where)
+
+
+def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
+    """Where to open the tokenizer of an adapter on a base. What has no config beside it gets the base's, in the cache: by that transformers
+    chooses the class, and in training it did."""
+    if not files.has_tokenizer(adapter) and not (adapter / files.TEMPLATE).is_file():
+        return base_directory
+    if files.has_tokenizer(adapter) and (adapter / files.CONFIG).is_file():
+        return adapter
+    key = blake3.blake3("".join(map(files.small_digest, (base_directory, adapter))).encode()).hexdigest()[:32]
+
+    def build(target: Path) -> None:
+        files.copy_small_files(base_directory, adapter, target)
+        shutil.copyfile(base_directory / files.CONFIG, target / files.CONFIG)
+
+    return cache.built("tokenizers", key, build)
 
 
 def run_around(checkpoint: Path) -> Path | None:
@@ -164,7 +185,7 @@ def _converted(file: Path) -> Path:
 def _adapter(ref: Ref, commit: str | None) -> Path:
     """The directory of an adapter, whole."""
     if ref.kind == "hub":
-        return hub.download(ref.repo, commit, files.SMALL_FILES + files.LICENCES + files.WEIGHTS)
+        return hub.download(ref.repo, commit, files.FROM_HUB + files.WEIGHTS)
     return _local(ref)
 
 
@@ -228,7 +249,7 @@ def _write_merged(model: torch.nn.Module, source: Path, adapter: Path, target: P
     section = config if "vocab_size" in config else config.get("text_config", config)
     rows = model.config.get_text_config().vocab_size
     has_own_vocabulary = rows != section.get("vocab_size", rows)
-    if not files.has_tokenizer(adapter) and (has_own_vocabulary or not reading.has_tokenizer(source)):
+    if not files.has_tokenizer(adapter) and (has_own_vocabulary or not files.has_tokenizer(source)):
         raise reading.no_tokenizer(where, adapter)
     if has_own_vocabulary:
         section["vocab_size"] = rows

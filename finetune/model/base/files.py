@@ -1,24 +1,28 @@
-"""Floor 1. Which files make a checkpoint: what is downloaded, digested, and handed on to a base made from others; `base` calls it."""
+"""Floor 0. Which files make a checkpoint: what is downloaded, digested, and handed on to a base made from others; `base` calls it."""
 
+import json
 import os
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
 import blake3
 
+from finetune.data.encodings import TOKENIZER_FILES, VOCABULARIES
+
 AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
 LICENCES = ("README.md", "LICENSE*", "NOTICE*")  # what a package passes on
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
-)
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TEMPLATE = "chat_template.jinja"
+TEMPLATES = (TEMPLATE, "additional_chat_templates/*.jinja")
+GENERATION = "generation_config.json"
+FROM_HUB = SMALL_FILES + TOKENIZER_FILES + LICENCES
 # Of our checkpoints: how training went on, not what the model is. Retention may take them away.
 NOT_THE_MODEL = ("manifest.json", "optimizer.safetensors", "state.json", "trainer_state.json")
 _LICENCE_LINE = re.compile(r"^license:", re.MULTILINE)
@@ -30,6 +34,12 @@ def digest(directory: Path) -> str:
     for file in _matching(directory, SMALL_FILES + WEIGHTS):
         total.update(f"{file.name}\0{file_digest(file)}\0".encode())
     return "blake3:" + total.hexdigest()
+
+
+def small_digest(directory: Path) -> str:
+    """Over names and contents of config, tokenizer and template."""
+    small = sorted({*_matching(directory, SMALL_FILES), *tokenizer_files(directory)})
+    return "".join(f"{file.name}\0{file_digest(file)}\0" for file in small)
 
 
 def file_digest(file: Path) -> str:
@@ -44,8 +54,35 @@ def _digest_of(file: Path, as_it_is: tuple[int, ...]) -> str:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has a tokenizer of its own: without a vocabulary the other files are only remarks on one."""
-    return any((directory / name).is_file() for name in VOCABULARIES)
+    """Whether a directory has a tokenizer of its own: a vocabulary, in whatever form."""
+    return any(found for pattern in VOCABULARIES for found in directory.glob(pattern))
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files that decide what a tokenizer does, the chat template aside."""
+    return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The small files that travel with weights: tokenizer, generation config, and the chat template that is trained with."""
+
+    directory: Path
+    """Of the base, or of a checkpoint."""
+    template: str | None
+    """None leaves the template that is there."""
+
+    def contents(self, with_config: bool) -> dict[str, bytes]:
+        """By name. transformers chooses a tokenizer's class by the model's config, and an adapter has none: `with_config` adds the base's."""
+        files = [*tokenizer_files(self.directory), self.directory / TEMPLATE, self.directory / GENERATION]
+        found = {file.name: file.read_bytes() for file in files if file.is_file()}
+        if self.template is not None:
+            found[TEMPLATE] = self.template.encode()
+        if with_config:
+            config = json.loads((self.directory / CONFIG).read_bytes())
+            kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a place on one machine
+            found[CONFIG] = f"{json.dumps(kept, indent=2)}\n".encode()
+        return found
 
 
 def read_ahead(directory: Path) -> None:
@@ -64,15 +101,16 @@ def read_ahead(directory: Path) -> None:
 
 def copy_small_files(below: Path, adapter: Path, target: Path) -> None:
     """What a merged model has beside config and weights: the base's small files, under the tokenizer that came with the adapter."""
-    leave = ("config.json", "adapter_config.json", *(file.name for file in _matching(below, WEIGHTS)))
-    tokenizer = (*TOKENIZER_FILES, "chat_template.jinja")
-    for file in _matching(below, SMALL_FILES + LICENCES):
-        if file.name not in leave and not (has_tokenizer(adapter) and file.name in tokenizer):
+    leave = {CONFIG, "adapter_config.json", *(file.name for file in _matching(below, WEIGHTS))}
+    if has_tokenizer(adapter):
+        leave |= {TEMPLATE, *(file.name for file in tokenizer_files(below))}
+    for file in {*_matching(below, SMALL_FILES + LICENCES), *tokenizer_files(below)}:
+        if file.name not in leave:
             shutil.copyfile(file, target / file.name)
-    own = tokenizer if has_tokenizer(adapter) else ("chat_template.jinja",)
-    for name in (*own, "generation_config.json"):
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, target / name)
+    own = tokenizer_files(adapter) if has_tokenizer(adapter) else []
+    for file in (*own, adapter / TEMPLATE, adapter / GENERATION):
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
     card = adapter / "README.md"  # its licence counts, if it states one
     if card.is_file() and _LICENCE_LINE.search(card.read_text(encoding="utf-8", errors="replace")):
         shutil.copyfile(card, target / card.name)

@@ -6,24 +6,22 @@ No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is 
 import contextlib
 import io
 import json
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError, explained, of_libraries
+from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.remote_code import asked_by
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
-TOKENIZERS = ("*token*", "vocab*", "*.model", "tekken.json")  # a directory without any of these has no tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as recipes spell them
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -66,36 +64,51 @@ def _refuse_remote_code(path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer; only a fast one tells which characters a token stands for."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a directory that has the model's config beside it, by which transformers chooses its class.
 
+    Every command opens tokenizers here. Only a fast one tells which characters a token stands for.
+    """
     _refuse_remote_code(path)
-    tokenizer = None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if not has_tokenizer(path):
-            raise no_tokenizer(_name(path), path) from None
-        reason = str(error).strip().partition("\n")[0]
-        raise BaseError(
-            f"its tokenizer cannot be loaded: {reason}", where=_name(path), hint="add its tokenizer.json"
-        ) from None
-    finally:
-        if tokenizer is None and (path / "tokenizer.json").exists():
-            read_json(
-                path / "tokenizer.json"
-            )  # tells what is wrong: tokenizers answers a torn file with a bare Exception
+    _refuse_unreadable_templates(path)
+    tokenizer = _tokenizer(
+        path.absolute()
+    )  # a relative path may look like a Hub id that transformers makes exceptions for
     if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=_name(path))
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        message, hint = "has a tokenizer that skips merges at random", "set `dropout` to null in its tokenizer.json"
+        raise BaseError(message, where=_name(path), hint=hint)
     for template in chat_template.texts(tokenizer.chat_template):
         if problem := chat_template.problem(template):
-            hint = "choose another base, or mend the template: what renders it may not survive it"
+            hint = "choose another base, or fix the template: what renders it may not survive it"
             raise BaseError(f"has a chat template that {problem}", where=_name(path), hint=hint)
     return tokenizer
 
 
-def has_tokenizer(path: Path) -> bool:
-    return any(found for pattern in TOKENIZERS for found in path.glob(pattern))
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        if not isinstance(error, of_libraries()) and type(error) is not Exception:  # tokenizers raises bare ones
+            raise
+        if not has_tokenizer(path):
+            raise no_tokenizer(_name(path), path) from None
+        if (path / "tokenizer.json").exists():
+            read_json(path / "tokenizer.json")  # tells what is wrong with a torn file
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BaseError(
+            f"its tokenizer cannot be loaded: {reason}", where=_name(path), hint="add its tokenizer.json"
+        ) from error
+
+
+def _refuse_unreadable_templates(path: Path) -> None:
+    for file in sorted(file for pattern in TEMPLATES for file in path.glob(pattern)):
+        try:
+            chat_template.decoded(file.read_bytes())
+        except ValueError as error:
+            raise BaseError(f"its {file.name} {error}", where=_name(path), hint="save it as UTF-8") from None
 
 
 def no_tokenizer(where: str, directory: Path) -> BaseError:
@@ -113,54 +126,23 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     return frozenset(stops - {None})
 
 
-class Place(NamedTuple):
-    """Where a model is made, and which of its tensors are read in another type than the others.
-
-    Read on the host in fp32 and moved, a base takes more of the host than a GPU needs to train an adapter on it.
-    """
-
-    device: torch.device
-    names: frozenset[str] = frozenset()
-    dtype: torch.dtype = torch.bfloat16
-
-    @contextmanager
-    def reading(self, model_class: type[PreTrainedModel]) -> Iterator[None]:
-        """Models of this class are read so meanwhile. Buffers that a model computes for itself stay as they would be."""
-        if not self.names:
-            yield
-            return
-        pattern, before = (
-            f"^(?:{'|'.join(re.escape(name) for name in sorted(self.names))})$",
-            model_class._get_dtype_plan,
-        )
-        model_class._get_dtype_plan = lambda model, dtype: {**before(model, dtype), pattern: self.dtype}
-        try:
-            yield
-        finally:
-            model_class._get_dtype_plan = before
-
-
 def load_model(
     path: Path,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
     quantization: str | None = None,
     products: torch.dtype = torch.float32,
-    place: Place | None = None,
 ) -> torch.nn.Module:
-    """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or one of another shape is an error.
+    """The model with all its weights, on the CPU, in eval mode. A missing weight or one of another shape is an error.
 
-    Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; they are quantized where the model is made.
+    Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; what is quantized on the CPU can be moved to a GPU.
     Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
     check_weight_files(path)
-    is_placed = place is not None and place.device.type != "cpu"
-    device = {"device_map": {"": place.device if is_placed else "cpu"}} if is_placed or quantization else {}
-    reading = place.reading(type(empty_model(path))) if is_placed and place.names else contextlib.nullcontext()
-    with quiet(), explained("transformers cannot open it", _name(path)), reading:
+    with quiet(), explained("transformers cannot open it", _name(path)):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -169,8 +151,7 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,
-            **device,
-            **({"quantization_config": _nf4(products)} if quantization else {}),
+            **({"quantization_config": _nf4(products), "device_map": {"": "cpu"}} if quantization else {}),
         )
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
