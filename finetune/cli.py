@@ -23,6 +23,7 @@ from finetune.signals import ending_signals
 from finetune.world import TOLD, is_alone, is_first, prepare_allocator
 
 if TYPE_CHECKING:
+    from finetune.recipe.load import LoadedRecipe
     from finetune.recipe.schema import Recipe
 
 OVERRIDE = click.option(
@@ -103,9 +104,7 @@ def plan(
     is_json: bool,
 ) -> None:
     """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    loaded = _looked_at(recipe, overrides)
     from finetune import estimate
     from finetune.memory import Work, shape_of
     from finetune.model import base
@@ -136,9 +135,7 @@ def plan(
 @OVERRIDE
 def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Download what a recipe names, for a host without a network."""
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    loaded = _looked_at(recipe, overrides)
     from finetune.model import base
     from finetune.resolve import resolve
 
@@ -156,13 +153,11 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     for number in ending_signals():  # until `run` has something to save
         signal.signal(number, lambda received, frame: os._exit(128 + received))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    run = run or _default_run(recipe)
+    loaded = _looked_at(recipe, overrides, run)
     from finetune.package.preflight import refuse_unpackageable
     from finetune.run import train as train_run
 
-    run = run or _default_run(recipe)
     with _published(loaded.recipe, run):
         train_run(loaded, run, is_quiet=quiet, ask=refuse_unpackageable, **choices)
 
@@ -201,10 +196,9 @@ def launch(
 ) -> None:
     """Train a recipe on all devices here, as the one process of a container or a job: signals reach every rank."""
     from finetune import launch as launching
-    from finetune.recipe.load import load
 
-    grace = load(recipe, overrides).recipe.checkpoint.grace_seconds
     run = run or _default_run(recipe)
+    grace = _looked_at(recipe, overrides, run).recipe.checkpoint.grace_seconds
     arguments = [*(f"--set={override}" for override in overrides), f"--run={run}"]
     arguments += ["--quiet"] * quiet + ["--take-over"] * take_over
     arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
@@ -248,9 +242,7 @@ def health(run: Path | None, patience_seconds: float, is_json: bool) -> None:
 @JSON
 def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json: bool, **options: object) -> None:
     """Prove here that a killed run resumes to the bit, and measure what a checkpoint costs."""
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    loaded = _looked_at(recipe, overrides)
     from finetune.debug import rehearse as rehearsals
 
     facts = rehearsals.rehearse(rehearsals.Rehearsal(loaded, overrides, run or _default_run(recipe), **options))
@@ -605,6 +597,18 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `finetune log … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) -> "LoadedRecipe":
+    """The recipe, with a look at its data before torch is imported. A run that exists has pins of its own."""
+    from finetune.recipe.load import load
+
+    loaded = load(recipe, overrides)
+    if is_alone(os.environ) and not (run and (run / "plan.json").exists()):
+        from finetune.data import preflight
+
+        preflight.check(loaded)
+    return loaded
 
 
 def _leave(exit_code: int) -> NoReturn:

@@ -15,7 +15,7 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 Stopped                      exit 143, 130 or 129: a signal asked for the end, and the last finished step is committed
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,7 +89,20 @@ class RecipeError(FinetuneError):
 
 
 class DataError(FinetuneError):
+    """`parts` are the errors of single rows or files that this one is made of."""
+
     code = "data"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        parts: "Sequence[DataError]" = (),
+    ):
+        super().__init__(message, where=where, hint=hint)
+        self.parts = list(parts)
 
 
 class BaseError(FinetuneError):

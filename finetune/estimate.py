@@ -79,6 +79,9 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
         "memory_bytes": sum(held.values()),
         "memory": held,
         "machine_memory_bytes": device.bytes,
+        "host_memory": (host := memory.host_parts(plan, device)),
+        "host_memory_bytes": sum(host.values()),
+        "host_bytes": device.host_bytes,
         "checkpoint_bytes": checkpoint_bytes(plan),
         "run_bytes": run_bytes(plan),
         "free_bytes": free_bytes(run),
@@ -137,6 +140,7 @@ def table(facts: dict) -> str:
         ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
         *(("", f"{readable(size):>10}  {name}") for name, size in facts["memory"].items() if size),
         ("", f"at {facts['micro_batch_tokens']:,} tokens a micro-batch"),
+        *_host_rows(facts),
         ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
         ("disk", f"{readable(facts['free_bytes'])} free"),
         ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
@@ -151,7 +155,17 @@ def table(facts: dict) -> str:
         lines.append(
             "warning: the memory forecast is more than there is; lower train.micro_batch_tokens, or use adapter: {name: lora}"
         )
+    if facts["host_memory_bytes"] > facts["host_bytes"]:
+        lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _host_rows(facts: dict) -> list[tuple[str, str]]:
+    """What the host beside a GPU holds."""
+    if not facts["host_memory"]:
+        return []
+    found = f"about {readable(facts['host_memory_bytes'])}; there are {readable(facts['host_bytes'])}"
+    return [("host", found), *(("", f"{readable(size):>10}  {name}") for name, size in facts["host_memory"].items())]
 
 
 def devices_table(facts: dict) -> str:

@@ -19,6 +19,9 @@ MOMENTS = {"adamw": 8, "sgd": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # byte
 NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
 CHUNK_TOKENS = 512  # of `model.losses`: so many rows of logits exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
+HOST_PROCESS_BYTES = (
+    4 * 2**30
+)  # of the host, for one that trains on a GPU: a guess, with CUDA's libraries and data; never measured
 CONTEXT_BYTES = 2**30  # what a GPU's libraries take beside tensors
 # Holes that freed tensors leave between live ones, as a share of what a micro-batch needs. With glibc 13 % (bf16) and 22 % (fp32)
 # of a full fine-tune were seen, and 51 % and 63 to 101 % of LoRA, whose sums of products are short-lived tensors among those that stay; of a model of 42 M
@@ -41,6 +44,10 @@ class Device(NamedTuple):
     bytes: int
     is_gpu: bool = False
     world_size: int = 1
+    host_bytes: int = 0
+    """Of a GPU: the memory of the host, which all its processes share."""
+    processes: int = 1
+    """Of the training, on that host."""
 
 
 class Shape(NamedTuple):
@@ -123,6 +130,22 @@ def parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int
     if not device.is_gpu:
         found["staging"] = state_bytes(plan)
     return found
+
+
+def staging_sets(plan: Plan, device: Device) -> int:
+    """How many copies of the state saves may hold at once: two, or one where the host of a GPU has no room for two."""
+    room = MARGIN * device.host_bytes - device.processes * HOST_PROCESS_BYTES
+    return 1 if device.is_gpu and 2 * state_bytes(plan) > room else 2
+
+
+def host_parts(plan: Plan, device: Device) -> dict[str, int]:
+    """Bytes of the host beside a GPU, by what holds them; page-locked memory of it cannot be swapped. On a CPU `parts` has it all."""
+    if not device.is_gpu:
+        return {}
+    return {
+        "process": device.processes * HOST_PROCESS_BYTES,
+        "staging": staging_sets(plan, device) * state_bytes(plan),
+    }
 
 
 def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:

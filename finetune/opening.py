@@ -26,6 +26,7 @@ from finetune.plan import ROW_RULES, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
+from finetune.state import device_name
 from finetune.tasks import TASKS
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -161,10 +162,9 @@ def software() -> dict[str, str]:
 
 def facts_of(accelerator: Accelerator) -> dict:
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return {
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "device": name,
+        "device": device_name(device),
         "world_size": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "update_slice": memory.update_slice(device.type),

@@ -65,6 +65,7 @@ class Recorder:
             world=self._world(),
         )
         self._saver = Saver(self.path, self.plan, companions, manifest, self.progress.say)
+        self._writer.in_flight = self._saver.sets
         damages = self._saver.open(state)
         self.recall(self._saver.last)
         while self._past.is_abandoned:  # a rollback gave it up, and was cut off before it was removed

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import cache, chat_template, memory, version
 from finetune.contract import differences
-from finetune.data import encodings
+from finetune.data import encodings, preflight
 from finetune.data.batches import Examples
 from finetune.data.encode import Encoder, Work, encode
 from finetune.data.hub import pin_dataset
@@ -64,6 +64,9 @@ def resolve(
     """
     recipe = loaded.recipe
     like = earlier or like
+    is_same = like is not None and like.recipe.data == recipe.data
+    if not is_same:
+        preflight.check(loaded)
     pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
     directory = base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
@@ -73,7 +76,6 @@ def resolve(
     problems = _problems(loaded, config, tokenizer, pinned)
     if problems:
         raise RecipeError(problems)
-    is_same = like is not None and like.recipe.data == recipe.data
     row_rules = like.row_rules if is_same else ROW_RULES
     is_same_task = like is not None and (like.recipe.task, like.recipe.base) == (recipe.task, recipe.base)
     rules_of = like if is_same_task else None
@@ -144,11 +146,11 @@ def resolve(
 
 def device() -> memory.Device:
     """What this process trains on. Its whole memory, not what is free now: `plan`, `train` and all ranks must see the same."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if torch.accelerator.is_available():
         total = torch.accelerator.get_memory_info()[1]
-        return memory.Device(total, is_gpu=True, world_size=world_size)
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host = memory.machine_bytes()
+        return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside)
     return memory.Device(memory.machine_bytes() // beside, world_size=world_size)
 
 

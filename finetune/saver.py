@@ -25,8 +25,10 @@ from finetune.columns import Columns
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.estimate import free_bytes, readable
 from finetune.journal import FULL_DISK, Journal
+from finetune.memory import staging_sets
 from finetune.model.base import Companions
 from finetune.plan import Plan
+from finetune.resolve import device
 from finetune.state import TrainState
 
 SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
@@ -77,6 +79,8 @@ class Saver:
         self._say = say
         self._store = Store(run)
         self._staging = Staging()
+        self.sets = staging_sets(plan, device())
+        """Saves that may be under way at once: each has a copy of the state."""
         self._damaged: set[str] = set()
         self._left_over = Columns()  # of saves that were given up; the next one writes them
 
@@ -107,7 +111,7 @@ class Saver:
         return sorted(each for each in self._store.pinned() & stored if each > step)
 
     def warm(self, state: TrainState) -> None:
-        snapshots.warm(state, self._live, self._staging)
+        snapshots.warm(state, self._live, self._staging, self.sets)
 
     def begin(self, state: TrainState, record: Record) -> Save:
         started = time.monotonic()

@@ -5,6 +5,7 @@
 
 import ctypes
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, layers, losses, optimizer
 from finetune.order import derive
 from finetune.plan import Plan
-from finetune.recipe.schema import Recipe, Train
+from finetune.recipe.schema import LoraAdapter, Recipe, Train
 from finetune.tasks import TASKS
 from finetune.world import cores, refuse_half
 
@@ -128,8 +129,8 @@ def _keep_freed_memory() -> None:
             mallopt(name, value)
 
 
-def trained_model(recipe: Recipe, base_directory: Path) -> torch.nn.Module:
-    """The base's model with the recipe's adapter on it, as it is at step 0."""
+def trained_model(recipe: Recipe, base_directory: Path, device: torch.device) -> torch.nn.Module:
+    """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     is_packed = recipe.task.packing
     model = base.load_model(
         base_directory,
@@ -137,15 +138,25 @@ def trained_model(recipe: Recipe, base_directory: Path) -> torch.nn.Module:
         attention.PER_ROW if is_packed else None,
         recipe.base.quantization,
         base.DTYPES[recipe.train.precision],
+        _place(recipe, base_directory, device),
     )
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
     return adapter.apply(model, recipe.adapter)
 
 
+def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.Place:
+    """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once."""
+    settings = recipe.train
+    is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
+    if device.type == "cpu" or not is_halved or not isinstance(recipe.adapter, LoraAdapter):
+        return base.Place(device)
+    return base.Place(device, adapter.linear_weights(base.empty_model(base_directory)))
+
+
 def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:
     """The state at step 0."""
     recipe = plan.recipe
-    model = trained_model(recipe, base_directory)
+    model = trained_model(recipe, base_directory, accelerator.device)
     token_losses, reason = _fitting_loss(plan, model)
     if recipe.train.precision == "bf16" and adapter.is_adapter(model):
         adapter.store_frozen_as_bf16(model)
@@ -167,23 +178,33 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
 def _fitting_loss(plan: Plan, model: torch.nn.Module) -> tuple[Callable, str | None]:
     """As `losses.fitting`, after `check_packing`. Both run the model, and would find the same at every start: of the same base, trained in
     the same way by the same code, they are asked once."""
-    recipe = plan.recipe
+    recipe, device = plan.recipe, next(model.parameters()).device
     ours = [Path(module.__file__).read_text() for module in (attention, losses)]
     facts = {
         "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
         "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
         "task": [recipe.task.packing, recipe.task.max_length],
-        "numbers": [recipe.train.weights, recipe.train.precision, next(model.parameters()).device.type],
+        "numbers": [recipe.train.weights, recipe.train.precision, device_name(device)],
         "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
     }
 
     def find() -> str | None:
-        if recipe.task.packing:
-            check_packing(model, recipe.task.max_length)
-        return losses.fitting(model)[1]
+        with as_trained(recipe.train, device):
+            if recipe.task.packing:
+                check_packing(model, recipe.task.max_length)
+            return losses.fitting(model)[1]
 
     reason = cache.found("checks", facts, find)
     return (losses.full, reason) if reason else (losses.chunked, None)
+
+
+def as_trained(settings: Train, device: torch.device) -> torch.autocast:
+    """The products of training, for what is tried out on a GPU: its kernels, and weights of two types. On a CPU fp32 tells more, and is kept."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and settings.precision == "bf16")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def check_packing(model: torch.nn.Module, max_length: int) -> None:
@@ -194,7 +215,9 @@ def check_packing(model: torch.nn.Module, max_length: int) -> None:
     # tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does
     rows = (torch.arange(1, 17) * 2_654_435_761 % model.get_input_embeddings().num_embeddings).reshape(2, 8)
     rows = rows.to(next(model.parameters()).device)
-    packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": [0, 8, 16]}
+    bounds = [0, 8, 16]
+    packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": bounds}
+    packed["cu_seq_lens"] = torch.tensor(bounds, dtype=torch.int32, device=rows.device)  # for the kernel of a GPU
     text = model.config.get_text_config()
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ["sliding_attention"]
     is_cut = window and window < max_length and "sliding_attention" in kinds
@@ -207,7 +230,8 @@ def check_packing(model: torch.nn.Module, max_length: int) -> None:
         alone = model(input_ids=rows, use_cache=False).logits
         model.set_attn_implementation(attention.PER_ROW)
     # of the norm: seen on SmolLM2 are 0 in fp32, 0.004 to 0.02 with bf16 or 4-bit weights, and 0.17 where rows are mixed
-    is_rounded = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    is_rounded = torch.is_autocast_enabled(rows.device.type)
+    is_rounded = is_rounded or any(parameter.dtype != torch.float32 for parameter in model.parameters())
     tolerance = 0.05 if is_rounded else 1e-3
     if (together - alone).float().norm() > tolerance * alone.float().norm():
         raise FinetuneError("this base mixes packed rows", where="task.packing", hint="set task.packing: false")

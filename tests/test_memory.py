@@ -167,6 +167,26 @@ def test_an_update_of_weights_in_bf16_has_room_for_a_slice_on_a_gpu(weightless, 
         assert found == 8 * plan.trainable_parameters + room
 
 
+def test_the_host_of_a_gpu_holds_two_copies_of_the_state_or_one(weightless, planned):
+    plan, _ = planned(base=weightless(LARGE["8B"]), adapter=None)
+    state = memory.state_bytes(plan)
+    room = 2 * state + memory.HOST_PROCESS_BYTES
+    for host, sets in ((room / memory.MARGIN + 1, 2), (room / memory.MARGIN - 1, 1)):
+        device = CARD._replace(host_bytes=host)
+        assert memory.staging_sets(plan, device) == sets
+        assert memory.host_parts(plan, device) == {"process": memory.HOST_PROCESS_BYTES, "staging": sets * state}
+    assert memory.staging_sets(plan, Device(2**30)) == 2 and memory.host_parts(plan, Device(2**30)) == {}
+
+
+def test_the_table_says_what_the_host_of_a_gpu_holds(weightless, planned, tmp_path):
+    plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None)
+    device = CARD._replace(host_bytes=64 * 2**30)
+    facts = estimate.forecast(plan, shape, Work(2048, 4096), device, tmp_path)
+    lines = estimate.table(facts).splitlines()
+    assert "host       about 93.7 GiB; there are 64.0 GiB" in lines
+    assert lines[-1].startswith("warning: the host has less memory than saves need")
+
+
 def test_gradients_take_the_place_of_activations_where_a_step_is_one_micro_batch(planned):
     plan, shape = planned(adapter=None)
     alone, several = (memory.parts(plan, shape, Work(1024, step), Device(2**34)) for step in (1024, 1025))

@@ -32,22 +32,34 @@ class Opened:
     """None for a base or a plain model."""
 
 
-def open_model(text: str, attention: str | None = None, is_as_trained: bool = True) -> Opened:
-    """The model that a ref names: as it was trained, on a quantized base and with bf16 weights perhaps, or in fp32 on the base itself."""
+def open_model(
+    text: str,
+    attention: str | None = None,
+    is_as_trained: bool = True,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Opened:
+    """The model that a ref names: as it was trained, on a quantized base and with bf16 weights perhaps, or in fp32 on the base itself.
+
+    It is made on the device, or on the CPU. A `dtype` is that of its weights whatever they were trained in.
+    """
+    asked = {"attention": attention, "place": base.Place(device) if device else None}
+    asked |= {"dtype": dtype} if dtype else {}
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
         plan, _ = plans.load(ref.run)
         directory = base.directory(plan.recipe.base, plan.base)
         settings = _as_trained(plan.recipe) if is_as_trained else {}
-        return Opened(base.load_model(directory, attention=attention, **settings), directory, directory, plan, None)
+        return Opened(base.load_model(directory, **settings | asked), directory, directory, plan, None)
     if ref.kind in ("run", "checkpoint"):
-        return _open_checkpoint(find(ref), attention, is_as_trained)
+        return _open_checkpoint(find(ref), asked, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
-        return _open_adapter(ref.path, attention, None)
+        return _open_adapter(ref.path, asked, None)
     named = Base(checkpoint=text)
     directory = base.directory(named, base.pin(named))
-    return Opened(base.load_model(directory, attention=attention), directory, directory, None, None)
+    return Opened(base.load_model(directory, **asked), directory, directory, None, None)
 
 
 def open_tokenizer(opened: Opened) -> PreTrainedTokenizerBase:
@@ -66,25 +78,25 @@ def run_of(ref: Ref) -> Path | None:
     return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
-def _open_checkpoint(checkpoint: Checkpoint, attention: str | None, is_as_trained: bool) -> Opened:
+def _open_checkpoint(checkpoint: Checkpoint, asked: dict, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
     plan = plans.load(run)[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
-        return replace(_open_adapter(checkpoint.path, attention, recipe), plan=plan, checkpoint=checkpoint)
-    model = base.load_model(checkpoint.path, attention=attention, **(_as_trained(recipe) if recipe else {}))
+        return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
+    model = base.load_model(checkpoint.path, **(_as_trained(recipe) if recipe else {}) | asked)
     directory = checkpoint.path
     if plan and not base.has_tokenizer(directory):  # older code left out some kinds
         directory = base.directory(plan.recipe.base, plan.base, with_weights=False)
     return Opened(model, directory, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, attention: str | None, recipe: Recipe | None) -> Opened:
+def _open_adapter(path: Path, asked: dict, recipe: Recipe | None) -> Opened:
     """An adapter on its base: that of its run, or the one that a plain peft directory names. As `recipe` trained it, or in fp32."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
-    model = base.load_model(base_directory, attention=attention, **(_as_trained(recipe) if recipe else {}))
+    model = base.load_model(base_directory, **(_as_trained(recipe) if recipe else {}) | asked)
     model = base.attach(model, path, str(path))
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 

@@ -88,11 +88,14 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
     return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
 
 
-def warm(state: TrainState, live: Live, staging: Staging) -> None:
-    """Makes buffers and fills them once, after the first update, so that the first save finds them warm."""
+def warm(state: TrainState, live: Live, staging: Staging, sets: int) -> None:
+    """Makes buffers and fills them once, after the first update, so that the first save finds them warm. On a GPU also the other set."""
     state.await_snapshot()
-    state.copy = staging.take(live.copied()[0])
+    tensors = live.copied()[0]
+    state.copy = staging.take(tensors)
     state.copy.release_when_done()
+    if sets > 1 and state.accelerator.device.type != "cpu":
+        staging.make_ahead(tensors)
 
 
 def write(

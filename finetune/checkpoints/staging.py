@@ -5,28 +5,33 @@ holds only the update itself. `saver` takes a copy for each save and gives it ba
 """
 
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from finetune.errors import CheckpointError
+
+SLAB_BYTES = 2**30  # of page-locked memory are made at once; a larger tensor has a slab of its own
+ALIGNMENT = 64  # bytes
+PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+
 
 class Copy:
     """The tensors of one moment, complete after `wait`."""
 
-    def __init__(self, staging: "Staging", buffers: dict[str, torch.Tensor]):
-        self.tensors = buffers
+    def __init__(self, staging: "Staging", live: dict[str, torch.Tensor]):
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.bytes = sum(tensor.nbytes for tensor in live.values())
         self.awaited_seconds = 0.0
         """How long an update waited for it."""
         self._staging = staging
         self._filling: Future[None] | None = None
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def begin(self, copier: Executor, live: dict[str, torch.Tensor], event: torch.Event | None) -> None:
-        self._filling = copier.submit(self._fill, live, event)
+    def begin(self, copier: Executor, live: dict[str, torch.Tensor]) -> None:
+        self._filling = copier.submit(self._fill, live, _moment(live))
 
     def wait(self) -> float:
         """Returns when all is copied, and the live tensors may change; the seconds it took."""
@@ -41,13 +46,15 @@ class Copy:
     def release_when_done(self) -> None:
         self._filling.add_done_callback(lambda _: self.release())
 
-    def _fill(self, live: dict[str, torch.Tensor], event: torch.Event | None) -> None:
-        if event is not None:
-            event.synchronize()
+    def _fill(self, live: dict[str, torch.Tensor], moment: torch.Event | None) -> None:
+        self.tensors = self._staging.buffers(live)
+        done = _queue_on_device(live, self.tensors, moment) if moment else None
         for name, tensor in live.items():
             if tensor.device.type == "cpu":
                 # numpy, not copy_: one thread that leaves the others to the forward
                 np.copyto(_bytes(self.tensors[name]), _bytes(tensor))
+        if done:
+            done.synchronize()
 
 
 class Staging:
@@ -61,28 +68,81 @@ class Staging:
 
     def take(self, live: dict[str, torch.Tensor]) -> Copy:
         """Begins to copy, and returns at once."""
-        copy = Copy(self, self._buffers(live))
-        copy.begin(self._copier, live, _queue_on_device(live, copy.tensors))
+        copy = Copy(self, live)
+        copy.begin(self._copier, live)
         return copy
 
+    def make_ahead(self, live: dict[str, torch.Tensor]) -> None:
+        """Makes one more set beside the training. To page-lock memory takes seconds, for which a save that makes it would hold an update."""
+        self._copier.submit(lambda: self.give_back(_made(live)))
+
     def give_back(self, buffers: dict[str, torch.Tensor]) -> None:
-        self._free.append(buffers)
+        if buffers:
+            self._free.append(buffers)
 
-    def _buffers(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        buffers = self._free.pop() if self._free else {}
-        for name, tensor in live.items():
-            if name not in buffers:
-                buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
-        return buffers
+    def buffers(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A set with room for these tensors."""
+        found = self._free.pop() if self._free else {}
+        return found | _made({name: tensor for name, tensor in live.items() if name not in found})
 
 
-def _queue_on_device(live: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Event | None:
+def _made(live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Buffers for tensors, none of them larger than it has to be."""
+    buffers = {}
+    on_device = {name: tensor for name, tensor in live.items() if tensor.device.type != "cpu"}
+    for name, tensor in live.items():
+        if name not in on_device:
+            buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for members in _slabs(on_device):
+        slab, start = _page_locked(sum(_aligned(tensor) for tensor in members.values())), 0
+        for name, tensor in members.items():
+            buffers[name] = slab[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            start += _aligned(tensor)
+    return buffers
+
+
+def _slabs(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in groups that fit a slab, in their order."""
+    members, size = {}, 0
+    for name, tensor in tensors.items():
+        if members and size + _aligned(tensor) > SLAB_BYTES:
+            yield members
+            members, size = {}, 0
+        members[name] = tensor
+        size += _aligned(tensor)
+    if members:
+        yield members
+
+
+def _aligned(tensor: torch.Tensor) -> int:
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _page_locked(size: int) -> torch.Tensor:
+    """So many bytes of the host that a GPU writes to by itself; torch's own would be rounded up to a power of two. Never run on a GPU."""
+    memory, runtime = np.empty(size, dtype=np.uint8), torch.cuda.cudart()
+    address = memory.ctypes.data
+    if error := int(runtime.cudaHostRegister(address, size, PORTABLE)):
+        message = f"the host cannot page-lock {size:,} bytes for a copy of the state (CUDA error {error})"
+        raise CheckpointError(message, hint="free memory of the host, or train an adapter")
+    # before the memory is freed; at the end of the process CUDA may be gone first, and lets go by itself
+    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return torch.from_numpy(memory)
+
+
+def _moment(live: dict[str, torch.Tensor]) -> torch.Event | None:
+    """What the device has been asked to do up to now; None where no tensor is on one."""
+    device = next((tensor.device for tensor in live.values() if tensor.device.type != "cpu"), None)
+    return None if device is None else torch.accelerator.current_stream(device).record_event()
+
+
+def _queue_on_device(
+    live: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor], moment: torch.Event
+) -> torch.Event:
     """Tensors of a GPU are copied by it, on a stream beside the one that computes. Never run on a GPU."""
     on_device = {name: tensor for name, tensor in live.items() if tensor.device.type != "cpu"}
-    if not on_device:
-        return None
     stream = torch.Stream(next(iter(on_device.values())).device)
-    stream.wait_stream(torch.accelerator.current_stream())
+    stream.wait_event(moment)
     with stream:
         for name, tensor in on_device.items():
             buffers[name].copy_(tensor.detach(), non_blocking=True)

@@ -36,6 +36,7 @@ class Writer:
     """At most two saves under way. What goes wrong in one is raised by `check`, `submit` or `finish`, in the caller's thread."""
 
     def __init__(self) -> None:
+        self.in_flight = IN_FLIGHT
         self._jobs: deque[Job] = deque()
         self._is_there_work = threading.Condition()
         self._error: BaseException | None = None
@@ -51,8 +52,8 @@ class Writer:
             self._is_there_work.notify()
 
     def make_room(self) -> float:
-        """Returns when at most one save is under way; the seconds waited. CheckpointError when the disk takes no more."""
-        return self._wait_until(IN_FLIGHT - 1)
+        """Returns when one more save may be under way; the seconds waited. CheckpointError when the disk takes no more."""
+        return self._wait_until(self.in_flight - 1)
 
     def finish(self) -> None:
         """Returns when nothing is under way any more."""

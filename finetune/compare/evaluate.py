@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
@@ -14,7 +15,7 @@ from finetune.model import attention, base, losses
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
 from finetune.run import evaluate as evaluate_objective
-from finetune.state import Objective, check_packing, start_accelerator
+from finetune.state import Objective, as_trained, check_packing, start_accelerator
 from finetune.tasks import TASKS
 
 
@@ -32,7 +33,8 @@ def of_model(model: torch.nn.Module, run: Path) -> dict[str, float]:
     plan = resolved.plan
     task = plan.recipe.task.model_copy(update={"packing": False})
     recipe = plan.recipe.model_copy(update={"task": task})
-    figures = _figures(model, replace(resolved, plan=plan.model_copy(update={"recipe": recipe})))
+    resolved = replace(resolved, plan=plan.model_copy(update={"recipe": recipe}))
+    figures = _figures(model, resolved, start_accelerator(recipe.train))
     model.cpu()
     return figures
 
@@ -54,7 +56,8 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
     recipe = resolved.plan.recipe
     if len(resolved.holdout) == 0:
         raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
-    opened = open_model(text, attention.PER_ROW if recipe.task.packing else None)
+    accelerator = start_accelerator(recipe.train)
+    opened = open_model(text, attention.PER_ROW if recipe.task.packing else None, device=accelerator.device)
     model, own = opened.model, base.load_tokenizer(opened.directory)
     if own.backend_tokenizer.to_str() != resolved.tokenizer.backend_tokenizer.to_str():
         raise FinetuneError(
@@ -63,13 +66,13 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
             hint="evaluate it with a recipe of its own",
         )
     if recipe.task.packing:
-        check_packing(model, recipe.task.max_length)
-    return _figures(model, resolved)
+        with as_trained(recipe.train, accelerator.device):
+            check_packing(model, recipe.task.max_length)
+    return _figures(model, resolved, accelerator)
 
 
-def _figures(model: torch.nn.Module, resolved: Resolved) -> dict[str, float]:
+def _figures(model: torch.nn.Module, resolved: Resolved, accelerator: Accelerator) -> dict[str, float]:
     recipe = resolved.plan.recipe
-    accelerator = start_accelerator(recipe.train)
     token_losses, _ = losses.fitting(model)
     objective = accelerator.prepare_model(
         Objective(model, TASKS[recipe.task.name].loss, token_losses), evaluation_mode=True

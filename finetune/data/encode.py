@@ -23,11 +23,13 @@ import blake3
 import numpy as np
 
 from finetune import cache
+from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
 from finetune.world import cores
 
 VERSION = 2  # of the format below; part of every key
+LOOK_ON_SHARDS = 3  # after one with a bad row, so that many bad rows are told at once and few seconds go by
 SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
 PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seconds to start
 MOST_WORKERS = 16  # of a quarter of a GiB each, and what a reader keeps of its source
@@ -84,7 +86,7 @@ def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> l
             if reopen and count >= PARALLEL_ROWS and workers() > 1:
                 shards = _in_parallel(directory, ranges, reopen)
             else:
-                shards = [_shard(directory, work, ids) for ids in ranges]
+                shards = _all_or_refusals((partial(_shard, directory, work, ids) for ids in ranges), ranges)
         except DataError:  # the rows have to change, and their key with them
             for shard in directory.iterdir():
                 shutil.rmtree(shard, ignore_errors=True)
@@ -95,6 +97,22 @@ def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> l
             "raise task.max_length, or look at the rows",
         )
         raise DataError(message, where=work.where(0), hint=hint)
+    return shards
+
+
+def _all_or_refusals(makers: Iterable[Callable[[], Path]], ranges: Sequence[range]) -> list[Path]:
+    """The shards in order; or the refused rows of the first shard that has some, and of `LOOK_ON_SHARDS` after it."""
+    shards, refused, first = [], [], None
+    for number, (make, ids) in enumerate(zip(makers, ranges, strict=True)):
+        try:
+            shards.append(make())
+        except DataError as error:
+            if not error.parts:  # it is not about rows
+                raise
+            refused += error.parts
+            first = number if first is None else first
+        if first is not None and (number == first + LOOK_ON_SHARDS or ids is ranges[-1]):
+            raise together(refused, ids.stop)
     return shards
 
 
@@ -109,7 +127,7 @@ def _in_parallel(directory: Path, ranges: Sequence[range], reopen: Callable[[], 
     with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (reopen,)) as pool:
         shards = [pool.submit(_shard_in_worker, directory, ids) for ids in ranges]
         try:
-            return [shard.result() for shard in shards]  # in order, so the first bad row is the one that is told
+            return _all_or_refusals((shard.result for shard in shards), ranges)
         except BrokenProcessPool as error:
             message, hint = (
                 "a process that encoded rows was killed",
@@ -147,10 +165,10 @@ def _own_work() -> Work:
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:
     """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, left_out = [], []
+    examples, left_out, refused = [], [], {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
-        for some, rows in _calls(work.rows, ids):
-            for row, encoded in zip(some, _encoded(work, some, rows), strict=True):
+        for some, rows in _calls(work, ids, refused):
+            for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
                 kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
                     left_out.append(row)
@@ -159,19 +177,28 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
                     supervised.write(example.supervised.astype(bool).tobytes())
                     targets = int(example.supervised[1:].sum())
                     examples.append((len(example.tokens), row, targets, example.cut_tokens))
+    if refused:
+        raise together([refused[row] for row in sorted(refused)], ids.stop)
     np.save(directory / "examples.npy", np.array(examples, dtype=np.int64).reshape(-1, 4))
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
 
 
-def _calls(rows: Sequence[dict], ids: range) -> Iterator[tuple[range, list[dict]]]:
-    """The rows that the encoder is given at once."""
-    some, characters, first = [], 0, ids.start
+def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[dict]]]:
+    """The rows that the encoder is given at once, with their numbers; those that cannot be read are added to `refused`."""
+    some, rows, characters = [], [], 0
     for row in ids:
-        some.append(rows[row])
-        characters += _characters(some[-1])
-        if len(some) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE or row == ids[-1]:
-            yield range(first, row + 1), some
-            some, characters, first = [], 0, row + 1
+        try:
+            rows.append(work.rows[row])
+        except DataError as error:
+            refused[row] = error
+            continue
+        some.append(row)
+        characters += _characters(rows[-1])
+        if len(some) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield some, rows
+            some, rows, characters = [], [], 0
+    if some:
+        yield some, rows
 
 
 def _characters(value: object) -> int:
@@ -182,14 +209,22 @@ def _characters(value: object) -> int:
     return sum(map(_characters, value))
 
 
-def _encoded(work: Work, ids: range, rows: list[dict]) -> list[list[Example]]:
+def _encoded(work: Work, ids: Sequence[int], rows: list[dict], refused: dict[int, DataError]) -> list[list[Example]]:
+    """The examples of the rows; or none, and each bad row is added to `refused`."""
     places = [work.where(row) for row in ids]
     try:
         return work.encoder(rows, places)
     except DataError:
-        for row, place in zip(rows, places, strict=True):  # the first bad row, whichever was found first
-            work.encoder([row], [place])
-        raise
+        alone = {}
+        for number, row, place in zip(ids, rows, places, strict=True):
+            try:
+                work.encoder([row], [place])
+            except DataError as error:
+                alone[number] = error
+        if not alone:  # it is not one row that is bad
+            raise
+        refused |= alone
+        return []
 
 
 def _examples(shard: Path) -> np.ndarray:

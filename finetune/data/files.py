@@ -4,23 +4,27 @@ What is wrong with a file or a row is a DataError. Nothing is read before it is 
 """
 
 import csv
-import io
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import numpy as np
 from pydantic_core import from_json
 
+from finetune.data.refusals import together
 from finetune.errors import DataError
+from finetune.plan import ROW_RULES
 
 Row = dict[str, object]
 
 SCAN_BYTES = 16 * 2**20
+SEPARATORS = {";": "`;`", "\t": "tabs", "|": "`|`"}  # that stand in CSV files in place of commas
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -50,16 +54,16 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-def reader_of(name: str) -> Reader:
-    """What reads the file of this name, chosen by its ending."""
+def reader_of(name: str, most: int | None = None, row_rules: int = ROW_RULES) -> Reader:
+    """What reads the file of this name, chosen by its ending; `most` rows at its start, or all."""
     try:
-        return _opened(Path(name))
+        return _opened(Path(name), most, row_rules)
     except PermissionError as error:
         hint = f"let user {os.geteuid()} read it, or train as another one"
         raise DataError("cannot be read: permission denied", where=name, hint=hint) from error
 
 
-def _opened(file: Path) -> Reader:
+def _opened(file: Path, most: int | None, row_rules: int) -> Reader:
     name = str(file)
     if not file.exists():
         raise DataError("no such file", where=name, hint="a path is seen from the working directory")
@@ -70,7 +74,7 @@ def _opened(file: Path) -> Reader:
         raise DataError(ending, where=name, hint="rows are read from .jsonl, .parquet and .csv")
     if file.stat().st_size == 0:
         raise DataError("is empty", where=name, hint="training needs at least one row")
-    return READERS[file.suffix.lower()](name)
+    return READERS[file.suffix.lower()](name, most, row_rules)
 
 
 class JsonLines:
@@ -78,17 +82,22 @@ class JsonLines:
 
     fills_with_nulls = False
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, most: int | None, row_rules: int):
+        self._name, self._row_rules = name, row_rules
         self._bytes = np.memmap(name, dtype=np.uint8, mode="r")
         size = len(self._bytes)
         scans = (range(size)[start : start + SCAN_BYTES] for start in range(0, size, SCAN_BYTES))
-        newlines = [scan.start + np.flatnonzero(self._bytes[scan.start : scan.stop] == ord("\n")) for scan in scans]
-        end = [] if self._bytes[-1] == ord("\n") else [size]
+        newlines, found = [], 0
+        for scan in scans:
+            newlines.append(scan.start + np.flatnonzero(self._bytes[scan.start : scan.stop] == ord("\n")))
+            found += len(newlines[-1])
+            if most is not None and found >= most:
+                break
+        end = [] if self._bytes[-1] == ord("\n") or scan.stop < size else [size]
         self._edges = np.concatenate([[-1], *newlines, end]).astype(np.int64)  # line k is between edges k and k + 1
         firsts = self._bytes[self._edges[:-1] + 1]
         blanks = [line for line in np.flatnonzero(np.isin(firsts, list(b" \t\r\n"))) if not self._line(line).strip()]
-        self._lines = np.delete(np.arange(len(firsts)), blanks) if blanks else range(len(firsts))
+        self._lines = (np.delete(np.arange(len(firsts)), blanks) if blanks else range(len(firsts)))[:most]
 
     def _line(self, line: int) -> bytes:
         content = self._bytes[self._edges[line] + 1 : self._edges[line + 1]].tobytes()
@@ -104,8 +113,14 @@ class JsonLines:
             hint += "; `jq -c '.[]'` makes lines of an array"
         try:
             row = from_json(content.decode())
+            if self._row_rules > 1:
+                json.loads(content, object_pairs_hook=_refuse_repeated)
         except UnicodeDecodeError as error:
-            raise DataError("is not UTF-8 text", where=self.where(index), hint="save the file as UTF-8") from error
+            hint = _encoding_hint(self._bytes[:2].tobytes())
+            raise DataError("is not UTF-8 text", where=self.where(index), hint=hint) from error
+        except _RepeatedKeyError as error:
+            message = f"repeats the key `{error}`"
+            raise DataError(message, where=self.where(index), hint="keep one of the values") from None
         except ValueError as error:
             reason = re.sub(r" at line \d+ column (\d+)$", r" at column \1", str(error))
             raise DataError(f"bad JSON: {reason}", where=self.where(index), hint=hint) from error
@@ -117,42 +132,66 @@ class JsonLines:
         return f"{self._name}:{self._lines[index] + 1}"
 
 
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of a repeated key only the last value would stay."""
+    if len(found := dict(pairs)) < len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return found
+
+
+def _encoding_hint(start: bytes) -> str:
+    is_utf_16 = start[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return "it seems to be UTF-16: save it as UTF-8" if is_utf_16 else "save the file as UTF-8"
+
+
 class Csv:
     """Comma-separated values under one line of column names (RFC 4180), in UTF-8; held in memory, every value is text."""
 
     fills_with_nulls = False
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, most: int | None, row_rules: int):
         self._name = name
-        content = Path(name).read_bytes()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise DataError("is not UTF-8 text", where=f"{name}:{line}", hint="save the file as UTF-8") from error
         csv.field_size_limit(sys.maxsize)  # the default refuses values over 131,072 characters
-        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-        self._rows: list[tuple[int, list[str]]] = []
-        start = 1
+        try:
+            with open(name, encoding="utf-8-sig", newline="") as file:
+                self._rows = list(islice(self._lines(file), None if most is None else most + 1))
+        except UnicodeDecodeError as error:
+            raise _not_utf_8(name) from error
+        self._columns = self._rows.pop(0)[1] if self._rows else []
+        self._check(row_rules)
+
+    def _lines(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+        """The first line and the values of each row, that of the names included."""
+        lines, start, columns = csv.reader(file, strict=True), 1, None
         try:
             for values in lines:
                 if values:
-                    self._rows.append((start, values))
+                    columns = columns or values
+                    yield start, values
                 start = lines.line_num + 1
         except csv.Error as error:
-            hint = "a quote inside a quoted value is written twice"
-            raise DataError(f"bad CSV: {error}", where=f"{name}:{start}", hint=hint) from error
-        self._columns = self._rows.pop(0)[1] if self._rows else []
-        self._check()
+            hint = _separator_hint(columns) or "a quote inside a quoted value is written twice"
+            raise DataError(f"bad CSV: {error}", where=f"{self._name}:{start}", hint=hint) from error
 
-    def _check(self) -> None:
+    def _check(self, row_rules: int) -> None:
+        if row_rules > 1 and (hint := _separator_hint(self._columns)):
+            message = f"has one column, {listed(self._columns)}"
+            raise DataError(message, where=f"{self._name}:1", hint=hint)
         if len(set(self._columns)) < len(self._columns):
             raise DataError(f"repeated column name among {listed(self._columns)}", where=f"{self._name}:1")
-        for line, values in self._rows:
-            if len(values) != len(self._columns):
-                message = f"{len(values)} values for {len(self._columns)} columns"
-                hint = "put a value that holds a comma in double quotes"
-                raise DataError(message, where=f"{self._name}:{line}", hint=hint)
+        hint = "put a value that holds a comma in double quotes"
+        refused = [
+            DataError(f"{len(values)} values for {len(self._columns)} columns", where=f"{self._name}:{line}", hint=hint)
+            for line, values in self._rows
+            if len(values) != len(self._columns)
+        ]
+        if refused:
+            raise together(refused)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -164,12 +203,31 @@ class Csv:
         return f"{self._name}:{self._rows[index][0]}"
 
 
+def _not_utf_8(name: str) -> DataError:
+    content = Path(name).read_bytes()
+    try:
+        content.decode()
+        line = 1
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+    return DataError("is not UTF-8 text", where=f"{name}:{line}", hint=_encoding_hint(content))
+
+
+def _separator_hint(columns: Sequence[str] | None) -> str | None:
+    """What to do about a line of names that commas do not divide, and something else would."""
+    if columns is None or len(columns) != 1:
+        return None
+    counts = {name: columns[0].count(sign) for sign, name in SEPARATORS.items()}
+    most = max(counts, key=counts.__getitem__)
+    return f"its values seem to be separated by {most}: write it with commas" if counts[most] else None
+
+
 class Parquet:
     """A Parquet file; the two row groups read last stay in memory."""
 
     fills_with_nulls = True
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, most: int | None, row_rules: int):
         import pyarrow
         from pyarrow.parquet import ParquetFile
 
@@ -182,6 +240,9 @@ class Parquet:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._read_group = lru_cache(maxsize=2)(file.read_row_group)
+        if most is not None and self._starts[-1]:
+            first = next(file.iter_batches(batch_size=most))
+            self._starts, self._read_group = np.array([0, len(first)]), lambda group: first
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -197,7 +258,7 @@ class Parquet:
         return f"{self._name} row {index}"
 
 
-READERS: dict[str, Callable[[str], Reader]] = {
+READERS: dict[str, Callable[[str, int | None, int], Reader]] = {
     ".jsonl": JsonLines,
     ".json": JsonLines,
     ".parquet": Parquet,

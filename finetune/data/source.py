@@ -1,4 +1,4 @@
-"""Floor 1. Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
+"""Floor 0. Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
 
 `resolve` opens every source of a recipe to pin and to count it, `encode` reads its rows. A row is a plain dict of columns, renamed
 as the recipe's `columns` say; what is wrong with it is a DataError that names its place, like `data/train.jsonl:12`.
@@ -83,7 +83,7 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
             HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source, row_rules
         )
     else:
-        reader = reader_of(source.path)
+        reader = reader_of(source.path, row_rules=row_rules)
         digest = blake3(max_threads=blake3.AUTO).update_mmap(source.path).hexdigest()
         rows = Rows(reader, source.path, f"blake3:{digest}", source, row_rules)
     if len(rows) == 0:
@@ -92,9 +92,17 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
     return rows
 
 
+def first_rows(source: Source, count: int) -> Rows:
+    """The first rows of a file, without looking at the others."""
+    rows = Rows(reader_of(source.path, count), source.path, "", source, ROW_RULES)
+    if len(rows) == 0:
+        raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
+    return rows
+
+
 def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
     """The same rows in another process, which takes what the first one found out; DataError where the file is no longer in `state`."""
-    reader = reader_of(source.path) if source.dataset is None else HubDataset(source, pin.revision)
+    reader = reader_of(source.path, row_rules=row_rules) if source.dataset is None else HubDataset(source, pin.revision)
     rows = Rows(reader, pin.name, pin.fingerprint, source, row_rules)
     if rows.state != state:
         raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")

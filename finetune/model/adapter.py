@@ -182,8 +182,19 @@ def store_frozen_as_bf16(model: torch.nn.Module) -> None:
         if is_frozen and module.weight.dtype == torch.float32 and not _is_tied(module, model):  # quantized ones stay
             module.to(torch.bfloat16)
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dtype == torch.float32:
+        is_mapped = parameter.device.type == "cpu"
+        if is_mapped and not parameter.requires_grad and parameter.dtype == torch.float32:
             parameter.data = parameter.data.clone()
+
+
+def linear_weights(model: torch.nn.Module) -> frozenset[str]:
+    """The names of what `store_frozen_as_bf16` would take beneath an adapter, in a model that has none yet."""
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not _is_tied(module, model)
+    }
+    return frozenset(f"{name}.{each}" for name, module in modules.items() for each, _ in module.named_parameters())
 
 
 def _is_tied(module: torch.nn.Linear, model: torch.nn.Module) -> bool:

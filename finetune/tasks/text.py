@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.plain_text import text_of
 from finetune.errors import DataError
 from finetune.example import Example
 from finetune.plan import ROW_RULES
@@ -22,26 +23,12 @@ def encoder(
         raise DataError("the base's tokenizer has no end-of-text token", hint="choose a base that has one")
 
     def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
-        texts = [_text_of(row, place) for row, place in zip(rows, places, strict=True)]
+        texts = [text_of(row, place) for row, place in zip(rows, places, strict=True)]
         # some tokenizers end every text themselves
         ended = [ids if ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts)["input_ids"]]
         return [_divided(ids, task.max_length) for ids in ended]
 
     return encode
-
-
-def _text_of(row: dict, place: str) -> str:
-    text = row.get("text")
-    if not isinstance(text, str):
-        present = ", ".join(sorted(row)) or "none"
-        raise DataError(
-            f"has no `text`; its columns are: {present}",
-            where=place,
-            hint="map a column with data.train[].columns, like {text: body}",
-        )
-    if not text.strip():
-        raise DataError("has an empty text", where=place, hint="remove the row")
-    return text
 
 
 def _divided(ids: list[int], max_length: int) -> list[Example]:

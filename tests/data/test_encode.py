@@ -132,3 +132,53 @@ def test_rows_without_anything_to_learn_are_refused_and_leave_no_entry(own_cache
         "hint: raise task.max_length, or look at the rows"
     )
     assert list((own_cache / "encoded").iterdir()) == []
+
+
+class Refusing(Counting):
+    def __call__(self, rows, places):
+        for each, place in zip(rows, places, strict=True):
+            if each.get("bad"):
+                raise DataError(f"is {each['bad']}", where=place, hint="remove the row")
+        return super().__call__(rows, places)
+
+
+class Unreadable(list):
+    def __getitem__(self, index):
+        if super().__getitem__(index) is None:
+            raise DataError("is torn", where=where(index))
+        return super().__getitem__(index)
+
+
+def test_all_bad_rows_are_told_at_once_whether_reading_or_encoding_refuses_them(monkeypatch):
+    monkeypatch.setattr(encode_module, "ROWS_AT_ONCE", 3)
+    rows = Unreadable([row(3), {"bad": "empty"}, None, row(2), row(2), {"bad": "long"}, {"bad": "empty"}, row(1)])
+    with pytest.raises(DataError) as caught:
+        encode(rows, where, Refusing(), "content")
+    assert str(caught.value) == (
+        "data.jsonl:2: is empty\n  also data.jsonl:7\n"
+        "data.jsonl:3: is torn\n"
+        "data.jsonl:6: is long\n"
+        "4 of 8 rows are refused\nhint: remove the row"
+    )
+
+
+def test_bad_rows_of_the_next_shards_are_told_too(monkeypatch):
+    monkeypatch.setattr(encode_module, "SHARD_ROWS", 2)
+    rows = [{"bad": "empty"} if number in (3, 6, 11) else row(3) for number in range(12)]
+    with pytest.raises(DataError) as caught:
+        encode(rows, where, Refusing(), "content")
+    assert str(caught.value).splitlines()[:3] == [
+        "data.jsonl:4: is empty",
+        "  also data.jsonl:7",
+        "2 of 10 rows are refused",
+    ]
+
+
+def test_an_error_that_no_single_row_makes_stays_as_it_is():
+    def encoder(rows, places):
+        if len(rows) > 1:
+            raise DataError("rows do not go together", where=places[0])
+        return [[]]
+
+    with pytest.raises(DataError, match="rows do not go together"):
+        encode([row(3), row(3)], where, encoder, "content")

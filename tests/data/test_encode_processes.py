@@ -72,9 +72,9 @@ def test_worker_processes_make_the_same_bytes_as_one_process(encoded, tmp_path):
     assert files[0] == files[1] and "digests.json" in files[0]
 
 
-def test_the_first_bad_row_is_told_however_many_processes_find_one(encoded, tmp_path):
+def test_the_same_bad_rows_are_told_however_many_processes_find_them(encoded, tmp_path):
     results = [encoded(name, bad=[42, 45, 90], **options) for name, options in (("one", {}), ("two", {"workers": 2}))]
-    assert results == 2 * [{"error": "rows:42: is bad\nhint: correct it"}]
+    assert results == 2 * [{"error": "rows:42: is bad\n  also rows:45\n2 of 72 rows are refused\nhint: correct it"}]
     assert not list((tmp_path / "two/encoded").iterdir())
 
 

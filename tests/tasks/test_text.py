@@ -62,10 +62,11 @@ def test_a_base_without_an_end_token_is_refused(tiny_tokenizer):
         ({"text": ""}, "has an empty text\nhint: remove the row"),
         ({"text": " \n"}, "has an empty text\nhint: remove the row"),
         ({}, "has no `text`; its columns are: none\nhint: map a column with data.train[].columns, like {text: body}"),
-        (
-            {"text": 3, "body": "a"},
-            "has no `text`; its columns are: body, text\nhint: map a column with data.train[].columns, like {text: body}",
-        ),
+        ({"text": 3, "body": "a"}, "`text` must be text, not a number"),
+        ({"text": None}, "`text` must be text, not null"),
+        ({"text": float("nan")}, "`text` must be text, not NaN"),
+        ({"text": b"a"}, "`text` must be text, not bytes"),
+        ({"text": ["a"]}, "`text` must be text, not a list"),
     ],
 )
 def test_a_row_without_text_is_named(tiny_tokenizer, row, message):

@@ -25,13 +25,14 @@ from finetune.model.base import adapters, files, foreign, gguf, hub, reading
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
-from finetune.model.base.reading import DTYPES, empty_model, load_config, load_model, load_tokenizer, stop_tokens
+from finetune.model.base.reading import DTYPES, Place, empty_model, load_config, load_model, load_tokenizer, stop_tokens
 from finetune.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 __all__ = [
     "DTYPES",
     "Companions",
+    "Place",
     "attach",
     "beneath",
     "difference",

@@ -6,14 +6,16 @@ No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is 
 import contextlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
@@ -126,23 +128,54 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     return frozenset(stops - {None})
 
 
+class Place(NamedTuple):
+    """Where a model is made, and which of its tensors are read in another type than the others.
+
+    Read on the host in fp32 and moved, a base takes more of the host than a GPU needs to train an adapter on it.
+    """
+
+    device: torch.device
+    names: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.bfloat16
+
+    @contextmanager
+    def reading(self, model_class: type[PreTrainedModel]) -> Iterator[None]:
+        """Models of this class are read so meanwhile. Buffers that a model computes for itself stay as they would be."""
+        if not self.names:
+            yield
+            return
+        pattern, before = (
+            f"^(?:{'|'.join(re.escape(name) for name in sorted(self.names))})$",
+            model_class._get_dtype_plan,
+        )
+        model_class._get_dtype_plan = lambda model, dtype: {**before(model, dtype), pattern: self.dtype}
+        try:
+            yield
+        finally:
+            model_class._get_dtype_plan = before
+
+
 def load_model(
     path: Path,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
     quantization: str | None = None,
     products: torch.dtype = torch.float32,
+    place: Place | None = None,
 ) -> torch.nn.Module:
-    """The model with all its weights, on the CPU, in eval mode. A missing weight or one of another shape is an error.
+    """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or one of another shape is an error.
 
-    Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; what is quantized on the CPU can be moved to a GPU.
+    Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; they are quantized where the model is made.
     Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
     check_weight_files(path)
-    with quiet(), explained("transformers cannot open it", _name(path)):
+    is_placed = place is not None and place.device.type != "cpu"
+    device = {"device_map": {"": place.device if is_placed else "cpu"}} if is_placed or quantization else {}
+    reading = place.reading(type(empty_model(path))) if is_placed and place.names else contextlib.nullcontext()
+    with quiet(), explained("transformers cannot open it", _name(path)), reading:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -151,7 +184,8 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,
-            **({"quantization_config": _nf4(products), "device_map": {"": "cpu"}} if quantization else {}),
+            **device,
+            **({"quantization_config": _nf4(products)} if quantization else {}),
         )
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):

@@ -1,0 +1,79 @@
+"""Floor 0. Looks at the sources of a recipe before anything heavy is imported or opened: are the files there, do their first rows fit?
+
+`encode` looks at every row later. Data sets of the Hub are not asked for here.
+"""
+
+import difflib
+from collections.abc import Iterator
+
+from finetune.data import conversation, plain_text
+from finetune.data.refusals import together
+from finetune.data.source import Rows, first_rows
+from finetune.errors import DataError, Problem, RecipeError
+from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.schema import Source
+
+FIRST_ROWS = 64
+MOST_ROWS = 20_000  # are looked at where one of the first is bad, so that all bad ones are told at once
+FIELDS = {"chat": conversation.FIELDS, "text": plain_text.FIELDS}
+PARSED = {"chat": conversation.conversation_of, "text": plain_text.text_of}
+
+
+def check(loaded: LoadedRecipe) -> None:
+    """RecipeError for fields that the task does not have, DataError for files and first rows; all that is wrong at once."""
+    sources = dict(_sources(loaded))
+    problems = [problem for key, source in sources.items() for problem in _problems(loaded, key, source)]
+    if problems:
+        raise RecipeError(problems)
+    refused: list[DataError] = []
+    for source in sources.values():
+        if source.path is not None:
+            try:
+                _look(source, loaded.recipe.task.name)
+            except DataError as error:
+                refused.append(error)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise together([part for error in refused for part in error.parts or [error]])
+
+
+def ignored_columns(source: Source, columns: list[str], task: str) -> list[str]:
+    """Those that the task has no field for and the recipe does not skip."""
+    known = {*FIELDS[task], *source.skip}
+    return [column for column in columns if column not in known]
+
+
+def _sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
+    data = loaded.recipe.data
+    for part, sources in (("train", data.train), ("holdout", data.holdout)):
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            yield f"data.{part}[{number}]", source
+
+
+def _problems(loaded: LoadedRecipe, key: str, source: Source) -> Iterator[Problem]:
+    task = loaded.recipe.task.name
+    listed = ", ".join(f"`{field}`" for field in FIELDS[task])
+    for field in source.columns:
+        if field not in FIELDS[task]:
+            near = difflib.get_close_matches(field, FIELDS[task], n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"the fields are {listed}"
+            yield loaded.problem(f"{key}.columns.{field}", f"is no field of {task} rows", hint)
+    for column in sorted({*source.columns.values()} & {*source.skip}):
+        yield loaded.problem(f"{key}.skip", f"skips `{column}`, which `columns` reads")
+
+
+def _look(source: Source, task: str) -> None:
+    if _refused(first_rows(source, FIRST_ROWS), task):
+        rows = first_rows(source, MOST_ROWS)
+        raise together(_refused(rows, task), len(rows))
+
+
+def _refused(rows: Rows, task: str) -> list[DataError]:
+    refused = []
+    for index in range(len(rows)):
+        try:
+            PARSED[task](rows[index], rows.where(index))
+        except DataError as error:
+            refused.append(error)
+    return refused

@@ -1,0 +1,31 @@
+"""Floor 0. Many refused rows or files as one error: each kind once, with its first places and how many there are."""
+
+from collections.abc import Sequence
+
+from finetune.errors import DataError
+
+MOST_KINDS = 8
+MOST_PLACES = 5
+
+
+def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
+    """One error of one or several, in their order; `seen` is how many rows were looked at. Its `parts` are the errors."""
+    if len(errors) == 1:
+        [only] = errors
+        return DataError(only.message, where=only.where, hint=only.hint, parts=errors)
+    kinds: dict[str, list[DataError]] = {}
+    for error in errors:
+        kinds.setdefault(error.message, []).append(error)
+    lines = []
+    for message, [first, *others] in list(kinds.items())[:MOST_KINDS]:
+        lines.append(f"{first.where}: {message}" if lines else message)
+        if others:
+            more = f" and {len(others) - MOST_PLACES:,} more" if len(others) > MOST_PLACES else ""
+            lines.append(f"  also {', '.join(str(other.where) for other in others[:MOST_PLACES])}{more}")
+    if len(kinds) > MOST_KINDS:
+        lines.append(f"and {len(kinds) - MOST_KINDS:,} more messages")
+    if seen is not None:
+        lines.append(f"{len(errors):,} of {seen:,} rows are refused")
+    shown = [error for same in list(kinds.values())[:MOST_KINDS] for error in same]
+    hints = dict.fromkeys(error.hint for error in shown if error.hint)
+    return DataError("\n".join(lines), where=errors[0].where, hint="; ".join(hints) or None, parts=errors)

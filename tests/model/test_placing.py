@@ -1,0 +1,61 @@
+"""On a GPU a model is made where it trains, each weight in the type in which it stays. Shown on the meta device, and bits on a CPU."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.model import adapter
+from finetune.model.base import Place, empty_model, load_model
+from finetune.recipe.load import load
+from finetune.recipe.schema import LoraAdapter
+from finetune.resolve import resolve
+from finetune.state import trained_model
+
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def untied_base(tmp_path_factory, tiny_base):
+    """Its head is a linear layer with weights of its own, and one of its linear layers has a bias."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("untied")
+    config = LlamaConfig.from_pretrained(tiny_base, tie_word_embeddings=False, mlp_bias=True)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["tiny_base", "untied_base"])
+def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, request):
+    path = request.getfixturevalue(name)
+    outline = empty_model(path)
+    with Place(torch.device("cpu"), adapter.linear_weights(outline)).reading(type(outline)):
+        read = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+    cast = adapter.apply(load_model(path), LoraAdapter(name="lora", rank=2, targets=["q_proj"]))
+    adapter.store_frozen_as_bf16(cast)
+    expected = cast.unload().state_dict()
+    assert read.keys() == expected.keys()
+    assert {name: each.dtype for name, each in read.items()} == {name: each.dtype for name, each in expected.items()}
+    assert all(torch.equal(read[name], expected[name]) for name in read)
+    assert len({each.dtype for each in read.values()}) == 2
+    again = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # nothing stays behind
+    assert {each.dtype for each in again.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("sections", "types"),
+    [
+        ({}, {torch.bfloat16, torch.float32}),
+        ({"adapter": None}, {torch.float32}),
+        ({"train": {"steps": 1, "precision": "fp32"}}, {torch.float32}),
+    ],
+    ids=["adapter", "full", "fp32"],
+)
+def test_a_model_is_made_on_its_device_in_the_types_it_is_trained_with(recipe_file, sections, types):
+    resolved = resolve(load(recipe_file(**{"train": {"steps": 1}} | sections)))
+    model = trained_model(resolved.plan.recipe, resolved.base_directory, META)
+    assert {parameter.device for parameter in model.parameters()} == {META}
+    assert {parameter.dtype for parameter in model.parameters()} == types
+    if len(types) == 2:
+        small = {name for name, each in model.named_parameters() if each.dtype == torch.float32}
+        assert all("norm" in name or "embed" in name or "lora_" in name for name in small)
