@@ -110,8 +110,10 @@ def plan(
     from finetune.model import base
     from finetune.pace import largest_step
     from finetune.package.preflight import refuse_unpackageable
+    from finetune.package.rights import preflight
     from finetune.resolve import device, resolve
 
+    preflight(loaded.recipe)
     resolved, run, here = resolve(loaded), run or _default_run(recipe), device()
     refuse_unpackageable(resolved)
     shape = shape_of(base.load_config(resolved.base_directory))
@@ -512,7 +514,8 @@ def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...],
 @click.option("--to", "target", metavar="OWNER/NAME|folder:PATH", help="Default: publish.repo of the recipe of a REF.")
 @click.option("--branch", default="main", show_default=True, help="The branch that will have the package.")
 @click.option("--tag", help="A tag for the commit.")
-@click.option("--public", "is_public", is_flag=True, help="A repository that is made is public. Default: private.")
+@click.option("--public", "is_public", is_flag=True, help="Publish where everybody can see it. Default: private.")
+@click.option("--replace", "is_replacing", is_flag=True, help="Overwrite what people changed; what they added stays.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Only say what would happen.")
 @click.option("--milestones", "has_milestones", is_flag=True, help="Publish the milestones of a run that are left.")
 @click.option(
@@ -523,6 +526,7 @@ def publish(
     source: str,
     target: str | None,
     is_public: bool,
+    is_replacing: bool,
     has_milestones: bool,
     is_following: bool,
     is_json: bool,
@@ -532,13 +536,14 @@ def publish(
     if has_milestones:
         from finetune.package import queue
 
-        facts = queue.follow(Path(source), target, is_following)
+        facts = queue.follow(Path(source), target, is_following, is_public, is_replacing)
         _print(facts, f"{len(facts['published'])} milestones published", is_json)
         return
     from finetune.package import publish as publishing
 
     directory, target, is_private = publishing.prepared(source, target, is_public)
-    facts = publishing.publish(directory, target, publishing.Choices(is_private=is_private, **choices))
+    chosen = publishing.Choices(is_private=is_private, is_replacing=is_replacing, **choices)
+    facts = publishing.publish(directory, target, chosen)
     _print(facts, publishing.listing(facts), is_json)
 
 
@@ -627,7 +632,7 @@ def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
         yield
         return
     from finetune.package import queue
-    from finetune.package.publish import preflight
+    from finetune.package.rights import preflight
 
     preflight(recipe)
     child = queue.start(run) if recipe.publish.milestones else None

@@ -4,20 +4,17 @@ A pure function of the run's record: no clock, no path, no host, no row. The fro
 (https://huggingface.co/docs/hub/model-cards).
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import parse
 from finetune.package import figures, record
+from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked
 from finetune.plan import PinnedSource, Plan
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
 
-NOTES_BEGIN = "<!-- notes: what stands between these two lines stays when the card is written again -->"
-NOTES_END = "<!-- /notes -->"
 LIMITS = (
     "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
     "other languages, what it knows, whether it is safe or fair, and what the base brought with it."
@@ -73,22 +70,7 @@ def card(facts: Facts) -> str:
         _facts(facts),
         f"{NOTES_BEGIN}\n{NOTES_END}",
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def with_notes(text: str, earlier: str) -> str:
-    """A card with what people have written between the marks of an earlier one."""
-    one, other = (
-        re.search(f"{re.escape(NOTES_BEGIN)}\n(.*?){re.escape(NOTES_END)}", each, re.DOTALL) for each in (text, earlier)
-    )
-    return text[: one.start(1)] + other[1] + text[one.end(1) :] if one and other else text
-
-
-def with_notes_of(earlier: bytes, path: Path) -> bytes | Path:
-    """The card in a file, with what people have written into the one that was published before."""
-    text = path.read_text(encoding="utf-8")
-    kept = with_notes(text, earlier.decode(errors="replace"))
-    return path if kept == text else kept.encode()
+    return marked("\n\n".join(parts) + "\n")
 
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:

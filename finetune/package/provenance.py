@@ -62,10 +62,7 @@ def to_line(value: dict) -> str:
 def findings(directory: Path) -> Iterator[Finding]:
     """Files that are not what the statement says, or of which it knows nothing. Nothing where there is no statement."""
     try:
-        value = json.loads((directory / FILE).read_text(encoding="utf-8").partition("\n")[0])
-        said = {item["name"]: item["digest"]["sha256"] for item in value["subject"]}
-        if value["_type"] != STATEMENT or value["predicateType"] != PREDICATE:
-            raise ValueError("it is no SLSA provenance")
+        said = _said((directory / FILE).read_bytes())
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -79,6 +76,21 @@ def findings(directory: Path) -> Iterator[Finding]:
             yield Finding("provenance", name, None, "was not there when the package was made")
         elif sha256(there[name]) != said[name]:
             yield Finding("provenance", name, None, "is not the file that was packaged")
+
+
+def subjects(content: bytes) -> dict[str, str] | None:
+    """The files that a statement names, with their SHA-256; None where it is none."""
+    try:
+        return _said(content)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _said(content: bytes) -> dict[str, str]:
+    value = json.loads(content.decode().partition("\n")[0])
+    if value["_type"] != STATEMENT or value["predicateType"] != PREDICATE:
+        raise ValueError("it is no SLSA provenance")
+    return {item["name"]: item["digest"]["sha256"] for item in value["subject"]}
 
 
 def step_of(directory: Path) -> int:

@@ -4,20 +4,18 @@ At every moment the target has the old tree or the new one. Whatever was interru
 not uploaded again, what is committed is not committed again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import plan as plans
 from finetune.checkpoints.refs import parse
 from finetune.errors import CheckpointError, PackageError, PublishError
-from finetune.package import provenance, to_folder
-from finetune.package.card import with_notes_of
+from finetune.package import ownership, provenance, rights, to_folder
 from finetune.package.contents import files_of
-from finetune.package.repository import Files, Repository, differences, digest, size_of
+from finetune.package.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
 from finetune.package.verify import folder_findings
-from finetune.recipe.schema import Recipe
 
-CARD = "README.md"
 STAGING = "staging-"
 
 
@@ -28,8 +26,10 @@ class Choices:
     branch: str = "main"
     tag: str | None = None
     is_private: bool = True
-    """Of a repository that is made; one that is there stays as it is."""
+    """A repository that is made is private; one that is there and public is refused."""
     is_dry_run: bool = False
+    is_replacing: bool = False
+    """Whether what people changed may be overwritten; what they added stays."""
 
 
 def publish(directory: Path, target: str, choices: Choices) -> dict:
@@ -39,36 +39,10 @@ def publish(directory: Path, target: str, choices: Choices) -> dict:
     """
     files = _sound(directory)
     if target.startswith(to_folder.PREFIX):
-        return to_folder.publish(files, Path(target.removeprefix(to_folder.PREFIX)), choices.is_dry_run)
+        return to_folder.publish(
+            files, Path(target.removeprefix(to_folder.PREFIX)), choices.is_dry_run, choices.is_replacing
+        )
     return _to_hub(files, target, choices)
-
-
-def preflight(recipe: Recipe) -> None:
-    """Whether the token may write to the repository that a recipe names, and the base may be published there; before a training, so that
-    it is not found out after it. Nothing where this machine works offline."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        return
-    asked, base = recipe.publish, parse(recipe.base.checkpoint)
-    repository = Repository(asked.repo)
-    user = repository.whoami()
-    owner, role = asked.repo.partition("/")[0], user.get("auth", {}).get("accessToken", {}).get("role")
-    names = [user["name"], *(one["name"] for one in user.get("orgs", []))]
-    if owner not in names or role == "read":
-        why = f"the token of {user['name']} only reads" if role == "read" else f"{user['name']} is not of {owner}"
-        hint = "use a token that may write there, or leave out `publish` and publish by hand"
-        raise PublishError(f"cannot be published to: {why}", where=asked.repo, hint=hint)
-    if not asked.private:
-        _refuse_gated(base.repo if base.kind == "hub" else None, asked.repo, repository.facts())
-
-
-def _refuse_gated(base: str | None, name: str, there: dict | None) -> None:
-    """What its authors give to those alone whom they know does not become public by a fine-tune."""
-    is_open = there is None or not (there["private"] or there["gated"])
-    if base and is_open and (Repository(base).facts() or {}).get("gated"):
-        hint = "publish it privately, or make the repository yourself and gate it as the base is"
-        raise PublishError(f"would be open to everybody, and its base {base} is gated", where=name, hint=hint)
 
 
 def _sound(directory: Path) -> dict[str, Path]:
@@ -116,20 +90,21 @@ def _kind_of(source: str) -> str | None:
 
 
 def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
-    repository = Repository(name)
-    user = repository.whoami()["name"]
-    there = repository.facts()
-    if not choices.is_private or (there and not there["private"]):
-        _refuse_gated(provenance.base_of(files), name, there)
+    repository = Repository(name, choices.is_private)
+    user = repository.whoami()
+    rights.refuse_no_right(user, name)
+    there = rights.refuse_visible(repository, choices.is_private, provenance.base_of(files))
     branches = repository.branches() if there else {}
     head = branches.get(choices.branch)
     tree = repository.tree(head) if head else {}
-    if CARD in tree and CARD in files:
-        files = files | {CARD: with_notes_of(repository.read(head, CARD), files[CARD])}
-    changes = differences(tree, files)
+    found = _sorted_out(repository, head, tree, files)
+    if not choices.is_replacing:
+        ownership.refuse_edited(found, name)
+    files = found.files
+    changes = differences(tree, files, found.gone)
     facts = {
         "target": name,
-        "user": user,
+        "user": user["name"],
         "is_new": there is None,
         "private": there["private"] if there else choices.is_private,
         "branch": choices.branch,
@@ -139,6 +114,7 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
             one: "removed" if change is None else "new" if one not in tree else "changed"
             for one, change in changes.items()
         },
+        "overwritten": list(found.edited),
         "uploaded_bytes": sum(size_of(change) for change in changes.values() if change),
     }
     if choices.is_dry_run:
@@ -148,18 +124,33 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
         head = None
     if head is None:
         head = _begun(repository, choices.branch)
-    title = f"Publish {choices.tag or digest(files)[:12]}"
-    staging = STAGING + digest(files)[:12]
-    revision = head
+    staging, revision = STAGING + digest(files)[:12], head
     if changes:
-        _stage(repository, staging, files, head, f"Stage: {title}")
-        revision = repository.commit(choices.branch, files, head, title)
-        _refuse_other(repository, revision, files, choices.branch)
+        revision = _promoted(repository, found, head, staging, choices)
     if changes or staging in branches:  # left by a call that was killed after its last commit
         repository.remove_branch(staging)
     if choices.tag:
         repository.add_tag(choices.tag, revision)
     return facts | {"revision": revision, "commits": repository.commits, "is_dry_run": False}
+
+
+def _sorted_out(repository: Repository, head: str | None, tree: Mapping[str, Stored], files: Files) -> ownership.Sorted:
+    return ownership.sort_out(
+        tree.keys(),
+        files,
+        is_same=lambda name, content: tree[name].is_same(content),
+        read=lambda name: repository.read(head, name),
+        sha256_of=lambda name: tree[name].sha256 or sha256_of(repository.read(head, name)),
+    )
+
+
+def _promoted(repository: Repository, found: ownership.Sorted, head: str, staging: str, choices: Choices) -> str:
+    """Staged, compared, and committed to the target branch; the new head."""
+    title = f"Publish {choices.tag or digest(found.files)[:12]}"
+    _stage(repository, staging, found, head, f"Stage: {title}")
+    revision = repository.commit(choices.branch, found.files, head, title, found.gone)
+    _refuse_other(repository, revision, found, choices.branch)
+    return revision
 
 
 def _begun(repository: Repository, branch: str) -> str:
@@ -169,15 +160,15 @@ def _begun(repository: Repository, branch: str) -> str:
     return repository.branches()[branch]
 
 
-def _stage(repository: Repository, staging: str, files: Files, head: str, title: str) -> None:
+def _stage(repository: Repository, staging: str, found: ownership.Sorted, head: str, title: str) -> None:
     """Uploads to a branch beside the target, and compares that with the package, file by file."""
     repository.add_branch(staging, head)
-    staged = repository.commit(staging, files, repository.branches()[staging], title)
-    _refuse_other(repository, staged, files, staging)
+    staged = repository.commit(staging, found.files, repository.branches()[staging], title, found.gone)
+    _refuse_other(repository, staged, found, staging)
 
 
-def _refuse_other(repository: Repository, revision: str, files: Files, branch: str) -> None:
-    if wrong := sorted(differences(repository.tree(revision), files)):
+def _refuse_other(repository: Repository, revision: str, found: ownership.Sorted, branch: str) -> None:
+    if wrong := sorted(differences(repository.tree(revision), found.files, found.gone)):
         message = f"{branch} does not have what was uploaded: {', '.join(wrong[:3])}"
         raise PublishError(message, where=repository.name, hint="publish again; if it stays so, report it")
 
@@ -186,7 +177,11 @@ def listing(facts: dict) -> str:
     """The same for a reader."""
     kind = "" if facts["target"].startswith(to_folder.PREFIX) else f", {'private' if facts['private'] else 'public'}"
     lines = [f"{facts['target']}{kind}"]
-    lines += [f"  {what}: {name}" for name, what in facts.get("changes", {}).items()]
+    lost = facts.get("overwritten", ())
+    lines += [
+        f"  {what}: {name}" + (" (people's changes are overwritten)" if name in lost else "")
+        for name, what in facts.get("changes", {}).items()
+    ]
     size = sum(file["bytes"] for file in facts["files"])
     lines.append(f"{len(facts['files'])} files, {size:,} bytes; {facts['uploaded_bytes']:,} to upload")
     if facts["is_dry_run"]:

@@ -52,7 +52,9 @@ def finish(child: subprocess.Popen, run: Path) -> None:
         raise PublishError(f"steps {pending(run)} are not published", where=str(run), hint=hint)
 
 
-def follow(run: Path, target: str | None, is_following: bool) -> dict:
+def follow(
+    run: Path, target: str | None, is_following: bool, is_public: bool = False, is_replacing: bool = False
+) -> dict:
     """Publishes every milestone that is committed and not published, and where it follows, all that are committed until stdin ends.
     {target, published: [{step, branch, revision}], pending}."""
     if target and target.startswith(PREFIX):
@@ -67,7 +69,7 @@ def follow(run: Path, target: str | None, is_following: bool) -> dict:
         while True:
             for step in pending(run):
                 try:
-                    published.append(_push(run, step, target))
+                    published.append(_push(run, step, target, is_public, is_replacing))
                     print(f"published step {step}", file=sys.stderr, flush=True)
                 except FinetuneError as error:
                     if is_last:
@@ -107,7 +109,7 @@ def pending(run: Path) -> list[int]:
     return [step for step in steps if step not in _published(run)]
 
 
-def _push(run: Path, step: int, target: str | None) -> dict:
+def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> dict:
     """One milestone: packaged, published on a branch of its own, listed on main, and written down at the end: a kill before it has all of
     this done again, of which nothing is left to do."""
     asked: Publish = plans.load(run)[0].recipe.publish
@@ -115,7 +117,8 @@ def _push(run: Path, step: int, target: str | None) -> dict:
     package = run / "packages" / name
     if not package.exists():
         export.package(f"{run}@{step}", package)
-    facts = publish(package, repository, Choices(branch=name, is_private=asked.private))
+    is_private = asked.private and not is_public
+    facts = publish(package, repository, Choices(branch=name, is_private=is_private, is_replacing=is_replacing))
     record = {
         "run": plans.load(run)[1]["run"],
         "step": step,
@@ -123,7 +126,7 @@ def _push(run: Path, step: int, target: str | None) -> dict:
         "revision": facts["revision"],
         **_figures(run, step, package),
     }
-    _list(record, repository)
+    _list(record, Repository(repository, is_private), is_replacing)
     remove(package)  # the run has the weights, and the Hub
     make_directory(run / "published")
     replace_file(run / "published" / f"{name}.json", json.dumps(record).encode())
@@ -142,17 +145,21 @@ def _figures(run: Path, step: int, package: Path) -> dict:
     }
 
 
-def _list(record: dict, target: str) -> None:
+def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
     """checkpoints.json on main: all milestones of the run that are there."""
-    repository = Repository(target)
     head = repository.branches()["main"]
     listed = {record["step"]: record}
     if CHECKPOINTS in repository.tree(head):
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a list of somebody else's making is replaced
+        try:
             there = json.loads(repository.read(head, CHECKPOINTS))["checkpoints"]
             listed = {one["step"]: one for one in there if one.get("run") == record["run"]} | listed
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if not is_replacing:
+                hint = "copy what you want to keep, then use --replace"
+                message = f"would overwrite what people added: {CHECKPOINTS}"
+                raise PublishError(message, where=repository.name, hint=hint) from None
     content = json.dumps({"checkpoints": [listed[step] for step in sorted(listed)]}, indent=1) + "\n"
-    repository.commit("main", {CHECKPOINTS: content.encode()}, head, f"List step {record['step']}", is_whole=False)
+    repository.commit("main", {CHECKPOINTS: content.encode()}, head, f"List step {record['step']}")
 
 
 def _published(run: Path) -> dict[int, dict]:

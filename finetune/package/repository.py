@@ -8,7 +8,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,6 @@ TRIES = 6
 FIRST_WAIT_SECONDS = 0.5
 MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
-KEPT = (".gitattributes", CHECKPOINTS)  # the Hub's, and the list of milestones
 AGAIN = "try again: what was uploaded is not uploaded twice"
 HTTPError, RequestError = hub.http().HTTPError, hub.http().RequestError
 Answer = TypeVar("Answer")
@@ -63,18 +62,19 @@ Tree = Mapping[str, Stored]
 Files = Mapping[str, Path | bytes]
 
 
-def differences(tree: Tree, files: Files, is_whole: bool = True) -> dict[str, Path | bytes | None]:
-    """What has to change in a tree so that it has these files; where they are the whole, no others, and None for what goes."""
+def differences(tree: Tree, files: Files, gone: Collection[str] = ()) -> dict[str, Path | bytes | None]:
+    """What has to change in a tree so that it has these files, and none of those that are to go: None for these."""
     changed = {name: content for name, content in files.items() if name not in tree or not tree[name].is_same(content)}
-    gone = (name for name in tree if name not in files and name not in KEPT) if is_whole else ()
-    return changed | dict.fromkeys(gone)
+    return changed | dict.fromkeys(name for name in gone if name in tree)
 
 
 class Repository:
     """A model repository, by name. The token is what the Hub's own library finds: HF_TOKEN, or the store of `hf auth login`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, is_private: bool = False):
         self.name = name
+        self.is_private = is_private
+        """Whether nothing may be committed while everybody can see it."""
         self.commits = 0
         """Made by this object."""
         self._api = HfApi(library_name="finetune")
@@ -163,30 +163,45 @@ class Repository:
             hint = "use another --tag, or delete that one on the Hub"
             raise PublishError(f"the tag {name} is at another commit, {there[:8]}", where=self.name, hint=hint)
 
-    def commit(self, branch: str, files: Files, head: str, title: str, is_whole: bool = True) -> str:
-        """Makes a branch have these files, and where they are the whole no others, in one commit on the head that is given, and returns the new head; the same head
-        where nothing has to change. PublishError where somebody else has moved the branch meanwhile."""
+    def refuse_public(self, there: dict | None) -> None:
+        """PublishError where the repository is there and everybody can see it; `there` is what `facts` says."""
+        if there and not there["private"]:
+            hint = (
+                "--public (in a recipe, publish.private: false) publishes for everybody; or make it private on the Hub"
+            )
+            raise PublishError("is public, and the package is to be private", where=self.name, hint=hint)
+
+    def commit(self, branch: str, files: Files, head: str, title: str, gone: Collection[str] = ()) -> str:
+        """Makes a branch have these files, and none of those that are to go, in one commit on the head that is given, and returns the new
+        head; the same head where nothing has to change. PublishError where somebody else has moved the branch meanwhile, or shows to
+        everybody what is to be private."""
 
         def attempt() -> str:
             now = self.branches().get(branch)
-            changes = differences(self.tree(now), files, is_whole) if now else {}
+            changes = differences(self.tree(now), files, gone) if now else {}
             if now and not changes:
                 return now  # it landed before, and its reply was lost
             if now != head:
                 hint = "look at what was committed there, and publish again"
                 raise PublishError(f"{branch} was moved by somebody else", where=self.name, hint=hint)
-            operations = [
-                CommitOperationDelete(name) if content is None else CommitOperationAdd(name, content)
-                for name, content in changes.items()
-            ]
+            added = [CommitOperationAdd(name, content) for name, content in changes.items() if content is not None]
+            removed = [CommitOperationDelete(name) for name, content in changes.items() if content is None]
+            self._refuse_seen()
+            with self._unwrapped("upload"):
+                self._api.preupload_lfs_files(self.name, added, revision=branch)
+            self._refuse_seen()  # uploads take hours, and somebody may have made it public
             with self._unwrapped("upload"):
                 made = self._api.create_commit(
-                    self.name, operations, commit_message=title, revision=branch, parent_commit=head
+                    self.name, [*added, *removed], commit_message=title, revision=branch, parent_commit=head
                 )
             self.commits += 1
             return made.oid
 
         return self._ask(attempt)
+
+    def _refuse_seen(self) -> None:
+        if self.is_private:
+            self.refuse_public(self.facts())
 
     def _refs(self) -> object:
         return self._ask(lambda: self._api.list_repo_refs(self.name))
@@ -226,10 +241,15 @@ class Repository:
             except (HTTPError, ConnectionError) as error:
                 if not tries_left or not _is_passing(error):
                     told = hub.refusal(error)
-                    raise PublishError(told.message, where=self.name, hint=told.hint or AGAIN) from None
+                    kind = UnreachableError if told.status is None else PublishError
+                    raise kind(told.message, where=self.name, hint=told.hint or AGAIN) from None
                 time.sleep(_asked_wait(error) or wait)
                 wait *= 2
         raise AssertionError("the last try returns or raises")
+
+
+class UnreachableError(PublishError):
+    """The Hub did not answer."""
 
 
 class _Missing(PublishError):

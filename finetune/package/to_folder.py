@@ -9,29 +9,30 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from finetune.checkpoints.store import failures, sync_directory
 from finetune.errors import PublishError
-from finetune.package import provenance
-from finetune.package.card import with_notes_of
+from finetune.package import ownership, provenance
 from finetune.package.contents import files_of
-from finetune.package.repository import Files, digest, size_of
+from finetune.package.repository import Files, digest, sha256_of, size_of
 from finetune.package.staging import staged, sweep
 
 PREFIX = "folder:"
-CARD = "README.md"
 RENAME_EXCHANGE = 2  # of renameat2(2)
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool) -> dict:
-    """{target, revision, uploaded_bytes, commits, files, is_dry_run}. PublishError where something else is there, or the disk fails."""
+def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replacing: bool = False) -> dict:
+    """{target, revision, uploaded_bytes, commits, files, is_dry_run}. PublishError where something else is there, or the disk fails.
+
+    `is_replacing`: into an earlier package that people changed too. What they added stays, links apart.
+    """
     place = Path(os.path.realpath(target))  # an exchange would take a link away, and leave the folder it leads to
     with failures(target, PublishError):
         there = _files_in(place)
-        wanted: Files = files
-        if CARD in there and CARD in files:
-            wanted = files | {CARD: with_notes_of(there[CARD].read_bytes(), files[CARD])}
+        found = _sorted_out(there, files)
+        wanted: Files = found.files
         revision, total = digest(wanted), sum(map(size_of, wanted.values()))
         facts = {"target": f"{PREFIX}{target}", "revision": revision, "is_dry_run": is_dry_run}
         facts |= {"files": [{"name": name, "bytes": size_of(content)} for name, content in wanted.items()]}
@@ -39,10 +40,13 @@ def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool) -> dict:
             sweep(place)
         if there.keys() == wanted.keys() and digest(there) == revision:  # only what can be the same is read
             return facts | {"uploaded_bytes": 0, "commits": 0}
-        if os.path.lexists(place) and not _may_go(place):
-            raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
+        kept = {name: there[name] for name in sorted(there.keys() - wanted.keys() - {*found.gone})}
+        if os.path.lexists(place) and not _may_go(place, kept, is_replacing):
+            _refuse(target, place, kept)
+        if not is_replacing:
+            ownership.refuse_edited(found, str(target))
         if not is_dry_run:
-            _replace(place, digest(there), wanted)
+            _replace(place, digest(there), {**wanted, **kept})
         return facts | {"uploaded_bytes": total, "commits": 1}
 
 
@@ -50,14 +54,35 @@ def _files_in(directory: Path) -> dict[str, Path]:
     return files_of(directory) if directory.is_dir() else {}
 
 
-def _may_go(place: Path) -> bool:
-    """Whether all that is there came with a package, so that nothing is lost with it."""
+def _sorted_out(there: Mapping[str, Path], files: Files) -> ownership.Sorted:
+    return ownership.sort_out(
+        there.keys(),
+        files,
+        is_same=lambda name, content: (
+            size_of(content) == size_of(there[name]) and sha256_of(content) == sha256_of(there[name])
+        ),
+        read=lambda name: there[name].read_bytes(),
+        sha256_of=lambda name: sha256_of(there[name]),
+    )
+
+
+def _may_go(place: Path, kept: Mapping[str, Path], is_replacing: bool) -> bool:
+    """Whether nothing is lost with what is there: it came with a package, or is carried over."""
     if not place.is_dir():
         return False
     paths = list(place.rglob("*"))
     is_plain = all((path.is_file() or path.is_dir()) and not path.is_symlink() for path in paths)
-    is_package = (place / provenance.FILE).is_file() and not list(provenance.findings(place))
-    return not paths or (is_plain and is_package)
+    is_package = (place / provenance.FILE).is_file() and (is_replacing or not list(provenance.findings(place)))
+    return not paths or (is_plain and is_package and (is_replacing or not kept))
+
+
+def _refuse(target: Path, place: Path, kept: Mapping[str, Path]) -> NoReturn:
+    names = []
+    if (place / provenance.FILE).is_file():
+        names = sorted({*kept, *(finding.file for finding in provenance.findings(place))})
+    told = f"has something else: {', '.join(names[:3])}" if names else "has something else"
+    hint = "name a new folder, or use --replace: what was added stays, what was changed is overwritten"
+    raise PublishError(told, where=str(target), hint=hint if names else "name a new folder, or remove this one")
 
 
 def _replace(place: Path, before: str, wanted: Files) -> None:

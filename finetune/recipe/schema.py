@@ -346,7 +346,7 @@ class Publish(Section):
     repo: HubId
     """The Hub repository, `owner/name`."""
     private: bool = True
-    """Whether the repository is private."""
+    """Whether the repository is private: one that is there and public is refused."""
     milestones: StepCadence | None = None
     """Also publish the checkpoints at multiples of so many steps, while the training goes on, each on a branch `step-00000500`."""
 

@@ -1,5 +1,6 @@
 """Packages go to a Hub on the loopback, by the real client: the old tree or the new one at every moment, and nothing twice."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -7,12 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from finetune.package import provenance
 from finetune.package.card import NOTES_BEGIN, NOTES_END
 from finetune.package.provenance import sha256
 from tests.hub import Hub
@@ -22,7 +25,21 @@ from tests.hub.repos import File
 from tests.hub.writes import User
 
 TOKEN = "hf_" + "w" * 34
-OLD = {"README.md": b"---\nlicense: mit\n---\n# Old\n", "model.safetensors": b"old weights", "old.txt": b"gone"}
+
+
+def statement(files: dict[str, bytes]) -> bytes:
+    """What is left of a provenance when only the names and hashes of files are wanted."""
+    subjects = [{"name": name, "digest": {"sha256": hashlib.sha256(text).hexdigest()}} for name, text in files.items()]
+    said = {"_type": provenance.STATEMENT, "predicateType": provenance.PREDICATE, "subject": subjects}
+    return json.dumps(said).encode()
+
+
+OURS = {"model.safetensors": b"old weights", "old.txt": b"gone"}
+OLD = {  # an earlier publish, which recorded what it put there
+    "README.md": f"---\nlicense: mit\n---\n# Old\n\n{NOTES_BEGIN}\n{NOTES_END}\n".encode(),
+    provenance.FILE: statement(OURS),
+    **OURS,
+}
 XORBS = "xet/xorbs/xorbs"
 CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n# New\n"
 
@@ -31,6 +48,7 @@ CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n# New\n"
 def hub():
     with Hub(seconds=890) as hub:
         hub.users[TOKEN] = User("tiny")
+        hub.add = partial(hub.add, is_private=True, readers={TOKEN})
         yield hub
 
 
@@ -187,14 +205,18 @@ def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finish
 
 def test_no_right_and_no_name_are_told_before_anything_is_sent(hub, env, package) -> None:
     hub.users["hf_" + "r" * 34] = User("reader", "read")
+    without = {name: value for name, value in env.items() if name != "HF_TOKEN"}
     cases = [
         (env | {"HF_TOKEN": "hf_" + "x" * 34}, "tiny/new", "the Hub refuses: Invalid user token"),
-        (env | {"HF_TOKEN": "hf_" + "r" * 34}, "tiny/new", "the Hub refuses: You have no right to create tiny/new"),
-        (env, "other/new", "the Hub refuses: You have no right to create other/new"),
+        (env | {"HF_TOKEN": "hf_" + "r" * 34}, "tiny/new", "cannot be published to: the token of reader only reads"),
+        (env, "other/new", "other/new: cannot be published to: tiny is not of other"),
+        (without, "tiny/new", "tiny/new: there is no token for the Hub"),
     ]
     for user, target, message in cases:
-        ((code, _, said),) = in_turn(user, ("publish", package, "--to", target))
-        assert code == 1 and message in said and "hint: " in said
+        command = ("publish", package, "--to", target)
+        for code, printed, said in in_turn(user, command, (*command, "--dry-run", "--json")):
+            assert code == 1 and message in said and "hint: " in said and "Traceback" not in said
+        assert json.loads(printed)["error"]["hint"]
         assert TOKEN not in said and not hub.repos and hub.uploaded_bytes == 0
 
 
@@ -220,6 +242,63 @@ def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, packag
     (package / "README.md").write_text(empty.replace("# New", "# Newer"))
     publish(env, package)
     assert content(hub)["README.md"].decode() == noted.replace("# New", "# Newer")
+
+
+def test_a_repository_that_everybody_sees_is_refused_before_anything_is_sent(hub, env, package) -> None:
+    repo = hub.add("model", "tiny/new", is_private=False)
+    repo.commit(OLD)
+    command = ("publish", package, "--to", "tiny/new")
+    cases = [command, (*command, "--dry-run"), (*command, "--branch", "next"), (*command, "--public")]
+    *refused, (code, _, said) = in_turn(env, *cases)
+    for code_, _, said_ in refused:
+        assert code_ == 1 and "tiny/new: is public, and the package is to be private\nhint: --public" in said_
+    assert code == 0 and content(hub) == files(package), said
+    first = next(number for number, request in enumerate(hub.requests) if request.method != "GET")
+    assert len([r for r in hub.requests[:first] if r.path.endswith("whoami-v2")]) == 4, "nothing before the last call"
+
+
+@pytest.mark.parametrize("when", ["staged", "uploaded", "promoted"])
+def test_a_repository_that_becomes_public_in_between_gets_nothing_more(when, hub, env, package) -> None:
+    repo = hub.add("model", "tiny/new")
+    repo.commit(OLD)
+    at = {"staged": ("POST", "/branch/staging"), "uploaded": ("PUT", ""), "promoted": ("GET", "/tree/")}[when]
+    skip = 2 if when == "promoted" else 0
+    hub.fail(*at, None, is_landed=True, skip=skip, call=lambda: setattr(repo, "is_private", False))
+    ((code, _, said),) = in_turn(env, ("publish", package, "--to", "tiny/new"))
+    assert code == 1 and "is public, and the package is to be private" in said and not hub.faults[0].times
+    assert content(hub) == OLD
+    commits = [request for request in hub.requests if request.method == "POST" and "/commit/" in request.path]
+    assert len(commits) == (1 if when == "promoted" else 0)
+
+
+def test_what_people_added_on_the_hub_stays_and_what_an_earlier_publish_had_goes(hub, env, package) -> None:
+    theirs = {"model-q4.gguf": b"GGUF", "images/plot.png": b"\x89PNG", "checkpoints.json": b"{}", "notes.txt": b"mine"}
+    hub.add("model", "tiny/new").commit(OLD | theirs)
+    facts = publish(env, package)
+    assert content(hub) == files(package) | theirs
+    assert {name for name, what in facts["changes"].items() if what == "removed"} == {*OURS, provenance.FILE}
+    assert publish(env, package)["commits"] == 0
+
+
+def test_what_people_changed_is_named_and_overwritten_only_where_that_is_asked_for(hub, env, package) -> None:
+    theirs = {"config.json": b"{}", "old.txt": b"their notes", "added.txt": b"stays"}
+    hub.add("model", "tiny/new").commit(OLD | theirs)
+    command = ("publish", package, "--to", "tiny/new", "--json")
+    results = in_turn(env, command, (*command, "--dry-run"), (*command, "--replace"))
+    for code, printed, _ in results[:2]:
+        error = json.loads(printed)["error"]
+        told = "would overwrite what people changed or added: config.json, old.txt"
+        assert (code, error["message"]) == (1, told) and "--replace" in error["hint"]
+    assert results[2][0] == 0 and json.loads(results[2][1])["overwritten"] == ["config.json", "old.txt"]
+    assert content(hub) == files(package) | {"added.txt": b"stays"}
+
+
+def test_a_card_of_somebody_is_not_overwritten_unasked(hub, env, package) -> None:
+    hub.add("model", "tiny/new").commit({"README.md": b"---\nlicense: mit\n---\n# By hand\n"})
+    command = ("publish", package, "--to", "tiny/new")
+    (code, _, said), (after, _, _) = in_turn(env, command, (*command, "--replace"))
+    assert code == 1 and "would overwrite what people changed or added: README.md" in said
+    assert after == 0 and content(hub) == files(package)
 
 
 def test_large_weights_go_in_pieces_and_a_piece_that_was_lost_goes_again(hub, env, package) -> None:

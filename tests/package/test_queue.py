@@ -179,6 +179,26 @@ def test_milestones_do_not_go_to_a_folder_and_it_stays_as_it_is(hub, forks, run,
     assert forks.said.read_text().startswith(said) and not (tmp_path / "folder").exists()
 
 
+def test_milestones_do_not_go_where_everybody_sees_them_unless_that_is_asked_for(hub, forks, run) -> None:
+    repo = hub.add("model", "tiny/new", is_private=False)
+    assert forks.run("publish", run, "--milestones") == 1
+    told = "tiny/new: is public, and the package is to be private\nhint: --public"
+    assert told in forks.said.read_text() and list(repo.branches) == ["main"]
+    assert forks.run("publish", run, "--milestones", "--follow") == 1
+    assert "step 3 has to wait: is public, and the package is to be private" in forks.said.read_text()
+    assert forks.run("publish", run, "--milestones", "--public") == 0, forks.said.read_text()
+    assert sorted(repo.branches) == ["main", "step-00000003", "step-00000006"]
+
+
+def test_a_list_that_people_put_on_the_hub_is_not_overwritten_unasked(hub, forks, run) -> None:
+    repo = hub.add("model", "tiny/new", is_private=True, readers={TOKEN})
+    repo.commit({"checkpoints.json": b'["mine"]'})
+    assert forks.run("publish", run, "--milestones") == 1
+    told = "tiny/new: would overwrite what people added: checkpoints.json\nhint: copy what you want to keep"
+    assert told in forks.said.read_text() and repo.at("main").files["checkpoints.json"].content == b'["mine"]'
+    assert forks.run("publish", run, "--milestones", "--replace") == 0, forks.said.read_text()
+
+
 def test_a_run_that_is_not_there_is_not_followed(forks, tmp_path) -> None:
     assert forks.run("publish", tmp_path / "none", "--milestones", "--follow") == 1
     assert forks.said.read_text().startswith(f"{tmp_path}/none: is not a run directory")

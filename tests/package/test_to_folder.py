@@ -81,6 +81,26 @@ def test_a_folder_with_a_file_of_somebody_is_left_as_it_is(target, new, name) ->
     assert content(target) == before and len(list(target.parent.iterdir())) == 1
 
 
+def test_what_was_added_stays_and_what_was_changed_is_overwritten_where_that_is_asked_for(
+    tmp_path, target, new
+) -> None:
+    (target / "thesis.tex").write_text("years of work")
+    (target / "training/recipe.yaml").write_text("{a: 1}\n")
+    with pytest.raises(PublishError) as caught:
+        to_folder.publish(new, target, is_dry_run=False)
+    assert caught.value.message == "has something else: thesis.tex, training/recipe.yaml"
+    assert "--replace: what was added stays, what was changed is overwritten" in caught.value.hint
+    to_folder.publish(new, target, is_dry_run=False, is_replacing=True)
+    assert content(target) == content(tmp_path / "new") | {"thesis.tex": b"years of work"}
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_text_below_the_card_stays(target, new) -> None:
+    (target / "README.md").write_text(f"{CARD}\n## Below\n")
+    to_folder.publish(new, target, is_dry_run=False)
+    assert (target / "README.md").read_text() == f"{CARD}\n## Below\n"
+
+
 def test_a_file_or_a_folder_that_is_no_package_is_left_as_it_is(tmp_path, new) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()

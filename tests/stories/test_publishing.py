@@ -173,6 +173,29 @@ def test_a_training_that_cannot_be_published_says_so_before_it_begins(hub, miles
     assert "tiny/new: cannot be published to: the token of tiny only reads\nhint: " in done.stderr
 
 
+def test_what_cannot_be_published_is_one_error_before_anything_is_trained(hub, recipe_file, tmp_path) -> None:
+    recipe = recipe_file(base={"checkpoint": "tiny/base"}, publish={"repo": "tiny/new", "milestones": "4 steps"})
+    env, run = environment(hub, tmp_path, HF_TOKEN=TOKEN), tmp_path / "run"
+    without = {name: value for name, value in env.items() if name != "HF_TOKEN"}
+    commands = ("plan", recipe, "--json"), ("train", recipe, "--run", run)
+    no_token = "tiny/new: there is no token for the Hub\nhint: set HF_TOKEN to a token with write access"
+    for code, printed, said in in_turn(without, *commands):
+        assert code == 1 and said.startswith(no_token) and "Traceback" not in said
+        assert not printed or json.loads(printed)["error"]["code"] == "publish"
+    hub.add("model", "tiny/new", is_private=False)
+    for code, _, said in in_turn(env, *commands):
+        assert code == 1 and said.startswith("tiny/new: is public, and the package is to be private\nhint: --public")
+    assert not run.exists()
+
+
+def test_where_the_hub_is_out_of_reach_a_plan_says_that_rights_are_not_known(hub, recipe_file, tmp_path) -> None:
+    recipe = recipe_file(publish={"repo": "tiny/new"})
+    env = environment(hub, tmp_path, HF_TOKEN=TOKEN)
+    ((code, printed, said),) = in_turn(env | {"HF_HUB_OFFLINE": "1"}, ("plan", recipe, "--json"))
+    assert code == 0 and json.loads(printed)["steps"]
+    assert "not known whether tiny/new can be published to: HF_HUB_OFFLINE is set\n" in said
+
+
 @pytest.fixture
 def unpublished(hub, recipe_file, tmp_path: Path) -> tuple[dict[str, str], Path]:
     """(environment, run): a training with three milestones is over, and nothing of it has reached the Hub."""

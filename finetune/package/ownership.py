@@ -1,0 +1,65 @@
+"""Floor 7. What of a target is ours: the files that an earlier publish recorded in its provenance. The rest is people's, and stays.
+
+What people changed in our files, or put under our names, is named before it is overwritten.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import PublishError
+from finetune.package import provenance
+from finetune.package.notes import with_text_of
+
+CARD = "README.md"
+OURS = (provenance.FILE, "model.sig")
+"""Not among the subjects of a provenance, and ours where one is."""
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """What a publish does with a target."""
+
+    files: Mapping[str, Path | bytes]
+    """What it is to have: the package, its card with people's text."""
+    gone: tuple[str, ...]
+    """Of an earlier publish, and no longer in the package."""
+    edited: tuple[str, ...]
+    """Changed or made by people, and lost if it goes on."""
+
+
+def sort_out(
+    there: Collection[str],
+    files: Mapping[str, Path | bytes],
+    is_same: Callable[[str, Path | bytes], bool],
+    read: Callable[[str], bytes],
+    sha256_of: Callable[[str], str],
+) -> Sorted:
+    """`there` are the names in the target; the rest tells what they hold. Only what is about to change is read."""
+    record = provenance.subjects(read(provenance.FILE)) if provenance.FILE in there else None
+    ours = {} if record is None else record | dict.fromkeys(OURS)
+    edited = []
+    if CARD in there and CARD not in files and ours:
+        ours[CARD] = None
+        edited += [CARD] if with_text_of(read(CARD).decode(errors="replace"), "")[1] else []
+    if CARD in there and CARD in files and not is_same(CARD, files[CARD]):
+        content = files[CARD]
+        new = content if isinstance(content, bytes) else content.read_bytes()
+        text, is_edited = with_text_of(read(CARD).decode(errors="replace"), new.decode())
+        files = {**files, CARD: text.encode()} if text.encode() != new else files
+        edited += [CARD] if is_edited else []
+    changed = [name for name in files if name in there and name != CARD and not is_same(name, files[name])]
+    gone = [name for name in ours if name in there and name not in files]
+    for name in [*changed, *gone]:
+        if name not in ours or (ours[name] and sha256_of(name) != ours[name]):
+            edited.append(name)
+    return Sorted(files, tuple(sorted(gone)), tuple(sorted(edited)))
+
+
+def refuse_edited(found: Sorted, where: str) -> None:
+    if found.edited:
+        more = f" and {len(found.edited) - SHOWN} more" if len(found.edited) > SHOWN else ""
+        names = ", ".join(found.edited[:SHOWN]) + more
+        hint = "copy what you want to keep, then use --replace; other files stay"
+        raise PublishError(f"would overwrite what people changed or added: {names}", where=where, hint=hint)
