@@ -214,9 +214,10 @@ def test_no_right_and_no_name_are_told_before_anything_is_sent(hub, env, package
     ]
     for user, target, message in cases:
         command = ("publish", package, "--to", target)
-        for code, printed, said in in_turn(user, command, (*command, "--dry-run", "--json")):
+        results = in_turn(user, command, (*command, "--dry-run", "--json"))
+        for code, _, said in results:
             assert code == 1 and message in said and "hint: " in said and "Traceback" not in said
-        assert json.loads(printed)["error"]["hint"]
+        assert json.loads(results[1][1])["error"]["hint"]
         assert TOKEN not in said and not hub.repos and hub.uploaded_bytes == 0
 
 
