@@ -25,6 +25,7 @@ from finetune.world import TOLD, is_alone, is_first, prepare_allocator
 if TYPE_CHECKING:
     from finetune.recipe.load import LoadedRecipe
     from finetune.recipe.schema import Recipe
+    from finetune.resolve import Resolved
 
 OVERRIDE = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
@@ -106,6 +107,7 @@ def plan(
     """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
     loaded = _looked_at(recipe, overrides)
     from finetune import estimate
+    from finetune.data import unused
     from finetune.memory import Work, shape_of
     from finetune.model import base
     from finetune.pace import largest_step
@@ -120,8 +122,9 @@ def plan(
     work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))
     facts = estimate.forecast(resolved.plan, shape, work, here, run)
     card = round(device_memory * 2**30) if device_memory else here.bytes if here.is_gpu else estimate.CARD_BYTES
+    facts |= {"ignored_columns": unused.columns(resolved.plan), **unused.lost(resolved.plan, resolved.train)}
     facts |= {"device_memory_bytes": card, "devices": estimate.on_devices(resolved.plan, shape, work, card)}
-    text = estimate.table(facts)
+    text = "\n".join([estimate.table(facts), *unused.lines(facts)])
     if has_devices:  # it is asked for other machines, so the disk of this one is no reason to refuse
         _print(facts, f"{text}\n\n{estimate.devices_table(facts)}", is_json)
         return
@@ -157,11 +160,17 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run = run or _default_run(recipe)
     loaded = _looked_at(recipe, overrides, run)
+    from finetune.data import unused
     from finetune.package.preflight import refuse_unpackageable
     from finetune.run import train as train_run
 
+    def ask(resolved: "Resolved") -> None:
+        for line in unused.warning(unused.lost(resolved.plan, resolved.train)):
+            click.echo(line, err=True)
+        refuse_unpackageable(resolved)
+
     with _published(loaded.recipe, run):
-        train_run(loaded, run, is_quiet=quiet, ask=refuse_unpackageable, **choices)
+        train_run(loaded, run, is_quiet=quiet, ask=ask, **choices)
 
 
 @cli.command()

@@ -15,6 +15,8 @@ class Example(NamedTuple):
     """Which tokens the loss is on, bool, shape (length,)."""
     cut_tokens: int = 0
     """Tokens of the row that did not fit into `max_length` and were dropped."""
+    lost_targets: int = 0
+    """Supervised ones among them."""
 
 
 class Encoded:
@@ -22,7 +24,7 @@ class Encoded:
 
     Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example: `rows` (int64, the row it came from), `targets`
     (int32, tokens its loss is summed over) and `cut_tokens` (int32); `offsets` (int64) has one entry more. `left_out_rows` (int64)
-    have no example.
+    have no example. `lost` (int64, two columns) is each row that lost supervised tokens, and how many; older entries have none.
     """
 
     def __init__(self, directory: Path):
@@ -32,6 +34,8 @@ class Encoded:
         self.tokens, self.supervised, self.offsets = mapped("tokens"), mapped("supervised"), mapped("offsets")
         self.rows, self.targets, self.cut_tokens = mapped("rows"), mapped("targets"), mapped("cut_tokens")
         self.left_out_rows = mapped("left_out")
+        has_lost = (directory / "lost.npy").exists()
+        self.lost = mapped("lost") if has_lost else np.zeros((0, 2), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)

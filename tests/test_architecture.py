@@ -46,6 +46,7 @@ FLOORS = {
     "finetune.data.preflight": 0,
     "finetune.data.refusals": 0,
     "finetune.data.source": 0,
+    "finetune.data.unused": 2,
     "finetune.data.hub": 0,
     "finetune.tasks": 1,
     "finetune.ranks": 1,

@@ -40,6 +40,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def lost(self) -> tuple[int, int, int]:
+        """Of the sources, held-out rows included: rows that are cut within what is learnt, supervised tokens lost, and of how many."""
+        lost = np.concatenate([encoded.lost for encoded, _, _ in self._parts])
+        tokens = int(lost[:, 1].sum())
+        return len(lost), tokens, tokens + sum(int(encoded.targets.sum()) for encoded, _, _ in self._parts)
+
     def __getitem__(self, example: int) -> Example:
         part = bisect_right(self._firsts, example) - 1
         encoded, chosen, _ = self._parts[part]

@@ -164,14 +164,16 @@ def _own_work() -> Work:
 
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:
-    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, left_out, refused = [], [], {}
+    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), and `examples.npy`: length, row, targets and cut tokens of each."""
+    examples, left_out, lost, refused = [], [], [], {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
         for some, rows in _calls(work, ids, refused):
             for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
                 kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
                     left_out.append(row)
+                if lost_targets := sum(example.lost_targets for example in encoded):
+                    lost.append((row, lost_targets))
                 for example in kept:
                     tokens.write(example.tokens.astype(np.int32).tobytes())
                     supervised.write(example.supervised.astype(bool).tobytes())
@@ -181,6 +183,7 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
         raise together([refused[row] for row in sorted(refused)], ids.stop)
     np.save(directory / "examples.npy", np.array(examples, dtype=np.int64).reshape(-1, 4))
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
+    np.save(directory / "lost.npy", np.array(lost, dtype=np.int64).reshape(-1, 2))
 
 
 def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[dict]]]:
@@ -243,8 +246,8 @@ def _join(directory: Path, shards: Sequence[Path]) -> None:
     for column, name, dtype in ((1, "rows", np.int64), (2, "targets", np.int32), (3, "cut_tokens", np.int32)):
         _write(directory / f"{name}.npy", dtype, sizes.sum(), (_examples(shard)[:, column] for shard in shards))
     _write(directory / "offsets.npy", np.int64, sizes.sum() + 1, _offsets(shards))
-    left_out = [np.load(shard / "left_out.npy") for shard in shards]
-    np.save(directory / "left_out.npy", np.concatenate(left_out))
+    for name in ("left_out", "lost"):
+        np.save(directory / f"{name}.npy", np.concatenate([np.load(shard / f"{name}.npy") for shard in shards]))
 
 
 def _offsets(shards: Sequence[Path]) -> Iterator[np.ndarray]:

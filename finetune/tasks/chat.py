@@ -65,7 +65,8 @@ def encoder(
                     raise _no_stop_token(tokenizer, tokens[turn[-1:]], stop_tokens, places[number])
                 supervised[turn] = True
             cut = max(0, len(tokens) - task.max_length)
-            examples.append([Example(tokens[: task.max_length], supervised[: task.max_length], cut)])
+            lost = int(supervised[max(1, task.max_length) :].sum())  # the first token of a row is never predicted
+            examples.append([Example(tokens[: task.max_length], supervised[: task.max_length], cut, lost)])
         return examples
 
     return encode

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode as encode_module
+from finetune.data.batches import Examples
 from finetune.data.encode import encode
 from finetune.errors import DataError
 from finetune.example import Example
@@ -182,3 +183,13 @@ def test_an_error_that_no_single_row_makes_stays_as_it_is():
 
     with pytest.raises(DataError, match="rows do not go together"):
         encode([row(3), row(3)], where, encoder, "content")
+
+
+def test_lost_tokens_are_counted_for_rows_that_are_kept_and_left_out():
+    def encoder(rows, places):
+        return [[Example(np.arange(3, dtype=np.int32), np.array([False, *kept]), 2, lost)] for kept, lost in rows]
+
+    rows = [((True, True), 0), ((True, False), 4), ((False, False), 9)]
+    encoded = encode(rows, where, encoder, "content")
+    assert encoded.lost.tolist() == [[1, 4], [2, 9]] and encoded.left_out_rows.tolist() == [2]
+    assert Examples([(encoded, np.arange(2), 0)]).lost() == (2, 13, 16)

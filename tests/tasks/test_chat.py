@@ -68,7 +68,7 @@ def learnt(encoded, tiny_tokenizer):
     """A function from a row to the texts that the loss is on, one a stretch of supervised tokens."""
 
     def learnt(row, template=None, **options):
-        tokens, supervised, _ = encoded(row, template, **options)
+        tokens, supervised, *_ = encoded(row, template, **options)
         stretches, is_open = [], False
         for token, is_supervised in zip(tokens.tolist(), supervised.tolist(), strict=True):
             if is_supervised and not is_open:
@@ -523,3 +523,11 @@ def test_a_run_of_the_first_row_rules_takes_rows_as_it_did(tiny_tokenizer):
     assert tiny_tokenizer.decode(example.tokens[example.supervised]) == "yes<|im_end|>"
     with pytest.raises(DataError):
         new([row], ["data.jsonl:1"])
+
+
+def test_supervised_tokens_beyond_the_length_are_counted_as_lost(encoded):
+    row = {"messages": turns("the question", "an answer")}
+    whole = encoded(row)
+    for max_length in range(1, len(whole.tokens) + 1):
+        example = encoded(row, max_length=max_length)
+        assert example.lost_targets == whole.supervised[1:].sum() - example.supervised[1:].sum()

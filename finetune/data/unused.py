@@ -1,0 +1,47 @@
+"""Floor 2. What sources have and training does not use: columns without a field, and supervised tokens beyond `task.max_length`."""
+
+from finetune.data import preflight
+from finetune.data.batches import Examples
+from finetune.data.source import open_source
+from finetune.plan import Plan
+
+
+def columns(plan: Plan) -> list[dict]:
+    """Of each source the columns of its first rows that the task has no field for and the recipe does not skip."""
+    recipe, found = plan.recipe, []
+    own = recipe.data.holdout if isinstance(recipe.data.holdout, list) else []
+    for source, pin in [*zip(recipe.data.train, plan.train, strict=True), *zip(own, plan.holdout, strict=True)]:
+        rows = open_source(source, pin.revision)
+        seen = dict.fromkeys(name for index in range(min(len(rows), preflight.FIRST_ROWS)) for name in rows[index])
+        if ignored := preflight.ignored_columns(source, list(seen), recipe.task.name):
+            found.append({"source": pin.name, "columns": ignored})
+    return found
+
+
+def lost(plan: Plan, train: Examples) -> dict[str, int]:
+    """What is cut away of the training sources, held-out rows included."""
+    rows, tokens, of = train.lost()
+    return {
+        "source_rows": sum(pin.rows for pin in plan.train),
+        "lost_rows": rows,
+        "lost_supervised_tokens": tokens,
+        "source_supervised_tokens": of,
+    }
+
+
+def lines(facts: dict) -> list[str]:
+    """The columns, and a warning about what is cut, for a reader; nothing where all is used."""
+    said = [
+        f"{'ignored':11}columns {', '.join(each['columns'])} of {each['source']}" for each in facts["ignored_columns"]
+    ]
+    return [*said, *warning(facts)]
+
+
+def warning(facts: dict) -> list[str]:
+    if not facts["lost_rows"]:
+        return []
+    rows, tokens, of = facts["source_rows"], facts["lost_supervised_tokens"], facts["source_supervised_tokens"]
+    return [
+        f"warning: task.max_length cuts {facts['lost_rows']:,} of {rows:,} rows ({facts['lost_rows'] / rows:.1%}), and with them "
+        f"{tokens:,} of {of:,} supervised tokens ({tokens / of:.1%}): raise it, or shorten the rows"
+    ]
