@@ -38,6 +38,7 @@ from figures import OURS, Part, rotated
 from finetune import journal
 
 HERE = Path(__file__).parent / "contenders"
+OF_GPUS = "\n## On GPUs\n"  # from here on the page is written by scripts/gpu, and stays
 
 
 class Contestant(NamedTuple):
@@ -126,7 +127,8 @@ def main() -> int:
     if options.write:
         reports = [json.loads(file.read_bytes()) for file in options.sources]
         titles = {name: contestant.title for name, contestant in CONTESTANTS.items()}
-        options.write.write_text(page.whole(reports, titles))
+        earlier = options.write.read_text() if options.write.exists() else ""
+        options.write.write_text(page.whole(reports, titles) + "".join(earlier.partition(OF_GPUS)[1:]))
         return 0
     torch.set_num_threads(options.threads)
     work = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work))
