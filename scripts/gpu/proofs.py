@@ -70,8 +70,11 @@ def exact(host: Host, what: str, has_package: bool, **sections: dict) -> dict:
     if not done.out.strip():
         return {"ok": False, "error": done.reason}
     facts = json.loads(done.out)
-    kept = ("first_difference", "compared", "step_seconds", "checkpoint", "package", "error")
-    return {"ok": done.code == 0, "seconds": done.seconds, **{key: facts[key] for key in kept if key in facts}}
+    found = {"ok": done.code == 0, "seconds": done.seconds}
+    if "error" in facts:
+        return found | {"error": facts["error"]["message"]}
+    kept = ("first_difference", "compared", "step_seconds", "checkpoint", "package")
+    return found | {key: facts[key] for key in kept}
 
 
 def stopped(host: Host, **sections: dict) -> dict:
