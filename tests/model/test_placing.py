@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from finetune.model import adapter
 from finetune.model.base import Place, empty_model, load_model
@@ -26,11 +26,15 @@ def untied_base(tmp_path_factory, tiny_base):
 
 
 @pytest.mark.parametrize("name", ["tiny_base", "untied_base"])
-def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, request):
+def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, request, monkeypatch):
     path = request.getfixturevalue(name)
-    outline = empty_model(path)
+    outline, set_aside = empty_model(path), []
+    count = modeling_utils.get_total_byte_count
+    # what a GPU would be asked for before weights are read
+    monkeypatch.setattr(modeling_utils, "is_accelerator_device", lambda device: True)
+    monkeypatch.setattr(modeling_utils, "get_total_byte_count", lambda *of: set_aside.append(count(*of)) or {})
     with Place(torch.device("cpu"), adapter.linear_weights(outline)).reading(type(outline)):
-        read = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        read = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").state_dict()
     cast = adapter.apply(load_model(path), LoraAdapter(name="lora", rank=2, targets=["q_proj"]))
     adapter.store_frozen_as_bf16(cast)
     expected = cast.unload().state_dict()
@@ -38,6 +42,8 @@ def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, reque
     assert {name: each.dtype for name, each in read.items()} == {name: each.dtype for name, each in expected.items()}
     assert all(torch.equal(read[name], expected[name]) for name in read)
     assert len({each.dtype for each in read.values()}) == 2
+    kept = {each.data_ptr(): each.nbytes for each in read.values()}
+    assert sum(set_aside[0].values()) == pytest.approx(sum(kept.values()), abs=64)  # rotary frequencies
     again = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # nothing stays behind
     assert {each.dtype for each in again.state_dict().values()} == {torch.float32}
 

@@ -144,11 +144,15 @@ class Place(NamedTuple):
         if not self.names:
             yield
             return
-        pattern, before = (
-            f"^(?:{'|'.join(re.escape(name) for name in sorted(self.names))})$",
-            model_class._get_dtype_plan,
-        )
-        model_class._get_dtype_plan = lambda model, dtype: {**before(model, dtype), pattern: self.dtype}
+        names, before = "|".join(map(re.escape, sorted(self.names))), model_class._get_dtype_plan
+
+        def planned(model: PreTrainedModel, dtype: torch.dtype) -> dict:
+            for name, parameter in model.named_parameters():  # on the meta device; by their types memory is set aside
+                if name in self.names:
+                    parameter.data = parameter.data.to(self.dtype)
+            return {**before(model, dtype), f"^(?:{names})$": self.dtype}
+
+        model_class._get_dtype_plan = planned
         try:
             yield
         finally:
