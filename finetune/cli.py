@@ -453,16 +453,23 @@ def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
     help="Evaluate on the held-out rows of this recipe, not of the refs' own runs.",
 )
 @OVERRIDE
+@click.option(
+    "--seen", "is_seen_allowed", is_flag=True, help="Evaluate also on rows that were trained on, and say how many."
+)
 @JSON
-def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_json: bool) -> None:
+def evaluate(
+    refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_seen_allowed: bool, is_json: bool
+) -> None:
     """Evaluate models on held-out rows."""
     if overrides and not recipe:
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
     from finetune.compare.evaluate import evaluate as evaluate_refs
 
-    results = evaluate_refs(refs, recipe, overrides)
+    results = evaluate_refs(refs, recipe, overrides, is_seen_allowed)
     lines = [
-        f"{result['ref']}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
+        f"{result['ref']}: "
+        + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
+        + (f"  seen rows {'unknown' if result['seen_rows'] is None else result['seen_rows']}" if result["seen"] else "")
         for result in results
     ]
     _print({"results": results}, "\n".join(lines), is_json)

@@ -73,6 +73,10 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
         "longest": counts.longest,
         "holdout_rows": plan.holdout_counts.rows,
         "holdout_tokens": plan.holdout_counts.tokens,
+        "holdout_copies": _copies(plan),
+        "split": plan.split.model_dump() if plan.split else None,
+        "seen": [item.model_dump() for item in plan.seen],
+        "notes": plan.seen_told,
         "total_parameters": plan.total_parameters,
         "trainable_parameters": plan.trainable_parameters,
         "micro_batch_tokens": work.micro_batch,
@@ -106,6 +110,12 @@ def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[
     return rows
 
 
+def _copies(plan: Plan) -> int:
+    """Rows that are neither trained on nor evaluated, since they repeat a held-out one."""
+    is_by_content = plan.split is not None
+    return sum(pin.rows for pin in plan.train) - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
+
+
 def _target(publish: Publish | None) -> dict | None:
     return {"repo": publish.repo, "private": publish.private} if publish else None
 
@@ -126,6 +136,12 @@ def table(facts: dict) -> str:
             "rows",
             f"{facts['rows']:,} to train on, {facts['holdout_rows']:,} held out ({facts['holdout_tokens']:,} tokens)",
         ),
+        *(
+            [("", f"{facts['holdout_copies']:,} copies of held-out rows are in neither")]
+            if facts["holdout_copies"]
+            else []
+        ),
+        *(("", note) for note in facts["notes"]),
         (
             "tokens",
             f"{facts['tokens_per_epoch']:,} an epoch, {facts['supervised_tokens_per_epoch']:,} supervised ({share:.0%})",

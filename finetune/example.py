@@ -20,11 +20,12 @@ class Example(NamedTuple):
 
 
 class Encoded:
-    """Examples of one source, memory-mapped: 5 bytes a token and 24 an example on the disk, none in memory but what is in use.
+    """Examples of one source, memory-mapped: 5 bytes a token and 24 an example and 8 a row on the disk, none in memory but what is in use.
 
     Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example: `rows` (int64, the row it came from), `targets`
     (int32, tokens its loss is summed over) and `cut_tokens` (int32); `offsets` (int64) has one entry more. `left_out_rows` (int64)
     have no example. `lost` (int64, two columns) is each row that lost supervised tokens, and how many; older entries have none.
+    `contents` (uint64, an entry a row) stands for what the row says.
     """
 
     def __init__(self, directory: Path):
@@ -36,6 +37,7 @@ class Encoded:
         self.left_out_rows = mapped("left_out")
         has_lost = (directory / "lost.npy").exists()
         self.lost = mapped("lost") if has_lost else np.zeros((0, 2), dtype=np.int64)
+        self.contents = mapped("contents")
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -10,6 +10,8 @@ from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError, RunError
 from finetune.estimate import readable
+from finetune.heldout.draw import are_same_rows
+from finetune.plan import Plan
 
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 
@@ -38,7 +40,7 @@ def log(run: Path) -> dict:
             for item in Store(run).checkpoints()
         ],
         "incidents": [_incident(record) for record in records if record.get("event") in INCIDENTS],
-        "branches": _branches(run, facts["run"]),
+        "branches": _branches(run, facts["run"], plan),
     }
 
 
@@ -47,13 +49,14 @@ def tree(facts: dict) -> str:
     return "\n".join([f"{'':38}{'training loss':>14}{'held-out loss':>14}", *_lines(facts, "")])
 
 
-def _lines(facts: dict, margin: str) -> list[str]:
+def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]:
+    """`are_rows_others`: its held-out figures are not about the rows that the figures above are about."""
     steps, parent = facts["steps"], facts["parent"]
     origin = (
         f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
     )
     lines = [f"{margin}{facts['run']}  ({steps['recorded']} of {steps['planned']} steps{origin})"]
-    entries = [(row["step"], 1, _checkpoint_line(row)) for row in facts["checkpoints"]]
+    entries = [(row["step"], 1, _checkpoint_line(row, are_rows_others)) for row in facts["checkpoints"]]
     entries += [
         (incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]
     ]
@@ -64,15 +67,16 @@ def _lines(facts: dict, margin: str) -> list[str]:
         if isinstance(entry, str):
             lines.append(f"{margin}{'└─ ' if is_last else '├─ '}{entry}")
         else:
-            head, *rest = _lines(entry, "")
+            head, *rest = _lines(entry, "", are_rows_others or not entry["is_comparable"])
             lines.append(f"{margin}{'└─┬ ' if is_last else '├─┬ '}{head}")
             lines += [f"{margin}{'  ' if is_last else '│ '}{line}" for line in rest]
     return lines if entries else [*lines, f"{margin}└─ no checkpoint yet"]
 
 
-def _checkpoint_line(row: dict) -> str:
+def _checkpoint_line(row: dict, are_rows_others: bool) -> str:
     losses = (_figure(row["training_loss"]), _figure(row["metrics"].get("loss")))
     about = [*(["weights alone"] if row["kind"] == "weights" else []), *(["pinned"] if row["pinned"] else [])]
+    about += ["other held-out rows"] if are_rows_others and "loss" in row["metrics"] else []
     return f"{row['ref']:35}{losses[0]:>14}{losses[1]:>14}  {', '.join(about)}".rstrip()
 
 
@@ -87,14 +91,15 @@ def _incident(record: dict) -> dict:
     return {"step": step, "kind": kind, "message": message, "time": record["time"]}
 
 
-def _branches(run: Path, identity: str) -> list[dict]:
-    """The runs beside this one that begin with a step of it."""
+def _branches(run: Path, identity: str, origin: Plan) -> list[dict]:
+    """The runs beside this one that begin with a step of it, and whether held-out figures of both are about the same rows."""
     found = []
     for path in sorted(run.absolute().parent.glob("*/plan.json")):
         with suppress(RunError):  # another one's damage is no matter here
-            parent = plans.load(path.parent)[0].parent
-            if parent and parent.run == identity:
-                found.append(log(run.parent / path.parent.name))
+            plan, _ = plans.load(path.parent)
+            if plan.parent and plan.parent.run == identity:
+                is_comparable = are_same_rows(plan, origin)
+                found.append(log(run.parent / path.parent.name) | {"is_comparable": is_comparable})
     return sorted(found, key=lambda facts: facts["parent"]["step"])
 
 

@@ -24,7 +24,7 @@ from finetune.example import Example
 from finetune.model import base
 from finetune.plan import ROW_RULES, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, is_drawn
 from finetune.resolve import Resolved, resolve
 from finetune.state import device_name
 from finetune.tasks import TASKS
@@ -48,7 +48,7 @@ def open_plan(
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
         resolved = resolve(loaded, is_to_load=True)
         now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
-        return resolved, now, []
+        return resolved, now, resolved.plan.seen_told
     earlier, facts = plans.load(path)
     lines = _sorted_out(earlier, loaded.recipe)
     if lines["refused"]:
@@ -63,7 +63,9 @@ def open_plan(
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     now["micro_batch_tokens"] = resolved.micro_batch_tokens
-    changes = [f"taken from the recipe: {line}" for line in lines["taken"]]
+    changes = [*resolved.plan.seen_told, *(f"taken from the recipe: {line}" for line in lines["taken"])]
+    if earlier.split is None and is_drawn(earlier.recipe.data):
+        changes.append("the held-out rows stay those that an older version drew, by train.seed")
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)

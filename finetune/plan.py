@@ -9,92 +9,18 @@ from pathlib import Path
 
 import blake3
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from finetune import schedule
 from finetune.contract import binding
 from finetune.errors import RunError
+from finetune.heldout.split import Seen, Split
 from finetune.order import Order
+from finetune.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
 from finetune.recipe.schema import Recipe, Train, count_of
 
 SCHEMA = 1
 ROW_RULES = 2
 """By which rules a new run reads its rows: 1 trained on what a template showed of a row, 2 refuses a row that would lose something."""
-
-
-class Pin(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PinnedBase(Pin):
-    kind: str
-    """`hub`, `directory`, `package` or `adapter`."""
-    revision: str | None
-    """The commit of a Hub checkpoint."""
-    digest: str | None
-    """`blake3:…` over the files of a local base."""
-    beneath: "PinnedBase | None" = None
-    """What an adapter is merged onto."""
-
-
-class PinnedSource(Pin):
-    name: str
-    revision: str | None
-    fingerprint: str
-    """`blake3:…` of the content."""
-    rows: int
-
-
-class Counts(Pin):
-    """What encoding found in one set of rows."""
-
-    rows: int
-    examples: int
-    tokens: int
-    supervised_tokens: int
-    cut_rows: int
-    cut_tokens: int
-    left_out_rows: int
-    """Rows whose supervised tokens all lie beyond `max_length`: nothing could be learnt from them."""
-    longest: int
-
-
-class Segment(Pin):
-    """An earlier plan of a run that was extended: it holds for the steps that were recorded before, also when they run again."""
-
-    until: int
-    """The last of those steps."""
-    plan_id: str
-    steps: int
-    warmup_steps: int
-    schedule_start: int = 0
-
-
-class Parent(Pin):
-    """The checkpoint of another run that a branch begins with."""
-
-    ref: str
-    """`<name of the run>@<step>`."""
-    run: str
-    """The other run's id."""
-    step: int
-    digest: str | None
-    """Of the checkpoint's manifest; None for the base, step 0."""
-    plan_id: str
-    changes: tuple[str, ...] = ()
-    """A line for every key of the recipe that is another one, and for what else was changed."""
-
-
-class EarlierOrder(Pin):
-    """What chose the examples of a branch's steps up to `until`, where the branch changed it."""
-
-    until: int
-    drawn: int
-    """Examples that these steps drew: the next step goes on after them."""
-    seed: int
-    batch_size: int
-    steps: int
-    """Of the whole plan that was left; the learning rate keeps its course over what was left of it."""
 
 
 class Plan(Pin):
@@ -128,6 +54,15 @@ class Plan(Pin):
     """... and the examples that are made of them."""
     row_rules: int = 1
     """See `ROW_RULES`: a run keeps those that it began with."""
+    split: Split | None = None
+    """Which rows of the training sources are held out. None: sources of their own, no rows, or those that an older version drew by
+    position and `train.seed`."""
+    held_out: str = ""
+    """Digest of what the held-out rows say."""
+    stages: tuple[Stage, ...] | None = None
+    """The runs that trained the base, or what a branch begins with, the last one first. None: an older version did not note them."""
+    seen: tuple[Seen, ...] = ()
+    """Held-out rows that these, or the run itself, train on."""
 
     @property
     def plan_id(self) -> str:
@@ -135,6 +70,8 @@ class Plan(Pin):
         # without defaults, so that a key that a later version adds does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
         facts["recipe"] = binding(facts["recipe"])
+        for name in ("stages", "seen"):  # known of other runs, of which the figures speak, not the training
+            facts.pop(name, None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()
 
@@ -155,6 +92,11 @@ class Plan(Pin):
             "schedule": "continue" if self.schedule_start == last.schedule_start else "restart",
             "plan_id": self.plan_id,
         }
+
+    @property
+    def seen_told(self) -> list[str]:
+        """A line for each run that trained on held-out rows, or may have."""
+        return [item.told(self.holdout_counts.rows) for item in self.seen]
 
     @property
     def order(self) -> Order:
@@ -212,7 +154,8 @@ class Plan(Pin):
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # what only an extended run or a branch has is left out of the others' plans
         optional = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples")
-        unused = {name for name in optional if not getattr(self, name)}
+        unused = {name for name in (*optional, "split", "held_out", "seen") if not getattr(self, name)}
+        unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
         return (json.dumps(record, indent=1) + "\n").encode()

@@ -3,37 +3,33 @@
 On resume the pins of the run's own plan are used again, and the plan that comes out must be the same.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import cache, chat_template, memory, version
 from finetune.contract import differences
 from finetune.data import encodings, preflight
-from finetune.data.batches import Examples
+from finetune.data.batches import Examples, select
 from finetune.data.encode import Encoder, Work, encode
 from finetune.data.hub import pin_dataset
 from finetune.data.source import State, open_source, reopen_source
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
 from finetune.example import Encoded
+from finetune.heldout import draw
+from finetune.heldout.draw import HeldOut
+from finetune.heldout.lineage import source_key
 from finetune.model import adapter, base
-from finetune.order import permute
-from finetune.plan import ROW_RULES, Counts, PinnedBase, PinnedSource, Plan, order_of, steps_of, warmup_of
+from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import ChatTask, Recipe, Source, TextTask, count_of
+from finetune.recipe.schema import ChatTask, Source, TextTask
 from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of
-
-PIECE = 1 << 20  # rows
-# Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.
-PLACE = {"path", "dataset", "name", "split", "revision", "weight"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class Resolved:
     holdout: Examples
     micro_batch_tokens: int
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
+    held_out: HeldOut
 
     @property
     def companions(self) -> base.Companions:
@@ -55,12 +52,16 @@ class Resolved:
 
 
 def resolve(
-    loaded: LoadedRecipe, earlier: Plan | None = None, is_to_load: bool = False, like: Plan | None = None
+    loaded: LoadedRecipe,
+    earlier: Plan | None = None,
+    is_to_load: bool = False,
+    like: Plan | None = None,
+    stages: tuple[Stage, ...] | None = None,
 ) -> Resolved:
     """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold, and nothing else may come out.
 
     `is_to_load`: the weights will be wanted, so they are read into memory while rows are encoded. `like` is the plan of a run to branch
-    off: its pins hold for what the recipe has not changed.
+    off: its pins hold for what the recipe has not changed, and `stages` are the runs that trained what the branch begins with.
     """
     recipe = loaded.recipe
     like = earlier or like
@@ -77,6 +78,7 @@ def resolve(
     if problems:
         raise RecipeError(problems)
     row_rules = like.row_rules if is_same else ROW_RULES
+    task = TASKS[recipe.task.name]
     is_same_task = like is not None and (like.recipe.task, like.recipe.base) == (recipe.task, recipe.base)
     rules_of = like if is_same_task else None
     template, encoding = template_and_encoding(recipe.task, directory, tokenizer, row_rules, rules_of)
@@ -92,7 +94,7 @@ def resolve(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(source, pin, encoder, key, reopen, row_rules=row_rules)
+            _read(source, pin, encoder, key, reopen, content=task.content, row_rules=row_rules)
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -102,13 +104,12 @@ def resolve(
     holdout_pins, holdout_encoded = (
         read(recipe.data.holdout, like.holdout if is_same else None) if has_own_holdout else ([], [])
     )
-    rows = [pin.rows for pin in train_pins]
-    held_out = np.zeros(0, dtype=np.int64) if has_own_holdout else _held_out(recipe, sum(rows))
-    train, train_counts = _select(encoded, rows, held_out, is_kept=False)
-    if has_own_holdout:
-        holdout, holdout_counts = _select(holdout_encoded, [pin.rows for pin in holdout_pins], held_out, is_kept=False)
-    else:
-        holdout, holdout_counts = _select(encoded, rows, held_out, is_kept=True)
+    sources = draw.sources(recipe, task.content, (train_pins, encoded), (holdout_pins, holdout_encoded))
+    stages = draw.stages(recipe, earlier, stages)
+    held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
+    train, train_counts = select(encoded, [pin.rows for pin in train_pins], held_out.untrained, is_kept=False)
+    pins, examples = (holdout_pins, holdout_encoded) if has_own_holdout else (train_pins, encoded)
+    holdout, holdout_counts = select(examples, [pin.rows for pin in pins], held_out.evaluated, is_kept=True)
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
     total, trainable = _count_parameters(loaded, directory)
@@ -135,13 +136,19 @@ def resolve(
         skipped_rows=earlier.skipped_rows if earlier else (),
         skipped_examples=earlier.skipped_examples if earlier else (),
         row_rules=row_rules,
+        split=held_out.split,
+        held_out=held_out.digest if earlier is None or earlier.held_out else "",
+        stages=stages,
+        seen=earlier.seen if earlier else (),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
+    else:
+        plan = draw.with_seen(plan, held_out, loaded.file)
     named = recipe.train.micro_batch_tokens
     if named == "auto":
         named = memory.micro_batch_tokens(plan, memory.shape_of(config), device())
-    return Resolved(plan, directory, tokenizer, template, train, holdout, named)
+    return Resolved(plan, directory, tokenizer, template, train, holdout, named, held_out)
 
 
 def device() -> memory.Device:
@@ -161,6 +168,7 @@ def _refuse_change(earlier: Plan, plan: Plan) -> None:
     changed = [
         f"{key}: {before} -> {after}" for key, before, after in differences(old, new) if not key.startswith("recipe.")
     ]
+    changed = [line for line in changed if not line.startswith("held_out: ")] or changed  # follows from the others
     raise RunError(
         "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),
         hint="restore the old files, or start a new run",
@@ -245,17 +253,17 @@ def _read(
     key: str,
     reopen: Callable[..., Work],
     *,
+    content: Callable[[dict], object],
     row_rules: int,
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     rows = open_source(source, revision, row_rules)
     pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
-    reading = json.dumps(source.model_dump(mode="json", exclude_defaults=True, exclude=PLACE), sort_keys=True)
-    is_held = source.path is not None and source.path.lower().endswith(
-        ".csv"
-    )  # in memory, by each process that opens it
+    # in memory, by each process that opens it
+    is_held = source.path is not None and source.path.lower().endswith(".csv")
     again = None if is_held else partial(reopen, source, pin, rows.state)
-    return pin, encode(rows, rows.where, encoder, rows.fingerprint, reading, key, reopen=again)
+    parts = (*source_key(source, pin), key)
+    return pin, encode(rows, rows.where, encoder, *parts, content=content, reopen=again)
 
 
 def _reopened(
@@ -263,58 +271,14 @@ def _reopened(
 ) -> Work:
     """What encodes a source, made again in a worker process."""
     rows = reopen_source(source, pin, state, rendering["row_rules"])
-    return Work(rows, rows.where, _encoder(directory, base.load_tokenizer(directory), task, rendering))
+    encoder = _encoder(directory, base.load_tokenizer(directory), task, rendering)
+    return Work(rows, rows.where, encoder, TASKS[task.name].content)
 
 
 def _encoder(
     directory: Path, tokenizer: PreTrainedTokenizerBase, task: ChatTask | TextTask, rendering: dict
 ) -> Encoder:
     return TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer), **rendering)
-
-
-def _held_out(recipe: Recipe, rows: int) -> np.ndarray:
-    """Rows drawn for evaluation, counted through the sources: the start of a permutation keyed by the seed."""
-    count = count_of(recipe.data.holdout, rows)
-    if count == 0 and recipe.data.holdout not in (0, "0%"):
-        raise DataError(f"data.holdout takes none of {rows} rows", hint="hold out a larger share, or a count")
-    if count >= rows:
-        raise DataError(
-            f"data.holdout takes {count} of {rows} rows, so none is left to train on", hint="hold out fewer"
-        )
-    return np.sort(permute(np.arange(count), rows, recipe.train.seed, "holdout"))
-
-
-def _select(
-    encoded: Sequence[Encoded], rows: Sequence[int], held_out: np.ndarray, is_kept: bool
-) -> tuple[Examples, Counts]:
-    """The examples whose row is (or is not) among `held_out`, with what encoding found in them."""
-    firsts = np.cumsum([0, *rows])
-    parts, left_out = [], 0
-    for source, first in zip(encoded, firsts, strict=False):
-        parts.append((source, _chosen(source.rows, first, held_out, is_kept), int(first)))
-        left_out += len(_chosen(source.left_out_rows, first, held_out, is_kept))
-    examples = Examples(parts)
-    counts = Counts(
-        rows=len(held_out) if is_kept else sum(rows) - len(held_out),
-        examples=len(examples),
-        tokens=int(examples.lengths.sum()),
-        supervised_tokens=int(examples.targets.sum()),
-        cut_rows=int((examples.cut_tokens > 0).sum()),
-        cut_tokens=int(examples.cut_tokens.sum()),
-        left_out_rows=left_out,
-        longest=int(examples.lengths.max(initial=0)),
-    )
-    return examples, counts
-
-
-def _chosen(rows: np.ndarray, first: int, held_out: np.ndarray, is_kept: bool) -> np.ndarray:
-    """Which of the mapped `rows` are (or are not) among `held_out`; a piece at a time, so that it takes 4 bytes a row, not 60."""
-    dtype = np.int32 if len(rows) < 2**31 else np.int64
-    pieces = [
-        (start + np.flatnonzero(np.isin(rows[start : start + PIECE] + first, held_out) == is_kept)).astype(dtype)
-        for start in range(0, len(rows), PIECE)
-    ]
-    return np.concatenate([np.zeros(0, dtype), *pieces])
 
 
 def _count_parameters(loaded: LoadedRecipe, directory: Path) -> tuple[int, int]:

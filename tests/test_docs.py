@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 from finetune.cli import cli, main
 from finetune.recipe.schema import Recipe
+from tests.conftest import chat_row
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -62,7 +63,7 @@ def all_commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, chat_data: Path) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """The repository's recipes on the tiny base, rows for them, and nothing trained yet."""
     place = tmp_path_factory.mktemp("workplace")
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
@@ -73,12 +74,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, chat_da
         copy = place / recipe.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(json.dumps(sections))
-    rows = (chat_data / "train.jsonl").read_text().splitlines(keepends=True) * 6
+    rows = [json.dumps(numbered(chat_row(number), number)) + "\n" for number in range(240)]
     (place / "data/stdlib").mkdir(parents=True)
     for name, some in (("train", rows), ("stdlib/train", rows[:200]), ("stdlib/holdout", rows[200:])):
         (place / f"data/{name}.jsonl").write_text("".join(some))
     (place / "data/stdlib/prompt.txt").write_text("the model reads\n")
     return place
+
+
+def numbered(row: dict, number: int) -> dict:
+    """Rows that are all different."""
+    question, answer = row["messages"]
+    return {"messages": [question | {"content": f"{number} {question['content']}"}, answer]}
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +203,7 @@ def refusals() -> tuple[set[str], set[str]]:
         *(ROOT / "finetune/data").glob("*.py"),
         *(ROOT / "finetune/tasks").glob("*.py"),
         ROOT / "finetune/resolve.py",
+        *(ROOT / "finetune/heldout").glob("*.py"),
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             said.update(texts_of(node))

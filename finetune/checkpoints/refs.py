@@ -67,6 +67,12 @@ def _directory(text: str) -> Ref:
     raise CheckpointError(message, where=text, hint=_FORMS)
 
 
+def run_around(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, if it does."""
+    run = checkpoint.absolute().parents[1]
+    return run if (run / "plan.json").exists() else None
+
+
 def find(ref: Ref) -> Checkpoint:
     """The committed checkpoint that a ref of the kind `run` or `checkpoint` names; its manifest is sound, its bytes are not verified."""
     if ref.kind == "checkpoint":

@@ -11,6 +11,8 @@ from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import parse
 from finetune.errors import DataError, FinetuneError
+from finetune.heldout import lineage
+from finetune.heldout.split import Seen
 from finetune.model import attention, base, losses
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
@@ -19,10 +21,35 @@ from finetune.state import Objective, as_trained, check_packing, start_accelerat
 from finetune.tasks import TASKS
 
 
-def evaluate(texts: Sequence[str], recipe: Path | None, overrides: Sequence[str]) -> list[dict]:
-    """One {ref, metrics} a ref. Rows come from `recipe`, or else from each ref's own run."""
+def evaluate(
+    texts: Sequence[str], recipe: Path | None, overrides: Sequence[str], is_seen_allowed: bool = False
+) -> list[dict]:
+    """One {ref, metrics, seen_rows, seen} a ref. Rows come from `recipe`, or else from each ref's own run.
+
+    DataError where a run that trained what a ref names, or may have, had some of the rows, unless that is allowed: then `seen_rows` says
+    how many of them it had; None where that cannot be found out.
+    """
     shared = resolve(load(recipe, overrides)) if recipe else None
-    return [{"ref": text, "metrics": _metrics(text, shared or _rows_of_run(text))} for text in texts]
+    rows = {text: shared or _rows_of_run(text) for text in texts}
+    seen = {text: rows[text].held_out.seen_by(lineage.stages(text)) for text in texts}
+    for text in texts if not is_seen_allowed else ():  # before any of them takes its time
+        _refuse_seen(text, seen[text].seen, rows[text])
+    return [
+        {
+            "ref": text,
+            "metrics": _metrics(text, rows[text]),
+            "seen_rows": seen[text].rows,
+            "seen": [item.model_dump() for item in seen[text].seen],
+        }
+        for text in texts
+    ]
+
+
+def _refuse_seen(text: str, seen: Sequence[Seen], resolved: Resolved) -> None:
+    if seen:
+        message = "; ".join(item.told(len(resolved.held_out.says)) for item in seen)
+        hint = "give rows that none of them had with --recipe FILE, or allow these with --seen"
+        raise DataError(message, where=text, hint=hint)
 
 
 def of_model(model: torch.nn.Module, run: Path) -> dict[str, float]:

@@ -26,9 +26,10 @@ from finetune import cache
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
+from finetune.heldout.split import content_of
 from finetune.world import cores
 
-VERSION = 2  # of the format below; part of every key
+VERSION = 3  # of the format below; part of every key
 LOOK_ON_SHARDS = 3  # after one with a bad row, so that many bad rows are told at once and few seconds go by
 SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
 PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seconds to start
@@ -47,6 +48,8 @@ class Work:
     rows: Sequence[dict]
     where: Callable[[int], str]
     encoder: Encoder
+    content: Callable[[dict], object] = lambda row: row
+    """What of a row makes it the same as another one."""
 
 
 def encode(
@@ -54,6 +57,7 @@ def encode(
     where: Callable[[int], str],
     encoder: Encoder,
     *key: str,
+    content: Callable[[dict], object] = lambda row: row,
     reopen: Callable[[], Work] | None = None,
 ) -> Encoded:
     """The examples of `rows`, from the cache when the same content was encoded with the same settings before.
@@ -63,7 +67,7 @@ def encode(
     process, where there are rows enough for several; the result is the same to the byte.
     """
     digest = blake3.blake3("\n".join([str(VERSION), *key]).encode()).hexdigest()[:32]
-    work = Work(rows, where, encoder)
+    work = Work(rows, where, encoder, content)
     return Encoded(cache.built("encoded", digest, lambda directory: _join(directory, _encode(directory, work, reopen))))
 
 
@@ -164,10 +168,11 @@ def _own_work() -> Work:
 
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:
-    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, left_out, lost, refused = [], [], [], {}
+    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, and `examples.npy`: length, row, targets and cut tokens of each."""
+    examples, left_out, lost, contents, refused = [], [], [], [], {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
         for some, rows in _calls(work, ids, refused):
+            contents += [content_of(work.content(row)) for row in rows]
             for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
                 kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
@@ -184,6 +189,7 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
     np.save(directory / "examples.npy", np.array(examples, dtype=np.int64).reshape(-1, 4))
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
     np.save(directory / "lost.npy", np.array(lost, dtype=np.int64).reshape(-1, 2))
+    np.save(directory / "contents.npy", np.array(contents, dtype=np.uint64))
 
 
 def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[dict]]]:
@@ -246,7 +252,7 @@ def _join(directory: Path, shards: Sequence[Path]) -> None:
     for column, name, dtype in ((1, "rows", np.int64), (2, "targets", np.int32), (3, "cut_tokens", np.int32)):
         _write(directory / f"{name}.npy", dtype, sizes.sum(), (_examples(shard)[:, column] for shard in shards))
     _write(directory / "offsets.npy", np.int64, sizes.sum() + 1, _offsets(shards))
-    for name in ("left_out", "lost"):
+    for name in ("left_out", "lost", "contents"):
         np.save(directory / f"{name}.npy", np.concatenate([np.load(shard / f"{name}.npy") for shard in shards]))
 
 

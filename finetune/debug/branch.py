@@ -26,6 +26,7 @@ from finetune.debug import branch_run
 from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
+from finetune.heldout import lineage
 from finetune.opening import facts_of
 from finetune.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
@@ -69,7 +70,7 @@ def branch(
     accelerator = start_accelerator(loaded.recipe.train)
     checkpoint = _checkpoint(origin, step)
     if accelerator.is_main_process:
-        resolved = resolve(loaded, like=old)
+        resolved = resolve(loaded, like=old, stages=lineage.up_to(origin, step))
         digest = checkpoint.manifest.digest if checkpoint else None
         parent = Parent(ref=f"{origin.name}@{step}", run=facts["run"], step=step, digest=digest, plan_id=old.plan_id)
         plan = _plan(resolved, old, parent, choices)

@@ -16,6 +16,7 @@ from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.store import RESUME_FILES, Store
 from finetune.contract import recorded
 from finetune.errors import RunError
+from finetune.heldout.draw import are_same_rows
 from finetune.opening import WORLD
 from finetune.plan import Plan
 from finetune.recipe.load import dumps
@@ -38,7 +39,7 @@ class Branch:
     @cached_property
     def is_comparable(self) -> bool:
         """Whether the held-out figures of both runs are about the same examples."""
-        return _has_same_holdout(plans.load(self.origin)[0], self.plan)
+        return are_same_rows(self.plan, plans.load(self.origin)[0])
 
 
 def is_there(run: Path, plan: Plan) -> bool:
@@ -105,15 +106,6 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
         created=journal.now(),
     )
     store.commit(attempt, manifest, held.check)
-
-
-def _has_same_holdout(old: Plan, new: Plan) -> bool:
-    if (old.holdout, old.encoding, old.holdout_counts) != (new.holdout, new.encoding, new.holdout_counts):
-        return False
-    if isinstance(new.recipe.data.holdout, list):
-        return True
-    drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout) for plan in (old, new)]  # from these rows
-    return drawn[0] == drawn[1]
 
 
 def _past_of(branch: Branch) -> list[dict]:

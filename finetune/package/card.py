@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import parse
+from finetune.heldout.split import Seen
 from finetune.package import figures, record
 from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked
 from finetune.plan import PinnedSource, Plan
@@ -19,6 +20,7 @@ LIMITS = (
     "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
     "other languages, what it knows, whether it is safe or fair, and what the base brought with it."
 )
+SEEN = "Held-out figures are better on such rows than on new ones."
 METHODS = {None: "full fine-tuning", "lora": "LoRA", "frozen": "fine-tuning with some weights frozen"}
 
 
@@ -42,6 +44,8 @@ class Facts:
     """Of each source of training rows, as far as its card says."""
     averaged: Sequence[Manifest] = ()
     """Of the other checkpoints that went into the weights."""
+    seen: Sequence[Seen] = ()
+    """Held-out rows that this or an earlier run trained on, or may have."""
 
 
 def card(facts: Facts) -> str:
@@ -52,6 +56,7 @@ def card(facts: Facts) -> str:
         _summary(facts),
         "## Figures",
         figures.shown(facts.figures, facts.manifest.step),
+        *(f"**{record.public_line(item.told(facts.plan.holdout_counts.rows))}.** {SEEN}" for item in facts.seen),
         "![Training and held-out loss over steps](training/loss.png)",
         "Every step and evaluation: [training/journal.jsonl](training/journal.jsonl).",
         "## How to use it",

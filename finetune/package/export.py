@@ -22,7 +22,9 @@ from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.snapshot import DTYPES
 from finetune.checkpoints.store import failures, sync_directory
-from finetune.errors import BaseError, CheckpointError, PackageError
+from finetune.errors import BaseError, CheckpointError, FinetuneError, PackageError
+from finetune.heldout import lineage
+from finetune.heldout.split import Seen
 from finetune.model import base
 from finetune.package import (
     bom,
@@ -43,7 +45,8 @@ from finetune.package.proof import Check, Look
 from finetune.package.staging import staged
 from finetune.package.verify import folder_findings
 from finetune.plan import Plan
-from finetune.recipe.load import to_yaml
+from finetune.recipe.load import LoadedRecipe, to_yaml
+from finetune.resolve import resolve
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
@@ -97,7 +100,7 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
         checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
-        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences, averaged)
+        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences, averaged, _seen(plan, ref))
         _write_record(facts, staging)
         probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
         (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
@@ -110,6 +113,17 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
         refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
+
+
+def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
+    """Held-out rows that were trained on: noted in the plan, or, of an older version's run, found out now."""
+    if plan.stages is not None or plan.holdout_counts.rows == 0:
+        return plan.seen
+    try:
+        resolved = resolve(LoadedRecipe(plan.recipe, "", ref, {}), plan)
+    except FinetuneError as error:  # its rows are gone, which is no reason not to package it
+        return (Seen(by=lineage.THIS_RUN, rows=None, why=error.message),)
+    return resolved.held_out.seen_by(lineage.stages(ref)).seen
 
 
 def checkpoint_of(ref: str) -> tuple[Path, int]:

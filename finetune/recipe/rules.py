@@ -53,14 +53,14 @@ def optimizer_has_its_settings(optimizer: "Optimizer") -> str | None:
 
 def evaluation_has_rows(evaluate: "Evaluate", data: "Data") -> str | None:
     return (
-        "evaluate.every: needs held-out rows; set `data.holdout`" if evaluate.every and not _has_holdout(data) else None
+        "evaluate.every: needs held-out rows; set `data.holdout`" if evaluate.every and not has_holdout(data) else None
     )
 
 
 def best_has_rows(checkpoint: "Checkpoint", data: "Data") -> str | None:
     return (
         "checkpoint.keep.best: needs held-out rows; set `data.holdout`"
-        if checkpoint.keep.best and not _has_holdout(data)
+        if checkpoint.keep.best and not has_holdout(data)
         else None
     )
 
@@ -106,7 +106,7 @@ def compiled_kernels_are_not_exact(train: "Train") -> str | None:
     return None
 
 
-def _has_holdout(data: "Data") -> bool:
+def has_holdout(data: "Data") -> bool:
     return bool(data.holdout) and not (isinstance(data.holdout, str) and float(data.holdout[:-1]) == 0)
 
 

@@ -116,6 +116,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
 
 
+def is_drawn(data: "Data") -> bool:
+    """Whether held-out rows are drawn from the training sources."""
+    return not isinstance(data.holdout, list) and rules.has_holdout(data)
+
+
 def count_of(value: int | str, total: int) -> int:
     """A count or a share like "3%" as a count of `total`; a share is rounded to the nearest whole."""
     return value if isinstance(value, int) else round(float(value[:-1]) / 100 * total)
@@ -198,7 +203,11 @@ class Data(Section):
     train: list[Source] = Field(min_length=1)
     """The sources of training rows."""
     holdout: Holdout = 0
-    """Rows kept out of training for evaluation: a count, a share like `5%` (drawn from the training sources by the seed), or sources of their own."""
+    """Rows kept out of training for evaluation: a count, a share like `5%` (each row of the training sources by its content and `split_seed`), or other sources."""
+    split_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Decides which rows a count or share holds out. Default: that of the run which `base.checkpoint` is of, else 0."""
+    seen: Literal["refuse", "allow"] = "refuse"
+    """What happens when a count or share holds out rows that an earlier run trained on, which the base or a branch comes from: `refuse` the plan, or `allow` it, marked wherever the figures appear."""
 
 
 class LoraAdapter(Section):

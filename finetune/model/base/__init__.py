@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from finetune import cache
 from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, verify
-from finetune.checkpoints.refs import Ref, find, parse
+from finetune.checkpoints.refs import Ref, find, parse, run_around
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, reading
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
@@ -123,12 +123,6 @@ def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
         shutil.copyfile(base_directory / files.CONFIG, target / files.CONFIG)
 
     return cache.built("tokenizers", key, build)
-
-
-def run_around(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint lies in, if it does."""
-    run = checkpoint.absolute().parents[1]
-    return run if (run / "plan.json").exists() else None
 
 
 def refuse_damaged(checkpoint: Path) -> None:

@@ -1,0 +1,1 @@
+"""Floor 0. Held-out rows: which they are, and which runs trained on them."""

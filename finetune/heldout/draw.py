@@ -1,0 +1,173 @@
+"""Floor 0. Which rows a plan holds out: those of the run that it goes on from, or a draw of its own; and who trained on them before.
+
+`resolve` asks when a plan is made or read again, `evaluate` before any figure. Rows are held out by content (see `split`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.errors import DataError, FinetuneError, RunError
+from finetune.example import Encoded
+from finetune.heldout import lineage
+from finetune.heldout import split as splits
+from finetune.heldout.lineage import Contents, Found
+from finetune.heldout.split import Split
+from finetune.plan import PinnedSource, Plan, Stage
+from finetune.recipe.schema import Recipe, is_drawn
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of a recipe, encoded: what their rows say (uint64 each)."""
+
+    pins: Sequence[PinnedSource]
+    train: Sequence[np.ndarray]
+    holdout: Sequence[np.ndarray]
+    contents: Contents
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.train))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows count through the training sources, or, where they are not drawn, through the held-out ones."""
+
+    split: Split | None
+    untrained: np.ndarray
+    """Training rows (int64, sorted) that are not trained on: held-out ones and their copies."""
+    evaluated: np.ndarray
+    """Each of them once."""
+    says: np.ndarray
+    """What each of the evaluated rows says (uint64)."""
+    contents: Contents
+
+    @property
+    def digest(self) -> str:
+        """Stands for the rows, in whatever order; empty without any."""
+        return splits.digest(self.says) if len(self.says) else ""
+
+    def seen_by(self, stages: Sequence[Stage]) -> Found:
+        return lineage.seen(self.says, self.split, stages, self.contents)
+
+
+def held_out(recipe: Recipe, sources: Sources, earlier: Plan | None, origin: Stage | None) -> HeldOut:
+    """`earlier` is the plan of a run to resume; `origin` the run that a new one goes on from. DataError where nothing is left on a side."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if not is_drawn(recipe.data):
+        says = np.concatenate([np.zeros(0, dtype=np.uint64), *sources.holdout])
+        return HeldOut(None, nothing, np.arange(len(says)), says, sources.contents)
+    split = earlier.split if earlier else _rule(recipe, sources, origin)
+    if split is None:
+        untrained = evaluated = splits.by_position(recipe.data.holdout, sources.rows, recipe.train.seed)
+    else:
+        untrained = splits.held_out_rows(split, sources.train)
+        _, firsts = np.unique(_says(sources.train, untrained), return_index=True)
+        evaluated = np.sort(untrained[firsts])
+    _refuse_empty_side(recipe.data.holdout, sources.rows, len(untrained), split, origin)
+    return HeldOut(split, untrained, evaluated, _says(sources.train, evaluated), sources.contents)
+
+
+def _rule(recipe: Recipe, sources: Sources, origin: Stage | None) -> Split | None:
+    """The origin's rule, where it has one and the recipe asks for no other; None is the one of older versions."""
+    data, seed = recipe.data, recipe.data.split_seed
+    if origin is None or origin.task != recipe.task.name or not is_drawn(origin.data):
+        return splits.draw(data.holdout, seed or 0, sources.train)
+    inherited = origin.split.seed if origin.split else None
+    is_asked_for = data.holdout == origin.data.holdout and seed in (None, inherited)
+    if is_asked_for and lineage.has_rows_of(origin, sources.train, sources.contents):
+        return origin.split or _older_rule(recipe, sources, origin)
+    return splits.draw(data.holdout, (inherited or 0) if seed is None else seed, sources.train)
+
+
+def _older_rule(recipe: Recipe, sources: Sources, origin: Stage) -> Split | None:
+    if list(origin.train) == list(sources.pins) and origin.seed == recipe.train.seed:
+        return None  # the same positions in the same rows
+    try:
+        return lineage.named(origin, sources.contents)
+    except FinetuneError as error:
+        message = f"has held-out rows that an older version drew, and they cannot be found again: {error.where}: {error.message}"
+        hint = "restore those rows, or draw others with data.split_seed: figures then cannot be compared"
+        raise RunError(message, where=origin.ref, hint=hint) from error
+
+
+def _says(sources: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """What rows say, which count through the sources (sorted)."""
+    firsts = np.cumsum([0, *map(len, sources)])
+    edges = np.searchsorted(rows, firsts)
+    parts = [
+        contents[rows[start:end] - first]
+        for contents, first, start, end in zip(sources, firsts, edges, edges[1:], strict=False)
+    ]
+    return np.concatenate([np.zeros(0, dtype=np.uint64), *parts])
+
+
+def _refuse_empty_side(
+    holdout: int | str, rows: int, untrained: int, split: Split | None, origin: Stage | None
+) -> None:
+    if untrained == 0:
+        hint = "hold out a larger share, or a count"
+        if origin and split == origin.split:
+            hint = f"the rule is that of {origin.ref}; name another data.split_seed for a draw from these rows"
+        raise DataError(f"data.holdout takes none of {rows} rows", hint=hint)
+    if untrained >= rows:
+        count = max(holdout, untrained) if isinstance(holdout, int) else untrained
+        message = f"data.holdout takes {count} of {rows} rows, so none is left to train on"
+        raise DataError(message, hint="hold out fewer")
+
+
+def with_seen(plan: Plan, held_out: HeldOut, file: str) -> Plan:
+    """The plan with what is known of held-out rows that it or an earlier run trains on. RunError where such rows are drawn, unless the
+    recipe allows it; rows that are named are only counted."""
+    found = held_out.seen_by((lineage.stage_of(plan, lineage.THIS_RUN), *plan.stages)).seen
+    trained_on = [item.told(len(held_out.says)) for item in found if item.rows]
+    if trained_on and is_drawn(plan.recipe.data) and plan.recipe.data.seen == "refuse":
+        hint = "keep data.holdout and data.split_seed of the run it goes on from, hold out other rows, or set data.seen: allow"
+        raise RunError("; ".join(trained_on), where=f"{file}: data.holdout", hint=hint)
+    return plan.model_copy(update={"seen": found})
+
+
+def sources(
+    recipe: Recipe,
+    content: Callable[[dict], object],
+    train: tuple[Sequence[PinnedSource], Sequence[Encoded]],
+    holdout: tuple[Sequence[PinnedSource], Sequence[Encoded]],
+) -> Sources:
+    """What the rows of all sources say; `train` and `holdout` are pins and examples of each."""
+    named = recipe.data.holdout if holdout[0] else ()
+    keys = map(lineage.source_key, (*recipe.data.train, *named), (*train[0], *holdout[0]))
+    known = dict(zip(keys, (each.contents for each in (*train[1], *holdout[1])), strict=True))
+    says = ([each.contents for each in side] for side in (train[1], holdout[1]))
+    return Sources(train[0], *says, Contents(recipe.task.name, content, known))
+
+
+def stages(recipe: Recipe, earlier: Plan | None, given: tuple[Stage, ...] | None) -> tuple[Stage, ...] | None:
+    """The runs that trained what a plan begins with: noted when it was made, of a branch given, else those behind its base."""
+    if earlier is not None:
+        return earlier.stages
+    return lineage.stages(recipe.base.checkpoint) if given is None else given
+
+
+def origin(recipe: Recipe, like: Plan | None, stages: Sequence[Stage] | None) -> Stage | None:
+    """The run whose held-out rows stay held out: the one that it branches off, or the last one behind its base that drew some."""
+    if like is not None:
+        return lineage.stage_of(like, "the run that it branches off")
+    drew = (stage for stage in stages or () if stage.task == recipe.task.name and is_drawn(stage.data))
+    return next(drew, None)
+
+
+def are_same_rows(one: Plan, two: Plan) -> bool:
+    """Whether the held-out figures of both are about the same examples; `two` may be an older version's."""
+    if (one.encoding, one.holdout_counts) != (two.encoding, two.holdout_counts):
+        return False
+    if one.held_out and two.held_out:
+        return one.held_out == two.held_out
+    if isinstance(one.recipe.data.holdout, list):
+        return one.holdout == two.holdout
+    if one.split and one.split.contents:  # named after those of the other; as many are all of them
+        return two.split is None
+    drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout, plan.split) for plan in (one, two)]
+    return drawn[0] == drawn[1]

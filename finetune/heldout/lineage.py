@@ -1,0 +1,191 @@
+"""Floor 0. The runs that trained a model before, and the rows that they know from there.
+
+A row is known by its content (see `split`), so it is found again in another file, order or format. Nothing here opens a model.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import blake3
+import numpy as np
+
+from finetune import cache
+from finetune import plan as plans
+from finetune.checkpoints.manifest import read
+from finetune.checkpoints.refs import find, parse, run_around
+from finetune.data.source import open_source
+from finetune.errors import DataError, FinetuneError, RunError
+from finetune.heldout.split import PIECE, Seen, Split, by_position, content_of, texts
+from finetune.plan import PinnedSource, Plan, Stage
+from finetune.recipe.schema import Source, is_drawn
+
+VERSION = 1  # of the arrays in the cache
+# Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.
+PLACE = {"path", "dataset", "name", "split", "revision", "weight"}
+THIS_RUN = "this run"
+
+
+def stages(text: str) -> tuple[Stage, ...]:
+    """The runs that trained what a ref names, the last one first; none for what is not of a run."""
+    ref = parse(text)
+    if ref.kind == "checkpoint":
+        run, step = run_around(ref.path), read(ref.path).step
+    elif ref.kind in ("run", "base"):
+        run, step = ref.run, ref.step if isinstance(ref.step, int) else find(ref).step
+    else:
+        return ()
+    if run is None:
+        return (Stage(ref=ref.text),)
+    try:
+        return up_to(run, step)
+    except RunError:  # its checkpoints may be sound all the same
+        return (Stage(ref=ref.text),)
+
+
+def up_to(run: Path, step: int) -> tuple[Stage, ...]:
+    """A run up to a step, and those before it. Step 0 is its base."""
+    plan, _ = plans.load(run)
+    before = plan.stages if plan.stages is not None else _found_before(plan, run)
+    return (stage_of(plan, f"{run.name}@{step}"), *before) if step else before
+
+
+def stage_of(plan: Plan, ref: str) -> Stage:
+    recipe = plan.recipe
+    return Stage(
+        ref=ref,
+        task=recipe.task.name,
+        data=recipe.data,
+        train=plan.train,
+        seed=recipe.train.seed,
+        row_rules=plan.row_rules,
+        split=plan.split,
+    )
+
+
+def _found_before(plan: Plan, run: Path) -> tuple[Stage, ...]:
+    """What an older version did not note: a branch's parent beside it, by its identity, or the run that the base is of."""
+    if plan.parent is None:
+        try:
+            return stages(plan.recipe.base.checkpoint)
+        except FinetuneError:  # it is gone, as the base of a full fine-tune may be
+            return (Stage(ref=plan.recipe.base.checkpoint),)
+    for path in sorted(run.absolute().parent.glob("*/plan.json")):
+        try:
+            identity = plans.load(path.parent)[1].get("run")
+        except RunError:  # another one's damage is no matter here
+            continue
+        if identity == plan.parent.run:
+            return up_to(path.parent, plan.parent.step)
+    return (Stage(ref=plan.parent.ref),)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the rows of sources say, for one task: 64 bits a row, kept in the cache."""
+
+    task: str
+    of: Callable[[dict], object]
+    """A row -> what it says."""
+    known: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    """Of sources that were encoded."""
+
+    def of_source(self, source: Source, pin: PinnedSource, row_rules: int) -> np.ndarray:
+        """DataError where the source is not what it was."""
+        key = source_key(source, pin)
+        if key in self.known:
+            return self.known[key]
+        digest = blake3.blake3("\n".join([str(VERSION), self.task, *key]).encode()).hexdigest()[:32]
+        made = cache.built("contents", digest, partial(self._build, source, pin, row_rules))
+        return np.load(made / "contents.npy", mmap_mode="r")
+
+    def _build(self, source: Source, pin: PinnedSource, row_rules: int, directory: Path) -> None:
+        rows = open_source(source, pin.revision, row_rules)
+        if rows.fingerprint != pin.fingerprint:
+            raise DataError("has other content than it had then", where=rows.name, hint="restore the file")
+        made = np.lib.format.open_memmap(directory / "contents.npy", "w+", np.uint64, (len(rows),))
+        for row in range(len(rows)):
+            made[row] = content_of(self.of(rows[row]))
+        made.flush()
+
+    def held_out(self, stage: Stage, split: Split | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All rows of a run, a piece at a time, and which of them it held out."""
+        pairs = zip(stage.data.train, stage.train, strict=True)
+        sources = [self.of_source(*pair, stage.row_rules) for pair in pairs]
+        is_old = split is None and is_drawn(stage.data)
+        rows = by_position(stage.data.holdout, sum(map(len, sources)), stage.seed) if is_old else np.zeros(0, np.int64)
+        first = 0
+        for contents in sources:
+            for start in range(0, len(contents), PIECE):
+                piece = contents[start : start + PIECE]
+                numbers = np.arange(first + start, first + start + len(piece))
+                yield piece, split.holds_out(piece) if split else np.isin(numbers, rows)
+            first += len(contents)
+
+
+def source_key(source: Source, pin: PinnedSource) -> tuple[str, str]:
+    """Names the rows of a source as a task gets them: what is in it, and how it is read."""
+    reading = source.model_dump(mode="json", exclude_defaults=True, exclude=PLACE)
+    return pin.fingerprint, json.dumps(reading, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of held-out rows that were trained on."""
+
+    seen: tuple[Seen, ...]
+    """By each run that trained on some, or may have."""
+    rows: int | None
+    """How many one or another of them trained on; None where one of them may have."""
+
+
+def seen(held_out: np.ndarray, split: Split | None, by: Sequence[Stage], contents: Contents) -> Found:
+    """Which of the held-out rows (uint64 each) the runs trained on: by their rules alone where that is enough, else by what the rows say."""
+    found, is_seen = [], np.zeros(len(held_out), dtype=bool)
+    for stage in by if len(held_out) else ():
+        if stage.data is None:
+            found.append(Seen(by=stage.ref, rows=None, why="its plan is not to be found"))
+        elif stage.task == contents.task and not (split and split.is_within(stage.split)):
+            try:
+                trained = _trained(stage, held_out, contents)
+            except FinetuneError as error:
+                why = ": ".join(filter(None, (error.where, error.message)))
+                found.append(Seen(by=stage.ref, rows=None, why=why))
+                continue
+            is_seen |= trained
+            found += [Seen(by=stage.ref, rows=int(trained.sum()))] if trained.any() else []
+    is_known = all(item.rows is not None for item in found)
+    return Found(tuple(found), int(is_seen.sum()) if is_known else None)
+
+
+def _trained(stage: Stage, rows: np.ndarray, contents: Contents) -> np.ndarray:
+    is_trained = np.zeros(len(rows), dtype=bool)
+    for piece, is_out in contents.held_out(stage, stage.split):
+        is_trained |= np.isin(rows, piece[~is_out])
+    return is_trained
+
+
+def has_rows_of(stage: Stage, own: Sequence[np.ndarray], contents: Contents) -> bool:
+    """Whether a run had any of these rows, trained on or held out; also where that cannot be found out."""
+    try:
+        for piece, _ in contents.held_out(stage, stage.split):
+            some = np.unique(piece)
+            if any(
+                np.isin(each[start : start + PIECE], some).any() for each in own for start in range(0, len(each), PIECE)
+            ):
+                return True
+    except FinetuneError:
+        return True
+    return False
+
+
+def named(stage: Stage, contents: Contents) -> Split:
+    """The rows that a run of an older version held out, by what they say, without those that it trained on as well."""
+    held_out, trained = [], []
+    for piece, is_out in contents.held_out(stage, None):
+        held_out.append(piece[is_out])
+        trained.append(piece[~is_out])
+    held_out = np.concatenate(held_out)
+    return Split(seed=stage.seed, contents=texts(held_out[~np.isin(held_out, np.concatenate(trained))]))
