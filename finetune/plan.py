@@ -63,6 +63,8 @@ class Plan(Pin):
     """The runs that trained the base, or what a branch begins with, the last one first. None: an older version did not note them."""
     seen: tuple[Seen, ...] = ()
     """Held-out rows that these, or the run itself, train on."""
+    arranged: str | None = None
+    """How rows come together (`padded`, `alone`) where that is not as the recipe says, since its base cannot pack them."""
 
     @property
     def plan_id(self) -> str:
@@ -74,6 +76,11 @@ class Plan(Pin):
             facts.pop(name, None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()
+
+    @property
+    def arrangement(self) -> str:
+        """How rows come together: `packed` in one sequence, `padded` to one length, or each `alone`."""
+        return self.arranged or ("packed" if self.recipe.task.packing else "padded")
 
     @property
     def plan_ids(self) -> frozenset[str]:
@@ -154,7 +161,7 @@ class Plan(Pin):
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # what only an extended run or a branch has is left out of the others' plans
         optional = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples")
-        unused = {name for name in (*optional, "split", "held_out", "seen") if not getattr(self, name)}
+        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged") if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}

@@ -1,4 +1,4 @@
-"""Floor 2. Recipe to plan: pins revisions, encodes and counts rows, and refuses what cannot work before anything is trained.
+"""Floor 3. Recipe to plan: pins revisions, encodes and counts rows, and refuses what cannot work before anything is trained.
 
 On resume the pins of the run's own plan are used again, and the plan that comes out must be the same.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune import cache, chat_template, memory, version
+from finetune import chat_template, memory
 from finetune.contract import differences
 from finetune.data import encodings, preflight
 from finetune.data.batches import Examples, select
@@ -24,12 +24,13 @@ from finetune.example import Encoded
 from finetune.heldout import draw
 from finetune.heldout.draw import HeldOut
 from finetune.heldout.lineage import source_key
-from finetune.model import adapter, base
+from finetune.model import base
 from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import ChatTask, Source, TextTask
 from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of
+from finetune.trial import arranged_like, count_parameters
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Resolved:
     micro_batch_tokens: int
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
     held_out: HeldOut
+    notes: tuple[str, ...] = ()
+    """What was found out about the base that its user should know."""
+    reached: dict[str, tuple[int, int]] | None = None
+    """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
 
     @property
     def companions(self) -> base.Companions:
@@ -112,7 +117,11 @@ def resolve(
     holdout, holdout_counts = select(examples, [pin.rows for pin in pins], held_out.evaluated, is_kept=True)
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
-    total, trainable = _count_parameters(loaded, directory)
+    try:
+        counted = count_parameters(recipe.adapter, directory)
+    except AdapterError as error:
+        raise RecipeError([loaded.problem(error.where, error.message, error.hint)]) from None
+    arranged, notes = arranged_like(recipe, directory, like)
     earlier_orders = earlier.earlier_orders if earlier else ()
     steps = steps_of(recipe.train, order_of(recipe, train.sizes, earlier_orders))
     start = earlier.schedule_start if earlier else 0
@@ -127,8 +136,8 @@ def resolve(
         sizes=train.sizes,
         steps=steps,
         warmup_steps=warmup_of(recipe, steps, start, earlier_orders),
-        total_parameters=total,
-        trainable_parameters=trainable,
+        total_parameters=counted.total,
+        trainable_parameters=counted.trainable,
         schedule_start=start,
         segments=earlier.segments if earlier else (),
         parent=earlier.parent if earlier else None,
@@ -140,6 +149,7 @@ def resolve(
         held_out=held_out.digest if earlier is None or earlier.held_out else "",
         stages=stages,
         seen=earlier.seen if earlier else (),
+        arranged=arranged,
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -148,7 +158,8 @@ def resolve(
     named = recipe.train.micro_batch_tokens
     if named == "auto":
         named = memory.micro_batch_tokens(plan, memory.shape_of(config), device())
-    return Resolved(plan, directory, tokenizer, template, train, holdout, named, held_out)
+    found = (*counted.notes, *notes)
+    return Resolved(plan, directory, tokenizer, template, train, holdout, named, held_out, found, counted.reached)
 
 
 def device() -> memory.Device:
@@ -185,15 +196,6 @@ def _problems(
     if longest and recipe.task.max_length > longest:
         problems.append(
             loaded.problem("task.max_length", f"{recipe.task.max_length} is more than the base's {longest} positions")
-        )
-    chunk = getattr(text, "attention_chunk_size", None)
-    if recipe.task.packing and chunk and recipe.task.max_length > chunk:
-        problems.append(
-            loaded.problem(
-                "task.packing",
-                f"the base attends in chunks of {chunk} tokens, which packing does not keep to",
-                "set task.packing: false",
-            )
         )
     if len(tokenizer) > text.vocab_size:
         problems.append(
@@ -279,21 +281,3 @@ def _encoder(
     directory: Path, tokenizer: PreTrainedTokenizerBase, task: ChatTask | TextTask, rendering: dict
 ) -> Encoder:
     return TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer), **rendering)
-
-
-def _count_parameters(loaded: LoadedRecipe, directory: Path) -> tuple[int, int]:
-    """All parameters and the trainable ones, tied ones once, without loading a weight; an adapter is put on a model once for this."""
-    settings = loaded.recipe.adapter
-
-    def count() -> list[int]:
-        model = adapter.apply(base.empty_model(directory), settings)
-        parameters = list(model.parameters())
-        return [sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)]
-
-    code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
-    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code]
-    try:
-        total, trainable = cache.found("counts", facts, count)
-    except AdapterError as error:
-        raise RecipeError([loaded.problem(error.where, error.message, error.hint)]) from None
-    return total, trainable

@@ -70,7 +70,7 @@ def train(
             for change in changes:
                 progress.say(change)
             state = build(plan, base_directory, accelerator)
-            for note in state.notes:
+            for note in dict.fromkeys([*resolved.notes, *state.notes]):
                 progress.say(note)
             recorder = Recorder(path, plan, facts, progress, held)
             try:
@@ -261,12 +261,12 @@ class SpikeError(FinetuneError):
 
 def batches(resolved: Resolved, examples: Examples, accelerator: Accelerator) -> Batches:
     """The micro-batches of this rank, arranged and collated as the plan says."""
-    settings = resolved.plan.recipe.task
-    task, is_packed = TASKS[settings.name], settings.packing
+    plan = resolved.plan
+    task = TASKS[plan.recipe.task.name]
     return Batches(
         examples,
-        arrange=pack.packed if is_packed else pack.padded,
-        collate=task.collate_packed if is_packed else task.collate_padded,
+        arrange=pack.ARRANGEMENTS[plan.arrangement],
+        collate=task.collate_packed if plan.arrangement == "packed" else task.collate_padded,
         budget=resolved.micro_batch_tokens,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

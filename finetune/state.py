@@ -129,13 +129,13 @@ def _keep_freed_memory() -> None:
             mallopt(name, value)
 
 
-def trained_model(recipe: Recipe, base_directory: Path, device: torch.device) -> torch.nn.Module:
+def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> torch.nn.Module:
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
-    is_packed = recipe.task.packing
+    recipe = plan.recipe
     model = base.load_model(
         base_directory,
         base.DTYPES[recipe.train.weights],
-        attention.PER_ROW if is_packed else None,
+        attention.PER_ROW if plan.arrangement == "packed" else None,
         recipe.base.quantization,
         base.DTYPES[recipe.train.precision],
         _place(recipe, base_directory, device),
@@ -156,7 +156,7 @@ def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.P
 def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:
     """The state at step 0."""
     recipe = plan.recipe
-    model = trained_model(recipe, base_directory, accelerator.device)
+    model = trained_model(plan, base_directory, accelerator.device)
     token_losses, reason = _fitting_loss(plan, model)
     if recipe.train.precision == "bf16" and adapter.is_adapter(model):
         adapter.store_frozen_as_bf16(model)
@@ -171,7 +171,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
         objective, prepared = accelerator.prepare(
             objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
         )
-    notes = (f"the loss holds the logits of a whole micro-batch: {reason}",) if reason else ()
+    notes = tuple(filter(None, [losses.note(reason)]))
     return TrainState(accelerator, objective, model, prepared, notes=notes)
 
 
@@ -183,14 +183,14 @@ def _fitting_loss(plan: Plan, model: torch.nn.Module) -> tuple[Callable, str | N
     facts = {
         "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
         "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
-        "task": [recipe.task.packing, recipe.task.max_length],
+        "task": [plan.arrangement == "packed", recipe.task.max_length],
         "numbers": [recipe.train.weights, recipe.train.precision, device_name(device)],
         "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
     }
 
     def find() -> str | None:
         with as_trained(recipe.train, device):
-            if recipe.task.packing:
+            if plan.arrangement == "packed":
                 check_packing(model, recipe.task.max_length)
             return losses.fitting(model)[1]
 

@@ -58,10 +58,9 @@ def of_model(model: torch.nn.Module, run: Path) -> dict[str, float]:
     if len(resolved.holdout) == 0:
         return {}
     plan = resolved.plan
-    task = plan.recipe.task.model_copy(update={"packing": False})
-    recipe = plan.recipe.model_copy(update={"task": task})
-    resolved = replace(resolved, plan=plan.model_copy(update={"recipe": recipe}))
-    figures = _figures(model, resolved, start_accelerator(recipe.train))
+    arranged = "padded" if plan.arrangement == "packed" else plan.arrangement
+    resolved = replace(resolved, plan=plan.model_copy(update={"arranged": arranged}))
+    figures = _figures(model, resolved, start_accelerator(plan.recipe.train))
     model.cpu()
     return figures
 
@@ -84,7 +83,8 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
     if len(resolved.holdout) == 0:
         raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
     accelerator = start_accelerator(recipe.train)
-    opened = open_model(text, attention.PER_ROW if recipe.task.packing else None, device=accelerator.device)
+    is_packed = resolved.plan.arrangement == "packed"
+    opened = open_model(text, attention.PER_ROW if is_packed else None, device=accelerator.device)
     model, own = opened.model, base.load_tokenizer(opened.directory)
     if own.backend_tokenizer.to_str() != resolved.tokenizer.backend_tokenizer.to_str():
         raise FinetuneError(
@@ -92,7 +92,7 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
             where=text,
             hint="evaluate it with a recipe of its own",
         )
-    if recipe.task.packing:
+    if is_packed:
         with as_trained(recipe.train, accelerator.device):
             check_packing(model, recipe.task.max_length)
     return _figures(model, resolved, accelerator)

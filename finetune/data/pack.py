@@ -40,5 +40,13 @@ def padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def alone(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Each example in a micro-batch of its own, for a model that gives other figures in company; `budget` changes nothing."""
+    return [[index] for index in _longest_first(lengths)]
+
+
+ARRANGEMENTS = {"packed": packed, "padded": padded, "alone": alone}
+
+
 def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # equal ones stay in their order

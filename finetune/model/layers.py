@@ -1,6 +1,7 @@
 """Floor 1. How decoder layers run: what they keep for the backward pass, and whether they are compiled; `state` asks once."""
 
 import os
+import re
 import shutil
 
 import torch
@@ -49,6 +50,61 @@ def module_of(parameter: str) -> str:
     parts = [part for part in parameter.split(".")[:-1] if not part.startswith("lora_") and part not in PEFT_PARTS]
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbered[0] - 1 : numbered[0] + 1]) if numbered else parts[-1]
+
+
+# The first kind whose pattern is found in a parameter's name; what has none is `other`.
+KINDS = {
+    "norms": re.compile(r"norm|layernorm|(^|\.)ln_?\w*\."),
+    "experts": re.compile(r"(?<!shared_)experts?\."),
+    "attention": re.compile(r"attn|attention"),
+    "mlp": re.compile(r"mlp|feed_?forward|ffn|(^|\.)ff\.|fc_?\d|shared_experts?\.|dense_(\d?h|4h)|_proj_mlp|moe"),
+}
+
+
+def kind_of(parameter: str) -> str:
+    """Which kind of module a parameter of a layer belongs to, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(parameter)), "other")
+
+
+def reached(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """By kind of module: the base's parameters, tied ones once, and of these the ones that are trained or have an adapter on them."""
+    inner, found = _transformers_model(model), {}
+    special = {}
+    for kind, module in (("head", inner.get_output_embeddings()), ("embeddings", inner.get_input_embeddings())):
+        module = getattr(module, "base_layer", module)
+        special |= {id(each): kind for each in module.parameters()} if module is not None else {}
+    special |= {
+        id(each): "embeddings"
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        for each in module.parameters()
+    }
+    wrapped = {
+        id(each)
+        for module in model.modules()
+        if hasattr(module, "lora_A")
+        # peft wraps one tensor of a module of experts, or a layer with all that it has
+        for each in ([module.get_param()] if hasattr(module, "get_param") else module.base_layer.parameters())
+    }
+    for name, each in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        kind = special.get(id(each)) or kind_of(name)
+        count, held = found.get(kind, (0, 0))
+        is_reached = each.requires_grad or id(each) in wrapped
+        found[kind] = (count + each.numel(), held + is_reached * each.numel())
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def missed(kinds: dict[str, tuple[int, int]]) -> str | None:
+    """A line for a user whose adapter leaves most of a kind of layer as it is, as `all-linear` does where experts are no linear layers."""
+    total = sum(count for count, _ in kinds.values())
+    told = [
+        f"{held / count:.0%} of {kind} ({count / total:.0%} of the base)"
+        for kind, (count, held) in kinds.items()
+        if kind in ("attention", "mlp", "experts") and held < count / 2 and count > total / 20
+    ]
+    return f"the adapter reaches {', '.join(told)}" if told else None
 
 
 def _transformers_model(model: torch.nn.Module) -> torch.nn.Module:

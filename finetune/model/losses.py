@@ -58,6 +58,11 @@ def fitting(model: torch.nn.Module) -> tuple[Callable, str | None]:
     return chunked, None
 
 
+def note(reason: str | None) -> str | None:
+    """What a user should know of the loss that `fitting` chose for a reason."""
+    return f"the loss holds the logits of a whole micro-batch: {reason}" if reason else None
+
+
 def takes_places(model: torch.nn.Module) -> bool:
     """Whether the model makes the logits of given places alone."""
     return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters

@@ -64,11 +64,12 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def model_of(recipe, directory, _):
+def model_of(plan, directory, _):
     """The model on the fake device, without its weights."""
     from transformers import AutoModelForCausalLM
 
-    implementation = attention.PER_ROW if recipe.task.packing else "sdpa"
+    recipe = plan.recipe
+    implementation = attention.PER_ROW if plan.arrangement == "packed" else "sdpa"
     settings = {"attn_implementation": implementation, "dtype": base.DTYPES[recipe.train.weights]}
     with DEVICE:
         model = AutoModelForCausalLM.from_config(base.load_config(directory), **settings)

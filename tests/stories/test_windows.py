@@ -49,15 +49,16 @@ def test_rows_longer_than_the_window_give_the_same_losses_packed_and_padded(base
     assert losses[True][-1] < losses[True][0]
 
 
-def test_a_window_that_is_in_the_mask_alone_is_refused_where_rows_are_longer(
-    tiny_tokenizer, recipe_file, train, tmp_path
+def test_a_base_whose_window_is_in_the_mask_alone_is_padded_and_refused_where_packing_is_named(
+    tiny_tokenizer, recipe_file, train, tmp_path, capsys
 ):
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     base = {"checkpoint": str(made("phimoe", experts, tiny_tokenizer, tmp_path / "base"))}
     recipe = recipe_file(base=base, adapter=None)
-    with pytest.raises(FinetuneError, match="attends within 6 tokens in a way that packing does not know"):
-        train(recipe, tmp_path / "run", "train.steps=1")
-    train(recipe, tmp_path / "padded", "train.steps=1", "task.packing=false")
+    with pytest.raises(FinetuneError, match="task.packing: packed, this base would mix them"):
+        train(recipe, tmp_path / "run", "train.steps=1", "task.packing=true")
+    train(recipe, tmp_path / "padded", "train.steps=1")
+    assert "rows are padded: packed, this base would mix them" in capsys.readouterr().err
 
 
 @pytest.mark.slow

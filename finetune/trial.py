@@ -1,0 +1,205 @@
+"""Floor 2. Whether a base trains as a recipe asks, tried on a small model of its kind before a weight is read.
+
+`resolve` asks once for each base and keeps the answer. Rows of different lengths go through the small model packed, padded
+and alone, past every window, chunk and original context that the base's rows reach; then a loss goes back through it.
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from finetune import cache, version
+from finetune.errors import AdapterError, BaseError, explained
+from finetune.model import adapter, attention, base, layers, losses, tiny
+from finetune.plan import Plan
+from finetune.recipe.schema import FrozenAdapter, LoraAdapter, Recipe
+
+LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
+TOLERANCE = 1e-3  # of the norm of all logits
+ARRANGEMENTS = ("packed", "padded", "alone")  # from the fastest to the one that is right by itself
+TOLD = {"packed": "packed", "padded": "padded", "alone": "trained one by one"}
+OFF = "set task.packing: false, or leave it out"
+
+
+@dataclass(frozen=True)
+class Trial:
+    arrangement: str
+    """How rows come together; one of `ARRANGEMENTS`."""
+    notes: tuple[str, ...]
+    """What its user should know."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    total: int
+    """Parameters, tied ones once."""
+    trainable: int
+    reached: dict[str, tuple[int, int]] | None
+    """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
+    notes: tuple[str, ...]
+
+
+def count_parameters(settings: LoraAdapter | FrozenAdapter | None, directory: Path) -> Counted:
+    """Of a base with an adapter on it, without loading a weight; asked once. AdapterError where they do not fit."""
+
+    def count() -> dict:
+        model = base.empty_model(directory)
+        skipped = adapter.skipped(model, settings)
+        model = adapter.apply(model, settings)
+        parameters, reached = list(model.parameters()), layers.reached(model) if settings else None
+        missed = layers.missed(reached) if isinstance(settings, LoraAdapter) else None
+        return {
+            "total": sum(each.numel() for each in parameters),
+            "trainable": sum(each.numel() for each in parameters if each.requires_grad),
+            "reached": reached,
+            "notes": [note for note in (skipped, missed) if note],
+        }
+
+    code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
+    ours = [Path(module.__file__).read_text() for module in (adapter, layers)]
+    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
+    found = cache.found("counted", facts, count)
+    return Counted(**found | {"notes": tuple(found["notes"])})
+
+
+def arranged_like(recipe: Recipe, directory: Path, like: Plan | None) -> tuple[str | None, tuple[str, ...]]:
+    """`Plan.arranged` of a recipe, and what to say: that of a run which it goes on with, or what a trial finds."""
+    if like is not None and like.recipe.task == recipe.task:
+        return like.arranged, ()
+    found, told = trial(recipe, directory), "packed" if recipe.task.packing else "padded"
+    return None if found.arrangement == told else found.arrangement, found.notes
+
+
+def trial(recipe: Recipe, directory: Path) -> Trial:
+    """How the rows of a recipe are arranged on its base: as it says, or the first way that is right where it says nothing.
+
+    BaseError where the base cannot be trained, or not in the way that the recipe names.
+    """
+    is_named = "packing" in recipe.task.model_fields_set
+    ours = [Path(module.__file__).read_text() for module in (adapter, attention, losses, tiny)]
+    facts = {
+        "config": json.loads((directory / "config.json").read_text()),
+        "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
+        "task": [recipe.task.packing, is_named, recipe.task.max_length],
+        "precision": recipe.train.precision,
+        "code": [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))],
+    }
+
+    def find() -> dict:
+        made = _tried(recipe, base.load_config(directory), is_named)
+        return {"arrangement": made.arrangement, "notes": made.notes}
+
+    found = cache.found("trials", facts, find)
+    return Trial(found["arrangement"], tuple(found["notes"]))
+
+
+def _tried(recipe: Recipe, config: PretrainedConfig, is_named: bool) -> Trial:
+    wanted = ARRANGEMENTS if recipe.task.packing else ARRANGEMENTS[1:]
+    try:
+        plain = tiny.model_like(config, recipe.task.max_length)
+    except BaseError as error:
+        taken = "packed" if recipe.task.packing and is_named else "padded"
+        return Trial(taken, (f"rows are {taken}, untried: {error.message}",))
+    _refuse_other_way_round(plain)
+    found, reasons = wanted[-1], []
+    for way in wanted:
+        if reason := _mixes(way, plain, config, recipe):
+            if way == "packed" and is_named:
+                raise BaseError(reason, where="task.packing", hint=OFF)
+            reasons.append(reason)
+        else:
+            found = way
+            break
+    notes = [f"rows are {TOLD[found]}: {reasons[-1]}"] if reasons else []
+    if told := _train_once(plain, recipe):
+        notes.append(told)
+    return Trial(found, tuple(notes))
+
+
+def _rows(model: torch.nn.Module) -> list[Tensor]:
+    """Rows of (1, T) tokens that all differ and lie all over the vocabulary, but not among its first ids, which are control tokens."""
+    count = min(model.get_input_embeddings().weight.shape[0], 256)
+    tokens = 3 + torch.arange(sum(LENGTHS)) * 2_654_435_761 % (count - 3)
+    return [row[None] for row in tokens.split(LENGTHS)]
+
+
+def _refuse_other_way_round(model: torch.nn.Module) -> None:
+    """BaseError where a token's logits depend on what comes after it."""
+    row = _rows(model)[0]
+    before = _logits(model, input_ids=row)
+    after = _logits(model, input_ids=torch.cat([row[:, :-8], row[:, :8]], dim=1))
+    if _differs(before[:, :-8], after[:, :-8]):
+        hint = "set is_decoder: true in its config.json if it has that key, or choose another base"
+        raise BaseError("is not causal: its tokens see those after them", where=type(model).__name__, hint=hint)
+
+
+def _mixes(way: str, plain: torch.nn.Module, config: PretrainedConfig, recipe: Recipe) -> str | None:
+    """Why rows that come together in a way do not give what each gives alone; None where they do."""
+    if way == "alone":
+        return None
+    rows = _rows(plain)
+    alone = torch.cat([_logits(plain, input_ids=row) for row in rows], dim=1)
+    try:
+        together = _packed(config, recipe, rows) if way == "packed" else _padded(plain, rows)
+    except BaseError as error:
+        return error.message
+    return f"{way}, this base would mix them" if _differs(alone, together) else None
+
+
+def _packed(config: PretrainedConfig, recipe: Recipe, rows: list[Tensor]) -> Tensor:
+    try:
+        model = tiny.model_like(config, recipe.task.max_length, attn_implementation=attention.PER_ROW)
+    except BaseError as error:
+        message = error.message.replace("cannot be made small", "its attention cannot be replaced")
+        raise BaseError(message, where=config.model_type) from None
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    return _logits(
+        model,
+        input_ids=torch.cat(rows, dim=1),
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        row_bounds=bounds,
+        cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
+    )
+
+
+def _padded(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
+    filled = torch.zeros(len(rows), max(LENGTHS), dtype=torch.long)
+    for place, row in enumerate(rows):
+        filled[place, : row.shape[1]] = row[0]
+    logits = _logits(model, input_ids=filled)
+    return torch.cat([logits[place : place + 1, : row.shape[1]] for place, row in enumerate(rows)], dim=1)
+
+
+def _logits(model: torch.nn.Module, **inputs: object) -> Tensor:
+    with torch.inference_mode(), explained("transformers cannot run it", type(model).__name__):
+        return model(**inputs, use_cache=False).logits
+
+
+def _differs(one: Tensor, two: Tensor) -> bool:
+    return one.shape != two.shape or not (one - two).norm() <= TOLERANCE * one.norm()
+
+
+def _train_once(model: torch.nn.Module, recipe: Recipe) -> str | None:
+    """A loss of the first row, forward and backward, in the recipe's precision and with its adapter; what to say of that loss.
+    BaseError where that fails."""
+    try:
+        model = adapter.apply(model, recipe.adapter)
+    except AdapterError:  # it names layers that the small model does not have
+        model.requires_grad_(True)
+    row = _rows(model)[0]
+    places = torch.arange(len(row[0]) - 1, device=row.device)
+    is_bf16 = recipe.train.precision == "bf16"
+    with (
+        explained("cannot be trained", type(model).__name__),
+        torch.autocast(row.device.type, torch.bfloat16) if is_bf16 else nullcontext(),
+    ):
+        token_losses, reason = losses.fitting(model.eval())
+        model.train()
+        loss, _ = token_losses(model, {"input_ids": row}, places, row[0, 1:])
+        torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad], allow_unused=True)
+    return losses.note(reason)
