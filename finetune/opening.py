@@ -84,7 +84,10 @@ def _losses_of_older_rules(resolved: Resolved) -> list[str]:
     """What the rules for rows that a run began with lose of its first rows, in one line; none where they lose nothing."""
     plan, directory, tokenizer = resolved.plan, resolved.base_directory, resolved.tokenizer
     stops, task = base.stop_tokens(directory, tokenizer), plan.recipe.task
-    old, new = (TASKS[task.name].encoder(tokenizer, task, stops, rules) for rules in (plan.row_rules, ROW_RULES))
+    rendering = {} if resolved.template is None else {"template": resolved.template}
+    old, new = (
+        TASKS[task.name].encoder(tokenizer, task, stops, rules, **rendering) for rules in (plan.row_rules, ROW_RULES)
+    )
     seen, losses = 0, []
     for source, pin in zip(plan.recipe.data.train, plan.train, strict=True):
         before, after = (open_source(source, pin.revision, rules) for rules in (plan.row_rules, ROW_RULES))

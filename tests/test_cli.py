@@ -178,7 +178,7 @@ def test_plan_names_ignored_columns_and_counts_what_is_cut(recipe_file, monkeypa
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = recipe_file(data={"train": [{"path": str(file)}]})
     code, said, _ = run_main(monkeypatch, capsys, "plan", recipe)
-    assert (code, said.splitlines()[-2]) == (0, f"ignored    columns id, of of {file}")
+    assert (code, said.splitlines()[-2]) == (0, f"ignored    columns `id`, `of` of {file}")
     warning = said.splitlines()[-1]
     assert warning.startswith("warning: task.max_length cuts 1 of 4 rows (25.0%), and with them ")
     facts = json.loads(run_main(monkeypatch, capsys, "plan", recipe, "--json")[1])

@@ -56,7 +56,8 @@ def refuse_lost(
     more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
     are = "are" if len(lost) > 1 else "is"
     fields = dict.fromkeys(_field(place) for place in lost)
-    hint = "use a template that shows it, with task.template: FILE"
+    is_column = fields.keys() <= row.keys() - {"tools"}
+    hint = "put it into a message" if is_column else "use a template that shows it, with task.template: FILE"
     if "content" not in fields:
         hint += f", or train without it, with data.train[].skip: [{', '.join(fields)}]"
     raise DataError(f"{named}{more} {are} not in the text that the chat template makes", where=where, hint=hint)

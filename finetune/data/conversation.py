@@ -108,14 +108,18 @@ def _listed(value: object, column: str, where: str, role: str | None = None) -> 
         return [{"role": role, "content": value}]
     if role and not isinstance(value, list):
         raise DataError(f"`{column}` must be text or a list of messages, not {kind_of(value)}", where=where)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"`{column}` must be a list of messages, each with `role` and `content`", where=where)
+    if not isinstance(value, list):
+        message = f"`{column}` must be a list of messages, each with `role` and `content`, not {kind_of(value)}"
+        raise DataError(message, where=where)
+    if not value:
+        raise DataError(f"`{column}` is an empty list", where=where, hint="remove the row")
     return value
 
 
 def _check(message: object, place: str, where: str, row_rules: int) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"`{place}` must have a `role`", where=where)
+        fields = f"its fields are: {', '.join(message) or 'none'}" if isinstance(message, dict) else None
+        raise DataError(f"`{place}` must have a `role`", where=where, hint=fields)
     content = message.get("content")
     has_other = row_rules > 1 and content is None and message.get("tool_calls")
     if not isinstance(content, str) and not has_other:

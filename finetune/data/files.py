@@ -85,6 +85,8 @@ class JsonLines:
     def __init__(self, name: str, most: int | None, row_rules: int):
         self._name, self._row_rules = name, row_rules
         self._bytes = np.memmap(name, dtype=np.uint8, mode="r")
+        if _is_utf_16(start := self._bytes[:32].tobytes()):
+            raise DataError("is not UTF-8 text", where=f"{name}:1", hint=_encoding_hint(start))
         size = len(self._bytes)
         scans = (range(size)[start : start + SCAN_BYTES] for start in range(0, size, SCAN_BYTES))
         newlines, found = [], 0
@@ -116,8 +118,7 @@ class JsonLines:
             if self._row_rules > 1:
                 json.loads(content, object_pairs_hook=_refuse_repeated)
         except UnicodeDecodeError as error:
-            hint = _encoding_hint(self._bytes[:2].tobytes())
-            raise DataError("is not UTF-8 text", where=self.where(index), hint=hint) from error
+            raise DataError("is not UTF-8 text", where=self.where(index), hint="save the file as UTF-8") from error
         except _RepeatedKeyError as error:
             message = f"repeats the key `{error}`"
             raise DataError(message, where=self.where(index), hint="keep one of the values") from None
@@ -145,8 +146,13 @@ def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _encoding_hint(start: bytes) -> str:
-    is_utf_16 = start[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return "it seems to be UTF-16: save it as UTF-8" if is_utf_16 else "save the file as UTF-8"
+    return "it seems to be UTF-16: save it as UTF-8" if _is_utf_16(start) else "save the file as UTF-8"
+
+
+def _is_utf_16(start: bytes) -> bool:
+    """By its byte-order mark, or by the zero bytes of its first signs, which neither JSON nor CSV has."""
+    signs = start[:32]
+    return signs[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in signs and any(signs))
 
 
 class Csv:
@@ -237,6 +243,9 @@ class Parquet:
             file = ParquetFile(name, memory_map=True)
         except self._damage as error:
             raise DataError("is not a whole Parquet file", where=name, hint="write or fetch it again") from error
+        names = file.schema_arrow.names
+        if row_rules > 1 and len(set(names)) < len(names):
+            raise DataError(f"repeated column name among {listed(names)}", where=name)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._read_group = lru_cache(maxsize=2)(file.read_row_group)

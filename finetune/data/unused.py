@@ -2,6 +2,7 @@
 
 from finetune.data import preflight
 from finetune.data.batches import Examples
+from finetune.data.files import listed
 from finetune.data.source import open_source
 from finetune.plan import Plan
 
@@ -31,9 +32,7 @@ def lost(plan: Plan, train: Examples) -> dict[str, int]:
 
 def lines(facts: dict) -> list[str]:
     """The columns, and a warning about what is cut, for a reader; nothing where all is used."""
-    said = [
-        f"{'ignored':11}columns {', '.join(each['columns'])} of {each['source']}" for each in facts["ignored_columns"]
-    ]
+    said = [f"{'ignored':11}columns {listed(each['columns'])} of {each['source']}" for each in facts["ignored_columns"]]
     return [*said, *warning(facts)]
 
 

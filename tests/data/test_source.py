@@ -212,3 +212,10 @@ def test_fields_that_only_other_rows_have_are_not_nulls(tmp_path):
     assert [open_source(source)[row] for row in (0, 1)] == rows
     old = open_source(source, row_rules=1)[0]["messages"][0]["tool_calls"][0]["arguments"]
     assert old == {"city": "Oslo", "unit": None}
+
+
+def test_a_parquet_file_with_two_columns_of_a_name_is_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    source = Source(path=str(tmp_path / "rows.parquet"))
+    assert refusal(source) == f"{tmp_path}/rows.parquet: repeated column name among `text`, `text`"

@@ -319,12 +319,15 @@ def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
             {"prompt": turns("ask", "yes", "more"), "completion": turns("again")},
             "has no assistant turn, so there is nothing to learn from it\nhint: remove the row",
         ),
-        ({"messages": "hello"}, "`messages` must be a list of messages, each with `role` and `content`"),
-        ({"messages": []}, "`messages` must be a list of messages, each with `role` and `content`"),
+        ({"messages": "[]"}, "`messages` must be a list of messages, each with `role` and `content`, not text"),
+        ({"messages": []}, "`messages` is an empty list\nhint: remove the row"),
         ({"prompt": 3, "completion": "a"}, "`prompt` must be text or a list of messages, not a number"),
-        ({"prompt": "a", "completion": []}, "`completion` must be a list of messages, each with `role` and `content`"),
+        ({"prompt": "a", "completion": []}, "`completion` is an empty list\nhint: remove the row"),
         ({"messages": ["hello"]}, "`messages[0]` must have a `role`"),
-        ({"messages": [*turns("ask"), {"from": "gpt", "value": "a"}]}, "`messages[1]` must have a `role`"),
+        (
+            {"messages": [*turns("ask"), {"from": "gpt", "value": "a"}]},
+            "`messages[1]` must have a `role`\nhint: its fields are: from, value",
+        ),
         ({"messages": [*turns("ask"), {"role": "assistant"}]}, "`messages[1]` must have a `content` that is text"),
         (
             {"messages": [*turns("ask"), {"role": "assistant", "content": [{"type": "text"}]}]},
@@ -434,6 +437,7 @@ REASONED = [*turns("ask"), {"role": "assistant", "content": "yes", "reasoning_co
 def test_what_a_row_says_and_its_text_does_not_is_refused_by_name(encoded, row, lost):
     message = complaint(encoded, row)
     assert message.startswith(f"data.jsonl:1: {lost}") and "data.train[].skip: [" in message
+    assert ("hint: put it into a message" in message) == (lost.count(".") == 0)
 
 
 @pytest.mark.parametrize(
