@@ -10,6 +10,7 @@ from typing import NamedTuple
 from finetune.data.conversation import FIELDS, Conversation
 from finetune.errors import DataError
 
+MESSAGE_COLUMNS = ("messages", "prompt", "completion")
 IDENTIFIERS = ("role", "tool_call_id", "id", "type", "index")
 """Fields of messages and tool calls that only refer to something."""
 CONTENT_COLUMNS = (
@@ -144,5 +145,5 @@ def _leaves(value: object, place: str, has_keys: bool = True) -> Iterator[Said]:
 
 def _field(place: str) -> str:
     """What `skip` calls it: a column, or a field of messages."""
-    column, _, field = place.partition(".")
-    return field.partition(".")[0].partition("[")[0] if "[" in column and field else column.partition("[")[0]
+    column, *fields = place.replace("[", ".").split(".")
+    return fields[1] if column in MESSAGE_COLUMNS and len(fields) > 1 else column

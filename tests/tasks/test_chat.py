@@ -437,6 +437,7 @@ REASONED = [*turns("ask"), {"role": "assistant", "content": "yes", "reasoning_co
 def test_what_a_row_says_and_its_text_does_not_is_refused_by_name(encoded, row, lost):
     message = complaint(encoded, row)
     assert message.startswith(f"data.jsonl:1: {lost}") and "data.train[].skip: [" in message
+    assert ("skip: [tools]" in message) == lost.startswith("`tools")
     assert ("hint: put it into a message" in message) == (lost.count(".") == 0)
 
 
