@@ -132,16 +132,18 @@ def _keep_freed_memory() -> None:
 def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> torch.nn.Module:
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     recipe = plan.recipe
+    place = _place(recipe, base_directory, device)
     model = base.load_model(
         base_directory,
         base.DTYPES[recipe.train.weights],
         attention.PER_ROW if plan.arrangement == "packed" else None,
         recipe.base.quantization,
         base.DTYPES[recipe.train.precision],
-        _place(recipe, base_directory, device),
+        place,
     )
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
-    return adapter.apply(model, recipe.adapter)
+    with adapter.taken_for_fp32(model, place.names):
+        return adapter.apply(model, recipe.adapter)
 
 
 def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.Place:

@@ -5,7 +5,8 @@ A member of `ADAPTERS` takes the loaded model (also on the meta device, for coun
 
 import fnmatch
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -195,6 +196,19 @@ def linear_weights(model: torch.nn.Module) -> frozenset[str]:
         if isinstance(module, torch.nn.Linear) and not _is_tied(module, model)
     }
     return frozenset(f"{name}.{each}" for name, module in modules.items() for each, _ in module.named_parameters())
+
+
+@contextmanager
+def taken_for_fp32(model: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
+    """While an adapter is put on: peft draws its matrices in fp32, and rounds them to the type of the layer that they are beside."""
+    pairs = [(parameter, parameter.data) for name, parameter in model.named_parameters() if name in names]
+    for parameter, tensor in pairs:
+        parameter.data = torch.zeros((), device=tensor.device).expand(tensor.shape)  # takes no memory
+    try:
+        yield
+    finally:
+        for parameter, tensor in pairs:
+            parameter.data = tensor
 
 
 def _is_tied(module: torch.nn.Linear, model: torch.nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from shapes import Workshop
 
 KEPT_CHARACTERS = 6000  # of what each command said
 LEAST_SECONDS = 5
+ROOM_BYTES = 45e9  # two saves of the middle shape, and a little
 
 
 class OutOfTime(Exception):
@@ -91,8 +93,12 @@ class Host:
         )
 
     def base(self, name: str) -> Path:
-        """The directory of a random model, made unless it is there."""
+        """The directory of a random model, made unless it is there. On a small disk it takes the place of the others."""
         directory = self.workshop.base(name)
+        if not self.is_tiny and shutil.disk_usage(self.work).free < ROOM_BYTES:
+            for other in directory.parent.glob("*"):
+                if other != directory:
+                    shutil.rmtree(other)
         if not (directory / "made").exists():
             size = ["tiny"] if self.is_tiny else []
             done = self.run([sys.executable, Path(__file__).parent / "shapes.py", self.work, name, *size], 240)

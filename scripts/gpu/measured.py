@@ -1,7 +1,10 @@
-"""`finetune` in a process of its own that writes down what it held at its peak: `measured.py ANSWER COMMAND...`."""
+"""`finetune plan` and `finetune train` in one process, which writes down what it held at its peak: `measured.py RECIPE RUN ANSWER`."""
 
 import atexit
+import contextlib
+import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,10 +25,17 @@ def peak() -> dict:
 
 
 def main() -> None:
-    answer = Path(sys.argv.pop(1))
+    recipe, run, answer = sys.argv[1:]
+    from finetune.cli import cli
     from finetune.cli import main as finetune
+    from finetune.world import prepare_allocator
 
-    atexit.register(lambda: answer.write_text(json.dumps(peak())))
+    prepare_allocator(os.environ)  # before torch is imported, as `finetune` itself does
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        cli.main(["plan", recipe, "--json"], standalone_mode=False)
+    plan = json.loads(said.getvalue())
+    atexit.register(lambda: Path(answer).write_text(json.dumps({"plan": plan, **peak()})))
+    sys.argv[1:] = ["train", recipe, "--run", run, "--quiet"]
     finetune()
 
 

@@ -26,20 +26,14 @@ def ours(
     sections["train"] = {"steps": steps, "batch_size": batch, **sections.get("train", {})}
     host.base(name)
     recipe = host.workshop.recipe(place / "recipe.yaml", name, rows=batch * steps, is_mixed=is_mixed, **sections)
-    planned = host.run([sys.executable, "-m", "finetune", "plan", recipe, "--json"], 120)
-    if planned.code:
-        return {"ok": False, "error": planned.reason}
-    plan, answer = json.loads(planned.out), place / "peak.json"
-    command = [sys.executable, HERE / "measured.py", answer, "train", recipe, "--run", place / "run", "--quiet"]
     began = datetime.now().timestamp()
-    done = host.run(command, limit)
-    facts = {"ok": done.code == 0, "seconds": done.seconds, "forecast": plan["memory"]}
-    facts |= {"forecast_bytes": plan["memory_bytes"], "micro_batch_tokens": plan["micro_batch_tokens"]}
-    facts |= {"host_forecast_bytes": plan["host_memory_bytes"], "shape": name, "is_lora": "adapter" in sections}
-    if answer.exists():
-        facts |= json.loads(answer.read_bytes())
-    if done.code:
-        return facts | {"error": done.reason}
+    found = host.answer([sys.executable, HERE / "measured.py", recipe, place / "run"], limit)
+    facts = {"shape": name, "is_lora": "adapter" in sections, **found}
+    if not found["ok"]:
+        return facts
+    plan = facts.pop("plan")
+    facts |= {"forecast": plan["memory"], "forecast_bytes": plan["memory_bytes"]}
+    facts |= {"micro_batch_tokens": plan["micro_batch_tokens"], "host_forecast_bytes": plan["host_memory_bytes"]}
     facts |= of_journal(host, name, place / "run", "adapter" in sections, began)
     shutil.rmtree(place / "run")  # a save of the middle shape has 20 GB
     return facts

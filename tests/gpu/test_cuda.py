@@ -5,8 +5,12 @@ import shutil
 import pytest
 import torch
 
-from finetune.model import attention
+from finetune import state
+from finetune.checkpoints.staging import Staging
+from finetune.model import adapter, attention
 from finetune.model.attention import per_row
+from finetune.recipe.load import load
+from finetune.resolve import resolve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +62,37 @@ def test_a_bf16_run_resumes_to_the_bit(recipe_file, finetune, tmp_path):
     resumed = finetune("train", recipe, "--run", run)
     assert resumed.returncode == 0 and "resumed from step 8" in resumed.stderr, resumed.stderr
     assert [file.read_bytes() for file in files] == contents
+
+
+def test_a_copy_for_a_save_is_whole_and_in_page_locked_memory():
+    live = {name: torch.randn(size, device="cuda") for name, size in (("a", 3), ("b", 1_000_001), ("c", 70_000))}
+    expected = {name: tensor.cpu() for name, tensor in live.items()}
+    copy = Staging().take(live)
+    copy.wait()
+    for tensor in live.values():
+        tensor.zero_()
+    assert all(
+        torch.equal(copy.tensors[name], each) and copy.tensors[name].is_pinned() for name, each in expected.items()
+    )
+
+
+def test_a_base_beneath_an_adapter_is_made_on_the_device_as_it_stays(recipe_file):
+    resolved = resolve(load(recipe_file(**BF16)))
+    model = state.trained_model(resolved.plan, resolved.base_directory, torch.device("cuda", 0))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    expected = state.trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
+    adapter.store_frozen_as_bf16(expected)
+    for (name, ours), (_, other) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert ours.dtype == other.dtype and torch.equal(ours.cpu(), other), name
+
+
+def test_packing_is_tried_out_with_the_kernel_that_trains(recipe_file, monkeypatch):
+    calls, kernel = [], attention._in_one_call
+    monkeypatch.setattr(attention, "_in_one_call", lambda *given: calls.append(given) or kernel(*given))
+    monkeypatch.setattr(state.cache, "found", lambda kind, facts, find: find())
+    resolved = resolve(load(recipe_file(**BF16)))
+    state.build(resolved.plan, resolved.base_directory, state.start_accelerator(resolved.plan.recipe.train))
+    assert calls
 
 
 def test_packing_takes_less_memory_than_padding(recipe_file, train, tmp_path):

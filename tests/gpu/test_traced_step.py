@@ -80,6 +80,7 @@ def test_a_snapshot_reads_the_counters_of_the_optimizer_at_once(traced):
     report = traced(adapter=None)
     assert report["scalars"] > 10
     assert report["snapshot"] == {"device to host: tolist": 1}
+    assert report["copy"] == {"device to host: copy_": report["copied"]}
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from finetune import loop, state  # noqa: E402
+from finetune.checkpoints import staging  # noqa: E402
 from finetune.checkpoints.snapshot import Live  # noqa: E402
 from finetune.model import adapter, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
@@ -116,6 +117,10 @@ def main():
         copied, scalars = Live(built).copied()
         of_snapshot = dict(watch.seen)
         watch.seen.clear()
+        buffers = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in copied.items()}
+        staging._queue_on_device(copied, buffers, staging._moment(copied))
+        of_copy = dict(watch.seen)
+        watch.seen.clear()
         held_out = batches(resolved, resolved.holdout, built.accelerator)
         loop.evaluate(built.accelerator, built.objective, held_out, TASKS[resolved.plan.recipe.task.name].score)
     moments = [value for slots in built.optimizer.state.values() for value in slots.values()]
@@ -123,6 +128,8 @@ def main():
     report = {
         "steps": of_steps,
         "snapshot": of_snapshot,
+        "copy": of_copy,
+        "copied": len(copied),
         "evaluation": dict(watch.seen),
         "scalars": len(scalars),
         "devices": sorted({str(tensor.device) for tensor in tensors}),

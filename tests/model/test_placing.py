@@ -48,6 +48,24 @@ def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, reque
     assert {each.dtype for each in again.state_dict().values()} == {torch.float32}
 
 
+def test_an_adapter_beside_bf16_weights_begins_with_the_bits_that_it_has_beside_fp32(untied_base):
+    settings, outline = LoraAdapter(name="lora", rank=2), empty_model(untied_base)
+    place = Place(torch.device("cpu"), adapter.linear_weights(outline))
+    with place.reading(type(outline)):
+        read = AutoModelForCausalLM.from_pretrained(untied_base, dtype=torch.float32)
+    before = {name: each.clone() for name, each in read.state_dict().items()}
+    models = []
+    for model, names in ((load_model(untied_base), ()), (read, place.names)):
+        torch.manual_seed(3)
+        with adapter.taken_for_fp32(model, names):
+            models.append(adapter.apply(model, settings))
+    expected, found = (adapter.weights(model) for model in models)
+    assert expected.keys() == found.keys() and any(each.abs().max() > 0 for each in found.values())
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    after = models[1].unload().state_dict()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
 @pytest.mark.parametrize(
     ("sections", "types"),
     [
@@ -59,7 +77,7 @@ def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, reque
 )
 def test_a_model_is_made_on_its_device_in_the_types_it_is_trained_with(recipe_file, sections, types):
     resolved = resolve(load(recipe_file(**{"train": {"steps": 1}} | sections)))
-    model = trained_model(resolved.plan.recipe, resolved.base_directory, META)
+    model = trained_model(resolved.plan, resolved.base_directory, META)
     assert {parameter.device for parameter in model.parameters()} == {META}
     assert {parameter.dtype for parameter in model.parameters()} == types
     if len(types) == 2:
