@@ -43,6 +43,12 @@ def default(chat_template: object) -> str | None:
     return clean(found) if found else None
 
 
+def others(chat_template: object) -> list[str]:
+    """A line about the templates that are not used, where there are any."""
+    left = [f"`{name}`" for name in names(chat_template) if name != "default"]
+    return [f"the base has several chat templates: `default` is trained with, not {', '.join(left)}"] if left else []
+
+
 def names(chat_template: object) -> list[str]:
     """Of several templates; of one none, for it has no name."""
     return sorted(chat_template) if isinstance(chat_template, dict) else []

@@ -9,6 +9,7 @@ import platform
 import secrets
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -35,7 +36,11 @@ WORLD = tuple(name for name in FACT_NAMES if name != "versions")
 
 
 def open_plan(
-    loaded: LoadedRecipe, path: Path, accelerator: Accelerator, schedule: str | None = None
+    loaded: LoadedRecipe,
+    path: Path,
+    accelerator: Accelerator,
+    schedule: str | None = None,
+    today: date | None = None,
 ) -> tuple[Resolved, dict, list[str]]:
     """Plan and facts of the run: its own where it exists, else new ones; and a line for everything that changed since.
 
@@ -46,7 +51,7 @@ def open_plan(
     if not (path / "plan.json").exists():
         if schedule:
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
-        resolved = resolve(loaded, is_to_load=True)
+        resolved = resolve(loaded, is_to_load=True, today=today)
         now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
         return resolved, now, resolved.plan.seen_told
     earlier, facts = plans.load(path)
@@ -59,7 +64,7 @@ def open_plan(
         )
     if schedule and not lines["extended"] and not _is_as_extended(earlier, schedule):
         raise _idle_schedule(path, schedule, f"the recipe asks for the {earlier.steps} steps that the run has")
-    resolved = resolve(_with_length_of(earlier, loaded), earlier, is_to_load=True)
+    resolved = resolve(_with_length_of(earlier, loaded), earlier, is_to_load=True, today=today)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     now["micro_batch_tokens"] = resolved.micro_batch_tokens

@@ -52,6 +52,8 @@ class Plan(Pin):
     """Rows that a branch leaves out of its steps ..."""
     skipped_examples: tuple[int, ...] = ()
     """... and the examples that are made of them."""
+    date: str | None = None
+    """The day that the chat template is given, where it prints one (YYYY-MM-DD). Older plans have none."""
     row_rules: int = 1
     """See `ROW_RULES`: a run keeps those that it began with."""
     split: Split | None = None
@@ -160,7 +162,15 @@ class Plan(Pin):
     def dump(self, facts: dict) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # what only an extended run or a branch has is left out of the others' plans
-        optional = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples")
+        optional = (
+            "schedule_start",
+            "segments",
+            "parent",
+            "earlier_orders",
+            "skipped_rows",
+            "skipped_examples",
+            "date",
+        )
         unused = {name for name in (*optional, "split", "held_out", "seen", "arranged") if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)

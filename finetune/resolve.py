@@ -6,6 +6,7 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import ChatTask, Source, TextTask
 from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of
+from finetune.tasks.rendering import dates
 from finetune.trial import arranged_like, count_parameters
 
 
@@ -62,11 +64,13 @@ def resolve(
     is_to_load: bool = False,
     like: Plan | None = None,
     stages: tuple[Stage, ...] | None = None,
+    today: date | None = None,
 ) -> Resolved:
     """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold, and nothing else may come out.
 
     `is_to_load`: the weights will be wanted, so they are read into memory while rows are encoded. `like` is the plan of a run to branch
-    off: its pins hold for what the recipe has not changed, and `stages` are the runs that trained what the branch begins with.
+    off: its pins hold for what the recipe has not changed, and `stages` are the runs that trained what the branch begins with. `today` is
+    the day of a new plan, where it is not the clock's.
     """
     recipe = loaded.recipe
     like = earlier or like
@@ -87,11 +91,13 @@ def resolve(
     is_same_task = like is not None and (like.recipe.task, like.recipe.base) == (recipe.task, recipe.base)
     rules_of = like if is_same_task else None
     template, encoding = template_and_encoding(recipe.task, directory, tokenizer, row_rules, rules_of)
+    others = chat_template.others(tokenizer.chat_template) if template and not recipe.task.template else []
     if shown := template or chat_template.default(tokenizer.chat_template):
         tokenizer.chat_template = shown
-    rendering = {"row_rules": row_rules} | ({} if template is None else {"template": template})
+    day, given = dates(template, earlier, like if is_same_task else None, today)
+    rendering = {"row_rules": row_rules} | ({} if template is None else {"template": template, "date": given})
     encoder = _encoder(directory, tokenizer, recipe.task, rendering)
-    key = encodings.key(encoding, tokenizer, None)
+    key = encodings.key(encoding, tokenizer, given)
 
     reopen = partial(_reopened, directory, recipe.task, rendering)
 
@@ -150,6 +156,7 @@ def resolve(
         stages=stages,
         seen=earlier.seen if earlier else (),
         arranged=arranged,
+        date=day,
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -158,7 +165,7 @@ def resolve(
     named = recipe.train.micro_batch_tokens
     if named == "auto":
         named = memory.micro_batch_tokens(plan, memory.shape_of(config), device())
-    found = (*counted.notes, *notes)
+    found = (*others, *counted.notes, *notes)
     return Resolved(plan, directory, tokenizer, template, train, holdout, named, held_out, found, counted.reached)
 
 

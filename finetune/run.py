@@ -9,6 +9,7 @@ import secrets
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -55,10 +56,11 @@ def train(
     with Signals() as signals:
         accelerator = start_accelerator(loaded.recipe.train)
         is_writer = accelerator.is_main_process
+        today = date.fromordinal(ranks.of_rank_0(accelerator, date.today().toordinal()))
         holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
         with holding as held:
             with ranks.rank_0_first(accelerator):
-                resolved, facts, changes = open_plan(loaded, path, accelerator, schedule)
+                resolved, facts, changes = open_plan(loaded, path, accelerator, schedule, today)
                 if ask and is_writer and not Store(path).checkpoints():
                     ask(resolved)
                 base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)

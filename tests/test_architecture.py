@@ -51,6 +51,7 @@ FLOORS = {
     "finetune.data.unused": 2,
     "finetune.data.hub": 0,
     "finetune.tasks": 1,
+    "finetune.tasks.rendering": 0,
     "finetune.ranks": 1,
     "finetune.model": 1,
     "finetune.model.base.files": 0,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from finetune.chat_template import ANSWERED, LONGEST, problem, texts
+from finetune.chat_template import ANSWERED, LONGEST, decoded, default, names, problem, texts
 from tests.hub.client import in_turn
 
 PLAIN = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -59,3 +59,24 @@ def test_a_base_or_a_recipe_with_a_hostile_template_is_refused_by_plan(tiny_base
     )
     assert refused[0] == 1 and "base: has a chat template that takes more than 2 seconds of a processor" in refused[2]
     assert other[0] == 1 and "own.jinja: the template reaches for what the sandbox forbids" in other[2]
+
+
+def test_a_template_is_read_without_its_mark_and_with_plain_line_ends(tmp_path) -> None:
+    assert decoded(b"\xef\xbb\xbfone\r\ntwo\rthree") == "one\ntwo\nthree"
+    with pytest.raises(ValueError, match="is not UTF-8: line 2 has the byte 0xe9"):
+        decoded("one\ncafé".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8: line 1 has the byte 0xff"):
+        decoded("\ufeffone".encode("utf-16-le"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "used", "others"),
+    [
+        (None, None, []),
+        ("one", "one", []),
+        ({"default": "one", "rag": "two"}, "one", ["default", "rag"]),
+        ({"tool_use": "three", "rag": "two"}, None, ["rag", "tool_use"]),
+    ],
+)
+def test_of_several_templates_the_default_is_used(kept, used, others) -> None:
+    assert (default(kept), names(kept)) == (used, others)

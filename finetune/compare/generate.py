@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoints.loading import open_model, open_tokenizer
+from finetune.tasks.rendering import Renderer
+from finetune.tasks.text import beginning
 
 
 def generate(
@@ -31,16 +34,25 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = []
     for prompt in prompts:
-        if isinstance(tokenizer.chat_template, str):
-            message = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt")
-        inputs = inputs.to(device)
+        ids = torch.tensor([_ids(tokenizer, prompt, opened.plan.date if opened.plan else None)], device=device)
         torch.manual_seed(seed)
         with torch.inference_mode():
             output = model.generate(
-                **inputs, **sampling, max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=tokenizer.eos_token_id
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                pad_token_id=tokenizer.eos_token_id,
             )
-        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return answers
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, date: str | None) -> list[int]:
+    """The tokens that an answer follows, as they are in training."""
+    if not isinstance(tokenizer.chat_template, str):
+        return beginning(tokenizer, prompt)
+    question = [{"role": "user", "content": prompt}]
+    text = Renderer(tokenizer, tokenizer.chat_template, date).text(question, "the prompt", with_header=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -7,7 +7,6 @@ one another. What a row says and its text does not is refused.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -18,10 +17,9 @@ from finetune.errors import DataError
 from finetune.example import Example
 from finetune.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
+from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
-
-TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 
 
 def encoder(
@@ -30,22 +28,25 @@ def encoder(
     stop_tokens: Collection[int],
     row_rules: int = ROW_RULES,
     template: str | None = None,
+    date: str | None = None,
 ) -> Encode:
     """A function from rows and their places to the one example of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
+    `date` is what a template that prints it is given.
     """
     template = template or template_of(tokenizer, task)
+    renderer = Renderer(tokenizer, template, date)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
     def render(row: dict, place: str) -> tuple[str, list[tuple[int, int]]]:
         conversation = conversation_of(row, place, row_rules)
         if row_rules == 1:
             _refuse_control_tokens(conversation, place, control, is_all=False)
-            return _render(tokenizer, template, conversation, place)
+            return renderer.spans(conversation, place)
         _refuse_roles(conversation, template, place)
         _refuse_control_tokens(conversation, place, control)
-        text, spans = _render_calls(tokenizer, template, conversation, place)
+        text, spans = _render_calls(renderer, conversation, place)
         refuse_lost(conversation, row, text, spans, place)
         return text, spans
 
@@ -131,57 +132,20 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _render_calls(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, place: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """As `_render`, with the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
+def _render_calls(renderer: Renderer, conversation: Conversation, place: str) -> tuple[str, list[tuple[int, int]]]:
+    """Text and spans, with the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
     texts = with_text_arguments(conversation)
     if texts is None:
-        return _render(tokenizer, template, conversation, place)
+        return renderer.spans(conversation, place)
     try:
-        rendered = _render(tokenizer, template, conversation, place)
-    except (DataError, TypeError) as error:
+        rendered = renderer.spans(conversation, place)
+    except DataError as error:
         try:
-            return _render(tokenizer, template, texts, place)
-        except (DataError, TypeError):
+            return renderer.spans(texts, place)
+        except DataError:
             raise error from None
     is_python = any(str(arguments) in rendered[0] for arguments in arguments_of(conversation) if arguments)
-    return _render(tokenizer, template, texts, place) if is_python else rendered
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, place: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The whole text, and the span in characters of each assistant turn to learn, from after its header to its end."""
-    messages = conversation.messages
-
-    def render(count: int, with_header: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count],
-            tools=conversation.tools,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=with_header,
-        )
-
-    spans = []
-    try:
-        text = render(len(messages))
-        for number in conversation.turns:
-            before = render(number, with_header=True)
-            through = render(number + 1) if number + 1 < len(messages) else text
-            if not (text.startswith(before) and text.startswith(through)):
-                raise DataError(
-                    "the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart",
-                    where=place,
-                    hint=TEMPLATE_HINT,
-                )
-            spans.append((len(before), len(through)))
-    except jinja2.TemplateError as error:
-        raise DataError(
-            f"the chat template refuses the row: {error}", where=place, hint="look at the order of roles in it"
-        ) from None
-    return text, spans
+    return renderer.spans(texts, place) if is_python else rendered
 
 
 def _without_trailing_space(turn: np.ndarray, starts: np.ndarray, ends: np.ndarray, text: str) -> int:

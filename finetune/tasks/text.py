@@ -24,11 +24,38 @@ def encoder(
 
     def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
         texts = [text_of(row, place) for row, place in zip(rows, places, strict=True)]
+        batch = tokenizer(texts, return_special_tokens_mask=True)
+        found = batch["input_ids"]
+        if row_rules > 1:
+            found = [_once(*pair) for pair in zip(found, batch["special_tokens_mask"], strict=True)]
         # some tokenizers end every text themselves
-        ended = [ids if ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts)["input_ids"]]
+        ended = [ids if ids[-1:] == [end] else [*ids, end] for ids in found]
         return [_divided(ids, task.max_length) for ids in ended]
 
     return encode
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of a text that goes on: as in training, and without the end that some tokenizers write after every text."""
+    encoded = tokenizer(prompt, return_special_tokens_mask=True)
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    while len(ids) > 1 and added[-1]:
+        ids, added = ids[:-1], added[:-1]
+    return _once(ids, added)
+
+
+def _once(ids: list[int], added: list[int]) -> list[int]:
+    """Without what the tokenizer adds before and after a text that has it already: one that was rendered before begins with its begin token.
+
+    `added` is 1 for each token that is not of the text.
+    """
+    before, after = (next((count for count, each in enumerate(way) if not each), 0) for way in (added, added[::-1]))
+    if before and ids[before : 2 * before] == ids[:before] and not any(added[before : 2 * before]):
+        ids, added = ids[before:], added[before:]
+    end = len(ids) - after
+    if after and ids[end - after : end] == ids[end:] and not any(added[end - after : end]):
+        ids = ids[:end]
+    return ids
 
 
 def _divided(ids: list[int], max_length: int) -> list[Example]:

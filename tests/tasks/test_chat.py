@@ -11,6 +11,7 @@ from tokenizers import processors
 from finetune.errors import DataError
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.chat import encoder
+from tests.conftest import CHATML
 
 LLAMA_3 = (
     "{{ '<|endoftext|>' }}{% for message in messages %}"
@@ -536,3 +537,35 @@ def test_supervised_tokens_beyond_the_length_are_counted_as_lost(encoded):
     for max_length in range(1, len(whole.tokens) + 1):
         example = encoded(row, max_length=max_length)
         assert example.lost_targets == whole.supervised[1:].sum() - example.supervised[1:].sum()
+
+
+def test_a_template_file_that_is_not_utf_8_is_named_with_its_line(tiny_tokenizer, tmp_path):
+    file = tmp_path / "latin.jinja"
+    file.write_bytes(CHATML.encode() + "\n{# café #}".encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        encoder(tiny_tokenizer, ChatTask(name="chat", template=str(file)), set())
+    assert str(caught.value) == (f"{file}: the template is not UTF-8: line 5 has the byte 0xe9\nhint: save it as UTF-8")
+
+
+def test_the_mark_at_the_start_of_a_template_file_is_in_no_row(tiny_tokenizer, tmp_path):
+    file = tmp_path / "marked.jinja"
+    file.write_text(CHATML, encoding="utf-8-sig")
+    row = {"prompt": "it was", "completion": "said"}
+    for task in (ChatTask(name="chat", template=str(file)), ChatTask(name="chat")):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = f"\ufeff{CHATML}"
+        [[example]] = encoder(tokenizer, task, {tokenizer.eos_token_id})([row], ["row"])
+        assert "\ufeff" not in tokenizer.decode(example.tokens)
+
+
+def test_several_templates_without_a_default_are_refused_by_name(encoded, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(DataError) as caught:
+        encoded({"prompt": "it was", "completion": "said"}, tokenizer=tokenizer)
+    assert str(caught.value) == (
+        "the base has several chat templates, and none is called `default`: rag, tool_use\n"
+        "hint: save one of them to a file, and name it with task.template: FILE"
+    )
+    tokenizer.chat_template["default"] = CHATML
+    assert len(encoded({"prompt": "it was", "completion": "said"}, tokenizer=tokenizer).tokens)

@@ -9,7 +9,7 @@ from tokenizers import processors
 
 from finetune.errors import DataError
 from finetune.recipe.schema import TextTask
-from finetune.tasks.text import _divided, encoder
+from finetune.tasks.text import _divided, beginning, encoder
 
 
 def encoded(tokenizer, text, max_length=1024):
@@ -74,3 +74,46 @@ def test_a_row_without_text_is_named(tiny_tokenizer, row, message):
     with pytest.raises(DataError) as caught:
         encode([row], ["data.jsonl:1"])
     assert str(caught.value) == f"data.jsonl:1: {message}"
+
+
+def framed(tokenizer, before: str, after: str):
+    """A tokenizer that writes control tokens around every text, as those of Llama 3, GLM 4 and T5 do."""
+    tokenizer = copy.deepcopy(tokenizer)
+    names = {*before.split(), *after.split()}
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in sorted(names)]
+    single = f"{before} $A {after}".strip()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("<|endoftext|>", ""),
+        ("<|endoftext|> <|im_start|>", ""),
+        ("<|endoftext|>", "<|im_end|>"),
+        ("", "<|im_end|>"),
+        ("<|im_end|>", "<|im_end|>"),
+    ],
+)
+def test_a_text_that_was_rendered_before_begins_and_ends_once(tiny_tokenizer, before, after):
+    tokenizer = framed(tiny_tokenizer, before, after)
+    [plain] = encoded(tokenizer, "the row")
+    [rendered] = encoded(tokenizer, before.replace(" ", "") + "the row" + after)
+    assert rendered.tokens.tolist() == plain.tokens.tolist()
+    assert tokenizer.decode(plain.tokens) == before.replace(" ", "") + "the row<|im_end|>"
+    [twice] = encoded(tokenizer, 2 * before.replace(" ", "") + "the row")
+    assert tokenizer.decode(twice.tokens) == 2 * before.replace(" ", "") + "the row<|im_end|>", "what a text says stays"
+
+
+def test_a_run_of_the_first_row_rules_keeps_its_begin_tokens(tiny_tokenizer):
+    tokenizer, task = framed(tiny_tokenizer, "<|endoftext|>", ""), TextTask(name="text")
+    [[example]] = encoder(tokenizer, task, set(), 1)([{"text": "<|endoftext|>the row"}], ["row"])
+    assert tokenizer.decode(example.tokens) == "<|endoftext|><|endoftext|>the row<|im_end|>"
+
+
+@pytest.mark.parametrize(("before", "after"), [("<|endoftext|>", "<|im_end|>"), ("", "<|im_end|>"), ("", "")])
+def test_the_beginning_of_a_text_is_not_ended(tiny_tokenizer, before, after):
+    tokenizer = framed(tiny_tokenizer, before, after)
+    assert tokenizer.decode(beginning(tokenizer, "the row")) == f"{before}the row"
+    assert tokenizer.decode(beginning(tokenizer, f"{before}the row<|im_end|> it")) == f"{before}the row<|im_end|> it"

@@ -1,0 +1,133 @@
+"""Floor 0. A conversation by a chat template: its text, and where in it the assistant speaks.
+
+A template is somebody's program: whatever it raises is one DataError. The day that it prints is the plan's.
+"""
+
+import os
+import sys
+from datetime import date, datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+from finetune.data.conversation import Conversation
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    import jinja2
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.plan import Plan
+
+TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
+# What a template raises by itself; `raise_exception` in it raises a TemplateError of jinja2.
+FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+SHOWN = 40  # characters of a text in a message
+
+
+class Renderer(NamedTuple):
+    """How conversations become text."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: str
+    date: str | None = None
+    """The day that a template which prints it is given, as YYYY-MM-DD; None is that of the clock."""
+
+    def text(
+        self, messages: list[dict], place: str | None = None, tools: list | None = None, with_header: bool = False
+    ) -> str:
+        """The text of some messages; `with_header` it ends with what an answer follows."""
+        import jinja2
+
+        try:
+            self._set_date()
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=with_header,
+            )
+        except jinja2.TemplateError as error:
+            if type(error) is jinja2.TemplateError:
+                message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"
+                raise DataError(message, where=place, hint=hint) from None
+            raise _failure(error, place) from error
+        except FAILURES as error:
+            raise _failure(error, place) from error
+
+    def spans(self, conversation: Conversation, place: str) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and the span in characters of each assistant turn to learn, from after its header to its end."""
+        messages, spans = conversation.messages, []
+        text = self.text(messages, place, conversation.tools)
+        for number in conversation.turns:
+            before = self.text(messages[:number], place, conversation.tools, with_header=True)
+            is_last = number + 1 == len(messages)
+            through = text if is_last else self.text(messages[: number + 1], place, conversation.tools)
+            if not text.startswith(through):
+                message = "the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart"
+                raise DataError(message, where=place, hint=TEMPLATE_HINT)
+            if not text.startswith(before):
+                bare = self.text(messages[:number], place, conversation.tools)
+                raise _no_header(text, before, bare, conversation.places[number], place)
+            spans.append((len(before), len(through)))
+        return text, spans
+
+    def _set_date(self) -> None:
+        # Not a variable: transformers passes none that is a function. The compiled template is kept by its text, for all who render it.
+        globals_of = _compiled(self.template).globals
+        if self.date is None:
+            globals_of.pop("strftime_now", None)
+        else:
+            globals_of["strftime_now"] = datetime.fromisoformat(self.date).strftime
+
+
+def dates(
+    template: str | None, earlier: "Plan | None", like: "Plan | None", today: date | None
+) -> tuple[str | None, str | None]:
+    """The day in a plan and the one that its template is given: None where it prints none. A plan of older code has none, and says so."""
+    if template is None or not prints_date(template):
+        return None, None
+    now = (today or date.today()).isoformat()
+    if earlier is None:
+        day = (like.date if like else None) or now
+        return day, day
+    if earlier.date is None and os.environ.get("RANK", "0") == "0":
+        said = f"the chat template prints the date, and this run's plan has none: rows are rendered with {now}"
+        print(said, file=sys.stderr, flush=True)
+    return earlier.date, earlier.date or now
+
+
+def prints_date(template: str) -> bool:
+    """Whether a template may print the day it is rendered on."""
+    import jinja2
+
+    try:
+        tree = _compiled(template).environment.parse(template)
+    except jinja2.TemplateError:
+        return False  # whoever renders it says what is wrong
+    return any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name))
+
+
+def _compiled(template: str) -> "jinja2.Template":
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
+
+
+def _failure(error: Exception, place: str | None) -> DataError:
+    said = " ".join(str(error).split())[:200]
+    cause = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    hint = f"look at what this row has that others have not, or {TEMPLATE_HINT}"
+    return DataError(f"the chat template fails on the row: {cause}", where=place, hint=hint)
+
+
+def _no_header(text: str, before: str, bare: str, field: str, place: str) -> DataError:
+    """What a model is asked with is not what the assistant's turn begins with: it would be trained on another beginning."""
+    if text.startswith(bare) and before.startswith(bare):
+        prompt, turn = before[len(bare) :], text[len(bare) :]
+        said = f"asks for an answer with {prompt[-SHOWN:]!r}, and begins the turn `{field}` with {turn[:SHOWN]!r}"
+    else:
+        same = len(os.path.commonprefix([text, before]))
+        said = f"renders what is before `{field}` in another way once that is there: {before[same:][:SHOWN]!r} becomes {text[same:][:SHOWN]!r}"
+    return DataError(
+        f"the chat template {said}, so assistant tokens cannot be told apart", where=place, hint=TEMPLATE_HINT
+    )
