@@ -18,7 +18,7 @@ import click
 from finetune import __version__, streams
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
-from finetune.errors import CheckpointError, FinetuneError, RecipeError, Stopped
+from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped
 from finetune.signals import ending_signals
 from finetune.world import TOLD, is_alone, is_first, prepare_allocator
 
@@ -49,6 +49,7 @@ class Steps(click.ParamType):
 
 
 STEPS = Steps()
+MOST_ROWS = 1000  # bad ones that an error lists as JSON
 
 
 def how_to_train(command: Callable) -> Callable:
@@ -679,6 +680,8 @@ def _report(error: FinetuneError) -> None:
         return
     if "--json" in sys.argv:
         facts = {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
+        if isinstance(error, DataError) and len(error.parts) > 1:
+            facts["rows"] = [{"where": part.where, "message": part.message} for part in error.parts[:MOST_ROWS]]
         click.echo(json.dumps({"error": facts}))
     click.echo(str(error), err=True)
 

@@ -192,3 +192,12 @@ def test_plan_names_ignored_columns_and_counts_what_is_cut(recipe_file, monkeypa
     )
     said = run_main(monkeypatch, capsys, "plan", skipping)[1]
     assert "\nignored" not in said and "warning" not in said
+
+
+def test_bad_rows_are_listed_in_the_object_of_an_error(recipe_file, monkeypatch, capsys, tmp_path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a"}\n')
+    code, said, _ = run_main(monkeypatch, capsys, "plan", recipe_file(data={"train": [{"path": str(file)}]}), "--json")
+    rows = json.loads(said)["error"]["rows"]
+    assert code == 1 and [row["where"] for row in rows] == [f"{file}:1", f"{file}:2"]
+    assert rows[0]["message"] == "has an empty assistant turn"

@@ -15,7 +15,7 @@ IDENTIFIERS = ("role", "tool_call_id", "id", "type", "index")
 """Fields of messages and tool calls that only refer to something."""
 CONTENT_COLUMNS = (
     *FIELDS,
-    *("input", "history", "instruction", "output", "context", "functions", "documents", "chosen", "rejected"),
+    *("input", "history", "instruction", "output", "context", "functions", "documents", "chat_template_kwargs"),
     *("system_prompt", "reasoning", "reasoning_content", "thinking", "image", "images", "audio", "audios", "videos"),
 )
 """Columns that are part of a conversation by their usual meaning. Others are about the row, and `plan` names them."""

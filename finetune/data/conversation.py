@@ -39,7 +39,9 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number >= given]
     if not turns:
         message = "has no assistant turn, so there is nothing to learn from it"
-        raise DataError(message, where=where, hint="remove the row")
+        roles = dict.fromkeys(each["role"] for each in messages)
+        hint = "remove the row" if roles.keys() <= {*ROLES} else f"its roles are: {', '.join(roles)}"
+        raise DataError(message, where=where, hint=hint)
     if row_rules > 1:
         turns = [number for number in turns if _is_learnt(messages[number], places[number], where)]
         messages = [_plain(message, place, where) for message, place in zip(messages, places, strict=True)]

@@ -304,6 +304,10 @@ def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
             {"messages": turns("ask")},
             "has no assistant turn, so there is nothing to learn from it\nhint: remove the row",
         ),
+        (
+            {"messages": turns("ask", "yes", roles=("human", "Assistant"))},
+            "has no assistant turn, so there is nothing to learn from it\nhint: its roles are: human, Assistant",
+        ),
         ({"messages": turns("ask", "")}, "has an empty assistant turn\nhint: remove the row"),
         ({"messages": turns("ask", " \n\t")}, "has an empty assistant turn\nhint: remove the row"),
         ({"messages": turns("ask", "yes", "more", "")}, "has an empty assistant turn\nhint: remove the row"),
