@@ -76,7 +76,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
         "holdout_copies": _copies(plan),
         "split": plan.split.model_dump() if plan.split else None,
         "seen": [item.model_dump() for item in plan.seen],
-        "notes": plan.seen_told,
+        "notes": [*([f"held out by the rule of {plan.kept_rule}"] if plan.kept_rule else []), *plan.seen_told],
         "total_parameters": plan.total_parameters,
         "trainable_parameters": plan.trainable_parameters,
         "micro_batch_tokens": work.micro_batch,

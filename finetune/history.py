@@ -40,6 +40,7 @@ def log(run: Path) -> dict:
             for item in Store(run).checkpoints()
         ],
         "incidents": [_incident(record) for record in records if record.get("event") in INCIDENTS],
+        "seen": plan.seen_told,
         "branches": _branches(run, facts["run"], plan),
     }
 
@@ -56,6 +57,7 @@ def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]
         f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
     )
     lines = [f"{margin}{facts['run']}  ({steps['recorded']} of {steps['planned']} steps{origin})"]
+    lines += [f"{margin}! {told}" for told in facts["seen"]]
     entries = [(row["step"], 1, _checkpoint_line(row, are_rows_others)) for row in facts["checkpoints"]]
     entries += [
         (incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]

@@ -103,6 +103,11 @@ class Plan(Pin):
         }
 
     @property
+    def kept_rule(self) -> str | None:
+        """The run whose rule for held-out rows this one keeps."""
+        return next((stage.ref for stage in self.stages or () if self.split and stage.split == self.split), None)
+
+    @property
     def seen_told(self) -> list[str]:
         """A line for each run that trained on held-out rows, or may have."""
         return [item.told(self.holdout_counts.rows) for item in self.seen]

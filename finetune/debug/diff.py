@@ -10,6 +10,7 @@ from finetune.checkpoints.refs import find, parse
 from finetune.contract import differences
 from finetune.debug import changes
 from finetune.errors import FinetuneError
+from finetune.heldout.draw import are_same_rows
 from finetune.model import base
 from finetune.plan import Plan
 from finetune.recipe.schema import Base
@@ -39,6 +40,7 @@ def diff(a: str, b: str, picture: Path | None = None) -> dict:
         "b": b,
         **_of_plans(one.plan, two.plan),
         "metrics": _of_metrics(one, two),
+        "are_same_rows": are_same_rows(one.plan, two.plan) if one.plan and two.plan else None,
         "first_differing_step": first_differing_step(one.run, two.run),
         "weights": {
             "total": changes.total("all", found)._asdict(),
@@ -93,7 +95,7 @@ def _of_plans(one: Plan | None, two: Plan | None) -> dict:
     if one is None or two is None:
         return {"recipe": [], "plan": []}
     plans_of = (
-        plan.model_dump(mode="json", exclude={"parent"}) for plan in (one, two)
+        plan.model_dump(mode="json", exclude={"parent", "stages"}) for plan in (one, two)
     )  # `log` tells who is whose branch
     found = list(differences(*plans_of))
     entries = [{"key": key.removeprefix("recipe."), "a": was, "b": now} for key, was, now in found]
@@ -122,6 +124,10 @@ def listing(facts: dict) -> str:
     lines = [f"A {facts['a']}", f"B {facts['b']}"]
     for part in ("recipe", "plan"):
         lines += [f"{part}: {entry['key']}: {entry['a']} -> {entry['b']}" for entry in facts[part]]
+    if facts["metrics"] and facts["are_same_rows"] is False:
+        lines.append(
+            "held-out figures of A and B are of different rows: evaluate both with one --recipe to compare them"
+        )
     lines += [f"held-out {name}: {pair['a']} -> {pair['b']}" for name, pair in facts["metrics"].items()]
     if first := facts["first_differing_step"]:
         lines.append(f"the runs part at step {first['step']}: {first['quantity']} {first['a']!r} -> {first['b']!r}")

@@ -111,7 +111,7 @@ def _refuse_empty_side(
     if untrained == 0:
         hint = "hold out a larger share, or a count"
         if origin and split == origin.split:
-            hint = f"the rule is that of {origin.ref}; name another data.split_seed for a draw from these rows"
+            hint = f"they are drawn by the rule of {origin.ref}; hold out rows of another source, or none"
         raise DataError(f"data.holdout takes none of {rows} rows", hint=hint)
     if untrained >= rows:
         count = max(holdout, untrained) if isinstance(holdout, int) else untrained
@@ -160,14 +160,16 @@ def origin(recipe: Recipe, like: Plan | None, stages: Sequence[Stage] | None) ->
 
 
 def are_same_rows(one: Plan, two: Plan) -> bool:
-    """Whether the held-out figures of both are about the same examples; `two` may be an older version's."""
+    """Whether the held-out figures of both are about the same examples."""
     if (one.encoding, one.holdout_counts) != (two.encoding, two.holdout_counts):
         return False
     if one.held_out and two.held_out:
         return one.held_out == two.held_out
     if isinstance(one.recipe.data.holdout, list):
         return one.holdout == two.holdout
-    if one.split and one.split.contents:  # named after those of the other; as many are all of them
-        return two.split is None
+    if any(
+        plan.split and plan.split.contents for plan in (one, two)
+    ):  # after those of the other; as many are all of them
+        return one.split is None or two.split is None
     drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout, plan.split) for plan in (one, two)]
     return drawn[0] == drawn[1]

@@ -49,7 +49,7 @@ def up_to(run: Path, step: int) -> tuple[Stage, ...]:
     """A run up to a step, and those before it. Step 0 is its base."""
     plan, _ = plans.load(run)
     before = plan.stages if plan.stages is not None else _found_before(plan, run)
-    return (stage_of(plan, f"{run.name}@{step}"), *before) if step else before
+    return (stage_of(plan, f"{run.absolute().name}@{step}"), *before) if step else before
 
 
 def stage_of(plan: Plan, ref: str) -> Stage:

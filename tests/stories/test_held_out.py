@@ -12,6 +12,7 @@ from finetune import journal
 from finetune import plan as plans
 from finetune.compare.evaluate import evaluate
 from finetune.debug.branch import Choices, branch
+from finetune.debug.diff import diff, listing
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.history import log, tree
 from finetune.recipe.load import load
@@ -93,6 +94,9 @@ def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_t
     )
     made = branch(f"{run}@4", tmp_path / "other", Choices(("data.holdout=20", "data.seen=allow")), is_quiet=True)
     assert [(item.by, item.rows) for item in plans.load(made)[0].seen] == [("one@4", 8)]
+    assert "! 8 of 20 held-out rows were trained on by one@4" in tree(log(run))
+    facts = diff(f"{run}@6", f"{made}@6")
+    assert facts["are_same_rows"] is False and "are of different rows" in listing(facts)
     with pytest.raises(DataError, match="8 of 20 held-out rows were trained on by one@4"):
         evaluate([f"{made}@6"], None, ())
     [result] = evaluate([f"{made}@6"], None, (), is_seen_allowed=True)
