@@ -67,6 +67,8 @@ class Plan(Pin):
     """Held-out rows that these, or the run itself, train on."""
     arranged: str | None = None
     """How rows come together (`padded`, `alone`) where that is not as the recipe says, since its base cannot pack them."""
+    keeps_fp32: bool = False
+    """Whether bf16 weights leave in fp32 what the base's files store so beside them; runs of older code rounded it."""
 
     @property
     def plan_id(self) -> str:
@@ -219,6 +221,12 @@ def _on_curve(step: int, steps: int, earlier: Sequence[EarlierOrder], start: int
             at = change.until + (at - change.until) * (change.steps - change.until) / (steps - change.until)
         steps = change.steps
     return at, steps
+
+
+def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:
+    """`Plan.keeps_fp32` of a recipe; `like` is the plan of a run that it goes on with."""
+    is_as_before = like is not None and like.recipe.train.weights == "bf16"
+    return recipe.train.weights == "bf16" and (like.keeps_fp32 if is_as_before else True)
 
 
 def load(run: Path) -> tuple[Plan, dict]:

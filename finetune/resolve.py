@@ -26,7 +26,7 @@ from finetune.heldout import draw
 from finetune.heldout.draw import HeldOut
 from finetune.heldout.lineage import source_key
 from finetune.model import base
-from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of, warmup_of
+from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import ChatTask, Source, TextTask
 from finetune.tasks import TASKS
@@ -157,6 +157,7 @@ def resolve(
         seen=earlier.seen if earlier else (),
         arranged=arranged,
         date=day,
+        keeps_fp32=keeps_fp32(recipe, like),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)

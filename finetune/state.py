@@ -133,7 +133,8 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> tor
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     recipe = plan.recipe
     place = _place(recipe, base_directory, device)
-    model = base.load_model(
+    load = base.load_as_stored if plan.keeps_fp32 else base.load_model
+    model = load(
         base_directory,
         base.DTYPES[recipe.train.weights],
         attention.PER_ROW if plan.arrangement == "packed" else None,
@@ -186,12 +187,14 @@ def _fitting_loss(plan: Plan, model: torch.nn.Module) -> tuple[Callable, str | N
         "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
         "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
         "task": [plan.arrangement == "packed", recipe.task.max_length],
-        "numbers": [recipe.train.weights, recipe.train.precision, device_name(device)],
+        "numbers": [recipe.train.weights, plan.keeps_fp32, recipe.train.precision, device_name(device)],
         "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
     }
 
     def find() -> str | None:
-        with as_trained(recipe.train, device):
+        # weights of two types meet in products that only autocast brings together
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=plan.keeps_fp32)
+        with as_trained(recipe.train, device), mixed:
             if plan.arrangement == "packed":
                 check_packing(model, recipe.task.max_length)
             return losses.fitting(model)[1]

@@ -201,8 +201,7 @@ def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
 def _config(base_directory: Path, weights: str) -> dict:
     """The base's own config with the type of the weights that are really there, whatever the base's was."""
     config = json.loads((base_directory / "config.json").read_bytes())
-    config.pop("torch_dtype", None)
-    return config | {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[weights]}
+    return base.with_dtype(config, base.DTYPES[weights])
 
 
 def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:

@@ -5,6 +5,7 @@ No name in a file becomes a path here.
 
 import re
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from finetune import chat_template
 from finetune.checkpoints.tensors import Place
 from finetune.package.contents import Finding
-from finetune.package.folder import Folder
+from finetune.package.folder import PROCESSORS, Folder
 from finetune.remote_code import asked_by
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -20,6 +21,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+HALVES = ("BF16", "F16")
 PIECE = 1 << 22  # items looked at at once
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -60,21 +62,27 @@ def index(folder: Folder) -> Iterator[Finding]:
 
 
 def dtype(folder: Folder) -> Iterator[Finding]:
-    """Weights have the type that the config says."""
+    """Weights have the type that the config says, or one that they are known to be kept in.
+
+    A package of ours names those. In others fp32 is found beside half precision: routers, their biases and state-space parameters are kept so.
+    """
     said = folder.config.get("dtype") or folder.config.get("torch_dtype")
     wanted = DTYPES.get(str(said).removeprefix("torch."))
     if (
         wanted is None or folder.is_adapter or folder.config.get("quantization_config")
     ):  # an adapter's config is the base's
         return
-    for file, tensors in folder.tensors.items():
-        for name, place in tensors.items():
-            if place.dtype in DTYPES.values() and place.dtype != wanted:
-                yield Finding("dtype", file, name, f"is {place.dtype}; the config says {said}")
+    places = [(file, name, place) for file, tensors in folder.tensors.items() for name, place in tensors.items()]
+    is_mixed = wanted in HALVES and any(place.dtype == wanted for _, _, place in places)
+    for file, name, place in places:
+        kept = "F32" if folder.from_base is None and is_mixed else (folder.from_base or {}).get("types", {}).get(name)
+        if place.dtype in DTYPES.values() and place.dtype not in (wanted, kept):
+            yield Finding("dtype", file, name, f"is {place.dtype}; the config says {said}")
 
 
 def finite(folder: Folder) -> Iterator[Finding]:
-    """No weight is NaN or infinite, and no matrix is all zeros."""
+    """No weight is NaN or infinite, and no matrix is all zeros that was not so in the base."""
+    zeros = (folder.from_base or {}).get("zeros", [])
     for file, tensors in folder.tensors.items():
         for name, place in tensors.items():
             if place.dtype not in NUMPY and place.dtype != "BF16":
@@ -82,7 +90,7 @@ def finite(folder: Folder) -> Iterator[Finding]:
             is_bad, is_zero = _looked_at(folder.path / file, place)
             if is_bad:
                 yield Finding("finite", file, name, "has values that are no numbers")
-            if is_zero and len(place.shape) > 1 and "lora_B" not in name:
+            if is_zero and len(place.shape) > 1 and "lora_B" not in name and name not in zeros:
                 yield Finding("finite", file, name, "is all zeros")
 
 
@@ -167,6 +175,18 @@ def template(folder: Folder) -> Iterator[Finding]:
             yield Finding("template", file, None, problem)
 
 
+def processor(folder: Folder) -> Iterator[Finding]:
+    """A model that reads images or sound as well says how these are prepared, unless its base did not."""
+    parts = [name for name in ("vision_config", "audio_config") if folder.config.get(name)]
+    declared = str((folder.config.get("architectures") or [""])[0])
+    is_text = folder.is_adapter or not parts or not declared.endswith("ForConditionalGeneration")
+    if is_text or any(fnmatchcase(name, PROCESSORS) for name in folder.configs):
+        return
+    if folder.from_base is None or folder.from_base.get("processors"):
+        message = f"is missing, and {declared} has `{parts[0]}`: nothing says how images or sound are prepared"
+        yield Finding("processor", "preprocessor_config.json", None, message)
+
+
 def tied(folder: Folder) -> Iterator[Finding]:
     """What the config says of input and output embeddings is how they are stored."""
     text = folder.config.get("text_config") or folder.config
@@ -209,6 +229,7 @@ CHECKS: dict[str, Callable[[Folder], Iterator[Finding]]] = {
     "vocabulary": vocabulary,
     "tokenizer": tokenizer,
     "template": template,
+    "processor": processor,
     "tied": tied,
     "base": base,
 }

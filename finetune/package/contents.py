@@ -23,6 +23,8 @@ ALLOWED = (
     "adapter_config.json",
     *TOKENIZER_FILES,
     "chat_template.jinja",
+    "chat_template.json",
+    "*processor_config.json",
     "README.md",
     "LICEN[SC]E*",
     "NOTICE*",

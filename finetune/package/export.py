@@ -7,8 +7,8 @@ into place at the very end: there is a proven package, or none.
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from finetune import plan as plans
 from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.snapshot import DTYPES
 from finetune.checkpoints.store import failures, sync_directory
 from finetune.errors import BaseError, CheckpointError, FinetuneError, PackageError
 from finetune.heldout import lineage
@@ -36,12 +35,12 @@ from finetune.package import (
     record,
     reference,
     signing,
-    small_files,
     weights,
 )
+from finetune.package.assembly import assemble
 from finetune.package.card import Facts, card, hub_base
 from finetune.package.contents import files_of, sha256
-from finetune.package.proof import Check, Look
+from finetune.package.proof import Check
 from finetune.package.staging import staged
 from finetune.package.verify import folder_findings
 from finetune.plan import Plan
@@ -60,8 +59,15 @@ class Average:
     """Held-out figures of a model on the rows of a run, empty where none are held out: a mean is not packaged unseen."""
 
 
-def package(ref: str, directory: Path, key: Path | None = None, average: Average | None = None) -> dict:
+def package(
+    ref: str,
+    directory: Path,
+    key: Path | None = None,
+    average: Average | None = None,
+    load: proof.Loader | None = None,
+) -> dict:
     """Writes a checkpoint, or the mean of several, as a package, signed where a private key is named; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
+    `load` is how it is loaded back, if not in a fresh process (`proof.load_here`: many packages in one warm process).
 
     PackageError names the check that failed; then no folder is left.
     """
@@ -69,8 +75,7 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
     _refuse_existing(directory)
     opened = open_model(ref, is_as_trained=False)
     recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
-    form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
-    _refuse_unnamed_base(plan, form)
+    _refuse_unnamed_base(plan, recipe.package.form)
     tokenizer = open_tokenizer(opened)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
     if recipe.base.quantization:
@@ -92,21 +97,17 @@ def package(ref: str, directory: Path, key: Path | None = None, average: Average
         numbers[-1] |= average.evaluate(model, run)
         checks += changes
     with _staged(directory) as staging:
-        model, logits, changes = weights.convert(model, form, base.DTYPES[dtype], tokenizer)
-        trained = Look(logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
-        weights.write(model, opened, form, base.DTYPES[dtype], staging)
-        small_files.write(staging, opened.directory, tokenizer, base_directory, is_adapter=form == "adapter")
-        loaded = proof.load_back(staging, opened.base_directory if form == "adapter" else None)
-        checks += [*proof.equal(trained, loaded), *changes, proof.stored_as(staging, DTYPES[base.DTYPES[dtype]])]
+        made = assemble(replace(opened, model=model), tokenizer, base_directory, staging, load or proof.load_back)
+        checks += made.checks
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
-        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences, averaged, _seen(plan, ref))
+        named = recipe.package.dtype or recipe.train.precision
+        facts = Facts(plan, manifest, numbers, found, recipe.package.form, named, *licences, averaged, _seen(plan, ref))
         _write_record(facts, staging)
-        probed = reference.recorded(loaded.logits, DTYPES[base.DTYPES[dtype]])
-        (staging / reference.FILE).write_text(json.dumps(probed) + "\n", encoding="utf-8")
-        _write_bom(facts, model.config.architectures, staging)
-        said = provenance.statement(facts, files_of(staging), plans.load(run)[1].get("software", {}))
-        (staging / provenance.FILE).write_text(provenance.to_line(said), encoding="utf-8")
+        (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
+        _write_bom(facts, made.model.config.architectures, staging)
+        statement = provenance.statement(facts, files_of(staging), plans.load(run)[1].get("software", {}))
+        (staging / provenance.FILE).write_text(provenance.to_line(statement), encoding="utf-8")
         if key:
             signing.sign(staging, key)
         _refuse_wrong(staging)
@@ -179,11 +180,12 @@ def _refuse_unnamed_base(plan: Plan, form: str) -> None:
 
 
 def _base_directory(plan: Plan) -> Path | None:
-    """Config, tokenizer and licence of the base. None where a full fine-tune outlived it: the card then says that the licence is unknown."""
-    try:
-        return base.directory(plan.recipe.base, plan.base, with_weights=False)
-    except (BaseError, CheckpointError):
-        return None
+    """What the base's authors wrote. Without weights where these cannot be had, and None where a full fine-tune outlived it: the card then
+    says that the licence is unknown, and `proof` whether a weight is missed that was not trained."""
+    for has_weights in (True, False):
+        with suppress(BaseError, CheckpointError):
+            return base.directory(plan.recipe.base, plan.base, has_weights)
+    return None
 
 
 def _write_record(facts: Facts, directory: Path) -> None:

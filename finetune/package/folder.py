@@ -10,7 +10,9 @@ from finetune.checkpoints.tensors import Place, read_header
 from finetune.errors import CheckpointError
 from finetune.package.contents import Finding
 
-CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+PROCESSORS = "*processor_config.json"  # of images, video and sound
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", PROCESSORS)
+RECORD = "training/probe.json"
 
 
 @dataclass
@@ -23,14 +25,20 @@ class Folder:
     @cached_property
     def configs(self) -> dict[str, dict]:
         found = {}
-        for name in CONFIGS:
-            if (self.path / name).is_file():
-                value = self.json(name, "config")
-                if isinstance(value, dict):
-                    found[name] = value
-                elif value is not None:
-                    self.broken.append(Finding("config", name, None, "is not a JSON object"))
+        for name in sorted({path.name for pattern in CONFIGS for path in self.path.glob(pattern) if path.is_file()}):
+            value = self.json(name, "config")
+            if isinstance(value, dict):
+                found[name] = value
+            elif value is not None:
+                self.broken.append(Finding("config", name, None, "is not a JSON object"))
         return found
+
+    @cached_property
+    def from_base(self) -> dict | None:
+        """What a package of ours says that it has from its base as it was there (`FromBase`); None in others, and in those of older code."""
+        value = self.json(RECORD, "config") if (self.path / RECORD).is_file() else None
+        found = value.get("from_base") if isinstance(value, dict) else None
+        return found if isinstance(found, dict) else None
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Place]]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -67,11 +68,11 @@ def digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
-def main(directory: str, out: str, threads: str, base: str | None = None) -> None:
-    """Writes logits.safetensors and facts.json to `out`; with a base, the directory is an adapter of it."""
-    from safetensors.torch import save_file
+def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], dict]:
+    """Logits and facts of what is in a directory; with a base, that is an adapter of it.
 
-    torch.set_num_threads(int(threads))
+    A model is loaded as a causal LM and, where that is another class than the one that its config declares, by that one as well.
+    """
     options = {"use_safetensors": True, "output_loading_info": True}
     if base:
         from peft import PeftModel
@@ -81,9 +82,37 @@ def main(directory: str, out: str, threads: str, base: str | None = None) -> Non
     else:
         model, info = AutoModelForCausalLM.from_pretrained(directory, **options)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    keys = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    save_file(logits(model, tokenizer), Path(out, "logits.safetensors"))
-    Path(out, "facts.json").write_text(json.dumps({"keys": keys, **facts(model, tokenizer)}))
+    seen = logits(model, tokenizer)
+    found = {"keys": _keys(info), **facts(model, tokenizer), "class": type(model).__name__, "declared": None}
+    declared = None if base else declared_class(directory)
+    if declared not in (None, type(model)):
+        del model
+        model, info = declared.from_pretrained(directory, **options)
+        other = logits(model, tokenizer)
+        apart = max((seen[name] - other[name]).abs().max().item() for name in seen)
+        largest = max(one.abs().max().item() for one in seen.values())
+        found["declared"] = {"class": declared.__name__, "keys": _keys(info), "apart": apart, "largest": largest}
+    return seen, found
+
+
+def declared_class(directory: Path) -> type | None:
+    """The class that a config says its weights are of; None where it says none, or one that this transformers does not have."""
+    named = json.loads(Path(directory, "config.json").read_bytes()).get("architectures") or [None]
+    return getattr(transformers, str(named[0]), None)
+
+
+def _keys(info: dict) -> dict[str, list[str]]:
+    return {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+
+def main(directory: str, out: str, threads: str, base: str | None = None) -> None:
+    """Writes logits.safetensors and facts.json to `out`."""
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(int(threads))
+    seen, found = look(Path(directory), Path(base) if base else None)
+    save_file(seen, Path(out, "logits.safetensors"))
+    Path(out, "facts.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from safetensors.torch import load_file
 
-from finetune.checkpoints.tensors import read_header
+from finetune.checkpoints.tensors import Place, read_header
 from finetune.errors import PackageError
+from finetune.model.base import outline
+from finetune.model.base.quiet import quiet
 from finetune.package import probe
 
 # Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; the cast to bf16 changes the
@@ -24,6 +28,8 @@ from finetune.package import probe
 MERGE_BOUND = 1e-5
 CAST_BOUND = 2e-2
 QUANTIZATION_BOUND = 2.0  # 0.56 for nf4 of the same model, without an adapter: noise shows more of it than text does
+# Of the largest logit: the class of a model with images is one more place where sums may be taken in another order.
+CLASS_TOLERANCE = 1e-3
 Logits = dict[str, torch.Tensor]
 NOT_FOR_THE_PROBE = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it needs no network, hence no secret
 
@@ -84,8 +90,12 @@ def drift(reference: Logits, other: Logits) -> dict[str, float]:
     }
 
 
+# A package, and the base that it is an adapter of -> a look at it
+Loader = Callable[[Path, Path | None], Look]
+
+
 def load_back(directory: Path, base: Path | None) -> Look:
-    """A look at a package, by a process that knows nothing of this one; with a base, the package is an adapter of it."""
+    """A look at a package, by a process that knows nothing of this one."""
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROBE}
     with tempfile.TemporaryDirectory() as out:
         # -P: without it the program's own folder comes first on the import path
@@ -105,11 +115,19 @@ def load_back(directory: Path, base: Path | None) -> Look:
         return Look(load_file(Path(out, "logits.safetensors")), json.loads(Path(out, "facts.json").read_bytes()))
 
 
-def equal(trained: Look, loaded: Look) -> list[Check]:
-    """That the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits."""
-    wrong = [name for names in loaded.facts["keys"].values() for name in names]
-    if wrong:
-        raise _failed("keys", f"{len(wrong)} weights are missing, surplus or of another shape: {', '.join(wrong[:3])}")
+def load_here(directory: Path, base: Path | None) -> Look:
+    """The same in this process: seconds less, and no proof of what a process that is warm might hide. For many models in a row."""
+    with quiet():
+        logits, facts = probe.look(directory, base)
+    return Look(logits, json.loads(json.dumps(facts)))
+
+
+def equal(trained: Look, loaded: Look, surplus: Mapping[str, Collection[str]]) -> list[Check]:
+    """That the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits.
+
+    `surplus` are the names of tensors that a class of models may find in the package and not want, for they were in the base.
+    """
+    _refuse_keys(loaded.facts["keys"], loaded.facts["class"], surplus)
     for name in ("weights", "tied", "tokenizer", "template"):
         if trained.facts[name] != loaded.facts[name]:
             raise _failed(name, _difference(name, trained.facts[name], loaded.facts[name]))
@@ -125,6 +143,7 @@ def equal(trained: Look, loaded: Look) -> list[Check]:
         sum(one.shape[0] * one.shape[1] for one in loaded.logits.values()),
     )
     return [
+        *_by_declared_class(loaded.facts["declared"], surplus),
         Check("keys", "no weight is missing, surplus or of another shape"),
         Check(
             "weights",
@@ -148,19 +167,73 @@ def equal(trained: Look, loaded: Look) -> list[Check]:
     ]
 
 
-def stored_as(directory: Path, dtype: str) -> Check:
-    """That every floating-point tensor in the files has the declared type (spelled as safetensors does), and is there once."""
+def _by_declared_class(found: dict | None, surplus: Mapping[str, Collection[str]]) -> list[Check]:
+    """That the class of the config, where it is not the one that was trained, finds all its weights and computes the same."""
+    if found is None:
+        return []
+    _refuse_keys(found["keys"], found["class"], surplus)
+    if not found["apart"] <= CLASS_TOLERANCE * max(found["largest"], 1.0):
+        raise _failed(
+            "class", f"{found['class']}, which the config declares, computes logits {found['apart']:.3g} apart"
+        )
+    message = f"{found['class']}, which the config declares, has all its weights and computes the same of text"
+    return [Check("class", message, {"max_difference": found["apart"]})]
+
+
+def _refuse_keys(keys: Mapping[str, list[str]], name: str, surplus: Mapping[str, Collection[str]]) -> None:
+    wrong = [key for kind, names in keys.items() for key in names if kind != "unexpected_keys"]
+    wrong += [key for key in keys["unexpected_keys"] if key not in surplus.get(name, ())]
+    if wrong:
+        message = f"{len(wrong)} weights of {name} are missing, surplus or of another shape: {', '.join(wrong[:3])}"
+        raise _failed("keys", message)
+
+
+def stored_as(directory: Path, types: Mapping[str, str], dtype: str) -> Check:
+    """That every tensor is in the files once, in its type of `types` (spelled as safetensors does); most have `dtype`."""
     places = [item for file in sorted(directory.glob("*.safetensors")) for item in read_header(file).items()]
     names = [name for name, _ in places]
-    other = [
-        f"{name} is {place.dtype}"
-        for name, place in places
-        if place.dtype.startswith(("F", "BF")) and place.dtype != dtype
-    ]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if other or repeated:
-        raise _failed("dtype", f"weights must be {dtype}, each stored once: {', '.join((other + repeated)[:3])}")
-    return Check("dtype", f"all {len(names)} stored tensors are {dtype}", {"tensors": len(names)})
+    wrong = [f"{name} is {place.dtype}" for name, place in places if place.dtype != types.get(name)]
+    wrong += sorted({name for name in names if names.count(name) > 1}) + sorted(types.keys() - set(names))
+    if wrong:
+        raise _failed("dtype", f"weights must be of their types, each stored once: {', '.join(wrong[:3])}")
+    others = [name for name in names if types[name] != dtype]
+    message = f"all {len(names)} stored tensors are {dtype}"
+    if others:
+        message += (
+            f", but {len(others)} that the model or its base keeps otherwise, like {others[0]} as {types[others[0]]}"
+        )
+    return Check("dtype", message, {"tensors": len(names)})
+
+
+def carried(directory: Path, base: Path, names: Collection[str], files: Collection[str]) -> Check:
+    """That tensors and files of the base that were not trained are in the package, byte for byte."""
+    for file in files:
+        if (directory / file).read_bytes() != (base / file).read_bytes():
+            raise _failed("base", f"{file} is not as it is in the base")
+    here, there = _places(directory), _places(base)
+    for name in names:
+        if _digest(*here[name]) != _digest(*there[name]):
+            raise _failed("base", f"{name} is not as it is in the base")
+    what = [f"{len(names)} tensors ({', '.join(parts_of(names))})"] * bool(names) + sorted(files)
+    return Check("base", f"not trained, and as in the base to the byte: {', '.join(what)}", {"tensors": len(names)})
+
+
+def parts_of(names: Collection[str]) -> list[str]:
+    """What the names begin with, as far as a reader wants to know."""
+    return sorted(
+        {".".join(name.split(".")[:2]) if name.startswith("model.") else name.split(".")[0] for name in names}
+    )
+
+
+def _places(directory: Path) -> dict[str, tuple[Path, Place]]:
+    files = outline.headers_by_file(directory).items()
+    return {name: (directory / file, place) for file, places in files for name, place in places.items()}
+
+
+def _digest(path: Path, place: Place) -> str:
+    with path.open("rb") as file:
+        file.seek(place.start)
+        return xxhash.xxh3_128_hexdigest(file.read(place.end - place.start))
 
 
 def _difference(name: str, trained: object, loaded: object) -> str:

@@ -26,7 +26,7 @@ TOLERANCES = {"F32": 1e-3, "BF16": 5e-2}
 
 
 def recorded(logits: Logits, dtype: str) -> dict:
-    """`dtype` is that of the weights, spelled as safetensors does."""
+    """`dtype` is that of most weights, spelled as safetensors does."""
     return {
         "dtype": dtype,
         "sha256": {name: _hash(one) for name, one in logits.items()},

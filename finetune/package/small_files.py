@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.package import licence
+from finetune.package.folder import PROCESSORS
 
 GENERATION = "generation_config.json"
 
@@ -29,7 +30,7 @@ def write(
     _copy(companions.contents(with_config=False), directory)
     if is_adapter and change_by_loading(directory, tokenizer):
         _copy(companions.contents(with_config=True), directory)
-    for file in licence.texts(base_directory) if base_directory else ():
+    for file in [*licence.texts(base_directory), *processors(base_directory)] if base_directory else ():
         shutil.copyfile(file, directory / file.name)
     _mend_generation(directory / GENERATION, tokenizer)
 
@@ -50,6 +51,11 @@ def change_by_loading(directory: Path, tokenizer: PreTrainedTokenizerBase) -> st
     if loaded.chat_template != tokenizer.chat_template:
         return "as it is saved, it has another chat template"
     return None
+
+
+def processors(directory: Path) -> list[Path]:
+    """How images, video and sound are prepared: for a model that reads these too, and was trained on text."""
+    return sorted(file for file in directory.glob(PROCESSORS) if file.is_file())
 
 
 def _mend_generation(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -45,6 +45,14 @@ def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), foun
     """The checks of a folder; and where these find nothing and there is a probe, the model is run as well."""
     more, findings = folder_findings(directory, key)
     made, findings, not_made = [*made, *more], [*found, *findings], {}
+    if not findings and (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
+        from finetune.package import classes  # with torch
+
+        try:
+            findings += classes.findings(directory)
+            made.append("class")
+        except PackageError as error:
+            not_made["class"] = error.message
     if (directory / PROBE).is_file() and not findings:
         from finetune.package import reference  # with torch
 

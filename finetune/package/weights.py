@@ -1,41 +1,93 @@
-"""Floor 7. The weights of a package: merged in fp32, cast once, written as safetensors. `export` calls both halves."""
+"""Floor 7. The weights of a package: merged in fp32, cast once, written as safetensors beside what the base has and nobody trained.
 
-import contextlib
-import io
+`export` calls all of it.
+"""
+
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoints.loading import Opened, open_model
 from finetune.checkpoints.manifest import Manifest
-from finetune.model import adapter
+from finetune.checkpoints.snapshot import DTYPES
+from finetune.errors import PackageError
+from finetune.model import adapter, base
+from finetune.model.base import outline
 from finetune.package import probe, proof
 from finetune.package.card import hub_base
 from finetune.package.proof import Check, Logits
+from finetune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model as it will be packaged."""
+
+    model: torch.nn.Module
+    logits: Logits
+    checks: list[Check]
+    """How far each change moved the logits from the trained ones."""
+    exact: Mapping[str, torch.Tensor]
+    """What the files store in fp32, as the base's do, though transformers casts it when it loads them."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a package's files hold, by the names that they use."""
+
+    tensors: dict[str, torch.Tensor]
+    carried: dict[str, torch.Tensor]
+    """What the base has and the trained class has no place for (a vision tower, layers that predict several tokens), as it is there."""
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Spelled as safetensors does."""
+        own = {name: DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
+        return own | {name: spelled(tensor.dtype) for name, tensor in self.carried.items()}
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """That of the packaged weights."""
+    return base.DTYPES[recipe.package.dtype or recipe.train.precision]
+
+
+def spelled(dtype: torch.dtype) -> str:
+    return next(name for name, one in outline.TYPES.items() if one == dtype)
 
 
 def convert(
-    model: torch.nn.Module, form: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.nn.Module, Logits, list[Check]]:
-    """The model as it will be packaged, its logits, and how far each change moved them from the trained ones. Works in place."""
+    model: torch.nn.Module,
+    form: str,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    base_directory: Path | None = None,
+) -> Converted:
+    """Works in place. `base_directory` has the base's files, if they are there: what these store in fp32 is stored so again."""
     trained = logits = probe.logits(model, tokenizer)
-    checks = []
+    checks, exact = [], {}
     if form == "merged" and adapter.is_adapter(model):
         model = model.merge_and_unload()
         logits = probe.logits(model, tokenizer)
         checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, proof.MERGE_BOUND))
     if dtype != torch.float32:
-        with torch.no_grad():
-            _cast(model, form, dtype)
+        if form == "adapter":
+            _cast_adapter(model, dtype)
+        else:
+            names = outline.stored_in_fp32(model, base_directory) if base_directory else ()
+            exact = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in names}
+            model = as_loaded(model, dtype)
         logits = probe.logits(model, tokenizer)
         checks.append(
             proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, proof.CAST_BOUND)
         )
-    return model, logits, checks
+    return Converted(model, logits, checks, exact)
 
 
 def mean(
@@ -43,18 +95,22 @@ def mean(
 ) -> tuple[torch.nn.Module, list[Manifest], list[Check]]:
     """The mean in fp32 of the weights of `opened` and of what the refs name, adapters merged in first; and the manifests of these
     (Izmailov et al. 2018, arXiv 1803.05407; Wortsman et al. 2022, arXiv 2203.05482)."""
-    model, _, checks = convert(opened.model, "merged", torch.float32, tokenizer)
-    total, manifests = dict(model.named_parameters()), []  # tied ones once
+    first = convert(opened.model, "merged", torch.float32, tokenizer)
+    total, manifests, checks = dict(first.model.named_parameters()), [], first.checks  # tied ones once
     for count, text in enumerate(texts, 2):
         other = open_model(text, is_as_trained=False)
-        merged, _, more = convert(other.model, "merged", torch.float32, tokenizer)
+        merged = convert(other.model, "merged", torch.float32, tokenizer)
         with torch.no_grad():
-            for name, parameter in merged.named_parameters():
+            for name, parameter in merged.model.named_parameters():
                 total[name].lerp_(parameter, 1 / count)
         manifests.append(other.checkpoint.manifest)
-        checks += more
+        checks += merged.checks
     steps = ", ".join(str(manifest.step) for manifest in [*manifests, opened.checkpoint.manifest])
-    return model, manifests, [*checks, Check("average", f"the mean of the weights of steps {steps}, taken in fp32")]
+    return (
+        first.model,
+        manifests,
+        [*checks, Check("average", f"the mean of the weights of steps {steps}, taken in fp32")],
+    )
 
 
 def unquantized(trained: Logits, packaged: Logits) -> Check:
@@ -63,21 +119,71 @@ def unquantized(trained: Logits, packaged: Logits) -> Check:
     return proof.within("quantization", what, trained, packaged, proof.QUANTIZATION_BOUND)
 
 
-def _cast(model: torch.nn.Module, form: str, dtype: torch.dtype) -> None:
-    if form == "adapter":  # peft computes in fp32 with what the file holds
+def as_loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model as transformers would load its weights in `dtype`; takes the weights over.
+
+    What its class keeps in fp32 stays, and buffers that are computed and not stored (Falcon-H1's multipliers, Gemma's scale of
+    embeddings) are computed in that type. To cast the model in place would do neither.
+    """
+    kept = outline.kept(model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and name not in kept:
+                tensor.data = tensor.data.to(dtype)
+    with outline.quiet():
+        made = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=model.state_dict(),
+            dtype=dtype,
+            attn_implementation=model.config._attn_implementation,
+        )
+    made.config.use_cache = model.config.use_cache
+    return made.eval()
+
+
+def _cast_adapter(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """peft computes in fp32 with what the file holds."""
+    with torch.no_grad():
         for tensor in adapter.weights(model).values():
             tensor.copy_(tensor.to(dtype))
-        return
-    # Not model.to(dtype): that would also cast what is computed and not saved, like rotary frequencies, and from_pretrained does not.
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
 
 
-def write(model: torch.nn.Module, opened: Opened, form: str, dtype: torch.dtype, directory: Path) -> None:
+def stored(converted: Converted, form: str, dtype: torch.dtype, base_directory: Path | None) -> Stored:
+    """The tensors of a package's files, named as the base's are."""
+    if form == "adapter":
+        return Stored({name: one.to(dtype) for name, one in adapter.weights(converted.model).items()}, {})
+    model = converted.model
+    own = adapter.weights(model) | dict(converted.exact)
+    own = {name: tensor for name, tensor in own.items() if name not in (model._keys_to_ignore_on_save or ())}
+    tensors = outline.in_file_names(model, own, base_directory)
+    names = outline.not_of(model, base_directory, tensors) if base_directory else []
+    return Stored(tensors, _read(base_directory, names) if names else {})
+
+
+def _read(directory: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a model's files, mapped."""
+    found = {}
+    for file, places in outline.headers_by_file(directory).items():
+        wanted = [name for name in names if name in places]
+        if unknown := [name for name in wanted if places[name].dtype not in outline.TYPES]:
+            raise PackageError(f"{unknown[0]} is {places[unknown[0]].dtype}, which torch cannot read", where=file)
+        with safe_open(directory / file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in wanted}
+    return found
+
+
+def zeros(found: Stored, base_directory: Path | None) -> list[str]:
+    """Matrices of zeros that are so in the base as well."""
+    empty = [name for name, tensor in (found.tensors | found.carried).items() if tensor.ndim > 1 and not tensor.any()]
+    before = _read(base_directory, empty) if empty and base_directory else {}
+    return sorted(name for name, tensor in before.items() if not tensor.any())
+
+
+def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, directory: Path) -> None:
     """Weights and config: whole and in shards, or an adapter that names its base on the Hub."""
     if form == "adapter":
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in adapter.weights(model).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         repo, revision = hub_base(opened.plan)
         config = json.loads((opened.checkpoint.path / "adapter_config.json").read_bytes())
@@ -85,13 +191,21 @@ def write(model: torch.nn.Module, opened: Opened, form: str, dtype: torch.dtype,
         return
     # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.
     config = json.loads((opened.base_directory / "config.json").read_bytes())
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "_name_or_path")}
-    model.config.use_cache = config.get("use_cache", True)  # `base.load_model` had turned it off
-    # The base's own may be one that refuses to be saved; its file is copied over this one.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar would break up our own lines
-        model.save_pretrained(directory, max_shard_size=opened.plan.recipe.package.max_shard_bytes)
-    _write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    _write_json(directory / "config.json", base.with_dtype(config, dtype))
+    _write_shards(found.tensors | found.carried, opened.plan.recipe.package.max_shard_bytes, directory)
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], limit: int, directory: Path) -> None:
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -21,10 +21,11 @@ from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, verify
 from finetune.checkpoints.refs import Ref, find, parse, run_around
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import adapters, files, foreign, gguf, hub, reading
+from finetune.model.base import adapters, files, foreign, gguf, hub, outline, reading
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
+from finetune.model.base.outline import with_dtype
 from finetune.model.base.reading import DTYPES, Place, empty_model, load_config, load_model, load_tokenizer, stop_tokens
 from finetune.plan import PinnedBase
 from finetune.recipe.schema import Base
@@ -39,6 +40,7 @@ __all__ = [
     "directory",
     "empty_model",
     "has_tokenizer",
+    "load_as_stored",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -50,6 +52,7 @@ __all__ = [
     "stop_tokens",
     "tokenizer_directory",
     "tokenizer_files",
+    "with_dtype",
 ]
 MERGING = 1  # of `_write_merged`; part of the cache key
 
@@ -101,6 +104,13 @@ def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
         message, hint = f"is an adapter on another adapter, `{below.checkpoint}`", adapters.MERGE_YOURSELF
         raise BaseError(message, where=where, hint=hint)
     return below, pinned
+
+
+def load_as_stored(path: Path, *settings: object) -> torch.nn.Module:
+    """As `load_model`; in bf16, what the files store in fp32 beside half precision stays in fp32."""
+    model = empty_model(path)
+    with outline.keeping(type(model), outline.stored_in_fp32(model, path)):
+        return load_model(path, *settings)
 
 
 def attach(model: torch.nn.Module, path: Path, where: str) -> torch.nn.Module:
@@ -256,5 +266,4 @@ def _write_merged(model: torch.nn.Module, source: Path, adapter: Path, target: P
             model.save_pretrained(target)
         (target / "generation_config.json").unlink()
     files.copy_small_files(source, adapter, target)
-    config.pop("torch_dtype", None)
-    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps(with_dtype(config, torch.float32), indent=2) + "\n")

@@ -4,10 +4,8 @@ No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is 
 """
 
 import contextlib
-import io
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,6 +19,7 @@ from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError, explained, of_libraries
 from finetune.model.base.files import TEMPLATES, has_tokenizer
+from finetune.model.base.quiet import quiet
 from finetune.remote_code import asked_by
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
@@ -263,10 +262,3 @@ def _name(path: Path) -> str:
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return path.name
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading without the progress bars and notices of libraries, which would break up our own lines; errors still raise."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        yield

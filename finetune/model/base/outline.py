@@ -1,0 +1,140 @@
+"""Floor 1. What transformers makes of a checkpoint's files, without reading a weight: names, types, and what has no place in a model.
+
+Routers, their biases and state-space parameters are too sensitive for the 8 bits of bf16. Some are kept in fp32 by transformers, for its
+class of the model; others by whoever saved the base, in its files.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from finetune.checkpoints.tensors import Place, read_header
+from finetune.model.base.quiet import quiet
+
+TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+HALVES = ("BF16", "F16")
+
+
+class Outline(NamedTuple):
+    """What `from_pretrained` makes of some tensors: the model on the meta device, and the names that found no place, or had no tensor."""
+
+    model: PreTrainedModel
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: frozenset[str]
+
+    @property
+    def filled(self) -> frozenset[str]:
+        return frozenset(self.model.state_dict()) - self.missing - self.mismatched
+
+
+def outline(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, torch.Tensor]
+) -> Outline:
+    """A model from these tensors, loaded in bf16. They may be on the meta device; its own are."""
+    with quiet():
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=torch.bfloat16,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    names = (
+        frozenset(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
+        for kind in ("missing", "unexpected", "mismatched")
+    )
+    return Outline(model, *names)
+
+
+def kept(model: PreTrainedModel) -> frozenset[str]:
+    """The names of what transformers leaves in fp32 when it loads a model of this class and config in bf16."""
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    made = outline(type(model), model.config, shapes).model.state_dict()
+    return frozenset(name for name, tensor in made.items() if tensor.dtype == torch.float32)
+
+
+def stored_in_fp32(model: PreTrainedModel, path: Path) -> frozenset[str]:
+    """The names, in the model, of what the files at `path` store in fp32 beside weights in half precision."""
+    places = headers(path)
+    single = {name: place for name, place in places.items() if place.dtype == "F32"}
+    if not single or not any(place.dtype in HALVES for place in places.values()):
+        return frozenset()
+    return outline(type(model), model.config, on_meta(single)).filled
+
+
+def in_file_names(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], path: Path | None
+) -> dict[str, torch.Tensor]:
+    """Tensors of a model by the names, and in the pieces, that the base at `path` has; without one, that transformers writes by itself."""
+    places = headers(path) if path else {}
+    made = outline(type(model), model.config, on_meta(places)).model if places else model
+    if not places:
+        made._weight_conversions = None  # not those of the checkpoint that it was loaded from
+    return dict(revert_weight_conversion(made, dict(tensors)))
+
+
+def not_of(model: PreTrainedModel, path: Path, written: Iterable[str]) -> list[str]:
+    """Names in the files at `path` that are not among the `written`, and that fill nothing in this model under another name."""
+    places = headers(path)
+    left = {name: place for name, place in places.items() if name not in set(written)}
+    if not left or not outline(type(model), model.config, on_meta(left)).filled:
+        return sorted(left)
+    # tied weights that are stored twice, or older names
+    return [name for name in sorted(left) if not outline(type(model), model.config, on_meta({name: left[name]})).filled]
+
+
+def headers(path: Path) -> dict[str, Place]:
+    """Every tensor of a model's files. Nothing where its weights are not there."""
+    return {name: place for places in headers_by_file(path).values() for name, place in places.items()}
+
+
+def headers_by_file(path: Path) -> dict[str, dict[str, Place]]:
+    index = path / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_bytes())["weight_map"].values())
+    return {name: read_header(path / name) for name in sorted(files) if (path / name).is_file()}
+
+
+def on_meta(places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(place.shape, dtype=TYPES.get(place.dtype, torch.uint8), device="meta")
+        for name, place in places.items()
+    }
+
+
+@contextmanager
+def keeping(model_class: type[PreTrainedModel], names: frozenset[str]) -> Iterator[None]:
+    """Models of this class are loaded with these tensors in fp32 as well, from their files and not by way of bf16."""
+    before = model_class._keep_in_fp32_modules_strict
+    patterns = [f"^{re.escape(name)}$" for name in sorted(names)]
+    model_class._keep_in_fp32_modules_strict = [*(before or []), *patterns]
+    try:
+        yield
+    finally:
+        model_class._keep_in_fp32_modules_strict = before
+
+
+def with_dtype(config: dict, dtype: torch.dtype) -> dict:
+    """A config as JSON that says so of the weights, also in the sections of its parts."""
+    name = str(dtype).removeprefix("torch.")
+    parts = {
+        key: with_dtype(value, dtype)
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}
+    }
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | parts | {"dtype": name}

@@ -1,0 +1,57 @@
+"""Floor 7. Weights, config and small files of a package: written, loaded back and compared with the model in memory.
+
+`export` does it with a checkpoint, after training; `preflight` with a small copy of the model, before.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from finetune.checkpoints.loading import Opened
+from finetune.checkpoints.snapshot import DTYPES
+from finetune.package import classes, probe, proof, reference, small_files, weights
+from finetune.package.proof import Check, Loader, Look
+
+
+class Assembled(NamedTuple):
+    model: torch.nn.Module
+    """As it is packaged."""
+    checks: list[Check]
+    record: dict
+    """What `reference` keeps of it."""
+
+
+def assemble(
+    opened: Opened,
+    tokenizer: PreTrainedTokenizerBase,
+    base_directory: Path | None,
+    directory: Path,
+    load: Loader,
+) -> Assembled:
+    """The files of `opened` in `directory`, in the form and type that its plan says; PackageError where they are not that model.
+
+    `base_directory` has what the base's authors wrote, with the weights, if these can be had.
+    """
+    recipe = opened.plan.recipe
+    form, dtype = recipe.package.form, weights.dtype_of(recipe)
+    converted = weights.convert(opened.model, form, dtype, tokenizer, base_directory)
+    model = converted.model
+    trained = Look(converted.logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
+    found = weights.stored(converted, form, dtype, base_directory)
+    weights.write(found, opened, form, dtype, directory)
+    small_files.write(directory, opened.directory, tokenizer, base_directory, is_adapter=form == "adapter")
+    loaded = load(directory, opened.base_directory if form == "adapter" else None)
+    checks = [*proof.equal(trained, loaded, classes.surplus(model, directory, found.carried)), *converted.checks]
+    checks.append(proof.stored_as(directory, found.types, DTYPES[dtype]))
+    processors = [file.name for file in small_files.processors(directory)]
+    if found.carried or processors:
+        checks.append(proof.carried(directory, base_directory, found.carried, processors))
+    from_base = {
+        "types": {name: kind for name, kind in sorted(found.types.items()) if kind != DTYPES[dtype]},
+        "zeros": weights.zeros(found, base_directory),
+        "processors": processors,
+    }
+    return Assembled(model, checks, reference.recorded(loaded.logits, DTYPES[dtype]) | {"from_base": from_base})
