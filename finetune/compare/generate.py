@@ -27,7 +27,7 @@ def generate(
 def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
     # asked whether it is there: a build of torch for GPUs names its kind of device on any machine
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    # fp32 would take twice a GPU's memory, for the same text nearly always
+    # in fp32 a model of 14 billion parameters would take most of a large GPU
     opened = open_model(text, device=device, dtype=None if device.type == "cpu" else torch.bfloat16)
     tokenizer = open_tokenizer(opened)
     model = opened.model.to(device)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, modeling_utils
 
+from finetune.checkpoints.loading import open_model
+from finetune.compare import generate as generation
+from finetune.errors import BaseError
 from finetune.model import adapter
 from finetune.model.base import Place, empty_model, load_model
 from finetune.recipe.load import load
@@ -64,6 +67,23 @@ def test_an_adapter_beside_bf16_weights_begins_with_the_bits_that_it_has_beside_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     after = models[1].unload().state_dict()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+def test_generate_opens_a_model_in_bf16_on_a_gpu_and_as_it_was_on_a_cpu(tiny_base, monkeypatch):
+    asked = []
+
+    def opened(text, **settings):
+        asked.append(settings)
+        raise BaseError("enough")
+
+    monkeypatch.setattr(generation, "open_model", opened)
+    for device in (META, None):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=device, **_: found)
+        with pytest.raises(BaseError):
+            generation.generate([str(tiny_base)], ["hello"], 1, 0.0, 0)
+    assert asked == [{"device": META, "dtype": torch.bfloat16}, {"device": torch.device("cpu"), "dtype": None}]
+    model = open_model(str(tiny_base), **asked[0]).model
+    assert {(each.device, each.dtype) for each in model.parameters()} == {(META, torch.bfloat16)}
 
 
 @pytest.mark.parametrize(
