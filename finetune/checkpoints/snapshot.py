@@ -89,13 +89,18 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
 
 
 def warm(state: TrainState, live: Live, staging: Staging, sets: int) -> None:
-    """Makes buffers and fills them once, after the first update, so that the first save finds them warm. On a GPU also the other set."""
+    """Makes buffers and fills them once, after the first update, so that the first save finds them warm.
+
+    Those of a GPU are warm when they are page-locked: all sets are made beside the training, and no update waits for them.
+    """
     state.await_snapshot()
     tensors = live.copied()[0]
+    if state.accelerator.device.type != "cpu":
+        for _ in range(sets):
+            staging.make_ahead(tensors)
+        return
     state.copy = staging.take(tensors)
     state.copy.release_when_done()
-    if sets > 1 and state.accelerator.device.type != "cpu":
-        staging.make_ahead(tensors)
 
 
 def write(

@@ -73,7 +73,8 @@ class Staging:
         return copy
 
     def make_ahead(self, live: dict[str, torch.Tensor]) -> None:
-        """Makes one more set beside the training. To page-lock memory takes seconds, for which a save that makes it would hold an update."""
+        """Makes one more set beside the training. To page-lock memory takes seconds, for which a save that makes it would hold an update.
+        Where that fails, the save that misses the set says why."""
         self._copier.submit(lambda: self.give_back(_made(live)))
 
     def give_back(self, buffers: dict[str, torch.Tensor]) -> None:

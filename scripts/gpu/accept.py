@@ -83,9 +83,9 @@ def _large(batch: int) -> list[Item]:
 
 
 def _middle(batch: int) -> list[Item]:
-    made, saves = {"batch": batch, "steps": 8}, {"every": "5 steps", "keep": {"last": 1}}
+    made, saves = {"batch": batch, "steps": 8}, {"every": "8 steps", "keep": {"last": 1}}
     return [
-        _ours("middle/finetune, saves", 60, "middle", **made, micro=4, checkpoint=saves),
+        _ours("middle/finetune, saves", 60, "middle", batch=batch, steps=11, micro=4, checkpoint=saves),
         *_others("middle", 40, ("bare", "trainer"), **made, micro=2),
         *_others("middle", 40, ("bare-liger",), **made, micro=4),
         _profile("middle"),

@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from host import Host, end
+from host import Host, OutOfTime, end
 
 HERE = Path(__file__).parent
 FINETUNE = (sys.executable, "-m", "finetune")
 STOPPED_AFTER = 5  # steps
+LEAST_SECONDS = 20  # to end in, and to resume
 SAME_FILES = ("adapter_model.safetensors", "optimizer.safetensors")
 
 
@@ -102,7 +103,9 @@ def _signalled(host: Host, command: list, journal: Path) -> tuple[int | None, fl
     """Starts a training, and ends it by a signal once it has made some steps; its exit code, and how long it took to end."""
     process = host.start(command)
     try:
-        while process.poll() is None and host.left > 60:
+        while process.poll() is None:
+            if host.left < LEAST_SECONDS:
+                raise OutOfTime
             if journal.exists() and journal.read_text().count('"learning_rate"') >= STOPPED_AFTER:
                 break
             time.sleep(0.02)

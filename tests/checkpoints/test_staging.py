@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finetune.checkpoints import snapshot
 from finetune.checkpoints import staging as stagings
 from finetune.checkpoints.staging import Staging
 from finetune.errors import CheckpointError
@@ -50,7 +51,8 @@ def host(monkeypatch):
         locked[address] = size
         return runtime.error
 
-    runtime.cudaHostRegister, runtime.cudaHostUnregister, runtime.locked = register, locked.pop, locked
+    runtime.cudaHostRegister, runtime.locked = register, locked
+    runtime.cudaHostUnregister = lambda address: locked.pop(address, None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     return runtime
 
@@ -86,6 +88,17 @@ def test_a_host_that_cannot_page_lock_says_so_where_the_copy_is_awaited(host, mo
     with pytest.raises(CheckpointError, match=r"cannot page-lock 4,096 bytes for a copy of the state \(CUDA error 2\)"):
         copy.wait()
     copy.release()
+
+
+def test_sets_for_a_gpu_are_made_ahead_and_no_update_waits_for_them(host) -> None:
+    for sets in (1, 2):
+        host.locked.clear()
+        staging, live = Staging(), SimpleNamespace(copied=lambda: (of_a_gpu(4096, 640), {}))
+        accelerator = SimpleNamespace(device=torch.device("meta"))
+        state = SimpleNamespace(accelerator=accelerator, copy=None, await_snapshot=lambda: 0.0)
+        snapshot.warm(state, live, staging, sets)
+        staging._copier.shutdown(wait=True)
+        assert state.copy is None and [*host.locked.values()] == [4736] * sets
 
 
 def test_page_locking_is_left_to_the_copier_and_one_set_is_made_ahead(host, monkeypatch) -> None:
