@@ -126,4 +126,4 @@ class Seen(BaseModel):
     def told(self, held_out: int) -> str:
         if self.rows is None:
             return f"whether {self.by} trained on held-out rows cannot be checked: {self.why}"
-        return f"{self.rows:,} of {held_out:,} held-out rows were trained on by {self.by}"
+        return f"{self.rows:,} of {held_out:,} held-out rows are training rows of {self.by}"

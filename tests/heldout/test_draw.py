@@ -119,7 +119,7 @@ def test_rows_of_a_held_out_file_that_are_trained_on_as_well_are_counted(recipe_
     write("b.csv", PAIRS[35:45])
     data = {name: [{"path": str(tmp_path / file)}] for name, file in (("train", "a.jsonl"), ("holdout", "b.csv"))}
     plan = resolve(load(recipe_file(data=data))).plan
-    assert plan.seen_told == ["5 of 10 held-out rows were trained on by this run"]
+    assert plan.seen_told == ["5 of 10 held-out rows are training rows of this run"]
 
 
 def test_long_text_rows_are_held_out_with_all_their_examples(recipe_file, write, tmp_path):

@@ -116,7 +116,7 @@ def test_a_declared_origin_counts_as_the_base_and_is_said_to_be_declared() -> No
 def test_held_out_rows_that_were_trained_on_are_counted_beside_the_figures() -> None:
     seen = (Seen(by="one@4", rows=8), Seen(by="two@9", rows=None, why=f"{HOME}/rows.jsonl: no such file"))
     text = card(replace(facts(), seen=seen)).partition("## Figures")[2].partition("## How to use it")[0]
-    assert "**8 of 40 held-out rows were trained on by one@4.**" in text
+    assert "**8 of 40 held-out rows are training rows of one@4.**" in text
     assert "**whether two@9 trained on held-out rows cannot be checked: rows.jsonl: no such file.**" in text
     assert "Held-out figures are better on such rows than on new ones." in text
     assert "trained on by" not in card(facts())

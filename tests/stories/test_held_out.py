@@ -85,7 +85,7 @@ def test_a_branch_with_more_rows_holds_out_nothing_that_its_parent_trained_on(ru
 
 def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_trained_on(run, tmp_path) -> None:
     for change in ("data.split_seed=1", "data.holdout=20", "data.holdout=40%"):
-        with pytest.raises(RunError, match=r"\d+ of \d+ held-out rows were trained on by one@4") as caught:
+        with pytest.raises(RunError, match=r"\d+ of \d+ held-out rows are training rows of one@4") as caught:
             branch(f"{run}@4", tmp_path / "other", Choices((change,)), is_quiet=True)
         assert "data.seen: allow" in caught.value.hint
     assert (
@@ -94,10 +94,10 @@ def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_t
     )
     made = branch(f"{run}@4", tmp_path / "other", Choices(("data.holdout=20", "data.seen=allow")), is_quiet=True)
     assert [(item.by, item.rows) for item in plans.load(made)[0].seen] == [("one@4", 8)]
-    assert "! 8 of 20 held-out rows were trained on by one@4" in tree(log(run))
+    assert "! 8 of 20 held-out rows are training rows of one@4" in tree(log(run))
     facts = diff(f"{run}@6", f"{made}@6")
     assert facts["are_same_rows"] is False and "are of different rows" in listing(facts)
-    with pytest.raises(DataError, match="8 of 20 held-out rows were trained on by one@4"):
+    with pytest.raises(DataError, match="8 of 20 held-out rows are training rows of one@4"):
         evaluate([f"{made}@6"], None, ())
     [result] = evaluate([f"{made}@6"], None, (), is_seen_allowed=True)
     assert result["seen_rows"] == 8
@@ -110,7 +110,7 @@ def test_a_second_stage_holds_out_what_the_first_one_did(run, recipe, train, tmp
     held_out, _ = sides(three)
     assert sides(run)[0] < held_out and not held_out & sides(run)[1]
     assert [stage.ref for stage in resolve(load(three)).plan.stages] == ["two@6", "one@6"]
-    with pytest.raises(RunError, match="held-out rows were trained on by one@6"):
+    with pytest.raises(RunError, match="held-out rows are training rows of one@6"):
         resolve(load(recipe("other", base={"checkpoint": f"{run}@6"}, data={"split_seed": 3})))
     (run / "plan.json").unlink()  # what matters of it is in the plan of the second
     assert evaluate([f"{two}@6"], None, ())[0]["seen_rows"] == 0
@@ -124,7 +124,7 @@ def test_a_second_stage_on_other_rows_holds_out_as_many_as_it_asks_for(run, reci
 
 def test_a_first_stage_that_held_out_nothing_trained_on_everything(recipe, train, tmp_path) -> None:
     run = train(recipe("all", holdout=0), tmp_path / "all")
-    with pytest.raises(RunError, match="12 of 12 held-out rows were trained on by all@6"):
+    with pytest.raises(RunError, match="12 of 12 held-out rows are training rows of all@6"):
         resolve(load(recipe("two", base={"checkpoint": f"{run}@6"})))
 
 
@@ -133,7 +133,7 @@ def test_three_seeds_are_compared_on_rows_that_none_of_them_had(recipe, train, t
     results = evaluate([f"{run}@6" for run in runs], recipe("seed-2", train=TRAIN | {"seed": 2}), ())
     assert [result["seen_rows"] for result in results] == [0, 0, 0]
     assert [result["metrics"]["loss"] for result in results] == [loss(run, 6) for run in runs]
-    with pytest.raises(DataError, match="held-out rows were trained on by seed-0@6"):
+    with pytest.raises(DataError, match="held-out rows are training rows of seed-0@6"):
         evaluate([f"{runs[0]}@6"], recipe("other", data={"split_seed": 1}), ())
     assert (
         evaluate([f"{runs[0]}@0"], recipe("other", data={"split_seed": 1}), ())[0]["seen_rows"] == 0
@@ -145,7 +145,7 @@ def test_rows_of_a_named_file_that_a_run_trained_on_are_found_in_any_format(run,
     file = tmp_path / "held.csv"
     file.write_text("note,completion,prompt\n" + "".join(f"{n},{b},{a}\n" for n, (a, b) in enumerate(pairs)))
     named = recipe("named", holdout=[{"path": str(file)}])
-    with pytest.raises(DataError, match=r"\d of 20 held-out rows were trained on by one@6") as caught:
+    with pytest.raises(DataError, match=r"\d of 20 held-out rows are training rows of one@6") as caught:
         evaluate([f"{run}@6"], named, ())
     assert "--seen" in caught.value.hint
     [result] = evaluate([f"{run}@6"], named, (), is_seen_allowed=True)
@@ -178,7 +178,7 @@ def test_a_branch_of_an_older_run_keeps_its_held_out_rows(tmp_path, monkeypatch)
     made = branch(f"{run}@8", Path("runs/more"), Choices((f"data.train=[{{path: {file}}}]",)), is_quiet=True)
     assert sides(made)[0] == held_out
     assert evaluate([f"{made}@12"], None, ())[0]["seen_rows"] == 0
-    with pytest.raises(DataError, match="of 12 held-out rows were trained on by older@4"):
+    with pytest.raises(DataError, match="of 12 held-out rows are training rows of older@4"):
         evaluate(["runs/older-seed@8"], None, ())  # an older version's own branch
     write(Path("data/train.jsonl"), range(100))
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
