@@ -80,14 +80,15 @@ def deep_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path
 
 
 @EVERY_RECIPE
-def test_a_recipe_resolves(path: Path, deep_base: Path, chat_data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_recipe_resolves(path: Path, deep_base: Path, tmp_path: Path, monkeypatch) -> None:
     from finetune.resolve import resolve
 
-    rows = (chat_data / "train.jsonl").read_text() * 6
+    # no two alike: rows are held out by content
+    rows = "".join(f'{{"prompt": "ask {number}", "completion": "answer {number}"}}\n' for number in range(240))
     (tmp_path / "data/stdlib").mkdir(parents=True)
     for name in ("train", "stdlib/train", "stdlib/holdout"):
         (tmp_path / f"data/{name}.jsonl").write_text(rows)
-    (tmp_path / "data/text.jsonl").write_text('{"text": "the model reads a row"}\n' * 100)
+    (tmp_path / "data/text.jsonl").write_text("".join(f'{{"text": "row {number}"}}\n' for number in range(100)))
     monkeypatch.chdir(tmp_path)
     plan = resolve(load(path, [f"base.checkpoint={deep_base}"])).plan
     assert plan.steps > 0
