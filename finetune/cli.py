@@ -4,6 +4,7 @@ Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from finetune import __version__, streams
+from finetune import __version__, places, streams
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped
@@ -34,6 +35,25 @@ RUN = click.option("--run", type=click.Path(path_type=Path), help="The run direc
 JSON = click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 REFS = click.argument("refs", nargs=-1, required=True, metavar="REF...")
+
+
+def where_it_is(command: Callable) -> Callable:
+    """The options of every command that opens a run: where its base and data are, if they were moved."""
+
+    @functools.wraps(command)
+    def with_places(*arguments: object, bases: tuple[str, ...], moved: tuple[str, ...], **others: object) -> object:
+        if wrong := [each for each in moved if not all(each.partition("=")[::2])]:
+            raise click.UsageError(f"--data {wrong[0]}: give OLD=NEW, the recorded path and the one of today")
+        with places.named(bases, dict(each.partition("=")[::2] for each in moved)):
+            return command(*arguments, **others)
+
+    data = click.option(
+        "--data", "moved", multiple=True, metavar="OLD=NEW", help="Where a data file or folder of the run is now."
+    )
+    base = click.option(
+        "--base", "bases", multiple=True, metavar="PATH_OR_ID", help="Where the base of the run is now."
+    )
+    return base(data(with_places))
 
 
 class Steps(click.ParamType):
@@ -155,6 +175,7 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 @OVERRIDE
 @RUN
 @how_to_train
+@where_it_is
 def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
     for number in ending_signals():  # until `run` has something to save
@@ -196,6 +217,7 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
 @OVERRIDE
 @RUN
 @how_to_train
+@where_it_is
 def launch(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -213,7 +235,7 @@ def launch(
     run = run or _default_run(recipe)
     grace = _looked_at(recipe, overrides, run).recipe.checkpoint.grace_seconds
     arguments = [*(f"--set={override}" for override in overrides), f"--run={run}"]
-    arguments += ["--quiet"] * quiet + ["--take-over"] * take_over
+    arguments += places.arguments() + ["--quiet"] * quiet + ["--take-over"] * take_over
     arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
     launching.launch(asked, [*arguments, "--", str(recipe)], run, restarts, grace)
 
@@ -322,6 +344,7 @@ def verify(ref: str, key: Path | None, is_json: bool) -> None:
     "--materialize", "is_materialized", is_flag=True, help="Commit the state after each of the steps as a checkpoint."
 )
 @JSON
+@where_it_is
 def replay(run: Path, steps: tuple[int, int], is_json: bool, **choices: bool) -> None:
     """Run steps of a run again, and compare them with its record to the bit."""
     from finetune.debug import replay as replays
@@ -348,6 +371,7 @@ def replay(run: Path, steps: tuple[int, int], is_json: bool, **choices: bool) ->
 )
 @click.option("--good", type=click.IntRange(min=0), metavar="STEP", help="A step known to be good.")
 @JSON
+@where_it_is
 def bisect(
     run: Path,
     bad: tuple[str, ...],
@@ -377,6 +401,7 @@ def bisect(
 @click.argument("b")
 @click.option("--picture", type=click.Path(path_type=Path), metavar="FILE", help="A heat map of the weights, as PNG.")
 @JSON
+@where_it_is
 def diff(a: str, b: str, picture: Path | None, is_json: bool) -> None:
     """Compare two checkpoints: recipes, figures, where their runs part, weights."""
     from finetune.debug import diff as comparison
@@ -405,6 +430,7 @@ def diff(a: str, b: str, picture: Path | None, is_json: bool) -> None:
 @click.option(
     "--no-train", is_flag=True, help="Only make the run; `finetune train DIR/recipe.yaml --run DIR` trains it."
 )
+@where_it_is
 def branch(
     ref: str,
     overrides: tuple[str, ...],
@@ -459,6 +485,7 @@ def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
     "--seen", "is_seen_allowed", is_flag=True, help="Evaluate also on rows that were trained on, and say how many."
 )
 @JSON
+@where_it_is
 def evaluate(
     refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_seen_allowed: bool, is_json: bool
 ) -> None:
@@ -493,6 +520,7 @@ def evaluate(
 )
 @click.option("--seed", default=0, show_default=True, help="Decides the samples when the temperature is not 0.")
 @JSON
+@where_it_is
 def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_json) -> None:  # noqa: ANN001 click's options
     """Let models answer prompts."""
     prompts = [*prompts, *([prompt_file.read().strip()] if prompt_file else [])]
@@ -517,6 +545,7 @@ def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_j
     help="Package the mean of the weights of REF and of this step; may be given several times.",
 )
 @JSON
+@where_it_is
 def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], is_json: bool) -> None:
     """Write a checkpoint as a model folder that is proven to be what was trained."""
     from finetune.compare.evaluate import of_model
@@ -540,6 +569,7 @@ def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...],
     "--follow", "is_following", is_flag=True, help="With --milestones: go on until stdin ends, as beside a training."
 )
 @JSON
+@where_it_is
 def publish(
     source: str,
     target: str | None,

@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -15,17 +16,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import journal, memory, version
+from finetune import journal, memory, places, version
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.contract import FACT_NAMES, differences, outcome, recorded, rule_of
-from finetune.data.source import open_source
-from finetune.errors import DataError, RunError
+from finetune.data.source import fingerprint, located, open_source
+from finetune.errors import BaseError, CheckpointError, DataError, RunError
 from finetune.example import Example
 from finetune.model import base
-from finetune.plan import ROW_RULES, Plan
+from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Recipe, is_drawn
+from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.resolve import Resolved, resolve
 from finetune.state import device_name
 from finetune.tasks import TASKS
@@ -55,6 +56,7 @@ def open_plan(
         now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
         return resolved, now, resolved.plan.seen_told
     earlier, facts = plans.load(path)
+    loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
     lines = _sorted_out(earlier, loaded.recipe)
     if lines["refused"]:
         raise RunError(
@@ -82,7 +84,52 @@ def open_plan(
         f"{name} changed: {old} -> {new}; bit equality may be lost"
         for name, old, new in differences(recorded(facts), now)
     ]
+    if moved := facts.get("places", {}) | places.moved():
+        now["places"] = moved
     return resolved, now | {"run": facts["run"], "software": software()}, changes
+
+
+def _as_recorded(earlier: Plan, recipe: Recipe) -> Recipe:
+    """The recipe with the run's own names for base and data where its names lead to the same content."""
+    old = earlier.recipe
+    names = {name: getattr(old.base, name) for name in ("checkpoint", "revision")}
+    is_renamed = recipe.base.model_copy(update=names) != recipe.base
+    if is_renamed and _is_same_base(recipe.base, earlier.base):
+        places.found(old.base.checkpoint, recipe.base.checkpoint, "base")
+        recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update=names)})
+    data = {
+        name: _sources_as_recorded(getattr(recipe.data, name), getattr(old.data, name), pins)
+        for name, pins in (("train", earlier.train), ("holdout", earlier.holdout))
+    }
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+
+
+def _is_same_base(named: Base, pinned: PinnedBase) -> bool:
+    try:
+        return base.pin(named) == pinned
+    except (BaseError, CheckpointError):  # it is refused as another base, with both names
+        return False
+
+
+def _sources_as_recorded(sources: object, old: object, pins: Sequence[PinnedSource]) -> object:
+    """Sources under the names of a plan; a share or a count of rows as it is."""
+    if not isinstance(sources, list) or not isinstance(old, list) or not len(sources) == len(old) == len(pins):
+        return sources
+    return [
+        _under_the_name_of(source, was) if _is_moved(source, was, pin) else source
+        for source, was, pin in zip(sources, old, pins, strict=True)
+    ]
+
+
+def _is_moved(source: Source, was: Source, pin: PinnedSource) -> bool:
+    if source.path is None or was.path is None or source.path == was.path:
+        return False
+    return fingerprint(source.path) == pin.fingerprint
+
+
+def _under_the_name_of(source: Source, was: Source) -> Source:
+    places.found(was.path, source.path, "data")
+    return source.model_copy(update={"path": was.path})
 
 
 def _losses_of_older_rules(resolved: Resolved) -> list[str]:
@@ -95,7 +142,9 @@ def _losses_of_older_rules(resolved: Resolved) -> list[str]:
     )
     seen, losses = 0, []
     for source, pin in zip(plan.recipe.data.train, plan.train, strict=True):
-        before, after = (open_source(source, pin.revision, rules) for rules in (plan.row_rules, ROW_RULES))
+        before, after = (
+            open_source(located(source, pin), pin.revision, rules) for rules in (plan.row_rules, ROW_RULES)
+        )
         for index in range(min(len(before), FIRST_ROWS)):
             place, seen = before.where(index), seen + 1
             try:

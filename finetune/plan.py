@@ -10,7 +10,7 @@ from pathlib import Path
 import blake3
 import numpy as np
 
-from finetune import schedule
+from finetune import places, schedule
 from finetune.contract import binding
 from finetune.errors import RunError
 from finetune.heldout.split import Seen, Split
@@ -252,4 +252,5 @@ def load(run: Path) -> tuple[Plan, dict]:
             where=str(path),
             hint="it was edited: restore it from a copy",
         )
+    places.opened(run, facts.get("places", {}))
     return plan, facts

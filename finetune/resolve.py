@@ -19,7 +19,7 @@ from finetune.data import encodings, preflight
 from finetune.data.batches import Examples, select
 from finetune.data.encode import Encoder, Work, encode
 from finetune.data.hub import pin_dataset
-from finetune.data.source import State, open_source, reopen_source
+from finetune.data.source import State, located, open_source, reopen_source
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
 from finetune.example import Encoded
 from finetune.heldout import draw
@@ -65,12 +65,13 @@ def resolve(
     like: Plan | None = None,
     stages: tuple[Stage, ...] | None = None,
     today: date | None = None,
+    stand_in: Path | None = None,
 ) -> Resolved:
     """The plan of a recipe, with its examples. `earlier` is the plan of a run to resume: its pins hold, and nothing else may come out.
 
     `is_to_load`: the weights will be wanted, so they are read into memory while rows are encoded. `like` is the plan of a run to branch
     off: its pins hold for what the recipe has not changed, and `stages` are the runs that trained what the branch begins with. `today` is
-    the day of a new plan, where it is not the clock's.
+    the day of a new plan, where it is not the clock's. `stand_in` has config and tokenizer of the base, which then is not needed.
     """
     recipe = loaded.recipe
     like = earlier or like
@@ -78,7 +79,7 @@ def resolve(
     if not is_same:
         preflight.check(loaded)
     pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
-    directory = base.directory(recipe.base, pinned, with_weights=False)
+    directory = stand_in or base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
         base.read_ahead(directory)
     config = base.load_config(directory)
@@ -105,11 +106,21 @@ def resolve(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(source, pin, encoder, key, reopen, content=task.content, row_rules=row_rules)
+            _read(
+                source,
+                pin,
+                encoder,
+                key,
+                reopen,
+                place=located(source, pin or known.get(source.path)),
+                content=task.content,
+                row_rules=row_rules,
+            )
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
+    known = {pin.name: pin for pin in (*like.train, *like.holdout)} if like else {}
     has_own_holdout = isinstance(recipe.data.holdout, list)
     train_pins, encoded = read(recipe.data.train, like.train if is_same else None)
     holdout_pins, holdout_encoded = (
@@ -190,7 +201,7 @@ def _refuse_change(earlier: Plan, plan: Plan) -> None:
     changed = [line for line in changed if not line.startswith("held_out: ")] or changed  # follows from the others
     raise RunError(
         "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),
-        hint="restore the old files, or start a new run",
+        hint="restore the old files, or train on the new ones in a branch: `finetune branch RUN@STEP`",
     )
 
 
@@ -263,15 +274,16 @@ def _read(
     key: str,
     reopen: Callable[..., Work],
     *,
+    place: Source,
     content: Callable[[dict], object],
     row_rules: int,
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
-    rows = open_source(source, revision, row_rules)
-    pin = PinnedSource(name=rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
+    rows = open_source(place, revision, row_rules)
+    pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     # in memory, by each process that opens it
-    is_held = source.path is not None and source.path.lower().endswith(".csv")
-    again = None if is_held else partial(reopen, source, pin, rows.state)
+    is_held = place.path is not None and place.path.lower().endswith(".csv")
+    again = None if is_held else partial(reopen, place, pin, rows.state)
     parts = (*source_key(source, pin), key)
     return pin, encode(rows, rows.where, encoder, *parts, content=content, reopen=again)
 

@@ -22,6 +22,7 @@ FLOORS = {
     "finetune.cache": 0,
     "finetune.downloads": 0,
     "finetune.hub": 0,
+    "finetune.places": 0,
     "finetune.chat_template": 0,
     "finetune.guard": 0,
     "finetune.journal": 0,

@@ -259,7 +259,9 @@ def test_data_that_was_edited_since_the_start_is_refused_and_named(recipe_file, 
     rows_file(f"{edit}.jsonl", [chat("ask", "answer")] * 3 + [chat("ask", "answes")])
     message = refusal(path, RunError, plan)
     assert message.startswith("what the run trains on has changed since it was planned:\n  ")
-    assert message.endswith("\nhint: restore the old files, or start a new run")
+    assert message.endswith(
+        "\nhint: restore the old files, or train on the new ones in a branch: `finetune branch RUN@STEP`"
+    )
     [changed] = message.split("\n")[1:-1]
     assert changed.startswith(f"  {edit}") and "fingerprint" in changed
     old, new = getattr(plan, edit)[0].fingerprint, getattr(resolve(load(path)).plan, edit)[0].fingerprint

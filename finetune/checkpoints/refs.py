@@ -3,6 +3,8 @@
 Every command and `base.checkpoint` of every recipe read refs here, so they mean the same everywhere.
 """
 
+import difflib
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
 _HUB = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w./-]+))?")
 _PACKAGE = re.compile(r"package:(?P<name>\w+(\.\w+)*)/(?P<file>.+\.gguf)")
+MOST_FOLDERS = 2000  # that a typing error is looked for among
 _FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, or package:NAME/FILE.gguf"
 
 
@@ -52,7 +55,26 @@ def parse(text: str) -> Ref:
         return Ref("package", text, repo=match["name"], path=Path(match["file"]))
     if match := _HUB.fullmatch(text):
         return Ref("hub", text, repo=match["repo"], revision=match["revision"])
-    raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=_FORMS)
+    near = nearest_folder(text)
+    hint = f"did you mean `{near}`?" if near else _FORMS
+    raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=hint)
+
+
+def nearest_folder(text: str) -> str | None:
+    """The folder here whose path is most like a text; None where none is alike."""
+    path = Path(text)
+    parents = [path.parent] if path.parent.is_dir() else []
+    if path.parent.parent.is_dir():
+        parents += difflib.get_close_matches(str(path.parent), map(str, _folders(path.parent.parent)), n=3)
+    names = [str(folder) for parent in parents for folder in _folders(Path(parent))]
+    return next(iter(difflib.get_close_matches(str(path), names, n=1, cutoff=0.75)), None)
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        return [path for path in itertools.islice(directory.iterdir(), MOST_FOLDERS) if path.is_dir()]
+    except PermissionError:
+        return []
 
 
 def _directory(text: str) -> Ref:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
-from finetune.checkpoints.refs import parse
+from finetune.checkpoints.refs import Ref, find, parse
 from finetune.errors import DataError, FinetuneError
 from finetune.heldout import lineage
 from finetune.heldout.split import Seen
@@ -66,7 +66,8 @@ def of_model(model: torch.nn.Module, run: Path) -> dict[str, float]:
 
 
 def _rows_of_run(text: str) -> Resolved:
-    run = run_of(parse(text))
+    ref = parse(text)
+    run = run_of(ref)
     if run is None:
         raise FinetuneError(
             "is not part of a run, so it has no held-out rows of its own",
@@ -74,8 +75,16 @@ def _rows_of_run(text: str) -> Resolved:
             hint="give them with --recipe FILE",
         )
     plan, facts = plans.load(run)
-    resolved = resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan)
+    resolved = resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan, stand_in=_whole(ref))
     return replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])
+
+
+def _whole(ref: Ref) -> Path | None:
+    """A checkpoint that has all weights, with config and tokenizer beside them: its base need not be there."""
+    path = find(ref).path if ref.kind in ("run", "checkpoint") else None
+    if path is None or (path / "adapter_config.json").exists():
+        return None
+    return path if (path / "config.json").is_file() and base.has_tokenizer(path) else None
 
 
 def _metrics(text: str, resolved: Resolved) -> dict[str, float]:

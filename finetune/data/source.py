@@ -6,10 +6,12 @@ as the recipe's `columns` say; what is wrong with it is a DataError that names i
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from blake3 import blake3
 
+from finetune import places
 from finetune.data.files import Reader, Row, listed, reader_of, without_nulls
 from finetune.data.hub import SPLIT, HubDataset, pin_dataset
 from finetune.errors import DataError
@@ -84,12 +86,47 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
         )
     else:
         reader = reader_of(source.path, row_rules=row_rules)
-        digest = blake3(max_threads=blake3.AUTO).update_mmap(source.path).hexdigest()
-        rows = Rows(reader, source.path, f"blake3:{digest}", source, row_rules)
+        rows = Rows(reader, source.path, fingerprint(source.path), source, row_rules)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
     rows[0]  # so that a source of the wrong shape is refused before anything heavy happens
     return rows
+
+
+def located(source: Source, pin: PinnedSource | None) -> Source:
+    """The source under the name that leads to the content of the pin now, if it has one; DataError where that is gone.
+
+    What has changed where it was stays as it is: who holds it against the plan says so.
+    """
+    if source.path is None or pin is None:
+        return source
+    if given := places.data(source.path):
+        if fingerprint(given) != pin.fingerprint:
+            hint = "name an unchanged copy, or train on the new rows in a branch: `finetune branch RUN@STEP`"
+            raise DataError(f"has other content than {source.path} had", where=given, hint=hint)
+        return source.model_copy(update={"path": places.found(source.path, given, "data")})
+    for name in places.around(source.path):
+        if os.path.isfile(name) and fingerprint(name) == pin.fingerprint:
+            is_there = name == source.path
+            return source if is_there else source.model_copy(update={"path": places.found(source.path, name, "data")})
+    if not os.path.exists(source.path):
+        hint = "name the file where it is now with --data OLD=NEW: equal content is the same data"
+        raise DataError("is not here any more", where=source.path, hint=hint)
+    return source
+
+
+def fingerprint(name: str) -> str | None:
+    """`blake3:…` of a file's content, read once in a process as long as nobody writes to it; None where there is none."""
+    state = state_of(name)
+    return _fingerprint(name, state) if state and os.path.isfile(name) and os.access(name, os.R_OK) else None
+
+
+@lru_cache(maxsize=256)
+def _fingerprint(name: str, as_it_is: State) -> str:
+    digest = blake3(max_threads=blake3.AUTO)
+    if as_it_is[2]:  # an empty file cannot be mapped
+        digest.update_mmap(name)
+    return f"blake3:{digest.hexdigest()}"
 
 
 def first_rows(source: Source, count: int) -> Rows:
@@ -103,7 +140,7 @@ def first_rows(source: Source, count: int) -> Rows:
 def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
     """The same rows in another process, which takes what the first one found out; DataError where the file is no longer in `state`."""
     reader = reader_of(source.path, row_rules=row_rules) if source.dataset is None else HubDataset(source, pin.revision)
-    rows = Rows(reader, pin.name, pin.fingerprint, source, row_rules)
+    rows = Rows(reader, source.path or pin.name, pin.fingerprint, source, row_rules)
     if rows.state != state:
         raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")
     return rows

@@ -16,7 +16,7 @@ from finetune import cache
 from finetune import plan as plans
 from finetune.checkpoints.manifest import read
 from finetune.checkpoints.refs import find, parse, run_around
-from finetune.data.source import open_source
+from finetune.data.source import located, open_source
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.heldout.split import PIECE, Seen, Split, by_position, content_of, texts
 from finetune.plan import PinnedSource, Plan, Stage
@@ -102,7 +102,7 @@ class Contents:
         return np.load(made / "contents.npy", mmap_mode="r")
 
     def _build(self, source: Source, pin: PinnedSource, row_rules: int, directory: Path) -> None:
-        rows = open_source(source, pin.revision, row_rules)
+        rows = open_source(located(source, pin), pin.revision, row_rules)
         if rows.fingerprint != pin.fingerprint:
             raise DataError("has other content than it had then", where=rows.name, hint="restore the file")
         made = np.lib.format.open_memmap(directory / "contents.npy", "w+", np.uint64, (len(rows),))

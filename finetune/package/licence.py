@@ -35,8 +35,11 @@ ASKS = {  # the first that fits
 
 def of_base(base: Base, directory: Path | None) -> dict | None:
     """The licence keys of a model card: `license`, the name and link that go with `other`, and what a gated base asks of its readers."""
-    ref = parse(base.checkpoint)
-    found = _of_gguf(ref.repo, ref.path) if ref.kind == "package" else _of_card(directory) if directory else {}
+    if base.checkpoint.startswith("package:"):  # a folder may be gone or moved: its name is not looked up here
+        ref = parse(base.checkpoint)
+        found = _of_gguf(ref.repo, ref.path)
+    else:
+        found = _of_card(directory) if directory else {}
     said = {key: found[key] for key in KEYS if isinstance(found.get(key), str)}
     return said | {key: found[key] for key in found if key.startswith(GATE)} if "license" in said else None
 

@@ -16,15 +16,16 @@ import blake3
 import torch
 from transformers import GenerationConfig
 
-from finetune import cache
+from finetune import cache, places
 from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, verify
-from finetune.checkpoints.refs import Ref, find, parse, run_around
+from finetune.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, outline, reading
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
+from finetune.model.base.located import Look, located
 from finetune.model.base.outline import with_dtype
 from finetune.model.base.reading import DTYPES, Place, empty_model, load_config, load_model, load_tokenizer, stop_tokens
 from finetune.plan import PinnedBase
@@ -73,6 +74,7 @@ def pin(base: Base) -> PinnedBase:
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
     """A directory that `from_pretrained` reads, downloaded, converted or merged if need be; checked against the pin."""
+    base = located(base, pinned, LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
         return _merged(ref, pinned, with_weights)
@@ -83,11 +85,8 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
             raise BaseError("has no safetensors weights", where=ref.repo, hint=reading.CONVERT)
         return path
     if ref.kind == "package":
-        file = gguf.find(ref)
-        _check_digest(ref, f"blake3:{files.file_digest(file)}", pinned)
-        return _converted(file)
+        return _converted(gguf.find(ref))
     path = _local(ref)
-    _check_digest(ref, files.digest(path), pinned)
     if not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
         raise BaseError(known[0], where=ref.text, hint=known[1])
     return path
@@ -98,6 +97,9 @@ def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
     below, pinned = _named(path, where)
     if pinned is not None:
         return below, pinned
+    if (given := places.bases()) and not places.is_there(below.checkpoint):
+        places.say(f"base {below.checkpoint} of {where} is taken from {given[0]}")
+        below = Base(checkpoint=given[0])
     with _explained(below, where):
         pinned, adapter = _pin_itself(below)
     if adapter is not None:
@@ -147,7 +149,8 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     refuse_foreign(base.checkpoint)
     ref = parse(base.checkpoint)
     if ref.kind == "hub":
-        commit = hub.commit_of(ref.repo, base.revision or ref.revision)
+        with _nearest_named(base.checkpoint):
+            commit = hub.commit_of(ref.repo, base.revision or ref.revision)
         is_adapter = adapters.is_adapter(hub.download(ref.repo, commit, (adapters.CONFIG, "config.json")))
         return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
     if base.revision is not None:
@@ -159,6 +162,18 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
         refuse_damaged(path)
     pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path))
     return pinned, path if adapters.is_adapter(path) else None
+
+
+@contextmanager
+def _nearest_named(text: str) -> Iterator[None]:
+    """An error of the Hub about what is likely the name of a folder, with a letter wrong."""
+    try:
+        yield
+    except BaseError as error:
+        if near := nearest_folder(text):
+            message = f"is no folder here, and as a Hub id: {error.message}"
+            raise BaseError(message, where=text, hint=f"did you mean the folder `{near}`?") from None
+        raise
 
 
 def _local(ref: Ref) -> Path:
@@ -185,6 +200,22 @@ def _converted(file: Path) -> Path:
             gguf.convert(file, target)
 
     return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
+
+
+def _place(ref: Ref) -> Path:
+    """The directory or the file that a ref leads to; a Hub checkpoint whole, as it is now."""
+    if ref.kind == "package":
+        return gguf.find(ref)
+    if ref.kind == "hub":
+        return hub.download(ref.repo, hub.commit_of(ref.repo, ref.revision), files.FROM_HUB + files.WEIGHTS)
+    return find(ref).path if ref.kind == "run" else ref.path
+
+
+LOOK = Look(
+    place_of=_place,
+    digest_of=lambda place: files.digest(place) if place.is_dir() else f"blake3:{files.file_digest(place)}",
+    commit_of=lambda ref: hub.commit_of(ref.repo, ref.revision),
+)
 
 
 def _adapter(ref: Ref, commit: str | None) -> Path:

@@ -1,0 +1,102 @@
+"""Floor 1. Where a base is now that a plan has pinned: under any name that leads to the same content."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune import places
+from finetune.checkpoints.refs import Ref, parse
+from finetune.checkpoints.store import Store
+from finetune.errors import BaseError, CheckpointError
+from finetune.plan import PinnedBase
+from finetune.recipe.schema import Base
+
+NAME_IT = "name the folder where it is now with --base PATH_OR_ID: equal content is the same base"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How names are followed; the Hub is asked only about what the user names."""
+
+    place_of: Callable[[Ref], Path]
+    """The directory or the file that a ref leads to."""
+    digest_of: Callable[[Path], str]
+    commit_of: Callable[[Ref], str]
+    """Of a ref to the Hub."""
+
+    def place(self, name: str, is_given: bool = False) -> Path | None:
+        try:
+            ref = parse(name)
+            return None if ref.kind == "hub" and not is_given else self.place_of(ref)
+        except CheckpointError:
+            return None
+
+
+def located(base: Base, pinned: PinnedBase, look: Look) -> Base:
+    """The base by its recorded name where that still leads to it, or by another one. BaseError where it is gone, or has changed."""
+    if pinned.digest is None:
+        return _of_a_commit(base, pinned, look)
+    others = []
+    for name in places.bases():
+        place = look.place(name, is_given=True)
+        if place is not None and look.digest_of(place) == pinned.digest:
+            return _renamed(base, str(place) if parse(name).kind == "hub" else name)
+        others.append(name)
+    if pinned.revision is not None:  # an adapter on the Hub
+        return base
+    for name in _candidates(base.checkpoint):
+        place = look.place(name)
+        if place is not None and look.digest_of(place) == pinned.digest:
+            _say_unused(others, base)
+            return base if name == base.checkpoint else _renamed(base, name)
+    if others:
+        raise BaseError(f"has other content than {base.checkpoint} had", where=others[0], hint="name an unchanged copy")
+    if not places.is_there(base.checkpoint):
+        raise BaseError("is not here any more", where=base.checkpoint, hint=NAME_IT)
+    raise BaseError(
+        "is not what it was when the run was planned", where=base.checkpoint, hint="restore it, or start a new run"
+    )
+
+
+def _of_a_commit(base: Base, pinned: PinnedBase, look: Look) -> Base:
+    """Of a Hub checkpoint a plan has the commit, and no digest."""
+    others = []
+    for name in places.bases():
+        ref = parse(name)
+        if ref.kind != "hub":
+            about = "its commit is recorded and no digest, so equal content is not checked"
+            places.say(f"base {base.checkpoint} is taken from {name}: {about}")
+            return _named(base, name)
+        if look.commit_of(ref) == pinned.revision:
+            return (
+                base
+                if ref.repo == parse(base.checkpoint).repo
+                else _named(base, places.found(base.checkpoint, ref.repo, "base"))
+            )
+        others.append(name)
+    _say_unused(others, base)
+    return base
+
+
+def _candidates(recorded: str) -> Iterator[str]:
+    """Of a moving ref, like RUN@last, also the other steps of the run."""
+    if recorded.startswith("package:"):
+        yield recorded
+    for name in places.around(recorded):
+        yield name
+        run, _, step = name.rpartition("@")
+        if step in ("last", "best") and Path(run).is_dir():
+            yield from (f"{run}@{item.step}" for item in reversed(Store(Path(run)).checkpoints()))
+
+
+def _renamed(base: Base, name: str) -> Base:
+    return _named(base, places.found(base.checkpoint, name, "base"))
+
+
+def _named(base: Base, name: str) -> Base:
+    return base.model_copy(update={"checkpoint": name, "revision": None})
+
+
+def _say_unused(names: list[str], base: Base) -> None:
+    for name in names:
+        places.say(f"--base {name} has other content than {base.checkpoint} and is not used for it")
