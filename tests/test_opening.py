@@ -199,7 +199,7 @@ def test_a_run_of_older_row_rules_goes_on_and_says_what_they_lose(opened, tmp_pa
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections = {"data": {"train": [{"path": str(file)}]}}
-    with pytest.raises(DataError, match="`messages\\[1\\].thinking` is not in the text"):
+    with pytest.raises(DataError, match="the rendered text lacks `messages\\[1\\].thinking`"):
         opened(sections=sections)
     with monkeypatch.context() as patch:
         patch.setattr("finetune.resolve.ROW_RULES", 1)  # as the run began
@@ -208,5 +208,5 @@ def test_a_run_of_older_row_rules_goes_on_and_says_what_they_lose(opened, tmp_pa
     assert resumed == plan
     assert changes[0] == (
         "rows are read by the rules that the run began with; today's rules differ for 2 of the first 3: "
-        f"{file}:1: `messages[1].thinking` is not in the text that the chat template makes"
+        f"{file}:1: the rendered text lacks `messages[1].thinking`"
     )

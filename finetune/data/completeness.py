@@ -54,14 +54,13 @@ def refuse_lost(
     if not lost:
         return
     named = ", ".join(f"`{place}`" for place in lost[:4])
-    more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
-    are = "are" if len(lost) > 1 else "is"
+    named += f" and {len(lost) - 4} more" if len(lost) > 4 else ""
     fields = dict.fromkeys(_field(place) for place in lost)
     is_column = fields.keys() <= row.keys() - {"tools"}
     hint = "put it into a message" if is_column else "use a template that shows it, with task.template: FILE"
     if "content" not in fields:
         hint += f", or train without it, with data.train[].skip: [{', '.join(fields)}]"
-    raise DataError(f"{named}{more} {are} not in the text that the chat template makes", where=where, hint=hint)
+    raise DataError(f"the rendered text lacks {named}", where=where, hint=hint)
 
 
 class _Text:

@@ -229,7 +229,7 @@ def test_a_base_without_a_stop_token_is_refused(encoded):
 def test_a_template_that_drops_what_the_assistant_says_is_refused(encoded):
     template = "{% for message in messages %}{{ message['role'] }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
     assert complaint(encoded, {"messages": turns("ask", "answer")}, template) == (
-        "data.jsonl:1: `messages[0].content`, `messages[1].content` are not in the text that the chat template makes\n"
+        "data.jsonl:1: the rendered text lacks `messages[0].content`, `messages[1].content`\n"
         "hint: use a template that shows it, with task.template: FILE"
     )
 
@@ -430,18 +430,18 @@ REASONED = [*turns("ask"), {"role": "assistant", "content": "yes", "reasoning_co
         ({"messages": turns("ask", "answer"), "tools": [WEATHER]}, "`tools[0].name`, `tools[0].description`, "),
         (with_call({"city": "Oslo"}), "`messages[1].tool_calls[0].function.name`, "),
         (with_call({"city": "Oslo"}, content="let me look"), "`messages[1].tool_calls[0].function.name`, "),
-        ({"messages": REASONED}, "`messages[1].reasoning_content` is not in the text"),
-        ({"messages": [*turns("ask"), {**turns("", "yes")[1], "thinking": "hm"}]}, "`messages[1].thinking` is not"),
-        ({"messages": [*turns("ask"), {**turns("", "yes")[1], "masked": True}]}, "`messages[1].masked` is not"),
-        ({"prompt": "ask", "completion": "yes", "input": "the model"}, "`input` is not in the text"),
-        ({"prompt": "ask", "completion": "yes", "history": [["one", "two"]]}, "`history` is not in the text"),
-        ({"messages": turns("ask", "yes"), "images": [{"bytes": b"png"}]}, "`images` is not in the text"),
-        ({"messages": turns("ask", "yes"), "completion": "no"}, "`completion` is not in the text"),
+        ({"messages": REASONED}, "`messages[1].reasoning_content`"),
+        ({"messages": [*turns("ask"), {**turns("", "yes")[1], "thinking": "hm"}]}, "`messages[1].thinking`"),
+        ({"messages": [*turns("ask"), {**turns("", "yes")[1], "masked": True}]}, "`messages[1].masked`"),
+        ({"prompt": "ask", "completion": "yes", "input": "the model"}, "`input`"),
+        ({"prompt": "ask", "completion": "yes", "history": [["one", "two"]]}, "`history`"),
+        ({"messages": turns("ask", "yes"), "images": [{"bytes": b"png"}]}, "`images`"),
+        ({"messages": turns("ask", "yes"), "completion": "no"}, "`completion`"),
     ],
 )
 def test_what_a_row_says_and_its_text_does_not_is_refused_by_name(encoded, row, lost):
     message = complaint(encoded, row)
-    assert message.startswith(f"data.jsonl:1: {lost}") and "data.train[].skip: [" in message
+    assert message.startswith(f"data.jsonl:1: the rendered text lacks {lost}") and "data.train[].skip: [" in message
     assert ("skip: [tools]" in message) == lost.startswith("`tools")
     assert ("hint: put it into a message" in message) == (lost.count(".") == 0)
 
@@ -468,7 +468,7 @@ def test_a_text_may_be_trimmed_and_written_as_json(learnt):
 def test_reasoning_has_to_be_in_its_own_turn(encoded, learnt):
     assert learnt({"messages": REASONED}, base_template=OBJECTS) == ["<think>it is yes, clearly</think>yes<|im_end|>"]
     row = {"messages": [*turns("it is yes, clearly"), REASONED[1]]}
-    assert "`messages[1].reasoning_content` is not in the text" in complaint(encoded, row)
+    assert "lacks `messages[1].reasoning_content`" in complaint(encoded, row)
 
 
 @pytest.mark.parametrize("role", ["human", "gpt", "developer", "function", "observation"])
