@@ -3,7 +3,7 @@
 from finetune.data import preflight
 from finetune.data.batches import Examples
 from finetune.data.files import listed
-from finetune.data.source import located, open_source
+from finetune.data.source import first_rows, located, open_source
 from finetune.plan import Plan
 
 
@@ -12,8 +12,10 @@ def columns(plan: Plan) -> list[dict]:
     recipe, found = plan.recipe, []
     own = recipe.data.holdout if isinstance(recipe.data.holdout, list) else []
     for source, pin in [*zip(recipe.data.train, plan.train, strict=True), *zip(own, plan.holdout, strict=True)]:
-        rows = open_source(located(source, pin), pin.revision)
-        seen = dict.fromkeys(name for index in range(min(len(rows), preflight.FIRST_ROWS)) for name in rows[index])
+        count = preflight.FIRST_ROWS
+        place = located(source, pin)
+        rows = open_source(place, pin.revision) if place.path is None else first_rows(place, count)
+        seen = dict.fromkeys(name for index in range(min(len(rows), count)) for name in rows[index])
         if ignored := preflight.ignored_columns(source, list(seen), recipe.task.name):
             found.append({"source": pin.name, "columns": ignored})
     return found
