@@ -144,9 +144,10 @@ def plan(
     facts = estimate.forecast(resolved.plan, shape, work, here, run)
     card = round(device_memory * 2**30) if device_memory else here.bytes if here.is_gpu else estimate.CARD_BYTES
     facts |= {"ignored_columns": unused.columns(resolved.plan), **unused.lost(resolved.plan, resolved.train)}
-    facts |= {"notes": list(resolved.notes), "reached": resolved.reached}
+    facts |= {"base_notes": list(resolved.notes), "reached": resolved.reached}
     facts |= {"device_memory_bytes": card, "devices": estimate.on_devices(resolved.plan, shape, work, card)}
-    text = "\n".join([estimate.table(facts), *unused.lines(facts)])
+    about_base = estimate.base_lines(resolved.notes, resolved.reached)
+    text = "\n".join([estimate.table(facts), *about_base, *unused.lines(facts)])
     if has_devices:  # it is asked for other machines, so the disk of this one is no reason to refuse
         _print(facts, f"{text}\n\n{estimate.devices_table(facts)}", is_json)
         return

@@ -4,6 +4,7 @@
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import memory
@@ -153,7 +154,6 @@ def table(facts: dict) -> str:
         ("left out", f"{facts['left_out_rows']:,} rows with nothing to learn within task.max_length"),
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
-        *_reached(facts["reached"]),
         ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
         *(("", f"{readable(size):>10}  {name}") for name, size in facts["memory"].items() if size),
         ("", f"at {facts['micro_batch_tokens']:,} tokens a micro-batch"),
@@ -167,7 +167,7 @@ def table(facts: dict) -> str:
         rows.append(
             ("publish", f"{facts['publish']['repo']}, {'private' if facts['publish']['private'] else 'public'}")
         )
-    lines = [f"{name:11}{text}" for name, text in rows] + [f"note: {note}" for note in facts["notes"]]
+    lines = [f"{name:11}{text}" for name, text in rows]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
         lines.append(
             "warning: the memory forecast is more than there is; lower train.micro_batch_tokens, or use adapter: {name: lora}"
@@ -185,13 +185,14 @@ def _host_rows(facts: dict) -> list[tuple[str, str]]:
     return [("host", found), *(("", f"{readable(size):>10}  {name}") for name, size in facts["host_memory"].items())]
 
 
-def _reached(kinds: dict[str, tuple[int, int]] | None) -> list[tuple[str, str]]:
-    """How much of the base an adapter reaches, by kind of module."""
+def base_lines(notes: Sequence[str], kinds: dict[str, tuple[int, int]] | None) -> list[str]:
+    """What was found out about the base, and how much of it an adapter reaches, by kind of module."""
     if not kinds:
-        return []
+        return [f"base: {note}" for note in notes]
     total, held = (sum(column) for column in zip(*kinds.values(), strict=True))
     shares = [f"{name} {held / count:.0%} of {count / total:.0%}" for name, (count, held) in kinds.items()]
-    return [("adapter", f"reaches {held / total:.0%} of the base's weights"), ("", f"by kind: {', '.join(shares)}")]
+    reached = f"adapter: reaches {held / total:.0%} of the base's weights; by kind: {', '.join(shares)}"
+    return [reached, *(f"base: {note}" for note in notes)]
 
 
 def devices_table(facts: dict) -> str:

@@ -108,27 +108,57 @@ class Work(NamedTuple):
 
 
 def parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
-    """Bytes at the peak of one process that holds the whole model, by what holds them. On a GPU: those of the GPU."""
-    share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
-    found = {
+    """Bytes at the peak of one process that holds the whole model, by what holds them; on a GPU, those of the GPU. The peak is
+    in a step, beside the save of the one before, or in an evaluation, whose rows may be longer."""
+    moments = (each(plan, shape, work, device) for each in (step_parts, evaluation_parts))
+    return max(moments, key=lambda found: sum(found.values()))
+
+
+def evaluation_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
+    """In an evaluation: nothing is kept for a backward pass, and there are no gradients. Staged copies stay where they are."""
+    counts = plan.holdout_counts
+    tokens = min(max(work.micro_batch, counts.longest), counts.tokens)
+    supervised = round(tokens * counts.supervised_tokens / max(1, counts.tokens))
+    found = _lasting(plan, shape, device) | {
+        "activations": tokens * _layer(plan, shape),
+        "logits": _logits(plan, shape, supervised, is_trained=False) * bool(tokens),
+    }
+    found["slack"] = _slack(plan, device, found["activations"] + found["logits"])
+    return found
+
+
+def _lasting(plan: Plan, shape: Shape, device: Device) -> dict[str, int]:
+    """What is there at any moment of a training that has saved."""
+    return {
         "process": CONTEXT_BYTES if device.is_gpu else PROCESS_BYTES,
         "weights": trained_bytes(plan) + sum(_frozen(plan, shape).values()),
         "moments": _moments(plan) + (_scratch(plan, shape) if device.is_gpu else 0),
+        **({} if device.is_gpu else {"staging": state_bytes(plan)}),
+    }
+
+
+def _slack(plan: Plan, device: Device, passing: int) -> int:
+    slack_of_lora = SLACK_OF_LORA if _width(plan) == 2 else SLACK_OF_FP32_LORA
+    return round((slack_of_lora if _is_lora(plan) and not device.is_gpu else SLACK) * passing)
+
+
+def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
+    """In the forward and backward of a step, while the one before is saved."""
+    share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
+    tokens = min(max(work.micro_batch, plan.counts.longest), work.step)  # a row that is longer stands alone
+    found = _lasting(plan, shape, device) | {
         "casts": _casts(plan, shape),
-        "activations": min(work) * _kept(plan, shape),
-        "logits": _logits(plan, shape, round(share * min(work))),
+        "activations": tokens * _kept(plan, shape),
+        "logits": _logits(plan, shape, round(share * tokens)),
     }
     forward = found["casts"] + found["activations"] + found["logits"]
-    slack_of_lora = SLACK_OF_LORA if _width(plan) == 2 else SLACK_OF_FP32_LORA
-    found["slack"] = round((slack_of_lora if _is_lora(plan) and not device.is_gpu else SLACK) * forward)
+    found["slack"] = _slack(plan, device, forward)
     gradients = trained_bytes(plan)
     is_alone = work.step <= work.micro_batch * device.world_size
     # those of the only micro-batch of a step are made while its activations go
     found["gradients"] = max(0, gradients - forward) if is_alone else gradients
     if device.world_size > 1:
         found["gradients"] += gradients  # the buckets in which ranks exchange them
-    if not device.is_gpu:
-        found["staging"] = state_bytes(plan)
     return found
 
 
@@ -150,7 +180,7 @@ def host_parts(plan: Plan, device: Device) -> dict[str, int]:
 
 def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
     """The peak where `device.world_size` devices share weights, gradients and moments (FSDP)."""
-    found, world_size = parts(plan, shape, work, device._replace(world_size=1)), device.world_size
+    found, world_size = step_parts(plan, shape, work, device._replace(world_size=1)), device.world_size
     if world_size == 1:
         return sum(found.values())
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
@@ -241,27 +271,31 @@ def _casts(plan: Plan, shape: Shape) -> int:
     return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < stored_width(plan) else 0
 
 
-def _kept(plan: Plan, shape: Shape) -> int:
-    """Bytes a token that gated decoder layers keep for the backward pass, and one of them while it is under way."""
+def _layer(plan: Plan, shape: Shape) -> int:
+    """Bytes a token of one gated decoder layer that is under way."""
     width, stored = _width(plan), stored_width(plan)
     # attention's inputs and outputs, and the gated layer's
     products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
     hidden = (2 if _is_lora(plan) else 4) * stored + (6 if width == 2 else 3) * width
-    layer = hidden * shape.hidden + products * width
-    if (
-        plan.recipe.base.quantization
-    ):  # products come out in the type of the residual stream; of four, attention's kernel takes none
-        layer += 3 * shape.intermediate * (max(stored, width) - width)
+    # of nf4, products come out in the type of the residual stream; of four, attention's kernel takes none
+    wider = 3 * shape.intermediate * (max(stored, width) - width) if plan.recipe.base.quantization else 0
+    return hidden * shape.hidden + products * width + wider
+
+
+def _kept(plan: Plan, shape: Shape) -> int:
+    """Bytes a token that decoder layers keep for the backward pass, and one of them while it is under way."""
+    layer = _layer(plan, shape)
     if plan.recipe.train.activation_checkpointing:
-        return shape.layers * stored * shape.hidden + 2 * layer
+        return shape.layers * stored_width(plan) * shape.hidden + 2 * layer
     return (shape.layers + 1) * layer
 
 
-def _logits(plan: Plan, shape: Shape, supervised_tokens: int) -> int:
-    """A chunk of logits, its fp32 log-probabilities and their gradients; the head's cast, and its gradient where it is trained."""
+def _logits(plan: Plan, shape: Shape, supervised_tokens: int, is_trained: bool = True) -> int:
+    """A chunk of logits, its fp32 log-probabilities and, in training, their gradients; the head's cast, and its gradient where it is trained."""
     width, head = _width(plan), shape.vocabulary * shape.hidden
-    chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * (2 * FLOAT + (2 * width if width == 2 else 0))
+    copies = 2 * FLOAT + (width * (1 + is_trained) if width == 2 else 0)
+    chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * copies
     is_stored_so = _is_lora(plan) and not shape.is_tied
     cast = head * width if width < stored_width(plan) and not is_stored_so else 0
-    return chunk + cast + (0 if _is_lora(plan) else head * FLOAT + cast)
+    return chunk + cast + (0 if _is_lora(plan) or not is_trained else head * FLOAT + cast)

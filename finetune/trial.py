@@ -80,45 +80,42 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
 
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
-    is_named = "packing" in recipe.task.model_fields_set
+    task, config = recipe.task, json.loads((directory / "config.json").read_text())
     ours = [Path(module.__file__).read_text() for module in (adapter, attention, losses, tiny)]
-    facts = {
-        "config": json.loads((directory / "config.json").read_text()),
-        "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
-        "task": [recipe.task.packing, is_named, recipe.task.max_length],
-        "precision": recipe.train.precision,
-        "code": [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))],
-    }
+    code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
+    is_named = "packing" in task.model_fields_set
 
-    def find() -> dict:
-        made = _tried(recipe, base.load_config(directory), is_named)
-        return {"arrangement": made.arrangement, "notes": made.notes}
+    def compare() -> dict:
+        return _compared(base.load_config(directory), task.max_length)
 
-    found = cache.found("trials", facts, find)
-    return Trial(found["arrangement"], tuple(found["notes"]))
+    def train() -> str | None:
+        return _train_once(tiny.model_like(base.load_config(directory), task.max_length), recipe)
 
-
-def _tried(recipe: Recipe, config: PretrainedConfig, is_named: bool) -> Trial:
-    wanted = ARRANGEMENTS if recipe.task.packing else ARRANGEMENTS[1:]
-    try:
-        plain = tiny.model_like(config, recipe.task.max_length)
-    except BaseError as error:
-        taken = "packed" if recipe.task.packing and is_named else "padded"
-        return Trial(taken, (f"rows are {taken}, untried: {error.message}",))
-    _refuse_other_way_round(plain)
-    found, reasons = wanted[-1], []
-    for way in wanted:
-        if reason := _mixes(way, plain, config, recipe):
-            if way == "packed" and is_named:
-                raise BaseError(reason, where="task.packing", hint=OFF)
-            reasons.append(reason)
-        else:
-            found = way
-            break
-    notes = [f"rows are {TOLD[found]}: {reasons[-1]}"] if reasons else []
-    if told := _train_once(plain, recipe):
+    reasons = cache.found("arrangements", [config, task.max_length, code], compare)
+    if reasons["small"]:
+        taken = "packed" if task.packing and is_named else "padded"
+        return Trial(taken, (f"rows are {taken}, untried: {reasons['small']}",))
+    if reasons["packed"] and task.packing and is_named:
+        raise BaseError(reasons["packed"], where="task.packing", hint=OFF)
+    wanted = ARRANGEMENTS if task.packing else ARRANGEMENTS[1:]
+    found = next(way for way in wanted if not reasons.get(way))
+    notes = [f"rows are {TOLD[found]}: {reasons[wanted[wanted.index(found) - 1]]}"] if found != wanted[0] else []
+    settings = recipe.adapter and recipe.adapter.model_dump(mode="json")
+    facts = [config, task.max_length, settings, recipe.train.precision, code]
+    if told := cache.found("trials", facts, train):
         notes.append(told)
     return Trial(found, tuple(notes))
+
+
+def _compared(config: PretrainedConfig, max_length: int) -> dict[str, str | None]:
+    """Why rows that come together do not give what each gives alone, by way; and why no small model can be made. BaseError where a
+    token's logits depend on what comes after it."""
+    try:
+        plain = tiny.model_like(config, max_length)
+    except BaseError as error:
+        return {"small": error.message}
+    _refuse_other_way_round(plain)
+    return {"small": None, **{way: _mixes(way, plain, config, max_length) for way in ("packed", "padded")}}
 
 
 def _rows(model: torch.nn.Module) -> list[Tensor]:
@@ -138,22 +135,20 @@ def _refuse_other_way_round(model: torch.nn.Module) -> None:
         raise BaseError("is not causal: its tokens see those after them", where=type(model).__name__, hint=hint)
 
 
-def _mixes(way: str, plain: torch.nn.Module, config: PretrainedConfig, recipe: Recipe) -> str | None:
+def _mixes(way: str, plain: torch.nn.Module, config: PretrainedConfig, max_length: int) -> str | None:
     """Why rows that come together in a way do not give what each gives alone; None where they do."""
-    if way == "alone":
-        return None
     rows = _rows(plain)
     alone = torch.cat([_logits(plain, input_ids=row) for row in rows], dim=1)
     try:
-        together = _packed(config, recipe, rows) if way == "packed" else _padded(plain, rows)
+        together = _packed(config, max_length, rows) if way == "packed" else _padded(plain, rows)
     except BaseError as error:
         return error.message
     return f"{way}, this base would mix them" if _differs(alone, together) else None
 
 
-def _packed(config: PretrainedConfig, recipe: Recipe, rows: list[Tensor]) -> Tensor:
+def _packed(config: PretrainedConfig, max_length: int, rows: list[Tensor]) -> Tensor:
     try:
-        model = tiny.model_like(config, recipe.task.max_length, attn_implementation=attention.PER_ROW)
+        model = tiny.model_like(config, max_length, attn_implementation=attention.PER_ROW)
     except BaseError as error:
         message = error.message.replace("cannot be made small", "its attention cannot be replaced")
         raise BaseError(message, where=config.model_type) from None

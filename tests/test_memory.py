@@ -193,6 +193,46 @@ def test_gradients_take_the_place_of_activations_where_a_step_is_one_micro_batch
     assert alone["gradients"] < several["gradients"] == 4 * plan.trainable_parameters
 
 
+def test_the_forecast_is_of_the_fuller_moment_a_step_or_an_evaluation_of_longer_rows(planned):
+    plan, shape = planned(adapter=None)
+    work, here = Work(64, 256), Device(2**34)
+    large = shape._replace(vocabulary=150_000)
+    assert memory.parts(plan, shape, work, here) == memory.step_parts(plan, shape, work, here)
+    longer = plan.model_copy(
+        update={
+            "holdout_counts": plan.holdout_counts.model_copy(
+                update={"longest": 512, "tokens": 4096, "supervised_tokens": 4096}
+            )
+        }
+    )
+    found = memory.parts(longer, large, work, here)
+    assert found == memory.evaluation_parts(longer, large, work, here) and "gradients" not in found
+    # a chunk of logits and their log-probabilities, bf16 products beside them, and the head's cast
+    assert found["logits"] == 512 * 150_000 * (4 + 4 + 2) + 150_000 * shape.hidden * 2
+    assert found["activations"] == 512 * memory._layer(longer, large)
+    assert found["staging"] == memory.step_parts(longer, large, work, here)["staging"]
+    nothing_held_out = plan.holdout_counts.model_copy(update={"longest": 0, "tokens": 0, "supervised_tokens": 0})
+    without = plan.model_copy(update={"holdout_counts": nothing_held_out})
+    assert memory.evaluation_parts(without, large, work, here)["logits"] == 0
+
+
+def test_a_row_longer_than_a_micro_batch_is_forecast_whole(planned):
+    plan, shape = planned(adapter=None)
+    longest, here = plan.counts.longest, Device(2**34)
+    short, whole = (memory.step_parts(plan, shape, Work(tokens, 10_000), here) for tokens in (1, longest))
+    assert short["activations"] == whole["activations"]
+
+
+def test_auto_leaves_room_for_the_evaluation(planned):
+    plan, shape = planned(train={"steps": 1, "batch_size": 10_000})
+    counts = plan.holdout_counts.model_copy(update={"tokens": 10**6, "supervised_tokens": 10**6})
+    held_out, large = plan.model_copy(update={"holdout_counts": counts}), shape._replace(vocabulary=10**6)
+    device = Device(12 * 2**30, is_gpu=True)
+    tokens = memory.micro_batch_tokens(held_out, large, device)
+    found = memory.parts(held_out, large, Work(tokens, 10_000 * plan.counts.longest), device)
+    assert memory.fits(sum(found.values()), device)
+
+
 def test_auto_is_the_longest_example_doubled_while_it_fits(planned):
     plan, shape = planned(train={"steps": 1, "batch_size": 10_000})
     longest, roomy = plan.counts.longest, Device(2**40, is_gpu=True)

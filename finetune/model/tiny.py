@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from finetune.errors import BaseError, explained
 
+VOCABULARY = 320
 EDGE = 16  # where a window, a chunk or an original context ends, if the base's own end lies within its rows
 BEYOND = 512  # where it ends, if no row gets there
 LAYERS = re.compile(
@@ -23,7 +24,7 @@ EDGES = re.compile(
 POSITIONS = re.compile(r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length")
 # A key that the whole of a pattern matches gets at most that size.
 SIZES = {
-    r"(.*_)?(vocab(ulary)?_size(_per_layer_input)?|vocab|codebook_size|ngram_vocab_size_base)": 256,
+    r"(.*_)?(vocab(ulary)?_size(_per_layer_input)?|vocab|codebook_size|ngram_vocab_size_base)": VOCABULARY,
     r".*(key_value|kv|num_key)_heads|kv_n_heads|num_query_groups": 2,
     r"(.*_)?(attention|num|n|num_value|value)_heads?|n_heads?": 4,
     r"(.*_)?head_dim|d_head|d_kv|kv_channels|dim_head|attention_head_size|rotary_dim|query_pre_attn_scalar": 8,

@@ -1,6 +1,6 @@
 """What `finetune plan` forecasts beside what `finetune train` then takes: peak memory, and the time of the rest after 20 steps.
 
-    python scripts/bench/forecast.py --work DIRECTORY [--only memory,time] [--json FILE] [--tiny]
+    python scripts/bench/forecast.py --work DIRECTORY [--only memory,evaluation,time] [--json FILE] [--tiny]
 
 Every cell is a real `finetune train` in a process of its own. Memory is that process's VmHWM: all of it, staging buffers and
 the pages of the base's file included. Time is that from the forecast at step 20 to the last step's end, journalled, saves and
@@ -25,7 +25,7 @@ from training import MEDIUM, SMOLLM2, TINY, Shape, Work, write_recipe
 
 from finetune import journal
 
-LIMITS = {"memory": 0.15, "time": 0.25}
+LIMITS = {"memory": 0.15, "evaluation": 0.15, "time": 0.25}
 # Tells the peak of the process that it is: what the parent had resident before does not count, as it would in ru_maxrss.
 PEAK = """
 import re
@@ -81,6 +81,21 @@ def memory(work: Path, is_tiny: bool) -> Iterator[Row]:
         shutil.rmtree(work / "run")
 
 
+def evaluation(work: Path, is_tiny: bool) -> Iterator[Row]:
+    """The peak where held-out rows are longer than those that are trained on, with a large vocabulary."""
+    shape = Shape(2, 32, 64, 300) if is_tiny else Shape(2, 64, 128, 150_000)
+    for adapter, precision in product(("full", "lora"), ("fp32", "bf16")):
+        cell = Cell("a large vocabulary", adapter, precision, 64, 4)
+        longer = write_recipe(work / "longer.yaml", shape, Work(8, 32 if is_tiny else 512)).with_suffix(".jsonl")
+        recipe = recipe_of(work, cell, {cell.model: shape}, tokens=16)
+        text = recipe.read_text().replace('"max_length": 16', '"max_length": 512')
+        recipe.write_text(text.replace("data: {", f'data: {{"holdout": [{{"path": "{longer}"}}], '))
+        settings = [*settings_of(cell), "train.steps=2", "checkpoint.every=2 steps"]
+        facts = planned(recipe, settings)
+        yield Row(name_of(cell), facts["memory_bytes"], trained(recipe, work / "run", settings), facts["memory"])
+        shutil.rmtree(work / "run")
+
+
 def time(work: Path, is_tiny: bool) -> Iterator[Row]:
     for adapter in ("full", "lora"):
         model = next(iter(models(is_tiny)))
@@ -98,7 +113,7 @@ def time(work: Path, is_tiny: bool) -> Iterator[Row]:
         shutil.rmtree(work / "run")
 
 
-PARTS = {"memory": memory, "time": time}
+PARTS = {"memory": memory, "evaluation": evaluation, "time": time}
 
 
 def recipe_of(work: Path, cell: Cell, known: dict[str, Shape | str], tokens: int) -> Path:
@@ -138,7 +153,7 @@ def options(settings: list[str]) -> list[str]:
 
 
 def table(name: str, rows: list[Row]) -> str:
-    scale, unit = (2**-20, "MiB") if name == "memory" else (1, "s")
+    scale, unit = (1, "s") if name == "time" else (2**-20, "MiB")
     width = max(len(row.cell) for row in rows)
     lines = [f"{f'{name} ({unit})':{width}}{'forecast':>11}{'measured':>11}{'ratio':>8}"]
     for row in rows:
@@ -153,7 +168,7 @@ def table(name: str, rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where runs are written")
-    parser.add_argument("--only", default="memory,time", help="one of the parts, or both")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts")
     parser.add_argument("--json", type=Path, help="also write every figure here")
     parser.add_argument("--tiny", action="store_true", help="one cell of each on a tiny model")
     chosen = parser.parse_args()

@@ -1,0 +1,284 @@
+"""Trains a tiny random model of every causal type of the installed transformers, in every way, and holds it against plain transformers.
+
+    python scripts/families.py [TYPE ...] [--packages] [--write docs/models.md] [--json FILE]
+
+Each type goes through {LoRA, full} x {packed, padded} x {fp32, bf16}: two steps, whose losses of rows must be those of each row alone
+in plain transformers. `--packages` packages each training, verifies the package and loads it by its declared class. A combination that
+the project refuses counts as such if it does so in one line; a traceback fails.
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from finetune import loop
+from finetune.errors import FinetuneError, explained, of_libraries
+from finetune.model import adapter, tiny
+from finetune.recipe.load import LoadedRecipe, load
+from finetune.resolve import Resolved, resolve
+from finetune.run import batches, train
+from finetune.state import TrainState, build, start_accelerator
+
+TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+METHODS, PACKINGS, PRECISIONS = ("lora", "full"), ("packed", "padded"), ("fp32", "bf16")
+LORA = {"name": "lora", "rank": 4, "alpha": 8}
+TEXTS = ("a row", "the model reads a row and writes an answer that ends", "what was asked of it", "it has said so")
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # of a row's loss
+# Where a family's default config cannot be built as it is, or leaves a part of the family out.
+EXTRAS = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "hunyuan_v1_moe": {"head_dim": 64, "num_experts": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "phimoe": {"sliding_window": None},
+    "reformer": {"axial_pos_embds": False},
+}
+
+
+class Outcome(NamedTuple):
+    """What became of one combination of a type."""
+
+    method: str
+    packing: str
+    precision: str
+    state: str
+    """`trained`, `packaged`, `refused`, or `wrong`: neither, which is a fault."""
+    told: str
+    """How rows were arranged, or why it was refused, or what is wrong."""
+
+
+def combinations(kinds: Sequence[str], work: Path, has_packages: bool) -> Iterator[tuple[str, list[Outcome]]]:
+    """Each type with its outcomes; `work` is emptied as it goes."""
+    tokenizer = small_tokenizer()
+    for kind in kinds:
+        with tempfile.TemporaryDirectory(dir=work) as place:
+            yield kind, tried(kind, Path(place), tokenizer, has_packages)
+
+
+def tried(kind: str, place: Path, tokenizer: PreTrainedTokenizerBase, has_packages: bool) -> list[Outcome]:
+    try:
+        with explained("transformers cannot make it", kind):
+            make_base(kind, place / "base", tokenizer)
+    except FinetuneError as error:
+        return [Outcome("", "", "", "refused", one_line(error))]
+    (place / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    outcomes: list[Outcome] = []
+    plain = Plain()
+    for number, (method, precision, packing) in enumerate(product(METHODS, PRECISIONS, PACKINGS)):
+        loaded = load(recipe(place, method, packing, precision))
+        try:
+            resolved = resolve(loaded)
+            told, state = resolved.plan.arrangement, "trained"
+            if packing == "padded" and outcomes[-1].told == told:  # what packing gave way to: the same training
+                outcomes.append(outcomes[-1]._replace(packing=packing))
+                continue
+            compare(resolved, plain)
+            if has_packages:
+                packaged(loaded, place, str(number))
+                state = "packaged"
+        except FinetuneError as error:
+            state, told = "refused", one_line(error)
+        except of_libraries() as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            state, told = (
+                "wrong",
+                f"{type(error).__name__}: {one_line(error)} at {Path(last.filename).name}:{last.lineno}",
+            )
+        outcomes.append(Outcome(method, packing, precision, state, told))
+    return outcomes
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).partition("\nhint: ")[0].split())
+
+
+def make_base(kind: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A checkpoint of a type: its default config in small, random weights, the tokenizer."""
+    own = AutoConfig.for_model(kind, **EXTRAS.get(kind, {}))
+    changes = {
+        name: 0.0
+        for name, value in own.to_dict().items()
+        if re.search("drop|jitter", name) and isinstance(value, float)
+    }
+    if getattr(own, "is_decoder", None) is False:
+        changes["is_decoder"] = True
+    own = AutoConfig.for_model(kind, **EXTRAS.get(kind, {}), **changes)
+    model = tiny.model_like(own, max_length=64)
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def small_tokenizer() -> PreTrainedTokenizerBase:
+    """Bytes, and an end of text: what fits every tiny vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def recipe(place: Path, method: str, packing: str, precision: str) -> Path:
+    """`packed` is what a recipe that says nothing of packing asks for."""
+    sections = {
+        "base": {"checkpoint": str(place / "base")},
+        "task": {"name": "text", "max_length": 64, **({} if packing == "packed" else {"packing": False})},
+        "data": {"train": [{"path": str(place / "rows.jsonl")}]},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"steps": 2, "batch_size": 4, "precision": precision, "micro_batch_tokens": 128},
+        "checkpoint": {"every": "2 steps"},
+        **({"adapter": LORA} if method == "lora" else {}),
+        "package": {"form": "merged", "dtype": "fp32", "license": "apache-2.0"},
+    }
+    path = place / f"{method}-{packing}-{precision}.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def compare(resolved: Resolved, plain: "Plain") -> None:
+    """Two steps in this process, without a run directory; AssertionError where a row's loss is not that of plain transformers."""
+    AcceleratorState._reset_state(True)
+    settings = resolved.plan.recipe.train
+    accelerator = start_accelerator(settings)
+    state = build(resolved.plan, resolved.base_directory, accelerator)
+    made = batches(resolved, resolved.train, accelerator)
+    for step in (1, 2):
+        expected = dict(plain.losses(resolved, state, step))
+        report = loop.train_step(state, resolved.plan, made)
+        for row, loss in zip(report.rows.tolist(), report.row_losses, strict=True):
+            if not abs(loss - expected[row]) <= TOLERANCES[settings.precision] * abs(expected[row]):
+                raise AssertionError(f"step {step}: the loss of row {row} is {loss:.6g}, alone {expected[row]:.6g}")
+
+
+class Plain:
+    """The models that plain transformers (and peft) make of a base, one with an adapter and one without."""
+
+    def __init__(self):
+        self.models: dict[bool, torch.nn.Module] = {}
+
+    def losses(self, resolved: Resolved, state: TrainState, step: int) -> Iterator[tuple[int, float]]:
+        """The loss of each row of a step, alone, with the weights that the state has now."""
+        settings = resolved.plan.recipe.adapter
+        if (settings is None) not in self.models:
+            model = AutoModelForCausalLM.from_pretrained(resolved.base_directory, dtype=torch.float32)
+            self.models[settings is None] = adapter.apply(model, settings).eval()
+        model = self.models[settings is None]
+        model.load_state_dict({name: tensor.float() for name, tensor in state.model.state_dict().items()})
+        for number in resolved.plan.examples_of(step).tolist():
+            tokens = torch.from_numpy(resolved.train[number].tokens.astype("int64"))[None]
+            with torch.inference_mode():
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            yield int(resolved.train.rows[number]), F.cross_entropy(logits.float(), tokens[0, 1:]).item()
+
+
+def packaged(loaded: LoadedRecipe, place: Path, name: str) -> None:
+    """The same as a run, packaged, verified, and loaded by the class that its config declares."""
+    import transformers
+
+    from finetune.package.export import package
+    from finetune.package.verify import folder_findings
+
+    run, made = place / f"run-{name}", place / f"package-{name}"
+    AcceleratorState._reset_state(True)
+    train(loaded, run, is_quiet=True)
+    package(f"{run}@last", made)
+    if found := folder_findings(made)[1]:
+        raise AssertionError(f"the package is not sound: {found[0]}")
+    declared = json.loads((made / "config.json").read_text())["architectures"][0]
+    getattr(transformers, declared).from_pretrained(made)
+
+
+def cell(outcomes: list[Outcome], method: str) -> str:
+    mine = [each for each in outcomes if each.method == method]
+    if all(each.state in ("trained", "packaged") for each in mine):
+        return "yes" if mine else "-"
+    return "no" if all(each.state == "refused" for each in mine) else "in part"
+
+
+def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> str:
+    """docs/models.md."""
+    lines = [INTRODUCTION.format(version=version, types=len(found), packaged=PACKAGED if has_packages else UNPACKAGED)]
+    lines.append("| type | rows | LoRA | full | note |\n|---|---|---|---|---|")
+    for kind, outcomes in found.items():
+        ways = {each.packing: each.told for each in outcomes if each.state in ("trained", "packaged")}
+        why = next((each.told for each in outcomes if each.state in ("refused", "wrong")), "")
+        note = why.replace("|", "\\|")[:NOTE] + ("…" if len(why) > NOTE else "")
+        rows = ways.get("packed", ways.get("padded", "-"))
+        lines.append(f"| `{kind}` | {rows} | {cell(outcomes, 'lora')} | {cell(outcomes, 'full')} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+NOTE = 160  # characters
+PACKAGED = "Each was then packaged, verified and loaded by its declared class."
+UNPACKAGED = "They were not packaged for this table."
+INTRODUCTION = """# Models
+
+<!-- scripts/families writes this file -->
+
+`scripts/families` makes a tiny random model of each of the {types} causal types of transformers {version}. It trains
+each by LoRA (`all-linear`) and in full, packed and padded, in fp32 and bf16, for two steps. The losses are
+those of each row alone in plain transformers. {packaged}
+
+*rows* says how rows come together where a recipe names no `task.packing`: `packed`, `padded`, or `alone`.
+`no` means that `plan` refuses it in one line, the *note*; `in part` that some of the eight ways are refused.
+A small model shows how a family works, and no more: nothing here was trained at its real size.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="TYPE")
+    parser.add_argument("--packages", action="store_true")
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    quiet()
+    found = {}
+    with tempfile.TemporaryDirectory() as work:
+        for kind, outcomes in combinations(asked.kinds or TYPES, Path(work), asked.packages):
+            found[kind] = outcomes
+            told = sorted({f"{each.state}: {each.told}" for each in outcomes})
+            print(f"{kind:28} {'; '.join(told)}", flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps({kind: [each._asdict() for each in each_] for kind, each_ in found.items()}))
+    if asked.write and not asked.kinds:
+        from finetune import version
+
+        asked.write.write_text(page(found, version("transformers"), asked.packages))
+    wrong = [kind for kind, outcomes in found.items() if any(each.state == "wrong" for each in outcomes)]
+    print(f"FAIL: {', '.join(wrong)}" if wrong else f"PASS: {len(found)} types")
+    return bool(wrong)
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
