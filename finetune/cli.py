@@ -134,10 +134,12 @@ def plan(
     from finetune.pace import largest_step
     from finetune.package.preflight import refuse_unpackageable
     from finetune.package.rights import preflight
+    from finetune.readiness import refuse_unfit_base, refuse_unready
     from finetune.resolve import device, resolve
 
     preflight(loaded.recipe)
     resolved, run, here = resolve(loaded), run or _default_run(recipe), device()
+    refuse_unfit_base(resolved)
     refuse_unpackageable(resolved)
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))
@@ -153,7 +155,7 @@ def plan(
         return
     if not is_json:
         click.echo(text)
-    estimate.refuse_small_disk(resolved.plan, run)
+    refuse_unready(resolved, run)
     if is_json:  # after it: one object, the error's or this
         click.echo(json.dumps(facts))
 
@@ -545,14 +547,19 @@ def generate(refs, prompts, prompt_file, max_new_tokens, temperature, seed, is_j
     metavar="STEP",
     help="Package the mean of the weights of REF and of this step; may be given several times.",
 )
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp32"]), help="Type of the weights. Default: package.dtype of the recipe."
+)
 @JSON
 @where_it_is
-def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], is_json: bool) -> None:
+def package(
+    ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None, is_json: bool
+) -> None:
     """Write a checkpoint as a model folder that is proven to be what was trained."""
     from finetune.compare.evaluate import of_model
     from finetune.package import export
 
-    facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None)
+    facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None, dtype=dtype)
     lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
     _print(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]), is_json)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import bundle, estimate, guard, loop, ranks
+from finetune import bundle, guard, loop, ranks
 from finetune.checkpoints import holder, lease, snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.reports import Reports
@@ -29,6 +29,7 @@ from finetune.opening import open_plan, with_same_micro_batches
 from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan import Plan
 from finetune.progress import Progress
+from finetune.readiness import refuse_unready
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Every, Recipe
 from finetune.recorder import Recorder
@@ -68,7 +69,7 @@ def train(
             plan = resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
             if not Store(path).checkpoints():
-                estimate.refuse_small_disk(plan, path)
+                refuse_unready(resolved, path)
             for change in changes:
                 progress.say(change)
             state = build(plan, base_directory, accelerator)

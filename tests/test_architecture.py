@@ -66,6 +66,7 @@ FLOORS = {
     "finetune.checkpoints.staging": 1,
     "finetune.checkpoints.reports": 1,
     "finetune.loop": 3,
+    "finetune.readiness": 4,
     "finetune.opening": 4,
     "finetune.bundle": 4,
     "finetune.saver": 4,

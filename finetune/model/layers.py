@@ -27,14 +27,19 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     inner.disable_input_require_grads()
 
 
+def check_compiler() -> None:
+    """FinetuneError where there is none."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
+        hint = "install g++, or set train.compile: false"
+        raise FinetuneError("there is no C++ compiler", where="train.compile", hint=hint)
+
+
 def compile_layers(model: torch.nn.Module) -> None:
     """Compiles what decoder layers do beside attention: norms and feed-forward; layers share graphs, and so do lengths of more than one token.
 
     Attention depends on where rows begin: compiled with it, a layer would be compiled anew for every number of rows.
     """
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
-        hint = "install g++, or set train.compile: false"
-        raise FinetuneError("there is no C++ compiler", where="train.compile", hint=hint)
+    check_compiler()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = [part for layer in layers for part in layer.children() if "Attention" not in type(part).__name__]
     if not parts:

@@ -65,15 +65,17 @@ def package(
     key: Path | None = None,
     average: Average | None = None,
     load: proof.Loader | None = None,
+    dtype: str | None = None,
 ) -> dict:
     """Writes a checkpoint, or the mean of several, as a package, signed where a private key is named; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
-    `load` is how it is loaded back, if not in a fresh process (`proof.load_here`: many packages in one warm process).
+    `dtype` takes the place of the recipe's `package.dtype`, also in the recipe that is packaged. `load` is how it is loaded back, if not in a fresh process (`proof.load_here`: many packages in one warm process).
 
     PackageError names the check that failed; then no folder is left.
     """
     run = _run_of(ref)
     _refuse_existing(directory)
     opened = open_model(ref, is_as_trained=False)
+    opened = _with_dtype(opened, dtype) if dtype else opened
     recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
     _refuse_unnamed_base(plan, recipe.package.form)
     tokenizer = open_tokenizer(opened)
@@ -125,6 +127,12 @@ def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
     except FinetuneError as error:  # its rows are gone, which is no reason not to package it
         return (Seen(by=lineage.THIS_RUN, rows=None, why=error.message),)
     return resolved.held_out.seen_by(lineage.stages(ref)).seen
+
+
+def _with_dtype(opened: Opened, dtype: str) -> Opened:
+    recipe = opened.plan.recipe
+    changed = recipe.model_copy(update={"package": recipe.package.model_copy(update={"dtype": dtype})})
+    return replace(opened, plan=opened.plan.model_copy(update={"recipe": changed}))
 
 
 def checkpoint_of(ref: str) -> tuple[Path, int]:

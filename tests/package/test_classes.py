@@ -199,3 +199,12 @@ def test_verify_finds_missing_weights_of_the_declared_class_and_missing_processo
         (broken / name).unlink()
     (problem,) = verify(str(broken))["problems"]
     assert (problem["check"], problem["file"]) == ("processor", "preprocessor_config.json")
+
+
+def test_a_run_that_has_ended_is_packaged_in_another_type_on_request(packaged, tmp_path) -> None:
+    run = packaged("falcon_h1").parent / "run"
+    facts = export.package(f"{run}@last", tmp_path / "fp32", load=proof.load_here, dtype="fp32")
+    assert {tensor.dtype for tensor in stored(tmp_path / "fp32").values()} == {torch.float32}
+    assert "cast" not in [check["name"] for check in facts["checks"]]
+    assert "dtype: fp32" in (tmp_path / "fp32/training/recipe.yaml").read_text()
+    assert problems(tmp_path / "fp32") == []

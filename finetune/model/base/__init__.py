@@ -27,7 +27,18 @@ from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
 from finetune.model.base.located import Look, located
 from finetune.model.base.outline import with_dtype
-from finetune.model.base.reading import DTYPES, Place, empty_model, load_config, load_model, load_tokenizer, stop_tokens
+from finetune.model.base.reading import (
+    DTYPES,
+    Place,
+    check_quantization,
+    check_weight_files,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_lacking,
+    stop_tokens,
+)
 from finetune.plan import PinnedBase
 from finetune.recipe.schema import Base
 
@@ -37,10 +48,13 @@ __all__ = [
     "Place",
     "attach",
     "beneath",
+    "check_quantization",
+    "check_weight_files",
     "difference",
     "directory",
     "empty_model",
     "has_tokenizer",
+    "lacking",
     "load_as_stored",
     "load_config",
     "load_model",
@@ -49,6 +63,7 @@ __all__ = [
     "read_ahead",
     "refuse_damaged",
     "refuse_foreign",
+    "refuse_lacking",
     "run_around",
     "stop_tokens",
     "tokenizer_directory",
@@ -113,6 +128,13 @@ def load_as_stored(path: Path, *settings: object) -> torch.nn.Module:
     model = empty_model(path)
     with outline.keeping(type(model), outline.stored_in_fp32(model, path)):
         return load_model(path, *settings)
+
+
+def lacking(path: Path) -> dict[str, list[str]]:
+    """For `refuse_lacking`, from headers alone."""
+    model = empty_model(path)
+    found = outline.outline(type(model), model.config, outline.on_meta(outline.headers(path)))
+    return {"missing_keys": sorted(found.missing), "mismatched_keys": sorted(found.mismatched)}
 
 
 def attach(model: torch.nn.Module, path: Path, where: str) -> torch.nn.Module:

@@ -6,7 +6,7 @@ No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is 
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -190,10 +190,7 @@ def load_model(
             **device,
             **({"quantization_config": _nf4(products)} if quantization else {}),
         )
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
-            wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(names[:3])}"
-            raise BaseError(wrong, where=_name(path))
+    refuse_lacking(path, {kind: _names(info[kind]) for kind in ("missing_keys", "mismatched_keys")})
     for module in model.modules():
         # else some CPUs repack quantized weights in the first evaluation, for good, and no gradient passes from then on
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -202,11 +199,28 @@ def load_model(
     return model
 
 
-def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
-    """Linear layers in 4 bits with scales that are quantized too (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
+def refuse_lacking(path: Path, names: dict[str, list[str]]) -> None:
+    """BaseError where weights of the config are in no file, or have another shape there; `names` are by the kind that transformers says."""
+    for kind, found in names.items():
+        if found:
+            wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(found[:3])}"
+            raise BaseError(wrong, where=_name(path))
+
+
+def _names(keys: Iterable[object]) -> list[str]:
+    return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+
+
+def check_quantization() -> None:
+    """BaseError where what quantizes is not installed."""
     if not find_spec("bitsandbytes"):
         message, hint = "`nf4` weights need bitsandbytes", "pip install bitsandbytes"
         raise BaseError(message, where="base.quantization", hint=hint)
+
+
+def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
+    """Linear layers in 4 bits with scales that are quantized too (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
+    check_quantization()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

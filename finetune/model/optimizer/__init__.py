@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from finetune.model.optimizer.eight_bit import AdamW8bit
+from finetune.model.optimizer.eight_bit import AdamW8bit, kernels
 from finetune.model.optimizer.rounded import RoundedAdamW
 from finetune.recipe.schema import Optimizer
 
@@ -42,6 +42,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_8bit": adamw_8bit,
     "paged_adamw_8bit": paged_adamw_8bit,
 }
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
+
+
+def check(settings: Optimizer) -> None:
+    """FinetuneError where what an optimizer needs is not installed."""
+    if settings.name in EIGHT_BIT:
+        kernels()
 
 
 def build(model: torch.nn.Module, settings: Optimizer, seed: int) -> torch.optim.Optimizer:

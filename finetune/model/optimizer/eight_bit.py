@@ -28,7 +28,7 @@ class AdamW8bit(torch.optim.Optimizer):
         is_paged: bool = False,
     ):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._kernels = _kernels()
+        self._kernels = kernels()
         if is_paged and not torch.cuda.is_available():
             hint = "use `adamw_8bit`"
             raise FinetuneError("`paged_adamw_8bit` needs a GPU to page from", where="optimizer.name", hint=hint)
@@ -122,7 +122,8 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._codes[device]
 
 
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """Those of bitsandbytes; FinetuneError where it is not installed."""
     try:
         from bitsandbytes import functional
     except ImportError:

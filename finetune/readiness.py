@@ -1,0 +1,45 @@
+"""Floor 4. Whether this machine and this base can do what a plan says: what `train` would meet later, found before a weight is read.
+
+`plan` and `train` ask the same; `plan --devices` is about other machines, and asks about the base alone.
+"""
+
+import os
+from pathlib import Path
+
+from finetune import cache, estimate, version
+from finetune.errors import RunError
+from finetune.model import base, layers, optimizer
+from finetune.resolve import Resolved
+
+
+def refuse_unready(resolved: Resolved, run: Path) -> None:
+    """RunError, BaseError or FinetuneError with the key to change."""
+    refuse_unfit_base(resolved)
+    recipe = resolved.plan.recipe
+    if recipe.base.quantization:
+        base.check_quantization()
+    optimizer.check(recipe.optimizer)
+    if recipe.train.compile:
+        layers.check_compiler()
+    _refuse_place(run)
+    estimate.refuse_small_disk(resolved.plan, run)
+
+
+def refuse_unfit_base(resolved: Resolved) -> None:
+    """BaseError where files of weights are missing or cut, or are not those of the config. Of a Hub base that is not here yet nothing is said."""
+    directory = resolved.base_directory
+    if resolved.plan.base.kind != "directory" and not list(directory.glob("*.safetensors")):
+        return
+    base.check_weight_files(directory)
+    facts = [resolved.plan.base.model_dump(mode="json"), *map(version, ("finetune", "torch", "transformers"))]
+    base.refuse_lacking(directory, cache.found("lacking", facts, lambda: base.lacking(directory)))
+
+
+def _refuse_place(run: Path) -> None:
+    """RunError where the run directory cannot be made, or written in."""
+    existing = next(parent for parent in [run.absolute(), *run.absolute().parents] if parent.exists())
+    hint = "name another directory with --run"
+    if not existing.is_dir():
+        raise RunError(f"{existing} is a file, not a directory", where=str(run), hint=hint)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"user {os.geteuid()} may not write in {existing}", where=str(run), hint=hint)
