@@ -121,10 +121,10 @@ def _refuse_empty_side(
 
 def with_seen(plan: Plan, held_out: HeldOut, file: str) -> Plan:
     """The plan with what is known of held-out rows that it or an earlier run trains on. RunError where such rows are drawn, unless the
-    recipe allows it; rows that are named are only counted."""
+    recipe allows it; rows that are named, and those that stay as an older version drew them, are only counted."""
     found = held_out.seen_by((lineage.stage_of(plan, lineage.THIS_RUN), *plan.stages)).seen
     trained_on = [item.told(len(held_out.says)) for item in found if item.rows]
-    if trained_on and is_drawn(plan.recipe.data) and plan.recipe.data.seen == "refuse":
+    if trained_on and held_out.split and plan.recipe.data.seen == "refuse":
         hint = "keep data.holdout and data.split_seed of the run it goes on from, hold out other rows, or set data.seen: allow"
         raise RunError("; ".join(trained_on), where=f"{file}: data.holdout", hint=hint)
     return plan.model_copy(update={"seen": found})
@@ -167,9 +167,8 @@ def are_same_rows(one: Plan, two: Plan) -> bool:
         return one.held_out == two.held_out
     if isinstance(one.recipe.data.holdout, list):
         return one.holdout == two.holdout
-    if any(
-        plan.split and plan.split.contents for plan in (one, two)
-    ):  # after those of the other; as many are all of them
+    # a list has rows of the other's, an older version's run: as many are all of them
+    if any(plan.split and plan.split.contents for plan in (one, two)):
         return one.split is None or two.split is None
     drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout, plan.split) for plan in (one, two)]
     return drawn[0] == drawn[1]

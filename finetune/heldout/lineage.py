@@ -26,6 +26,7 @@ VERSION = 1  # of the arrays in the cache
 # Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.
 PLACE = {"path", "dataset", "name", "split", "revision", "weight"}
 THIS_RUN = "this run"
+PROVENANCE = "provenance.intoto.jsonl"
 
 
 def stages(text: str) -> tuple[Stage, ...]:
@@ -36,13 +37,24 @@ def stages(text: str) -> tuple[Stage, ...]:
     elif ref.kind in ("run", "base"):
         run, step = ref.run, ref.step if isinstance(ref.step, int) else find(ref).step
     else:
-        return ()
+        return _of_package(ref.path) if ref.kind == "model" else ()
     if run is None:
         return (Stage(ref=ref.text),)
     try:
         return up_to(run, step)
     except RunError:  # its checkpoints may be sound all the same
         return (Stage(ref=ref.text),)
+
+
+def _of_package(directory: Path) -> tuple[Stage, ...]:
+    """What a package of ours says of the runs that it comes from; those of older versions say nothing."""
+    if not (directory / PROVENANCE).is_file():
+        return ()
+    try:
+        said = json.loads((directory / PROVENANCE).read_bytes())["predicate"]["buildDefinition"]
+        return tuple(map(Stage.model_validate, said["internalParameters"]["stages"]))
+    except (ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
+        return (Stage(ref=directory.name),)
 
 
 def up_to(run: Path, step: int) -> tuple[Stage, ...]:

@@ -12,7 +12,7 @@ from finetune.checkpoints.refs import parse
 from finetune.heldout.split import Seen
 from finetune.package import figures, record
 from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked
-from finetune.plan import PinnedSource, Plan
+from finetune.plan import PinnedSource, Plan, Stage
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
 
@@ -44,6 +44,8 @@ class Facts:
     """Of each source of training rows, as far as its card says."""
     averaged: Sequence[Manifest] = ()
     """Of the other checkpoints that went into the weights."""
+    stages: Sequence[Stage] = ()
+    """The run and those before it, as `lineage` reads them again from the package."""
     seen: Sequence[Seen] = ()
     """Held-out rows that this or an earlier run trained on, or may have."""
 

@@ -104,7 +104,18 @@ def package(
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
         found = [check.to_dict() for check in checks]
         named = recipe.package.dtype or recipe.train.precision
-        facts = Facts(plan, manifest, numbers, found, recipe.package.form, named, *licences, averaged, _seen(plan, ref))
+        facts = Facts(
+            plan,
+            manifest,
+            numbers,
+            found,
+            recipe.package.form,
+            named,
+            *licences,
+            averaged,
+            lineage.stages(ref),
+            _seen(plan, ref),
+        )
         _write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
         _write_bom(facts, made.model.config.architectures, staging)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from finetune.heldout import lineage
 from finetune.package import record
 from finetune.package.card import Facts, hub_base
 from finetune.package.contents import Finding, sha256
 from finetune.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 
-FILE = "provenance.intoto.jsonl"
+FILE = lineage.PROVENANCE
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:finetune:package:v1"
@@ -37,7 +38,14 @@ def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, st
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {"recipe": recipe, "step": manifest.step, "form": facts.form, **average},
-                "internalParameters": {"plan": plan.plan_id, "world": manifest.world, "versions": manifest.versions},
+                "internalParameters": {
+                    "plan": plan.plan_id,
+                    "world": manifest.world,
+                    "versions": manifest.versions,
+                    "stages": [
+                        record.public(each.model_dump(mode="json", exclude_defaults=True)) for each in facts.stages
+                    ],
+                },
                 "resolvedDependencies": [
                     _base(plan),
                     *map(_source, plan.recipe.data.train, plan.train),

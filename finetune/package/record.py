@@ -19,7 +19,7 @@ LEFT_OUT = ("time", "attempt")
 
 def recipe(plan: Plan) -> str:
     """The recipe in force, `--set` included, as YAML; only what differs from defaults, without the user's comments and folders."""
-    return to_yaml(_public(plan.recipe.model_dump(mode="json", exclude_defaults=True)))
+    return to_yaml(public(plan.recipe.model_dump(mode="json", exclude_defaults=True)))
 
 
 def public_name(text: str) -> str:
@@ -79,9 +79,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
 
 
-def _public(value: object) -> object:
+def public(value: object) -> object:
+    """The same with paths of this machine as their last parts."""
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
+        return {key: public(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_public(item) for item in value]
+        return [public(item) for item in value]
     return public_name(value) if isinstance(value, str) else value

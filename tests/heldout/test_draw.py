@@ -130,3 +130,12 @@ def test_long_text_rows_are_held_out_with_all_their_examples(recipe_file, write,
     resolved = resolve(load(path))
     assert len(set(resolved.holdout.rows.tolist())) == 4 < len(resolved.holdout)
     assert not set(resolved.holdout.rows.tolist()) & set(resolved.train.rows.tolist())
+
+
+def test_equal_rows_on_both_sides_of_an_older_run_are_counted_in_its_branches(recipe_file, write, tmp_path):
+    write("a.jsonl", ROWS[:20] * 2)
+    loaded = load(recipe_file(data={"train": [{"path": str(tmp_path / "a.jsonl")}], "holdout": 12}))
+    older = resolve(loaded).plan.model_copy(update={"split": None, "held_out": "", "stages": None})
+    plan = resolve(loaded, like=older, stages=()).plan
+    assert plan.split is None and plan.holdout_counts.rows == 12
+    assert [item.by for item in plan.seen] == ["this run"] and plan.seen[0].rows > 0

@@ -15,10 +15,12 @@ from finetune.compare.evaluate import evaluate, of_model
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
+from finetune.errors import DataError
 from finetune.history import problems
 from finetune.package import export
 from finetune.recipe.load import load
 from finetune.run import train
+from tests.conftest import chat_row
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/older_run"
 RUN, BRANCH = Path("runs/older"), Path("runs/older-seed")
@@ -79,6 +81,13 @@ def test_it_is_branched_off(older) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_packaged(older) -> None:
+def test_it_is_packaged_and_the_package_knows_its_training_rows(older) -> None:
+    other = [json.dumps(chat_row(number)) + "\n" for number in range(100, 110)]
+    Path("data/other.jsonl").write_text("".join(other))
     facts = export.package(f"{older}@8", Path("dist/older"), None, export.Average((4,), of_model))
     assert {"logits", "merge"} <= {check["name"] for check in facts["checks"]}
+    assert (
+        evaluate(["dist/older"], Path("recipe.yaml"), ("data.holdout=[{path: data/other.jsonl}]",))[0]["seen_rows"] == 0
+    )
+    with pytest.raises(DataError, match="held-out rows are training rows of older@8"):
+        evaluate(["dist/older"], Path("recipe.yaml"), ())
