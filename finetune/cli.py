@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from finetune import __version__, places, streams
+from finetune.checkpoints.lease import refuse_other_directory
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped
 from finetune.signals import ending_signals
+from finetune.words import counted
 from finetune.world import TOLD, is_alone, is_first, prepare_allocator
 
 if TYPE_CHECKING:
@@ -138,7 +140,10 @@ def plan(
     from finetune.resolve import device, resolve
 
     preflight(loaded.recipe)
-    resolved, run, here = resolve(loaded), run or _default_run(recipe), device()
+    run = run or _default_run(recipe)
+    if not has_devices:
+        refuse_other_directory(run)
+    resolved, here = resolve(loaded), device()
     refuse_unfit_base(resolved)
     refuse_unpackageable(resolved)
     shape = shape_of(base.load_config(resolved.base_directory))
@@ -324,7 +329,7 @@ def verify(ref: str, key: Path | None, is_json: bool) -> None:
 
         facts = verify_package(ref, key)
         left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in facts["not_made"].items())
-        held = f"nothing wrong by {len(facts['checks'])} checks: {', '.join(facts['checks'])}{left_out}"
+        held = f"nothing wrong by {counted(len(facts['checks']), 'check')}: {', '.join(facts['checks'])}{left_out}"
     else:
         if key:
             raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")
@@ -593,7 +598,7 @@ def publish(
         from finetune.package import queue
 
         facts = queue.follow(Path(source), target, is_following, is_public, is_replacing)
-        _print(facts, f"{len(facts['published'])} milestones published", is_json)
+        _print(facts, f"{counted(len(facts['published']), 'milestone')} published", is_json)
         return
     from finetune.package import publish as publishing
 
@@ -665,6 +670,8 @@ def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) 
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
+    if run:
+        refuse_other_directory(run)
     if is_alone(os.environ) and not (run and (run / "plan.json").exists()):
         from finetune.data import preflight
 

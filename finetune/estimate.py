@@ -4,17 +4,26 @@
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from finetune import memory
+from finetune import cadence, memory
 from finetune.errors import RunError
 from finetune.memory import Device, Shape, Work, state_bytes
 from finetune.pace import mean_tokens
 from finetune.plan import Plan
-from finetune.recipe.schema import LoraAdapter, Publish
+from finetune.recipe.schema import Every, LoraAdapter, Publish
+from finetune.trainer_state import ENTRIES
+from finetune.words import counted
 
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end
+# beside tensors, as they were measured; numbers are of one each
+TENSOR_BYTES = 1_100  # records in the manifest, headers and counters of a tensor and its moments
+ENTRY_BYTES = 140  # of the history of losses
+FILES, BLOCK_BYTES = 9, 4096
+STEP_BYTES, EVENT_BYTES = 330, 400  # of the journal
+ROW_BYTES, NORM_BYTES = 16, 9  # in Parquet
+LAYERS = 32  # of a base whose config is not at hand
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 CARD_BYTES = 80 * 2**30  # of a GPU where this machine has none
 
@@ -32,12 +41,45 @@ def checkpoint_bytes(plan: Plan) -> int:
     return shared_bytes(plan) + state_bytes(plan)
 
 
-def run_bytes(plan: Plan) -> int:
-    """All checkpoints that are on disk at once at the end, and one being written; what is linked counts once."""
-    keep = plan.recipe.checkpoint.keep
-    full = keep.last + (keep.best or 0) + (plan.steps // keep.every.steps if keep.every else 0)
-    milestones = plan.steps // keep.weights_every.steps if keep.weights_every else 0
-    return shared_bytes(plan) + (full + 1) * state_bytes(plan) + milestones * memory.trained_bytes(plan)
+def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
+    """All that is on disk at once at the end, with one checkpoint being written; what is linked counts once."""
+    rule, publish = plan.recipe.checkpoint.keep, plan.recipe.publish
+    is_evaluated = plan.holdout_counts.examples > 0
+    for_good = _multiples(plan, [rule.every, publish.milestones if publish else None])
+    milestones = len(_multiples(plan, [rule.weights_every]) - for_good)
+    full = rule.last + (rule.best or int(is_evaluated)) + len(for_good) + 1
+    small = _small_bytes(plan, layers)
+    checkpoints = full * (state_bytes(plan) + small) + milestones * (memory.trained_bytes(plan) + small)
+    return shared_bytes(plan) + checkpoints + _history_bytes(plan, layers)
+
+
+def _multiples(plan: Plan, cadences: Iterable[Every | None]) -> set[int]:
+    """The steps at which one of the cadences falls due."""
+    return {step for each in cadences if each for step in range(each.steps, plan.steps + 1, each.steps)}
+
+
+def _small_bytes(plan: Plan, layers: int) -> int:
+    """What is in every checkpoint beside tensors: its manifest and counters, names of tensors, the history of losses; files fill blocks."""
+    entries = min(plan.steps, ENTRIES) + _evaluations(plan)
+    return _trained_tensors(plan, layers) * TENSOR_BYTES + entries * ENTRY_BYTES + FILES * BLOCK_BYTES
+
+
+def _history_bytes(plan: Plan, layers: int) -> int:
+    """Journal, losses of rows and norms of modules."""
+    saves = len(_multiples(plan, [each for each in cadence.saves(plan.recipe) if each.steps]))
+    events = (saves + _evaluations(plan)) * EVENT_BYTES
+    steps = plan.steps * (STEP_BYTES + plan.recipe.train.batch_size * ROW_BYTES + (layers + 3) * NORM_BYTES)
+    return events + steps
+
+
+def _evaluations(plan: Plan) -> int:
+    every = plan.recipe.evaluate.every
+    return plan.steps // every.steps if every and every.steps else 0
+
+
+def _trained_tensors(plan: Plan, layers: int) -> int:
+    """About as many as are trained: an adapter has two beside each of about seven matrices of a layer."""
+    return 14 * layers if isinstance(plan.recipe.adapter, LoraAdapter) else 12 * layers + 3
 
 
 def refuse_small_disk(plan: Plan, run: Path) -> None:
@@ -88,11 +130,21 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
         "host_memory_bytes": sum(host.values()),
         "host_bytes": device.host_bytes,
         "checkpoint_bytes": checkpoint_bytes(plan),
-        "run_bytes": run_bytes(plan),
+        "run_bytes": run_bytes(plan, shape.layers),
         "free_bytes": free_bytes(run),
         "guard": {"spike": plan.recipe.guard.spike, "not_finite": plan.recipe.guard.not_finite},
         "publish": _target(plan.recipe.publish),
+        "warnings": warnings(plan),
     }
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What the recipe asks for and may be regretted."""
+    if not cadence.may_lose_best(plan.recipe):
+        return []
+    return [
+        f"checkpoint.save_best is false, and evaluations come every {plan.recipe.evaluate.every}: the best one may not be committed"
+    ]
 
 
 def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[dict]:
@@ -128,14 +180,14 @@ def table(facts: dict) -> str:
     rows = [("base", f"{base['checkpoint']}  {pin}")]
     for part in ("train", "holdout"):
         rows += [
-            (part, f"{pin['name']}  {pin['rows']:,} rows  {pin['revision'] or pin['fingerprint'][:19] + '…'}")
+            (part, f"{pin['name']}  {counted(pin['rows'], 'row')}  {pin['revision'] or pin['fingerprint'][:19] + '…'}")
             for pin in facts[part]
         ]
     share = facts["supervised_tokens_per_epoch"] / facts["tokens_per_epoch"]
     rows += [
         (
             "rows",
-            f"{facts['rows']:,} to train on, {facts['holdout_rows']:,} held out ({facts['holdout_tokens']:,} tokens)",
+            f"{facts['rows']:,} to train on, {facts['holdout_rows']:,} held out ({counted(facts['holdout_tokens'], 'token')})",
         ),
         *(
             [("", f"{facts['holdout_copies']:,} copies of held-out rows are in neither")]
@@ -149,9 +201,9 @@ def table(facts: dict) -> str:
         ),
         (
             "cut",
-            f"{facts['cut_rows']:,} rows by {facts['cut_tokens']:,} tokens; the longest kept has {facts['longest']:,}",
+            f"{counted(facts['cut_rows'], 'row')} by {counted(facts['cut_tokens'], 'token')}; the longest kept has {facts['longest']:,}",
         ),
-        ("left out", f"{facts['left_out_rows']:,} rows with nothing to learn within task.max_length"),
+        ("left out", f"{counted(facts['left_out_rows'], 'row')} with nothing to learn within task.max_length"),
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
         ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
@@ -168,6 +220,7 @@ def table(facts: dict) -> str:
             ("publish", f"{facts['publish']['repo']}, {'private' if facts['publish']['private'] else 'public'}")
         )
     lines = [f"{name:11}{text}" for name, text in rows]
+    lines += [f"warning: {warning}" for warning in facts["warnings"]]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
         lines.append(
             "warning: the memory forecast is more than there is; lower train.micro_batch_tokens, or use adapter: {name: lora}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from finetune.recipe.schema import Guard
+from finetune.words import counted
 
 WINDOW = 128  # steps looked back on
 ENOUGH = 32  # steps before which nothing is called a spike
@@ -80,7 +81,7 @@ def judge(
 def _bounded(rule: Guard, verdict: Verdict, amendments: Sequence[Amendment]) -> Verdict:
     """A run that goes wrong again and again is not mended by leaving steps out."""
     if verdict.action in ("skip", "rollback") and len(amendments) >= rule.limit:
-        message = f"{verdict.message}, and {len(amendments)} times before this run was amended already (guard.limit)"
+        message = f"{verdict.message}, and {counted(len(amendments), 'time')} before this run was amended already (guard.limit)"
         return verdict._replace(action="stop", message=message)
     return verdict
 

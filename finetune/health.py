@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from finetune import journal
+from finetune import journal, words
 from finetune import plan as plans
 from finetune.checkpoints import holder as holders
 from finetune.checkpoints.writer import SLOWEST_DISK, STALL_SECONDS
@@ -74,8 +74,11 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     last = datetime.fromisoformat(mine[-1]["time"] if mine else holder.since)
     quiet_seconds = max(0.0, (datetime.now(UTC) - last).total_seconds())
     facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
+    facts["is_finished"] = False
     if holder.released is not None:
-        return facts | {"ok": True, "state": "ended", "limit_seconds": None}
+        end = plans.load(run)[0].steps if (run / "plan.json").exists() else None
+        step = max([stored, *steps], default=0)
+        return facts | {"step": step, "ok": True, "state": "ended", "limit_seconds": None, "is_finished": stored == end}
     is_dead = holders.is_dead_here(holder)
     is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it is told in whole seconds
     if since and (is_dead or (is_older and not holders.is_here(holder))):
@@ -103,7 +106,18 @@ def listing(facts: dict) -> str:
     return "\n".join(_line(**each) for each in facts["runs"]) or "nothing is trained here"
 
 
-def _line(run: str, ok: bool, state: str, step: int | None, quiet_seconds: float, limit_seconds: float | None) -> str:
+def _line(
+    run: str,
+    ok: bool,
+    state: str,
+    step: int | None,
+    quiet_seconds: float,
+    limit_seconds: float | None,
+    is_finished: bool = False,
+) -> str:
+    if state == "ended":
+        how = "finished" if is_finished else "stopped, and the same command resumes"
+        return f"{run}: {how}: step {step}, {words.duration(quiet_seconds)} ago"
     at = f" at step {step}" if step is not None else ""
     limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"

@@ -3,10 +3,11 @@
 from contextlib import suppress
 from pathlib import Path
 
-from finetune import journal
+from finetune import best, journal, scan
 from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
+from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError, RunError
 from finetune.estimate import readable
@@ -27,9 +28,10 @@ def log(run: Path) -> dict:
     """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
     the same folder that branch off it, each with the same facts."""
     plan, facts = plans.load(run)
-    records = journal.read(run)
-    trained, evaluated = journal.steps(records), journal.evaluations(records)
-    pinned = Store(run).pinned()
+    events, trained = scan.read(run)
+    evaluated = journal.evaluations(events)
+    pinned, stored = Store(run).pinned(), Store(run).checkpoints()
+    saved = [Saved.of(item, evaluated) for item in Store(run).summaries()]
     return {
         "run": str(run),
         "parent": plan.parent.model_dump(mode="json") if plan.parent else None,
@@ -37,9 +39,10 @@ def log(run: Path) -> dict:
         "checkpoints": [
             _summary(run, item, trained.get(item.step, {}), evaluated.get(item.step, {}))
             | {"pinned": item.step in pinned}
-            for item in Store(run).checkpoints()
+            for item in stored
         ],
-        "incidents": [_incident(record) for record in records if record.get("event") in INCIDENTS],
+        "incidents": [_incident(record) for record in events if record.get("event") in INCIDENTS],
+        "notes": best.notes(saved, evaluated, best.first_step(events)),
         "seen": plan.seen_told,
         "branches": _branches(run, facts["run"], plan),
     }
@@ -64,6 +67,7 @@ def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]
     ]
     entries += [(branch["parent"]["step"], 2, branch) for branch in facts["branches"]]
     entries.sort(key=lambda entry: entry[:2])
+    entries += [(steps["recorded"], 3, f"! {note}") for note in facts["notes"]]
     for place, (_, _, entry) in enumerate(entries):
         is_last = place == len(entries) - 1
         if isinstance(entry, str):

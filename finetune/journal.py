@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -89,29 +89,42 @@ def now() -> str:
 
 
 def read(run: Path) -> list[dict[str, object]]:
-    """All records of a run, oldest first; a torn last line is left out, and a broken one before it is a RunError."""
+    """All records of a run, oldest first; a torn last line is left out, and a broken one before it is a RunError.
+
+    The memory of it grows with the steps: `scan` reads runs of any length.
+    """
     path = run / "journal.jsonl"
     data = path.read_bytes() if path.exists() else b""
     records = []
     for number, line in enumerate(data[: _sound_length(data)].splitlines(), start=1):
-        record = _record(line)
+        record = record_of(line)
         if record is None:
-            hint = f"the file is damaged; with lines {number} and after removed, their steps are run again from the last checkpoint before"
-            raise RunError("is not a record of a journal", where=f"{path}:{number}", hint=hint)
+            raise broken(path, number)
         records.append(record)
     return records
 
 
+def broken(path: Path, number: int) -> RunError:
+    hint = f"the file is damaged; with lines {number} and after removed, their steps are run again from the last checkpoint before"
+    return RunError("is not a record of a journal", where=f"{path}:{number}", hint=hint)
+
+
 def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]]:
-    """The records from the newest that `is_first` on; all, where the end of the file has none. How long the journal is costs nothing."""
+    """The records from the newest that `is_first` on; all, where the end of the file has none."""
+    found = end_since(run, is_first)
+    return read(run) if found is None else found
+
+
+def end_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]] | None:
+    """The same, or None where the end of the file has none. How long the journal is costs nothing."""
     path = run / "journal.jsonl"
     data, _ = _end_of(path) if path.exists() else (b"", 0)
-    records = [_record(line) for line in data[: _sound_length(data)].splitlines()]
+    records = [record_of(line) for line in data[: _sound_length(data)].splitlines()]
     if None not in records:
         for place in reversed(range(len(records))):
             if is_first(records[place]):
                 return records[place:]
-    return read(run)
+    return None
 
 
 def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
@@ -123,7 +136,7 @@ def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
             if sign in line:
                 found = (before, line)
             before = line
-    records = [_record(line) for line in found]
+    records = [record_of(line) for line in found]
     return [] if None in records else records
 
 
@@ -148,9 +161,13 @@ def that_count(records: Iterable[dict[str, object]], is_wanted: Callable[[dict],
     for record in records:
         if is_wanted(record):
             found[record["step"]] = record
-        elif record.get("event") == "amended" and record["action"] == "rollback":
+        elif is_rollback(record):
             found = {step: each for step, each in found.items() if step < record["first"]}
     return found
+
+
+def is_rollback(record: Mapping[str, object]) -> bool:
+    return record.get("event") == "amended" and record["action"] == "rollback"
 
 
 def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
@@ -178,13 +195,13 @@ def _sound_length(data: bytes) -> int:
     end = data.rfind(b"\n") + 1
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
-        if _record(data[start:end]) is not None:
+        if record_of(data[start:end]) is not None:
             break
         end = start
     return end
 
 
-def _record(line: bytes) -> dict[str, object] | None:
+def record_of(line: bytes) -> dict[str, object] | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import journal, memory, places, version
+from finetune import memory, places, scan, version
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.contract import FACT_NAMES, differences, outcome, recorded, rule_of
@@ -30,6 +30,7 @@ from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.resolve import Resolved, resolve
 from finetune.state import device_name
 from finetune.tasks import TASKS
+from finetune.words import counted
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose
@@ -65,7 +66,9 @@ def open_plan(
             hint=f"use another --run, or go on from a step of this one with `finetune branch {path}@STEP --set KEY=VALUE`",
         )
     if schedule and not lines["extended"] and not _is_as_extended(earlier, schedule):
-        raise _idle_schedule(path, schedule, f"the recipe asks for the {earlier.steps} steps that the run has")
+        raise _idle_schedule(
+            path, schedule, f"the recipe asks for the {counted(earlier.steps, 'step')} that the run has"
+        )
     resolved = resolve(_with_length_of(earlier, loaded), earlier, is_to_load=True, today=today)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
@@ -189,7 +192,7 @@ def _with_length_of(earlier: Plan, loaded: LoadedRecipe) -> LoadedRecipe:
 def _recorded(path: Path) -> int:
     """The newest step that the run has a record of. A commit is one as well, should the journal have been cut."""
     committed = (checkpoint.step for checkpoint in Store(path).checkpoints())
-    return max([0, *journal.steps(journal.read(path)), *committed])
+    return max([0, *scan.read(path).steps, *committed])
 
 
 def _is_as_extended(plan: Plan, schedule: str) -> bool:

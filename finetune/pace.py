@@ -84,7 +84,7 @@ class Pace:
 
 
 def ahead(plan: Plan, start: int, end: int) -> Pace:
-    """What there is to do after step `start`, up to step `end`; saves by the minute are not foreseen."""
+    """What there is to do after step `start`, up to step `end`; saves by the minute and of the best evaluation so far are not foreseen."""
     recipe = plan.recipe
     keep, holdout = recipe.checkpoint.keep, plan.holdout_counts
     saves = {end} | _multiples([*recipe.checkpoint.every, keep.every, keep.weights_every], start, end)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from finetune import guard, journal
+from finetune import guard, journal, scan
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.guard import Amendment
 from finetune.plan import Plan
@@ -20,28 +20,32 @@ class Past:
     def __init__(self, run: Path, plan: Plan, last: Checkpoint | None):
         """The past of a run that goes on from checkpoint `last`, or from its start."""
         step, state = (last.step, _state_of(last)) if last else (0, None)
-        records = (_since(run, step) if state else None) or journal.read(run)
-        by_step = journal.steps(records)
-        before = [record for number, record in sorted(by_step.items()) if number <= step]
+        events, by_step = (_since(run, step) if state else None) or scan.read(run)
+        before = sorted(number for number in by_step if number <= step)
         if len(before) == step:  # the journal has all, as it had before there were these states
             state = None
         self._plan = plan
-        self._steps = {number: record for number, record in by_step.items() if number >= step - guard.WINDOW}
-        self._tokens = state["num_input_tokens_seen"] if state else sum(record["tokens"] for record in before)
+        self._steps = {number: by_step[number] for number in by_step if number >= step - guard.WINDOW}
+        self._tokens = state["num_input_tokens_seen"] if state else 0
+        entries = losses_of(state) if state else []
+        for number in () if state else before:
+            record = by_step[number]
+            self._tokens += record["tokens"]
+            if number % cadence(plan) == 0 and _counts(record):
+                entries.append(loss_entry(plan, record))
+        self._losses = {entry["step"]: entry for entry in entries if entry["step"] % cadence(plan) == 0}
         carried = [Amendment(**each) for each in last.manifest.amendments] if last else []
-        recorded = [_amendment(record) for record in records if record.get("event") == "amended"]
+        recorded = [_amendment(record) for record in events if record.get("event") == "amended"]
         self.amendments = sorted(dict.fromkeys(carried + recorded))
         """What was decided against the plan, by the first step."""
         self.is_abandoned = any(each.first <= step and each not in carried for each in recorded)
         """Whether `last` is of a way that a rollback has given up."""
-        entries = losses_of(state) if state else [loss_entry(plan, record) for record in before if _counts(record)]
-        self._losses = {entry["step"]: entry for entry in entries if entry["step"] % cadence(plan) == 0}
-        self.evaluated = (evaluations_of(state) if state else {}) | journal.evaluations(records)
+        self.evaluated = (evaluations_of(state) if state else {}) | journal.evaluations(events)
         """Held-out figures of each step that was evaluated."""
         self.newest_step = max(by_step, default=step)
         """The newest step that the journal has; those after `last` run again."""
-        self.newest_committed = max(journal.that_count(records, _is_commit), default=step)
-        self.extended = {record["plan_id"] for record in records if record.get("event") == "extended"}
+        self.newest_committed = max(journal.that_count(events, _is_commit), default=step)
+        self.extended = {record["plan_id"] for record in events if record.get("event") == "extended"}
         """What the journal says of extensions; those that `last` knows are left out perhaps."""
 
     def earlier(self, step: int) -> dict | None:
@@ -91,12 +95,16 @@ def _state_of(checkpoint: Checkpoint) -> dict | None:
     return json.loads(path.read_bytes()) if path.name in checkpoint.manifest.files else None
 
 
-def _since(run: Path, step: int) -> list[dict] | None:
-    """The journal from a window before a committed step on; None where steps after it may be recorded before that, by an attempt
-    that was lost, so that all of it has to be read."""
-    records = journal.read_since(run, lambda record: record["kind"] == "step" and record["step"] <= step - guard.WINDOW)
+def _since(run: Path, step: int) -> tuple[list[dict], dict[int, dict]] | None:
+    """Events and steps of the journal from a window before a committed step on; None where steps after it may be recorded before that, by
+    an attempt that was lost, so that all of it has to be read."""
+    records = journal.end_since(run, lambda record: record["kind"] == "step" and record["step"] <= step - guard.WINDOW)
+    if records is None:
+        return None
     commits = [record for record in records if _is_commit(record) and record["step"] == step]
-    return records if commits and commits[-1].get("newest_step") == step else None
+    if not commits or commits[-1].get("newest_step") != step:
+        return None
+    return [record for record in records if record["kind"] != "step"], journal.steps(records)
 
 
 def _is_commit(record: dict) -> bool:

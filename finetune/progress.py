@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from finetune.pace import Pace
+from finetune.words import counted
 
 LINES_EVERY_SECONDS = 10.0  # into a pipe; a terminal's line is redrawn twice a second
 REDRAW_EVERY_SECONDS = 0.5
@@ -39,7 +40,7 @@ class Progress:
         """How long the rest takes, unless --quiet."""
         if not self._is_quiet:
             left = self.pace.left
-            beside = f"{left['evaluation']} evaluations and {left['save']} saves included"
+            beside = f"{counted(left['evaluation'], 'evaluation')} and {counted(left['save'], 'save')} included"
             self.say(f"forecast at step {step}: {duration(self.pace.seconds_left)} left, {beside}")
 
     def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float) -> None:

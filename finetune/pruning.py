@@ -5,10 +5,11 @@ from pathlib import Path
 
 from finetune import journal as journals
 from finetune import plan as plans
+from finetune import scan
 from finetune.checkpoints import lease
-from finetune.checkpoints.manifest import Checkpoint
+from finetune.checkpoints.manifest import read
 from finetune.checkpoints.retention import Saved, keep
-from finetune.checkpoints.store import RESUME_FILES, Store
+from finetune.checkpoints.store import RESUME_FILES, Store, Summary
 from finetune.errors import CheckpointError
 from finetune.recipe.schema import Keep, Publish
 
@@ -31,7 +32,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
         if newest is None:
             raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
         damaged = {damage.file.partition("/")[0] for damage in damages}
-        evaluated = journals.evaluations(journals.read(run))
+        evaluated = journals.evaluations(scan.events(run))
         actions = due(store, rule, evaluated, damaged, plan.recipe.publish)
         facts = [
             {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
@@ -50,32 +51,29 @@ def due(
     evaluated: dict[int, dict],
     damaged: Collection[str],
     publish: Publish | None = None,
-) -> list[tuple[Checkpoint, str]]:
+) -> list[tuple[Summary, str]]:
     """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
     checkpoints stay, and milestones that are published, or will be."""
-    sound = [checkpoint for checkpoint in store.checkpoints() if checkpoint.path.name not in damaged]
-    saved = [
-        Saved(item.step, item.manifest.metrics or evaluated.get(item.step, {}), item.manifest.kind == "full")
-        for item in sound
-    ]
+    sound = [item for item in store.summaries() if item.path.name not in damaged]
+    saved = [Saved.of(item, evaluated) for item in sound]
     cadence = publish.milestones.steps if publish and publish.milestones else None
     milestones = {item.step for item in sound if cadence and item.step % cadence == 0}
     kept = keep(saved, rule, protected=store.pinned() | milestones)
-    demoted = [item for item in sound if item.step in kept.weights and item.manifest.kind == "full"]
+    demoted = [item for item in sound if item.step in kept.weights and item.kind == "full"]
     removed = [item for item in sound if item.step not in kept.full | kept.weights]
     return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]
 
 
-def apply(store: Store, actions: list[tuple[Checkpoint, str]], record: Callable[[str, int], None]) -> None:
+def apply(store: Store, actions: list[tuple[Summary, str]], record: Callable[[str, int], None]) -> None:
     """Does what `due` found; `record` is told each event once it has happened."""
-    for checkpoint, action in actions:
+    for item, action in actions:
         if action == "demote":
-            store.demote(checkpoint)
+            store.demote(read(item.path))
         else:
-            store.remove(checkpoint)
-        record(f"{action}d", checkpoint.step)
+            store.remove(item)
+        record(f"{action}d", item.step)
 
 
-def _freed(checkpoint: Checkpoint, action: str) -> int:
+def _freed(checkpoint: Summary, action: str) -> int:
     files = [path for path in checkpoint.path.iterdir() if action == "remove" or path.name in RESUME_FILES]
     return sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)  # linked ones live on elsewhere

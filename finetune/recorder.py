@@ -27,6 +27,7 @@ from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.saver import Record, Saver
 from finetune.state import TrainState
+from finetune.words import counted
 
 
 class Recorder:
@@ -109,11 +110,11 @@ class Recorder:
             self.progress.say(f"damaged: {damage.file}: {damage.message}")
         if damages:
             lost = max(int(damage.file[5:13]) for damage in damages) - self.last_step
-            self.progress.say(f"falling back to step {self.last_step}: {lost} steps are run again")
+            self.progress.say(f"falling back to step {self.last_step}: re-running {counted(lost, 'step')}")
         elif self._past.newest_committed > self.last_step:
             newest = self._past.newest_committed
             lost = newest - self.last_step
-            self.progress.say(f"step {newest} was committed and is gone: {lost} steps are run again")
+            self.progress.say(f"step {newest} was committed and is gone: re-running {counted(lost, 'step')}")
 
     def event(self, name: str, **figures: object) -> None:
         if self.is_writer:
@@ -223,6 +224,11 @@ class Recorder:
 
     def is_evaluated(self, step: int) -> bool:
         return step in self._past.evaluated
+
+    @property
+    def evaluations(self) -> dict[int, dict]:
+        """The held-out figures so far, by step; on every rank the same."""
+        return self._past.evaluated
 
     def window(self, quantity: str, before: int) -> list[float]:
         """A recorded quantity in the steps before a step, as many as `guard` looks back on."""

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import bundle, guard, loop, ranks
+from finetune import best, blame, bundle, cadence, guard, loop, pins, ranks
 from finetune.checkpoints import holder, lease, snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.reports import Reports
+from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
@@ -31,7 +32,6 @@ from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.readiness import refuse_unready
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Every, Recipe
 from finetune.recorder import Recorder
 from finetune.resolve import Resolved
 from finetune.signals import Signals
@@ -65,9 +65,13 @@ def train(
                 if ask and is_writer and not Store(path).checkpoints():
                     ask(resolved)
                 base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
+                if is_writer:
+                    begun = resolved.plan.recipe.base, resolved.plan.base, facts["run"]
+                    changes += pins.pin_base(*begun, base_directory)
             resolved, facts = with_same_micro_batches(resolved, facts, accelerator)
             plan = resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
+            signals.say = progress.say
             if not Store(path).checkpoints():
                 refuse_unready(resolved, path)
             for change in changes:
@@ -100,7 +104,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
 
     Returns whether all of that is done, and the last step evaluated if it has to be.
     """
-    plan, recipe = resolved.plan, resolved.plan.recipe
+    plan = resolved.plan
     end = min(plan.steps, until or plan.steps)
     wishes, judge = partial(_wishes, signals, recorder), partial(_judge, plan, recorder)
     pace = recorder.progress.pace = ahead(plan, state.step, end)
@@ -111,8 +115,11 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             metrics = evaluate(resolved, state.accelerator, state.objective, wishes, tell)
         if metrics:
             recorder.evaluated(state.step, metrics)
+            is_suspicious = state.step == 0 and not math.isfinite(metrics["loss"])
+            if is_suspicious and (error := blame.broken(state)):
+                raise error
 
-    if _is_evaluation(resolved, state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
+    if cadence.is_evaluated(plan, state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
         evaluate_and_record()  # at the start, or where a signal cut it short
     first, made = state.step + 1, batches(resolved, resolved.train, state.accelerator)
     try:
@@ -125,10 +132,10 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             recorder.step(report)
             if report.agreed.renew:
                 recorder.reports.renew()
-            is_saved = report.agreed.save or report.step == end or _is_save(recipe, report.step)
-            if _is_evaluation(resolved, report.step, is_saved):
+            is_saved = report.agreed.save or report.step == end or cadence.is_saved(plan, report.step)
+            if cadence.is_evaluated(plan, report.step, is_saved):
                 evaluate_and_record()
-            if is_saved:
+            if is_saved or cadence.is_saved_as_best(plan, report.step, recorder.evaluations):
                 signals.is_save_wished = False
                 with pace.aside("save"):
                     recorder.commit(state)
@@ -142,8 +149,10 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
         _commit_last(state, recorder)
         raise
     _commit_last(state, recorder)
-    is_evaluated = recorder.is_evaluated(state.step) or not _is_evaluation(resolved, state.step, is_saved=True)
+    is_evaluated = recorder.is_evaluated(state.step) or not cadence.is_evaluated(plan, state.step, is_saved=True)
     if is_evaluated and state.step == plan.steps:
+        if state.step >= first and recorder.is_writer:
+            _warn_about_best(recorder)
         recorder.progress.say(f"finished at step {state.step}")
     return is_evaluated and state.step >= end
 
@@ -160,6 +169,14 @@ def _judge(plan: Plan, recorder: Recorder, step: int, figures: dict[str, float])
     if plan.is_left_out(step):
         return guard.without_rows(step)
     return guard.judge(plan.recipe.guard, step, figures, recorder.window, recorder.amendments)
+
+
+def _warn_about_best(recorder: Recorder) -> None:
+    """What to know before `@best` is used, when all saves have ended."""
+    evaluated = recorder.evaluations
+    committed = [Saved.of(checkpoint, evaluated) for checkpoint in Store(recorder.path).summaries()]
+    for note in best.notes(committed, evaluated, cadence.first_own_step(recorder.plan)):
+        recorder.progress.say(f"warning: {note}")
 
 
 def _commit_last(state: TrainState, recorder: Recorder) -> None:
@@ -209,6 +226,9 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     if verdict.action == "warn":
         recorder.spike(report)
         return
+    if verdict.reason == "not_finite" and (error := blame.broken(state)):
+        recorder.refused(report)
+        raise error
     amendment = guard.amendment(resolved.plan.recipe.guard, report.step, verdict)
     if verdict.action == "skip":
         recorder.amend(amendment, report)
@@ -219,7 +239,7 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     if is_over:
         recorder.refused(report)
     if recorder.is_writer:
-        about = {"reason": verdict.reason, "message": _refusal(report), "action": verdict.action}
+        about = {"reason": verdict.reason, "message": blame.refusal(report), "action": verdict.action}
         try:
             bundle.write(recorder.path, resolved, report, about)
         except RunError as error:  # a full disk: what was decided holds without it
@@ -227,7 +247,7 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     if is_over:
         error = NotFiniteError if verdict.reason == "not_finite" else SpikeError
         hint = f"look at those rows: `finetune replay {recorder.path} --steps {report.step} --inspect`"
-        raise error(_refusal(report), where=f"step {report.step}", hint=hint)
+        raise error(blame.refusal(report), where=f"step {report.step}", hint=hint)
 
 
 def _roll_back(
@@ -243,19 +263,6 @@ def _roll_back(
     snapshot.read(state, plan, checkpoint)
     recorder.recall(checkpoint)
     return True
-
-
-def _refusal(report: loop.StepReport) -> str:
-    """What is wrong with a step, and with which rows."""
-    verdict = report.verdict
-    if verdict.reason == "spike":
-        worst = max(range(len(report.rows)), key=report.row_losses.__getitem__)
-        about = f"row {report.rows[worst]} has the highest loss, {report.row_losses[worst]:.4g}"
-        return f"{verdict.message}, so the update was refused; {about}"
-    bad = [row for row, loss in zip(report.rows.tolist(), report.row_losses, strict=True) if not math.isfinite(loss)]
-    rows = f"rows {bad}" if bad else f"one of rows {report.rows.tolist()}"
-    figures = f"loss {report.loss:g} and gradient norm {report.grad_norm:g}"
-    return f"{figures} are not finite, so the update was refused; {rows}"
 
 
 class SpikeError(FinetuneError):
@@ -286,20 +293,3 @@ def evaluate(
     """Held-out figures of a prepared objective; None when a signal cut them short. `tell` hears about how many examples are done."""
     score, made = TASKS[resolved.plan.recipe.task.name].score, batches(resolved, resolved.holdout, accelerator)
     return loop.evaluate(accelerator, objective, made, score, wishes, tell=tell)
-
-
-def _is_evaluation(resolved: Resolved, step: int, is_saved: bool) -> bool:
-    """Whether a step's weights are evaluated: by the recipe's cadence, where one of them may be the best, and at both ends."""
-    recipe = resolved.plan.recipe
-    is_due = step in (0, resolved.plan.steps) or _is_due(recipe.evaluate.every, step)
-    return len(resolved.holdout) > 0 and bool(is_due or (is_saved and recipe.checkpoint.keep.best))
-
-
-def _is_due(every: Every | None, step: int) -> bool:
-    return every is not None and every.steps is not None and step % every.steps == 0
-
-
-def _is_save(recipe: Recipe, step: int) -> bool:
-    rule, milestones = recipe.checkpoint, recipe.publish.milestones if recipe.publish else None
-    cadences = [*rule.every, rule.keep.every, rule.keep.weights_every, milestones]
-    return any(_is_due(cadence, step) for cadence in cadences)

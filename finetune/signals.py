@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from finetune.world import is_first
 
@@ -30,6 +31,8 @@ class Signals:
         self.received_at = 0.0
         self.is_training = False
         self.is_save_wished = False
+        self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+        """What shows progress takes this over, so that no message is glued to its line."""
 
     def __enter__(self) -> "Signals":
         self._ending = ending_signals()
@@ -66,4 +69,4 @@ class Signals:
             os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
         self.received, self.received_at = number, now
         if is_first(os.environ):
-            print(STOPPING, file=sys.stderr, flush=True)
+            self.say(STOPPING)

@@ -81,6 +81,15 @@ def test_what_an_attempt_before_left_is_not_held_against_a_start(finished) -> No
     assert facts["state"] == "starting" and facts["quiet_seconds"] < 60
 
 
+def test_a_run_that_has_ended_does_not_read_like_a_fault(finished) -> None:
+    facts = health.look(finished, 300)
+    line = health.listing({"runs": [facts | {"quiet_seconds": 86_400 * 3}]})
+    assert facts["ok"] and facts["is_finished"] and line == f"{finished}: finished: step {facts['step']}, 3 days ago"
+    shutil.rmtree(finished / "checkpoints" / f"step-{facts['step']:08d}")
+    line = health.listing({"runs": [health.look(finished, 300)]})
+    assert "stopped, and the same command resumes: step " in line and "nothing recorded" not in line
+
+
 def test_a_training_whose_last_step_is_committed_may_take_its_time_to_publish(finished) -> None:
     last = max(journal.steps(journal.read(finished)))
     with lease.acquire(finished, "mine"):

@@ -1,11 +1,14 @@
 """What the terminal shows while something takes long."""
 
+import signal
+
 import pytest
 
 from finetune import progress
 from finetune.progress import Progress
 from finetune.recipe.load import load
 from finetune.run import train
+from finetune.signals import STOPPING, Signals
 
 
 def test_an_evaluation_that_takes_long_says_how_far_it_is(monkeypatch, recipe_file, tmp_path, capsys) -> None:
@@ -22,3 +25,21 @@ def test_one_that_is_quiet_or_short_says_nothing_on_the_way(is_quiet, seconds, m
     monkeypatch.setattr(progress, "LINES_EVERY_SECONDS", seconds)
     Progress(steps=10, is_quiet=is_quiet).evaluation(3, 8)(5)
     assert capsys.readouterr().err == ""
+
+
+def test_a_message_is_not_glued_to_the_line_of_a_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    shown, signals = Progress(steps=10), Signals()
+    signals.say, signals.is_training = shown.say, True
+    shown.step(1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=10, seconds=1.0)
+    signals._receive(signal.SIGINT)
+    shown.close()
+    line, said = capsys.readouterr().err.split("\r\x1b[2K")
+    assert line.startswith("step  1/10") and said == f"{STOPPING}\n"
+
+
+def test_a_training_has_its_signals_say_things_as_its_progress_does(monkeypatch, recipe_file, tmp_path) -> None:
+    made = []
+    monkeypatch.setattr("finetune.run.Signals", lambda: made.append(Signals()) or made[0])
+    train(load(recipe_file()), tmp_path / "run", until=1)
+    assert isinstance(made[0].say.__self__, Progress)

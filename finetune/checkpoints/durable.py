@@ -19,6 +19,7 @@ HINTS = {
     errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
     errno.EIO: "the disk reports errors: look at `dmesg`, and use another disk",
     errno.EROFS: "the disk is mounted read-only: use another directory",
+    errno.EOPNOTSUPP: "use a directory on a disk",
     errno.ENOENT: "somebody removed a directory of the run",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check owner and permissions of the directory, or use another one"),
     **dict.fromkeys(
@@ -130,7 +131,12 @@ def make_directory(path: Path) -> None:
     """`mkdir -p` whose directory is still there after a power cut, also if a killed process made it and had no time to sync."""
     if not path.is_dir():
         make_directory(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            raise OSError(errno.EOPNOTSUPP, "this file system takes no new directories") from None  # like /proc
     sync_directory(path.parent)
 
 

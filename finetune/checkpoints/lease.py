@@ -21,6 +21,9 @@ from finetune.errors import RunError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 3 * HEARTBEAT_SECONDS
+_SIGNS = {"plan.json", "journal.jsonl", "lease.json"}  # any of them is in every run
+_BESIDE = (".", "lock", "lost+found", "lease.json.")  # names that begin so say nothing
+_LOGS = (".log", ".out", ".err")
 _LOOKS = 30  # while a heartbeat is watched
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _STOP_IT = "wait until it ends, stop it, or use another --run directory"
@@ -71,6 +74,7 @@ def acquire(run: Path, attempt: str, take_over: bool = False) -> Lease:
     RunError where another process holds it or it cannot be written. `take_over` is for file systems without locks: a holder
     whose heart does not beat for STALE_SECONDS loses the run. It does not open a lock that is held.
     """
+    refuse_other_directory(run)
     with failures(run, RunError), ExitStack() as undo:
         make_directory(run)
         is_locked = _lock(run, take_over, undo)
@@ -88,6 +92,18 @@ def acquire(run: Path, attempt: str, take_over: bool = False) -> Lease:
         if not is_locked:
             _start_heart(descriptor, holder, undo)
         return Lease(run, holder, chain[0] if chain[0].released is None else None, undo.pop_all())
+
+
+def refuse_other_directory(run: Path) -> None:
+    """RunError where a directory has files in it and is no run, like one with data: nothing is written among them. Hidden files and logs may
+    be there before a run is."""
+    with failures(run, RunError):
+        names = sorted(os.listdir(run)) if run.is_dir() else []
+    foreign = [name for name in names if not name.startswith(_BESIDE) and not name.endswith(_LOGS)]
+    if foreign and not _SIGNS & set(names) and not any((run / "checkpoints").glob("step-*/manifest.json")):
+        shown = ", ".join(foreign[:3]) + (" …" if len(foreign) > 3 else "")
+        hint = "name a directory that is new or empty with --run"
+        raise RunError(f"is not empty, and is not a run: it has {shown}", where=str(run), hint=hint)
 
 
 def _lock(run: Path, take_over: bool, undo: ExitStack) -> bool:

@@ -5,16 +5,22 @@ Every command and `base.checkpoint` of every recipe read refs here, so they mean
 
 import difflib
 import itertools
+import os
 import re
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from finetune import journal
+from finetune import best, journal, scan
+from finetune import plan as plans
+from finetune.checkpoints import retention
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, read
-from finetune.checkpoints.retention import Saved, best
+from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError
+from finetune.world import is_first
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
@@ -113,10 +119,30 @@ def find(ref: Ref) -> Checkpoint:
         raise CheckpointError(f"{ref.run} has no checkpoint yet", hint="`finetune train` commits the first one")
     if ref.step == "last":
         return committed[max(committed)]
-    evaluated = journal.evaluations(journal.read(ref.run))
-    steps = best([Saved(step, item.manifest.metrics or evaluated.get(step, {})) for step, item in committed.items()], 1)
-    if not steps:
-        names = ", ".join(map(str, committed))
-        hint = "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"
-        raise CheckpointError(f"{ref.run} has no evaluated checkpoint; committed: {names}", hint=hint)
+    events = scan.events(ref.run)
+    evaluated = journal.evaluations(events)
+    saved = [Saved.of(item, evaluated) for item in store.summaries()]
+    notes = best.notes(saved, evaluated, best.first_step(events))
+    if not (steps := retention.best(saved, 1)):
+        names, also = ", ".join(map(str, committed)), "".join(f"; {note}" for note in notes)
+        raise CheckpointError(
+            f"{ref.run} has no evaluated checkpoint; committed: {names}{also}", hint=_to_have_a_best(ref.run)
+        )
+    for note in notes:
+        _say_once(f"warning: {ref.run}: {note}")
     return committed[steps.pop()]
+
+
+def _to_have_a_best(run: Path) -> str:
+    """What a run needs for a best checkpoint."""
+    plan = plans.load(run)[0] if (run / "plan.json").exists() else None
+    if plan and not plan.holdout_counts.examples:
+        return "the run has no held-out rows: name a step or `last`, or set `data.holdout` in the recipe of another run"
+    return "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"
+
+
+@cache
+def _say_once(line: str) -> None:
+    """To stderr; a command may look for the best checkpoint several times."""
+    if is_first(os.environ):
+        print(line, file=sys.stderr, flush=True)

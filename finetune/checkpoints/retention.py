@@ -3,11 +3,12 @@
 Two classes: full checkpoints can be resumed from; weights alone take a third of the bytes, and compare, average and package as well.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
+from finetune.checkpoints.store import Summary
 from finetune.recipe.schema import Every, Keep
 
 
@@ -18,6 +19,11 @@ class Saved:
     step: int
     metrics: dict[str, object]
     is_full: bool = True
+
+    @classmethod
+    def of(cls, item: Summary, evaluated: Mapping[int, dict]) -> "Saved":
+        """With the figures of its manifest, or those that were computed later."""
+        return cls(item.step, item.metrics or evaluated.get(item.step, {}), item.kind == "full")
 
     @property
     def loss(self) -> float | None:

@@ -48,12 +48,23 @@ class Unreadable:
     damage: Damage
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What the keep rules have to know of a checkpoint."""
+
+    path: Path
+    step: int
+    kind: str
+    metrics: dict[str, object]
+
+
 class Store:
     """The checkpoints of one run."""
 
     def __init__(self, run: Path):
         self.run = run
         self.directory = run / "checkpoints"
+        self._summaries: dict[str, tuple[tuple[int, ...], Summary | None]] = {}
 
     def begin(self, step: int, attempt_id: str) -> Attempt:
         path = self.run / "attempts" / f"step-{step:08d}-{attempt_id}-{secrets.token_hex(4)}"
@@ -112,6 +123,24 @@ class Store:
         """The committed checkpoints with a sound manifest, by step."""
         return [item for item in self._scan() if isinstance(item, Checkpoint)]
 
+    def summaries(self) -> list[Summary]:
+        """The same in short. A manifest that has not changed since this object read it is not read again: saves may keep hundreds."""
+        known = {}
+        for name in self._names():
+            path = self.directory / name
+            try:
+                status = (path / MANIFEST).stat()
+            except OSError:  # what is wrong there is for `unreadable` to say
+                continue
+            sign = (status.st_ino, status.st_mtime_ns, status.st_size)
+            known[name] = self._summaries.get(name, ((), None))
+            if known[name][0] != sign:
+                item = _open(path)
+                facts = (item.step, item.manifest.kind, item.manifest.metrics) if isinstance(item, Checkpoint) else None
+                known[name] = (sign, Summary(path, *facts) if facts else None)
+        self._summaries = known
+        return [summary for _, summary in known.values() if summary]
+
     def unreadable(self) -> list[Unreadable]:
         """The directories in a checkpoint's place that are none, by step."""
         return [item for item in self._scan() if isinstance(item, Unreadable)]
@@ -129,7 +158,10 @@ class Store:
         """The newest full checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`).
         Only of those before a step, if one is given."""
         damages: list[Damage] = []
-        for item in reversed([item for item in self._scan() if before is None or item.step < before]):
+        for name in reversed(self._names()):  # a manifest at a time: there may be hundreds of older ones
+            item = _open(self.directory / name)
+            if before is not None and item.step >= before:
+                continue
             if isinstance(item, Unreadable) and item.damage.check in ("foreign", "future"):
                 hint = (
                     "update finetune"
@@ -146,7 +178,7 @@ class Store:
             damages += [replace(damage, file=f"{item.path.name}/{damage.file}") for damage in found]
         return None, damages
 
-    def remove(self, checkpoint: Checkpoint | Unreadable) -> None:
+    def remove(self, checkpoint: Checkpoint | Summary | Unreadable) -> None:
         """Takes a checkpoint away in one rename, and then its bytes: a crash in between leaves no half of it in sight."""
         with failures(checkpoint.path):
             trash = self._to_trash(checkpoint.path)
@@ -174,6 +206,9 @@ class Store:
         with failures(path):
             make_directory(path.parent)
             replace_file(path, b"")
+
+    def is_pinned(self, step: int, reason: str) -> bool:
+        return (self.run / "pins" / f"step-{step:08d}-{reason}").exists()
 
     def pinned(self) -> set[int]:
         """The steps that are pinned; whether they are committed is another question."""
@@ -207,10 +242,13 @@ class Store:
                     os.rename(path, destination)
                     sync_directory(self.directory)
 
-    def _scan(self) -> list[Checkpoint | Unreadable]:
+    def _names(self) -> list[str]:
         with failures(self.directory, what="cannot read"):
             names = sorted(os.listdir(self.directory)) if self.directory.is_dir() else []
-        return [_open(self.directory / name) for name in names if STEP_NAME.fullmatch(name)]
+        return [name for name in names if STEP_NAME.fullmatch(name)]
+
+    def _scan(self) -> list[Checkpoint | Unreadable]:
+        return [_open(self.directory / name) for name in self._names()]
 
     def _refuse_sound(self, destination: Path) -> None:
         if not destination.exists():

@@ -17,7 +17,9 @@ from finetune.debug import predicates, suspects
 from finetune.debug.predicates import PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.debug.search import Found, NoAnswer, search_record, search_states
+from finetune.errors import RunError
 from finetune.loop import StepReport
+from finetune.words import counted
 
 SHOWN_ROWS = 5
 OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them
@@ -62,7 +64,7 @@ def bisect(
         rerun.say(note)
     try:
         if not given:
-            if bad not in rerun.refused | rerun.steps:
+            if bad not in rerun.refused and bad not in rerun.steps:
                 raise PredicateError(f"step {bad} was not recorded", where=str(run))
             found = Found(bad, bad - 1)
         elif bad_if:
@@ -115,7 +117,10 @@ def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> di
     folder = None
     if rerun.accelerator.is_main_process:
         about = {"predicate": predicate, "observed_step": found.first_bad, "cause": culprit.cause, "notes": notes}
-        folder = str(bundle.write(rerun.run, rerun.resolved, report, about, rows))
+        try:
+            folder = str(bundle.write(rerun.run, rerun.resolved, report, about, rows))
+        except RunError as error:  # the answer holds without it
+            notes.append(f"no bundle, as the run cannot be written: {error.where}: {error.message}")
     return {
         "first_bad_step": step,
         "last_good_step": step - 1,
@@ -206,5 +211,8 @@ def listing(facts: dict) -> str:
     if facts["observed_step"] != step:
         head += f"; seen at step {facts['observed_step']}"
     rows = [f"  row {row['id']}: {row['share']:.1%}" for row in facts["rows"][:SHOWN_ROWS]]
-    ends = [f"{facts['evaluations']} states evaluated", f"bundle: {facts['bundle']}"]
+    ends = [
+        f"{counted(facts['evaluations'], 'state')} evaluated",
+        *([f"bundle: {facts['bundle']}"] if facts["bundle"] else []),
+    ]
     return "\n".join([head, *rows, *lines, *ends])

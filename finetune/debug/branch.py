@@ -34,6 +34,7 @@ from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
 from finetune.run import train
 from finetune.state import start_accelerator
+from finetune.words import counted
 
 # What a checkpoint's tensors are shaped and rounded by.
 FIXED = ("base", "adapter", "train.weights")
@@ -145,7 +146,7 @@ def _plan(resolved: Resolved, old: Plan, parent: Parent, choices: Choices) -> Pl
         lines.append(f"schedule: restarted after step {parent.step}")
     if new.steps <= parent.step:
         hint = f"name an earlier step, or set train.steps to more than {parent.step}"
-        message = f"has {new.steps} steps in all, so none is left after step {parent.step}"
+        message = f"has {counted(new.steps, 'step')} in all, so none is left after step {parent.step}"
         raise RunError(message, where=parent.ref, hint=hint)
     start = parent.step if is_restarted else old.schedule_start
     new = new.model_copy(

@@ -4,11 +4,12 @@ Until the plan is there, there is no run, and the same command begins anew.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from finetune import journal
+from finetune import journal, scan
 from finetune import plan as plans
 from finetune.checkpoints.durable import failures, replace_file
 from finetune.checkpoints.lease import Lease
@@ -108,11 +109,10 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
     store.commit(attempt, manifest, held.check)
 
 
-def _past_of(branch: Branch) -> list[dict]:
+def _past_of(branch: Branch) -> Iterator[dict]:
     """The steps that led here, for the guard and the loss curve, and what was evaluated."""
-    records, step = journal.read(branch.origin), branch.plan.parent.step
-    trained = [record for number, record in sorted(journal.steps(records).items()) if number <= step]
-    if not branch.is_comparable:
-        return trained
-    evaluated = journal.that_count(records, lambda record: record.get("event") == "evaluated")
-    return trained + [record for number, record in sorted(evaluated.items()) if number <= step]
+    (events, trained), step = scan.read(branch.origin), branch.plan.parent.step
+    yield from (trained[number] for number in sorted(trained) if number <= step)
+    if branch.is_comparable:
+        evaluated = journal.that_count(events, lambda record: record.get("event") == "evaluated")
+        yield from (record for number, record in sorted(evaluated.items()) if number <= step)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import columns, journal
+from finetune import columns, journal, scan
 from finetune import plan as plans
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import find, parse
@@ -72,7 +72,7 @@ def first_differing_step(one: Path | None, two: Path | None) -> dict | None:
     """The first step that two runs recorded otherwise, and its first quantity; None where all that both recorded is equal."""
     if one is None or two is None or one == two:
         return None
-    records, others = (journal.steps(journal.read(run)) for run in (one, two))
+    records, others = (scan.read(run).steps for run in (one, two))
     for step in sorted(records.keys() & others.keys()):
         if quantity := journal.difference(_figures(records[step]), _figures(others[step])):
             values = {"a": records[step].get(quantity), "b": others[step].get(quantity)}
@@ -116,7 +116,7 @@ def _metrics(side: Side) -> dict:
     if side.run is None or side.step is None:
         return {}
     found = side.checkpoint.manifest.metrics if side.checkpoint else {}
-    return found or journal.evaluations(journal.read(side.run)).get(side.step, {})
+    return found or journal.evaluations(scan.events(side.run)).get(side.step, {})
 
 
 def listing(facts: dict) -> str:

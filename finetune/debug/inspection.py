@@ -14,6 +14,7 @@ from finetune import bundle
 from finetune.loop import StepReport
 from finetune.resolve import Resolved
 from finetune.state import TrainState
+from finetune.words import counted
 
 HIGHEST = 5  # tokens of a row that are shown
 
@@ -93,7 +94,7 @@ def listing(facts: dict) -> str:
         "step {step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}, learning rate {learning_rate:.3g}".format(
             **facts
         ),
-        f"  {len(facts['rows'])} rows, {facts['tokens']} tokens, {facts['supervised_tokens']} supervised"
+        f"  {counted(len(facts['rows']), 'row')}, {counted(facts['tokens'], 'token')}, {facts['supervised_tokens']} supervised"
         + (f"; {facts['verdict']}" if "verdict" in facts else ""),
         "  gradient norm by module: "
         + ", ".join(f"{name} {norm:.4g}" for name, norm in facts["module_grad_norms"].items()),
@@ -102,7 +103,7 @@ def listing(facts: dict) -> str:
         lines.append(f"  the first activation that is no number comes from {facts['first_not_finite_activation']}")
     for row in facts["rows"]:
         lines.append(
-            f"  row {row['row']}: loss {row['loss']:.6g}, {row['tokens']} tokens, {row['supervised_tokens']} supervised"
+            f"  row {row['row']}: loss {row['loss']:.6g}, {counted(row['tokens'], 'token')}, {row['supervised_tokens']} supervised"
         )
         lines += [f"    {line}" for line in row["text"].splitlines()]
         if pairs := row.get("token_losses"):

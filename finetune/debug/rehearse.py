@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from finetune import estimate, journal, memory
+from finetune import estimate, journal, memory, words
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.debug.cost import SHARE, measure
@@ -46,12 +46,12 @@ class Rehearsal:
 
     def command(self, run: Path, until: int, every: int) -> list[str]:
         """`finetune train` up to a step of the plan, saving every so many; what is set here touches nothing that is trained."""
-        words = shlex.split(self.launcher)
-        is_ours = any(Path(word).name == "finetune" and after == "launch" for word, after in pairwise(words))
+        given = shlex.split(self.launcher)
+        is_ours = any(Path(word).name == "finetune" and after == "launch" for word, after in pairwise(given))
         if is_ours:  # it starts `train` by itself
-            start = words
-        elif words:  # the lone -- keeps torchrun from reading our options as its own
-            start = [*words, "-m", "--", "finetune", "train"]
+            start = given
+        elif given:  # the lone -- keeps torchrun from reading our options as its own
+            start = [*given, "-m", "--", "finetune", "train"]
         else:
             start = [sys.executable, "-m", "finetune", "train"]
         added = [f"checkpoint.every={every} steps", "checkpoint.keep={last: 1}", "evaluate.every=null"]
@@ -71,7 +71,7 @@ def rehearse(rehearsal: Rehearsal) -> dict:
         last = min(committed + rehearsal.steps, plans.load(resumed)[0].steps)
         _say(f"killed at step {killed_at}; going on from step {committed} to step {last}")
         trainings.run(rehearsal.command(resumed, last, rehearsal.steps))
-        _say(f"training {last} steps in one go")
+        _say(f"training {words.counted(last, 'step')} in one go")
         _hand_over_evaluation(resumed, whole)
         trainings.run(rehearsal.command(whole, last, every=1))
         _say("comparing")
@@ -102,7 +102,12 @@ def listing(facts: dict) -> str:
             "{steps:,} steps, {rows:,} row losses, {tensors:,} tensors, {files:,} files".format(**facts["compared"]),
         ),
         *(
-            [("package", package["problem"] or f"written, loaded back: {len(package['checks'])} checks")]
+            [
+                (
+                    "package",
+                    package["problem"] or f"written, loaded back: {words.counted(len(package['checks']), 'check')}",
+                )
+            ]
             if package
             else []
         ),
@@ -114,7 +119,7 @@ def listing(facts: dict) -> str:
         ),
         (
             "interval",
-            f"{smallest['steps']:,} steps ({smallest['minutes']:.2g} minutes) keep checkpoints under {SHARE:.0%} of the time",
+            f"{words.counted(smallest['steps'], 'step')} ({smallest['minutes']:.2g} minutes) keep checkpoints under {SHARE:.0%} of the time",
         ),
         ("recipe", f"checkpoint.every: {', '.join(facts['every'])} takes {facts['share']:.2%} of the time"),
         ("disk", f"{readable(facts['run_bytes'])} for the run; {readable(facts['free_bytes'])} free"),
@@ -141,7 +146,7 @@ def _verdict(facts: dict) -> tuple[str, str]:
 
 def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tuple[int, int]:
     """Kills a training in a step after its first commit; returns the last finished and the last committed step."""
-    _say(f"training {rehearsal.steps} steps, to be killed")
+    _say(f"training {words.counted(rehearsal.steps, 'step')}, to be killed")
     process = trainings.start(rehearsal.command(run, LONGEST * rehearsal.steps, rehearsal.steps))
     while not (run / "plan.json").exists() and process.poll() is None:
         time.sleep(POLL_SECONDS)
@@ -176,7 +181,9 @@ def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
             if plan.steps >= 4
             else "a plan of so few steps needs no checkpoint but its last"
         )
-        raise RunError(f"the plan has {plan.steps} steps, and a rehearsal needs {2 * rehearsal.steps}", hint=hint)
+        raise RunError(
+            f"the plan has {words.counted(plan.steps, 'step')}, and a rehearsal needs {2 * rehearsal.steps}", hint=hint
+        )
     checkpoint = estimate.checkpoint_bytes(plan)
     package = memory.FLOAT * plan.total_parameters if rehearsal.has_package else 0
     needed, free = 2 * checkpoint + max(checkpoint, package), estimate.free_bytes(directory)

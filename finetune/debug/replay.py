@@ -23,6 +23,7 @@ from finetune.errors import CheckpointError, RunError
 from finetune.opening import WORLD
 from finetune.past import Past
 from finetune.saver import Record, Saver
+from finetune.words import counted
 
 
 def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:
@@ -144,9 +145,9 @@ class Committer:
 def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
     """Steps that were recorded, and the one at which a run ended that could not make it."""
     newest = max(rerun.steps, default=0)
-    refused = {record["step"] for record in rerun.records if record.get("event") in ("not_finite", "spike")}
+    refused = {record["step"] for record in rerun.events if record.get("event") in ("not_finite", "spike")}
     if last > max([newest, *refused]):
-        raise RunError(f"has {newest} steps", where=str(rerun.run), hint=f"name steps from 1 to {newest}")
+        raise RunError(f"has {counted(newest, 'step')}", where=str(rerun.run), hint=f"name steps from 1 to {newest}")
     if rerun.plan.parent and first <= rerun.plan.parent.step:
         hint = f"replay the run it comes from, {rerun.plan.parent.ref}"
         raise RunError(f"begins with step {rerun.plan.parent.step + 1}", where=str(rerun.run), hint=hint)

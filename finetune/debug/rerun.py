@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from finetune import columns, guard, journal, loop, ranks
+from finetune import columns, guard, journal, loop, ranks, scan
 from finetune import plan as plans
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
@@ -52,14 +52,16 @@ class Rerun:
         self.run = run
         self.plan, self.facts = plans.load(run)
         self.store = Store(run)
-        self.records = journal.read(run)
+        recorded = scan.read(run)
+        self.events = recorded.events
+        """What happened beside the steps."""
         self.columns = columns.Reader(run)
         first = self.plan.parent.step + 1 if self.plan.parent else 1
-        self.history = journal.steps(self.records)
+        self.history = recorded.steps
         """The record of every step; of a branch also those of the run that it comes from."""
-        self.steps = {step: record for step, record in self.history.items() if step >= first}
+        self.steps = self.history.since(first)
         """Those that this plan is about."""
-        self.refused = journal.that_count(self.records, lambda item: item.get("event") in REFUSED and "loss" in item)
+        self.refused = journal.that_count(self.events, lambda item: item.get("event") in REFUSED and "loss" in item)
         """What was recorded of steps that were not made."""
         self.unwritten: dict[int, columns.Columns] = {}
         """Of steps that ran again, what no file has: the run was killed before it was written."""
@@ -74,7 +76,7 @@ class Rerun:
         self._state: TrainState | None = None
         self._loaded_step = 0
         self._worlds = {
-            record["attempt"]: record["world"] for record in self.records if record.get("event") == "started"
+            record["attempt"]: record["world"] for record in self.events if record.get("event") == "started"
         }
         self._batches: dict[int, Batches] = {}
 
@@ -273,7 +275,7 @@ class Rerun:
     def _amendments(self) -> list[Amendment]:
         stored = self.store.checkpoints()
         carried = stored[-1].manifest.amendments if stored else []
-        recorded = [record for record in self.records if record.get("event") == "amended"]
+        recorded = [record for record in self.events if record.get("event") == "amended"]
         found = [Amendment(**{name: each[name] for name in Amendment._fields}) for each in [*carried, *recorded]]
         return sorted(dict.fromkeys(found))
 

@@ -2,20 +2,24 @@
 
 import secrets
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune import journal, ranks
+from finetune import cache, journal, ranks
 from finetune.checkpoints import snapshot
+from finetune.checkpoints.durable import failures
 from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.staging import Staging
 from finetune.checkpoints.store import Store
 from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.rerun import Rerun
+from finetune.errors import RunError
 from finetune.run import evaluate
+from finetune.words import counted
 
 
 @dataclass
@@ -39,7 +43,7 @@ class NoAnswer(Exception):
 
 def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: int | None) -> Found:
     """The first bad step after a good one. Nothing is evaluated: the journal has every step."""
-    values = predicates.recorded(rerun.run, rerun.refused | rerun.steps, comparison)
+    values = predicates.recorded(rerun.run, ChainMap(rerun.steps, rerun.refused), comparison)
     steps = [step for step in sorted(values) if (good is None or step > good) and (bad is None or step <= bad)]
     is_bad = {step: comparison.holds(values[step]) for step in steps}
     if not any(is_bad.values()):
@@ -58,7 +62,7 @@ def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: i
     after = [step for step in steps if step > found]
     if recovered := [step for step in after if not is_bad[step]]:
         notes.append(
-            f"not for good: {len(recovered)} of the {len(after)} steps after it are good again, from step {recovered[0]} on"
+            f"not for good: {len(recovered)} of the {counted(len(after), 'step')} after it are good again, from step {recovered[0]} on"
         )
     notes += [
         f"nothing is recorded of step {step}" for step in range(first_good, found) if step not in values and step
@@ -104,21 +108,16 @@ class States:
         return verdict
 
     def _recorded(self, step: int) -> dict | None:
-        found = journal.evaluations(self.rerun.records).get(step)
+        found = journal.evaluations(self.rerun.events).get(step)
         return found if found and self._predicate.quantity in found else None
 
     def write(self, previous: Checkpoint | None) -> Checkpoint:
         """The state as it is as a checkpoint, in a directory of the run's disk that goes with this object."""
         rerun = self.rerun
         if self._scratch is None:
-            if rerun.accelerator.is_main_process:
-                for left in (rerun.run / "debug").glob("bisect-*"):  # of a search that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-            token = ranks.of_rank_0(rerun.accelerator, secrets.randbits(40))
-            self._scratch = rerun.run / "debug" / f"bisect-{token:010x}"
+            self._scratch = self._new_scratch()
         store = Store(self._scratch)
         if rerun.accelerator.is_main_process:
-            self._scratch.mkdir(parents=True, exist_ok=True)
             shutil.copy(rerun.run / "plan.json", self._scratch)  # a command may ask for it, as beside any checkpoint
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
@@ -131,6 +130,27 @@ class States:
             taken.copy.release()
         ranks.wait_for_everyone(rerun.accelerator)
         return store.find(rerun.state.step)
+
+    def _new_scratch(self) -> Path:
+        """A directory of the run's disk, or of the cache where the run may not be written."""
+        rerun, token, is_elsewhere = self.rerun, secrets.randbits(40), 0
+        places = [rerun.run / "debug", cache.root()]
+        if rerun.accelerator.is_main_process:
+            for left in places[0].glob("bisect-*"):  # of a search that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                (places[0] / f"bisect-{token:010x}").mkdir(parents=True)
+            except OSError as error:
+                is_elsewhere = 1
+                rerun.say(
+                    f"{places[0]} cannot be written ({error.strerror}): states are written to {places[1]} meanwhile"
+                )
+        token = ranks.of_rank_0(rerun.accelerator, token)
+        scratch = places[ranks.of_rank_0(rerun.accelerator, is_elsewhere)] / f"bisect-{token:010x}"
+        if rerun.accelerator.is_main_process:
+            with failures(scratch, RunError):
+                scratch.mkdir(parents=True, exist_ok=True)
+        return scratch
 
     def remove(self, checkpoint: Checkpoint | None) -> None:
         """Removes what `write` made, and nothing else."""

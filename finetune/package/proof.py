@@ -22,6 +22,7 @@ from finetune.errors import PackageError
 from finetune.model.base import outline
 from finetune.model.base.quiet import quiet
 from finetune.package import probe
+from finetune.words import counted
 
 # Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; the cast to bf16 changes the
 # weights, and arithmetic too. Measured with LoRA on SmolLM2-135M, whose batch here is noise: 2e-11 and 3e-3.
@@ -161,7 +162,7 @@ def equal(trained: Look, loaded: Look, surplus: Mapping[str, Collection[str]]) -
         Check("vocabulary", f"{size:,} tokens fit the model's {vocabulary:,}", {"vocabulary": vocabulary}),
         Check(
             "logits",
-            f"a fresh process computes the same logits at {positions} positions, bit for bit",
+            f"a fresh process computes the same logits at {counted(positions, 'position')}, bit for bit",
             {"max_difference": 0.0, "positions": positions},
         ),
     ]

@@ -15,6 +15,7 @@ from finetune.package import ownership, provenance, rights, to_folder
 from finetune.package.contents import files_of
 from finetune.package.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
 from finetune.package.verify import folder_findings
+from finetune.words import counted
 
 STAGING = "staging-"
 
@@ -183,7 +184,9 @@ def listing(facts: dict) -> str:
         for name, what in facts.get("changes", {}).items()
     ]
     size = sum(file["bytes"] for file in facts["files"])
-    lines.append(f"{len(facts['files'])} files, {size:,} bytes; {facts['uploaded_bytes']:,} to upload")
+    lines.append(
+        f"{counted(len(facts['files']), 'file')}, {counted(size, 'byte')}; {facts['uploaded_bytes']:,} to upload"
+    )
     if facts["is_dry_run"]:
-        return "\n".join([*lines, f"would make {facts['commits']} commits"])
-    return "\n".join([*lines, f"published {facts['revision']} in {facts['commits']} commits"])
+        return "\n".join([*lines, f"would make {counted(facts['commits'], 'commit')}"])
+    return "\n".join([*lines, f"published {facts['revision']} in {counted(facts['commits'], 'commit')}"])

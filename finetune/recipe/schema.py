@@ -40,7 +40,9 @@ class Every(BaseModel):
     minutes: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.steps} steps" if self.steps else f"{self.minutes:g} minutes"
+        if self.steps:
+            return f"{self.steps} step{'' if self.steps == 1 else 's'}"  # as it is read: without commas
+        return f"{self.minutes:g} minute{'' if self.minutes == 1 else 's'}"
 
 
 def _every(value: object) -> object:
@@ -313,6 +315,8 @@ class Checkpoint(Section):
         default=[Every(minutes=15.0)], validate_default=True
     )
     """One cadence or several, like `[100 steps, 15 minutes]`."""
+    save_best: bool = True
+    """Also commit every step whose held-out loss is the lowest so far, whatever `every` says (with `keep.best: N`, one of the N lowest). `false`: a better evaluation between two commits is not kept."""
     keep: Keep = Keep()
     """Which checkpoints stay."""
     grace_seconds: PositiveInt = 120

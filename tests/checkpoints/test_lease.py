@@ -208,6 +208,35 @@ def unwritable(tmp_path):
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize(
+    "names", [("train.csv",), ("rows.jsonl", "a.csv", "b.csv", "c.csv"), ("recipe.yaml",), ("lock", "x")]
+)
+def test_a_directory_with_other_files_is_no_place_for_a_run(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match="is not empty, and is not a run: it has ") as caught:
+        lease.acquire(tmp_path, "a1")
+    assert "new or empty with --run" in caught.value.hint
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+@pytest.mark.parametrize(
+    "names", [(), (".gitkeep", "lost+found"), ("train.log", "slurm-7.out"), ("lock",), ("plan.json", "x")]
+)
+def test_an_empty_directory_or_one_of_a_run_is(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("")
+    lease.acquire(tmp_path, "a1").release()
+    lease.acquire(tmp_path, "a2").release()
+
+
+def test_a_file_system_that_takes_no_directories_is_said():
+    with pytest.raises(
+        RunError, match="cannot write: this file system takes no new directories\nhint: use a directory on"
+    ):
+        lease.acquire(Path("/proc/run"), "a1")
+
+
 def test_an_unwritable_directory_is_named(unwritable):
     with pytest.raises(RunError, match="cannot write: permission denied\nhint: check owner and permissions"):
         lease.acquire(unwritable / "run", "a1")

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from finetune import pruning
 from finetune.checkpoints import store as store_module
 from finetune.checkpoints.manifest import Damage, Manifest, read, verify
 from finetune.checkpoints.store import Store
 from finetune.checkpoints.tensors import Tensor, read_header
 from finetune.errors import CheckpointError
+from finetune.recipe.schema import Keep
 
 
 def manifest_of(step, **fields):
@@ -285,3 +287,18 @@ def test_a_copy_of_a_checkpoint_is_one_wherever_it_is(store, tmp_path):
     copy = shutil.copytree(commit(store, 100).path, tmp_path / "copy")
     assert read(copy).step == 100
     assert verify(copy) == []
+
+
+def test_the_keep_rules_read_a_manifest_once_however_many_are_kept(store, monkeypatch):
+    seen = []
+    monkeypatch.setattr("finetune.checkpoints.store.read", lambda path: seen.append(path.name) or read(path))
+    for step in range(1, 31):
+        attempt = store.begin(step, "a1")
+        store.commit(attempt, manifest_of(step))
+        seen.clear()
+        actions = pruning.due(store, Keep(last=2, every="1 step"), {}, ())
+        assert actions == [] and seen == [f"step-{step:08d}"]
+    store.demote(read(store.directory / "step-00000007"))
+    (store.directory / "step-00000009" / "manifest.json").unlink()
+    kinds = {item.step: item.kind for item in store.summaries()}
+    assert kinds[7] == "weights" and 9 not in kinds and len(kinds) == 29

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from finetune import loop
+from finetune.cache import root
 from finetune.checkpoints.store import Store
-from finetune.debug.bisect import bisect
+from finetune.debug.bisect import bisect, listing
 from finetune.debug.predicates import PredicateError
 from finetune.errors import FinetuneError, NotFiniteError
 from tests.stories.poison import poison, rows_with_marks
@@ -228,3 +229,17 @@ def test_a_command_finds_the_plan_beside_every_state(poisoned, train, tmp_path) 
     )
     facts = bisect(run, bad_command=f"{sys.executable} {script} {{checkpoint}}", good=42, bad=50)
     assert facts["first_bad_step"] == 50  # which is given: every state between is good
+
+
+def test_a_run_that_may_not_be_written_has_its_answer_all_the_same(spiked, capsys) -> None:
+    run, row = spiked
+    (run / "debug").write_text("in the way")  # root may write everywhere else
+    facts = bisect(run, "loss > 10")
+    assert (facts["first_bad_step"], facts["rows"][0]["id"], facts["bundle"]) == (45, row, None)
+    assert [note for note in facts["notes"] if note.startswith("no bundle, as the run cannot be written: ")]
+    assert "bundle:" not in listing(facts) and "first bad step: 45" in listing(facts)
+    command = "sh -c 'expr $(basename {checkpoint} | sed s/step-0*//) \\< 45'"
+    facts = bisect(run, bad_command=command, good=40)
+    assert (facts["first_bad_step"], facts["bundle"]) == (45, None)
+    assert f"{run}/debug cannot be written (Not a directory): states are written to " in capsys.readouterr().err
+    assert not list(root().glob("bisect-*"))

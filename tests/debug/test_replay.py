@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 
-from finetune import journal
+from finetune import history, journal
+from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import Store
+from finetune.debug.bisect import bisect
 from finetune.debug.replay import materialize, replay
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
+from finetune.pruning import prune
 from tests.stories.same_run import assert_same_run
 
 SPARSE = {"every": "8 steps", "keep": {"last": 9}}
@@ -36,6 +39,15 @@ def digests(run, step):
 def test_every_step_comes_out_as_it_was_recorded(run) -> None:
     facts = replay(run, 1, 20)
     assert (facts["identical"], facts["first_difference"], facts["steps"]) == (True, None, [1, 20])
+
+
+def test_no_command_holds_the_whole_journal(run, monkeypatch) -> None:
+    monkeypatch.setattr(journal, "read", lambda run: pytest.fail("all records of a run"))
+    assert replay(run, 13, 13, is_materialized=True)["identical"]
+    assert bisect(run, "loss > 0")["first_bad_step"] is None
+    assert history.log(run)["steps"]["recorded"] == 20
+    assert find(parse(f"{run}@best")).step == 20
+    assert prune(run, {"last": 1}, is_dry_run=True)
 
 
 def test_a_step_between_checkpoints_is_reached_from_the_one_before(run, capfd) -> None:

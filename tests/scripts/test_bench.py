@@ -81,3 +81,19 @@ def test_every_goal_is_judged_in_the_text_and_in_the_file(report):
     shown = report["shown"].partition("== goals")[2]
     assert all(goal["name"] in shown for goal in goals)
     assert {part for part in report["parts"] if report["parts"][part]["goals"]} == set(report["parts"])
+
+
+def test_long_and_short_runs_are_measured_side_by_side():
+    command = [sys.executable, SCRIPT.with_name("history.py"), "--kept", "3", "--steps", "2000", "--rounds", "1"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [line.split("  ")[0] for line in result.stdout.splitlines() if line.endswith(" x")] == [
+        "keep rules of a save, manifests known",
+        "the same, all manifests read (as every save did)",
+        "columns of a save",
+        "files in rows/",
+        "scan of the journal",
+        "all of it read (as replay, bisect and log did)",
+        "memory of it: scan",
+        "memory of it: all records",
+    ]

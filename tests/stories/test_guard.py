@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from finetune import journal
 from finetune.checkpoints.store import Store
@@ -200,3 +202,24 @@ def test_a_bundle_that_cannot_be_written_does_not_change_what_was_decided(
     run = train(recipe, tmp_path / "run")
     assert journal.steps(journal.read(run))[13]["skipped"] == "not_finite"
     assert "no bundle of step 13: no space left" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("holdout", [True, False])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_base_with_nan_is_named_and_no_row(
+    holdout, action, recipe_file, tiny_sections, tiny_base, train, tmp_path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    data = tiny_sections["data"] if holdout else {"train": tiny_sections["data"]["train"]}
+    recipe = recipe_file(base={"checkpoint": str(base)}, data=data, guard={"not_finite": action})
+    with pytest.raises(NotFiniteError) as caught:
+        train(recipe, tmp_path / "run")
+    assert caught.value.message == (
+        "the base is broken: its tensor model.layers.1.mlp.up_proj.weight has NaN or infinite values"
+    )
+    assert "no row is to blame" in caught.value.hint and "rows" not in str(caught.value)
+    assert not (tmp_path / "run/debug").exists()

@@ -55,7 +55,7 @@ def test_lost_checkpoints_are_missed(recipe_file, train, tmp_path, capsys) -> No
     shutil.rmtree(run / "checkpoints/step-00000010")
     capsys.readouterr()
     train(recipe_file(), run)
-    assert "step 10 was committed and is gone: 2 steps are run again\nresumed from step 8\n" in capsys.readouterr().err
+    assert "step 10 was committed and is gone: re-running 2 steps\nresumed from step 8\n" in capsys.readouterr().err
 
 
 def test_a_stray_file_among_the_attempts_does_no_harm(recipe_file, train, tmp_path) -> None:

@@ -48,7 +48,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(recipe_file, train,
     train(recipe, damaged)
     said = capsys.readouterr().err
     assert "damaged: step-00000010/adapter_model.safetensors: tensor base_model.model." in said
-    assert "falling back to step 9: 1 steps are run again\nresumed from step 9\n" in said
+    assert "falling back to step 9: re-running 1 step\nresumed from step 9\n" in said
     assert_same_run(whole, damaged)
     assert not [record for record in journal.read(damaged) if record.get("event") == "not_exact"]
 

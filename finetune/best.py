@@ -1,0 +1,34 @@
+"""Floor 0. What the best commit of a run is worth: whether a better evaluation was not kept, and whether the base was better.
+
+`@best`, `log` and the end of a training say it in these words.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from finetune.checkpoints.retention import Saved, best
+
+
+def notes(commits: Sequence[Saved], evaluated: Mapping[int, dict], first: int) -> list[str]:
+    """What to know before the best commit is used; nothing where all is well. `first` is the first step that the run could commit."""
+    chosen = _best(commits)
+    seen = _best([Saved(step, metrics) for step, metrics in evaluated.items() if step >= first])
+    found = []
+    if seen and (chosen is None or seen.loss < chosen.loss):
+        kept = f"; the best commit is step {chosen.step}, at {chosen.loss:.4f}" if chosen else ""
+        found.append(f"step {seen.step} had held-out loss {seen.loss:.4f} and was not kept{kept}")
+    base = Saved(0, evaluated.get(0, {})).loss
+    if chosen and base is not None and chosen.loss > base:
+        found.append(
+            f"the best commit, step {chosen.step}, is worse than the base: held-out loss {chosen.loss:.4f}, the base has {base:.4f}"
+        )
+    return found
+
+
+def first_step(events: Sequence[Mapping]) -> int:
+    """The first step that a run could commit, by its journal: a branch begins with one of another run."""
+    return max([1, *(event["step"] for event in events if event.get("event") == "branched")])
+
+
+def _best(saved: Sequence[Saved]) -> Saved | None:
+    steps = best(saved, 1)
+    return next((item for item in saved if item.step in steps), None)

@@ -1,0 +1,58 @@
+"""Floor 0. Which steps are evaluated, and which are committed: functions of the plan, the step, and the evaluations so far.
+
+All ranks ask here, and a resumed run asks as an uninterrupted one does, so they decide alike.
+"""
+
+from collections.abc import Mapping
+
+from finetune.checkpoints.retention import Saved, best
+from finetune.plan import Plan
+from finetune.recipe.schema import Every, Recipe
+
+
+def is_evaluated(plan: Plan, step: int, is_saved: bool) -> bool:
+    """Whether the weights after a step are evaluated: by the recipe's cadence, where they may be the best, and at both ends."""
+    recipe = plan.recipe
+    is_at_an_end = step in (0, plan.steps)
+    is_wanted = is_at_an_end or _is_due(recipe.evaluate.every, step) or (is_saved and recipe.checkpoint.keep.best)
+    return plan.holdout_counts.examples > 0 and bool(is_wanted)
+
+
+def is_saved(plan: Plan, step: int) -> bool:
+    """Whether a step is committed, however its evaluation comes out."""
+    return any(_is_due(cadence, step) for cadence in saves(plan.recipe))
+
+
+def is_saved_as_best(plan: Plan, step: int, evaluated: Mapping[int, dict]) -> bool:
+    """Whether a step is committed because its evaluation is the best so far: among the `keep.best` best, 1 unless the recipe says more.
+
+    Later evaluations do not count, so a step that runs again after a kill is judged as it was the first time.
+    """
+    rule = plan.recipe.checkpoint
+    if not rule.save_best or step not in evaluated:
+        return False
+    so_far = [Saved(at, metrics) for at, metrics in evaluated.items() if first_own_step(plan) <= at <= step]
+    return step in best(so_far, rule.keep.best or 1)
+
+
+def first_own_step(plan: Plan) -> int:
+    """The first step of the run that it can have a checkpoint of: a branch has one of the step that it begins with."""
+    return max(1, plan.parent.step) if plan.parent else 1
+
+
+def saves(recipe: Recipe) -> list[Every]:
+    """The cadences by which steps are committed."""
+    rule, milestones = recipe.checkpoint, recipe.publish.milestones if recipe.publish else None
+    return [each for each in (*rule.every, rule.keep.every, rule.keep.weights_every, milestones) if each]
+
+
+def may_lose_best(recipe: Recipe) -> bool:
+    """Whether a step may be evaluated as the best, and not be committed."""
+    every = recipe.evaluate.every
+    if recipe.checkpoint.save_best or every is None:
+        return False
+    return not any(each.steps and every.steps % each.steps == 0 for each in saves(recipe))
+
+
+def _is_due(every: Every | None, step: int) -> bool:
+    return every is not None and every.steps is not None and step % every.steps == 0

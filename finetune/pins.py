@@ -1,0 +1,47 @@
+"""Floor 2. A checkpoint that a run begins with stays in the run that it comes from: it is pinned there, as a branch pins the one it begins with."""
+
+from pathlib import Path
+
+from finetune.checkpoints.manifest import STEP_NAME
+from finetune.checkpoints.refs import find, parse
+from finetune.checkpoints.store import Store
+from finetune.errors import CheckpointError
+from finetune.model import base
+from finetune.plan import PinnedBase
+from finetune.recipe.schema import Base
+
+
+def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | None = None) -> list[str]:
+    """Pins the checkpoint that a base is, if it lies in a run, for the run `run_id`; of an adapter also what is beneath it. `directory` is
+    where a base was found that is no adapter.
+
+    Returns a line for each that could not be pinned: its run may not be written. Nothing else is wrong then, but it may be pruned.
+    """
+    is_adapter = pinned.kind == "adapter"
+    if is_adapter:
+        named = base.located(named, pinned, base.LOOK)
+    path = _directory(named.checkpoint) if is_adapter or directory is None else directory.resolve()
+    run = base.run_around(path) if path and STEP_NAME.fullmatch(path.name) else None
+    if run is None:
+        return []
+    step, reason, lines = int(path.name.removeprefix("step-")), f"base-{run_id}", []
+    store = Store(run)
+    try:
+        if not store.is_pinned(step, reason):
+            store.pin(step, reason)
+    except CheckpointError as error:
+        lines = [f"{named.checkpoint} could not be pinned, so its run may prune it: {error.where}: {error.message}"]
+    if is_adapter:
+        below, pinned_below = base.beneath(path, named.checkpoint)
+        lines += pin_base(below, pinned_below, run_id)
+    return lines
+
+
+def _directory(checkpoint: str) -> Path | None:
+    """Where a base lies, if it is a directory that is there."""
+    try:
+        ref = parse(checkpoint)
+        path = find(ref).path if ref.kind == "run" else ref.path if ref.kind in ("checkpoint", "model") else None
+    except CheckpointError:  # gone: what needs it says so
+        return None
+    return path.resolve() if path else None

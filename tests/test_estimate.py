@@ -1,0 +1,45 @@
+"""What `plan` says of the disk is what a run takes."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune import estimate, plan
+from finetune.recipe.load import load
+from finetune.resolve import resolve
+
+TRAIN = {"steps": 24, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+
+
+def taken(run: Path) -> int:
+    """Blocks on the disk; what is linked counts once."""
+    found = {path.stat().st_ino: path.stat().st_blocks * 512 for path in run.rglob("*")}
+    return sum(found.values())
+
+
+def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_path) -> None:
+    kept = {"every": "1 step", "keep": {"every": "1 step", "last": 1}}
+    recipe = recipe_file(train=TRAIN, evaluate={"every": "4 steps"}, checkpoint=kept)
+    run = train(recipe, tmp_path / "run")
+    forecast = estimate.run_bytes(plan.load(run)[0], layers=2) - estimate.COMPANION_BYTES
+    assert taken(run) < forecast < 2 * taken(run)
+
+
+@pytest.mark.parametrize(
+    ("sections", "count"),
+    [
+        ({}, 2 + 1 + 1),
+        ({"checkpoint": {"keep": {"last": 3, "best": 2}}}, 3 + 2 + 1),
+        (
+            {"checkpoint": {"keep": {"every": "6 steps"}}, "publish": {"repo": "a/b", "milestones": "4 steps"}},
+            4 + 4 + 6 - 2,
+        ),
+    ],
+    ids=["the best stays by default", "more of them", "milestones stay and count once"],
+)
+def test_checkpoints_that_stay_are_counted(sections, count, recipe_file, monkeypatch) -> None:
+    for name in ("_small_bytes", "_history_bytes"):
+        monkeypatch.setattr(estimate, name, lambda plan, layers: 0)
+    made = resolve(load(recipe_file(train=TRAIN, **{"checkpoint": {}} | sections), ())).plan
+    whole = estimate.run_bytes(made) - estimate.shared_bytes(made)
+    assert whole == count * estimate.state_bytes(made)
