@@ -21,7 +21,7 @@ from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import failures, sync_directory
-from finetune.errors import BaseError, CheckpointError, FinetuneError, PackageError
+from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.heldout import lineage
 from finetune.heldout.split import Seen
 from finetune.model import base
@@ -78,7 +78,10 @@ def package(
     opened = _with_dtype(opened, dtype) if dtype else opened
     recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
     _refuse_unnamed_base(plan, recipe.package.form)
-    tokenizer = open_tokenizer(opened)
+    try:
+        tokenizer = open_tokenizer(opened)
+    except DataError as error:
+        raise PackageError(f"encoding: {error.message}", where=ref, hint=error.hint) from None
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
     if recipe.base.quantization:
         quantized = open_model(ref).model

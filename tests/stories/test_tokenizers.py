@@ -24,12 +24,13 @@ from finetune.checkpoints import manifest
 from finetune.checkpoints.loading import open_model, open_tokenizer
 from finetune.compare.evaluate import evaluate
 from finetune.data import encodings
-from finetune.errors import BaseError
+from finetune.errors import BaseError, PackageError
 from finetune.model import base
-from finetune.package import export
+from finetune.package import contents, export, small_files
 from finetune.recipe.load import load
 from finetune.run import train
 from tests.conftest import CHATML, WORDS
+from tests.data.test_encodings import tekken
 
 TEXTS = ["the row ends", "  two  blanks\n東京", "<s>[INST] a <|im_end|></s> b"]
 
@@ -146,6 +147,51 @@ def test_what_older_code_saved_is_opened_as_it_was_encoded(trained, mistral, tmp
     assert result["metrics"] == expected["metrics"]
     tokenizer = open_tokenizer(open_model(f"{older}@2"))
     assert base.difference(base.load_tokenizer(mistral), tokenizer) is None and tokenizer.chat_template == OWN
+
+
+def test_what_older_code_saved_is_not_packaged_with_a_template_that_was_edited_since(trained, tmp_path) -> None:
+    older, file = as_older_code_left_it(trained, tmp_path / "older"), trained.parent / "own.jinja"
+    try:
+        file.write_text(OWN.replace("own", "other"))
+        with pytest.raises(PackageError, match="encoding: the tokenizer or the chat template is not the one"):
+            export.package(f"{older}@2", tmp_path / "dist")
+    finally:
+        file.write_text(OWN)
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_base_with_the_file_of_mistral_alone_is_trained_evaluated_and_checked_before(tmp_path, tiny_sections) -> None:
+    directory = save_base(tmp_path / "base", "mistral", llama_tokenizer())
+    (directory / "tokenizer.json").unlink()
+    config = (directory / "config.json").read_bytes()
+    tekken(directory)
+    (directory / "config.json").write_bytes(config)
+    steps = {"steps": 1, "batch_size": 2, "precision": "fp32", "micro_batch_tokens": 512}
+    recipe = {**tiny_sections, "base": {"checkpoint": str(directory)}, "task": {"name": "chat", "max_length": 128}}
+    recipe |= {"adapter": {"name": "lora", "rank": 2, "alpha": 4}, "train": steps}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(load(tmp_path / "recipe.yaml"), tmp_path / "run", is_quiet=True)
+    path = tmp_path / "run/checkpoints/step-00000001"
+    assert (path / "tekken.json").read_bytes() == (directory / "tekken.json").read_bytes()
+    assert_alike(path, base.load_tokenizer(directory))
+    (result,) = evaluate([f"{tmp_path}/run@1"], None, [])
+    assert result["metrics"]["rows"]
+    tokenizer = base.load_tokenizer(directory)
+    (tmp_path / "package").mkdir()
+    small_files.write(tmp_path / "package", path, tokenizer, None, is_adapter=True)
+    assert small_files.change_by_loading(tmp_path / "package", tokenizer) is None
+    assert not list(contents.findings(tmp_path / "package"))
+
+
+def test_an_adapter_alone_brings_the_config_that_its_tokenizer_needs(mistral, tmp_path) -> None:
+    tokenizer = base.load_tokenizer(mistral)
+    small_files.write(tmp_path, mistral, tokenizer, None, is_adapter=True)
+    assert (tmp_path / "config.json").exists()
+    assert_alike(tmp_path, tokenizer)
+    (tmp_path / "config.json").unlink()
+    assert small_files.change_by_loading(tmp_path, tokenizer) == (
+        "as it is saved, it is opened as LlamaTokenizer with other ids of a text"
+    )
 
 
 @pytest.mark.slow
