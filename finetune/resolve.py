@@ -4,7 +4,7 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -106,16 +106,7 @@ def resolve(
         sources: Sequence[Source], pins: Sequence[PinnedSource] | None
     ) -> tuple[list[PinnedSource], list[Encoded]]:
         pairs = [
-            _read(
-                source,
-                pin,
-                encoder,
-                key,
-                reopen,
-                place=located(source, pin or known.get(source.path)),
-                content=task.content,
-                row_rules=row_rules,
-            )
+            _read(source, pin, encoder, key, reopen, known=known, content=task.content, row_rules=row_rules)
             for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
         ]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -274,11 +265,12 @@ def _read(
     key: str,
     reopen: Callable[..., Work],
     *,
-    place: Source,
+    known: Mapping[str, PinnedSource],
     content: Callable[[dict], object],
     row_rules: int,
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
+    place = located(source, earlier or known.get(source.path))
     rows = open_source(place, revision, row_rules)
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     # in memory, by each process that opens it
