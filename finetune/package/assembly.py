@@ -30,14 +30,16 @@ def assemble(
     base_directory: Path | None,
     directory: Path,
     load: Loader,
+    is_random: bool = False,
 ) -> Assembled:
     """The files of `opened` in `directory`, in the form and type that its plan says; PackageError where they are not that model.
 
-    `base_directory` has what the base's authors wrote, with the weights, if these can be had.
+    `base_directory` has what the base's authors wrote, with the weights, if these can be had. How far merge and cast move the
+    logits of weights that are random is not judged.
     """
     recipe = opened.plan.recipe
     form, dtype = recipe.package.form, weights.dtype_of(recipe)
-    converted = weights.convert(opened.model, form, dtype, tokenizer, base_directory)
+    converted = weights.convert(opened.model, form, dtype, tokenizer, base_directory, is_random)
     model = converted.model
     trained = Look(converted.logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
     found = weights.stored(converted, form, dtype, base_directory)

@@ -1,7 +1,7 @@
 """Floor 7. Whether what a recipe trains could be packaged, found out before it is trained; `cli` has `run` ask.
 
 The rules are those that a package is checked by, as far as they are about what is there before the training: config, tokenizer,
-template, generation config, licence.
+template, generation config, licence. Classes, names and types of weights are tried on a small model of the base's kind.
 """
 
 import json
@@ -12,19 +12,27 @@ from pathlib import Path
 
 from finetune import cache, version
 from finetune.errors import PackageError
-from finetune.package import contents, licence, small_files
+from finetune.package import contents, in_small, licence, small_files
 from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
 from finetune.resolve import Resolved
 
+RULES = 2  # of what is asked; part of the cache key
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")
 
 
 def refuse_unpackageable(resolved: Resolved) -> None:
     """PackageError where the recipe asks for a package, or a place to publish it; a line on stderr where nobody has."""
     plan = resolved.plan
-    sections = plan.recipe.model_dump(mode="json", include={"base", "package"})
-    facts = [sections, plan.base.model_dump(mode="json"), plan.encoding, *map(version, ("finetune", "transformers"))]
+    sections = plan.recipe.model_dump(mode="json", include={"base", "package", "adapter"})
+    facts = [
+        RULES,
+        sections,
+        plan.recipe.train.precision,
+        plan.base.model_dump(mode="json"),
+        plan.encoding,
+        *map(version, ("finetune", "transformers")),
+    ]
     problems = cache.found("packageable", facts, lambda: list(_problems(resolved)))
     if problems and plan.recipe.model_fields_set & {"package", "publish"}:
         hint = "mend it now: the package would be refused for it after the training"
@@ -52,3 +60,5 @@ def _problems(resolved: Resolved) -> Iterator[str]:
         found = [*contents.findings(directory), *(item for name in BEFORE for item in CHECKS[name](folder))]
         for check, file, _, message in dict.fromkeys(found):
             yield f"{check}: {file}: {message}"
+    if found := in_small.problem(resolved):
+        yield found

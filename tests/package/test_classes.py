@@ -11,9 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from finetune.package import classes, export, proof
+from finetune.model.base import outline
+from finetune.package import classes, export, in_small, proof
 from finetune.package.contents import Finding
 from finetune.package.verify import folder_findings, verify
+from finetune.recipe.load import load
+from finetune.resolve import resolve
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.1}
@@ -40,6 +43,10 @@ CONFIGS = {
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "moe_shared_expert_intermediate_size": 16},
     },
     "qwen3_5": {"text_config": {**TEXT, **DELTA}, "vision_config": QWEN_VISION},
+    "llama4": {
+        "text_config": {**TEXT, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 32},
+        "vision_config": {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    },
     "gemma3": {"text_config": {**TEXT, "sliding_window": 16}, "vision_config": VISION, "mm_tokens_per_image": 4},
 }
 KEPT = {
@@ -184,6 +191,31 @@ def test_a_model_with_images_is_packaged_whole_and_its_declared_class_finds_all(
     with torch.inference_mode():
         assert torch.equal(model(input_ids=tokens).logits, text(input_ids=tokens).logits)
     assert problems(package) == []
+
+
+@pytest.fixture
+def unpackageable(recipe_file) -> Callable[..., str | None]:
+    """A function that asks what is wrong with a package of a base, before anything is trained."""
+
+    def unpackageable(base: Path, **sections: object) -> str | None:
+        task = {"name": "chat", "max_length": 64}
+        recipe = recipe_file(base={"checkpoint": str(base)}, task=task, train={"steps": 2}, **sections)
+        return in_small.problem(resolve(load(recipe, ())))
+
+    return unpackageable
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5", "llama4", "gemma3"])
+def test_a_package_of_a_small_model_of_its_kind_is_made_before_a_base_is_trained(
+    unpackageable, random_base, kind
+) -> None:
+    assert unpackageable(random_base(kind), adapter=None) is None
+
+
+def test_what_a_package_would_lack_is_found_before_the_training(unpackageable, random_base, monkeypatch) -> None:
+    monkeypatch.setattr(outline, "not_of", lambda model, path, written: [])
+    told = unpackageable(random_base("qwen3_5"), adapter=None)
+    assert "weights of Qwen3_5ForConditionalGeneration are missing" in told
 
 
 def test_verify_finds_missing_weights_of_the_declared_class_and_missing_processor_files(random_base, tmp_path) -> None:

@@ -84,7 +84,14 @@ def in_file_names(
     made = outline(type(model), model.config, on_meta(places)).model if places else model
     if not places:
         made._weight_conversions = None  # not those of the checkpoint that it was loaded from
-    return dict(revert_weight_conversion(made, dict(tensors)))
+    found = revert_weight_conversion(made, dict(tensors))
+    return {_spelled(name, model.base_model_prefix, places): tensor for name, tensor in found.items()}
+
+
+def _spelled(name: str, prefix: str, places: Mapping[str, Place]) -> str:
+    """With or without the prefix that loading adds or takes away, as the files have it: those of Llama 4 begin with `language_model.`."""
+    spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((each for each in spellings if each in places), name)
 
 
 def not_of(model: PreTrainedModel, path: Path, written: Iterable[str]) -> list[str]:

@@ -1,0 +1,75 @@
+"""Floor 7. A package of a small random model of the base's kind, made and loaded back before the real one is trained; `preflight` asks.
+
+What a package fails by is in the kind of a model: its classes, the names and types of its weights, what it has beside its text. A second
+shows it; figures of random weights show nothing, and are not judged.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from finetune.checkpoints.loading import Opened
+from finetune.errors import AdapterError, BaseError, PackageError, explained
+from finetune.model import adapter, base, tiny
+from finetune.model.base import files, outline
+from finetune.package import classes, proof
+from finetune.package.assembly import assemble
+from finetune.package.probe import declared_class
+from finetune.resolve import Resolved
+
+
+def problem(resolved: Resolved) -> str | None:
+    """Why a package could not be made of what is trained; None where it could, and where no small model can be made to find out."""
+    recipe = resolved.plan.recipe
+    if recipe.package.form == "adapter":  # its base is not written
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as made, explained("cannot be tried in small", recipe.base.checkpoint):
+            whole, package = Path(made, "base"), Path(made, "package")
+            package.mkdir()
+            _write_base(resolved, whole)
+            with outline.quiet():
+                model = _with_adapter(base.load_model(whole), resolved)
+                opened = Opened(model, whole, whole, resolved.plan, None)
+                assemble(opened, resolved.tokenizer, whole, package, proof.load_here, is_random=True)
+            found = [f"{finding.tensor} {finding.message}" for finding in classes.findings(package)]
+            return found[0] if found else None
+    except PackageError as error:
+        return error.message
+    except BaseError:
+        return None
+
+
+def _write_base(resolved: Resolved, directory: Path) -> None:
+    """The base in small, by the class that its config declares, with the small files of the real one."""
+    config = base.load_config(resolved.base_directory)
+    declared = declared_class(resolved.base_directory)
+    with torch.random.fork_rng(devices=[]), outline.quiet():
+        torch.manual_seed(0)
+        small = _with_vocabulary(tiny.shrunk(config, resolved.plan.recipe.task.max_length), config)
+        model = AutoModelForCausalLM.from_config(small) if declared is None else declared(small)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(directory)
+    with tempfile.TemporaryDirectory() as nothing:
+        files.copy_small_files(resolved.base_directory, Path(nothing), directory)
+
+
+def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> PretrainedConfig:
+    """As large as the real one: the tokenizer is the real one too."""
+    pairs = ((small, config), (small.get_text_config(), config.get_text_config()))
+    for one, real in pairs:
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if isinstance(getattr(real, name, None), int):
+                setattr(one, name, getattr(real, name))
+    return small
+
+
+def _with_adapter(model: torch.nn.Module, resolved: Resolved) -> torch.nn.Module:
+    try:
+        return adapter.apply(model, resolved.plan.recipe.adapter).eval()
+    except AdapterError:  # it names layers that the small model does not have
+        return model
