@@ -365,3 +365,24 @@ def pages_in_memory(file: Path) -> int:
         there = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
         assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), there) == 0
         return sum(page & 1 for page in there)
+
+
+def test_a_template_that_is_not_utf_8_is_named_with_its_line(copied):
+    (copied / "chat_template.jinja").write_bytes("{# one\ncafé #}".encode("latin-1"))
+    assert refusal(load_tokenizer, copied) == (
+        "base: its chat_template.jinja is not UTF-8: line 2 has the byte 0xe9\nhint: save it as UTF-8"
+    )
+
+
+def test_a_tokenizer_that_skips_merges_at_random_is_refused(copied):
+    content = json.loads((copied / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (copied / "tokenizer.json").write_text(json.dumps(content))
+    assert refusal(load_tokenizer, copied).startswith("base: has a tokenizer that skips merges at random")
+
+
+def test_what_a_tokenizer_class_raises_is_told_and_is_no_traceback(copied):
+    """That of BigBird raises an UnboundLocalError for the vocabulary of another model."""
+    edit(copied / "config.json", model_type="big_bird")
+    edit(copied / "tokenizer_config.json", tokenizer_class="BigBirdTokenizer")
+    assert refusal(load_tokenizer, copied).startswith("base: its tokenizer cannot be loaded: ")
