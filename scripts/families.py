@@ -66,15 +66,23 @@ class Outcome(NamedTuple):
     """How rows were arranged, or why it was refused, or what is wrong."""
 
 
-def combinations(kinds: Sequence[str], work: Path, has_packages: bool) -> Iterator[tuple[str, list[Outcome]]]:
+ALL_WAYS = tuple(product(METHODS, PRECISIONS, PACKINGS))
+FEW_WAYS = (("lora", "bf16", "packed"), ("full", "fp32", "padded"))
+
+
+def combinations(
+    kinds: Sequence[str], work: Path, has_packages: bool = False, ways: Sequence[tuple[str, str, str]] = ALL_WAYS
+) -> Iterator[tuple[str, list[Outcome]]]:
     """Each type with its outcomes; `work` is emptied as it goes."""
     tokenizer = small_tokenizer()
     for kind in kinds:
         with tempfile.TemporaryDirectory(dir=work) as place:
-            yield kind, tried(kind, Path(place), tokenizer, has_packages)
+            yield kind, tried(kind, Path(place), tokenizer, has_packages, ways)
 
 
-def tried(kind: str, place: Path, tokenizer: PreTrainedTokenizerBase, has_packages: bool) -> list[Outcome]:
+def tried(
+    kind: str, place: Path, tokenizer: PreTrainedTokenizerBase, has_packages: bool, ways: Sequence[tuple[str, str, str]]
+) -> list[Outcome]:
     try:
         with explained("transformers cannot make it", kind):
             make_base(kind, place / "base", tokenizer)
@@ -83,12 +91,13 @@ def tried(kind: str, place: Path, tokenizer: PreTrainedTokenizerBase, has_packag
     (place / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     outcomes: list[Outcome] = []
     plain = Plain()
-    for number, (method, precision, packing) in enumerate(product(METHODS, PRECISIONS, PACKINGS)):
+    for number, (method, precision, packing) in enumerate(ways):
         loaded = load(recipe(place, method, packing, precision))
         try:
             resolved = resolve(loaded)
             told, state = resolved.plan.arrangement, "trained"
-            if packing == "padded" and outcomes[-1].told == told:  # what packing gave way to: the same training
+            before = outcomes[-1] if outcomes else None
+            if before and before[:3] == (method, "packed", precision) and before.told == told:  # packing gave way to it
                 outcomes.append(outcomes[-1]._replace(packing=packing))
                 continue
             compare(resolved, plain)
@@ -108,7 +117,8 @@ def tried(kind: str, place: Path, tokenizer: PreTrainedTokenizerBase, has_packag
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).partition("\nhint: ")[0].split())
+    told = " ".join(str(error).partition("\nhint: ")[0].split())
+    return re.sub(r"(?<!\S)/\S*/", "", told)  # no path of this machine
 
 
 def make_base(kind: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -191,7 +201,8 @@ class Plain:
         model.load_state_dict({name: tensor.float() for name, tensor in state.model.state_dict().items()})
         for number in resolved.plan.examples_of(step).tolist():
             tokens = torch.from_numpy(resolved.train[number].tokens.astype("int64"))[None]
-            with torch.inference_mode():
+            is_bf16 = resolved.plan.recipe.train.precision == "bf16"
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
             yield int(resolved.train.rows[number]), F.cross_entropy(logits.float(), tokens[0, 1:]).item()
 
@@ -223,13 +234,15 @@ def cell(outcomes: list[Outcome], method: str) -> str:
 def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> str:
     """docs/models.md."""
     lines = [INTRODUCTION.format(version=version, types=len(found), packaged=PACKAGED if has_packages else UNPACKAGED)]
-    lines.append("| type | rows | LoRA | full | note |\n|---|---|---|---|---|")
+    lines.append("| type | rows | LoRA | full | ways | note |\n|---|---|---|---|---|---|")
     for kind, outcomes in found.items():
         ways = {each.packing: each.told for each in outcomes if each.state in ("trained", "packaged")}
         why = next((each.told for each in outcomes if each.state in ("refused", "wrong")), "")
         note = why.replace("|", "\\|")[:NOTE] + ("…" if len(why) > NOTE else "")
         rows = ways.get("packed", ways.get("padded", "-"))
-        lines.append(f"| `{kind}` | {rows} | {cell(outcomes, 'lora')} | {cell(outcomes, 'full')} | {note} |")
+        count = sum(each.state in ("trained", "packaged") for each in outcomes)
+        cells = [f"`{kind}`", rows, cell(outcomes, "lora"), cell(outcomes, "full"), f"{count} of {len(outcomes)}", note]
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 
@@ -245,7 +258,8 @@ each by LoRA (`all-linear`) and in full, packed and padded, in fp32 and bf16, fo
 those of each row alone in plain transformers. {packaged}
 
 *rows* says how rows come together where a recipe names no `task.packing`: `packed`, `padded`, or `alone`.
-`no` means that `plan` refuses it in one line, the *note*; `in part` that some of the eight ways are refused.
+*ways* is how many of the ways that were tried were trained: of eight, or with `--few` of two.
+`no` or `-` means that it is refused in one line, the *note*.
 A small model shows how a family works, and no more: nothing here was trained at its real size.
 """
 
@@ -253,14 +267,17 @@ A small model shows how a family works, and no more: nothing here was trained at
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="TYPE")
-    parser.add_argument("--packages", action="store_true")
+    parser.add_argument("--packages", action="store_true", help="package what was trained")
+    parser.add_argument("--few", action="store_true", help="two ways a type in place of eight")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     quiet()
     found = {}
     with tempfile.TemporaryDirectory() as work:
-        for kind, outcomes in combinations(asked.kinds or TYPES, Path(work), asked.packages):
+        for kind, outcomes in combinations(
+            asked.kinds or TYPES, Path(work), asked.packages, FEW_WAYS if asked.few else ALL_WAYS
+        ):
             found[kind] = outcomes
             told = sorted({f"{each.state}: {each.told}" for each in outcomes})
             print(f"{kind:28} {'; '.join(told)}", flush=True)

@@ -131,7 +131,7 @@ def _smaller(name: str, value: object, max_length: int) -> object:
     if POSITIONS.fullmatch(name):
         return min(value, 2 * BEYOND)
     if re.fullmatch(r"(.*_)?(token_id|token_index)", name):
-        return value % 256
+        return value if value < 256 else 260 + value % 60  # an image's or a sound's: no text has them
     return min([value, *(size for pattern, size in RULES if pattern.fullmatch(name))][:2])
 
 
