@@ -144,7 +144,8 @@ def plan(
     if not has_devices:
         refuse_other_directory(run)
     resolved, here = resolve(loaded), device()
-    refuse_unfit_base(resolved)
+    if not has_devices:  # that table is made of the config alone, so the weights may be elsewhere
+        refuse_unfit_base(resolved)
     refuse_unpackageable(resolved)
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from finetune import cadence
 from finetune.plan import Plan
 from finetune.recipe.schema import Every
 
@@ -43,14 +44,14 @@ class Pace:
         self.tokens -= tokens
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
-        """An evaluation or a save, between two steps."""
+    def aside(self, name: str, is_foreseen: bool = True) -> Iterator[None]:
+        """An evaluation or a save, between two steps; `is_foreseen` if it was counted among those left to do."""
         started = self.clock()
         yield
         seconds = self.clock() - started
         self._taken[name].append(seconds)
         self._mark += seconds
-        if self.steps:  # what comes before the first step was not counted
+        if self.steps and is_foreseen:  # what comes before the first step was not counted
             self.left[name] = max(0, self.left[name] - 1)
 
     def seconds_of(self, name: str) -> float:
@@ -86,9 +87,10 @@ class Pace:
 def ahead(plan: Plan, start: int, end: int) -> Pace:
     """What there is to do after step `start`, up to step `end`; saves by the minute and of the best evaluation so far are not foreseen."""
     recipe = plan.recipe
-    keep, holdout = recipe.checkpoint.keep, plan.holdout_counts
-    saves = {end} | _multiples([*recipe.checkpoint.every, keep.every, keep.weights_every], start, end)
-    evaluations = _multiples([recipe.evaluate.every], start, end) | (saves if keep.best else set()) | {plan.steps}
+    holdout = plan.holdout_counts
+    saves = {end} | _multiples(cadence.saves(recipe), start, end)
+    evaluated = saves if recipe.checkpoint.keep.best else set()
+    evaluations = _multiples([recipe.evaluate.every], start, end) | evaluated | {plan.steps}
     count = sum(step <= end for step in evaluations) if holdout.examples else 0
     return Pace(mean_tokens(plan, start, end), count, len(saves), holdout.tokens)
 

@@ -109,9 +109,9 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     wishes, judge = partial(_wishes, signals, recorder), partial(_judge, plan, recorder)
     pace = recorder.progress.pace = ahead(plan, state.step, end)
 
-    def evaluate_and_record() -> None:
+    def evaluate_and_record(is_foreseen: bool) -> None:
         tell = recorder.progress.evaluation(state.step, len(resolved.holdout))
-        with pace.aside("evaluation"):
+        with pace.aside("evaluation", is_foreseen):
             metrics = evaluate(resolved, state.accelerator, state.objective, wishes, tell)
         if metrics:
             recorder.evaluated(state.step, metrics)
@@ -120,7 +120,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 raise error
 
     if cadence.is_evaluated(plan, state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
-        evaluate_and_record()  # at the start, or where a signal cut it short
+        evaluate_and_record(is_foreseen=True)  # at the start, or where a signal cut it short
     first, made = state.step + 1, batches(resolved, resolved.train, state.accelerator)
     try:
         for report in loop.steps(state, plan, made, end, wishes, judge):
@@ -132,12 +132,13 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             recorder.step(report)
             if report.agreed.renew:
                 recorder.reports.renew()
-            is_saved = report.agreed.save or report.step == end or cadence.is_saved(plan, report.step)
+            is_due = report.step == end or cadence.is_saved(plan, report.step)
+            is_saved = report.agreed.save or is_due
             if cadence.is_evaluated(plan, report.step, is_saved):
-                evaluate_and_record()
+                evaluate_and_record(is_foreseen=cadence.is_evaluated(plan, report.step, is_due))
             if is_saved or cadence.is_saved_as_best(plan, report.step, recorder.evaluations):
                 signals.is_save_wished = False
-                with pace.aside("save"):
+                with pace.aside("save", is_foreseen=is_due):
                     recorder.commit(state)
             elif report.step == first:
                 recorder.warm(state)

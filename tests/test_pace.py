@@ -70,6 +70,17 @@ def test_an_evaluation_that_none_came_before_is_a_forward_of_its_tokens(paced):
     assert pace.seconds_left == pytest.approx(9 + 2)
 
 
+def test_a_save_that_was_not_foreseen_leaves_those_to_come(paced, clock):
+    pace = paced(saves=2)
+    take_step(pace, tokens=100, seconds=1)
+    with pace.aside("save", is_foreseen=False):
+        clock.now += 5
+    assert pace.left["save"] == 2 and pace.seconds_of("save") == 5
+    with pace.aside("save"):
+        clock.now += 5
+    assert pace.left["save"] == 1
+
+
 def test_the_evaluation_before_the_first_step_is_none_of_those_to_come(paced, clock):
     pace = paced(evaluations=2)
     with pace.aside("evaluation"):
@@ -119,4 +130,4 @@ def test_the_forecast_is_on_stderr(recipe_file, tmp_path, finetune):
     result = finetune("train", recipe, "--run", tmp_path / "run")
     [line] = [line for line in result.stderr.splitlines() if line.startswith("forecast")]
     assert line.startswith(f"forecast at step {FORECAST_AFTER_STEPS}: 0:0")
-    assert line.endswith(" left, 1 evaluations and 1 saves included")
+    assert line.endswith(" left, 1 evaluation and 1 save included")

@@ -43,7 +43,7 @@ from finetune.package.contents import files_of, sha256
 from finetune.package.proof import Check
 from finetune.package.staging import staged
 from finetune.package.verify import folder_findings
-from finetune.plan import Plan
+from finetune.plan import Plan, Stage
 from finetune.recipe.load import LoadedRecipe, to_yaml
 from finetune.resolve import resolve
 
@@ -116,7 +116,7 @@ def package(
             named,
             *licences,
             averaged,
-            lineage.stages(ref),
+            _stages(manifest, ref),
             _seen(plan, ref),
         )
         _write_record(facts, staging)
@@ -130,6 +130,14 @@ def package(
         refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
+
+
+def _stages(manifest: Manifest, ref: str) -> tuple[Stage, ...]:
+    """The runs behind the weights. This run is known by its identity, so that a package does not depend on the directory's name."""
+    stages = lineage.stages(ref)
+    if manifest.step == 0:  # only its base
+        return stages
+    return (stages[0].model_copy(update={"ref": f"{manifest.run}@{manifest.step}"}), *stages[1:])
 
 
 def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:

@@ -5,6 +5,8 @@ A template is somebody's program: whatever it raises is one DataError. The day t
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,14 +40,14 @@ class Renderer(NamedTuple):
         import jinja2
 
         try:
-            self._set_date()
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=with_header,
-            )
+            with _on(self.date, self.template):
+                return self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=with_header,
+                )
         except jinja2.TemplateError as error:
             if type(error) is jinja2.TemplateError:
                 message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"
@@ -71,13 +73,20 @@ class Renderer(NamedTuple):
             spans.append((len(before), len(through)))
         return text, spans
 
-    def _set_date(self) -> None:
-        # Not a variable: transformers passes none that is a function. The compiled template is kept by its text, for all who render it.
-        globals_of = _compiled(self.template).globals
-        if self.date is None:
-            globals_of.pop("strftime_now", None)
-        else:
-            globals_of["strftime_now"] = datetime.fromisoformat(self.date).strftime
+
+@contextmanager
+def _on(day: str | None, template: str) -> Iterator[None]:
+    """What is rendered within prints this day; None leaves the clock's."""
+    if day is None:
+        yield
+        return
+    # Not a variable: transformers passes none that is a function. It keeps the compiled template for all who render the same text.
+    globals_of = _compiled(template).globals
+    globals_of["strftime_now"] = datetime.fromisoformat(day).strftime
+    try:
+        yield
+    finally:
+        globals_of.pop("strftime_now", None)
 
 
 def dates(

@@ -60,6 +60,8 @@ def test_a_template_that_prints_the_date_is_found_and_given_one(tiny_tokenizer, 
     assert "26 Jul 2024" in Renderer(tiny_tokenizer, template, "2024-07-26").text(QUESTION)
     assert "01 Feb 2023" in Renderer(tiny_tokenizer, template, "2023-02-01").text(QUESTION)
     assert "2024" not in Renderer(tiny_tokenizer, template).text(QUESTION), "the clock's"
+    plain = tiny_tokenizer.apply_chat_template(QUESTION, chat_template=template, tokenize=False)
+    assert "2023" not in plain, "transformers shares its templates with the rest of the process"
 
 
 @pytest.fixture
