@@ -3,8 +3,8 @@
     python scripts/families.py [TYPE ...] [--packages] [--write docs/models.md] [--json FILE]
 
 Each type goes through {LoRA, full} x {packed, padded} x {fp32, bf16}: two steps, whose losses of rows must be those of each row alone
-in plain transformers. `--packages` packages each training, verifies the package and loads it by its declared class. A combination that
-the project refuses counts as such if it does so in one line; a traceback fails.
+in plain transformers. `--packages` packages one training of each method, verifies the package and loads it by its declared class. A
+combination that the project refuses counts as such if it does so in one line; a traceback fails.
 """
 
 import argparse
@@ -40,9 +40,17 @@ METHODS, PACKINGS, PRECISIONS = ("lora", "full"), ("packed", "padded"), ("fp32",
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
 TEXTS = ("a row", "the model reads a row and writes an answer that ends", "what was asked of it", "it has said so")
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # of a row's loss
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 # Where a family's default config cannot be built as it is, or leaves a part of the family out.
 EXTRAS = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64, "num_experts": 4},
@@ -50,7 +58,10 @@ EXTRAS = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "phimoe": {"sliding_window": None},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
     "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
@@ -67,6 +78,7 @@ class Outcome(NamedTuple):
 
 
 ALL_WAYS = tuple(product(METHODS, PRECISIONS, PACKINGS))
+PACKAGED_WAY = ("bf16", "packed")
 FEW_WAYS = (("lora", "bf16", "packed"), ("full", "fp32", "padded"))
 
 
@@ -101,7 +113,7 @@ def tried(
                 outcomes.append(outcomes[-1]._replace(packing=packing))
                 continue
             compare(resolved, plain)
-            if has_packages:
+            if has_packages and (precision, packing) == PACKAGED_WAY:
                 packaged(loaded, place, str(number))
                 state = "packaged"
         except FinetuneError as error:
@@ -208,16 +220,17 @@ class Plain:
 
 
 def packaged(loaded: LoadedRecipe, place: Path, name: str) -> None:
-    """The same as a run, packaged, verified, and loaded by the class that its config declares."""
+    """The same as a run, packaged, verified, and loaded by the class that its config declares, all in this process."""
     import transformers
 
+    from finetune.package import proof
     from finetune.package.export import package
     from finetune.package.verify import folder_findings
 
     run, made = place / f"run-{name}", place / f"package-{name}"
     AcceleratorState._reset_state(True)
     train(loaded, run, is_quiet=True)
-    package(f"{run}@last", made)
+    package(f"{run}@last", made, load=proof.load_here)
     if found := folder_findings(made)[1]:
         raise AssertionError(f"the package is not sound: {found[0]}")
     declared = json.loads((made / "config.json").read_text())["architectures"][0]
@@ -247,7 +260,7 @@ def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> s
 
 
 NOTE = 160  # characters
-PACKAGED = "Each was then packaged, verified and loaded by its declared class."
+PACKAGED = "One training by LoRA and one in full, in bf16, were then packaged,\nverified and loaded by the declared class of the base."
 UNPACKAGED = "They were not packaged for this table."
 INTRODUCTION = """# Models
 
@@ -267,7 +280,7 @@ A small model shows how a family works, and no more: nothing here was trained at
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="TYPE")
-    parser.add_argument("--packages", action="store_true", help="package what was trained")
+    parser.add_argument("--packages", action="store_true", help="package what was trained in bf16")
     parser.add_argument("--few", action="store_true", help="two ways a type in place of eight")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--json", type=Path)

@@ -74,22 +74,30 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
     changes: dict[str, object] = {name: shrunk(getattr(config, name), max_length, way) for name in parts}
     count = next((facts[name] for name in facts if LAYERS.fullmatch(name) and isinstance(facts[name], int)), 0)
     lists = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) == count > 1}
-    kept = _layers(list(lists.values()), count, way)
-    heads = facts.get("num_attention_heads")
+    apart = {int(layer): changed for layer, changed in (facts.get("per_layer_config") or {}).items()}
+    kept = _layers([*lists.values(), [apart.get(layer) for layer in range(count)]], count, way)
     for name, value in facts.items():
         if name in parts or name in ("id2label", "label2id"):
             continue
-        if name in lists:
+        if name == "per_layer_config":
+            changes[name] = {
+                at: _smaller(name, apart[here], max_length) for at, here in enumerate(kept) if here in apart
+            }
+        elif name in lists:
             changes[name] = [_smaller(name, value[place], max_length) for place in kept]
         elif LAYERS.fullmatch(name) and isinstance(value, int):
             changes[name] = min(value, len(kept))
-        elif name == "num_key_value_heads" and value == heads is not None:
-            changes[name] = min(value, 4)  # not grouped
         else:
             changes[name] = _smaller(name, value, max_length)
+    changes |= _not_grouped(facts)
     changes |= _consistent(facts, changes)
     kept_facts = {name: value for name, value in facts.items() if name not in changes and name not in UNUSED}
     return type(config)(**kept_facts, **changes)
+
+
+def _not_grouped(facts: dict) -> dict:
+    heads = facts.get("num_attention_heads")
+    return {"num_key_value_heads": min(heads, 4)} if heads and facts.get("num_key_value_heads") == heads else {}
 
 
 def _consistent(facts: dict, small: dict) -> dict:
@@ -121,7 +129,7 @@ STATES = (
 
 def _smaller(name: str, value: object, max_length: int) -> object:
     if isinstance(value, dict):
-        return {key: _smaller(key, item, max_length) for key, item in value.items()}
+        return {key: _smaller(key, item, max_length) for key, item in value.items()} | _not_grouped(value)
     if isinstance(value, list):
         return [_smaller(name, item, max_length) for item in value]
     if isinstance(value, bool) or not isinstance(value, int):

@@ -18,6 +18,13 @@ def test_every_sort_of_layer_is_there():
     assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
 
 
+def test_a_layer_of_other_sizes_than_the_rest_is_there():
+    apart = {4: {"intermediate_size": 32}}
+    small = tiny.shrunk(AutoConfig.for_model("llama", num_hidden_layers=6, per_layer_config=apart), 64)
+    assert small.num_hidden_layers == 2
+    assert small.to_dict()["per_layer_config"] == {"1": {"intermediate_size": 32}}
+
+
 @pytest.mark.parametrize(("max_length", "end"), [(2048, tiny.BEYOND), (4096, tiny.BEYOND), (4097, tiny.EDGE)])
 def test_a_window_ends_within_the_small_rows_if_it_ends_within_the_bases(max_length, end):
     assert small("mistral", max_length, sliding_window=4096).config.sliding_window == end
