@@ -195,9 +195,12 @@ def tied(folder: Folder) -> Iterator[Finding]:
     if folder.is_adapter or is_tied is None or embeddings is None:
         return
     is_language_model = any("ForCausalLM" in str(name) for name in folder.config.get("architectures") or [])
-    if is_tied and head and _bytes(folder, head) != _bytes(folder, embeddings):
+    if is_tied and head and head[2].shape == embeddings[2].shape and _bytes(folder, head) != _bytes(folder, embeddings):
         yield Finding("tied", head[0], head[1], "is stored, and is not the embeddings that the config ties it to")
-    if not is_tied and not head and is_language_model:
+    others = (place for places in folder.tensors.values() for name, place in places.items() if name != embeddings[1])
+    # families call their heads differently: each is a matrix with a row for each token
+    has_head = any(len(place.shape) == 2 and place.shape[0] == embeddings[2].shape[0] for place in others)
+    if not is_tied and not has_head and is_language_model:
         yield Finding("tied", "config.json", None, "ties no embeddings, and the output's are not stored")
 
 

@@ -16,15 +16,17 @@ from finetune.model import adapter, base, tiny
 from finetune.model.base import files, outline
 from finetune.package import classes, proof
 from finetune.package.assembly import assemble
+from finetune.package.checks import CHECKS
+from finetune.package.folder import Folder
 from finetune.package.probe import declared_class
 from finetune.resolve import Resolved
+
+OF_WEIGHTS = ("header", "index", "dtype", "finite", "tied")
 
 
 def problem(resolved: Resolved) -> str | None:
     """Why a package could not be made of what is trained; None where it could, and where no small model can be made to find out."""
     recipe = resolved.plan.recipe
-    if recipe.package.form == "adapter":  # its base is not written
-        return None
     try:
         with tempfile.TemporaryDirectory() as made, explained("cannot be tried in small", recipe.base.checkpoint):
             whole, package = Path(made, "base"), Path(made, "package")
@@ -34,8 +36,11 @@ def problem(resolved: Resolved) -> str | None:
                 model = _with_adapter(base.load_model(whole), resolved)
                 opened = Opened(model, whole, whole, resolved.plan, None)
                 assemble(opened, resolved.tokenizer, whole, package, proof.load_here, is_random=True)
-            found = [f"{finding.tensor} {finding.message}" for finding in classes.findings(package)]
-            return found[0] if found else None
+            if recipe.package.form == "adapter":
+                return None
+            folder = Folder(package)
+            found = [*(item for name in OF_WEIGHTS for item in CHECKS[name](folder)), *classes.findings(package)]
+            return f"{found[0].check}: {found[0].tensor or found[0].file} {found[0].message}" if found else None
     except PackageError as error:
         return error.message
     except BaseError:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from finetune.checkpoints import snapshot
 from finetune.checkpoints.loading import Opened, open_model
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.snapshot import DTYPES
@@ -187,7 +188,10 @@ def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, director
         tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         repo, revision = hub_base(opened.plan)
-        config = json.loads((opened.checkpoint.path / "adapter_config.json").read_bytes())
+        if opened.checkpoint:
+            config = json.loads((opened.checkpoint.path / "adapter_config.json").read_bytes())
+        else:  # before the training
+            config = snapshot.adapter_config(opened.model, opened.plan)
         _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
         return
     # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.

@@ -4,9 +4,11 @@ Everything but the merge's own proof also works on the meta device, so `plan` re
 """
 
 import json
+import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +101,7 @@ def attach(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Modu
             config.init_lora_weights = True  # any start will do: all of it is in the file
         try:
             adapted = peft.PeftModel(model, config, adapter_name=NAME)
-            result = peft.set_peft_model_state_dict(adapted, tensors, NAME)
+            result = _load(adapted, tensors)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BaseError(f"does not fit its base: {reason}", where=where, hint="check which base it names") from None
@@ -110,6 +112,18 @@ def attach(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Modu
         message = f"does not fit its base: {(unknown + missing)[0]} is in only one of them"
         raise BaseError(message, where=where, hint="check which base it names")
     return adapted.eval()
+
+
+def _load(adapted: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> NamedTuple:
+    """Puts them in by the names that they have. What another version saved is left to peft, which also renames what it takes for names of
+    a family's old files: `shared_experts` of Laguna, which nothing then fits."""
+    import peft
+
+    named = re.compile(rf"\.{NAME}(?=\.|$)")
+    places = {named.sub("", name): name for name in adapted.state_dict() if named.search(name)}
+    if tensors.keys() != places.keys():
+        return peft.set_peft_model_state_dict(adapted, tensors, NAME)
+    return adapted.load_state_dict({places[name]: tensor for name, tensor in tensors.items()}, strict=False)
 
 
 def merge(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Module:
