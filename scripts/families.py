@@ -260,7 +260,7 @@ def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> s
 
 
 NOTE = 160  # characters
-PACKAGED = "One training by LoRA and one in full, in bf16, were then packaged,\nverified and loaded by the declared class of the base."
+PACKAGED = "One bf16 training by LoRA and one in full\nwere then packaged in fp32, verified, and loaded by the class that the config declares."
 UNPACKAGED = "They were not packaged for this table."
 INTRODUCTION = """# Models
 
