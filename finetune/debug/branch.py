@@ -81,7 +81,8 @@ def branch(
             with lease.acquire(run, secrets.token_hex(4)) as held:
                 is_reset = choices.is_optimizer_reset
                 made = branch_run.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
-                branch_run.make(made, held)
+                for line in branch_run.make(made, held):
+                    print(line, file=sys.stderr)
             if not is_quiet:
                 print("\n".join((f"branched from {parent.ref}", *plan.parent.changes)), file=sys.stderr)
     ranks.wait_for_everyone(accelerator)
