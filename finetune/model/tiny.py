@@ -38,7 +38,7 @@ SIZES = {
     r"|(.*_)?embed_dim|dim_model_base": 32,
 }
 RULES = [(re.compile(pattern), size) for pattern, size in SIZES.items()]
-LAYER_LISTS = 3  # ways to choose layers, see `_layers`
+WAYS = 3  # to choose layers, see `_layers`
 
 
 def model_like(config: PretrainedConfig, max_length: int, **options: object) -> torch.nn.Module:
@@ -47,7 +47,7 @@ def model_like(config: PretrainedConfig, max_length: int, **options: object) -> 
     `max_length` is that of the rows that the base will see: what ends within them ends within the small model's.
     """
     tried = []
-    for way in range(LAYER_LISTS):
+    for way in range(WAYS):
         try:
             with explained("cannot be made small", config.model_type):
                 return _model(shrunk(config, max_length, way), options)
