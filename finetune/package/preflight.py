@@ -41,7 +41,7 @@ def refuse_unpackageable(resolved: Resolved) -> None:
         told = f"whether this run can be packaged could not be tried in small: {error.message}"
         print(told, file=sys.stderr, flush=True)
     if problems and plan.recipe.model_fields_set & {"package", "publish"}:
-        hint = "mend it now: the package would be refused for it after the training"
+        hint = "fix it now: the package would be refused for it after the training"
         raise PackageError("; ".join(problems), where="package", hint=hint)
     for problem in problems:
         print(f"this run could not be packaged as it is: {problem}", file=sys.stderr, flush=True)
