@@ -475,11 +475,13 @@ def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
     from finetune.estimate import readable
     from finetune.pruning import prune as prune_run
 
-    actions = prune_run(run, keep, dry_run)
+    actions, pinned = prune_run(run, keep, dry_run)
     freed = sum(action["bytes"] for action in actions)
     lines = [f"{action['action']} {action['ref']} ({readable(action['bytes'])})" for action in actions]
+    lines += [f"kept {item['ref']}: pinned by {', '.join(f'pins/{name}' for name in item['pins'])}" for item in pinned]
     lines.append(f"{'would free' if dry_run else 'freed'} {readable(freed)}")
-    _print({"actions": actions, "freed_bytes": freed, "is_dry_run": dry_run}, "\n".join(lines), is_json)
+    facts = {"actions": actions, "pinned": pinned, "freed_bytes": freed, "is_dry_run": dry_run}
+    _print(facts, "\n".join(lines), is_json)
 
 
 @cli.command()

@@ -26,7 +26,7 @@ from finetune.example import Example
 from finetune.model import base
 from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Base, Recipe, Source, is_drawn
+from finetune.recipe.schema import Base, LoraAdapter, Recipe, Source, is_drawn
 from finetune.resolve import Resolved, resolve
 from finetune.state import device_name
 from finetune.tasks import TASKS
@@ -35,6 +35,23 @@ from finetune.words import counted
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose
 WORLD = tuple(name for name in FACT_NAMES if name != "versions")
+
+
+def stand_in(run: Path, plan: Plan) -> Path | None:
+    """The newest checkpoint of a run that trains whole weights, where its base cannot be had: it has all that a resume needs. None where
+    the base is there, or nothing stands in for it: then whoever loads the base says why."""
+    if isinstance(plan.recipe.adapter, LoraAdapter) or places.bases():
+        return None
+    try:
+        base.directory(plan.recipe.base, plan.base)
+    except (BaseError, CheckpointError) as error:
+        newest, _ = Store(run).newest_sound()
+        if newest is None:
+            return None
+        about = f"{error.message}; step {newest.step} of this run has all weights and stands in for it"
+        places.say(f"base {plan.recipe.base.checkpoint} {about}")
+        return newest.path
+    return None
 
 
 def open_plan(
@@ -69,7 +86,10 @@ def open_plan(
         raise _idle_schedule(
             path, schedule, f"the recipe asks for the {counted(earlier.steps, 'step')} that the run has"
         )
-    resolved = resolve(_with_length_of(earlier, loaded), earlier, is_to_load=True, today=today)
+    checkpoint = stand_in(path, earlier)
+    small_files = base.small_files_of(checkpoint) if checkpoint else None
+    resolved = resolve(_with_length_of(earlier, loaded), earlier, True, today=today, stand_in=small_files)
+    resolved = replace(resolved, stand_in=checkpoint)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     now["micro_batch_tokens"] = resolved.micro_batch_tokens

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from finetune import journal as journals
 from finetune import plan as plans
@@ -14,11 +15,17 @@ from finetune.errors import CheckpointError
 from finetune.recipe.schema import Keep, Publish
 
 
-def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[dict]:
+class Pruned(NamedTuple):
+    actions: list[dict]
+    """Each has `ref`, `step`, `action` (`demote` or `remove`) and `bytes`, those that become free."""
+    pinned: list[dict]
+    """What the rules would take, were it not pinned: `ref`, `step`, and `pins`, the files that say so."""
+
+
+def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned:
     """Applies the run's keep rules by hand, with those of `changes` that are not None; a dry run only says what would happen.
 
-    Each entry has `ref`, `step`, `action` (`demote` or `remove`) and `bytes`, those that become free. The newest sound checkpoint
-    always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
+    The newest sound checkpoint always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
     """
     plan, _ = plans.load(run)
     cadences = {"every", "weights_every"}
@@ -33,7 +40,9 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
             raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
         damaged = {damage.file.partition("/")[0] for damage in damages}
         evaluated = journals.evaluations(scan.events(run))
-        actions = due(store, rule, evaluated, damaged, plan.recipe.publish)
+        rules, pins = (store, rule, evaluated, damaged, plan.recipe.publish), store.pins()
+        actions = due(*rules)
+        held = {item.step for item, _ in due(*rules, are_pins_kept=False)} & pins.keys()
         facts = [
             {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
             for item, action in actions
@@ -42,7 +51,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> list[d
             journal = journals.Journal(run)
             apply(store, actions, lambda name, step: journal.append(journals.event(name, "prune", step=step)))
             journal.close()
-    return facts
+    return Pruned(facts, [{"ref": f"{run}@{step}", "step": step, "pins": pins[step]} for step in sorted(held)])
 
 
 def due(
@@ -51,6 +60,7 @@ def due(
     evaluated: dict[int, dict],
     damaged: Collection[str],
     publish: Publish | None = None,
+    are_pins_kept: bool = True,
 ) -> list[tuple[Summary, str]]:
     """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
     checkpoints stay, and milestones that are published, or will be."""
@@ -58,7 +68,7 @@ def due(
     saved = [Saved.of(item, evaluated) for item in sound]
     cadence = publish.milestones.steps if publish and publish.milestones else None
     milestones = {item.step for item in sound if cadence and item.step % cadence == 0}
-    kept = keep(saved, rule, protected=store.pinned() | milestones)
+    kept = keep(saved, rule, protected=milestones | (store.pinned() if are_pins_kept else set()))
     demoted = [item for item in sound if item.step in kept.weights and item.kind == "full"]
     removed = [item for item in sound if item.step not in kept.full | kept.weights]
     return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]

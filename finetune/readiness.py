@@ -17,7 +17,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     refuse_unfit_base(resolved)
     recipe = resolved.plan.recipe
     if recipe.base.quantization:
-        base.check_quantization()
+        base.check_quantization(resolved.base_directory)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
         layers.check_compiler()

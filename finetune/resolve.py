@@ -52,6 +52,8 @@ class Resolved:
     """What was found out about the base that its user should know."""
     reached: dict[str, tuple[int, int]] | None = None
     """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
+    stand_in: Path | None = None
+    """A checkpoint with all weights, where the base is gone: what is loaded to be trained on."""
 
     @property
     def companions(self) -> base.Companions:

@@ -64,8 +64,8 @@ def train(
                 resolved, facts, changes = open_plan(loaded, path, accelerator, schedule, today)
                 if ask and is_writer and not Store(path).checkpoints():
                     ask(resolved)
-                base_directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
-                if is_writer:
+                base_directory = resolved.stand_in or base.directory(resolved.plan.recipe.base, resolved.plan.base)
+                if is_writer and not resolved.stand_in:
                     begun = resolved.plan.recipe.base, resolved.plan.base, facts["run"]
                     changes += pins.pin_base(*begun, base_directory)
             resolved, facts = with_same_micro_batches(resolved, facts, accelerator)
@@ -83,6 +83,8 @@ def train(
             try:
                 newest = recorder.open(loaded.text, resolved.companions, state, changes) if is_writer else None
                 checkpoint = _same_checkpoint(newest, path, accelerator)
+                if checkpoint is None and resolved.stand_in:  # what stood in for the base is gone as well
+                    base.directory(plan.recipe.base, plan.base)
                 if checkpoint:
                     snapshot.read(state, plan, checkpoint)
                     progress.say(f"resumed from step {state.step}")

@@ -64,6 +64,7 @@ FLOORS = {
     "finetune.model": 1,
     "finetune.model.base.files": 0,
     "finetune.model.base.quiet": 0,
+    "finetune.model.base.quantized": 0,
     "finetune.progress": 1,
     "finetune.trial": 2,
     "finetune.resolve": 3,

@@ -26,7 +26,14 @@ def test_it_outlives_the_keep_rules_of_its_run(form, recipe_file, train, tmp_pat
     second = recipe_file("second", base={"checkpoint": text}, **BASE_ONLY)
     train(second, tmp_path / "second", "train.steps=1")
     assert [name.name[:19] for name in (first / "pins").iterdir()] == ["step-00000002-base-"]
-    assert prune(first, {"last": 1}, is_dry_run=False) == [] and steps(first) == [2, 4]
+    actions, pinned = prune(first, {"last": 1}, is_dry_run=False)
+    assert actions == [] and steps(first) == [2, 4]
+    assert pinned == [{"ref": f"{first}@2", "step": 2, "pins": [path.name for path in (first / "pins").iterdir()]}]
+    for path in (first / "pins").iterdir():
+        path.unlink()
+    (action,), held = prune(first, {"last": 1}, is_dry_run=True)
+    assert action["step"] == 2 and held == []
+    Store(first).pin(2, "base-again")
     longer = recipe_file(adapter=None, checkpoint=kept, **BASE_ONLY)
     train(longer, first, "train.steps=8")
     assert steps(first) == [2, 6, 8]

@@ -75,6 +75,7 @@ def tried(loaded):
         ("qwen3_next", {}, {}, "padded", "packed, this base would mix them"),
         ("llama4_text", {"attention_chunk_size": 32}, {}, "padded", "packed, this base would mix them"),
         ("llama", {}, {"packing": False}, "padded", None),
+        ("gemma2", {"head_dim": 8, "dtype": "bfloat16"}, {}, "packed", None),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

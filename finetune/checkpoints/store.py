@@ -212,8 +212,15 @@ class Store:
 
     def pinned(self) -> set[int]:
         """The steps that are pinned; whether they are committed is another question."""
-        names = [path.name for path in (self.run / "pins").glob("step-*-*")]
-        return {int(match[1]) for name in names if (match := _PIN.fullmatch(name))}
+        return set(self.pins())
+
+    def pins(self) -> dict[int, list[str]]:
+        """By step the names of its files in `pins/`."""
+        found: dict[int, list[str]] = {}
+        for name in sorted(path.name for path in (self.run / "pins").glob("step-*-*")):
+            if match := _PIN.fullmatch(name):
+                found.setdefault(int(match[1]), []).append(name)
+        return found
 
     def sweep(self) -> None:
         """Puts back what a dead process had moved away for a commit that did not come, and removes what it left in `attempts/`, in

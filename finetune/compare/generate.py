@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoints.loading import open_model, open_tokenizer
+from finetune.errors import explained
 from finetune.tasks.rendering import Renderer
 from finetune.tasks.text import beginning
 
@@ -36,7 +37,7 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
     for prompt in prompts:
         ids = torch.tensor([_ids(tokenizer, prompt, opened.plan.date if opened.plan else None)], device=device)
         torch.manual_seed(seed)
-        with torch.inference_mode():
+        with torch.inference_mode(), explained("transformers cannot generate with it", text):
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

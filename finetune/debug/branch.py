@@ -27,7 +27,8 @@ from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
 from finetune.heldout import lineage
-from finetune.opening import facts_of
+from finetune.model import base
+from finetune.opening import facts_of, stand_in
 from finetune.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.schema import Recipe
@@ -71,7 +72,9 @@ def branch(
     accelerator = start_accelerator(loaded.recipe.train)
     checkpoint = _checkpoint(origin, step)
     if accelerator.is_main_process:
-        resolved = resolve(loaded, like=old, stages=lineage.up_to(origin, step))
+        whole = stand_in(origin, old) if checkpoint else None
+        small_files = base.small_files_of(whole) if whole else None
+        resolved = resolve(loaded, like=old, stages=lineage.up_to(origin, step), stand_in=small_files)
         digest = checkpoint.manifest.digest if checkpoint else None
         parent = Parent(ref=f"{origin.name}@{step}", run=facts["run"], step=step, digest=digest, plan_id=old.plan_id)
         plan = _plan(resolved, old, parent, choices)
@@ -81,7 +84,8 @@ def branch(
             with lease.acquire(run, secrets.token_hex(4)) as held:
                 is_reset = choices.is_optimizer_reset
                 made = branch_run.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
-                branch_run.make(made, held)
+                for line in branch_run.make(made, held):
+                    print(line, file=sys.stderr)
             if not is_quiet:
                 print("\n".join((f"branched from {parent.ref}", *plan.parent.changes)), file=sys.stderr)
     ranks.wait_for_everyone(accelerator)

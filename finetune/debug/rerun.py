@@ -21,7 +21,7 @@ from finetune.data.batches import Batches
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.guard import Amendment
 from finetune.model import base
-from finetune.opening import facts_of
+from finetune.opening import facts_of, stand_in
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Guard
 from finetune.recorder import columns_of, figures_of
@@ -71,8 +71,10 @@ class Rerun:
         self.accelerator = start_accelerator(self.plan.recipe.train)
         loaded = LoadedRecipe(self.plan.recipe, "", str(run / "plan.json"), {"": 0})
         with ranks.rank_0_first(self.accelerator):
-            self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True)
-            self._directory = base.directory(self.plan.recipe.base, self.plan.base)
+            self._stand_in = stand_in(run, self.plan)
+            small_files = base.small_files_of(self._stand_in) if self._stand_in else None
+            self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True, stand_in=small_files)
+            self._directory = self._stand_in or base.directory(self.plan.recipe.base, self.plan.base)
         self._state: TrainState | None = None
         self._loaded_step = 0
         self._worlds = {
@@ -119,6 +121,8 @@ class Rerun:
 
     def begin_at(self, checkpoint: Checkpoint | None) -> None:
         """Brings the state to a checkpoint, of this run or of its like, or to the base."""
+        if checkpoint is None and self._stand_in:
+            base.directory(self.plan.recipe.base, self.plan.base)  # it is gone, and says so
         self._loaded_step = checkpoint.step if checkpoint else 0
         if checkpoint is None and self._state is not None and self._state.step == 0:
             return

@@ -38,16 +38,16 @@ SIZES = {
     r"|(.*_)?embed_dim|dim_model_base": 32,
 }
 RULES = [(re.compile(pattern), size) for pattern, size in SIZES.items()]
-LAYER_LISTS = 3  # ways to choose layers, see `_layers`
+WAYS = 3  # to choose layers, see `_layers`
 
 
 def model_like(config: PretrainedConfig, max_length: int, **options: object) -> torch.nn.Module:
-    """A small model of the kind of `config`, in eval mode; options go to transformers. BaseError where none can be made.
+    """A small model of the kind of `config`, in fp32 and eval mode; options go to transformers. BaseError where none can be made.
 
     `max_length` is that of the rows that the base will see: what ends within them ends within the small model's.
     """
     tried = []
-    for way in range(LAYER_LISTS):
+    for way in range(WAYS):
         try:
             with explained("cannot be made small", config.model_type):
                 return _model(shrunk(config, max_length, way), options)
@@ -59,7 +59,8 @@ def model_like(config: PretrainedConfig, max_length: int, **options: object) -> 
 def _model(config: PretrainedConfig, options: dict) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, **options).eval()
+        # not the type of the base's files: rounded to 8 bits, rows that stay apart differ as much as rows that are mixed
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)  # else what starts as zero has no part in it

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoints.loading import Opened
 from finetune.checkpoints.snapshot import DTYPES
+from finetune.errors import PackageError, explained
 from finetune.package import classes, probe, proof, reference, small_files, weights
 from finetune.package.proof import Check, Loader, Look
 
@@ -39,7 +40,9 @@ def assemble(
     """
     recipe = opened.plan.recipe
     form, dtype = recipe.package.form, weights.dtype_of(recipe)
-    converted = weights.convert(opened.model, form, dtype, tokenizer, base_directory, is_random)
+    told, hint = f"transformers cannot run it in {dtype}".replace("torch.", ""), "set package.dtype: fp32"
+    with explained(told, "package", hint, PackageError):
+        converted = weights.convert(opened.model, form, dtype, tokenizer, base_directory, is_random)
     model = converted.model
     trained = Look(converted.logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
     found = weights.stored(converted, form, dtype, base_directory)

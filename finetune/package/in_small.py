@@ -25,35 +25,52 @@ OF_WEIGHTS = ("header", "index", "dtype", "finite", "tied")
 
 
 def problem(resolved: Resolved) -> str | None:
-    """Why a package could not be made of what is trained; None where it could, and where no small model can be made to find out."""
-    recipe = resolved.plan.recipe
-    try:
-        with tempfile.TemporaryDirectory() as made, explained("cannot be tried in small", recipe.base.checkpoint):
-            whole, package = Path(made, "base"), Path(made, "package")
-            package.mkdir()
-            _write_base(resolved, whole)
-            with outline.quiet():
-                model = _with_adapter(base.load_model(whole), resolved)
-                opened = Opened(model, whole, whole, resolved.plan, None)
+    """Why a package could not be made of what is trained; None where it could. BaseError where no small model can be made to find out,
+    or written."""
+    untried, problems = [], []
+    for way in range(tiny.WAYS):
+        try:
+            found = _problem(resolved, way)
+        except BaseError as error:
+            untried.append(error)
+            continue
+        if found is None:
+            return None
+        problems.append(found)  # perhaps of these layers together, and not of the base
+    if not problems:
+        raise untried[0]
+    return problems[0]
+
+
+def _problem(resolved: Resolved, way: int) -> str | None:
+    """The same of a small model whose layers are chosen in one way."""
+    with tempfile.TemporaryDirectory() as made:
+        whole, package = Path(made, "base"), Path(made, "package")
+        package.mkdir()
+        with explained("cannot be made small", resolved.plan.recipe.base.checkpoint):
+            model = _written_base(resolved, way, whole)
+        try:
+            with outline.quiet(), explained("fails", "package", kind=PackageError):
+                opened = Opened(_with_adapter(model, resolved), whole, whole, resolved.plan, None)
                 assemble(opened, resolved.tokenizer, whole, package, proof.load_here, is_random=True)
-            if recipe.package.form == "adapter":
-                return None
-            folder = Folder(package)
-            found = [*(item for name in OF_WEIGHTS for item in CHECKS[name](folder)), *classes.findings(package)]
-            return f"{found[0].check}: {found[0].tensor or found[0].file} {found[0].message}" if found else None
-    except PackageError as error:
-        return error.message
-    except BaseError:
-        return None
+        except PackageError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # of this machine's disk
+                raise BaseError(error.message, where=made) from None
+            return error.message
+        if resolved.plan.recipe.package.form == "adapter":  # its base is not written
+            return None
+        folder = Folder(package)
+        found = [*(item for name in OF_WEIGHTS for item in CHECKS[name](folder)), *classes.findings(package)]
+    return f"{found[0].check}: {found[0].tensor or found[0].file} {found[0].message}" if found else None
 
 
-def _write_base(resolved: Resolved, directory: Path) -> None:
-    """The base in small, by the class that its config declares, with the small files of the real one."""
+def _written_base(resolved: Resolved, way: int, directory: Path) -> torch.nn.Module:
+    """The base in small, by the class that its config declares, with the small files of the real one; loaded again, as it would be."""
     config = base.load_config(resolved.base_directory)
     declared = declared_class(resolved.base_directory)
     with torch.random.fork_rng(devices=[]), outline.quiet():
         torch.manual_seed(0)
-        small = _with_vocabulary(tiny.shrunk(config, resolved.plan.recipe.task.max_length), config)
+        small = _with_vocabulary(tiny.shrunk(config, resolved.plan.recipe.task.max_length, way), config)
         model = AutoModelForCausalLM.from_config(small) if declared is None else declared(small)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -61,6 +78,7 @@ def _write_base(resolved: Resolved, directory: Path) -> None:
         model.save_pretrained(directory)
     with tempfile.TemporaryDirectory() as nothing:
         files.copy_small_files(resolved.base_directory, Path(nothing), directory)
+    return base.load_model(directory)
 
 
 def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> PretrainedConfig:

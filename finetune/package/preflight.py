@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import cache, version
-from finetune.errors import PackageError
+from finetune.errors import BaseError, PackageError
 from finetune.package import contents, in_small, licence, small_files
 from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
 from finetune.resolve import Resolved
 
-RULES = 2  # of what is asked; part of the cache key
+RULES = 3  # of what is asked; part of the cache key
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")
 
 
@@ -34,8 +34,14 @@ def refuse_unpackageable(resolved: Resolved) -> None:
         *map(version, ("finetune", "transformers")),
     ]
     problems = cache.found("packageable", facts, lambda: list(_problems(resolved)))
+    try:
+        if small := cache.found("packageable in small", facts, lambda: in_small.problem(resolved)):
+            problems = [*problems, small]
+    except BaseError as error:
+        told = f"whether this run can be packaged could not be tried in small: {error.message}"
+        print(told, file=sys.stderr, flush=True)
     if problems and plan.recipe.model_fields_set & {"package", "publish"}:
-        hint = "mend it now: the package would be refused for it after the training"
+        hint = "fix it now: the package would be refused for it after the training"
         raise PackageError("; ".join(problems), where="package", hint=hint)
     for problem in problems:
         print(f"this run could not be packaged as it is: {problem}", file=sys.stderr, flush=True)
@@ -60,5 +66,3 @@ def _problems(resolved: Resolved) -> Iterator[str]:
         found = [*contents.findings(directory), *(item for name in BEFORE for item in CHECKS[name](folder))]
         for check, file, _, message in dict.fromkeys(found):
             yield f"{check}: {file}: {message}"
-    if found := in_small.problem(resolved):
-        yield found

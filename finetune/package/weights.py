@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.loading import Opened, open_model
@@ -138,10 +138,17 @@ def as_loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             config=model.config,
             state_dict=model.state_dict(),
             dtype=dtype,
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=_attention_of(model.config),
         )
     made.config.use_cache = model.config.use_cache
     return made.eval()
+
+
+def _attention_of(config: PretrainedConfig) -> dict[str, str]:
+    """By the names of parts, "" for the whole: the text of a model may attend in another way than what reads its images."""
+    parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
+    return {name: kind for name, kind in found.items() if kind}
 
 
 def _cast_adapter(model: torch.nn.Module, dtype: torch.dtype) -> None:

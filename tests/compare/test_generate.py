@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from finetune.compare.generate import generate
+from finetune.errors import BaseError
 
 
 def test_a_build_of_torch_for_gpus_answers_on_a_machine_without_one(tiny_base, monkeypatch) -> None:
@@ -38,3 +40,16 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(
     monkeypatch.setattr(LlamaForCausalLM, "generate", lambda model, ids, **settings: prompts.append(ids) or ids)
     generate([str(directory)], ["the row"], max_new_tokens=3, temperature=0.0, seed=0)
     assert prompts[0].tolist() == [tiny_tokenizer("the row", add_special_tokens=False)["input_ids"]]
+
+
+def test_what_transformers_raises_while_it_generates_is_one_error(tiny_base, monkeypatch) -> None:
+    """Families without attention have caches that some versions of transformers cannot count."""
+
+    def fails(model: LlamaForCausalLM, ids: torch.Tensor, **settings: object) -> None:
+        raise ValueError("`get_seq_length` can only be called on Attention layers")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", fails)
+    with pytest.raises(
+        BaseError, match=r"transformers cannot generate with it \(ValueError: `get_seq_length` can only"
+    ):
+        generate([str(tiny_base)], ["the row"], max_new_tokens=3, temperature=0.0, seed=0)

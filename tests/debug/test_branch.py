@@ -30,6 +30,14 @@ def records(run):
     return journal.steps(journal.read(run))
 
 
+def test_a_run_that_may_not_be_written_can_be_branched_off(run, capsys) -> None:
+    (run / "pins").write_text("in the way")  # root may write everywhere else
+    made = branch(f"{run}@8", None, Choices(), until=9)
+    said = [line for line in capsys.readouterr().err.splitlines() if "pinned" in line]
+    assert len(said) == 1 and said[0].startswith("run@8 could not be pinned, so its run may prune it: ")
+    assert max(records(made)) == 9
+
+
 def test_a_branch_with_nothing_changed_goes_the_same_way(run) -> None:
     made = branch(f"{run}@8", None, Choices())
     assert made.name == "run-8"

@@ -47,7 +47,7 @@ def test_no_command_holds_the_whole_journal(run, monkeypatch) -> None:
     assert bisect(run, "loss > 0")["first_bad_step"] is None
     assert history.log(run)["steps"]["recorded"] == 20
     assert find(parse(f"{run}@best")).step == 20
-    assert prune(run, {"last": 1}, is_dry_run=True)
+    assert prune(run, {"last": 1}, is_dry_run=True).actions
 
 
 def test_a_step_between_checkpoints_is_reached_from_the_one_before(run, capfd) -> None:

@@ -48,6 +48,11 @@ def test_it_is_the_same_each_time_and_leaves_random_numbers_as_they_were():
     assert all(torch.equal(one, two) for one, two in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_is_in_fp32_whatever_the_files_of_the_base_are_in(dtype):
+    assert {each.dtype for each in small("gemma2", dtype=dtype).parameters()} == {torch.float32}
+
+
 def test_what_cannot_be_made_is_one_error():
     with pytest.raises(BaseError, match=r"xmod: cannot be made small \(ValueError: Input language unknown"):
         small("xmod")

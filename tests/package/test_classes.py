@@ -1,5 +1,6 @@
 """Packages of models that keep weights in fp32, or that are more than their language model: loaded as their configs declare. In this process."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from finetune.model.base import outline
-from finetune.package import classes, export, in_small, proof
+from finetune.errors import PackageError
+from finetune.model import tiny
+from finetune.model.base import load_model, outline
+from finetune.package import classes, export, in_small, preflight, proof, weights
 from finetune.package.contents import Finding
 from finetune.package.verify import folder_findings, verify
 from finetune.recipe.load import load
@@ -42,6 +45,7 @@ CONFIGS = {
         **{**TEXT, **EXPERTS, "layers_block_type": ["mamba", "moe"], "mamba_num_heads": 4, "mamba_head_dim": 8},
         **{"ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "moe_shared_expert_intermediate_size": 16},
     },
+    "xlstm": {"hidden_size": 32, "num_heads": 4, "num_blocks": 2, "num_hidden_layers": 2, "chunk_size": 16},
     "qwen3_5": {"text_config": {**TEXT, **DELTA}, "vision_config": QWEN_VISION},
     "llama4": {
         "text_config": {**TEXT, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 32},
@@ -65,7 +69,14 @@ KEPT = {
     "olmo_hybrid": "A_log",
     "nemotron_h": "e_score_correction_bias",
 }
-HYBRID = ("lfm2_moe", "olmo_hybrid", "falcon_h1", "nemotron_h", "qwen3_5")  # states pass from row to row: not packed
+HYBRID = (
+    "xlstm",
+    "lfm2_moe",
+    "olmo_hybrid",
+    "falcon_h1",
+    "nemotron_h",
+    "qwen3_5",
+)  # states pass from row to row: not packed
 PROCESSORS = {"preprocessor_config.json": {"image_processor_type": "Gemma3ImageProcessor"}, "processor_config.json": {}}
 
 
@@ -153,14 +164,24 @@ def test_what_is_computed_and_not_stored_is_compared_in_the_type_of_the_package(
     assert buffers["model.layers.0.mamba.mup_vector"].dtype == torch.bfloat16
 
 
+def test_parts_attend_in_the_package_as_they_do_in_training(tmp_path) -> None:
+    """got-ocr2's vision attends eagerly, and its text by sdpa; in bf16 that is not the same to the bit."""
+    tiny.model_like(AutoConfig.for_model("got_ocr2"), 64).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    before = [model.config._attn_implementation, model.config.get_text_config()._attn_implementation]
+    assert before == ["eager", "sdpa"]
+    cast = weights.as_loaded(model, torch.bfloat16)
+    assert [cast.config._attn_implementation, cast.config.get_text_config()._attn_implementation] == before
+
+
 def test_what_the_base_stores_in_fp32_beside_bf16_is_packaged_so(packaged, tiny_base, tmp_path) -> None:
     base, name = shutil.copytree(tiny_base, tmp_path / "mixed"), "model.layers.0.input_layernorm.weight"
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(base / "model.safetensors").items()}
     save_file(tensors | {name: torch.full((32,), 1.001)}, base / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    for weights in ("fp32", "bf16"):
-        package = packaged("llama", base, train={"weights": weights})
+    for kind in ("fp32", "bf16"):
+        package = packaged("llama", base, train={"weights": kind})
         assert [key for key, one in stored(package).items() if one.dtype == torch.float32] == [name]
         assert (stored(package)[name].bfloat16().float() != stored(package)[name]).all()
         assert problems(package) == []
@@ -268,3 +289,30 @@ def test_a_run_that_has_ended_is_packaged_in_another_type_on_request(packaged, t
     assert "cast" not in [check["name"] for check in facts["checks"]]
     assert "dtype: fp32" in (tmp_path / "fp32/training/recipe.yaml").read_text()
     assert problems(tmp_path / "fp32") == []
+
+
+def test_what_transformers_cannot_run_in_the_type_of_the_package_is_told_before_and_in_one_error_after(
+    unpackageable, packaged, random_base, monkeypatch
+) -> None:
+    """xLSTM's states are in fp32, and torch multiplies no two types."""
+    told = "transformers cannot run it in bfloat16 (RuntimeError: "
+    assert unpackageable(random_base("xlstm"), adapter=None).startswith(told)
+    with pytest.raises(PackageError) as caught:
+        packaged("xlstm", random_base("xlstm"))
+    assert caught.value.message.startswith(told) and caught.value.hint == "set package.dtype: fp32"
+
+
+def test_where_no_small_model_can_be_made_or_written_it_is_said_that_nothing_was_tried(
+    recipe_file, tiny_base, monkeypatch, capsys
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    resolved = resolve(load(recipe_file(package={"license": "mit"}, train={"steps": 3}), ()))
+    for module, name, fails in ((tiny, "shrunk", KeyError), (weights, "write", full)):
+        monkeypatch.setattr(module, name, fails)
+        preflight.refuse_unpackageable(resolved)
+        assert "whether this run can be packaged could not be tried in small: " in capsys.readouterr().err
+        monkeypatch.undo()
+    preflight.refuse_unpackageable(resolved)
+    assert capsys.readouterr().err == ""

@@ -77,7 +77,7 @@ def test_what_could_not_be_packaged_is_refused_before_the_training_where_it_is_a
     assert refused[0] == planned[0] == 1 and (refused[2] == planned[2] or refused[2] in planned[2])
     assert "package: package.license: cannot be mit: the base is under cc-by-nc-4.0" in refused[2]
     assert "private: tokenizer_config.json: names /home/somebody/models/tiny" in refused[2]
-    assert "hint: mend it now" in refused[2]
+    assert "hint: fix it now" in refused[2]
     assert trained[0] == 0 and "this run could not be packaged as it is: private: tokenizer_config.json" in trained[2]
     assert (run / "checkpoints/step-00000001/manifest.json").exists()
 

@@ -20,6 +20,7 @@ from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.run import train
 from tests.hub.client import in_turn
+from tests.stories.same_run import _of_directories
 
 ADAPTER = {"name": "lora", "rank": 4, "alpha": 8}
 
@@ -174,6 +175,36 @@ def test_whole_weights_need_no_base(full, tmp_path) -> None:
             evaluate([f"{run}@0"], None, ())
     finally:
         hidden.rename(full / "models")
+
+
+def test_whole_weights_are_trained_on_without_the_base_as_with_it(full, tmp_path, capsys) -> None:
+    runs = {name: shutil.copytree(full / "runs/a", tmp_path / name) for name in ("with", "without")}
+    extended(full / "recipe.yaml", 8)
+    recipe = load(full / "recipe.yaml")
+    train(recipe, runs["with"], is_quiet=True)
+    (full / "models").rename(full / "elsewhere")
+    try:
+        capsys.readouterr()
+        train(recipe, runs["without"], is_quiet=True)
+        about = "is not here any more; step 4 of this run has all weights and stands in for it"
+        assert f"base {full}/models/tiny {about}\n" in capsys.readouterr().err
+        for step in (6, 8):
+            name = f"checkpoints/step-{step:08d}"
+            assert not _of_directories(runs["with"] / name, runs["without"] / name)
+        assert replay(runs["without"], 5, 8)["identical"]
+        made = branch(f"{runs['without']}@6", tmp_path / "branch", Choices(), is_quiet=True)
+        for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json", "config.json"):
+            path = f"checkpoints/step-00000008/{name}"
+            assert (made / path).read_bytes() == (runs["with"] / path).read_bytes()
+        with pytest.raises(BaseError, match="is not here any more"):
+            replay(runs["without"], 1, 2)
+        for path in runs["without"].glob("checkpoints/*"):
+            shutil.rmtree(path)
+        with pytest.raises(BaseError, match="is not here any more"):
+            train(recipe, runs["without"], is_quiet=True)
+    finally:
+        (full / "elsewhere").rename(full / "models")
+        extended(full / "recipe.yaml", 4)
 
 
 def test_a_base_that_is_a_checkpoint_of_a_run_is_found_after_both_were_moved(full, tmp_path, chat_data) -> None:

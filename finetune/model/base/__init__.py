@@ -65,6 +65,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_lacking",
     "run_around",
+    "small_files_of",
     "stop_tokens",
     "tokenizer_directory",
     "tokenizer_files",
@@ -155,6 +156,17 @@ def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
     def build(target: Path) -> None:
         files.copy_small_files(base_directory, adapter, target)
         shutil.copyfile(base_directory / files.CONFIG, target / files.CONFIG)
+
+    return cache.built("tokenizers", key, build)
+
+
+def small_files_of(checkpoint: Path) -> Path:
+    """Config and tokenizer of a checkpoint with all weights, in the cache: keep rules may take the checkpoint away meanwhile."""
+    key = blake3.blake3(files.small_digest(checkpoint).encode()).hexdigest()[:32]
+
+    def build(target: Path) -> None:
+        files.copy_small_files(checkpoint, checkpoint, target)
+        shutil.copyfile(checkpoint / files.CONFIG, target / files.CONFIG)
 
     return cache.built("tokenizers", key, build)
 

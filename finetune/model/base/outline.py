@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.checkpoints.tensors import Place, read_header
+from finetune.model.base import quantized
 from finetune.model.base.quiet import quiet
 
 TYPES = {
@@ -98,8 +99,13 @@ def not_of(model: PreTrainedModel, path: Path, written: Iterable[str]) -> list[s
     """Names in the files at `path` that are not among the `written`, and that fill nothing in this model under another name."""
     places = headers(path)
     left = {name: place for name, place in places.items() if name not in set(written)}
-    if not left or not outline(type(model), model.config, on_meta(left)).filled:
+    config = AutoConfig.from_pretrained(path)  # that of a model no longer says that the files are quantized
+    is_quantized = quantized.to_numbers(config)
+    found = outline(type(model), config if is_quantized else model.config, on_meta(left)) if left else None
+    if found is None or not found.filled:
         return sorted(left)
+    if is_quantized:  # blocks and scales are a weight together, and nothing alone
+        return sorted(found.unexpected)
     # tied weights that are stored twice, or older names
     return [name for name in sorted(left) if not outline(type(model), model.config, on_meta({name: left[name]})).filled]
 
@@ -137,11 +143,12 @@ def keeping(model_class: type[PreTrainedModel], names: frozenset[str]) -> Iterat
 
 
 def with_dtype(config: dict, dtype: torch.dtype) -> dict:
-    """A config as JSON that says so of the weights, also in the sections of its parts."""
+    """A config as JSON that says so of the weights, also in the sections of its parts, and no longer that they are quantized."""
     name = str(dtype).removeprefix("torch.")
     parts = {
         key: with_dtype(value, dtype)
         for key, value in config.items()
         if key.endswith("_config") and isinstance(value, dict) and value.keys() & {"dtype", "torch_dtype"}
     }
-    return {key: value for key, value in config.items() if key != "torch_dtype"} | parts | {"dtype": name}
+    kept = {key: value for key, value in config.items() if key not in ("torch_dtype", quantized.KEY)}
+    return kept | parts | {"dtype": name}

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError, explained, of_libraries
+from finetune.model.base import quantized
 from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
 from finetune.remote_code import asked_by
@@ -48,9 +48,11 @@ def load_config(path: Path) -> PretrainedConfig:
         raise BaseError(
             f"is not a language model: it is {what}", where=_name(path), hint="choose a base that generates text"
         )
+    quantized.refuse(raw, _name(path))
     try:
         config = AutoConfig.from_pretrained(path)
         config.get_text_config()  # some have several, none of which is the language model's
+        quantized.to_numbers(config)
         return config
     except of_libraries() as error:
         raise _damaged(path / "config.json", " ".join(str(error).split())) from None
@@ -174,6 +176,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
+    if quantization:
+        check_quantization(path)
     check_weight_files(path)
     is_placed = place is not None and place.device.type != "cpu"
     device = {"device_map": {"": place.device if is_placed else "cpu"}} if is_placed or quantization else {}
@@ -211,16 +215,13 @@ def _names(keys: Iterable[object]) -> list[str]:
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
-def check_quantization() -> None:
-    """BaseError where what quantizes is not installed."""
-    if not find_spec("bitsandbytes"):
-        message, hint = "`nf4` weights need bitsandbytes", "pip install bitsandbytes"
-        raise BaseError(message, where="base.quantization", hint=hint)
+def check_quantization(path: Path) -> None:
+    """BaseError where the base at `path` cannot be quantized while it is read."""
+    quantized.check_nf4(read_json(path / "config.json"))
 
 
 def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
     """Linear layers in 4 bits with scales that are quantized too (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
-    check_quantization()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,0 +1,45 @@
+"""Floor 0. Bases whose files hold weights in fewer bits than bf16.
+
+Trained weights are in bf16 or fp32, so such a base is read as the numbers that its files stand for, or refused.
+"""
+
+from importlib.util import find_spec
+
+from finetune.errors import BaseError
+
+KEY = "quantization_config"
+READ = ("mxfp4",)  # transformers makes bf16 of it to the bit: gpt-oss is published in nothing else
+
+
+def refuse(config: dict, where: str) -> None:
+    """BaseError where the files of a config, as JSON, hold what cannot be read as numbers."""
+    method = _method_of(config)
+    if method not in (None, *READ):
+        hint = "name the checkpoint that it was made from; base.quantization: nf4 quantizes that while it is read"
+        raise BaseError(f"is quantized already ({method}), and such weights cannot be trained", where=where, hint=hint)
+
+
+def to_numbers(config: object) -> bool:
+    """Has transformers read the weights of a config of its own as numbers, whatever kernels are installed; whether they are quantized."""
+    said = getattr(config, KEY, None)
+    if said:
+        setattr(config, KEY, said | {"dequantize": True})
+    return bool(said)
+
+
+def check_nf4(config: dict) -> None:
+    """BaseError where a base cannot be quantized while it is read: it is so already, or what does it is not installed."""
+    if method := _method_of(config):
+        message, hint = f"`nf4` cannot be made of a base that is quantized already ({method})", "remove the key"
+        raise BaseError(message, where="base.quantization", hint=hint)
+    if not find_spec("bitsandbytes"):
+        message, hint = "`nf4` weights need bitsandbytes", "pip install bitsandbytes"
+        raise BaseError(message, where="base.quantization", hint=hint)
+
+
+def _method_of(config: dict) -> str | None:
+    for part in (config, config.get("text_config")):
+        said = part.get(KEY) if isinstance(part, dict) else None
+        if said:
+            return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
+    return None
