@@ -24,17 +24,22 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
     run = base.run_around(path) if path and STEP_NAME.fullmatch(path.name) else None
     if run is None:
         return []
-    step, reason, lines = int(path.name.removeprefix("step-")), f"base-{run_id}", []
+    lines = pin(run, int(path.name.removeprefix("step-")), f"base-{run_id}", named.checkpoint)
+    if is_adapter:
+        below, pinned_below = base.beneath(path, named.checkpoint)
+        lines += pin_base(below, pinned_below, run_id)
+    return lines
+
+
+def pin(run: Path, step: int, reason: str, name: str) -> list[str]:
+    """Pins a checkpoint in its run, or returns a line that says why it could not be; `name` is what the line calls it."""
     store = Store(run)
     try:
         if not store.is_pinned(step, reason):
             store.pin(step, reason)
     except CheckpointError as error:
-        lines = [f"{named.checkpoint} could not be pinned, so its run may prune it: {error.where}: {error.message}"]
-    if is_adapter:
-        below, pinned_below = base.beneath(path, named.checkpoint)
-        lines += pin_base(below, pinned_below, run_id)
-    return lines
+        return [f"{name} could not be pinned, so its run may prune it: {error.where}: {error.message}"]
+    return []
 
 
 def _directory(checkpoint: str) -> Path | None:

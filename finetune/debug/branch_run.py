@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from finetune import journal, scan
+from finetune import journal, pins, scan
 from finetune import plan as plans
 from finetune.checkpoints.durable import failures, replace_file
 from finetune.checkpoints.lease import Lease
@@ -52,9 +52,10 @@ def is_there(run: Path, plan: Plan) -> bool:
     raise RunError("is another run", where=str(run), hint="use another --run")
 
 
-def make(branch: Branch, held: Lease) -> None:
-    """Makes the directory. RunError where it has checkpoints of something else."""
-    run, plan = branch.path, branch.plan
+def make(branch: Branch, held: Lease) -> list[str]:
+    """Makes the directory; a line says so where the run that it comes from may not be written. RunError where it has checkpoints of
+    something else."""
+    run, plan, lines = branch.path, branch.plan, []
     store, ours = Store(run), {"ref": plan.parent.ref, "digest": plan.parent.digest}
     for left in store.checkpoints():  # of a branch that was cut off while it was made
         if left.manifest.parent != ours:
@@ -62,7 +63,7 @@ def make(branch: Branch, held: Lease) -> None:
             raise RunError("has checkpoints of something else", where=str(run), hint=hint)
         store.remove(left)
     if branch.checkpoint:
-        Store(branch.origin).pin(branch.checkpoint.step, f"branch-{branch.facts['run']}")
+        lines = pins.pin(branch.origin, branch.checkpoint.step, f"branch-{branch.facts['run']}", plan.parent.ref)
         store.pin(branch.checkpoint.step, "begin")  # every step of the branch is run again from here
         _link(branch, store, held)
     (run / "journal.jsonl").unlink(missing_ok=True)
@@ -76,6 +77,7 @@ def make(branch: Branch, held: Lease) -> None:
     with failures(run, RunError):
         replace_file(run / "recipe.yaml", dumps(branch.recipe).encode())
         replace_file(run / "plan.json", plan.dump(branch.facts))
+    return lines
 
 
 def _link(branch: Branch, store: Store, held: Lease) -> None:
