@@ -17,7 +17,7 @@ from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
 from finetune.resolve import Resolved
 
-RULES = 2  # of what is asked; part of the cache key
+RULES = 3  # of what is asked; part of the cache key
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")
 
 
