@@ -76,7 +76,7 @@ def _small_bytes(plan: Plan, layers: int) -> int:
 
 def _history_bytes(plan: Plan, layers: int) -> int:
     """Journal, losses of rows and norms of modules."""
-    saves = len(_multiples(plan, [each for each in cadence.saves(plan.recipe) if each.steps]))
+    saves = len(_multiples(plan, [each for each in cadence.saves_at_most(plan.recipe) if each.steps]))
     events = (saves + _evaluations(plan)) * EVENT_BYTES
     steps = plan.steps * (STEP_BYTES + plan.recipe.train.batch_size * ROW_BYTES + (layers + 3) * NORM_BYTES)
     return events + steps
