@@ -46,6 +46,12 @@ def saves(recipe: Recipe) -> list[Every]:
     return [each for each in (*rule.every, rule.keep.every, rule.keep.weights_every, milestones) if each]
 
 
+def saves_at_most(recipe: Recipe) -> list[Every]:
+    """The same with that of evaluations, where each of them may turn out to be the best so far."""
+    every = recipe.evaluate.every
+    return [*saves(recipe), *([every] if every and recipe.checkpoint.save_best else [])]
+
+
 def may_lose_best(recipe: Recipe) -> bool:
     """Whether a step may be evaluated as the best, and not be committed."""
     every = recipe.evaluate.every

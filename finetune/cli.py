@@ -510,6 +510,7 @@ def evaluate(
         f"{result['ref']}: "
         + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
         + (f"  seen rows {'unknown' if result['seen_rows'] is None else result['seen_rows']}" if result["seen"] else "")
+        + ("" if result["is_comparable"] else "  other held-out rows")
         for result in results
     ]
     _print({"results": results}, "\n".join(lines), is_json)

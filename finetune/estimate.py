@@ -42,7 +42,7 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
-    """All that is on disk at once at the end, with one checkpoint being written; what is linked counts once."""
+    """All that is on disk at once at the end, with one checkpoint being written and one milestone packaged; what is linked counts once."""
     rule, publish = plan.recipe.checkpoint.keep, plan.recipe.publish
     is_evaluated = plan.holdout_counts.examples > 0
     for_good = _multiples(plan, [rule.every, publish.milestones if publish else None])
@@ -50,7 +50,17 @@ def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
     full = rule.last + (rule.best or int(is_evaluated)) + len(for_good) + 1
     small = _small_bytes(plan, layers)
     checkpoints = full * (state_bytes(plan) + small) + milestones * (memory.trained_bytes(plan) + small)
-    return shared_bytes(plan) + checkpoints + _history_bytes(plan, layers)
+    packages = package_bytes(plan) if publish and publish.milestones else 0
+    return shared_bytes(plan) + checkpoints + _history_bytes(plan, layers) + packages
+
+
+def package_bytes(plan: Plan) -> int:
+    """A package: the whole model, or the adapter alone, which is in fp32. Of a small adapter's checkpoints it is many times the size."""
+    asked = plan.recipe.package
+    if asked.form == "adapter":
+        return COMPANION_BYTES + memory.trained_bytes(plan)
+    width = 2 if (asked.dtype or plan.recipe.train.precision) == "bf16" else memory.FLOAT
+    return COMPANION_BYTES + width * plan.total_parameters
 
 
 def _multiples(plan: Plan, cadences: Iterable[Every | None]) -> set[int]:
@@ -66,7 +76,7 @@ def _small_bytes(plan: Plan, layers: int) -> int:
 
 def _history_bytes(plan: Plan, layers: int) -> int:
     """Journal, losses of rows and norms of modules."""
-    saves = len(_multiples(plan, [each for each in cadence.saves(plan.recipe) if each.steps]))
+    saves = len(_multiples(plan, [each for each in cadence.saves_at_most(plan.recipe) if each.steps]))
     events = (saves + _evaluations(plan)) * EVENT_BYTES
     steps = plan.steps * (STEP_BYTES + plan.recipe.train.batch_size * ROW_BYTES + (layers + 3) * NORM_BYTES)
     return events + steps

@@ -68,7 +68,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     if holder == holders.UNKNOWN:
         raise RunError("its lease.json cannot be read", where=str(run), hint="ask as the user who trains")
     stored = _newest_stored(run)
-    records = _recent(run, stored)
+    records = _recent(run)
     mine = [record for record in records if record["attempt"] == holder.attempt]
     steps = [record["step"] for record in mine if record["kind"] == "step"]
     last = datetime.fromisoformat(mine[-1]["time"] if mine else holder.since)
@@ -94,7 +94,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     if not of_evaluations:  # they may be rare
         of_evaluations = _usual_pause(journal.newest_pair(run, "evaluated"), "evaluated")
     limit, state = max(patience_seconds, SLOW * max(_usual_pause(records, "step"), of_evaluations)), "training"
-    if quiet_seconds > limit and (saves := _saves(run, stored, holder.attempt, records)):
+    if quiet_seconds > limit and (saves := _saves(run, stored, holder.attempt)):
         limit, state = limit + STALL_SECONDS + sum(map(_bytes, saves)) / SLOWEST_DISK, "saving"
     if quiet_seconds > limit:
         state = "hung"
@@ -123,14 +123,10 @@ def _line(
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
 
 
-def _recent(run: Path, stored: int) -> list[dict]:
-    """The newest records, back to the newest checkpoint's commit."""
-    counted = itertools.count()
-
-    def is_first(record: dict) -> bool:
-        return next(counted) >= RECENT_RECORDS and record.get("step", stored) < stored
-
-    return journal.read_since(run, is_first)
+def _recent(run: Path) -> list[dict]:
+    """The newest records: however many steps there are since the last commit, no more are needed."""
+    counted = itertools.count(1)
+    return journal.read_since(run, lambda record: next(counted) == RECENT_RECORDS)
 
 
 def _newest_stored(run: Path) -> int:
@@ -138,9 +134,10 @@ def _newest_stored(run: Path) -> int:
     return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-" + 8 * "[0-9]")), default=0)
 
 
-def _saves(run: Path, stored: int, attempt: str, records: Sequence[dict]) -> list[Path]:
+def _saves(run: Path, stored: int, attempt: str) -> list[Path]:
     """The directories that this attempt writes, or reads back: the journal has a save when both are done."""
-    known = {record["step"] for record in records if record.get("event") in ("started", "committed")}
+    newest = [journal.newest_pair(run, name)[1:] for name in ("started", "committed")]
+    known = {record["step"] for found in newest for record in found}
     read_back = [] if stored in known | {0} else [run / "checkpoints" / f"step-{stored:08d}"]
     return [*(run / "attempts").glob(f"step-*-{attempt}-*"), *read_back]
 

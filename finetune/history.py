@@ -8,7 +8,7 @@ from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.retention import Saved
-from finetune.checkpoints.store import Store
+from finetune.checkpoints.store import Store, Summary
 from finetune.errors import CheckpointError, RunError
 from finetune.estimate import readable
 from finetune.heldout.draw import are_same_rows
@@ -31,7 +31,7 @@ def log(run: Path) -> dict:
     events, trained = scan.read(run)
     evaluated = journal.evaluations(events)
     pinned, stored = Store(run).pinned(), Store(run).checkpoints()
-    saved = [Saved.of(item, evaluated) for item in Store(run).summaries()]
+    saved = [Saved.of(Summary.of(item), evaluated) for item in stored]
     return {
         "run": str(run),
         "parent": plan.parent.model_dump(mode="json") if plan.parent else None,

@@ -32,7 +32,7 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
 
 
 def pin(run: Path, step: int, reason: str, name: str) -> list[str]:
-    """Pins a step of a run; what to say where it could not be pinned."""
+    """Pins a checkpoint in its run, or returns a line that says why it could not be; `name` is what the line calls it."""
     store = Store(run)
     try:
         if not store.is_pinned(step, reason):

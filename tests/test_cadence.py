@@ -85,6 +85,15 @@ def test_the_rule_counts_what_is_evaluated_up_to_the_step_alone(overfits) -> Non
     assert [step for step in losses if step and cadence.is_saved_as_best(three, step, figures)] == [2, 4, 6, 8, 12]
 
 
+def test_each_evaluation_may_cost_a_save_unless_that_is_switched_off(overfits) -> None:
+    kept = {"every": "5 steps", "keep": {"weights_every": "6 steps"}}
+    cadences = {
+        is_on: list(map(str, cadence.saves_at_most(load(overfits(save_best=is_on, **kept), ()).recipe)))
+        for is_on in (True, False)
+    }
+    assert cadences == {True: ["5 steps", "6 steps", "2 steps"], False: ["5 steps", "6 steps"]}
+
+
 def test_a_branch_counts_from_the_step_that_it_begins_with(overfits) -> None:
     made = resolve(load(overfits(), ())).plan
     parent = plan.Parent(ref="a@6", run="r", step=6, digest=None, plan_id="p")

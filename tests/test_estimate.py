@@ -6,6 +6,7 @@ import pytest
 
 from finetune import estimate, plan
 from finetune.recipe.load import load
+from finetune.recipe.schema import Every
 from finetune.resolve import resolve
 
 TRAIN = {"steps": 24, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -42,4 +43,14 @@ def test_checkpoints_that_stay_are_counted(sections, count, recipe_file, monkeyp
         monkeypatch.setattr(estimate, name, lambda plan, layers: 0)
     made = resolve(load(recipe_file(train=TRAIN, **{"checkpoint": {}} | sections), ())).plan
     whole = estimate.run_bytes(made) - estimate.shared_bytes(made)
-    assert whole == count * estimate.state_bytes(made)
+    packaged = estimate.package_bytes(made) if "publish" in sections else 0
+    assert whole == count * estimate.state_bytes(made) + packaged
+
+
+def test_a_milestone_of_an_adapter_takes_the_room_of_the_whole_model_while_it_is_published(recipe_file) -> None:
+    kept = {"every": "4 steps", "keep": {"every": "4 steps"}}
+    made = resolve(load(recipe_file(train=TRAIN, checkpoint=kept, publish={"repo": "a/b"}), ())).plan
+    following = made.recipe.publish.model_copy(update={"milestones": Every(steps=4)})
+    with_milestones = made.model_copy(update={"recipe": made.recipe.model_copy(update={"publish": following})})
+    more = estimate.run_bytes(with_milestones) - estimate.run_bytes(made)
+    assert more == estimate.COMPANION_BYTES + 4 * made.total_parameters > 4 * estimate.state_bytes(made)

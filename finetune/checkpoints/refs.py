@@ -114,14 +114,14 @@ def find(ref: Ref) -> Checkpoint:
     store = Store(ref.run)
     if isinstance(ref.step, int):
         return store.find(ref.step)
-    committed = {item.step: item for item in store.checkpoints()}
+    committed = {item.step: item for item in store.summaries()}  # all manifests, once: there may be hundreds
     if not committed:
         raise CheckpointError(f"{ref.run} has no checkpoint yet", hint="`finetune train` commits the first one")
     if ref.step == "last":
-        return committed[max(committed)]
+        return read(committed[max(committed)].path)
     events = scan.events(ref.run)
     evaluated = journal.evaluations(events)
-    saved = [Saved.of(item, evaluated) for item in store.summaries()]
+    saved = [Saved.of(item, evaluated) for item in committed.values()]
     notes = best.notes(saved, evaluated, best.first_step(events))
     if not (steps := retention.best(saved, 1)):
         names, also = ", ".join(map(str, committed)), "".join(f"; {note}" for note in notes)
@@ -130,7 +130,7 @@ def find(ref: Ref) -> Checkpoint:
         )
     for note in notes:
         _say_once(f"warning: {ref.run}: {note}")
-    return committed[steps.pop()]
+    return read(committed[steps.pop()].path)
 
 
 def _to_have_a_best(run: Path) -> str:

@@ -57,6 +57,10 @@ class Summary:
     kind: str
     metrics: dict[str, object]
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Summary":
+        return cls(checkpoint.path, checkpoint.step, checkpoint.manifest.kind, checkpoint.manifest.metrics)
+
 
 class Store:
     """The checkpoints of one run."""
@@ -136,8 +140,7 @@ class Store:
             known[name] = self._summaries.get(name, ((), None))
             if known[name][0] != sign:
                 item = _open(path)
-                facts = (item.step, item.manifest.kind, item.manifest.metrics) if isinstance(item, Checkpoint) else None
-                known[name] = (sign, Summary(path, *facts) if facts else None)
+                known[name] = (sign, Summary.of(item) if isinstance(item, Checkpoint) else None)
         self._summaries = known
         return [summary for _, summary in known.values() if summary]
 

@@ -12,6 +12,7 @@ from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import Ref, find, parse
 from finetune.errors import DataError, FinetuneError
 from finetune.heldout import lineage
+from finetune.heldout.draw import are_same_rows
 from finetune.heldout.split import Seen
 from finetune.model import attention, base, losses
 from finetune.recipe.load import LoadedRecipe, load
@@ -24,7 +25,8 @@ from finetune.tasks import TASKS
 def evaluate(
     texts: Sequence[str], recipe: Path | None, overrides: Sequence[str], is_seen_allowed: bool = False
 ) -> list[dict]:
-    """One {ref, metrics, seen_rows, seen} a ref. Rows come from `recipe`, or else from each ref's own run.
+    """One {ref, metrics, seen_rows, seen, is_comparable} a ref. Rows come from `recipe`, or else from each ref's own run; figures are
+    comparable where these are the rows of the first ref.
 
     DataError where a run that trained what a ref names, or may have, had some of the rows, unless that is allowed: then `seen_rows` says
     how many of them it had; None where that cannot be found out.
@@ -40,6 +42,7 @@ def evaluate(
             "metrics": _metrics(text, rows[text]),
             "seen_rows": seen[text].rows,
             "seen": [item.model_dump() for item in seen[text].seen],
+            "is_comparable": are_same_rows(rows[text].plan, rows[texts[0]].plan),
         }
         for text in texts
     ]

@@ -84,10 +84,11 @@ def branch(
             with lease.acquire(run, secrets.token_hex(4)) as held:
                 is_reset = choices.is_optimizer_reset
                 made = branch_run.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
-                for line in branch_run.make(made, held):
-                    print(line, file=sys.stderr)
+                told = branch_run.make(made, held)
             if not is_quiet:
-                print("\n".join((f"branched from {parent.ref}", *plan.parent.changes)), file=sys.stderr)
+                told = [f"branched from {parent.ref}", *plan.parent.changes, *told]
+            for line in told:
+                print(line, file=sys.stderr)
     ranks.wait_for_everyone(accelerator)
     if is_to_train:
         recipe = LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0})

@@ -53,7 +53,7 @@ def is_there(run: Path, plan: Plan) -> bool:
 
 
 def make(branch: Branch, held: Lease) -> list[str]:
-    """Makes the directory; returns a line where the run that it comes from may not be written. RunError where it has checkpoints of
+    """Makes the directory; a line says so where the run that it comes from may not be written. RunError where it has checkpoints of
     something else."""
     run, plan, lines = branch.path, branch.plan, []
     store, ours = Store(run), {"ref": plan.parent.ref, "digest": plan.parent.digest}
@@ -63,8 +63,7 @@ def make(branch: Branch, held: Lease) -> list[str]:
             raise RunError("has checkpoints of something else", where=str(run), hint=hint)
         store.remove(left)
     if branch.checkpoint:
-        reason = f"branch-{branch.facts['run']}"
-        lines = pins.pin(branch.origin, branch.checkpoint.step, reason, plan.parent.ref)
+        lines = pins.pin(branch.origin, branch.checkpoint.step, f"branch-{branch.facts['run']}", plan.parent.ref)
         store.pin(branch.checkpoint.step, "begin")  # every step of the branch is run again from here
         _link(branch, store, held)
     (run / "journal.jsonl").unlink(missing_ok=True)

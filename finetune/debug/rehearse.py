@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from finetune import estimate, journal, memory, words
+from finetune import cadence, estimate, journal, memory, words
 from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.debug.cost import SHARE, measure
@@ -121,7 +121,7 @@ def listing(facts: dict) -> str:
             "interval",
             f"{words.counted(smallest['steps'], 'step')} ({smallest['minutes']:.2g} minutes) keep checkpoints under {SHARE:.0%} of the time",
         ),
-        ("recipe", f"checkpoint.every: {', '.join(facts['every'])} takes {facts['share']:.2%} of the time"),
+        ("recipe", f"a save every {' or '.join(facts['every'])} takes at most {facts['share']:.2%} of the time"),
         ("disk", f"{readable(facts['run_bytes'])} for the run; {readable(facts['free_bytes'])} free"),
     ]
     return "\n".join(f"{name:12}{text}" for name, text in rows)
@@ -225,14 +225,14 @@ def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
     """What a step and a checkpoint took, what that means for the cadence, and the bytes that the run will need."""
     plan, facts = plans.load(whole)
     cost = measure([journal.read(run) for run in (whole, resumed)], facts)
-    every, steps = rehearsal.loaded.recipe.checkpoint.every, cost.smallest_interval()
+    every, steps = cadence.saves_at_most(rehearsal.loaded.recipe), cost.smallest_interval()
     files = Store(whole).find(last).manifest.files
     figures = asdict(cost)
     return {
         "step_seconds": figures.pop("step_seconds"),
         "checkpoint": {"bytes": sum(file.bytes for file in files.values()), **figures},
         "smallest_interval": {"steps": steps, "minutes": steps * cost.step_seconds / 60},
-        "every": [str(item) for item in every],
+        "every": list(dict.fromkeys(map(str, every))),
         "share": cost.share(every),
         "run_bytes": estimate.run_bytes(plan.model_copy(update={"recipe": rehearsal.loaded.recipe})),
         "free_bytes": estimate.free_bytes(rehearsal.run),

@@ -1,5 +1,7 @@
 """Floor 7. How `bisect` finds the first bad step: a recorded figure is looked up, a state is evaluated, by halves."""
 
+import errno
+import os
 import secrets
 import shutil
 from collections import ChainMap
@@ -18,6 +20,7 @@ from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.errors import RunError
+from finetune.estimate import checkpoint_bytes, free_bytes
 from finetune.run import evaluate
 from finetune.words import counted
 
@@ -118,7 +121,10 @@ class States:
             self._scratch = self._new_scratch()
         store = Store(self._scratch)
         if rerun.accelerator.is_main_process:
-            shutil.copy(rerun.run / "plan.json", self._scratch)  # a command may ask for it, as beside any checkpoint
+            with failures(self._scratch, RunError):
+                shutil.copy(
+                    rerun.run / "plan.json", self._scratch
+                )  # a command may ask for it, as beside any checkpoint
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")
@@ -132,13 +138,16 @@ class States:
         return store.find(rerun.state.step)
 
     def _new_scratch(self) -> Path:
-        """A directory of the run's disk, or of the cache where the run may not be written."""
+        """A directory of the run's disk, or of the cache where the run may not be written or its disk has no room for two states."""
         rerun, token, is_elsewhere = self.rerun, secrets.randbits(40), 0
         places = [rerun.run / "debug", cache.root()]
         if rerun.accelerator.is_main_process:
             for left in places[0].glob("bisect-*"):  # of a search that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            room = 2 * checkpoint_bytes(rerun.plan)
             try:
+                if free_bytes(places[0]) < min(room, free_bytes(places[1])):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 (places[0] / f"bisect-{token:010x}").mkdir(parents=True)
             except OSError as error:
                 is_elsewhere = 1

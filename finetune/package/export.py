@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from finetune import journal
 from finetune import plan as plans
+from finetune import scan
 from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
@@ -94,7 +94,7 @@ def package(
         stated["license"] if stated else None,
         tuple(map(licence.of_data, recipe.data.train, plan.train)),
     )
-    numbers, model, averaged = record.figures(journal.read(run), manifest.step), opened.model, []
+    numbers, model, averaged = record.figures(scan.read(run), manifest.step), opened.model, []
     if average:
         model, averaged, changes = _averaged(run, opened, tokenizer, average)
         steps = [*(other.step for other in averaged), manifest.step]

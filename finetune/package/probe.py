@@ -7,6 +7,9 @@ both sides are seen by the same lines. It imports nothing of finetune: what it l
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -23,16 +26,31 @@ TEXTS = (
     "1234567890 <|x|> </s>",
 )
 SEQUENCES, LENGTH = 4, 64
+DAY = datetime(2024, 7, 26)
+"""What a template that prints the date is given: a package is looked at on many days, and always has to compute the same."""
 
 
 def logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """fp32 logits of a fixed batch, and of a rendered question where there is a chat template."""
     inputs = {"batch": batch(model.config)}
     if isinstance(tokenizer.chat_template, str):
-        rendered = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
+        with on_the_day(tokenizer.chat_template):
+            rendered = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
         inputs["question"] = rendered["input_ids"]
     with torch.inference_mode():
         return {name: model(input_ids=ids, use_cache=False).logits.float() for name, ids in inputs.items()}
+
+
+@contextmanager
+def on_the_day(template: str) -> Iterator[None]:
+    """What is rendered within prints `DAY`, whatever the clock says."""
+    # transformers keeps the compiled template for all who render the same text, and takes no function as a variable
+    globals_of = transformers.utils.chat_template_utils._compile_jinja_template(template).globals
+    globals_of["strftime_now"] = DAY.strftime
+    try:
+        yield
+    finally:
+        globals_of.pop("strftime_now", None)
 
 
 def batch(config: PreTrainedConfig) -> Tensor:
@@ -48,8 +66,10 @@ def facts(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict:
     by_place: dict[int, list[str]] = {}
     for name, tensor in state.items():
         by_place.setdefault(tensor.data_ptr(), []).append(name)
-    has_template = isinstance(tokenizer.chat_template, str)  # several without a default render nothing
-    rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False) if has_template else None
+    rendered = None
+    if isinstance(tokenizer.chat_template, str):  # several without a default render nothing
+        with on_the_day(tokenizer.chat_template):
+            rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False)
     return {
         "weights": {name: digest(tensor) for name, tensor in state.items()},
         "tied": sorted(names for names in by_place.values() if len(names) > 1),

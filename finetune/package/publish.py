@@ -181,7 +181,7 @@ def listing(facts: dict) -> str:
     lost = facts.get("overwritten", ())
     lines += [
         f"  {what}: {name}" + (" (people's changes are overwritten)" if name in lost else "")
-        for name, what in facts.get("changes", {}).items()
+        for name, what in facts.get("changes", dict.fromkeys(lost, "changed")).items()
     ]
     size = sum(file["bytes"] for file in facts["files"])
     lines.append(

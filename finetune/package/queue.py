@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune import journal
+from finetune import journal, scan
 from finetune import plan as plans
 from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.store import Store, make_directory
@@ -64,10 +64,10 @@ def follow(
         plans.load(run)  # RunError where there is no run; one that is followed may not have begun
     if is_following:
         os.nice(19)  # the training comes first
-    published, is_last = [], not is_following
+    published, is_last, store = [], not is_following, Store(run)
     with _alone(run, is_following):
         while True:
-            for step in pending(run):
+            for step in pending(run, store):
                 try:
                     published.append(_push(run, step, target, is_public, is_replacing))
                     print(f"published step {step}", file=sys.stderr, flush=True)
@@ -77,7 +77,7 @@ def follow(
                     print(f"step {step} has to wait: {error.message}", file=sys.stderr, flush=True)
                     break  # in order; again when it is looked for the next time
             if is_last:
-                return {"published": published, "pending": pending(run)}
+                return {"published": published, "pending": pending(run, store)}
             readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
             is_last = bool(readable)  # its end; nothing is ever written to it
 
@@ -98,15 +98,16 @@ def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
         yield
 
 
-def pending(run: Path) -> list[int]:
-    """Milestones that are committed and not published, oldest first."""
+def pending(run: Path, store: Store | None = None) -> list[int]:
+    """Milestones that are committed and not published, oldest first. A `store` that is asked again and again reads each manifest once."""
     if not (run / "plan.json").exists():  # the training has not begun
         return []
     asked = plans.load(run)[0].recipe.publish
     if asked is None or asked.milestones is None:
         return []
-    steps = [item.step for item in Store(run).checkpoints() if item.step % asked.milestones.steps == 0]
-    return [step for step in steps if step not in _published(run)]
+    steps = [item.step for item in (store or Store(run)).summaries() if item.step % asked.milestones.steps == 0]
+    published = _published(run)
+    return [step for step in steps if step not in published]
 
 
 def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> dict:
@@ -134,31 +135,32 @@ def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacin
 
 
 def _figures(run: Path, step: int, package: Path) -> dict:
-    records = journal.read(run)
-    trained = [record for at, record in journal.steps(records).items() if at <= step]
-    evaluated = journal.evaluations(records).get(step, {})
+    events, steps = scan.read(run)
+    evaluated = journal.evaluations(events).get(step, {})
     return {
-        "tokens": sum(record["tokens"] for record in trained),
-        "loss": trained[-1]["loss"],
+        "tokens": sum(record["tokens"] for at, record in steps.items() if at <= step),
+        "loss": steps[step]["loss"],
         **({"held_out_loss": evaluated["loss"]} if evaluated else {}),
         "sha256": {path.name: sha256(path) for path in sorted(package.glob("*.safetensors"))},
     }
 
 
 def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
-    """checkpoints.json on main: all milestones of the run that are there."""
+    """checkpoints.json on main: all milestones that are there, also those of other runs, on branches of their own."""
     head = repository.branches()["main"]
-    listed = {record["step"]: record}
+    document, listed = {}, [record]
     if CHECKPOINTS in repository.tree(head):
         try:
-            there = json.loads(repository.read(head, CHECKPOINTS))["checkpoints"]
-            listed = {one["step"]: one for one in there if one.get("run") == record["run"]} | listed
+            document = {**json.loads(repository.read(head, CHECKPOINTS))}
+            listed += [one for one in document["checkpoints"] if one.get("branch") != record["branch"]]
+            listed.sort(key=lambda one: one["step"])
         except (ValueError, KeyError, TypeError, AttributeError):
             if not is_replacing:
                 hint = "copy what you want to keep, then use --replace"
                 message = f"would overwrite what people added: {CHECKPOINTS}"
                 raise PublishError(message, where=repository.name, hint=hint) from None
-    content = json.dumps({"checkpoints": [listed[step] for step in sorted(listed)]}, indent=1) + "\n"
+            document, listed = {}, [record]
+    content = json.dumps({**document, "checkpoints": listed}, indent=1) + "\n"
     repository.commit("main", {CHECKPOINTS: content.encode()}, head, f"List step {record['step']}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune import journal
 from finetune.plan import Plan
 from finetune.recipe.load import to_yaml
+from finetune.scan import Scan
 
 EVENTS = ("evaluated", "committed")
 LEFT_OUT = ("time", "attempt")
@@ -32,16 +33,13 @@ def public_line(text: str) -> str:
     return re.sub(r"(?<![\w.:/])[/~][^\s'\"\]},]+", lambda match: Path(match[0]).name, text)
 
 
-def figures(records: Iterable[dict], step: int) -> list[dict]:
+def figures(found: Scan, step: int) -> list[dict]:
     """Steps, evaluations and commits up to a step, in order, with nothing in them but numbers; the last record of each counts."""
-    records = list(records)
-    kept = {(number, 0): record for number, record in journal.steps(records).items()}
+    kept = {(number, 0): _numbers(found.steps[number]) for number in found.steps if number <= step}
     for place, event in enumerate(EVENTS, 1):
-        found = journal.that_count(records, lambda record, event=event: record.get("event") == event)
-        kept |= {(number, place): record for number, record in found.items()}
-    return [
-        _numbers(record) for (number, _), record in sorted(kept.items(), key=lambda item: item[0]) if number <= step
-    ]
+        of_event = journal.that_count(found.events, lambda record, event=event: record.get("event") == event)
+        kept |= {(number, place): _numbers(record) for number, record in of_event.items() if number <= step}
+    return [record for _, record in sorted(kept.items(), key=lambda item: item[0])]
 
 
 def to_lines(records: Iterable[dict]) -> str:

@@ -7,9 +7,8 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 from finetune.checkpoints.store import failures, sync_directory
 from finetune.errors import PublishError
@@ -24,9 +23,10 @@ NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replacing: bool = False) -> dict:
-    """{target, revision, uploaded_bytes, commits, files, is_dry_run}. PublishError where something else is there, or the disk fails.
+    """{target, revision, uploaded_bytes, commits, files, overwritten, is_dry_run}. PublishError where something else is there, or the
+    disk fails.
 
-    `is_replacing`: into an earlier package that people changed too. What they added stays, links apart.
+    In an earlier package what people added stays; what they changed is overwritten where `is_replacing` says so, and named elsewhere.
     """
     place = Path(os.path.realpath(target))  # an exchange would take a link away, and leave the folder it leads to
     with failures(target, PublishError):
@@ -36,17 +36,19 @@ def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replac
         revision, total = digest(wanted), sum(map(size_of, wanted.values()))
         facts = {"target": f"{PREFIX}{target}", "revision": revision, "is_dry_run": is_dry_run}
         facts |= {"files": [{"name": name, "bytes": size_of(content)} for name, content in wanted.items()]}
+        facts |= {"overwritten": list(found.edited)}
         if not is_dry_run and place.parent.is_dir():
             sweep(place)
-        if there.keys() == wanted.keys() and digest(there) == revision:  # only what can be the same is read
-            return facts | {"uploaded_bytes": 0, "commits": 0}
         kept = {name: there[name] for name in sorted(there.keys() - wanted.keys() - {*found.gone})}
-        if os.path.lexists(place) and not _may_go(place, kept, is_replacing):
-            _refuse(target, place, kept)
+        whole = {**wanted, **kept}
+        if there.keys() == whole.keys() and digest(there) == digest(whole):  # only what can be the same is read
+            return facts | {"uploaded_bytes": 0, "commits": 0}
+        if os.path.lexists(place) and not _may_go(place):
+            raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
         if not is_replacing:
             ownership.refuse_edited(found, str(target))
         if not is_dry_run:
-            _replace(place, digest(there), {**wanted, **kept})
+            _replace(place, digest(there), wanted, kept)
         return facts | {"uploaded_bytes": total, "commits": 1}
 
 
@@ -66,30 +68,21 @@ def _sorted_out(there: Mapping[str, Path], files: Files) -> ownership.Sorted:
     )
 
 
-def _may_go(place: Path, kept: Mapping[str, Path], is_replacing: bool) -> bool:
-    """Whether nothing is lost with what is there: it came with a package, or is carried over."""
+def _may_go(place: Path) -> bool:
+    """Whether what is there can be carried over: plain files beside a package, or nothing."""
     if not place.is_dir():
         return False
     paths = list(place.rglob("*"))
     is_plain = all((path.is_file() or path.is_dir()) and not path.is_symlink() for path in paths)
-    is_package = (place / provenance.FILE).is_file() and (is_replacing or not list(provenance.findings(place)))
-    return not paths or (is_plain and is_package and (is_replacing or not kept))
+    return not paths or (is_plain and (place / provenance.FILE).is_file())
 
 
-def _refuse(target: Path, place: Path, kept: Mapping[str, Path]) -> NoReturn:
-    names = []
-    if (place / provenance.FILE).is_file():
-        names = sorted({*kept, *(finding.file for finding in provenance.findings(place))})
-    told = f"has something else: {', '.join(names[:3])}" if names else "has something else"
-    hint = "name a new folder, or use --replace: what was added stays, what was changed is overwritten"
-    raise PublishError(told, where=str(target), hint=hint if names else "name a new folder, or remove this one")
-
-
-def _replace(place: Path, before: str, wanted: Files) -> None:
-    """`before` is the digest of what may go."""
+def _replace(place: Path, before: str, wanted: Files, kept: Mapping[str, Path]) -> None:
+    """`before` is the digest of what may go, once what people added is carried over."""
     with staged(place) as staging:
-        _copy(wanted, staging)
-        if digest(files_of(staging)) != digest(wanted):
+        _copy(wanted, staging, shutil.copyfile)
+        _copy(kept, staging, shutil.copy2)
+        if digest(files_of(staging)) != digest({**wanted, **kept}):
             raise PublishError("the copy is not what was copied", where=str(place), hint="look at this disk")
         if digest(_files_in(place)) != before:  # a copy of large weights takes minutes
             hint = "look at what was written there, and publish again"
@@ -98,14 +91,14 @@ def _replace(place: Path, before: str, wanted: Files) -> None:
         sync_directory(place.parent)
 
 
-def _copy(files: Files, directory: Path) -> None:
+def _copy(files: Files, directory: Path, copy_file: Callable[[Path, Path], object]) -> None:
     for name, content in files.items():
         copy = directory / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             copy.write_bytes(content)
         else:
-            shutil.copyfile(content, copy)
+            copy_file(content, copy)
         with copy.open("rb") as file:
             os.fsync(file.fileno())
     for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:

@@ -11,6 +11,7 @@ import torch
 from finetune import loop
 from finetune.cache import root
 from finetune.checkpoints.store import Store
+from finetune.debug import search
 from finetune.debug.bisect import bisect, listing
 from finetune.debug.predicates import PredicateError
 from finetune.errors import FinetuneError, NotFiniteError
@@ -231,7 +232,7 @@ def test_a_command_finds_the_plan_beside_every_state(poisoned, train, tmp_path) 
     assert facts["first_bad_step"] == 50  # which is given: every state between is good
 
 
-def test_a_run_that_may_not_be_written_has_its_answer_all_the_same(spiked, capsys) -> None:
+def test_a_run_that_may_not_be_written_has_its_answer_all_the_same(spiked, capsys, monkeypatch) -> None:
     run, row = spiked
     (run / "debug").write_text("in the way")  # root may write everywhere else
     facts = bisect(run, "loss > 10")
@@ -242,4 +243,8 @@ def test_a_run_that_may_not_be_written_has_its_answer_all_the_same(spiked, capsy
     facts = bisect(run, bad_command=command, good=40)
     assert (facts["first_bad_step"], facts["bundle"]) == (45, None)
     assert f"{run}/debug cannot be written (Not a directory): states are written to " in capsys.readouterr().err
+    (run / "debug").unlink()
+    monkeypatch.setattr(search, "free_bytes", lambda place: 0 if place == run / "debug" else 1 << 40)
+    assert bisect(run, bad_command=command, good=43)["first_bad_step"] == 45
+    assert f"{run}/debug cannot be written (No space left on device): " in capsys.readouterr().err
     assert not list(root().glob("bisect-*"))

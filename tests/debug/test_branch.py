@@ -64,6 +64,14 @@ def test_the_checkpoint_is_linked_and_the_lineage_is_in_plan_and_manifest(run) -
     assert event["step"] == 8 and event["ref"] == "run@8"
 
 
+def test_a_run_that_may_not_be_written_is_branched_from_all_the_same(run, capsys) -> None:
+    (run / "pins").write_text("in the way")  # root may write everywhere else
+    made = branch(f"{run}@8", None, Choices(), is_quiet=True, until=9)
+    told = [line for line in capsys.readouterr().err.splitlines() if "pinned" in line]
+    assert len(told) == 1 and told[0].startswith(f"{run.name}@8 could not be pinned, so its run may prune it: ")
+    assert [item.step for item in Store(made).checkpoints()] == [8, 9]
+
+
 def test_a_step_that_was_not_stored_is_made_real_first(run) -> None:
     made = branch(f"{run}@11", None, Choices())
     assert [item.step for item in Store(run).checkpoints()] == [8, 11, 16, 20]

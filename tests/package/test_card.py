@@ -1,5 +1,6 @@
 """The model card: what the Hub reads, what a person reads, and nothing private."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from finetune import scan
 from finetune.checkpoints.manifest import Manifest
 from finetune.heldout.split import Seen
 from finetune.package import figures, record
@@ -172,7 +174,7 @@ def test_a_loss_curve_has_no_date_and_the_same_bytes_each_time() -> None:
     assert curve.startswith(b"\x89PNG") and b"tEXt" not in curve and b"tIME" not in curve
 
 
-def test_figures_keep_the_last_record_of_a_step_and_numbers_only() -> None:
+def test_figures_keep_the_last_record_of_a_step_and_numbers_only(tmp_path) -> None:
     step = {"kind": "step", "step": 1, "attempt": "a", "time": "now", "seconds": 1.5}
     records = [
         {**step, "loss": 9.0},
@@ -180,7 +182,8 @@ def test_figures_keep_the_last_record_of_a_step_and_numbers_only() -> None:
         {**step, "step": 2},
         {"kind": "event", "event": "started", "step": 0, "world": {}},
     ]
-    assert record.figures(records, 1) == [{"kind": "step", "step": 1, "seconds": 1.5, "loss": 2.0}]
+    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
+    assert record.figures(scan.read(tmp_path), 1) == [{"kind": "step", "step": 1, "seconds": 1.5, "loss": 2.0}]
 
 
 def test_a_card_is_made_without_torch() -> None:

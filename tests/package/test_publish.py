@@ -230,7 +230,7 @@ def test_a_folder_is_a_target_as_well(env, package, tmp_path) -> None:
     assert (first["commits"], again["commits"], again["uploaded_bytes"]) == (1, 0, 0)
     (tmp_path / "out/copy/config.json").write_text("[]")
     ((code, _, said),) = in_turn(env, ("publish", package, "--to", target))
-    assert code == 1 and "has something else" in said
+    assert code == 1 and "has something else" in said, "without a provenance nobody knows whose it is"
 
 
 def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, package) -> None:

@@ -14,6 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from finetune.checkpoints import manifest as manifests
+from finetune.checkpoints import store as stores
+from finetune.checkpoints.store import Store
+from finetune.package import queue
 from tests.hub import Hub
 from tests.hub.client import environment
 from tests.hub.forks import Forks
@@ -197,6 +201,23 @@ def test_a_list_that_people_put_on_the_hub_is_not_overwritten_unasked(hub, forks
     told = "tiny/new: would overwrite what people added: checkpoints.json\nhint: copy what you want to keep"
     assert told in forks.said.read_text() and repo.at("main").files["checkpoints.json"].content == b'["mine"]'
     assert forks.run("publish", run, "--milestones", "--replace") == 0, forks.said.read_text()
+
+
+def test_milestones_of_other_runs_and_what_people_added_to_the_list_stay(hub, forks, run) -> None:
+    others = [{"run": "other", "step": step, "branch": f"step-{step:08d}", "revision": "0"} for step in (2, 6, 9)]
+    repo = hub.add("model", "tiny/new", is_private=True, readers={TOKEN})
+    repo.commit({"checkpoints.json": json.dumps({"about": "ours", "checkpoints": others}).encode()})
+    assert forks.run("publish", run, "--milestones") == 0, forks.said.read_text()
+    listed = json.loads(repo.at("main").files["checkpoints.json"].content)
+    assert listed["about"] == "ours" and [one["step"] for one in listed["checkpoints"]] == [2, 3, 6, 9]
+    assert [one["step"] for one in listed["checkpoints"] if one["run"] == "other"] == [2, 9], "branch 6 has this run's"
+
+
+def test_looking_for_milestones_again_reads_no_manifest_again(whole, monkeypatch) -> None:
+    store, reads = Store(whole), []
+    monkeypatch.setattr(stores, "read", lambda path: reads.append(path) or manifests.read(path))
+    assert [queue.pending(whole, store) for _ in range(3)] == [list(STEPS)] * 3
+    assert len(reads) == len(store.summaries())
 
 
 def test_a_run_that_is_not_there_is_not_followed(forks, tmp_path) -> None:

@@ -73,26 +73,34 @@ def test_what_people_wrote_into_the_card_stays(target, new) -> None:
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "training/notes.txt"])
-def test_a_folder_with_a_file_of_somebody_is_left_as_it_is(target, new, name) -> None:
+def test_what_was_added_stays_and_is_no_change(tmp_path, target, new, name) -> None:
     (target / name).write_text("years of work")
-    before = content(target)
-    with pytest.raises(PublishError, match="has something else"):
-        to_folder.publish(new, target, is_dry_run=False)
-    assert content(target) == before and len(list(target.parent.iterdir())) == 1
+    (target / name).chmod(0o755)
+    assert to_folder.publish(new, target, is_dry_run=False)["commits"] == 1
+    assert content(target) == content(tmp_path / "new") | {name: b"years of work"}
+    assert (target / name).stat().st_mode & 0o777 == 0o755 and len(list(target.parent.iterdir())) == 1
+    assert to_folder.publish(new, target, is_dry_run=False)["commits"] == 0
 
 
-def test_what_was_added_stays_and_what_was_changed_is_overwritten_where_that_is_asked_for(
-    tmp_path, target, new
-) -> None:
+def test_all_that_was_changed_is_named_and_overwritten_where_that_is_asked_for(tmp_path, target, new) -> None:
     (target / "thesis.tex").write_text("years of work")
     (target / "training/recipe.yaml").write_text("{a: 1}\n")
+    (target / "README.md").write_text("# Mine\n")
+    before = content(target)
     with pytest.raises(PublishError) as caught:
         to_folder.publish(new, target, is_dry_run=False)
-    assert caught.value.message == "has something else: thesis.tex, training/recipe.yaml"
-    assert "--replace: what was added stays, what was changed is overwritten" in caught.value.hint
-    to_folder.publish(new, target, is_dry_run=False, is_replacing=True)
+    assert caught.value.message == "would overwrite what people changed or added: README.md, training/recipe.yaml"
+    assert "--replace" in caught.value.hint and content(target) == before
+    facts = to_folder.publish(new, target, is_dry_run=False, is_replacing=True)
+    assert facts["overwritten"] == ["README.md", "training/recipe.yaml"]
     assert content(target) == content(tmp_path / "new") | {"thesis.tex": b"years of work"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_what_was_removed_is_there_again(tmp_path, target, new) -> None:
+    (target / "training/recipe.yaml").unlink()
+    to_folder.publish(new, target, is_dry_run=False)
+    assert content(target) == content(tmp_path / "new")
 
 
 def test_text_below_the_card_stays(target, new) -> None:

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from finetune import journal, places
 from finetune import plan as plans
+from finetune.cli import cli
 from finetune.compare.evaluate import evaluate
 from finetune.debug.branch import Choices, branch
 from finetune.debug.diff import diff, listing
@@ -105,8 +107,10 @@ def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_t
     assert facts["are_same_rows"] is False and "are of different rows" in listing(facts)
     with pytest.raises(DataError, match="8 of 20 held-out rows are training rows of one@4"):
         evaluate([f"{made}@6"], None, ())
-    [result] = evaluate([f"{made}@6"], None, (), is_seen_allowed=True)
-    assert result["seen_rows"] == 8
+    own, other = evaluate([f"{run}@6", f"{made}@6"], None, (), is_seen_allowed=True)
+    assert other["seen_rows"] == 8 and (own["is_comparable"], other["is_comparable"]) == (True, False)
+    answer = CliRunner().invoke(cli, ["evaluate", f"{run}@6", f"{made}@6", "--seen"])
+    assert [line.endswith("  other held-out rows") for line in answer.stdout.splitlines()] == [False, True]
 
 
 def test_a_second_stage_holds_out_what_the_first_one_did(run, recipe, train, tmp_path) -> None:
@@ -137,7 +141,7 @@ def test_a_first_stage_that_held_out_nothing_trained_on_everything(recipe, train
 def test_three_seeds_are_compared_on_rows_that_none_of_them_had(recipe, train, tmp_path) -> None:
     runs = [train(recipe(f"seed-{seed}", train=TRAIN | {"seed": seed}), tmp_path / f"seed-{seed}") for seed in range(3)]
     results = evaluate([f"{run}@6" for run in runs], recipe("seed-2", train=TRAIN | {"seed": 2}), ())
-    assert [result["seen_rows"] for result in results] == [0, 0, 0]
+    assert [(result["seen_rows"], result["is_comparable"]) for result in results] == [(0, True)] * 3
     assert [result["metrics"]["loss"] for result in results] == [loss(run, 6) for run in runs]
     with pytest.raises(DataError, match="held-out rows are training rows of seed-0@6"):
         evaluate([f"{runs[0]}@6"], recipe("other", data={"split_seed": 1}), ())
