@@ -113,6 +113,7 @@ def test_a_plan_of_older_code_without_a_day_says_so_where_its_template_prints_on
         ("{{ 1 // 0 }}", "ZeroDivisionError: "),
         ("{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}", "RecursionError: "),
         ("{{ {}['a'] | tojson }}", "TypeError: Object of type Undefined is not JSON serializable"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError: 'utf-8' codec can't encode character"),
         ("{{ messages | nosuch }}", "TemplateAssertionError: No filter named 'nosuch'"),
     ],
 )
