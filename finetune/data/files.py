@@ -181,6 +181,9 @@ class Csv:
                     yield start, values
                 start = lines.line_num + 1
         except csv.Error as error:
+            if columns is None:  # names in quotes, with another sign between
+                file.seek(0)
+                columns = [file.readline()]
             hint = _separator_hint(columns) or "a quote inside a quoted value is written twice"
             raise DataError(f"bad CSV: {error}", where=f"{self._name}:{start}", hint=hint) from error
 
