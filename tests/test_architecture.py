@@ -49,6 +49,7 @@ FLOORS = {
     "finetune.past": 1,
     "finetune.doctor": 0,
     "finetune.data": 1,
+    "finetune.data.arrow": 0,
     "finetune.data.completeness": 0,
     "finetune.data.conversation": 0,
     "finetune.data.files": 0,
