@@ -37,6 +37,12 @@ def texts(chat_template: object) -> list[str]:
     return [chat_template] if isinstance(chat_template, str) else []
 
 
+def is_known_form(chat_template: object) -> bool:
+    """Whether it is a template, several by name, or none."""
+    found = chat_template.values() if isinstance(chat_template, dict) else [chat_template or ""]
+    return all(isinstance(text, str) for text in found)
+
+
 def default(chat_template: object) -> str | None:
     """Of what a tokenizer has, the template that a conversation is rendered with; None without one, or without one called `default`."""
     found = chat_template.get("default") if isinstance(chat_template, dict) else chat_template

@@ -151,7 +151,8 @@ def plan(
     work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))
     facts = estimate.forecast(resolved.plan, shape, work, here, run)
     card = round(device_memory * 2**30) if device_memory else here.bytes if here.is_gpu else estimate.CARD_BYTES
-    facts |= {"ignored_columns": unused.columns(resolved.plan), **unused.lost(resolved.plan, resolved.train)}
+    ignored = unused.columns(resolved.plan, resolved.train, resolved.holdout)
+    facts |= {"ignored_columns": ignored, **unused.lost(resolved.plan, resolved.train)}
     facts |= {"base_notes": list(resolved.notes), "reached": resolved.reached}
     facts |= {"device_memory_bytes": card, "devices": estimate.on_devices(resolved.plan, shape, work, card)}
     about_base = estimate.base_lines(resolved.notes, resolved.reached)

@@ -15,6 +15,17 @@ from finetune.checkpoints.durable import HINTS
 from finetune.errors import FinetuneError
 
 PIECE_BYTES = 1 << 20
+POINTER = b"version https://git-lfs.github.com/spec/"
+PULL = "fetch it with `git lfs pull`"
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether Git wrote the address of a large file in place of its content, as it does where Git LFS is not installed."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def refuse_damaged(files: Iterable[Path], kind: type[FinetuneError], where: str, made_of_them: str = "") -> None:

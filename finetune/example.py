@@ -1,5 +1,6 @@
 """Floor 0. The nouns between `tasks`, which make examples of rows, and `data`, which stores, arranges and batches them."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Encoded:
     Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example: `rows` (int64, the row it came from), `targets`
     (int32, tokens its loss is summed over) and `cut_tokens` (int32); `offsets` (int64) has one entry more. `left_out_rows` (int64)
     have no example. `lost` (int64, two columns) is each row that lost supervised tokens, and how many; older entries have none.
-    `contents` (uint64, an entry a row) stands for what the row says.
+    `contents` (uint64, an entry a row) stands for what the row says. `columns` are those of all rows; None in older entries.
     """
 
     def __init__(self, directory: Path):
@@ -38,6 +39,8 @@ class Encoded:
         has_lost = (directory / "lost.npy").exists()
         self.lost = mapped("lost") if has_lost else np.zeros((0, 2), dtype=np.int64)
         self.contents = mapped("contents")
+        columns = directory / "columns.json"
+        self.columns: list[str] | None = json.loads(columns.read_text()) if columns.exists() else None
 
     def __len__(self) -> int:
         return len(self.rows)

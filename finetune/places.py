@@ -83,6 +83,12 @@ def around(recorded: str) -> Iterator[str]:
             yield name
 
 
+def in_checkpoints(name: str) -> Iterator[str]:
+    """The file of this name in each checkpoint of the runs that are being read, newest first."""
+    for run in reversed(_known.runs):
+        yield from sorted(map(str, run.glob(f"checkpoints/*/{name}")), reverse=True)
+
+
 def is_there(name: str) -> bool:
     """Whether there is such a file or folder, or such a run of a ref like RUN@500."""
     return os.path.exists(name) or os.path.exists(_STEP.fullmatch(name)["path"])

@@ -204,17 +204,13 @@ def _problems(
     """What base and recipe cannot do together; all of it at once."""
     recipe, problems = loaded.recipe, []
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest and recipe.task.max_length > longest:
-        problems.append(
-            loaded.problem("task.max_length", f"{recipe.task.max_length} is more than the base's {longest} positions")
-        )
+    longest = getattr(text, "max_position_embeddings", None) or 0
+    if 0 < longest < recipe.task.max_length:  # XLNet's -1 is no bound
+        message = f"{recipe.task.max_length} is more than the base's {longest} positions"
+        problems.append(loaded.problem("task.max_length", message))
     if len(tokenizer) > text.vocab_size:
-        problems.append(
-            loaded.problem(
-                "base.checkpoint", f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
-            )
-        )
+        message = f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
+        problems.append(loaded.problem("base.checkpoint", message))
     if recipe.package.form == "adapter" and pinned.kind != "hub" and recipe.base.origin is None:
         problems.append(
             loaded.problem(
@@ -251,13 +247,19 @@ def template_and_encoding(
     like: Plan | None = None,
 ) -> tuple[str | None, str]:
     """The chat template in force, and a digest over what decides which tokens a row becomes, by the rules of a plan that exists."""
-    template = template_of(tokenizer, task) if task.name == "chat" else None
     stops = sorted(base.stop_tokens(directory, tokenizer))
-    if like is None or not encodings.is_older(like.encoding):
-        return template, encodings.digest(task, base.tokenizer_files(directory), template, stops, row_rules)
-    texts = encodings.older_texts(template)
-    found = [(text, encodings.older_digest(task, directory, text, stops, row_rules)) for text in texts]
-    return next((pair for pair in found if pair[1] == like.encoding), found[0])
+
+    def pairs(text: str | None) -> list[tuple[str | None, str]]:
+        if like is None or not encodings.is_older(like.encoding):
+            return [(text, encodings.digest(task, base.tokenizer_files(directory), text, stops, row_rules))]
+        texts = encodings.older_texts(text)
+        return [(each, encodings.older_digest(task, directory, each, stops, row_rules)) for each in texts]
+
+    def is_known(text: str) -> bool:
+        return like is not None and like.encoding in dict(map(reversed, pairs(text)))
+
+    found = pairs(template_of(tokenizer, task, is_known) if task.name == "chat" else None)
+    return next((pair for pair in found if like and pair[1] == like.encoding), found[0])
 
 
 def _read(

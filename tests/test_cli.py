@@ -173,18 +173,18 @@ def test_every_command_has_help_and_documented_options() -> None:
 
 
 def test_plan_names_ignored_columns_and_counts_what_is_cut(recipe_file, monkeypatch, capsys, tmp_path) -> None:
-    rows = [{"prompt": "ask", "completion": "yes", "id": 1}] * 3 + [{"prompt": "ask", "completion": "y" * 80, "of": 2}]
+    rows = [{"prompt": "ask", "completion": "yes", "id": 1}] * 99 + [{"prompt": "ask", "completion": "y" * 80, "of": 2}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = recipe_file(data={"train": [{"path": str(file)}]})
     code, said, _ = run_main(monkeypatch, capsys, "plan", recipe)
     assert (code, said.splitlines()[-2]) == (0, f"ignored    columns `id`, `of` of {file}")
     warning = said.splitlines()[-1]
-    assert warning.startswith("warning: task.max_length cuts 1 of 4 rows (25.0%), and with them ")
+    assert warning.startswith("warning: task.max_length cuts 1 of 100 rows (1.0%), and with them ")
     facts = json.loads(run_main(monkeypatch, capsys, "plan", recipe, "--json")[1])
     assert facts["ignored_columns"] == [{"source": str(file), "columns": ["id", "of"]}]
     lost, of = facts["lost_supervised_tokens"], facts["source_supervised_tokens"]
-    assert facts["source_rows"] == 4 and facts["lost_rows"] == 1 and of - lost == facts["supervised_tokens_per_epoch"]
+    assert facts["source_rows"] == 100 and facts["lost_rows"] == 1 and of - lost == facts["supervised_tokens_per_epoch"]
     assert f" {lost} of {of} supervised tokens ({lost / of:.1%})" in warning
     assert warning in run_main(monkeypatch, capsys, "train", recipe, "--run", tmp_path / "run", "--until", "1")[2]
     skipping = recipe_file(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def evaluate(
     DataError where a run that trained what a ref names, or may have, had some of the rows, unless that is allowed: then `seen_rows` says
     how many of them it had; None where that cannot be found out.
     """
-    shared = resolve(load(recipe, overrides)) if recipe else None
+    shared = resolve(load(recipe, overrides), today=_day_of(texts)) if recipe else None
     rows = {text: shared or _rows_of_run(text) for text in texts}
     seen = {text: rows[text].held_out.seen_by(lineage.stages(text)) for text in texts}
     for text in texts if not is_seen_allowed else ():  # before any of them takes its time
@@ -46,6 +47,13 @@ def evaluate(
         }
         for text in texts
     ]
+
+
+def _day_of(texts: Sequence[str]) -> date | None:
+    """The day in the plan of the first ref that has one: a template that prints it would give other figures every day."""
+    runs = filter(None, map(run_of, map(parse, texts)))
+    days = (plans.load(run)[0].date for run in runs)
+    return next((date.fromisoformat(day) for day in days if day), None)
 
 
 def _refuse_seen(text: str, seen: Sequence[Seen], resolved: Resolved) -> None:

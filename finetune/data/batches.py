@@ -47,6 +47,11 @@ class Examples:
         tokens = int(lost[:, 1].sum())
         return len(lost), tokens, tokens + sum(int(encoded.targets.sum()) for encoded, _, _ in self._parts)
 
+    @property
+    def columns(self) -> list[list[str] | None]:
+        """Of each source."""
+        return [encoded.columns for encoded, _, _ in self._parts]
+
     def __getitem__(self, example: int) -> Example:
         part = bisect_right(self._firsts, example) - 1
         encoded, chosen, _ = self._parts[part]

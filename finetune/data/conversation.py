@@ -43,6 +43,7 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
         hint = "remove the row" if roles.keys() <= {*ROLES} else f"its roles are: {', '.join(roles)}"
         raise DataError(message, where=where, hint=hint)
     if row_rules > 1:
+        _refuse_bad_example(row, where)
         turns = [number for number in turns if _is_learnt(messages[number], places[number], where)]
         messages = [_plain(message, place, where) for message, place in zip(messages, places, strict=True)]
     if not turns:
@@ -52,6 +53,13 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
         raise DataError("has an empty assistant turn", where=where, hint="remove the row")
     conversation = Conversation(messages, places, turns)
     return _with_columns(conversation, row, where) if row_rules > 1 else conversation
+
+
+def _refuse_bad_example(row: Row, where: str) -> None:
+    """Rows of KTO (arXiv 2402.01306) say of a completion whether it is a good one."""
+    if row.get("messages") is None and row.get("label") is False:
+        hint = "remove the row, or learn it all the same with data.train[].skip: [label]"
+        raise DataError("`label` is false: its completion shows what not to answer", where=where, hint=hint)
 
 
 def arguments_of(conversation: Conversation) -> list[dict]:
@@ -125,7 +133,10 @@ def _check(message: object, place: str, where: str, row_rules: int) -> None:
     content = message.get("content")
     has_other = row_rules > 1 and content is None and message.get("tool_calls")
     if not isinstance(content, str) and not has_other:
-        raise DataError(f"`{place}` must have a `content` that is text", where=where)
+        hint = "join its parts into one text; images and the like are not read" if isinstance(content, list) else None
+        if content is None and (others := [name for name in message if name not in ("role", "content")]):
+            hint = f"its other fields are: {', '.join(others)}"
+        raise DataError(f"`{place}` must have a `content` that is text", where=where, hint=hint)
 
 
 def _is_learnt(message: dict, place: str, where: str) -> bool:

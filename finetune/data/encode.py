@@ -4,6 +4,7 @@
 the source: a shard of rows at a time is encoded, by worker processes where there are many, and the shards are joined on the disk.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -35,6 +37,7 @@ SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
 PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seconds to start
 MOST_WORKERS = 16  # of a quarter of a GiB each, and what a reader keeps of its source
 ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads
+MOST_COLUMNS = 1000  # of a source are kept by name
 CHARACTERS_AT_ONCE = 4 << 20  # and small enough for memory, at some 100 bytes a character on the way
 
 # rows and their places in, the examples of each row out
@@ -168,11 +171,12 @@ def _own_work() -> Work:
 
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:
-    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, left_out, lost, contents, refused = [], [], [], [], {}
+    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, `columns.json`, and `examples.npy`: length, row, targets and cut tokens of each."""
+    examples, left_out, lost, contents, columns, refused = [], [], [], [], {}, {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
         for some, rows in _calls(work, ids, refused):
             contents += [content_of(work.content(row)) for row in rows]
+            columns |= dict.fromkeys(column for row in rows for column in row)
             for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
                 kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
@@ -190,6 +194,7 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
     np.save(directory / "lost.npy", np.array(lost, dtype=np.int64).reshape(-1, 2))
     np.save(directory / "contents.npy", np.array(contents, dtype=np.uint64))
+    (directory / "columns.json").write_text(json.dumps([*columns][:MOST_COLUMNS]))
 
 
 def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[dict]]]:
@@ -254,6 +259,10 @@ def _join(directory: Path, shards: Sequence[Path]) -> None:
     _write(directory / "offsets.npy", np.int64, sizes.sum() + 1, _offsets(shards))
     for name in ("left_out", "lost", "contents"):
         np.save(directory / f"{name}.npy", np.concatenate([np.load(shard / f"{name}.npy") for shard in shards]))
+    if not all((shard / "columns.json").exists() for shard in shards):
+        return  # a shard of older code, before a kill
+    columns = [json.loads((shard / "columns.json").read_text()) for shard in shards]
+    (directory / "columns.json").write_text(json.dumps([*dict.fromkeys(chain(*columns))][:MOST_COLUMNS]))
 
 
 def _offsets(shards: Sequence[Path]) -> Iterator[np.ndarray]:

@@ -17,9 +17,11 @@ from typing import Protocol, TextIO
 import numpy as np
 from pydantic_core import from_json
 
+from finetune.data.arrow import Kinds, has_json, with_json
 from finetune.data.refusals import together
 from finetune.errors import DataError
 from finetune.plan import ROW_RULES
+from finetune.words import counted
 
 Row = dict[str, object]
 
@@ -31,27 +33,14 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Reader(Protocol):
     """Rows of one place, under the column names that they have there."""
 
-    fills_with_nulls: bool
-    """Whether a null may stand for an absent field: Arrow gives all objects of a column the same fields."""
+    kinds: Kinds | None
+    """Arrow's types, where a null may stand for an absent field: Arrow gives all objects of a column the same fields."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
 
     def where(self, index: int) -> str: ...
-
-
-def without_nulls(row: Row) -> Row:
-    """A row of Arrow without the fields that other rows have; its columns stay."""
-    return {column: _without_nulls(value) for column, value in row.items()}
-
-
-def _without_nulls(value: object) -> object:
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if isinstance(value, dict):
-        return {field: _without_nulls(item) for field, item in value.items() if item is not None}
-    return value
 
 
 def reader_of(name: str, most: int | None = None, row_rules: int = ROW_RULES) -> Reader:
@@ -80,7 +69,7 @@ def _opened(file: Path, most: int | None, row_rules: int) -> Reader:
 class JsonLines:
     """One JSON object a line. The file is mapped and a row is parsed when it is asked for; memory: 8 bytes a line, 16 where some are blank."""
 
-    fills_with_nulls = False
+    kinds = None
 
     def __init__(self, name: str, most: int | None, row_rules: int):
         self._name, self._row_rules = name, row_rules
@@ -158,7 +147,7 @@ def _is_utf_16(start: bytes) -> bool:
 class Csv:
     """Comma-separated values under one line of column names (RFC 4180), in UTF-8; held in memory, every value is text."""
 
-    fills_with_nulls = False
+    kinds = None
 
     def __init__(self, name: str, most: int | None, row_rules: int):
         self._name = name
@@ -181,6 +170,9 @@ class Csv:
                     yield start, values
                 start = lines.line_num + 1
         except csv.Error as error:
+            if columns is None:  # names in quotes, with another sign between
+                file.seek(0)
+                columns = [file.readline()]
             hint = _separator_hint(columns) or "a quote inside a quoted value is written twice"
             raise DataError(f"bad CSV: {error}", where=f"{self._name}:{start}", hint=hint) from error
 
@@ -192,7 +184,11 @@ class Csv:
             raise DataError(f"repeated column name among {listed(self._columns)}", where=f"{self._name}:1")
         hint = "put a value that holds a comma in double quotes"
         refused = [
-            DataError(f"{len(values)} values for {len(self._columns)} columns", where=f"{self._name}:{line}", hint=hint)
+            DataError(
+                f"{counted(len(values), 'value')} for {counted(len(self._columns), 'column')}",
+                where=f"{self._name}:{line}",
+                hint=hint,
+            )
             for line, values in self._rows
             if len(values) != len(self._columns)
         ]
@@ -231,8 +227,6 @@ def _separator_hint(columns: Sequence[str] | None) -> str | None:
 class Parquet:
     """A Parquet file; the two row groups read last stay in memory."""
 
-    fills_with_nulls = True
-
     def __init__(self, name: str, most: int | None, row_rules: int):
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -244,6 +238,8 @@ class Parquet:
         except self._damage as error:
             raise DataError("is not a whole Parquet file", where=name, hint="write or fetch it again") from error
         names = file.schema_arrow.names
+        self.kinds = {field.name: field.type for field in file.schema_arrow}
+        self._json = [name for name, kind in self.kinds.items() if row_rules > 1 and has_json(kind)]
         if row_rules > 1 and len(set(names)) < len(names):
             raise DataError(f"repeated column name among {listed(names)}", where=name)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -259,8 +255,9 @@ class Parquet:
     def __getitem__(self, index: int) -> Row:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
-            return self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
-        except self._damage as error:
+            row = self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
+            return row | {name: with_json(row[name], self.kinds[name]) for name in self._json}
+        except (*self._damage, ValueError) as error:
             raise DataError(f"is damaged: {first_line(error)}", where=self.where(index)) from error
 
     def where(self, index: int) -> str:

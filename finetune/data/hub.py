@@ -29,8 +29,6 @@ def pin_dataset(source: Source) -> str:
 class HubDataset:
     """A split of a Hub data set at one commit, in the cache of `datasets`; a split may be a slice, like `train[:100]`."""
 
-    fills_with_nulls = True
-
     def __init__(self, source: Source, revision: str):
         from datasets.exceptions import DatasetsError
 
@@ -41,6 +39,7 @@ class HubDataset:
         # RuntimeError: it is a script
         except (DatasetsError, hub.http().HTTPError, OSError, ValueError, RuntimeError) as error:
             raise _hub_error(source, error) from error
+        self.kinds = {field.name: field.type for field in self._rows.features.arrow_schema}
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -12,7 +12,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from finetune import places
-from finetune.data.files import Reader, Row, listed, reader_of, without_nulls
+from finetune.data.arrow import without_nulls
+from finetune.data.files import Reader, Row, listed, reader_of
 from finetune.data.hub import SPLIT, HubDataset, pin_dataset
 from finetune.errors import DataError
 from finetune.plan import ROW_RULES, PinnedSource
@@ -40,7 +41,8 @@ class Rows:
             raise IndexError(f"row {index} of {len(self)} rows of {self.name}")
         row = self._reader[index]
         if self._row_rules > 1:
-            row = self._without_skipped(without_nulls(row) if self._reader.fills_with_nulls else row)
+            kinds = self._reader.kinds
+            row = self._without_skipped(row if kinds is None else without_nulls(row, kinds))
         for field, column in self._columns.items():
             if column not in row:
                 hint = f"correct `columns.{field}` in the recipe"

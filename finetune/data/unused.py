@@ -4,21 +4,29 @@ from finetune.data import preflight
 from finetune.data.batches import Examples
 from finetune.data.files import listed
 from finetune.data.source import first_rows, located, open_source
-from finetune.plan import Plan
+from finetune.plan import PinnedSource, Plan
+from finetune.recipe.schema import Source
 
 
-def columns(plan: Plan) -> list[dict]:
-    """Of each source the columns of its first rows that the task has no field for and the recipe does not skip."""
+def columns(plan: Plan, train: Examples, holdout: Examples) -> list[dict]:
+    """Of each source the columns that the task has no field for and the recipe does not skip."""
     recipe, found = plan.recipe, []
     own = recipe.data.holdout if isinstance(recipe.data.holdout, list) else []
-    for source, pin in [*zip(recipe.data.train, plan.train, strict=True), *zip(own, plan.holdout, strict=True)]:
-        count = preflight.FIRST_ROWS
-        place = located(source, pin)
-        rows = open_source(place, pin.revision) if place.path is None else first_rows(place, count)
-        seen = dict.fromkeys(name for index in range(min(len(rows), count)) for name in rows[index])
-        if ignored := preflight.ignored_columns(source, list(seen), recipe.task.name):
+    sources = [*zip(recipe.data.train, plan.train, train.columns, strict=True)]
+    sources += zip(own, plan.holdout, holdout.columns if own else (), strict=True)
+    for source, pin, seen in sources:
+        named = _of_first_rows(source, pin) if seen is None else seen
+        if ignored := preflight.ignored_columns(source, named, recipe.task.name):
             found.append({"source": pin.name, "columns": ignored})
     return found
+
+
+def _of_first_rows(source: Source, pin: PinnedSource) -> list[str]:
+    """Where older code encoded the rows: it kept no columns."""
+    count = preflight.FIRST_ROWS
+    place = located(source, pin)
+    rows = open_source(place, pin.revision) if place.path is None else first_rows(place, count)
+    return [*dict.fromkeys(name for index in range(min(len(rows), count)) for name in rows[index])]
 
 
 def lost(plan: Plan, train: Examples) -> dict[str, int]:

@@ -56,7 +56,8 @@ def on_the_day(template: str) -> Iterator[None]:
 def batch(config: PreTrainedConfig) -> Tensor:
     """Token ids that depend on the size of the vocabulary alone, spread over all of it (Knuth's multiplicative hash)."""
     text = config.get_text_config()
-    length = min(LENGTH, getattr(text, "max_position_embeddings", LENGTH))
+    longest = getattr(text, "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, longest) if longest > 0 else LENGTH  # XLNet's -1 is no bound
     return (torch.arange(SEQUENCES * length) * 2_654_435_761 % text.vocab_size).reshape(SEQUENCES, length)
 
 

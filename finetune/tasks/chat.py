@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune import chat_template
+from finetune import chat_template, places
 from finetune.data.completeness import refuse_lost
 from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.errors import DataError
 from finetune.example import Example
+from finetune.model.base.files import TEMPLATE
 from finetune.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
@@ -73,17 +74,19 @@ def encoder(
     return encode
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> str:
-    """The chat template in force: the recipe's file, or the base's own."""
+def template_of(
+    tokenizer: PreTrainedTokenizerBase, task: ChatTask, is_known: Callable[[str], bool] = lambda text: False
+) -> str:
+    """The chat template in force: the recipe's file, or the base's own. Of a file that is gone, a copy elsewhere that `is_known`."""
     if task.template is not None:
         try:
-            template = chat_template.decoded(Path(task.template).read_bytes())
+            template = _template_in(task.template)
+        except FileNotFoundError as error:
+            template = _copy_of(task.template, is_known)
+            if template is None:
+                raise _unreadable(task.template, error) from None
         except OSError as error:
-            raise DataError(
-                f"cannot be read: {error.strerror}", where=task.template, hint="task.template names a file"
-            ) from None
-        except ValueError as error:
-            raise DataError(f"the template {error}", where=task.template, hint="save it as UTF-8") from None
+            raise _unreadable(task.template, error) from None
         if problem := chat_template.problem(template):
             raise DataError(f"the template {problem}", where=task.template, hint="fix it, or use the base's own")
         return template
@@ -93,6 +96,26 @@ def template_of(tokenizer: PreTrainedTokenizerBase, task: ChatTask) -> str:
         message = f"the base has several chat templates, and none is called `default`: {', '.join(names)}"
         raise DataError(message, hint="save one of them to a file, and name it with task.template: FILE")
     raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
+
+
+def _template_in(name: str) -> str:
+    try:
+        return chat_template.decoded(Path(name).read_bytes())
+    except ValueError as error:
+        raise DataError(f"the template {error}", where=name, hint="save it as UTF-8") from None
+
+
+def _copy_of(name: str, is_known: Callable[[str], bool]) -> str | None:
+    """The text of a template file that was moved, or that the checkpoints of its run alone still have."""
+    for place in (*places.around(name), *places.in_checkpoints(TEMPLATE)):
+        if Path(place).is_file() and is_known(text := _template_in(place)):
+            places.found(name, place, "template")
+            return text
+    return None
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    return DataError(f"cannot be read: {error.strerror}", where=name, hint="task.template names a file")
 
 
 def _refuse_roles(conversation: Conversation, template: str, place: str) -> None:

@@ -41,13 +41,15 @@ class Renderer(NamedTuple):
 
         try:
             with _on(self.date, self.template):
-                return self.tokenizer.apply_chat_template(
+                text = self.tokenizer.apply_chat_template(
                     messages,
                     tools=tools,
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=with_header,
                 )
+            text.encode()  # half of a pair of surrogates, which JSON can spell, is no text for a tokenizer
+            return text
         except jinja2.TemplateError as error:
             if type(error) is jinja2.TemplateError:
                 message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"

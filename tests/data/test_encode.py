@@ -187,9 +187,10 @@ def test_an_error_that_no_single_row_makes_stays_as_it_is():
 
 def test_lost_tokens_are_counted_for_rows_that_are_kept_and_left_out():
     def encoder(rows, places):
-        return [[Example(np.arange(3, dtype=np.int32), np.array([False, *kept]), 2, lost)] for kept, lost in rows]
+        tokens = np.arange(3, dtype=np.int32)
+        return [[Example(tokens, np.array([False, *row["kept"]]), 2, row["lost"])] for row in rows]
 
-    rows = [((True, True), 0), ((True, False), 4), ((False, False), 9)]
+    rows = [{"kept": kept, "lost": lost} for kept, lost in (((True, True), 0), ((True, False), 4), ((False, False), 9))]
     encoded = encode(rows, where, encoder, "content")
     assert encoded.lost.tolist() == [[1, 4], [2, 9]] and encoded.left_out_rows.tolist() == [2]
     assert Examples([(encoded, np.arange(2), 0)]).lost() == (2, 13, 16)

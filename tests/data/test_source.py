@@ -214,6 +214,23 @@ def test_fields_that_only_other_rows_have_are_not_nulls(tmp_path):
     assert old == {"city": "Oslo", "unit": None}
 
 
+def test_json_that_datasets_writes_into_parquet_is_read_and_keeps_its_nulls(tmp_path, monkeypatch):
+    import datasets
+
+    arguments = [{"city": "Oslo", "unit": None}, {"city": ["Oslo", 3]}]
+    rows = [{"messages": [{"role": "assistant", "arguments": each}]} for each in arguments]
+    features = datasets.Features(
+        {"messages": datasets.List({"role": datasets.Value("string"), "arguments": datasets.Json()})}
+    )
+    made = datasets.Dataset.from_list(rows, features=features)
+    made.to_parquet(tmp_path / "rows.parquet")
+    source = Source(path=str(tmp_path / "rows.parquet"))
+    assert [open_source(source)[row] for row in (0, 1)] == rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: made)
+    hub = open_source(Source(dataset="owner/name"), PIN)
+    assert [hub[row] for row in (0, 1)] == rows
+
+
 def test_a_parquet_file_with_two_columns_of_a_name_is_refused(tmp_path):
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(table, tmp_path / "rows.parquet")

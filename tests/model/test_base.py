@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.checkpoints.loading import open_model
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import (
+    check_generation_config,
+    check_weight_files,
     directory,
     empty_model,
     load_config,
@@ -386,3 +389,72 @@ def test_what_a_tokenizer_class_raises_is_told_and_is_no_traceback(copied):
     edit(copied / "config.json", model_type="big_bird")
     edit(copied / "tokenizer_config.json", tokenizer_class="BigBirdTokenizer")
     assert refusal(load_tokenizer, copied).startswith("base: its tokenizer cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("config.json", {"architectures": "LlamaForCausalLM"}, "its config.json is damaged: `architectures` is not a"),
+        ("config.json", {"architectures": [5]}, "its config.json is damaged: `architectures` is not a list of names"),
+        ("config.json", {"model_type": ["llama"]}, "is not a language model: it is of type `['llama']`"),
+        ("config.json", {"text_config": {"model_type": "llama"}}, "its config.json is damaged: "),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "is quantized already (gptq), and such"),
+        ("config.json", {"quantization_config": {"quant_algo": "FP8"}}, "is quantized already (unknown), and such"),
+        (
+            "generation_config.json",
+            {"eos_token_id": "2"},
+            'its generation_config.json is damaged: `eos_token_id` is "2"',
+        ),
+        ("generation_config.json", {"eos_token_id": [[2]]}, "its generation_config.json is damaged: `eos_token_id` is"),
+        (
+            "generation_config.json",
+            {"cache_implementation": "x"},
+            "its generation_config.json is refused (ValueError: ",
+        ),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "its tokenizer cannot encode a text (TypeError: "),
+        ("tokenizer_config.json", {"eos_token": ["x"]}, "its tokenizer cannot be loaded: Special token eos_token has"),
+        ("tokenizer_config.json", {"chat_template": 5}, "its tokenizer_config.json is damaged: its `chat_template` is"),
+        ("model.safetensors.index.json", {}, "its model.safetensors.index.json is damaged: it has no `weight_map`"),
+    ],
+)
+def test_a_file_with_a_value_of_another_kind_is_named(copied, name, changes, said):
+    if name == "tokenizer_config.json":
+        (copied / "chat_template.jinja").unlink()
+    file = copied / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+
+    def opened(path):
+        config, tokenizer = load_config(path), load_tokenizer(path)
+        stop_tokens(path, tokenizer)
+        check_generation_config(path)
+        check_weight_files(path)
+        return config
+
+    assert refusal(opened, copied).startswith(f"base: {said}")
+
+
+def test_weights_of_8_bits_without_a_word_in_the_config_are_refused(copied):
+    tensors = load_file(copied / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, copied / "model.safetensors")
+    assert refusal(check_weight_files, copied) == (
+        f"base: is quantized already (`{name}` is F8_E4M3), and such weights cannot be trained\n"
+        "hint: name the checkpoint that it was made from; base.quantization: nf4 quantizes that while it is read"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_git_lfs_did_not_fetch_is_said_to_be_one(copied, name):
+    (copied / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 5\n")
+    assert refusal(open_whole, copied) == (
+        f"base: its {name} is a pointer of Git LFS, not the file\nhint: fetch it with `git lfs pull`"
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_directory_in_the_place_of_a_file_is_named(copied, name):
+    (copied / name).unlink()
+    (copied / name).mkdir()
+    assert refusal(load_config if name == "config.json" else load_tokenizer, copied) == (
+        f"base: its {name} is damaged: Is a directory\nhint: download or copy it again"
+    )

@@ -24,7 +24,7 @@ from finetune.checkpoints import manifest
 from finetune.checkpoints.loading import open_model, open_tokenizer
 from finetune.compare.evaluate import evaluate
 from finetune.data import encodings
-from finetune.errors import BaseError, PackageError
+from finetune.errors import BaseError, DataError, PackageError, RunError
 from finetune.model import base
 from finetune.package import contents, export, small_files
 from finetune.recipe.load import load
@@ -231,3 +231,22 @@ def test_every_file_that_a_tokenizer_class_reads_travels() -> None:
             read |= set(tokenizer_class_from_name(name).vocab_files_names.values())
     assert {"tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt"} <= read
     assert [name for name in read if not any(fnmatch(name, pattern) for pattern in encodings.TOKENIZER_FILES)] == []
+
+
+def test_a_template_file_that_is_gone_is_taken_from_a_checkpoint_of_its_run(trained, tmp_path, capsys) -> None:
+    """An edited one is refused by `train`: that may be what its user wants to train with."""
+    folder, file = trained.parent, trained.parent / "own.jinja"
+    run = shutil.copytree(trained, tmp_path / "run")
+    file.rename(folder / "away.jinja")
+    try:
+        train(load(folder / "recipe.yaml", ["train.steps=3"]), run, is_quiet=True)
+        told = f"template {file} is now {run}/checkpoints/step-00000002/chat_template.jinja: equal content"
+        assert told in capsys.readouterr().err
+        assert open_tokenizer(open_model(f"{run}@3")).chat_template == OWN
+        with pytest.raises(DataError, match="own.jinja: cannot be read: No such file"):
+            train(load(folder / "recipe.yaml", ["task.max_length=63"]), tmp_path / "new", is_quiet=True)
+        file.write_text("{# edited #}" + CHATML)
+        with pytest.raises(RunError, match="what the run trains on has changed"):
+            train(load(folder / "recipe.yaml", ["train.steps=4"]), run, is_quiet=True)
+    finally:
+        (folder / "away.jinja").replace(file)

@@ -336,7 +336,16 @@ def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
         ({"messages": [*turns("ask"), {"role": "assistant"}]}, "`messages[1]` must have a `content` that is text"),
         (
             {"messages": [*turns("ask"), {"role": "assistant", "content": [{"type": "text"}]}]},
-            "`messages[1]` must have a `content` that is text",
+            "`messages[1]` must have a `content` that is text\nhint: join its parts into one text; images and the like are not read",
+        ),
+        (
+            {"messages": [*turns("ask"), {"role": "assistant", "content": None, "refusal": "no"}]},
+            "`messages[1]` must have a `content` that is text\nhint: its other fields are: refusal",
+        ),
+        (
+            {"prompt": "ask", "completion": "bad", "label": False},
+            "`label` is false: its completion shows what not to answer\n"
+            "hint: remove the row, or learn it all the same with data.train[].skip: [label]",
         ),
     ],
 )

@@ -76,10 +76,9 @@ def dated(recipe_file, tmp_path):
 def test_a_plan_has_the_day_that_its_template_prints_and_keeps_it(dated, recipe_file, train, tmp_path, later, capsys):
     run = train(dated, tmp_path / "run")
     plan, _ = plans.load(run)
-    (before,) = evaluate([f"{run}@2"], None, [])
+    before = [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)]
     later()
-    (after,) = evaluate([f"{run}@2"], None, [])
-    assert after == before
+    assert [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)] == before
     assert resolve(load(dated), plan).plan == plan, "resumed"
     assert resolve(load(dated), like=plan).plan.date == plan.date, "branched"
     another = resolve(load(dated)).plan
@@ -113,6 +112,7 @@ def test_a_plan_of_older_code_without_a_day_says_so_where_its_template_prints_on
         ("{{ 1 // 0 }}", "ZeroDivisionError: "),
         ("{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}", "RecursionError: "),
         ("{{ {}['a'] | tojson }}", "TypeError: Object of type Undefined is not JSON serializable"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError: 'utf-8' codec can't encode character"),
         ("{{ messages | nosuch }}", "TemplateAssertionError: No filter named 'nosuch'"),
     ],
 )

@@ -30,6 +30,7 @@ from finetune.model.base.outline import with_dtype
 from finetune.model.base.reading import (
     DTYPES,
     Place,
+    check_generation_config,
     check_quantization,
     check_weight_files,
     empty_model,
@@ -48,6 +49,7 @@ __all__ = [
     "Place",
     "attach",
     "beneath",
+    "check_generation_config",
     "check_quantization",
     "check_weight_files",
     "difference",

@@ -3,20 +3,30 @@
 Trained weights are in bf16 or fp32, so such a base is read as the numbers that its files stand for, or refused.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
+from finetune.checkpoints.tensors import Place
 from finetune.errors import BaseError
 
 KEY = "quantization_config"
 READ = ("mxfp4",)  # transformers makes bf16 of it to the bit: gpt-oss is published in nothing else
+
+HINT = "name the checkpoint that it was made from; base.quantization: nf4 quantizes that while it is read"
 
 
 def refuse(config: dict, where: str) -> None:
     """BaseError where the files of a config, as JSON, hold what cannot be read as numbers."""
     method = _method_of(config)
     if method not in (None, *READ):
-        hint = "name the checkpoint that it was made from; base.quantization: nf4 quantizes that while it is read"
-        raise BaseError(f"is quantized already ({method}), and such weights cannot be trained", where=where, hint=hint)
+        raise BaseError(f"is quantized already ({method}), and such weights cannot be trained", where=where, hint=HINT)
+
+
+def refuse_types(tensors: Mapping[str, Place], where: str) -> None:
+    """BaseError where weights are 8-bit floats: without their scales, which models have no place for, they are other numbers."""
+    if name := next((name for name, place in tensors.items() if place.dtype.startswith("F8_E4M3")), None):
+        message = f"is quantized already (`{name}` is {tensors[name].dtype}), and such weights cannot be trained"
+        raise BaseError(message, where=where, hint=HINT)
 
 
 def to_numbers(config: object) -> bool:

@@ -12,18 +12,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from finetune import chat_template
 from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError, explained, of_libraries
 from finetune.model.base import quantized
+from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
 from finetune.remote_code import asked_by
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as recipes spell them
+RELOAD = "download or copy its tokenizer's files again"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -34,11 +42,13 @@ def load_config(path: Path) -> PretrainedConfig:
 
     if not (path / "config.json").exists():
         message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
-        raise BaseError(message, where=_name(path), hint=hint)
+        raise BaseError(message, where=name_of(path), hint=hint)
     raw = read_json(path / "config.json")
     _refuse_remote_code(path)
     architectures = raw.get("architectures") or []
-    is_known = raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise damaged(path / "config.json", "`architectures` is not a list of names")
+    is_known = str(raw.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
         what = (
             architectures[0]
@@ -46,16 +56,16 @@ def load_config(path: Path) -> PretrainedConfig:
             else f"of type `{raw.get('model_type')}`, which has no causal LM in transformers"
         )
         raise BaseError(
-            f"is not a language model: it is {what}", where=_name(path), hint="choose a base that generates text"
+            f"is not a language model: it is {what}", where=name_of(path), hint="choose a base that generates text"
         )
-    quantized.refuse(raw, _name(path))
+    quantized.refuse(raw, name_of(path))
     try:
         config = AutoConfig.from_pretrained(path)
-        config.get_text_config()  # some have several, none of which is the language model's
+        config.get_text_config().vocab_size  # noqa: B018 some have several, none of which is the language model's
         quantized.to_numbers(config)
         return config
     except of_libraries() as error:
-        raise _damaged(path / "config.json", " ".join(str(error).split())) from None
+        raise damaged(path / "config.json", " ".join(str(error).split())) from None
 
 
 def _refuse_remote_code(path: Path) -> None:
@@ -63,7 +73,7 @@ def _refuse_remote_code(path: Path) -> None:
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if (path / name).is_file() and (key := next(asked_by(read_json(path / name)), None)):
             message = f"needs code of its own (`{key}` in {name}), which is never run"
-            raise BaseError(message, where=_name(path), hint="choose a base that transformers knows")
+            raise BaseError(message, where=name_of(path), hint="choose a base that transformers knows")
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -77,14 +87,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         path.absolute()
     )  # a relative path may look like a Hub id that transformers makes exceptions for
     if not tokenizer.is_fast or not len(tokenizer):
-        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=_name(path))
+        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=name_of(path))
+    with explained("its tokenizer cannot encode a text", name_of(path), RELOAD):
+        tokenizer("a", return_offsets_mapping=True)
     if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
         message, hint = "has a tokenizer that skips merges at random", "set `dropout` to null in its tokenizer.json"
-        raise BaseError(message, where=_name(path), hint=hint)
+        raise BaseError(message, where=name_of(path), hint=hint)
+    if not chat_template.is_known_form(tokenizer.chat_template):
+        raise damaged(path / "tokenizer_config.json", "its `chat_template` is neither text nor named texts")
     for template in chat_template.texts(tokenizer.chat_template):
         if problem := chat_template.problem(template):
             hint = "choose another base, or fix the template: what renders it may not survive it"
-            raise BaseError(f"has a chat template that {problem}", where=_name(path), hint=hint)
+            raise BaseError(f"has a chat template that {problem}", where=name_of(path), hint=hint)
     return tokenizer
 
 
@@ -97,12 +111,14 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
         if not isinstance(error, of_libraries()) and type(error) is not Exception:  # tokenizers raises bare ones
             raise
         if not has_tokenizer(path):
-            raise no_tokenizer(_name(path), path) from None
+            raise no_tokenizer(name_of(path), path) from None
         if (path / "tokenizer.json").exists():
             read_json(path / "tokenizer.json")  # tells what is wrong with a torn file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BaseError(
-            f"its tokenizer cannot be loaded: {reason}", where=_name(path), hint="add its tokenizer.json"
+            f"its tokenizer cannot be loaded: {reason}",
+            where=name_of(path),
+            hint=RELOAD if (path / "tokenizer.json").exists() else "add its tokenizer.json",
         ) from error
 
 
@@ -111,7 +127,9 @@ def _refuse_unreadable_templates(path: Path) -> None:
         try:
             chat_template.decoded(file.read_bytes())
         except ValueError as error:
-            raise BaseError(f"its {file.name} {error}", where=_name(path), hint="save it as UTF-8") from None
+            raise BaseError(f"its {file.name} {error}", where=name_of(path), hint="save it as UTF-8") from None
+        except OSError as error:
+            raise damaged(file, str(error.strerror)) from None
 
 
 def no_tokenizer(where: str, directory: Path) -> BaseError:
@@ -125,8 +143,19 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     stops = {tokenizer.eos_token_id}
     if (path / "generation_config.json").exists():
         named = read_json(path / "generation_config.json").get("eos_token_id")
-        stops.update(named if isinstance(named, list) else [named])
+        found = named if isinstance(named, list) else [named]
+        if not all(token is None or isinstance(token, int) for token in found):
+            reason = f"`eos_token_id` is {json.dumps(named)}, not an id or a list of ids"
+            raise damaged(path / "generation_config.json", reason)
+        stops.update(found)
     return frozenset(stops - {None})
+
+
+def check_generation_config(path: Path) -> None:
+    """BaseError where transformers refuses it, as it would when it opens the model."""
+    if (path / "generation_config.json").is_file():
+        with quiet(), explained("its generation_config.json is refused", name_of(path), "correct or remove the file"):
+            GenerationConfig.from_pretrained(path)
 
 
 class Place(NamedTuple):
@@ -182,7 +211,7 @@ def load_model(
     is_placed = place is not None and place.device.type != "cpu"
     device = {"device_map": {"": place.device if is_placed else "cpu"}} if is_placed or quantization else {}
     reading = place.reading(type(empty_model(path))) if is_placed and place.names else contextlib.nullcontext()
-    with quiet(), explained("transformers cannot open it", _name(path)), reading:
+    with quiet(), explained("transformers cannot open it", name_of(path)), reading:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -208,7 +237,7 @@ def refuse_lacking(path: Path, names: dict[str, list[str]]) -> None:
     for kind, found in names.items():
         if found:
             wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(found[:3])}"
-            raise BaseError(wrong, where=_name(path))
+            raise BaseError(wrong, where=name_of(path))
 
 
 def _names(keys: Iterable[object]) -> list[str]:
@@ -235,7 +264,7 @@ def empty_model(path: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
-    with torch.device("meta"), quiet(), explained("transformers cannot make its model", _name(path)):
+    with torch.device("meta"), quiet(), explained("transformers cannot make its model", name_of(path)):
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     return model
@@ -244,36 +273,21 @@ def empty_model(path: Path) -> torch.nn.Module:
 def check_weight_files(path: Path) -> None:
     """Refuses pickles, torn files and missing shards before transformers meets them."""
     index = path / "model.safetensors.index.json"
-    named = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    named = weight_files(index) if index.exists() else {"model.safetensors"}
     if not list(path.glob("*.safetensors")):
-        raise BaseError("has no safetensors weights", where=_name(path), hint=CONVERT)
+        raise BaseError("has no safetensors weights", where=name_of(path), hint=CONVERT)
     for name in sorted(named):
         if not (path / name).is_file():
-            raise BaseError(f"lacks its weight file {name}", where=_name(path), hint="download or copy it again")
+            raise BaseError(f"lacks its weight file {name}", where=name_of(path), hint="download or copy it again")
         try:
-            read_header(path / name)
+            quantized.refuse_types(read_header(path / name), name_of(path))
         except CheckpointError as error:
-            raise _damaged(path / name, error.message) from None
+            raise damaged(path / name, error.message) from None
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(value, dict):
-        raise _damaged(path, "it does not hold an object")
-    return value
-
-
-def _damaged(path: Path, reason: str) -> BaseError:
-    return BaseError(
-        f"its {path.name} is damaged: {reason}", where=_name(path.parent), hint="download or copy it again"
-    )
-
-
-def _name(path: Path) -> str:
-    """What errors call a base: its Hub id where it is a snapshot in the Hub's cache, else the directory's name."""
-    if path.parent.name == "snapshots":
-        return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return path.name
+def weight_files(index: Path) -> set[str]:
+    """The names in an index of shards."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise damaged(index, "it has no `weight_map`")
+    return {str(name) for name in named.values()}

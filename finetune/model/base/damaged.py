@@ -1,0 +1,35 @@
+"""Floor 0. What errors call a base and its files, and its JSON files read without trust."""
+
+import json
+from pathlib import Path
+
+from finetune import downloads
+from finetune.errors import BaseError
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, str(error)) from None
+    except OSError as error:  # like a directory of that name
+        raise damaged(path, str(error.strerror)) from None
+    if not isinstance(value, dict):
+        raise damaged(path, "it does not hold an object")
+    return value
+
+
+def damaged(path: Path, reason: str) -> BaseError:
+    if downloads.is_pointer(path):
+        message = f"its {path.name} is a pointer of Git LFS, not the file"
+        return BaseError(message, where=name_of(path.parent), hint=downloads.PULL)
+    return BaseError(
+        f"its {path.name} is damaged: {reason}", where=name_of(path.parent), hint="download or copy it again"
+    )
+
+
+def name_of(path: Path) -> str:
+    """What errors call a base: its Hub id where it is a snapshot in the Hub's cache, else the directory's name."""
+    if path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
