@@ -185,7 +185,7 @@ class Csv:
         hint = "put a value that holds a comma in double quotes"
         refused = [
             DataError(
-                f"{counted(len(values), 'value')} for {counted(len(self._columns), 'column')}",
+                f"has {counted(len(values), 'value')}, the header {counted(len(self._columns), 'name')}",
                 where=f"{self._name}:{line}",
                 hint=hint,
             )
