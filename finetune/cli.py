@@ -138,6 +138,7 @@ def plan(
     from finetune.package.rights import preflight
     from finetune.readiness import refuse_unfit_base, refuse_unready
     from finetune.resolve import device, resolve
+    from finetune.state import slow_numbers
 
     preflight(loaded.recipe)
     run = run or _default_run(recipe)
@@ -154,6 +155,7 @@ def plan(
     ignored = unused.columns(resolved.plan, resolved.train, resolved.holdout)
     facts |= {"ignored_columns": ignored, **unused.lost(resolved.plan, resolved.train)}
     facts |= {"base_notes": list(resolved.notes), "reached": resolved.reached}
+    facts["notes"] += filter(None, [slow_numbers(resolved.plan.recipe.train.precision)])
     facts |= {"device_memory_bytes": card, "devices": estimate.on_devices(resolved.plan, shape, work, card)}
     about_base = estimate.base_lines(resolved.notes, resolved.reached)
     text = "\n".join([estimate.table(facts), *about_base, *unused.lines(facts)])

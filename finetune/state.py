@@ -121,6 +121,16 @@ def start_accelerator(settings: Train) -> Accelerator:
     return accelerator
 
 
+def slow_numbers(precision: str) -> str | None:
+    """A line where this machine has no instructions for the numbers of a precision, as x86 before AVX-512 has none for bf16."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64") and not torch.accelerator.is_available()
+    if precision != "bf16" or not is_x86 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return (
+        "this CPU has no instructions for bf16, which takes a hundred times as long as fp32: set train.precision: fp32"
+    )
+
+
 def _keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next one: to get it from the system again, zeroed page by page, took a third of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
@@ -174,7 +184,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
         objective, prepared = accelerator.prepare(
             objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
         )
-    notes = tuple(filter(None, [losses.note(reason)]))
+    notes = tuple(filter(None, [losses.note(reason), slow_numbers(recipe.train.precision)]))
     return TrainState(accelerator, objective, model, prepared, notes=notes)
 
 

@@ -13,6 +13,7 @@ from finetune.memory import Device, Shape, Work
 from finetune.model import base, losses
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.state import slow_numbers
 
 CARD = Device(80 * 2**30, is_gpu=True)
 LARGE = {
@@ -260,9 +261,12 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
     assert memory.machine_bytes() == 2**28
 
 
+NEEDS_BF16 = pytest.mark.skipif(slow_numbers("bf16") is not None, reason="this CPU has no instructions for bf16")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=NEEDS_BF16), "fp32"])
 @pytest.mark.parametrize("adapter", [None, {"name": "lora"}], ids=["full", "lora"])
 def test_the_forecast_is_within_15_percent_of_a_real_trainings_peak(
     adapter, precision, recipe_file, tmp_path, tiny_tokenizer, finetune

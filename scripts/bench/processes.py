@@ -67,7 +67,7 @@ def run(command: Sequence[str | Path], env: dict[str, str], log: Path) -> Outcom
     return Outcome(started, seconds, peak_bytes, round(others, 3))
 
 
-def matmul_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
+def matmul_peak(dtype: torch.dtype, size: int, repeats: int = 8) -> float:
     """GFLOP/s of the best of some square matrix products."""
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     times = []

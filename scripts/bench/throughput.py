@@ -92,7 +92,9 @@ def part_throughput(work: Path, options: argparse.Namespace, report: dict, save:
     for turn in range(options.rounds):
         for cell in chosen:
             for name in rotated(options.only, turn):
-                peaks = {"bf16": processes.matmul_peak(torch.bfloat16), "fp32": processes.matmul_peak(torch.float32)}
+                types = {"bf16": torch.bfloat16, "fp32": torch.float32}
+                size = 128 if options.tiny else 2048  # some CPUs have no instructions for bf16
+                peaks = {key: processes.matmul_peak(dtype, size) for key, dtype in types.items()}
                 run = {"cell": cell.name, "contestant": name, "round": turn, "malloc": options.malloc, "matmul": peaks}
                 runs.append(run | measure(name, prepared[cell], options))
                 print(f"{turn} {cell.name:18} {name:14} {page.run_line(runs[-1])}", flush=True)
