@@ -163,7 +163,7 @@ def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
 
 
 def small_files_of(checkpoint: Path) -> Path:
-    """Config and tokenizer of a checkpoint with all weights, in the cache: keep rules may take the checkpoint away meanwhile."""
+    """Config and tokenizer of a checkpoint with all weights, in the cache: keep rules may remove the checkpoint later."""
     key = blake3.blake3(files.small_digest(checkpoint).encode()).hexdigest()[:32]
 
     def build(target: Path) -> None:

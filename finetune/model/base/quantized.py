@@ -30,7 +30,7 @@ def refuse_types(tensors: Mapping[str, Place], where: str) -> None:
 
 
 def to_numbers(config: object) -> bool:
-    """Has transformers read the weights of a config of its own as numbers, whatever kernels are installed; whether they are quantized."""
+    """Tells transformers, in its config, to read the weights as numbers, whatever kernels are installed; whether they are quantized."""
     said = getattr(config, KEY, None)
     if said:
         setattr(config, KEY, said | {"dequantize": True})
