@@ -18,11 +18,12 @@ from finetune.debug.replay import replay
 from finetune.errors import DataError
 from finetune.history import problems
 from finetune.package import export
+from finetune.package.verify import verify
 from finetune.recipe.load import load
 from finetune.run import train
 from tests.conftest import chat_row
 
-FIXTURE = Path(__file__).parents[1] / "fixtures/older_run"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 RUN, BRANCH = Path("runs/older"), Path("runs/older-seed")
 
 
@@ -31,9 +32,9 @@ def recorded(run: Path, key: str) -> dict[int, float]:
     return {int(step): loss for step, loss in expected.items()}
 
 
-@pytest.fixture
-def older(tmp_path, monkeypatch) -> Path:
-    shutil.copytree(FIXTURE, tmp_path / "older")
+@pytest.fixture(params=["older_run", "run_before_rooms"])
+def older(request, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(FIXTURES / request.param, tmp_path / "older")
     monkeypatch.chdir(tmp_path / "older")
     return RUN
 
@@ -84,10 +85,19 @@ def test_it_is_branched_off(older) -> None:
 def test_it_is_packaged_and_the_package_knows_its_training_rows(older) -> None:
     other = [json.dumps(chat_row(number)) + "\n" for number in range(100, 110)]
     Path("data/other.jsonl").write_text("".join(other))
-    facts = export.package(f"{older}@8", Path("dist/older"), None, export.Average((4,), of_model))
+    facts = export.package(f"{older}@8", Path("dist/averaged"), None, export.Average((4,), of_model))
     assert {"logits", "merge"} <= {check["name"] for check in facts["checks"]}
     assert (
-        evaluate(["dist/older"], Path("recipe.yaml"), ("data.holdout=[{path: data/other.jsonl}]",))[0]["seen_rows"] == 0
+        evaluate(["dist/averaged"], Path("recipe.yaml"), ("data.holdout=[{path: data/other.jsonl}]",))[0]["seen_rows"]
+        == 0
     )
     with pytest.raises(DataError, match=r"held-out rows are training rows of \w+@8"):
-        evaluate(["dist/older"], Path("recipe.yaml"), ())
+        evaluate(["dist/averaged"], Path("recipe.yaml"), ())
+
+
+def test_its_package_verifies(tmp_path) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(FIXTURES / "run_before_rooms/dist/older", package)
+    facts = verify(str(package))
+    assert facts["ok"], facts["problems"]
+    assert {"logits", "provenance"} <= set(facts["checks"])
