@@ -92,7 +92,7 @@ def test_it_is_packaged_and_the_package_knows_its_training_rows(older) -> None:
         == 0
     )
     with pytest.raises(DataError, match=r"held-out rows are training rows of \w+@8"):
-        evaluate(["dist/averaged"], Path("recipe.yaml"), ())
+        evaluate(["dist/averaged"], Path("recipe.yaml"), ("data.split_seed=9",))
 
 
 def test_its_package_verifies(tmp_path) -> None:
