@@ -4,10 +4,9 @@ import math
 
 import torch
 
-from finetune.errors import NotFiniteError
+from finetune.errors import NotFiniteError, counted
 from finetune.loop import StepReport
 from finetune.state import TrainState
-from finetune.words import counted
 
 WRAPPERS = ("base_model.model.", ".base_layer")  # what an adapter puts into the names of its base
 

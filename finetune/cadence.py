@@ -4,10 +4,14 @@ All ranks ask here, and a resumed run asks as an uninterrupted one does, so they
 """
 
 from collections.abc import Mapping
+from math import ceil
 
 from finetune.checkpoints.retention import Saved, best
 from finetune.plan import Plan
 from finetune.recipe.schema import Every, Recipe
+
+HISTORY_ENTRIES = 1000
+"""Of the loss, at most so many are in a checkpoint's history: it is in every checkpoint, and the journal has all."""
 
 
 def is_evaluated(plan: Plan, step: int, is_saved: bool) -> bool:
@@ -58,6 +62,11 @@ def may_lose_best(recipe: Recipe) -> bool:
     if recipe.checkpoint.save_best or every is None:
         return False
     return not any(each.steps and every.steps % each.steps == 0 for each in saves(recipe))
+
+
+def history_every(plan: Plan) -> int:
+    """Every how many steps the loss is in the history: a power of two, so that a run that is extended needs none it left out."""
+    return 1 << (ceil(plan.steps / HISTORY_ENTRIES) - 1).bit_length()
 
 
 def _is_due(every: Every | None, step: int) -> bool:

@@ -20,10 +20,10 @@ from finetune import __version__, places, streams
 from finetune.checkpoints.lease import refuse_other_directory
 from finetune.checkpoints.manifest import to_json
 from finetune.checkpoints.writer import WRITER
-from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped
+from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped, counted
+from finetune.rank import is_alone, is_first
 from finetune.signals import ending_signals
-from finetune.words import counted
-from finetune.world import TOLD, is_alone, is_first, prepare_allocator
+from finetune.world import TOLD, prepare_allocator
 
 if TYPE_CHECKING:
     from finetune.recipe.load import LoadedRecipe

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune import cadence, memory
-from finetune.errors import RunError
+from finetune.errors import RunError, counted
 from finetune.memory import Device, Shape, Work, state_bytes
 from finetune.pace import mean_tokens
 from finetune.plan import Plan
 from finetune.recipe.schema import Every, LoraAdapter, Publish
-from finetune.trainer_state import ENTRIES
-from finetune.words import counted
 
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end
 # beside tensors, as they were measured; numbers are of one each
@@ -70,7 +68,7 @@ def _multiples(plan: Plan, cadences: Iterable[Every | None]) -> set[int]:
 
 def _small_bytes(plan: Plan, layers: int) -> int:
     """What is in every checkpoint beside tensors: its manifest and counters, names of tensors, the history of losses; files fill blocks."""
-    entries = min(plan.steps, ENTRIES) + _evaluations(plan)
+    entries = min(plan.steps, cadence.HISTORY_ENTRIES) + _evaluations(plan)
     return _trained_tensors(plan, layers) * TENSOR_BYTES + entries * ENTRY_BYTES + FILES * BLOCK_BYTES
 
 

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from finetune.errors import counted
 from finetune.recipe.schema import Guard
-from finetune.words import counted
 
 WINDOW = 128  # steps looked back on
 ENOUGH = 32  # steps before which nothing is called a spike

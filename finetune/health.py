@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
-from finetune import journal, words
-from finetune import plan as plans
+from finetune import journal
 from finetune.checkpoints import holder as holders
-from finetune.checkpoints.writer import SLOWEST_DISK, STALL_SECONDS
-from finetune.errors import RunError
+from finetune.checkpoints.durable import SLOWEST_DISK, STALL_SECONDS
+from finetune.directory import load_plan
+from finetune.errors import RunError, duration
 
 SLOW = 10
 """A training that takes so many times what it usually takes is still slow, not hung."""
@@ -76,7 +76,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
     facts["is_finished"] = False
     if holder.released is not None:
-        end = plans.load(run)[0].steps if (run / "plan.json").exists() else None
+        end = load_plan(run)[0].steps if (run / "plan.json").exists() else None
         step = max([stored, *steps], default=0)
         return facts | {"step": step, "ok": True, "state": "ended", "limit_seconds": None, "is_finished": stored == end}
     is_dead = holders.is_dead_here(holder)
@@ -87,7 +87,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
         return facts | {"ok": False, "state": "killed", "limit_seconds": None}
     if not steps:
         return facts | {"ok": True, "state": "starting", "limit_seconds": None}
-    end = plans.load(run)[0].steps
+    end = load_plan(run)[0].steps
     if any(record.get("event") == "committed" and record["step"] == end for record in mine):
         return facts | {"ok": True, "state": "finished", "limit_seconds": None}
     of_evaluations = _usual_pause(records, "evaluated")
@@ -117,7 +117,7 @@ def _line(
 ) -> str:
     if state == "ended":
         how = "finished" if is_finished else "stopped, and the same command resumes"
-        return f"{run}: {how}: step {step}, {words.duration(quiet_seconds)} ago"
+        return f"{run}: {how}: step {step}, {duration(quiet_seconds)} ago"
     at = f" at step {step}" if step is not None else ""
     limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"

@@ -4,15 +4,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetune import best, journal, scan
-from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store, Summary
+from finetune.directory import load_plan
 from finetune.errors import CheckpointError, RunError
 from finetune.estimate import readable
-from finetune.heldout.draw import are_same_rows
-from finetune.plan import Plan
+from finetune.plan import Plan, are_same_rows
 
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 
@@ -27,7 +26,7 @@ MESSAGES = {
 def log(run: Path) -> dict:
     """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
     the same folder that branch off it, each with the same facts."""
-    plan, facts = plans.load(run)
+    plan, facts = load_plan(run)
     events, trained = scan.read(run)
     evaluated = journal.evaluations(events)
     pinned, stored = Store(run).pinned(), Store(run).checkpoints()
@@ -102,7 +101,7 @@ def _branches(run: Path, identity: str, origin: Plan) -> list[dict]:
     found = []
     for path in sorted(run.absolute().parent.glob("*/plan.json")):
         with suppress(RunError):  # another one's damage is no matter here
-            plan, _ = plans.load(path.parent)
+            plan, _ = load_plan(path.parent)
             if plan.parent and plan.parent.run == identity:
                 is_comparable = are_same_rows(plan, origin)
                 found.append(log(run.parent / path.parent.name) | {"is_comparable": is_comparable})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from finetune.world import is_first
+from finetune.rank import is_first
 
 QUIET_SECONDS = 4.0
 LONGEST_PAUSE_SECONDS = 60.0

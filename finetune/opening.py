@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 
 from finetune import memory, places, scan, version
-from finetune import plan as plans
 from finetune.checkpoints.store import Store
 from finetune.contract import FACT_NAMES, differences, outcome, recorded, rule_of
 from finetune.data.source import fingerprint, located, open_source
-from finetune.errors import BaseError, CheckpointError, DataError, RunError
+from finetune.directory import load_plan
+from finetune.errors import BaseError, CheckpointError, DataError, RunError, counted
 from finetune.example import Example
 from finetune.model import base
 from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
@@ -30,7 +30,6 @@ from finetune.recipe.schema import Base, LoraAdapter, Recipe, Source, is_drawn
 from finetune.resolve import Resolved, resolve
 from finetune.state import device_name
 from finetune.tasks import TASKS
-from finetune.words import counted
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose
@@ -73,7 +72,7 @@ def open_plan(
         resolved = resolve(loaded, is_to_load=True, today=today)
         now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
         return resolved, now, resolved.plan.seen_told
-    earlier, facts = plans.load(path)
+    earlier, facts = load_plan(path)
     loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
     lines = _sorted_out(earlier, loaded.recipe)
     if lines["refused"]:

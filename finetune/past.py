@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from finetune import guard, journal, scan
+from finetune.cadence import history_every
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.guard import Amendment
 from finetune.plan import Plan
-from finetune.trainer_state import cadence, evaluations_of, loss_entry, losses_of, trainer_state
+from finetune.trainer_state import evaluations_of, loss_entry, losses_of, trainer_state
 
 
 class Past:
@@ -31,9 +32,9 @@ class Past:
         for number in () if state else before:
             record = by_step[number]
             self._tokens += record["tokens"]
-            if number % cadence(plan) == 0 and _counts(record):
+            if number % history_every(plan) == 0 and _counts(record):
                 entries.append(loss_entry(plan, record))
-        self._losses = {entry["step"]: entry for entry in entries if entry["step"] % cadence(plan) == 0}
+        self._losses = {entry["step"]: entry for entry in entries if entry["step"] % history_every(plan) == 0}
         carried = [Amendment(**each) for each in last.manifest.amendments] if last else []
         recorded = [_amendment(record) for record in events if record.get("event") == "amended"]
         self.amendments = sorted(dict.fromkeys(carried + recorded))
@@ -59,7 +60,7 @@ class Past:
         self._steps.pop(step - guard.WINDOW - 1, None)
         self._tokens += record["tokens"]
         self.newest_step = max(self.newest_step, step)
-        if step % cadence(self._plan) == 0 and _counts(record):
+        if step % history_every(self._plan) == 0 and _counts(record):
             self._losses[step] = loss_entry(self._plan, record)
 
     def amend(self, amendment: Amendment) -> None:

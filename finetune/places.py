@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from finetune.world import is_first
+from finetune.rank import is_first
 
 _STEP = re.compile(r"(?P<path>.+?)(?P<step>@(?:\d{1,8}|last|best))?")
 

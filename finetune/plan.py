@@ -5,14 +5,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import blake3
 import numpy as np
 
-from finetune import places, schedule
+from finetune import schedule
 from finetune.contract import binding
-from finetune.errors import RunError
 from finetune.heldout.split import Seen, Split
 from finetune.order import Order
 from finetune.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
@@ -229,28 +227,16 @@ def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:
     return recipe.train.weights == "bf16" and (like.keeps_fp32 if is_as_before else True)
 
 
-def load(run: Path) -> tuple[Plan, dict]:
-    """The plan of a run, and the facts recorded beside it."""
-    path = run / "plan.json"
-    damaged_hint = "restore it from a copy, or start a new run"
-    try:
-        record = json.loads(path.read_bytes())
-        schema = record.pop("schema")
-        if schema > SCHEMA:
-            raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
-        facts, plan_id = record.pop("facts"), record.pop("plan_id")
-        plan = Plan.model_validate(record)
-    except (FileNotFoundError, NotADirectoryError):
-        hint = "start it with `finetune train`"
-        raise RunError("is not a run directory: it has no plan.json", where=str(run), hint=hint) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's errors are ValueErrors
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"is damaged: {reason}", where=str(path), hint=damaged_hint) from None
-    if plan.plan_id != plan_id:
-        raise RunError(
-            "does not have the content its plan_id stands for",
-            where=str(path),
-            hint="it was edited: restore it from a copy",
-        )
-    places.opened(run, facts.get("places", {}))
-    return plan, facts
+def are_same_rows(one: Plan, two: Plan) -> bool:
+    """Whether the held-out figures of both are about the same examples."""
+    if (one.encoding, one.holdout_counts) != (two.encoding, two.holdout_counts):
+        return False
+    if one.held_out and two.held_out:
+        return one.held_out == two.held_out
+    if isinstance(one.recipe.data.holdout, list):
+        return one.holdout == two.holdout
+    # a list has rows of the other's, an older version's run: as many are all of them
+    if any(plan.split and plan.split.contents for plan in (one, two)):
+        return one.split is None or two.split is None
+    drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout, plan.split) for plan in (one, two)]
+    return drawn[0] == drawn[1]

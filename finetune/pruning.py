@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune import journal as journals
-from finetune import plan as plans
 from finetune import scan
 from finetune.checkpoints import lease
 from finetune.checkpoints.manifest import read
 from finetune.checkpoints.retention import Saved, keep
 from finetune.checkpoints.store import RESUME_FILES, Store, Summary
+from finetune.directory import load_plan
 from finetune.errors import CheckpointError
 from finetune.recipe.schema import Keep, Publish
 
@@ -27,7 +27,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned
 
     The newest sound checkpoint always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
     """
-    plan, _ = plans.load(run)
+    plan, _ = load_plan(run)
     cadences = {"every", "weights_every"}
     given = {
         name: f"{value} steps" if name in cadences else value for name, value in changes.items() if value is not None

@@ -17,7 +17,7 @@ from finetune.checkpoints.reports import MissingReport, Report, Reports
 from finetune.checkpoints.store import Store
 from finetune.checkpoints.writer import Writer
 from finetune.columns import Columns, ModuleNorms, RowLoss
-from finetune.errors import CheckpointError, RunError
+from finetune.errors import CheckpointError, RunError, counted
 from finetune.guard import Amendment
 from finetune.loop import StepReport
 from finetune.model.base import Companions
@@ -27,7 +27,6 @@ from finetune.plan import Plan
 from finetune.progress import Progress
 from finetune.saver import Record, Saver
 from finetune.state import TrainState
-from finetune.words import counted
 
 
 class Recorder:

@@ -6,18 +6,13 @@
 from collections.abc import Iterable
 from math import ceil
 
+from finetune.cadence import history_every
 from finetune.checkpoints.retention import Saved, best
 from finetune.plan import Plan
 from finetune.recipe.schema import Every
 
 HISTORY = "trainer_state.json"
-ENTRIES = 1000  # of the loss, at most so many: it is in every checkpoint, and the journal has all
 DEFAULT_CADENCE = 500  # Trainer's own, where the recipe has no cadence of steps
-
-
-def cadence(plan: Plan) -> int:
-    """Every how many steps the loss is in the history: a power of two, so that a run that is extended needs none it left out."""
-    return 1 << (ceil(plan.steps / ENTRIES) - 1).bit_length()
 
 
 def loss_entry(plan: Plan, record: dict) -> dict:
@@ -41,7 +36,7 @@ def trainer_state(plan: Plan, step: int, losses: Iterable[dict], evaluated: dict
         "max_steps": plan.steps,
         "num_train_epochs": ceil(order.epochs_after(plan.steps)),
         "train_batch_size": recipe.train.batch_size,
-        "logging_steps": cadence(plan),
+        "logging_steps": history_every(plan),
         "eval_steps": _steps_of([recipe.evaluate.every]),
         "save_steps": _steps_of(recipe.checkpoint.every),
         "num_input_tokens_seen": tokens,

@@ -72,16 +72,6 @@ def refuse_half(environment: Mapping[str, str]) -> None:
         raise FinetuneError(f"has {' and '.join(found)} alone", where="environment", hint=hint)
 
 
-def is_first(environment: Mapping[str, str]) -> bool:
-    """Whether this process is rank 0, or the only one; what all ranks know it alone says."""
-    return environment.get("RANK", "0") == "0"
-
-
-def is_alone(environment: Mapping[str, str]) -> bool:
-    """Whether this process trains without others."""
-    return environment.get("WORLD_SIZE", "1") == "1"
-
-
 def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
     """What Kubernetes' training operator (PET_…) or Slurm says of several hosts or tasks."""
     try:

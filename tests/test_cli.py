@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from finetune.cli import cli, main
+from finetune.directory import load_plan
 
 
 def run_main(
@@ -149,7 +150,7 @@ def test_train_on_a_run_of_another_recipe_refuses_and_names_every_difference(
 
 
 def test_what_may_change_on_resume_is_taken_and_recorded(recipe_file, train, capsys, tmp_path) -> None:
-    from finetune import journal, plan
+    from finetune import journal
 
     run = train(recipe_file(), tmp_path / "run")
     capsys.readouterr()
@@ -157,7 +158,7 @@ def test_what_may_change_on_resume_is_taken_and_recorded(recipe_file, train, cap
     said = capsys.readouterr().err
     assert "taken from the recipe: checkpoint.every[0]: 4 steps -> 2 steps" in said
     assert "micro_batch_tokens changed: 128 -> 256; bit equality may be lost" in said
-    assert str(plan.load(run)[0].recipe.checkpoint.every[0]) == "2 steps"
+    assert str(load_plan(run)[0].recipe.checkpoint.every[0]) == "2 steps"
     started = [record for record in journal.read(run) if record.get("event") == "started"]
     assert len(started[-1]["changes"]) == 3
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import estimate, plan
+from finetune import estimate
+from finetune.directory import load_plan
 from finetune.recipe.load import load
 from finetune.recipe.schema import Every
 from finetune.resolve import resolve
@@ -22,7 +23,7 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
     kept = {"every": "1 step", "keep": {"every": "1 step", "last": 1}}
     recipe = recipe_file(train=TRAIN, evaluate={"every": "4 steps"}, checkpoint=kept)
     run = train(recipe, tmp_path / "run")
-    forecast = estimate.run_bytes(plan.load(run)[0], layers=2) - estimate.COMPANION_BYTES
+    forecast = estimate.run_bytes(load_plan(run)[0], layers=2) - estimate.COMPANION_BYTES
     assert taken(run) < forecast < 2 * taken(run)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.words import counted, duration
+from finetune.errors import counted, duration
 
 
 def test_one_of_a_thing_has_no_s() -> None:

@@ -13,6 +13,8 @@ import blake3
 from finetune.checkpoints.tensors import TensorRecord
 from finetune.errors import CheckpointError, FinetuneError
 
+STALL_SECONDS = 60.0
+SLOWEST_DISK = 10e6  # bytes a second; a save that is slower than that, with a minute's grace, hangs
 HINTS = {
     errno.ENOSPC: "free some space on this disk, or use another one; nothing that was committed is lost",
     errno.EDQUOT: "free some of your disk quota, or use another disk; nothing that was committed is lost",

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune import chat_template
-from finetune import plan as plans
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import Ref, find, parse
+from finetune.directory import load_plan
 from finetune.model import base
 from finetune.plan import Plan
 from finetune.recipe.schema import Base, Recipe
@@ -49,7 +49,7 @@ def open_model(
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
-        plan, _ = plans.load(ref.run)
+        plan, _ = load_plan(ref.run)
         directory = base.directory(plan.recipe.base, plan.base)
         settings = _as_trained(plan.recipe) if is_as_trained else {}
         return Opened(base.load_model(directory, **settings | asked), directory, directory, plan, None)
@@ -81,7 +81,7 @@ def run_of(ref: Ref) -> Path | None:
 def _open_checkpoint(checkpoint: Checkpoint, asked: dict, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
-    plan = plans.load(run)[0] if run else None
+    plan = load_plan(run)[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from finetune import best, journal, scan
-from finetune import plan as plans
 from finetune.checkpoints import retention
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, read
 from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
+from finetune.directory import load_plan
 from finetune.errors import CheckpointError
-from finetune.world import is_first
+from finetune.rank import is_first
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
@@ -135,7 +135,7 @@ def find(ref: Ref) -> Checkpoint:
 
 def _to_have_a_best(run: Path) -> str:
     """What a run needs for a best checkpoint."""
-    plan = plans.load(run)[0] if (run / "plan.json").exists() else None
+    plan = load_plan(run)[0] if (run / "plan.json").exists() else None
     if plan and not plan.holdout_counts.examples:
         return "the run has no held-out rows: name a step or `last`, or set `data.holdout` in the recipe of another run"
     return "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"

@@ -6,10 +6,20 @@ Two classes: full checkpoints can be resumed from; weights alone take a third of
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from finetune.checkpoints.store import Summary
 from finetune.recipe.schema import Every, Keep
+
+
+class Committed(Protocol):
+    """What the store knows of a checkpoint without reading it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def metrics(self) -> Mapping[str, object]: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Saved:
     is_full: bool = True
 
     @classmethod
-    def of(cls, item: Summary, evaluated: Mapping[int, dict]) -> "Saved":
+    def of(cls, item: Committed, evaluated: Mapping[int, dict]) -> "Saved":
         """With the figures of its manifest, or those that were computed later."""
         return cls(item.step, item.metrics or evaluated.get(item.step, {}), item.kind == "full")
 

@@ -9,12 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from finetune.checkpoints.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.errors import CheckpointError
 
 WRITER = "writer"  # the thread's name
 IN_FLIGHT = 2  # a third one waits: each holds a copy of the state
-STALL_SECONDS = 60.0
-SLOWEST_DISK = 10e6  # bytes a second; a save that is slower than that, with a minute's grace, hangs
 
 
 class Job:

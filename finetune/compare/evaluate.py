@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import plan as plans
 from finetune.checkpoints.loading import open_model, run_of
 from finetune.checkpoints.refs import Ref, find, parse
+from finetune.directory import load_plan
 from finetune.errors import DataError, FinetuneError
 from finetune.heldout import lineage
-from finetune.heldout.draw import are_same_rows
 from finetune.heldout.split import Seen
 from finetune.model import attention, base, losses
+from finetune.plan import are_same_rows
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
 from finetune.run import evaluate as evaluate_objective
@@ -52,7 +52,7 @@ def evaluate(
 def _day_of(texts: Sequence[str]) -> date | None:
     """The day in the plan of the first ref that has one: a template that prints it would give other figures every day."""
     runs = filter(None, map(run_of, map(parse, texts)))
-    days = (plans.load(run)[0].date for run in runs)
+    days = (load_plan(run)[0].date for run in runs)
     return next((date.fromisoformat(day) for day in days if day), None)
 
 
@@ -85,7 +85,7 @@ def _rows_of_run(text: str) -> Resolved:
             where=text,
             hint="give them with --recipe FILE",
         )
-    plan, facts = plans.load(run)
+    plan, facts = load_plan(run)
     resolved = resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan, stand_in=_whole(ref))
     return replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])
 

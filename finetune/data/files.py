@@ -19,9 +19,8 @@ from pydantic_core import from_json
 
 from finetune.data.arrow import Kinds, has_json, with_json
 from finetune.data.refusals import together
-from finetune.errors import DataError
+from finetune.errors import DataError, counted
 from finetune.plan import ROW_RULES
-from finetune.words import counted
 
 Row = dict[str, object]
 

@@ -17,9 +17,8 @@ from finetune.debug import predicates, suspects
 from finetune.debug.predicates import PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.debug.search import Found, NoAnswer, search_record, search_states
-from finetune.errors import RunError
+from finetune.errors import RunError, counted
 from finetune.loop import StepReport
-from finetune.words import counted
 
 SHOWN_ROWS = 5
 OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them

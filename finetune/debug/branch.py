@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune import plan as plans
 from finetune import ranks
 from finetune.checkpoints import lease
 from finetune.checkpoints.manifest import Checkpoint, verify
@@ -25,7 +24,8 @@ from finetune.contract import differences
 from finetune.debug import branch_run
 from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
-from finetune.errors import CheckpointError, RunError
+from finetune.directory import load_plan
+from finetune.errors import CheckpointError, RunError, counted
 from finetune.heldout import lineage
 from finetune.model import base
 from finetune.opening import facts_of, stand_in
@@ -35,7 +35,6 @@ from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
 from finetune.run import train
 from finetune.state import start_accelerator
-from finetune.words import counted
 
 # What a checkpoint's tensors are shaped and rounded by.
 FIXED = ("base", "adapter", "train.weights")
@@ -66,7 +65,7 @@ def branch(
     """Makes the run and trains it, to its end or to step `until`; returns its directory. A branch that is there already is trained on."""
     origin, step = _origin(ref)
     run = run or origin.with_name(f"{origin.name}-{step}")
-    old, facts = plans.load(origin)
+    old, facts = load_plan(origin)
     loaded = loads(dumps(old.recipe), f"{origin.name}@{step}", choices.overrides)
     _refuse_other_tensors(old.recipe, loaded.recipe, choices, f"{origin}@{step}")
     accelerator = start_accelerator(loaded.recipe.train)

@@ -10,16 +10,15 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune import journal, pins, scan
-from finetune import plan as plans
 from finetune.checkpoints.durable import failures, replace_file
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.store import RESUME_FILES, Store
 from finetune.contract import recorded
+from finetune.directory import load_plan
 from finetune.errors import RunError
-from finetune.heldout.draw import are_same_rows
 from finetune.opening import WORLD
-from finetune.plan import Plan
+from finetune.plan import Plan, are_same_rows
 from finetune.recipe.load import dumps
 from finetune.recipe.schema import Recipe
 from finetune.trainer_state import HISTORY, without_evaluations
@@ -40,14 +39,14 @@ class Branch:
     @cached_property
     def is_comparable(self) -> bool:
         """Whether the held-out figures of both runs are about the same examples."""
-        return are_same_rows(self.plan, plans.load(self.origin)[0])
+        return are_same_rows(self.plan, load_plan(self.origin)[0])
 
 
 def is_there(run: Path, plan: Plan) -> bool:
     """Whether the branch was made before, by the same command. RunError where there is another run."""
     if not (run / "plan.json").exists():
         return False
-    if plan.plan_id in plans.load(run)[0].plan_ids:
+    if plan.plan_id in load_plan(run)[0].plan_ids:
         return True
     raise RunError("is another run", where=str(run), hint="use another --run")
 

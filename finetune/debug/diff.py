@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import columns, journal, scan
-from finetune import plan as plans
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import find, parse
 from finetune.contract import differences
 from finetune.debug import changes
+from finetune.directory import load_plan
 from finetune.errors import FinetuneError
-from finetune.heldout.draw import are_same_rows
 from finetune.model import base
-from finetune.plan import Plan
+from finetune.plan import Plan, are_same_rows
 from finetune.recipe.schema import Base
 
 SHOWN_TENSORS = 10
@@ -55,13 +54,13 @@ def side_of(text: str) -> Side:
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
-        plan, _ = plans.load(ref.run)
+        plan, _ = load_plan(ref.run)
         return Side(base.directory(plan.recipe.base, plan.base), ref.run, plan, None, 0)
     if ref.kind in ("run", "checkpoint"):
         checkpoint = find(ref)
         base.refuse_damaged(checkpoint.path)
         run = ref.run or base.run_around(checkpoint.path)
-        return Side(checkpoint.path, run, plans.load(run)[0] if run else None, checkpoint, checkpoint.step)
+        return Side(checkpoint.path, run, load_plan(run)[0] if run else None, checkpoint, checkpoint.step)
     if ref.kind == "model":
         return Side(ref.path, None, None, None, None)
     named = Base(checkpoint=text)

@@ -45,7 +45,7 @@ def _differences(whole: Path, resumed: Path, last: int) -> Iterator[Difference]:
             yield Difference(last, name, one.get(name), two.get(name))
 
 
-def counted(run: Path, last: int) -> dict[str, int]:
+def compared(run: Path, last: int) -> dict[str, int]:
     """How much `first_difference` compares."""
     names = _digests(Store(run).find(last))
     return {

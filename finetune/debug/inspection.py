@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 
 from finetune import bundle
+from finetune.errors import counted
 from finetune.loop import StepReport
 from finetune.resolve import Resolved
 from finetune.state import TrainState
-from finetune.words import counted
 
 HIGHEST = 5  # tokens of a row that are shown
 

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from finetune import cadence, estimate, journal, memory, words
-from finetune import plan as plans
+from finetune import cadence, estimate, journal, memory
 from finetune.checkpoints.store import Store
 from finetune.debug.cost import SHARE, measure
-from finetune.debug.equality import counted, first_difference
+from finetune.debug.equality import compared, first_difference
 from finetune.debug.trainings import TrainingError, Trainings, trainings_beside
-from finetune.errors import RunError
+from finetune.directory import load_plan
+from finetune.errors import RunError, counted
 from finetune.estimate import readable
 from finetune.plan import Plan
 from finetune.recipe.load import LoadedRecipe
@@ -68,10 +68,10 @@ def rehearse(rehearsal: Rehearsal) -> dict:
     with trainings_beside(rehearsal.run, rehearsal.is_kept) as trainings:
         resumed, whole = trainings.directory / "resumed", trainings.directory / "whole"
         killed_at, committed = _train_and_kill(rehearsal, trainings, resumed)
-        last = min(committed + rehearsal.steps, plans.load(resumed)[0].steps)
+        last = min(committed + rehearsal.steps, load_plan(resumed)[0].steps)
         _say(f"killed at step {killed_at}; going on from step {committed} to step {last}")
         trainings.run(rehearsal.command(resumed, last, rehearsal.steps))
-        _say(f"training {words.counted(last, 'step')} in one go")
+        _say(f"training {counted(last, 'step')} in one go")
         _hand_over_evaluation(resumed, whole)
         trainings.run(rehearsal.command(whole, last, every=1))
         _say("comparing")
@@ -83,7 +83,7 @@ def rehearse(rehearsal: Rehearsal) -> dict:
             "resumed_from": committed,
             "killed_at": killed_at,
             "first_difference": asdict(difference) if difference else None,
-            "compared": counted(whole, last),
+            "compared": compared(whole, last),
             "package": package,
             **_costs(rehearsal, whole, resumed, last),
             "reproducibility": rehearsal.loaded.recipe.train.reproducibility,
@@ -105,7 +105,7 @@ def listing(facts: dict) -> str:
             [
                 (
                     "package",
-                    package["problem"] or f"written, loaded back: {words.counted(len(package['checks']), 'check')}",
+                    package["problem"] or f"written, loaded back: {counted(len(package['checks']), 'check')}",
                 )
             ]
             if package
@@ -119,7 +119,7 @@ def listing(facts: dict) -> str:
         ),
         (
             "interval",
-            f"{words.counted(smallest['steps'], 'step')} ({smallest['minutes']:.2g} minutes) keep checkpoints under {SHARE:.0%} of the time",
+            f"{counted(smallest['steps'], 'step')} ({smallest['minutes']:.2g} minutes) keep checkpoints under {SHARE:.0%} of the time",
         ),
         ("recipe", f"a save every {' or '.join(facts['every'])} takes at most {facts['share']:.2%} of the time"),
         ("disk", f"{readable(facts['run_bytes'])} for the run; {readable(facts['free_bytes'])} free"),
@@ -146,12 +146,12 @@ def _verdict(facts: dict) -> tuple[str, str]:
 
 def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tuple[int, int]:
     """Kills a training in a step after its first commit; returns the last finished and the last committed step."""
-    _say(f"training {words.counted(rehearsal.steps, 'step')}, to be killed")
+    _say(f"training {counted(rehearsal.steps, 'step')}, to be killed")
     process = trainings.start(rehearsal.command(run, LONGEST * rehearsal.steps, rehearsal.steps))
     while not (run / "plan.json").exists() and process.poll() is None:
         time.sleep(POLL_SECONDS)
     if process.poll() is None:
-        _refuse(rehearsal, plans.load(run)[0], trainings.directory)
+        _refuse(rehearsal, load_plan(run)[0], trainings.directory)
     while process.poll() is None and not _is_past_commit(*_progress(run)):
         time.sleep(POLL_SECONDS)
     trainings.refuse_failure()
@@ -182,7 +182,7 @@ def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
             else "a plan of so few steps needs no checkpoint but its last"
         )
         raise RunError(
-            f"the plan has {words.counted(plan.steps, 'step')}, and a rehearsal needs {2 * rehearsal.steps}", hint=hint
+            f"the plan has {counted(plan.steps, 'step')}, and a rehearsal needs {2 * rehearsal.steps}", hint=hint
         )
     checkpoint = estimate.checkpoint_bytes(plan)
     package = memory.FLOAT * plan.total_parameters if rehearsal.has_package else 0
@@ -223,7 +223,7 @@ def _package(trainings: Trainings, ref: str) -> dict:
 
 def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
     """What a step and a checkpoint took, what that means for the cadence, and the bytes that the run will need."""
-    plan, facts = plans.load(whole)
+    plan, facts = load_plan(whole)
     cost = measure([journal.read(run) for run in (whole, resumed)], facts)
     every, steps = cadence.saves_at_most(rehearsal.loaded.recipe), cost.smallest_interval()
     files = Store(whole).find(last).manifest.files

@@ -19,11 +19,10 @@ from finetune.columns import Columns
 from finetune.contract import recorded
 from finetune.debug import inspection
 from finetune.debug.rerun import Difference, Rerun
-from finetune.errors import CheckpointError, RunError
+from finetune.errors import CheckpointError, RunError, counted
 from finetune.opening import WORLD
 from finetune.past import Past
 from finetune.saver import Record, Saver
-from finetune.words import counted
 
 
 def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:

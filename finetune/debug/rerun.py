@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from finetune import columns, guard, journal, loop, ranks, scan
-from finetune import plan as plans
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.store import Store
 from finetune.contract import differences, recorded
 from finetune.data.batches import Batches
+from finetune.directory import load_plan
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.guard import Amendment
 from finetune.model import base
@@ -50,7 +50,7 @@ class Rerun:
 
     def __init__(self, run: Path):
         self.run = run
-        self.plan, self.facts = plans.load(run)
+        self.plan, self.facts = load_plan(run)
         self.store = Store(run)
         recorded = scan.read(run)
         self.events = recorded.events

@@ -19,10 +19,9 @@ from finetune.checkpoints.store import Store
 from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.rerun import Rerun
-from finetune.errors import RunError
+from finetune.errors import RunError, counted
 from finetune.estimate import checkpoint_bytes, free_bytes
 from finetune.run import evaluate
-from finetune.words import counted
 
 
 @dataclass

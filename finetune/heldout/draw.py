@@ -157,18 +157,3 @@ def origin(recipe: Recipe, like: Plan | None, stages: Sequence[Stage] | None) ->
         return lineage.stage_of(like, "the run that it branches off")
     drew = (stage for stage in stages or () if stage.task == recipe.task.name and is_drawn(stage.data))
     return next(drew, None)
-
-
-def are_same_rows(one: Plan, two: Plan) -> bool:
-    """Whether the held-out figures of both are about the same examples."""
-    if (one.encoding, one.holdout_counts) != (two.encoding, two.holdout_counts):
-        return False
-    if one.held_out and two.held_out:
-        return one.held_out == two.held_out
-    if isinstance(one.recipe.data.holdout, list):
-        return one.holdout == two.holdout
-    # a list has rows of the other's, an older version's run: as many are all of them
-    if any(plan.split and plan.split.contents for plan in (one, two)):
-        return one.split is None or two.split is None
-    drawn = [(plan.train, plan.recipe.train.seed, plan.recipe.data.holdout, plan.split) for plan in (one, two)]
-    return drawn[0] == drawn[1]

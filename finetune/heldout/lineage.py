@@ -13,10 +13,10 @@ import blake3
 import numpy as np
 
 from finetune import cache
-from finetune import plan as plans
 from finetune.checkpoints.manifest import read
 from finetune.checkpoints.refs import find, parse, run_around
 from finetune.data.source import located, open_source
+from finetune.directory import load_plan
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.heldout.split import PIECE, Seen, Split, by_position, content_of, texts
 from finetune.plan import PinnedSource, Plan, Stage
@@ -59,7 +59,7 @@ def _of_package(directory: Path) -> tuple[Stage, ...]:
 
 def up_to(run: Path, step: int) -> tuple[Stage, ...]:
     """A run up to a step, and those before it. Step 0 is its base."""
-    plan, _ = plans.load(run)
+    plan, _ = load_plan(run)
     before = plan.stages if plan.stages is not None else _found_before(plan, run)
     return (stage_of(plan, f"{run.absolute().name}@{step}"), *before) if step else before
 
@@ -86,7 +86,7 @@ def _found_before(plan: Plan, run: Path) -> tuple[Stage, ...]:
             return (Stage(ref=plan.recipe.base.checkpoint),)
     for path in sorted(run.absolute().parent.glob("*/plan.json")):
         try:
-            identity = plans.load(path.parent)[1].get("run")
+            identity = load_plan(path.parent)[1].get("run")
         except RunError:  # another one's damage is no matter here
             continue
         if identity == plan.parent.run:

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from finetune import plan as plans
 from finetune import scan
 from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import failures, sync_directory
+from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.heldout import lineage
 from finetune.heldout.split import Seen
@@ -122,7 +122,7 @@ def package(
         _write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
         _write_bom(facts, made.model.config.architectures, staging)
-        statement = provenance.statement(facts, files_of(staging), plans.load(run)[1].get("software", {}))
+        statement = provenance.statement(facts, files_of(staging), load_plan(run)[1].get("software", {}))
         (staging / provenance.FILE).write_text(provenance.to_line(statement), encoding="utf-8")
         if key:
             signing.sign(staging, key)

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import plan as plans
 from finetune.checkpoints.refs import parse
-from finetune.errors import CheckpointError, PackageError, PublishError
+from finetune.directory import load_plan
+from finetune.errors import CheckpointError, PackageError, PublishError, counted
 from finetune.package import ownership, provenance, rights, to_folder
 from finetune.package.contents import files_of
 from finetune.package.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
 from finetune.package.verify import folder_findings
-from finetune.words import counted
 
 STAGING = "staging-"
 
@@ -73,7 +72,7 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     from finetune.package import export  # the heavy half
 
     run, step = export.checkpoint_of(source)
-    asked = plans.load(run)[0].recipe.publish
+    asked = load_plan(run)[0].recipe.publish
     if target is None and asked is None:
         hint = "use --to OWNER/NAME or --to folder:PATH, or set publish.repo in the recipe"
         raise PublishError("says not where to", where=source, hint=hint)

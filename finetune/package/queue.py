@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune import journal, scan
-from finetune import plan as plans
 from finetune.checkpoints.durable import replace_file
 from finetune.checkpoints.store import Store, make_directory
+from finetune.directory import load_plan
 from finetune.errors import FinetuneError, PublishError
 from finetune.package import export
 from finetune.package.contents import sha256
@@ -61,7 +61,7 @@ def follow(
         hint = "use --to OWNER/NAME, or publish RUN@STEP to a folder"
         raise PublishError("milestones go to branches, and a folder has none", where=target, hint=hint)
     if not (is_following and run.is_dir()):
-        plans.load(run)  # RunError where there is no run; one that is followed may not have begun
+        load_plan(run)  # RunError where there is no run; one that is followed may not have begun
     if is_following:
         os.nice(19)  # the training comes first
     published, is_last, store = [], not is_following, Store(run)
@@ -102,7 +102,7 @@ def pending(run: Path, store: Store | None = None) -> list[int]:
     """Milestones that are committed and not published, oldest first. A `store` that is asked again and again reads each manifest once."""
     if not (run / "plan.json").exists():  # the training has not begun
         return []
-    asked = plans.load(run)[0].recipe.publish
+    asked = load_plan(run)[0].recipe.publish
     if asked is None or asked.milestones is None:
         return []
     steps = [item.step for item in (store or Store(run)).summaries() if item.step % asked.milestones.steps == 0]
@@ -113,7 +113,7 @@ def pending(run: Path, store: Store | None = None) -> list[int]:
 def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> dict:
     """One milestone: packaged, published on a branch of its own, listed on main, and written down at the end: a kill before it has all of
     this done again, of which nothing is left to do."""
-    asked: Publish = plans.load(run)[0].recipe.publish
+    asked: Publish = load_plan(run)[0].recipe.publish
     repository, name = target or asked.repo, f"step-{step:08d}"
     package = run / "packages" / name
     if not package.exists():
@@ -121,7 +121,7 @@ def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacin
     is_private = asked.private and not is_public
     facts = publish(package, repository, Choices(branch=name, is_private=is_private, is_replacing=is_replacing))
     record = {
-        "run": plans.load(run)[1]["run"],
+        "run": load_plan(run)[1]["run"],
         "step": step,
         "branch": name,
         "revision": facts["revision"],

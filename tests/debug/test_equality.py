@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from finetune import columns, journal
-from finetune.debug.equality import counted, first_difference
+from finetune.debug.equality import compared, first_difference
 
 LAST = 4
 
@@ -19,7 +19,7 @@ def pair(recipe_file, train, tmp_path):
 
 def test_two_runs_of_one_plan_are_equal(pair) -> None:
     assert first_difference(*pair, LAST) is None
-    assert counted(pair[0], LAST) == {"steps": 4, "rows": 24, "tensors": 84, "files": 7}
+    assert compared(pair[0], LAST) == {"steps": 4, "rows": 24, "tensors": 84, "files": 7}
 
 
 def test_the_first_step_that_differs_is_named_with_both_values(pair, recipe_file, train, tmp_path) -> None:

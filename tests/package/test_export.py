@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from finetune import plan as plans
 from finetune.checkpoints.loading import open_model
+from finetune.directory import load_plan
 from finetune.errors import PackageError
 from finetune.package import export, licence, proof, weights
 from finetune.recipe.load import load
@@ -92,9 +92,7 @@ def test_the_packaged_recipe_is_the_one_in_force_without_folders(merged, chat_da
     recipe = yaml.safe_load(text)
     assert recipe["data"]["train"] == [{"path": "train.jsonl"}]
     assert recipe["base"] == {"checkpoint": "base"}
-    assert (
-        load(merged.directory / "training/recipe.yaml").recipe.optimizer == plans.load(merged.run)[0].recipe.optimizer
-    )
+    assert load(merged.directory / "training/recipe.yaml").recipe.optimizer == load_plan(merged.run)[0].recipe.optimizer
 
 
 def test_the_packaged_journal_holds_figures_up_to_the_step(merged) -> None:

@@ -2,7 +2,7 @@
 
 import json
 
-from finetune import plan as plans
+from finetune.directory import load_plan
 from finetune.package import provenance
 from finetune.package.contents import files_of
 
@@ -12,7 +12,7 @@ def dependencies(statement: dict) -> dict[str, dict]:
 
 
 def test_code_and_lock_of_the_training_are_named_by_their_digests(merged) -> None:
-    recorded = plans.load(merged.run)[1]["software"]
+    recorded = load_plan(merged.run)[1]["software"]
     found = dependencies(json.loads((merged.directory / provenance.FILE).read_text()))
     for name in ("code", "lock"):
         assert f"sha256:{found[name]['digest']['sha256']}" == recorded[name] and len(recorded[name]) == 71

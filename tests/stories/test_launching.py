@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from finetune import journal
-from finetune import plan as plans
+from finetune.directory import load_plan
 from finetune.world import TOLD
 from tests.stories.same_run import assert_same_run
 
@@ -62,7 +62,7 @@ def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file,
     words = (recipe, "--run", tmp_path / "two", "--set", "train.seed=3", "--until", 8, "--quiet")
     done = subprocess.run(launch(*words, ranks=2), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and last_step(tmp_path / "two") == 8, done.stderr
-    assert plans.load(tmp_path / "two")[0].recipe.train.seed == 3
+    assert load_plan(tmp_path / "two")[0].recipe.train.seed == 3
     first, *lines = done.stderr.splitlines()
     assert first == "launch: 2 processes (as the flags say)"
     assert [line for line in lines if not line.startswith(("held-out loss at step ", "committed step "))] == []

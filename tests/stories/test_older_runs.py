@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from finetune import journal
-from finetune import plan as plans
 from finetune.compare.evaluate import evaluate, of_model
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
+from finetune.directory import load_plan
 from finetune.errors import DataError
 from finetune.history import problems
 from finetune.package import export
@@ -52,7 +52,7 @@ def test_it_resumes_and_ends_as_it_would_have(older, run) -> None:
 
 @pytest.mark.parametrize("run", [RUN, BRANCH])
 def test_its_plan_is_read_and_written_with_the_id_that_it_has(older, run) -> None:
-    plan, facts = plans.load(run)
+    plan, facts = load_plan(run)
     assert json.loads(plan.dump(facts))["plan_id"] == json.loads((run / "plan.json").read_text())["plan_id"]
 
 

@@ -19,11 +19,11 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as names
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from finetune import plan as plans
 from finetune.checkpoints import manifest
 from finetune.checkpoints.loading import open_model, open_tokenizer
 from finetune.compare.evaluate import evaluate
 from finetune.data import encodings
+from finetune.directory import load_plan
 from finetune.errors import BaseError, DataError, PackageError, RunError
 from finetune.model import base
 from finetune.package import contents, export, small_files
@@ -93,7 +93,7 @@ def trained(mistral, tiny_sections) -> Path:
 def as_older_code_left_it(run: Path, target: Path) -> Path:
     """A copy of a run with what commit 9392744 wrote: no config beside an adapter, the base's template, and another digest in the plan."""
     shutil.copytree(run, target)
-    plan, facts = plans.load(target)
+    plan, facts = load_plan(target)
     directory = base.directory(plan.recipe.base, plan.base)
     stops = sorted(base.stop_tokens(directory, base.load_tokenizer(directory)))
     older = encodings.older_digest(plan.recipe.task, directory, OWN, stops)

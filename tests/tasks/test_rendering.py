@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from finetune import plan as plans
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import _ids
 from finetune.data.conversation import conversation_of
+from finetune.directory import load_plan
 from finetune.errors import DataError
 from finetune.recipe.load import load
 from finetune.resolve import resolve
@@ -75,7 +75,7 @@ def dated(recipe_file, tmp_path):
 
 def test_a_plan_has_the_day_that_its_template_prints_and_keeps_it(dated, recipe_file, train, tmp_path, later, capsys):
     run = train(dated, tmp_path / "run")
-    plan, _ = plans.load(run)
+    plan, _ = load_plan(run)
     before = [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)]
     later()
     assert [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)] == before

@@ -17,9 +17,9 @@ import torch
 from transformers import GenerationConfig
 
 from finetune import cache, places
-from finetune import plan as plans
 from finetune.checkpoints.manifest import MANIFEST, verify
 from finetune.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
+from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, outline, reading
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
@@ -265,7 +265,7 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
     """What an adapter says it lies on, with the pin if it is the base of a run of ours."""
     is_ours = (path / MANIFEST).exists()
     if is_ours and (run := run_around(path)):
-        plan, _ = plans.load(run)
+        plan, _ = load_plan(run)
         return plan.recipe.base, plan.base
     config = adapters.read_config(path, where)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
