@@ -10,10 +10,10 @@ import blake3
 import numpy as np
 
 from finetune import schedule
-from finetune.contract import binding
 from finetune.heldout.split import Seen, Split
 from finetune.order import Order
 from finetune.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
+from finetune.recipe.resume_rules import binding
 from finetune.recipe.schema import Recipe, Train, count_of
 
 SCHEMA = 1

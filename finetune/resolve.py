@@ -14,7 +14,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune import chat_template, memory
-from finetune.contract import differences
 from finetune.data import encodings, preflight
 from finetune.data.batches import Examples, select
 from finetune.data.encode import Encoder, Work, encode
@@ -28,6 +27,7 @@ from finetune.heldout.lineage import source_key
 from finetune.model import base
 from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import ChatTask, Source, TextTask
 from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "finetune.__init__": 0,
     "finetune.errors": 0,
-    "finetune.contract": 0,
+    "finetune.recipe.resume_rules": 0,
     "finetune.data.encodings": 0,
     "finetune.recipe": 0,
     "finetune.plan": 0,

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune.contract import FACT_NAMES
 from finetune.errors import DataError, RunError
 from finetune.journal import Journal
 from finetune.opening import open_plan
 from finetune.recipe.load import load
+from finetune.recipe.resume_rules import FACT_NAMES
 
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 

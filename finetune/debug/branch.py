@@ -20,7 +20,6 @@ from finetune.checkpoints import lease
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import Store
-from finetune.contract import differences
 from finetune.debug import branch_run
 from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
@@ -31,6 +30,7 @@ from finetune.model import base
 from finetune.opening import facts_of, stand_in
 from finetune.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
+from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
 from finetune.run import train

@@ -14,12 +14,12 @@ from finetune.checkpoints.durable import failures, replace_file
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.store import RESUME_FILES, Store
-from finetune.contract import recorded
 from finetune.directory import load_plan
 from finetune.errors import RunError
 from finetune.opening import WORLD
 from finetune.plan import Plan, are_same_rows
 from finetune.recipe.load import dumps
+from finetune.recipe.resume_rules import recorded
 from finetune.recipe.schema import Recipe
 from finetune.trainer_state import HISTORY, without_evaluations
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from finetune import columns, journal, scan
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import find, parse
-from finetune.contract import differences
 from finetune.debug import changes
 from finetune.directory import load_plan
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.plan import Plan, are_same_rows
+from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Base
 
 SHOWN_TENSORS = 10

@@ -16,12 +16,12 @@ from finetune.checkpoints import lease
 from finetune.checkpoints.lease import Lease
 from finetune.checkpoints.manifest import Manifest
 from finetune.columns import Columns
-from finetune.contract import recorded
 from finetune.debug import inspection
 from finetune.debug.rerun import Difference, Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.opening import WORLD
 from finetune.past import Past
+from finetune.recipe.resume_rules import recorded
 from finetune.saver import Record, Saver
 
 

@@ -15,7 +15,6 @@ from finetune import columns, guard, journal, loop, ranks, scan
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.store import Store
-from finetune.contract import differences, recorded
 from finetune.data.batches import Batches
 from finetune.directory import load_plan
 from finetune.errors import CheckpointError, NotFiniteError, RunError
@@ -23,6 +22,7 @@ from finetune.guard import Amendment
 from finetune.model import base
 from finetune.opening import facts_of, stand_in
 from finetune.recipe.load import LoadedRecipe
+from finetune.recipe.resume_rules import differences, recorded
 from finetune.recipe.schema import Guard
 from finetune.recorder import columns_of, figures_of
 from finetune.resolve import Resolved, resolve

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.recipe import rules
-from finetune.recipe.nodes import NUMBER, Plain, shown
 from finetune.recipe.schema import Recipe, Section
+from finetune.recipe.yaml_nodes import NUMBER, Plain, shown
 
 Complaint = tuple[str, str, str | None]
 """Dotted key, message, hint."""

@@ -12,8 +12,8 @@ from ruamel.yaml import YAML
 
 from finetune.errors import Problem, RecipeError
 from finetune.recipe.check import check
-from finetune.recipe.nodes import MAX_BYTES, override, parse, plain, shown, where
 from finetune.recipe.schema import Recipe
+from finetune.recipe.yaml_nodes import MAX_BYTES, override, parse, plain, shown, where
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import get_args
 
 import pytest
 
-from finetune.contract import FACT_NAMES, FACTS, RECIPE, binding, differences, outcome, rule_of
 from finetune.recipe.load import load
+from finetune.recipe.resume_rules import FACT_NAMES, FACTS, RECIPE, binding, differences, outcome, rule_of
 from finetune.recipe.schema import Recipe, Section
 
-PAGE = Path(__file__).parents[1] / "docs/resume.md"
+PAGE = Path(__file__).parents[2] / "docs/resume.md"
 
 
 def keys(model: type[Section], prefix: str = "") -> Iterator[str]:

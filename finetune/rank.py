@@ -1,0 +1,13 @@
+"""Floor 0. Which rank this process is, by what its launcher set: what all ranks know, one of them says."""
+
+from collections.abc import Mapping
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return environment.get("RANK", "0") == "0"
+
+
+def is_alone(environment: Mapping[str, str]) -> bool:
+    """Whether this process trains without others."""
+    return environment.get("WORLD_SIZE", "1") == "1"
