@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from finetune.checkpoints.retention import Saved, best
+from finetune.plan.retention import Saved, best
 
 
 def notes(commits: Sequence[Saved], evaluated: Mapping[int, dict], first: int) -> list[str]:

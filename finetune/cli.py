@@ -129,13 +129,13 @@ def plan(
 ) -> None:
     """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
     loaded = _looked_at(recipe, overrides)
-    from finetune import estimate
     from finetune.data import unused
-    from finetune.memory import Work, shape_of
     from finetune.model import base
-    from finetune.pace import largest_step
     from finetune.package.preflight import refuse_unpackageable
     from finetune.package.rights import preflight
+    from finetune.plan import forecast
+    from finetune.plan.memory import Work, shape_of
+    from finetune.plan.pace import largest_step
     from finetune.readiness import refuse_unfit_base, refuse_unready
     from finetune.resolve import device, resolve
     from finetune.state import slow_numbers
@@ -150,17 +150,17 @@ def plan(
     refuse_unpackageable(resolved)
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(resolved.plan, resolved.train.lengths))
-    facts = estimate.forecast(resolved.plan, shape, work, here, run)
-    card = round(device_memory * 2**30) if device_memory else here.bytes if here.is_gpu else estimate.CARD_BYTES
+    facts = forecast.forecast(resolved.plan, shape, work, here, run)
+    card = round(device_memory * 2**30) if device_memory else here.bytes if here.is_gpu else forecast.CARD_BYTES
     ignored = unused.columns(resolved.plan, resolved.train, resolved.holdout)
     facts |= {"ignored_columns": ignored, **unused.lost(resolved.plan, resolved.train)}
     facts |= {"base_notes": list(resolved.notes), "reached": resolved.reached}
     facts["notes"] += filter(None, [slow_numbers(resolved.plan.recipe.train.precision)])
-    facts |= {"device_memory_bytes": card, "devices": estimate.on_devices(resolved.plan, shape, work, card)}
-    about_base = estimate.base_lines(resolved.notes, resolved.reached)
-    text = "\n".join([estimate.table(facts), *about_base, *unused.lines(facts)])
+    facts |= {"device_memory_bytes": card, "devices": forecast.on_devices(resolved.plan, shape, work, card)}
+    about_base = forecast.base_lines(resolved.notes, resolved.reached)
+    text = "\n".join([forecast.table(facts), *about_base, *unused.lines(facts)])
     if has_devices:  # it is asked for other machines, so the disk of this one is no reason to refuse
-        _print(facts, f"{text}\n\n{estimate.devices_table(facts)}", is_json)
+        _print(facts, f"{text}\n\n{forecast.devices_table(facts)}", is_json)
         return
     if not is_json:
         click.echo(text)
@@ -475,7 +475,7 @@ def branch(
 @JSON
 def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
     """Apply the keep rules of a run now, or other ones."""
-    from finetune.estimate import readable
+    from finetune.plan.forecast import readable
     from finetune.pruning import prune as prune_run
 
     actions, pinned = prune_run(run, keep, dry_run)

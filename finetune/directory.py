@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune import places
 from finetune.errors import RunError
-from finetune.plan import SCHEMA, Plan
+from finetune.plan.plan import SCHEMA, Plan
 
 
 def load_plan(run: Path) -> tuple[Plan, dict]:

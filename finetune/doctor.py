@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 from finetune import cache, version
-from finetune.estimate import readable
-from finetune.memory import machine_bytes
+from finetune.plan.forecast import readable
+from finetune.plan.memory import machine_bytes
 
 PACKAGES = (
     "finetune",

@@ -6,12 +6,12 @@ from pathlib import Path
 from finetune import best, journal, scan
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, verify
 from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store, Summary
 from finetune.directory import load_plan
 from finetune.errors import CheckpointError, RunError
-from finetune.estimate import readable
-from finetune.plan import Plan, are_same_rows
+from finetune.plan.forecast import readable
+from finetune.plan.plan import Plan, are_same_rows
+from finetune.plan.retention import Saved
 
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from finetune import guard
 from finetune.data.batches import Batches
 from finetune.errors import DivergedError
-from finetune.order import derive
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
+from finetune.plan.row_order import derive
 from finetune.recipe.schema import Guard
 from finetune.state import TrainState
 

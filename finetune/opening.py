@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import memory, places, scan, version
+from finetune import places, scan, version
 from finetune.checkpoints.store import Store
 from finetune.data.source import fingerprint, located, open_source
 from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError, DataError, RunError, counted
 from finetune.example import Example
 from finetune.model import base
-from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
+from finetune.plan import memory
+from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import FACT_NAMES, differences, outcome, recorded, rule_of
 from finetune.recipe.schema import Base, LoraAdapter, Recipe, Source, is_drawn

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from finetune import guard, journal, scan
-from finetune.cadence import history_every
 from finetune.checkpoints.manifest import Checkpoint
 from finetune.guard import Amendment
-from finetune.plan import Plan
+from finetune.plan.cadence import history_every
+from finetune.plan.plan import Plan
 from finetune.trainer_state import evaluations_of, loss_entry, losses_of, trainer_state
 
 

@@ -7,7 +7,7 @@ from finetune.checkpoints.refs import find, parse
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError
 from finetune.model import base
-from finetune.plan import PinnedBase
+from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from finetune.errors import counted
-from finetune.pace import Pace
+from finetune.plan.pace import Pace
 
 LINES_EVERY_SECONDS = 10.0  # into a pipe; a terminal's line is redrawn twice a second
 REDRAW_EVERY_SECONDS = 0.5

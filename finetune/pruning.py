@@ -8,10 +8,10 @@ from finetune import journal as journals
 from finetune import scan
 from finetune.checkpoints import lease
 from finetune.checkpoints.manifest import read
-from finetune.checkpoints.retention import Saved, keep
 from finetune.checkpoints.store import RESUME_FILES, Store, Summary
 from finetune.directory import load_plan
 from finetune.errors import CheckpointError
+from finetune.plan.retention import Saved, keep
 from finetune.recipe.schema import Keep, Publish
 
 

@@ -6,9 +6,10 @@
 import os
 from pathlib import Path
 
-from finetune import cache, estimate, version
+from finetune import cache, version
 from finetune.errors import RunError
 from finetune.model import base, layers, optimizer
+from finetune.plan import forecast
 from finetune.resolve import Resolved
 
 
@@ -22,7 +23,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     if recipe.train.compile:
         layers.check_compiler()
     _refuse_place(run)
-    estimate.refuse_small_disk(resolved.plan, run)
+    forecast.refuse_small_disk(resolved.plan, run)
 
 
 def refuse_unfit_base(resolved: Resolved) -> None:

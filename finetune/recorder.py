@@ -23,7 +23,7 @@ from finetune.loop import StepReport
 from finetune.model.base import Companions
 from finetune.opening import WORLD
 from finetune.past import Past
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.progress import Progress
 from finetune.saver import Record, Saver
 from finetune.state import TrainState

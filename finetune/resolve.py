@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune import chat_template, memory
-from finetune.data import encodings, preflight
+from finetune import chat_template
+from finetune.data import preflight
 from finetune.data.batches import Examples, select
 from finetune.data.encode import Encoder, Work, encode
 from finetune.data.hub import pin_dataset
@@ -25,7 +25,18 @@ from finetune.heldout import draw
 from finetune.heldout.draw import HeldOut
 from finetune.heldout.lineage import source_key
 from finetune.model import base
-from finetune.plan import ROW_RULES, PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of, warmup_of
+from finetune.plan import encodings, memory
+from finetune.plan.plan import (
+    ROW_RULES,
+    PinnedBase,
+    PinnedSource,
+    Plan,
+    Stage,
+    keeps_fp32,
+    order_of,
+    steps_of,
+    warmup_of,
+)
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import ChatTask, Source, TextTask

@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import best, blame, bundle, cadence, guard, loop, pins, ranks
+from finetune import best, blame, bundle, guard, loop, pins, ranks
 from finetune.checkpoints import holder, lease, snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.reports import Reports
-from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.model import base
 from finetune.opening import open_plan, with_same_micro_batches
-from finetune.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
-from finetune.plan import Plan
+from finetune.plan import cadence
+from finetune.plan.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
+from finetune.plan.plan import Plan
+from finetune.plan.retention import Saved
 from finetune.progress import Progress
 from finetune.readiness import refuse_unready
 from finetune.recipe.load import LoadedRecipe

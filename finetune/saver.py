@@ -23,11 +23,11 @@ from finetune.checkpoints.staging import Staging
 from finetune.checkpoints.store import Store
 from finetune.columns import Columns
 from finetune.errors import CheckpointError, FinetuneError
-from finetune.estimate import free_bytes, readable
 from finetune.journal import FULL_DISK, Journal
-from finetune.memory import staging_sets
 from finetune.model.base import Companions
-from finetune.plan import Plan
+from finetune.plan.forecast import free_bytes, readable
+from finetune.plan.memory import staging_sets
+from finetune.plan.plan import Plan
 from finetune.resolve import device
 from finetune.state import TrainState
 

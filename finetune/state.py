@@ -20,8 +20,8 @@ from finetune import cache, ranks, version
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, layers, losses, optimizer
-from finetune.order import derive
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
+from finetune.plan.row_order import derive
 from finetune.recipe.schema import LoraAdapter, Recipe, Train
 from finetune.tasks import TASKS
 from finetune.world import cores, refuse_half

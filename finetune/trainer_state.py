@@ -6,9 +6,9 @@
 from collections.abc import Iterable
 from math import ceil
 
-from finetune.cadence import history_every
-from finetune.checkpoints.retention import Saved, best
-from finetune.plan import Plan
+from finetune.plan.cadence import history_every
+from finetune.plan.plan import Plan
+from finetune.plan.retention import Saved, best
 from finetune.recipe.schema import Every
 
 HISTORY = "trainer_state.json"

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from finetune import cache, version
 from finetune.errors import AdapterError, BaseError, explained
 from finetune.model import adapter, attention, base, layers, losses, tiny
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter, Recipe
 
 LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both

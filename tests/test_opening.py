@@ -175,7 +175,7 @@ def test_the_command_that_extended_a_run_may_be_repeated(opened, schedule, other
 def test_the_micro_batch_of_auto_is_decided_once_and_kept_on_another_machine(opened, monkeypatch):
     automatic = {"train": {"steps": 10, "batch_size": 6, "precision": "fp32"}}
     _, facts, _ = opened(sections=automatic)
-    monkeypatch.setattr("finetune.memory.machine_bytes", lambda: 2**20)
+    monkeypatch.setattr("finetune.plan.memory.machine_bytes", lambda: 2**20)
     _, again, changes = opened(sections=automatic)
     assert (again["micro_batch_tokens"], changes) == (facts["micro_batch_tokens"], [])
     _, named, _ = opened("train.micro_batch_tokens=100", sections=automatic)

@@ -4,7 +4,7 @@ import pytest
 
 from finetune import journal, pins
 from finetune.checkpoints.store import Store
-from finetune.plan import PinnedBase
+from finetune.plan.plan import PinnedBase
 from finetune.pruning import prune
 from finetune.recipe.schema import Base
 

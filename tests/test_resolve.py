@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from finetune.errors import BaseError, DataError, RecipeError, RunError
-from finetune.memory import CPU_TOKENS
 from finetune.model.base import load_tokenizer
-from finetune.plan import ROW_RULES
+from finetune.plan.memory import CPU_TOKENS
+from finetune.plan.plan import ROW_RULES
 from finetune.recipe.load import load
 from finetune.resolve import resolve, template_and_encoding
 

@@ -14,7 +14,7 @@ from finetune.checkpoints.manifest import Checkpoint
 from finetune.checkpoints.refs import Ref, find, parse
 from finetune.directory import load_plan
 from finetune.model import base
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base, Recipe
 from finetune.resolve import in_force
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from finetune import best, journal, scan
-from finetune.checkpoints import retention
 from finetune.checkpoints.manifest import MANIFEST, Checkpoint, read
-from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
 from finetune.directory import load_plan
 from finetune.errors import CheckpointError
+from finetune.plan import retention
+from finetune.plan.retention import Saved
 from finetune.rank import is_first
 
 _NAME = r"[A-Za-z0-9][\w.-]*"

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from finetune import estimate
 from finetune.checkpoints import tensors as safetensors
 from finetune.checkpoints.durable import durable, failures, sync_directory
 from finetune.checkpoints.manifest import FileRecord
@@ -20,7 +19,8 @@ from finetune.checkpoints.store import Attempt, Checkpoint
 from finetune.checkpoints.tensors import Tensor
 from finetune.errors import CheckpointError
 from finetune.model import adapter, base
-from finetune.plan import Plan
+from finetune.plan import forecast
+from finetune.plan.plan import Plan
 from finetune.state import TrainState
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
@@ -164,7 +164,7 @@ def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
 
 def stored_bytes(snapshot: Snapshot, previous: Checkpoint | None) -> int:
     """What a commit of the snapshot adds to the disk; what the first one shares with later ones at the large end."""
-    shared = 0 if previous else estimate.COMPANION_BYTES + sum(tensor.nbytes for tensor in snapshot.frozen.values())
+    shared = 0 if previous else forecast.COMPANION_BYTES + sum(tensor.nbytes for tensor in snapshot.frozen.values())
     return snapshot.copy.bytes + shared
 
 

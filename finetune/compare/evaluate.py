@@ -13,9 +13,9 @@ from finetune.checkpoints.refs import Ref, find, parse
 from finetune.directory import load_plan
 from finetune.errors import DataError, FinetuneError
 from finetune.heldout import lineage
-from finetune.heldout.split import Seen
 from finetune.model import attention, base, losses
-from finetune.plan import are_same_rows
+from finetune.plan.plan import are_same_rows
+from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
 from finetune.run import evaluate as evaluate_objective

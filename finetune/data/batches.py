@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from finetune.example import Encoded, Example
-from finetune.plan import Counts
+from finetune.plan.plan import Counts
 
 PIECE = 1 << 20  # examples
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from finetune.errors import DataError
-from finetune.plan import ROW_RULES
+from finetune.plan.plan import ROW_RULES
 
 FIELDS = ("messages", "prompt", "completion", "system", "tools")
 ROLES = ("system", "user", "assistant", "tool")

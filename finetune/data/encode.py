@@ -28,7 +28,7 @@ from finetune import cache
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
-from finetune.heldout.split import content_of
+from finetune.plan.split import content_of
 from finetune.world import cores
 
 VERSION = 3  # of the format below; part of every key

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from finetune.data.arrow import Kinds, has_json, with_json
 from finetune.data.refusals import together
 from finetune.errors import DataError, counted
-from finetune.plan import ROW_RULES
+from finetune.plan.plan import ROW_RULES
 
 Row = dict[str, object]
 

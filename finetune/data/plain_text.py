@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from finetune.data.conversation import kind_of
 from finetune.errors import DataError
-from finetune.plan import ROW_RULES
+from finetune.plan.plan import ROW_RULES
 
 FIELDS = ("text",)
 

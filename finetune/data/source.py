@@ -16,7 +16,7 @@ from finetune.data.arrow import without_nulls
 from finetune.data.files import Reader, Row, listed, reader_of
 from finetune.data.hub import SPLIT, HubDataset, pin_dataset
 from finetune.errors import DataError
-from finetune.plan import ROW_RULES, PinnedSource
+from finetune.plan.plan import ROW_RULES, PinnedSource
 from finetune.recipe.schema import Source
 
 State = tuple[int, ...]

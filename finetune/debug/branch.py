@@ -28,7 +28,7 @@ from finetune.errors import CheckpointError, RunError, counted
 from finetune.heldout import lineage
 from finetune.model import base
 from finetune.opening import facts_of, stand_in
-from finetune.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
+from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe

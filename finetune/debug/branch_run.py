@@ -17,7 +17,7 @@ from finetune.checkpoints.store import RESUME_FILES, Store
 from finetune.directory import load_plan
 from finetune.errors import RunError
 from finetune.opening import WORLD
-from finetune.plan import Plan, are_same_rows
+from finetune.plan.plan import Plan, are_same_rows
 from finetune.recipe.load import dumps
 from finetune.recipe.resume_rules import recorded
 from finetune.recipe.schema import Recipe

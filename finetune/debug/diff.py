@@ -10,7 +10,7 @@ from finetune.debug import changes
 from finetune.directory import load_plan
 from finetune.errors import FinetuneError
 from finetune.model import base
-from finetune.plan import Plan, are_same_rows
+from finetune.plan.plan import Plan, are_same_rows
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Base
 

@@ -13,15 +13,16 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from finetune import cadence, estimate, journal, memory
+from finetune import journal
 from finetune.checkpoints.store import Store
 from finetune.debug.cost import SHARE, measure
 from finetune.debug.equality import compared, first_difference
 from finetune.debug.trainings import TrainingError, Trainings, trainings_beside
 from finetune.directory import load_plan
 from finetune.errors import RunError, counted
-from finetune.estimate import readable
-from finetune.plan import Plan
+from finetune.plan import cadence, forecast, memory
+from finetune.plan.forecast import readable
+from finetune.plan.plan import Plan
 from finetune.recipe.load import LoadedRecipe
 
 # In units of `steps`: where the training that is to be killed ends by itself. Far enough to be killed before, near enough not to
@@ -184,9 +185,9 @@ def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
         raise RunError(
             f"the plan has {counted(plan.steps, 'step')}, and a rehearsal needs {2 * rehearsal.steps}", hint=hint
         )
-    checkpoint = estimate.checkpoint_bytes(plan)
+    checkpoint = forecast.checkpoint_bytes(plan)
     package = memory.FLOAT * plan.total_parameters if rehearsal.has_package else 0
-    needed, free = 2 * checkpoint + max(checkpoint, package), estimate.free_bytes(directory)
+    needed, free = 2 * checkpoint + max(checkpoint, package), forecast.free_bytes(directory)
     if needed > free:
         raise RunError(
             f"a rehearsal needs {readable(needed)}, and the disk has {readable(free)} left",
@@ -234,8 +235,8 @@ def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
         "smallest_interval": {"steps": steps, "minutes": steps * cost.step_seconds / 60},
         "every": list(dict.fromkeys(map(str, every))),
         "share": cost.share(every),
-        "run_bytes": estimate.run_bytes(plan.model_copy(update={"recipe": rehearsal.loaded.recipe})),
-        "free_bytes": estimate.free_bytes(rehearsal.run),
+        "run_bytes": forecast.run_bytes(plan.model_copy(update={"recipe": rehearsal.loaded.recipe})),
+        "free_bytes": forecast.free_bytes(rehearsal.run),
     }
 
 

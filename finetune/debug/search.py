@@ -20,7 +20,7 @@ from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.errors import RunError, counted
-from finetune.estimate import checkpoint_bytes, free_bytes
+from finetune.plan.forecast import checkpoint_bytes, free_bytes
 from finetune.run import evaluate
 
 

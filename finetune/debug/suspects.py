@@ -12,7 +12,7 @@ import torch
 
 from finetune.data.batches import Batches
 from finetune.loop import StepReport
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.state import TrainState
 
 LEAST = "row_loss_min"

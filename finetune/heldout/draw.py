@@ -11,10 +11,10 @@ import numpy as np
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.example import Encoded
 from finetune.heldout import lineage
-from finetune.heldout import split as splits
 from finetune.heldout.lineage import Contents, Found
-from finetune.heldout.split import Split
-from finetune.plan import PinnedSource, Plan, Stage
+from finetune.plan import split as splits
+from finetune.plan.plan import PinnedSource, Plan, Stage
+from finetune.plan.split import Split
 from finetune.recipe.schema import Recipe, is_drawn
 
 

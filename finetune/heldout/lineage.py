@@ -18,8 +18,8 @@ from finetune.checkpoints.refs import find, parse, run_around
 from finetune.data.source import located, open_source
 from finetune.directory import load_plan
 from finetune.errors import DataError, FinetuneError, RunError
-from finetune.heldout.split import PIECE, Seen, Split, by_position, content_of, texts
-from finetune.plan import PinnedSource, Plan, Stage
+from finetune.plan.plan import PinnedSource, Plan, Stage
+from finetune.plan.split import PIECE, Seen, Split, by_position, content_of, texts
 from finetune.recipe.schema import Source, is_drawn
 
 VERSION = 1  # of the arrays in the cache

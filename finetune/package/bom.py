@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.package import figures, record
 from finetune.package.card import LIMITS, METHODS, Facts, hub_base
 from finetune.package.contents import sha256
-from finetune.plan import PinnedSource
+from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Source
 
 FILE = "bom.cdx.json"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.refs import parse
-from finetune.heldout.split import Seen
 from finetune.package import figures, record
 from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked
-from finetune.plan import PinnedSource, Plan, Stage
+from finetune.plan.plan import PinnedSource, Plan, Stage
+from finetune.plan.split import Seen
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
 

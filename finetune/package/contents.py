@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data.encodings import TOKENIZER_FILES
+from finetune.plan.encodings import TOKENIZER_FILES
 
 ALLOWED = (
     "*.safetensors",

@@ -23,7 +23,6 @@ from finetune.checkpoints.store import failures, sync_directory
 from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.heldout import lineage
-from finetune.heldout.split import Seen
 from finetune.model import base
 from finetune.package import (
     bom,
@@ -43,7 +42,8 @@ from finetune.package.contents import files_of, sha256
 from finetune.package.proof import Check
 from finetune.package.staging import staged
 from finetune.package.verify import folder_findings
-from finetune.plan import Plan, Stage
+from finetune.plan.plan import Plan, Stage
+from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, to_yaml
 from finetune.resolve import resolve
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 
 WITHIN = 1.96  # standard errors: 95 % of a normal distribution
 INTERVALS = "In brackets the 95 % interval over rows like these, each with all its tokens."

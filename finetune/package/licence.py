@@ -12,7 +12,7 @@ from finetune import hub
 from finetune.checkpoints.refs import parse
 from finetune.errors import PackageError
 from finetune.package import metadata
-from finetune.plan import PinnedSource
+from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Base, Package, Source
 
 KEYS = ("license", "license_name", "license_link")

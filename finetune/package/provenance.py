@@ -14,7 +14,7 @@ from finetune.heldout import lineage
 from finetune.package import record
 from finetune.package.card import Facts, hub_base
 from finetune.package.contents import Finding, sha256
-from finetune.plan import PinnedSource, Plan
+from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 
 FILE = lineage.PROVENANCE

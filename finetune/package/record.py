@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune import journal
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.recipe.load import to_yaml
 from finetune.scan import Scan
 

@@ -16,7 +16,7 @@ from finetune.data.conversation import ROLES, Conversation, arguments_of, conver
 from finetune.errors import DataError
 from finetune.example import Example
 from finetune.model.base.files import TEMPLATE
-from finetune.plan import ROW_RULES
+from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
 

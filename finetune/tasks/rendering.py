@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import jinja2
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.plan import Plan
+    from finetune.plan.plan import Plan
 
 TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 # What a template raises by itself; `raise_exception` in it raises a TemplateError of jinja2.

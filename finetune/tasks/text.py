@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.plain_text import text_of
 from finetune.errors import DataError
 from finetune.example import Example
-from finetune.plan import ROW_RULES
+from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]

@@ -13,7 +13,7 @@ from contenders.job import Job
 from training import SMOLLM2
 
 from finetune.model import base
-from finetune.order import Order, derive
+from finetune.plan.row_order import Order, derive
 from finetune.recipe.schema import Base
 
 SEED = 0

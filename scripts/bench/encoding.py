@@ -31,7 +31,7 @@ from finetune import cache
 from finetune.data import encode as encoding
 from finetune.data.batches import Examples
 from finetune.example import Encoded, Example
-from finetune.order import Order
+from finetune.plan.row_order import Order
 from finetune.recipe.load import load
 from finetune.resolve import resolve
 

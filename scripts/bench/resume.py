@@ -13,7 +13,7 @@ from training import Training
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.manifest import Checkpoint, verify
 from finetune.checkpoints.store import Store
-from finetune.order import Order
+from finetune.plan.row_order import Order
 
 POSITION = 10**9
 

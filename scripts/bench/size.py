@@ -9,7 +9,7 @@ from training import KEEP_ALL, Shape, Work, opened, write_recipe
 
 from finetune import pruning
 from finetune.model import base
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 
 TRAINER = "transformers' Trainer"
 WORK = Work(rows=1, tokens=32)

@@ -16,7 +16,7 @@ from finetune import loop
 from finetune.checkpoints import lease
 from finetune.model import base
 from finetune.opening import open_plan
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.progress import Progress
 from finetune.recipe.load import load
 from finetune.recorder import Recorder

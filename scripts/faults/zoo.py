@@ -26,7 +26,7 @@ from zoo_faults import BATCH, FAULTS, ROWS, STEPS, edited
 from finetune import columns, journal
 from finetune.debug.bisect import bisect
 from finetune.errors import FinetuneError
-from finetune.order import Order
+from finetune.plan.row_order import Order
 from finetune.recipe.load import load
 from finetune.run import train
 

@@ -11,8 +11,8 @@ import torch
 
 from finetune import loop, state
 from finetune.data.batches import Examples
-from finetune.order import Order
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
+from finetune.plan.row_order import Order
 
 STEPS, BATCH, ROWS = 64, 4, 300  # of each training
 MARK = "\x7f"  # in no docstring; a token of its own, as every byte is

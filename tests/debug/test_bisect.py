@@ -150,7 +150,7 @@ def test_a_flipped_bit_is_not_in_the_recipe_and_is_said_to_be_so(fault, poisoned
 
 
 def test_a_learning_rate_that_is_not_the_plans_is_seen_without_a_step(poisoned, train, tmp_path, monkeypatch) -> None:
-    from finetune.plan import Plan
+    from finetune.plan.plan import Plan
 
     planned = Plan.learning_rate
     monkeypatch.setattr(

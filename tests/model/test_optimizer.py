@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from finetune.errors import FinetuneError
-from finetune.memory import MOMENTS, update_slice
 from finetune.model.adapter import ADAPTERS
 from finetune.model.base import load_model
 from finetune.model.optimizer import OPTIMIZERS, build, rounded
 from finetune.model.optimizer.rounded import RoundedAdamW, Scratch, round_by_chance
+from finetune.plan.memory import MOMENTS, update_slice
+from finetune.plan.schedules import SCHEDULES
 from finetune.recipe.schema import Optimizer, Recipe
-from finetune.schedule import SCHEDULES
 from finetune.tasks import TASKS
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")

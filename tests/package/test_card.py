@@ -10,10 +10,10 @@ import yaml
 
 from finetune import scan
 from finetune.checkpoints.manifest import Manifest
-from finetune.heldout.split import Seen
 from finetune.package import figures, record
 from finetune.package.card import Facts, card
-from finetune.plan import Counts, PinnedBase, PinnedSource, Plan
+from finetune.plan.plan import Counts, PinnedBase, PinnedSource, Plan
+from finetune.plan.split import Seen
 from finetune.recipe.schema import Recipe
 
 HOME = "/home/planted-user"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from finetune import state
-from finetune.order import Order
+from finetune.plan.row_order import Order
 
 MARK = "~"
 SEED = 0

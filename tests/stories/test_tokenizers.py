@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.data.test_encodings import tekken
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,15 +23,14 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from finetune.checkpoints import manifest
 from finetune.checkpoints.loading import open_model, open_tokenizer
 from finetune.compare.evaluate import evaluate
-from finetune.data import encodings
 from finetune.directory import load_plan
 from finetune.errors import BaseError, DataError, PackageError, RunError
 from finetune.model import base
 from finetune.package import contents, export, small_files
+from finetune.plan import encodings
 from finetune.recipe.load import load
 from finetune.run import train
 from tests.conftest import CHATML, WORDS
-from tests.data.test_encodings import tekken
 
 TEXTS = ["the row ends", "  two  blanks\n東京", "<s>[INST] a <|im_end|></s> b"]
 

@@ -40,7 +40,7 @@ from finetune.model.base.reading import (
     refuse_lacking,
     stop_tokens,
 )
-from finetune.plan import PinnedBase
+from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 __all__ = [

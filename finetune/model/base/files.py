@@ -12,7 +12,7 @@ from threading import Thread
 
 import blake3
 
-from finetune.data.encodings import TOKENIZER_FILES, VOCABULARIES
+from finetune.plan.encodings import TOKENIZER_FILES, VOCABULARIES
 
 AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -8,7 +8,7 @@ from finetune import places
 from finetune.checkpoints.refs import Ref, parse
 from finetune.checkpoints.store import Store
 from finetune.errors import BaseError, CheckpointError
-from finetune.plan import PinnedBase
+from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 
 NAME_IT = "name the folder where it is now with --base PATH_OR_ID: equal content is the same base"

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.optim.adamw import adamw
 
-from finetune.memory import update_slice
-from finetune.order import derive
+from finetune.plan.memory import update_slice
+from finetune.plan.row_order import derive
 
 
 class Scratch:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import blake3
 import numpy as np
 
-from finetune import schedule
-from finetune.heldout.split import Seen, Split
-from finetune.order import Order
-from finetune.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
+from finetune.plan import schedules
+from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
+from finetune.plan.row_order import Order
+from finetune.plan.split import Seen, Split
 from finetune.recipe.resume_rules import binding
 from finetune.recipe.schema import Recipe, Train, count_of
 
@@ -135,7 +135,7 @@ class Plan(Pin):
         changes = [each for each in self.earlier_orders if segment is None or each.until < segment.until]
         at, length = _on_curve(step, curve.steps, changes, curve.schedule_start)
         start = curve.schedule_start
-        return schedule.learning_rate(
+        return schedules.learning_rate(
             optimizer.learning_rate, optimizer.schedule, curve.warmup_steps, length - start, at - start
         )
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.order import Order, derive, permute
+from finetune.plan.row_order import Order, derive, permute
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
 

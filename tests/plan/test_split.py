@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from finetune.heldout import split as splits
-from finetune.heldout.split import Split, content_of
+from finetune.plan import split as splits
+from finetune.plan.split import Split, content_of
 
 CONTENTS = np.array([content_of(f"row {number}") for number in range(5000)], dtype=np.uint64)
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from finetune.order import derive, permute
+from finetune.plan.row_order import derive, permute
 from finetune.recipe.schema import count_of
 
 ALL = 2**64

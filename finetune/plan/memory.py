@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.recipe.schema import LoraAdapter
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import estimate
 from finetune.directory import load_plan
+from finetune.plan import forecast
 from finetune.recipe.load import load
 from finetune.recipe.schema import Every
 from finetune.resolve import resolve
@@ -23,8 +23,8 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
     kept = {"every": "1 step", "keep": {"every": "1 step", "last": 1}}
     recipe = recipe_file(train=TRAIN, evaluate={"every": "4 steps"}, checkpoint=kept)
     run = train(recipe, tmp_path / "run")
-    forecast = estimate.run_bytes(load_plan(run)[0], layers=2) - estimate.COMPANION_BYTES
-    assert taken(run) < forecast < 2 * taken(run)
+    expected = forecast.run_bytes(load_plan(run)[0], layers=2) - forecast.COMPANION_BYTES
+    assert taken(run) < expected < 2 * taken(run)
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
 )
 def test_checkpoints_that_stay_are_counted(sections, count, recipe_file, monkeypatch) -> None:
     for name in ("_small_bytes", "_history_bytes"):
-        monkeypatch.setattr(estimate, name, lambda plan, layers: 0)
+        monkeypatch.setattr(forecast, name, lambda plan, layers: 0)
     made = resolve(load(recipe_file(train=TRAIN, **{"checkpoint": {}} | sections), ())).plan
-    whole = estimate.run_bytes(made) - estimate.shared_bytes(made)
-    packaged = estimate.package_bytes(made) if "publish" in sections else 0
-    assert whole == count * estimate.state_bytes(made) + packaged
+    whole = forecast.run_bytes(made) - forecast.shared_bytes(made)
+    packaged = forecast.package_bytes(made) if "publish" in sections else 0
+    assert whole == count * forecast.state_bytes(made) + packaged
 
 
 def test_a_milestone_of_an_adapter_takes_the_room_of_the_whole_model_while_it_is_published(recipe_file) -> None:
@@ -53,5 +53,5 @@ def test_a_milestone_of_an_adapter_takes_the_room_of_the_whole_model_while_it_is
     made = resolve(load(recipe_file(train=TRAIN, checkpoint=kept, publish={"repo": "a/b"}), ())).plan
     following = made.recipe.publish.model_copy(update={"milestones": Every(steps=4)})
     with_milestones = made.model_copy(update={"recipe": made.recipe.model_copy(update={"publish": following})})
-    more = estimate.run_bytes(with_milestones) - estimate.run_bytes(made)
-    assert more == estimate.COMPANION_BYTES + 4 * made.total_parameters > 4 * estimate.state_bytes(made)
+    more = forecast.run_bytes(with_milestones) - forecast.run_bytes(made)
+    assert more == forecast.COMPANION_BYTES + 4 * made.total_parameters > 4 * forecast.state_bytes(made)

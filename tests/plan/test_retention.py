@@ -5,8 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.checkpoints import retention
-from finetune.checkpoints.retention import Saved, keep
+from finetune.plan import retention
+from finetune.plan.retention import Saved, keep
 from finetune.recipe.schema import Every, Keep
 
 losses = st.one_of(st.none(), st.floats(), st.sampled_from(["nan", "inf"]))

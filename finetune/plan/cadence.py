@@ -6,8 +6,8 @@ All ranks ask here, and a resumed run asks as an uninterrupted one does, so they
 from collections.abc import Mapping
 from math import ceil
 
-from finetune.checkpoints.retention import Saved, best
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
+from finetune.plan.retention import Saved, best
 from finetune.recipe.schema import Every, Recipe
 
 HISTORY_ENTRIES = 1000

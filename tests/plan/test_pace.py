@@ -3,7 +3,7 @@
 import pytest
 
 from finetune import journal
-from finetune.pace import FORECAST_AFTER_STEPS, Pace, ahead, largest_step, tokens_of
+from finetune.plan.pace import FORECAST_AFTER_STEPS, Pace, ahead, largest_step, tokens_of
 from finetune.recipe.load import load
 from finetune.resolve import resolve
 

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from finetune import cadence, memory
 from finetune.errors import RunError, counted
-from finetune.memory import Device, Shape, Work, state_bytes
-from finetune.pace import mean_tokens
-from finetune.plan import Plan
+from finetune.plan import cadence, memory
+from finetune.plan.memory import Device, Shape, Work, state_bytes
+from finetune.plan.pace import mean_tokens
+from finetune.plan.plan import Plan
 from finetune.recipe.schema import Every, LoraAdapter, Publish
 
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end

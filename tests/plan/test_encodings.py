@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from finetune.data import encodings
 from finetune.model.base import load_tokenizer
+from finetune.plan import encodings
 from finetune.recipe.schema import ChatTask, TextTask
 from finetune.resolve import template_and_encoding
 from finetune.tasks.chat import encoder

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from finetune import best, cadence, estimate, history, journal, plan
+from finetune import best, history, journal
 from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.retention import Saved
 from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError
+from finetune.plan import cadence, forecast, plan
+from finetune.plan.retention import Saved
 from finetune.recipe.load import load
 from finetune.resolve import resolve
 from tests.stories.same_run import assert_same_run
@@ -106,10 +107,10 @@ def test_where_it_is_switched_off_plan_warns_and_best_and_log_name_the_better_st
     overfits, train, tmp_path, capsys
 ) -> None:
     warning = "checkpoint.save_best is false, and evaluations come every 2 steps: the best one may not be committed"
-    assert estimate.warnings(resolve(load(overfits(save_best=False), ())).plan) == [warning]
+    assert forecast.warnings(resolve(load(overfits(save_best=False), ())).plan) == [warning]
     for covered in ({"every": "2 steps"}, {"every": ["1 step", "5 minutes"]}, {"keep": {"weights_every": "1 step"}}):
-        assert estimate.warnings(resolve(load(overfits(save_best=False, **covered), ())).plan) == []
-    assert estimate.warnings(resolve(load(overfits(), ())).plan) == []
+        assert forecast.warnings(resolve(load(overfits(save_best=False, **covered), ())).plan) == []
+    assert forecast.warnings(resolve(load(overfits(), ())).plan) == []
     run = train(overfits(save_best=False), tmp_path / "run")
     losses = evaluated(run)
     step = lowest(losses)

@@ -6,7 +6,7 @@ import pytest
 
 from finetune.directory import load_plan
 from finetune.errors import RunError
-from finetune.plan import Plan
+from finetune.plan.plan import Plan
 from finetune.recipe.load import load
 from finetune.recipe.schema import Train
 from finetune.resolve import resolve

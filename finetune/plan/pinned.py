@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from finetune.heldout.split import Split
+from finetune.plan.split import Split
 from finetune.recipe.schema import Data
 
 

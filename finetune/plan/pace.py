@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from finetune import cadence
-from finetune.plan import Plan
+from finetune.plan import cadence
+from finetune.plan.plan import Plan
 from finetune.recipe.schema import Every
 
 FORECAST_AFTER_STEPS = 20

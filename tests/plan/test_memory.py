@@ -8,9 +8,9 @@ from subprocess import run
 import pytest
 from transformers import AutoConfig
 
-from finetune import estimate, memory
-from finetune.memory import Device, Shape, Work
 from finetune.model import base, losses
+from finetune.plan import forecast, memory
+from finetune.plan.memory import Device, Shape, Work
 from finetune.recipe.load import load
 from finetune.resolve import resolve
 from finetune.state import slow_numbers
@@ -72,7 +72,7 @@ def planned(recipe_file):
 
 
 def on_devices(plan, shape):
-    rows = estimate.on_devices(plan, shape, Work(2048, 16384), CARD.bytes)
+    rows = forecast.on_devices(plan, shape, Work(2048, 16384), CARD.bytes)
     return {row["devices"]: row for row in rows}
 
 
@@ -182,8 +182,8 @@ def test_the_host_of_a_gpu_holds_two_copies_of_the_state_or_one(weightless, plan
 def test_the_table_says_what_the_host_of_a_gpu_holds(weightless, planned, tmp_path):
     plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None)
     device = CARD._replace(host_bytes=64 * 2**30)
-    facts = estimate.forecast(plan, shape, Work(2048, 4096), device, tmp_path)
-    lines = estimate.table(facts).splitlines()
+    facts = forecast.forecast(plan, shape, Work(2048, 4096), device, tmp_path)
+    lines = forecast.table(facts).splitlines()
     assert "host       about 93.7 GiB; there are 64.0 GiB" in lines
     assert lines[-1].startswith("warning: the host has less memory than saves need")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.schedule import SCHEDULES, learning_rate
+from finetune.plan.schedules import SCHEDULES, learning_rate
 
 
 @settings(deadline=None)
