@@ -14,7 +14,8 @@ from collections.abc import Callable
 from itertools import product
 from typing import TYPE_CHECKING
 
-from finetune import cache, version
+from finetune import version
+from finetune.store import cache
 
 if TYPE_CHECKING:
     from jinja2 import Template

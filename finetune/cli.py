@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from finetune import __version__, places, streams
-from finetune.checkpoints.lease import refuse_other_directory
-from finetune.checkpoints.manifest import to_json
+from finetune import __version__, streams
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped, counted
-from finetune.rank import is_alone, is_first
 from finetune.signals import ending_signals
+from finetune.store import places
+from finetune.store.checkpoints.manifest import to_json
+from finetune.store.rank import is_alone, is_first
+from finetune.store.run.lease import refuse_other_directory
 from finetune.world import TOLD, prepare_allocator
 
 if TYPE_CHECKING:
@@ -303,10 +304,10 @@ def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json
 @JSON
 def log(run: Path, is_json: bool) -> None:
     """Show a run: its checkpoints, what went wrong, and the runs that branch off it."""
-    from finetune import history
+    from finetune.store.run import inspect
 
-    facts = history.log(run)
-    _print(facts, history.tree(facts), is_json)
+    facts = inspect.log(run)
+    _print(facts, inspect.tree(facts), is_json)
 
 
 @cli.command()
@@ -314,10 +315,10 @@ def log(run: Path, is_json: bool) -> None:
 @JSON
 def show(ref: str, is_json: bool) -> None:
     """Show what a checkpoint is: step, parent, figures, files."""
-    from finetune import history
+    from finetune.store.run import inspect
 
-    facts = history.describe(ref)
-    _print(facts, history.listing(facts), is_json)
+    facts = inspect.describe(ref)
+    _print(facts, inspect.listing(facts), is_json)
 
 
 @cli.command()
@@ -326,9 +327,9 @@ def show(ref: str, is_json: bool) -> None:
 @JSON
 def verify(ref: str, key: Path | None, is_json: bool) -> None:
     """Check every byte of a checkpoint or a run, or all that can be checked of a package, here or on the Hub."""
-    from finetune import history
+    from finetune.store.run import inspect
 
-    if history.is_model(ref):
+    if inspect.is_model(ref):
         from finetune.package.verify import verify as verify_package
 
         facts = verify_package(ref, key)
@@ -337,7 +338,7 @@ def verify(ref: str, key: Path | None, is_json: bool) -> None:
     else:
         if key:
             raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")
-        problems = history.problems(ref)
+        problems = inspect.problems(ref)
         facts, held = {"ok": not problems, "problems": problems}, "every byte is as it was committed"
     lines = [
         ": ".join(filter(None, (problem["file"], problem["tensor"], problem["message"])))
@@ -476,7 +477,7 @@ def branch(
 def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
     """Apply the keep rules of a run now, or other ones."""
     from finetune.plan.forecast import readable
-    from finetune.pruning import prune as prune_run
+    from finetune.store.checkpoints.pruning import prune as prune_run
 
     actions, pinned = prune_run(run, keep, dry_run)
     freed = sum(action["bytes"] for action in actions)

@@ -7,9 +7,10 @@ import tempfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-from finetune import cache, version
+from finetune import version
 from finetune.plan.forecast import readable
 from finetune.plan.memory import machine_bytes
+from finetune.store import cache
 
 PACKAGES = (
     "finetune",

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
-from finetune import journal
-from finetune.checkpoints import holder as holders
-from finetune.checkpoints.durable import SLOWEST_DISK, STALL_SECONDS
-from finetune.directory import load_plan
 from finetune.errors import RunError, duration
+from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
+from finetune.store.run import holder as holders
+from finetune.store.run import journal
+from finetune.store.run.directory import load_plan
 
 SLOW = 10
 """A training that takes so many times what it usually takes is still slow, not hung."""

@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import places, scan, version
-from finetune.checkpoints.store import Store
+from finetune import version
 from finetune.data.source import fingerprint, located, open_source
-from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError, DataError, RunError, counted
 from finetune.example import Example
 from finetune.model import base
@@ -30,6 +28,10 @@ from finetune.recipe.resume_rules import FACT_NAMES, differences, outcome, recor
 from finetune.recipe.schema import Base, LoraAdapter, Recipe, Source, is_drawn
 from finetune.resolve import Resolved, resolve
 from finetune.state import device_name
+from finetune.store import places
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import scan
+from finetune.store.run.directory import load_plan
 from finetune.tasks import TASKS
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")

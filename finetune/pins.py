@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from finetune.checkpoints.manifest import STEP_NAME
-from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError
 from finetune.model import base
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
+from finetune.store.checkpoints.manifest import STEP_NAME
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import Store
 
 
 def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | None = None) -> list[str]:

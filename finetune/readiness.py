@@ -6,11 +6,12 @@
 import os
 from pathlib import Path
 
-from finetune import cache, version
+from finetune import version
 from finetune.errors import RunError
 from finetune.model import base, layers, optimizer
 from finetune.plan import forecast
 from finetune.resolve import Resolved
+from finetune.store import cache
 
 
 def refuse_unready(resolved: Resolved, run: Path) -> None:

@@ -8,15 +8,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from finetune import journal as journals
 from finetune import ranks
-from finetune.checkpoints.durable import replace_file
-from finetune.checkpoints.lease import Lease
-from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest
 from finetune.checkpoints.reports import MissingReport, Report, Reports
-from finetune.checkpoints.store import Store
 from finetune.checkpoints.writer import Writer
-from finetune.columns import Columns, ModuleNorms, RowLoss
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.guard import Amendment
 from finetune.loop import StepReport
@@ -27,6 +21,12 @@ from finetune.plan.plan import Plan
 from finetune.progress import Progress
 from finetune.saver import Record, Saver
 from finetune.state import TrainState
+from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest
+from finetune.store.checkpoints.store import Store
+from finetune.store.durable import replace_file
+from finetune.store.run import journal as journals
+from finetune.store.run.lease import Lease
+from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
 
 
 class Recorder:

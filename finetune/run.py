@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import best, blame, bundle, guard, loop, pins, ranks
-from finetune.checkpoints import holder, lease, snapshot
-from finetune.checkpoints.manifest import Checkpoint, verify
+from finetune import blame, bundle, guard, loop, pins, ranks
+from finetune.checkpoints import snapshot
 from finetune.checkpoints.reports import Reports
-from finetune.checkpoints.store import Store
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
@@ -37,6 +35,10 @@ from finetune.recorder import Recorder
 from finetune.resolve import Resolved
 from finetune.signals import Signals
 from finetune.state import TrainState, build, start_accelerator
+from finetune.store.checkpoints import best
+from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import holder, lease
 from finetune.tasks import TASKS
 
 

@@ -11,25 +11,25 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from finetune import journal as journals
-from finetune import pruning
 from finetune.checkpoints import snapshot as snapshots
-from finetune.checkpoints.durable import HINTS, replace_file
-from finetune.checkpoints.lease import Lease
-from finetune.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
 from finetune.checkpoints.reports import MissingReport, Report
 from finetune.checkpoints.snapshot import FROZEN, Snapshot
 from finetune.checkpoints.staging import Staging
-from finetune.checkpoints.store import Store
-from finetune.columns import Columns
 from finetune.errors import CheckpointError, FinetuneError
-from finetune.journal import FULL_DISK, Journal
 from finetune.model.base import Companions
 from finetune.plan.forecast import free_bytes, readable
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
 from finetune.resolve import device
 from finetune.state import TrainState
+from finetune.store.checkpoints import pruning
+from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
+from finetune.store.checkpoints.store import Store
+from finetune.store.durable import HINTS, replace_file
+from finetune.store.run import journal as journals
+from finetune.store.run.journal import FULL_DISK, Journal
+from finetune.store.run.lease import Lease
+from finetune.store.run.row_losses import Columns
 
 SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from finetune.rank import is_first
+from finetune.store.rank import is_first
 
 SAME_SIGNAL_SECONDS = 2.0
 STOPPING = "stopping: what is under way is finished and committed; a second signal ends at once"

@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from finetune import cache, ranks, version
+from finetune import ranks, version
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.model import adapter, attention, base, layers, losses, optimizer
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import LoraAdapter, Recipe, Train
+from finetune.store import cache
 from finetune.tasks import TASKS
 from finetune.world import cores, refuse_half
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from finetune import cache, version
+from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
 from finetune.model import adapter, attention, base, layers, losses, tiny
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter, Recipe
+from finetune.store import cache
 
 LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
 TOLERANCE = 1e-3  # of the norm of all logits

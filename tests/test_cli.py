@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from finetune.cli import cli, main
-from finetune.directory import load_plan
+from finetune.store.run.directory import load_plan
 
 
 def run_main(
@@ -78,7 +78,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys, tmp_path) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("finetune.history.log", broken)
+    monkeypatch.setattr("finetune.store.run.inspect.log", broken)
     with pytest.raises(ZeroDivisionError):
         run_main(monkeypatch, capsys, "log", tmp_path)
 
@@ -150,7 +150,7 @@ def test_train_on_a_run_of_another_recipe_refuses_and_names_every_difference(
 
 
 def test_what_may_change_on_resume_is_taken_and_recorded(recipe_file, train, capsys, tmp_path) -> None:
-    from finetune import journal
+    from finetune.store.run import journal
 
     run = train(recipe_file(), tmp_path / "run")
     capsys.readouterr()

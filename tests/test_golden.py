@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import journal
+from finetune.store.run import journal
 
 LORA = {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
 GOLDEN = {

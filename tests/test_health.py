@@ -13,11 +13,11 @@ import psutil
 import pytest
 import yaml
 
-from finetune import health, journal
-from finetune.checkpoints import lease
+from finetune import health
 from finetune.errors import RunError
 from finetune.recipe.load import load
 from finetune.run import train
+from finetune.store.run import journal, lease
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 

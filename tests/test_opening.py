@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from finetune.errors import DataError, RunError
-from finetune.journal import Journal
 from finetune.opening import open_plan
 from finetune.recipe.load import load
 from finetune.recipe.resume_rules import FACT_NAMES
+from finetune.store.run.journal import Journal
 
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 

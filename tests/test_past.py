@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import guard, journal
-from finetune.checkpoints.store import Store
-from finetune.directory import load_plan
+from finetune import guard
 from finetune.past import Past
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal
+from finetune.store.run.directory import load_plan
 
 
 @pytest.fixture

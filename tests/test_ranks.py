@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from finetune import journal, ranks
+from finetune import ranks
 from finetune.errors import FinetuneError
+from finetune.store.run import journal
 from tests.stories.workers import free_port
 
 IMPATIENT = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import journal
+from finetune.store.run import journal
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 WHAT = {"train": ["train"], "launch": ["launch", "--nproc-per-node", "2"]}

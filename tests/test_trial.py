@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.directory import load_plan
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.store.run.directory import load_plan
 from finetune.trial import trial
 
 SIZES = {

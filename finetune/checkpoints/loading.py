@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune import chat_template
-from finetune.checkpoints.manifest import Checkpoint
-from finetune.checkpoints.refs import Ref, find, parse
-from finetune.directory import load_plan
 from finetune.model import base
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base, Recipe
 from finetune.resolve import in_force
+from finetune.store.checkpoints.manifest import Checkpoint
+from finetune.store.checkpoints.refs import Ref, find, parse
+from finetune.store.run.directory import load_plan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from finetune.checkpoints.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.errors import CheckpointError
+from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
 
 WRITER = "writer"  # the thread's name
 IN_FLIGHT = 2  # a third one waits: each holds a copy of the state

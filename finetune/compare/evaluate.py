@@ -9,8 +9,6 @@ import torch
 from accelerate import Accelerator
 
 from finetune.checkpoints.loading import open_model, run_of
-from finetune.checkpoints.refs import Ref, find, parse
-from finetune.directory import load_plan
 from finetune.errors import DataError, FinetuneError
 from finetune.heldout import lineage
 from finetune.model import attention, base, losses
@@ -20,6 +18,8 @@ from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
 from finetune.run import evaluate as evaluate_objective
 from finetune.state import Objective, as_trained, check_packing, start_accelerator
+from finetune.store.checkpoints.refs import Ref, find, parse
+from finetune.store.run.directory import load_plan
 from finetune.tasks import TASKS
 
 

@@ -24,11 +24,11 @@ from typing import BinaryIO
 import blake3
 import numpy as np
 
-from finetune import cache
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
 from finetune.plan.split import content_of
+from finetune.store import cache
 from finetune.world import cores
 
 VERSION = 3  # of the format below; part of every key

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import downloads, hub
 from finetune.data.files import Row, first_line
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
+from finetune.store import downloads, hub
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,14 +16,9 @@ import numpy as np
 import torch
 
 from finetune import ranks
-from finetune.checkpoints import lease
-from finetune.checkpoints.manifest import Checkpoint, verify
-from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.store import Store
 from finetune.debug import branch_run
 from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
-from finetune.directory import load_plan
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.heldout import lineage
 from finetune.model import base
@@ -35,6 +30,11 @@ from finetune.recipe.schema import Recipe
 from finetune.resolve import Resolved, resolve
 from finetune.run import train
 from finetune.state import start_accelerator
+from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import lease
+from finetune.store.run.directory import load_plan
 
 # What a checkpoint's tensors are shaped and rounded by.
 FIXED = ("base", "adapter", "train.weights")

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from finetune import journal, pins, scan
-from finetune.checkpoints.durable import failures, replace_file
-from finetune.checkpoints.lease import Lease
-from finetune.checkpoints.manifest import Checkpoint, Manifest
-from finetune.checkpoints.store import RESUME_FILES, Store
-from finetune.directory import load_plan
+from finetune import pins
 from finetune.errors import RunError
 from finetune.opening import WORLD
 from finetune.plan.plan import Plan, are_same_rows
 from finetune.recipe.load import dumps
 from finetune.recipe.resume_rules import recorded
 from finetune.recipe.schema import Recipe
-from finetune.trainer_state import HISTORY, without_evaluations
+from finetune.store.checkpoints.manifest import Checkpoint, Manifest
+from finetune.store.checkpoints.store import RESUME_FILES, Store
+from finetune.store.checkpoints.trainer_state import HISTORY, without_evaluations
+from finetune.store.durable import failures, replace_file
+from finetune.store.run import journal, scan
+from finetune.store.run.directory import load_plan
+from finetune.store.run.lease import Lease
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import columns, journal, scan
-from finetune.checkpoints.manifest import Checkpoint
-from finetune.checkpoints.refs import find, parse
 from finetune.debug import changes
-from finetune.directory import load_plan
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.plan.plan import Plan, are_same_rows
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Base
+from finetune.store.checkpoints.manifest import Checkpoint
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.run import journal, row_losses, scan
+from finetune.store.run.directory import load_plan
 
 SHOWN_TENSORS = 10
 
@@ -86,7 +86,7 @@ def _figures(record: dict) -> dict:
 
 def _other_rows(one: Path, two: Path, step: int) -> dict[str, list[int]]:
     """The rows of a step that only one of the runs has in it."""
-    rows, others = ({item.row for item in columns.read_rows(run, step)} for run in (one, two))
+    rows, others = ({item.row for item in row_losses.read_rows(run, step)} for run in (one, two))
     return {"only in A": sorted(rows - others), "only in B": sorted(others - rows)}
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from finetune import columns, journal
-from finetune.checkpoints.manifest import Checkpoint, verify
-from finetune.checkpoints.store import Store
+from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal, row_losses
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def _differences(whole: Path, resumed: Path, last: int) -> Iterator[Difference]:
         for record in [item for item in records if item["kind"] == "step" and item["step"] == step] or [{}]:
             if quantity := journal.difference(steps[step], record):
                 yield Difference(step, quantity, steps[step].get(quantity), record.get(quantity))
-        for one, two in zip_longest(columns.read_rows(whole, step), columns.read_rows(resumed, step)):
+        for one, two in zip_longest(row_losses.read_rows(whole, step), row_losses.read_rows(resumed, step)):
             if one != two:
                 yield Difference(step, f"loss of row {(one or two).row}", one and one.loss, two and two.loss)
     checkpoints = [Store(run).find(last) for run in (whole, resumed)]
@@ -50,7 +50,7 @@ def compared(run: Path, last: int) -> dict[str, int]:
     names = _digests(Store(run).find(last))
     return {
         "steps": last,
-        "rows": sum(len(columns.read_rows(run, step)) for step in range(1, last + 1)),
+        "rows": sum(len(row_losses.read_rows(run, step)) for step in range(1, last + 1)),
         "tensors": sum(name.startswith("tensor ") for name in names),
         "files": sum(name.startswith("file ") for name in names),
     }

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune import columns
 from finetune.errors import FinetuneError
+from finetune.store.run import row_losses
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -65,7 +65,7 @@ def parse(text: str) -> Comparison:
 def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> dict[int, float]:
     """The quantity of every recorded step in which it was recorded; smoothed ones are means over the steps up to it."""
     name, _, module = comparison.quantity.partition("/")
-    reader = columns.Reader(run)
+    reader = row_losses.Reader(run)
     if module:
         found = {step: reader.modules(step).get(module) if name == "grad_norm" else None for step in sorted(steps)}
     elif name in OF_ROWS:

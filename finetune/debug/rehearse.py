@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from finetune import journal
-from finetune.checkpoints.store import Store
 from finetune.debug.cost import SHARE, measure
 from finetune.debug.equality import compared, first_difference
 from finetune.debug.trainings import TrainingError, Trainings, trainings_beside
-from finetune.directory import load_plan
 from finetune.errors import RunError, counted
 from finetune.plan import cadence, forecast, memory
 from finetune.plan.forecast import readable
 from finetune.plan.plan import Plan
 from finetune.recipe.load import LoadedRecipe
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal
+from finetune.store.run.directory import load_plan
 
 # In units of `steps`: where the training that is to be killed ends by itself. Far enough to be killed before, near enough not to
 # go on for days where the rehearsal itself is killed.

@@ -10,12 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune import journal as journals
 from finetune import ranks
-from finetune.checkpoints import lease
-from finetune.checkpoints.lease import Lease
-from finetune.checkpoints.manifest import Manifest
-from finetune.columns import Columns
 from finetune.debug import inspection
 from finetune.debug.rerun import Difference, Rerun
 from finetune.errors import CheckpointError, RunError, counted
@@ -23,6 +18,11 @@ from finetune.opening import WORLD
 from finetune.past import Past
 from finetune.recipe.resume_rules import recorded
 from finetune.saver import Record, Saver
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.run import journal as journals
+from finetune.store.run import lease
+from finetune.store.run.lease import Lease
+from finetune.store.run.row_losses import Columns
 
 
 def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:

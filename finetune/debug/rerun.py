@@ -11,12 +11,9 @@ from pathlib import Path
 
 import torch
 
-from finetune import columns, guard, journal, loop, ranks, scan
+from finetune import guard, loop, ranks
 from finetune.checkpoints import snapshot
-from finetune.checkpoints.manifest import Checkpoint, verify
-from finetune.checkpoints.store import Store
 from finetune.data.batches import Batches
-from finetune.directory import load_plan
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.guard import Amendment
 from finetune.model import base
@@ -28,6 +25,10 @@ from finetune.recorder import columns_of, figures_of
 from finetune.resolve import Resolved, resolve
 from finetune.run import batches
 from finetune.state import TrainState, build, start_accelerator
+from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal, row_losses, scan
+from finetune.store.run.directory import load_plan
 
 REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step
 
@@ -55,7 +56,7 @@ class Rerun:
         recorded = scan.read(run)
         self.events = recorded.events
         """What happened beside the steps."""
-        self.columns = columns.Reader(run)
+        self.columns = row_losses.Reader(run)
         first = self.plan.parent.step + 1 if self.plan.parent else 1
         self.history = recorded.steps
         """The record of every step; of a branch also those of the run that it comes from."""
@@ -63,7 +64,7 @@ class Rerun:
         """Those that this plan is about."""
         self.refused = journal.that_count(self.events, lambda item: item.get("event") in REFUSED and "loss" in item)
         """What was recorded of steps that were not made."""
-        self.unwritten: dict[int, columns.Columns] = {}
+        self.unwritten: dict[int, row_losses.Columns] = {}
         """Of steps that ran again, what no file has: the run was killed before it was written."""
         self.amendments = self._amendments()
         self.first_difference: Difference | None = None

@@ -10,18 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune import cache, journal, ranks
+from finetune import ranks
 from finetune.checkpoints import snapshot
-from finetune.checkpoints.durable import failures
-from finetune.checkpoints.manifest import Checkpoint, Manifest
 from finetune.checkpoints.staging import Staging
-from finetune.checkpoints.store import Store
 from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.errors import RunError, counted
 from finetune.plan.forecast import checkpoint_bytes, free_bytes
 from finetune.run import evaluate
+from finetune.store import cache
+from finetune.store.checkpoints.manifest import Checkpoint, Manifest
+from finetune.store.checkpoints.store import Store
+from finetune.store.durable import failures
+from finetune.store.run import journal
 
 
 @dataclass

@@ -15,9 +15,9 @@ from types import FrameType
 
 import psutil
 
-from finetune.checkpoints.durable import failures
 from finetune.errors import FinetuneError, RunError
 from finetune.signals import ending_signals
+from finetune.store.durable import failures
 
 SHOWN_LINES = 12
 GONE_SECONDS = 30  # for the kernel to take a killed process away

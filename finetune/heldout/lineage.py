@@ -12,15 +12,15 @@ from pathlib import Path
 import blake3
 import numpy as np
 
-from finetune import cache
-from finetune.checkpoints.manifest import read
-from finetune.checkpoints.refs import find, parse, run_around
 from finetune.data.source import located, open_source
-from finetune.directory import load_plan
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import PIECE, Seen, Split, by_position, content_of, texts
 from finetune.recipe.schema import Source, is_drawn
+from finetune.store import cache
+from finetune.store.checkpoints.manifest import read
+from finetune.store.checkpoints.refs import find, parse, run_around
+from finetune.store.run.directory import load_plan
 
 VERSION = 1  # of the arrays in the cache
 # Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.

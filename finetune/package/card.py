@@ -7,14 +7,14 @@ A pure function of the run's record: no clock, no path, no host, no row. The fro
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.checkpoints.manifest import Manifest
-from finetune.checkpoints.refs import parse
 from finetune.package import figures, record
 from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.refs import parse
 
 LIMITS = (
     "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune import chat_template
-from finetune.checkpoints.tensors import Place
 from finetune.package.contents import Finding
 from finetune.package.folder import PROCESSORS, Folder
 from finetune.remote_code import asked_by
+from finetune.store.tensors import Place
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")

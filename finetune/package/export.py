@@ -15,12 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from finetune import scan
 from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
-from finetune.checkpoints.manifest import Manifest
-from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.store import failures, sync_directory
-from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.heldout import lineage
 from finetune.model import base
@@ -46,6 +41,11 @@ from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, to_yaml
 from finetune.resolve import resolve
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import failures, sync_directory
+from finetune.store.run import scan
+from finetune.store.run.directory import load_plan
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from finetune.checkpoints.tensors import Place, read_header
 from finetune.errors import CheckpointError
 from finetune.package.contents import Finding
+from finetune.store.tensors import Place, read_header
 
 PROCESSORS = "*processor_config.json"  # of images, video and sound
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", PROCESSORS)

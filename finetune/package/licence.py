@@ -8,12 +8,12 @@ import importlib.metadata
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from finetune import hub
-from finetune.checkpoints.refs import parse
 from finetune.errors import PackageError
 from finetune.package import metadata
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Base, Package, Source
+from finetune.store import hub
+from finetune.store.checkpoints.refs import parse
 
 KEYS = ("license", "license_name", "license_link")
 GATE = "extra_gated_"  # what the Hub asks of those who want access

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune import cache, version
+from finetune import version
 from finetune.errors import BaseError, PackageError
 from finetune.package import contents, in_small, licence, small_files
 from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
 from finetune.resolve import Resolved
+from finetune.store import cache
 
 RULES = 3  # of what is asked; part of the cache key
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")

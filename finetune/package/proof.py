@@ -17,11 +17,11 @@ import torch.nn.functional as F
 import xxhash
 from safetensors.torch import load_file
 
-from finetune.checkpoints.tensors import Place, read_header
 from finetune.errors import PackageError, counted
 from finetune.model.base import outline
 from finetune.model.base.quiet import quiet
 from finetune.package import probe
+from finetune.store.tensors import Place, read_header
 
 # Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; the cast to bf16 changes the
 # weights, and arithmetic too. Measured with LoRA on SmolLM2-135M, whose batch here is noise: 2e-11 and 3e-3.

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.checkpoints.refs import parse
-from finetune.directory import load_plan
 from finetune.errors import CheckpointError, PackageError, PublishError, counted
 from finetune.package import ownership, provenance, rights, to_folder
 from finetune.package.contents import files_of
 from finetune.package.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
 from finetune.package.verify import folder_findings
+from finetune.store.checkpoints.refs import parse
+from finetune.store.run.directory import load_plan
 
 STAGING = "staging-"
 

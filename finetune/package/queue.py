@@ -14,10 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune import journal, scan
-from finetune.checkpoints.durable import replace_file
-from finetune.checkpoints.store import Store, make_directory
-from finetune.directory import load_plan
 from finetune.errors import FinetuneError, PublishError
 from finetune.package import export
 from finetune.package.contents import sha256
@@ -26,6 +22,10 @@ from finetune.package.repository import CHECKPOINTS, Repository
 from finetune.package.staging import NO_LOCKS, remove
 from finetune.package.to_folder import PREFIX
 from finetune.recipe.schema import Publish
+from finetune.store.checkpoints.store import Store, make_directory
+from finetune.store.durable import replace_file
+from finetune.store.run import journal, scan
+from finetune.store.run.directory import load_plan
 
 LOOK_SECONDS = 2.0
 LOG = "publish.log"

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune import journal
 from finetune.plan.plan import Plan
 from finetune.recipe.load import to_yaml
-from finetune.scan import Scan
+from finetune.store.run import journal
+from finetune.store.run.scan import Scan
 
 EVENTS = ("evaluated", "committed")
 LEFT_OUT = ("time", "attempt")

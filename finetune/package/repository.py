@@ -25,9 +25,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from finetune import downloads, hub
 from finetune.errors import PublishError
 from finetune.package.contents import sha256
+from finetune.store import downloads, hub
 
 CHECKPOINTS = "checkpoints.json"
 TRIES = 6

@@ -2,10 +2,10 @@
 
 import sys
 
-from finetune.checkpoints.refs import parse
 from finetune.errors import PublishError
 from finetune.package.repository import Repository, UnreachableError
 from finetune.recipe.schema import Recipe
+from finetune.store.checkpoints.refs import parse
 
 
 def preflight(recipe: Recipe) -> None:

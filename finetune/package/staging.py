@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune.checkpoints.store import make_directory
+from finetune.store.checkpoints.store import make_directory
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.checkpoints.store import failures, sync_directory
 from finetune.errors import PublishError
 from finetune.package import ownership, provenance
 from finetune.package.contents import files_of
 from finetune.package.repository import Files, digest, sha256_of, size_of
 from finetune.package.staging import staged, sweep
+from finetune.store.checkpoints.store import failures, sync_directory
 
 PREFIX = "folder:"
 RENAME_EXCHANGE = 2  # of renameat2(2)

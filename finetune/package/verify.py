@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.checkpoints.refs import parse
 from finetune.errors import BaseError, PackageError
 from finetune.package import contents, figures, metadata, provenance, signing
 from finetune.package.checks import CHECKS
 from finetune.package.contents import Finding
 from finetune.package.folder import Folder
+from finetune.store.checkpoints.refs import parse
 
 HUB = "hub:"
 OURS = "training/recipe.yaml"

@@ -17,7 +17,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune.checkpoints import snapshot
 from finetune.checkpoints.loading import Opened, open_model
-from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.snapshot import DTYPES
 from finetune.errors import PackageError
 from finetune.model import adapter, base
@@ -26,6 +25,7 @@ from finetune.package import probe, proof
 from finetune.package.card import hub_base
 from finetune.package.proof import Check, Logits
 from finetune.recipe.schema import Recipe
+from finetune.store.checkpoints.manifest import Manifest
 
 
 @dataclass(frozen=True)

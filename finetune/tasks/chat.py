@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune import chat_template, places
+from finetune import chat_template
 from finetune.data.completeness import refuse_lost
 from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.errors import DataError
@@ -18,6 +18,7 @@ from finetune.example import Example
 from finetune.model.base.files import TEMPLATE
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
+from finetune.store import places
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]

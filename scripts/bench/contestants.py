@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from training import Training
 
-from finetune import journal
-from finetune.checkpoints.durable import sync_directory, sync_file
 from finetune.model import adapter
 from finetune.state import TrainState
+from finetune.store.durable import sync_directory, sync_file
+from finetune.store.run import journal
 
 Ended = Callable[[], float | None]
 Contestant = Callable[[TrainState, Path], Ended]

@@ -27,13 +27,13 @@ import numpy as np
 from figures import OURS, Goal, Part, Quantity, rotated
 from training import SMOLLM2, TINY, _random_base
 
-from finetune import cache
 from finetune.data import encode as encoding
 from finetune.data.batches import Examples
 from finetune.example import Encoded, Example
 from finetune.plan.row_order import Order
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.store import cache
 
 ONE, WORKERS = "in one process", OURS
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import machine
 from training import MEDIUM, SMOLLM2, TINY, Shape, Work, write_recipe
 
-from finetune import journal
+from finetune.store.run import journal
 
 LIMITS = {"memory": 0.15, "evaluation": 0.15, "time": 0.25}
 # Tells the peak of the process that it is: what the parent had resident before does not count, as it would in ru_maxrss.

@@ -14,11 +14,12 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune import columns, journal, pruning, scan
-from finetune.checkpoints.manifest import FileRecord, Manifest
-from finetune.checkpoints.store import Store
-from finetune.checkpoints.tensors import TensorRecord
 from finetune.recipe.schema import Keep
+from finetune.store.checkpoints import pruning
+from finetune.store.checkpoints.manifest import FileRecord, Manifest
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal, row_losses, scan
+from finetune.store.tensors import TensorRecord
 
 TENSORS, BATCH = 600, 32
 FEW_KEPT, FEW_STEPS = 2, 1_000
@@ -48,8 +49,10 @@ def journal_of(run: Path, steps: int) -> Path:
 
 
 def save_columns(run: Path, step: int) -> None:
-    rows = [columns.RowLoss(step, row, row, 1 / (row + step), 100) for row in range(BATCH)]
-    columns.Columns(rows, [columns.ModuleNorms(step, {f"layers.{n}": 1 / step for n in range(30)})]).write(run, "a")
+    rows = [row_losses.RowLoss(step, row, row, 1 / (row + step), 100) for row in range(BATCH)]
+    row_losses.Columns(rows, [row_losses.ModuleNorms(step, {f"layers.{n}": 1 / step for n in range(30)})]).write(
+        run, "a"
+    )
 
 
 def in_turns(rounds: int, few: Callable[[], object], many: Callable[[], object]) -> tuple[float, float]:

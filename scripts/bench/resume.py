@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from training import Training
 
 from finetune.checkpoints import snapshot
-from finetune.checkpoints.manifest import Checkpoint, verify
-from finetune.checkpoints.store import Store
 from finetune.plan.row_order import Order
+from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.store import Store
 
 POSITION = 10**9
 

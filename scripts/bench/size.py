@@ -7,9 +7,9 @@ import torch
 from figures import OURS, Goal, Part, Quantity
 from training import KEEP_ALL, Shape, Work, opened, write_recipe
 
-from finetune import pruning
 from finetune.model import base
 from finetune.plan.plan import Plan
+from finetune.store.checkpoints import pruning
 
 TRAINER = "transformers' Trainer"
 WORK = Work(rows=1, tokens=32)

@@ -15,14 +15,13 @@ from comparison import first_step_seconds
 from figures import OURS, Goal, Part, Quantity, rotated
 from training import Shape, Work, write_recipe
 
-from finetune import journal
-from finetune.checkpoints import lease
 from finetune.model import base
 from finetune.opening import open_plan
 from finetune.progress import Progress
 from finetune.recipe.load import load
 from finetune.recorder import Recorder
 from finetune.state import build, start_accelerator
+from finetune.store.run import journal, lease
 
 BARE = "bare-chunked"
 CELLS = ("full-512-bf16", "lora-512-bf16")

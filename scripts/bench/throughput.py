@@ -35,7 +35,7 @@ import torch
 import update
 from figures import OURS, Part, rotated
 
-from finetune import journal
+from finetune.store.run import journal
 
 HERE = Path(__file__).parent / "contenders"
 OF_GPUS = "\n## On GPUs\n"  # from here on the page is written by scripts/gpu, and stays

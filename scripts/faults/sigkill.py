@@ -15,7 +15,7 @@ from pathlib import Path
 
 from training import add_arguments, command, differences, is_saving, recipe_of, wait_until
 
-from finetune import journal
+from finetune.store.run import journal
 
 
 def main() -> None:

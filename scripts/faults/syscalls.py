@@ -22,9 +22,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from finetune.checkpoints.manifest import Manifest, verify
-from finetune.checkpoints.store import Store
-from finetune.checkpoints.tensors import Tensor
+from finetune.store.checkpoints.manifest import Manifest, verify
+from finetune.store.checkpoints.store import Store
+from finetune.store.tensors import Tensor
 
 CALLS = ("mkdir", "openat", "write", "fsync", "fdatasync", "link", "rename", "unlink", "unlinkat", "rmdir")
 FAULTS = ("SIGKILL", "EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES")

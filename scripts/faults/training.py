@@ -21,9 +21,9 @@ from pathlib import Path
 import blake3
 from safetensors.numpy import load_file
 
-from finetune import columns, journal
-from finetune.checkpoints.manifest import verify
-from finetune.checkpoints.store import Store
+from finetune.store.checkpoints.manifest import verify
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal, row_losses
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal bytes need equal threads, and a tiny model is slower on several
 DEADLINE_SECONDS = 600  # of one start of the training
@@ -88,7 +88,7 @@ def unsound(run: Path, said: str, keep: int) -> list[str]:
     if newest != (chosen.step if chosen else 0):
         found.append(f"the newest checkpoint is {newest}, and {chosen and chosen.step} is chosen")
     missing = set(range(1, newest + 1)) - journal.steps(journal.read(run)).keys()
-    missing |= {step for step in range(max(1, newest - 20), newest + 1) if not columns.read_rows(run, step)}
+    missing |= {step for step in range(max(1, newest - 20), newest + 1) if not row_losses.read_rows(run, step)}
     if missing:
         found.append(f"step {newest} is committed, and the records of {sorted(missing)[:5]} are not there")
     return found
@@ -115,7 +115,7 @@ def differences(run: Path, other: Path) -> list[str]:
     for step in sorted(steps.keys() & other_steps.keys()):
         if quantity := journal.difference(steps[step], other_steps[step]):
             found.append(f"step {step}: {quantity}")
-        if columns.read_rows(run, step) != columns.read_rows(other, step):
+        if row_losses.read_rows(run, step) != row_losses.read_rows(other, step):
             found.append(f"step {step}: row losses")
     return found
 
@@ -179,7 +179,7 @@ def digest(run: Path) -> str:
         hashed.update(path.name.encode()).update(path.read_bytes())
     for step, record in sorted(journal.steps(journal.read(run)).items()):
         kept = {key: value for key, value in record.items() if journal.difference({}, {key: value})}
-        hashed.update(json.dumps([step, kept, columns.read_rows(run, step)], sort_keys=True).encode())
+        hashed.update(json.dumps([step, kept, row_losses.read_rows(run, step)], sort_keys=True).encode())
     return hashed.hexdigest()
 
 

@@ -23,12 +23,12 @@ import torch
 from training import tiny_base
 from zoo_faults import BATCH, FAULTS, ROWS, STEPS, edited
 
-from finetune import columns, journal
 from finetune.debug.bisect import bisect
 from finetune.errors import FinetuneError
 from finetune.plan.row_order import Order
 from finetune.recipe.load import load
 from finetune.run import train
+from finetune.store.run import journal, row_losses
 
 EVERY, LENGTH = 8, 96
 MOST = log2(STEPS / EVERY) + log2(EVERY) + 2
@@ -84,7 +84,7 @@ def trained_base(work: Path, rows: list[str]) -> Path:
 def figures_of(run: Path) -> dict:
     """The extremes of a sound run."""
     records = journal.steps(journal.read(run))
-    rows = [row.loss for step in records for row in columns.read_rows(run, step)]
+    rows = [row.loss for step in records for row in row_losses.read_rows(run, step)]
     found = {name: max(record[name] for record in records.values()) for name in ("loss", "grad_norm", "tokens")}
     evaluated = journal.evaluations(journal.read(run))
     return found | {

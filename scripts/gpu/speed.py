@@ -9,7 +9,7 @@ from pathlib import Path
 
 from host import Host
 
-from finetune import journal
+from finetune.store.run import journal
 
 HERE = Path(__file__).parent
 COUNTED_FROM = 3  # the first steps make what later ones reuse

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import __version__, journal
+from finetune import __version__
+from finetune.store.run import journal
 from tests.container.runner import Container, Image, from_environment
 from tests.stories.same_run import assert_same_run
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from finetune import journal
-from finetune.checkpoints.store import Store
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch, row_ids
 from finetune.debug.replay import replay
-from finetune.directory import load_plan
 from finetune.errors import CheckpointError, RecipeError, RunError
-from finetune.history import problems
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal
+from finetune.store.run.directory import load_plan
+from finetune.store.run.inspect import problems
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import _of_directories
 
@@ -117,7 +117,7 @@ def test_another_optimizer_needs_a_reset(run, tmp_path) -> None:
 
 
 def test_rows_are_left_out_of_their_steps_alone(run, tmp_path) -> None:
-    from finetune.columns import read_rows
+    from finetune.store.run.row_losses import read_rows
 
     row = read_rows(run, 10)[2].row
     made = branch(f"{run}@8", tmp_path / "without", Choices(skipped_rows=str(row)))
@@ -130,7 +130,7 @@ def test_rows_are_left_out_of_their_steps_alone(run, tmp_path) -> None:
 
 
 def test_a_step_whose_rows_are_all_left_out_is_not_made(recipe_file, train, tmp_path) -> None:
-    from finetune.columns import read_rows
+    from finetune.store.run.row_losses import read_rows
 
     recipe = recipe_file(train=TRAIN | {"batch_size": 1}, checkpoint={"every": "8 steps"})
     run = train(recipe, tmp_path / "run")
@@ -267,7 +267,7 @@ def test_a_run_that_lost_its_plan_is_not_taken_for_an_empty_place(run, tmp_path)
 
 
 def test_rows_stay_left_out_in_a_branch_of_a_branch_with_another_seed(run, tmp_path) -> None:
-    from finetune.columns import read_rows
+    from finetune.store.run.row_losses import read_rows
 
     row = read_rows(run, 10)[2].row
     one = branch(f"{run}@8", tmp_path / "one", Choices(skipped_rows=str(row)), until=12)
@@ -309,7 +309,7 @@ def _rows(folder, count):
 
 
 def rows_of(run):
-    from finetune.columns import read_rows
+    from finetune.store.run.row_losses import read_rows
 
     rows = {step: [item.row for item in read_rows(run, step)] for step in records(run)}
     return {step: drawn for step, drawn in rows.items() if drawn}  # a branch has no rows of the steps before it

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from finetune import columns, journal
 from finetune.debug.equality import compared, first_difference
+from finetune.store.run import journal, row_losses
 
 LAST = 4
 
@@ -44,8 +44,8 @@ def test_a_step_that_ran_twice_has_to_be_equal_both_times(pair) -> None:
 
 
 def test_a_row_loss_that_differs_is_found(pair) -> None:
-    losses = columns.read_rows(pair[1], 4)
-    changed = columns.Columns([*losses[:2], losses[2]._replace(loss=9.5), *losses[3:]])
+    losses = row_losses.read_rows(pair[1], 4)
+    changed = row_losses.Columns([*losses[:2], losses[2]._replace(loss=9.5), *losses[3:]])
     changed.write(pair[1], journal.read(pair[1])[-1]["attempt"])
     found = first_difference(*pair, LAST)
     assert (found.step, found.quantity, found.resumed) == (4, f"loss of row {losses[2].row}", 9.5)

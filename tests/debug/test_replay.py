@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from finetune import history, journal
-from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.store import Store
 from finetune.debug.bisect import bisect
 from finetune.debug.replay import materialize, replay
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
-from finetune.pruning import prune
+from finetune.store.checkpoints.pruning import prune
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import inspect, journal
 from tests.stories.same_run import assert_same_run
 
 SPARSE = {"every": "8 steps", "keep": {"last": 9}}
@@ -45,7 +45,7 @@ def test_no_command_holds_the_whole_journal(run, monkeypatch) -> None:
     monkeypatch.setattr(journal, "read", lambda run: pytest.fail("all records of a run"))
     assert replay(run, 13, 13, is_materialized=True)["identical"]
     assert bisect(run, "loss > 0")["first_bad_step"] is None
-    assert history.log(run)["steps"]["recorded"] == 20
+    assert inspect.log(run)["steps"]["recorded"] == 20
     assert find(parse(f"{run}@best")).step == 20
     assert prune(run, {"last": 1}, is_dry_run=True).actions
 

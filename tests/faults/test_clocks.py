@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from finetune.checkpoints.manifest import Manifest
-from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.store import Store
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import Store
 from scripts.faults.training import differences
 
 DAY = 86_400

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from finetune import journal
 from finetune.package import export
 from finetune.recipe.load import load
 from finetune.run import train
+from finetune.store.run import journal
 
 PLANTED = "planted-host.example"
 LORA = {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}

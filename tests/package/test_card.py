@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from finetune import scan
-from finetune.checkpoints.manifest import Manifest
 from finetune.package import figures, record
 from finetune.package.card import Facts, card
 from finetune.plan.plan import Counts, PinnedBase, PinnedSource, Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import Recipe
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.run import scan
 
 HOME = "/home/planted-user"
 COUNTS = Counts(

@@ -2,9 +2,9 @@
 
 import json
 
-from finetune.directory import load_plan
 from finetune.package import provenance
 from finetune.package.contents import files_of
+from finetune.store.run.directory import load_plan
 
 
 def dependencies(statement: dict) -> dict[str, dict]:

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from finetune import journal
 from finetune.checkpoints.loading import open_model
 from finetune.package.export import package
+from finetune.store.run import journal
 
 pytestmark = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.checkpoints import manifest as manifests
-from finetune.checkpoints import store as stores
-from finetune.checkpoints.store import Store
 from finetune.package import queue
+from finetune.store.checkpoints import manifest as manifests
+from finetune.store.checkpoints import store as stores
+from finetune.store.checkpoints.store import Store
 from tests.hub import Hub
 from tests.hub.client import environment
 from tests.hub.forks import Forks

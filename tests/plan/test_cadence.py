@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from finetune import best, history, journal
-from finetune.checkpoints.refs import find, parse
-from finetune.checkpoints.store import Store
 from finetune.errors import CheckpointError
 from finetune.plan import cadence, forecast, plan
 from finetune.plan.retention import Saved
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.store.checkpoints import best
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import inspect, journal
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, killed
 
@@ -120,8 +121,8 @@ def test_where_it_is_switched_off_plan_warns_and_best_and_log_name_the_better_st
     assert find(parse(f"{run}@best")).step == 12
     find(parse(f"{run}@best"))
     assert capsys.readouterr().err.count(f"warning: {run}: {note}\n") == 1
-    facts = history.log(run)
-    assert note in facts["notes"] and f"! {note}" in history.tree(facts)
+    facts = inspect.log(run)
+    assert note in facts["notes"] and f"! {note}" in inspect.tree(facts)
 
 
 def test_a_best_that_is_worse_than_the_base_is_said(overfits, train, tmp_path, capsys) -> None:
@@ -134,7 +135,7 @@ def test_a_best_that_is_worse_than_the_base_is_said(overfits, train, tmp_path, c
     assert f"warning: {note}\nfinished at step 12\n" in capsys.readouterr().err
     train(recipe, run, "evaluate.every=12 steps")
     assert capsys.readouterr().err == "resumed from step 12\nfinished at step 12\n"
-    assert note in history.tree(history.log(run))
+    assert note in inspect.tree(inspect.log(run))
 
 
 def test_notes_are_about_what_the_run_could_commit() -> None:

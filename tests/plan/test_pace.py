@@ -2,10 +2,10 @@
 
 import pytest
 
-from finetune import journal
 from finetune.plan.pace import FORECAST_AFTER_STEPS, Pace, ahead, largest_step, tokens_of
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.store.run import journal
 
 
 class Clock:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from finetune import columns, journal
+from finetune.store.run import journal, row_losses
 
 FOREIGN = {"manifest.json"}  # has the run's name, the attempt and the digest of its parent
 
@@ -57,7 +57,7 @@ def _of_journals(run: Path, other: Path) -> list[str]:
     for step in steps:
         quantity = journal.difference(steps[step], other_steps[step])
         found += [f"step {step}: {quantity}"] if quantity else []
-        rows, other_rows = columns.read_rows(run, step), columns.read_rows(other, step)
+        rows, other_rows = row_losses.read_rows(run, step), row_losses.read_rows(other, step)
         is_same = str(rows) == str(other_rows) != "[]"  # as text, nan is equal to itself
         found += [] if is_same else [f"step {step}: row losses"]
     is_same = journal.evaluations(records) == journal.evaluations(others)

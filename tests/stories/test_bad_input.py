@@ -164,7 +164,7 @@ def test_a_checkpoint_of_a_newer_format_is_not_taken_for_a_damaged_one(recipe_fi
 
 
 def test_a_learning_rate_that_explodes_stops_before_the_weights_are_lost(refuse, recipe_file, tmp_path) -> None:
-    from finetune import journal
+    from finetune.store.run import journal
 
     train = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
     optimizer = {"name": "sgd", "learning_rate": 9.9, "max_grad_norm": 1e30, "warmup": 0}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import journal
 from finetune.data import pack
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.store.run import journal
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Workers
 

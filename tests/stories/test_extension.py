@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from finetune import columns, journal
-from finetune.directory import load_plan
 from finetune.recipe.load import load
 from finetune.recorder import Recorder
 from finetune.run import train as train_run
+from finetune.store.run import journal, row_losses
+from finetune.store.run.directory import load_plan
 
 
 class Killed(BaseException):
@@ -74,8 +74,8 @@ def rates(run: Path) -> list[float]:
 def assert_same_steps(run: Path, other: Path, last: int) -> None:
     steps, others = records(run), records(other)
     assert [journal.difference(steps[step], others[step]) for step in range(1, last + 1)] == [None] * last
-    assert [columns.read_rows(run, step) for step in range(1, last + 1)] == [
-        columns.read_rows(other, step) for step in range(1, last + 1)
+    assert [row_losses.read_rows(run, step) for step in range(1, last + 1)] == [
+        row_losses.read_rows(other, step) for step in range(1, last + 1)
     ]
 
 

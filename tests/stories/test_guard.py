@@ -9,11 +9,11 @@ import sys
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from finetune import journal
-from finetune.checkpoints.store import Store
 from finetune.errors import NotFiniteError
 from finetune.recipe.load import load
 from finetune.run import SpikeError
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import assert_same_run
 

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune import journal
+from finetune.store.run import journal
 from tests.hub.client import in_turn
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of nothing

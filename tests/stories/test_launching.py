@@ -16,8 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from finetune import journal
-from finetune.directory import load_plan
+from finetune.store.run import journal
+from finetune.store.run.directory import load_plan
 from finetune.world import TOLD
 from tests.stories.same_run import assert_same_run
 

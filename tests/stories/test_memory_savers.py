@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from finetune import journal
-from finetune.checkpoints.tensors import read_header
 from finetune.compare.evaluate import evaluate
+from finetune.store.run import journal
+from finetune.store.tensors import read_header
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, Workers, killed
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune import cache as caches
-from finetune import journal
-from finetune.checkpoints.manifest import verify
-from finetune.checkpoints.refs import find, parse
 from finetune.errors import BaseError, DataError, FinetuneError, RunError, Stopped
 from finetune.loop import Wishes
+from finetune.store import cache as caches
+from finetune.store.checkpoints.manifest import verify
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.run import journal
 
 
 def flip(file: Path, at: int = -7) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import journal, places
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import generate
 from finetune.debug.branch import Choices, branch
@@ -19,6 +18,8 @@ from finetune.package.export import package
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.run import train
+from finetune.store import places
+from finetune.store.run import journal
 from tests.hub.client import in_turn
 from tests.stories.same_run import _of_directories
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from finetune import journal
 from finetune.compare.evaluate import evaluate, of_model
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
-from finetune.directory import load_plan
 from finetune.errors import DataError
-from finetune.history import problems
 from finetune.package import export
 from finetune.package.verify import verify
 from finetune.recipe.load import load
 from finetune.run import train
+from finetune.store.run import journal
+from finetune.store.run.directory import load_plan
+from finetune.store.run.inspect import problems
 from tests.conftest import chat_row
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune import columns, journal
+from finetune.store.run import journal, row_losses
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import free_port
 
@@ -141,7 +141,7 @@ def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tm
     for step in range(1, 9):
         assert others[step]["loss"] == pytest.approx(steps[step]["loss"], rel=1e-5)
         assert others[step]["grad_norm"] == pytest.approx(steps[step]["grad_norm"], rel=1e-4)
-        rows = [[loss.row for loss in columns.read_rows(run, step)] for run in (one, two)]
+        rows = [[loss.row for loss in row_losses.read_rows(run, step)] for run in (one, two)]
         assert rows[0] == rows[1]
     (first,), (second,) = events(one, "evaluated")[-1:], events(two, "evaluated")[-1:]
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import journal
-from finetune.checkpoints.manifest import verify
+from finetune.store.checkpoints.manifest import verify
+from finetune.store.run import journal
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, killed
 
@@ -124,8 +124,8 @@ def test_an_update_waits_for_the_copy_of_the_state_before_it(recipe_file, train,
 def test_a_save_that_fails_in_the_background_ends_the_run_with_its_error(
     recipe_file, train, tmp_path, monkeypatch
 ) -> None:
-    from finetune.checkpoints.store import Store
     from finetune.errors import CheckpointError
+    from finetune.store.checkpoints.store import Store
 
     def refuse(self: Store, attempt: object, *_: object, **__: object) -> None:
         raise CheckpointError("the disk said no", where=str(attempt.path))

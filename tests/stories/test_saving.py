@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 
-from finetune import columns, journal, saver
-from finetune.checkpoints.manifest import read, verify
-from finetune.checkpoints.store import Store
+from finetune import saver
 from finetune.errors import CheckpointError
+from finetune.store.checkpoints.manifest import read, verify
+from finetune.store.checkpoints.store import Store
+from finetune.store.run import journal, row_losses
 from tests.stories.test_processes import events, start, wait_for_step
 
 FROZEN = {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}
@@ -114,7 +115,7 @@ def test_a_save_without_room_is_skipped_loudly_and_the_next_one_makes_up_for_it(
     assert " and the disk has 1.0 KiB left; training goes on\n" in said
     assert steps_of(run) == [2, 6, 8, 10]
     assert [record["step"] for record in events(run, "skipped_save")] == [4]
-    assert all(columns.read_rows(run, step) for step in range(1, 11))
+    assert all(row_losses.read_rows(run, step) for step in range(1, 11))
 
 
 def test_a_last_save_without_room_is_an_error(recipe_file, train, tmp_path, monkeypatch) -> None:

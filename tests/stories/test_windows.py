@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from finetune import journal
 from finetune.errors import FinetuneError
 from finetune.package import export
+from finetune.store.run import journal
 
 SMALL = {
     "hidden_size": 32,

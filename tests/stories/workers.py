@@ -120,7 +120,7 @@ def killed(after: int) -> Iterator[None]:
 @contextmanager
 def signalled(step: int, process_id: int) -> Iterator[None]:
     """Within, SIGTERM goes to the process when the first tensors of the step's checkpoint are written, and the rest is not."""
-    from finetune.checkpoints.store import Attempt
+    from finetune.store.checkpoints.store import Attempt
 
     write, is_sent = Attempt.write_tensors, threading.Event()
 

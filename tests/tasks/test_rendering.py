@@ -8,10 +8,10 @@ import torch
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import _ids
 from finetune.data.conversation import conversation_of
-from finetune.directory import load_plan
 from finetune.errors import DataError
 from finetune.recipe.load import load
 from finetune.resolve import resolve
+from finetune.store.run.directory import load_plan
 from finetune.tasks import rendering
 from finetune.tasks.rendering import Renderer, prints_date
 from tests.conftest import CHATML

@@ -16,10 +16,6 @@ import blake3
 import torch
 from transformers import GenerationConfig
 
-from finetune import cache, places
-from finetune.checkpoints.manifest import MANIFEST, verify
-from finetune.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
-from finetune.directory import load_plan
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import adapters, files, foreign, gguf, hub, outline, reading
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
@@ -42,6 +38,10 @@ from finetune.model.base.reading import (
 )
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
+from finetune.store import cache, places
+from finetune.store.checkpoints.manifest import MANIFEST, verify
+from finetune.store.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
+from finetune.store.run.directory import load_plan
 
 __all__ = [
     "DTYPES",

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError
+from finetune.store.tensors import read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

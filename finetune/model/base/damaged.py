@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from finetune import downloads
 from finetune.errors import BaseError
+from finetune.store import downloads
 
 
 def read_json(path: Path) -> dict:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoints.refs import Ref
 from finetune.errors import BaseError
+from finetune.store.checkpoints.refs import Ref
 
 CONVERSION = 1  # of `convert`; part of the cache key
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune import downloads, hub
 from finetune.errors import BaseError
+from finetune.store import downloads, hub
 
 # `*` matches `/` too: leave out exports in folders, and Mistral's second copy of its weights.
 OTHER_FILES = ("*/*", "consolidated*")

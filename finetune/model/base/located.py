@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import places
-from finetune.checkpoints.refs import Ref, parse
-from finetune.checkpoints.store import Store
 from finetune.errors import BaseError, CheckpointError
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
+from finetune.store import places
+from finetune.store.checkpoints.refs import Ref, parse
+from finetune.store.checkpoints.store import Store
 
 NAME_IT = "name the folder where it is now with --base PATH_OR_ID: equal content is the same base"
 

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from finetune.checkpoints.tensors import Place, read_header
 from finetune.model.base import quantized
 from finetune.model.base.quiet import quiet
+from finetune.store.tensors import Place, read_header
 
 TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},

@@ -6,8 +6,8 @@ Trained weights are in bf16 or fp32, so such a base is read as the numbers that 
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from finetune.checkpoints.tensors import Place
 from finetune.errors import BaseError
+from finetune.store.tensors import Place
 
 KEY = "quantization_config"
 READ = ("mxfp4",)  # transformers makes bf16 of it to the bit: gpt-oss is published in nothing else

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from finetune import chat_template
-from finetune.checkpoints.tensors import read_header
 from finetune.errors import BaseError, CheckpointError, explained, of_libraries
 from finetune.model.base import quantized
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
 from finetune.remote_code import asked_by
+from finetune.store.tensors import read_header
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as recipes spell them

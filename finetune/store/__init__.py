@@ -1,0 +1,1 @@
+"""Everything on disk: durable files, run directories, checkpoints, caches. Never imports torch."""

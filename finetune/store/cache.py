@@ -1,0 +1,251 @@
+"""Floor 0. Things made once and shared between runs (converted bases, encoded rows), keyed by their content.
+
+An entry is built in a directory beside it, synced, and renamed into place, so a half-made one is never seen. Whoever wants the same
+entry meanwhile waits. What a killed build had finished, in sealed parts, stays for a week: the next build goes on from there.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import blake3
+
+from finetune.errors import FinetuneError
+from finetune.store.durable import sync_directory, sync_file
+
+SEAL, FOUND = "digests.json", "found.json"
+UNFINISHED = ".building"
+KEPT_SECONDS = 7 * 24 * 3600  # for so long a killed build may be gone on with
+STAMPED_BYTES = 256 << 20  # up to here every use hashes the whole entry, in 0.04 s
+PIECE_BYTES = 4 << 20  # a piece at a time is shared by threads
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def root() -> Path:
+    """`$FINETUNE_CACHE`, else `finetune` in the user's cache directory."""
+    if named := os.environ.get("FINETUNE_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+
+
+def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The directory `root()/kind/key`, made by `build(directory)` unless it is there and sound; see `_is_verified`.
+
+    `directory` may hold sealed parts (see `part`) of a build that was killed; no directory in it gets into the entry.
+    """
+    entry = root() / kind / key
+    if _is_verified(entry):
+        return entry
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(entry.parent)
+        with _alone(entry) as unfinished:
+            if _is_verified(entry):  # another process was faster
+                _remove(unfinished)
+            else:
+                _remove(entry)
+                _make(unfinished, build)
+                _put(unfinished, entry)
+    except OSError as error:
+        if not os.access(entry.parent, os.W_OK):
+            message, hint = "the cache cannot be written", "set FINETUNE_CACHE to a directory of yours"
+            raise FinetuneError(f"{message}: {error.strerror}", where=str(entry.parent), hint=hint) from error
+        raise FinetuneError(f"the cache entry cannot be written: {error.strerror}", where=str(entry)) from error
+    return entry
+
+
+def found(kind: str, facts: object, find: Callable[[], object]) -> object:
+    """What `find` returns, as JSON, for these facts (JSON as well): found out once and kept. What it raises is not."""
+    key = blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def build(directory: Path) -> None:
+        (directory / FOUND).write_text(json.dumps(find()))
+
+    return json.loads((built(kind, key, build) / FOUND).read_bytes())
+
+
+def boot_id() -> str | None:
+    """None where the system has no name for its boots."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else None
+
+
+def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """The sealed directory `name` of an entry that is being built, made unless an earlier build left it, sound."""
+    made = directory / name
+    if is_sound(made):
+        return made
+    shutil.rmtree(made, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=UNFINISHED, dir=directory))
+    build(unfinished)
+    _seal(unfinished)
+    return unfinished.rename(made)
+
+
+def is_sound(entry: Path) -> bool:
+    """Whether the directory holds every byte that it was sealed with."""
+    try:
+        digests = json.loads((entry / SEAL).read_bytes())
+        return all(_digest(entry / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_verified(entry: Path) -> bool:
+    """Whether the entry is sound. Every byte is hashed, but those of a large entry once a boot: as long as its files then have the same
+    inodes, sizes and times, nobody has written to them. What rots on the disk in between is found after the next boot.
+    """
+    try:
+        files = {file.name: file.stat() for file in sorted(entry.iterdir())}
+    except OSError:
+        return False
+    if sum(facts.st_size for facts in files.values()) <= STAMPED_BYTES or boot_id() is None:
+        return is_sound(entry)
+    facts = {name: [file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns] for name, file in files.items()}
+    seen = json.dumps({"boot_id": boot_id(), "device": entry.stat().st_dev, "files": facts})
+    stamp = entry.with_name(f"{entry.name}.verified")
+    with suppress(OSError, ValueError):
+        if stamp.read_text() == seen:
+            return True
+    if not is_sound(entry):
+        return False
+    with suppress(OSError):  # in a cache of another user: every use hashes
+        unfinished = stamp.with_name(f"{stamp.name}.new")
+        unfinished.write_text(seen)
+        unfinished.replace(stamp)
+    return True
+
+
+@contextmanager
+def _alone(entry: Path) -> Iterator[Path]:
+    """A directory in which nobody else builds; waits for another process of this user that makes the same entry.
+
+    The kernel's lock on the directory ends with its process; over a network it may hold on one host only, so each host has its own.
+    Where the file system has no locks, each build has a directory of its own.
+    """
+    unfinished = entry.with_name(f"{entry.name}.{os.getuid()}-{platform.node()}{UNFINISHED}")
+    while True:
+        unfinished.mkdir(mode=0o700, exist_ok=True)
+        try:
+            descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # finished by another process
+            continue
+        try:
+            if not _lock(descriptor, unfinished):
+                unfinished = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=UNFINISHED, dir=entry.parent))
+            elif not _is_same(descriptor, unfinished):  # finished by another process while this one waited
+                continue
+            yield unfinished
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> bool:
+    """Waits for the lock; False where the file system has none."""
+    try:
+        if _is_held(descriptor):
+            print(f"waiting for another process that makes {directory.stem}", file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether another process holds the lock; else this one does from now on."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _make(unfinished: Path, build: Callable[[Path], None]) -> None:
+    """Builds and seals what was not sealed already, and leaves nothing else; of a failed build its parts."""
+    if not is_sound(unfinished):
+        _clear(unfinished)
+        try:
+            build(unfinished)
+            _seal(unfinished)
+        except BaseException:
+            _clear(unfinished)
+            with suppress(OSError):  # it has parts
+                unfinished.rmdir()
+            raise
+    for item in list(unfinished.iterdir()):
+        if item.is_dir():
+            shutil.rmtree(item)
+
+
+def _clear(unfinished: Path) -> None:
+    """Removes all but sealed parts."""
+    for item in list(unfinished.iterdir()):
+        if not item.is_dir():
+            item.unlink()
+        elif not (item / SEAL).exists():
+            shutil.rmtree(item)
+
+
+def _put(unfinished: Path, entry: Path) -> None:
+    try:
+        unfinished.rename(entry)
+    except OSError:
+        if not entry.is_dir():
+            raise
+        shutil.rmtree(unfinished)  # another user or another host was faster; the content is the same
+    sync_directory(entry.parent)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _sweep(kind: Path) -> None:
+    """Removes what killed builds left long ago; a build that lives holds its lock."""
+    for unfinished in kind.glob(f"*{UNFINISHED}"):
+        with suppress(FileNotFoundError, PermissionError):
+            if time.time() - unfinished.stat().st_mtime > KEPT_SECONDS:
+                descriptor = os.open(unfinished, os.O_RDONLY)
+                try:
+                    with suppress(OSError):  # no locks here: its age decides
+                        if _is_held(descriptor):
+                            continue
+                    shutil.rmtree(unfinished)
+                finally:
+                    os.close(descriptor)
+
+
+def _seal(directory: Path) -> None:
+    """Writes down what the entry holds, and makes it durable and readable for whoever shares the cache."""
+    files = [file for file in sorted(directory.iterdir()) if file.is_file()]
+    (directory / SEAL).write_text(json.dumps({file.name: _digest(file) for file in files}))
+    for file in [*files, directory / SEAL]:
+        file.chmod(0o644)
+        sync_file(file)
+    directory.chmod(0o755)
+    sync_directory(directory)
+
+
+def _digest(file: Path) -> str:
+    """Read, not mapped: a disk's error would kill the process."""
+    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    with file.open("rb", buffering=0) as stream:
+        while piece := stream.read(PIECE_BYTES):
+            hasher.update(piece)
+    return hasher.hexdigest()

@@ -1,0 +1,87 @@
+"""Floor 0. A save under way: files that are hashed while they are written, synced, and in no checkpoint's place yet. `store` begins one."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.errors import CheckpointError
+from finetune.store import tensors as safetensors
+from finetune.store.checkpoints.manifest import FileRecord, check_name, to_json
+from finetune.store.durable import HashedFile, durable, failures
+from finetune.store.tensors import PIECE_BYTES, Tensor, pieces
+
+NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class Attempt:
+    """A save under way, in a directory that is not a checkpoint yet. After any error the directory is gone; begin another."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.step = step
+        self.files: dict[str, FileRecord] = {}
+        self.linked: set[str] = set()
+        """Of these, the ones whose bytes were there before."""
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(record.bytes for name, record in self.files.items() if name not in self.linked)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self._create(name) as file:
+            for piece in pieces(data):
+                file.write(piece)
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write_bytes(name, f"{to_json(value)}\n".encode())
+
+    def write_tensors(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
+        with self._create(name) as file:
+            file.tensors = tuple(safetensors.write(file, tensors, metadata))
+
+    def link(self, name: str, source: Path, record: FileRecord) -> None:
+        """An identical file of an earlier checkpoint: hard-linked, or copied (and compared) where links are impossible."""
+        check_name(name)
+        with self.saving(self.path / name):
+            try:
+                os.link(source, self.path / name)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+            else:
+                self.files[name] = record
+                self.linked.add(name)
+                return
+        with self._create(name) as file, source.open("rb", buffering=0) as original:
+            file.tensors = record.tensors
+            shutil.copyfileobj(original, file, PIECE_BYTES)
+        if self.files[name] != record:
+            self.discard()
+            raise CheckpointError(
+                "the file changed since it was committed", where=str(source), hint="see `finetune verify`"
+            )
+
+    def discard(self) -> None:
+        """Removes the directory as far as the disk allows; the rest is swept by the next holder of the lease."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def saving(self, path: Path) -> Iterator[None]:
+        """Where a step of the save fails, the whole attempt goes: after a failed fsync nobody knows which bytes are on the disk
+        (https://lwn.net/Articles/752063)."""
+        try:
+            with failures(path):
+                yield
+        except CheckpointError:
+            self.discard()
+            raise
+
+    @contextmanager
+    def _create(self, name: str) -> Iterator["HashedFile"]:
+        path = self.path / check_name(name)
+        with self.saving(path), durable(path) as file:
+            yield file
+        self.files[name] = FileRecord(file.bytes, file.digest(), file.tensors)

@@ -1,0 +1,88 @@
+"""Floor 0. Retention on the disk: demotes, then removes, what the keep rules leave out. `saver` calls it after each commit, `prune` by hand."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.errors import CheckpointError
+from finetune.plan.retention import Saved, keep
+from finetune.recipe.schema import Keep, Publish
+from finetune.store.checkpoints.manifest import read
+from finetune.store.checkpoints.store import RESUME_FILES, Store, Summary
+from finetune.store.run import journal as journals
+from finetune.store.run import lease, scan
+from finetune.store.run.directory import load_plan
+
+
+class Pruned(NamedTuple):
+    actions: list[dict]
+    """Each has `ref`, `step`, `action` (`demote` or `remove`) and `bytes`, those that become free."""
+    pinned: list[dict]
+    """What the rules would take, were it not pinned: `ref`, `step`, and `pins`, the files that say so."""
+
+
+def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned:
+    """Applies the run's keep rules by hand, with those of `changes` that are not None; a dry run only says what would happen.
+
+    The newest sound checkpoint always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
+    """
+    plan, _ = load_plan(run)
+    cadences = {"every", "weights_every"}
+    given = {
+        name: f"{value} steps" if name in cadences else value for name, value in changes.items() if value is not None
+    }
+    rule = Keep.model_validate(plan.recipe.checkpoint.keep.model_dump() | given)
+    with lease.acquire(run, "prune"):
+        store = Store(run)
+        newest, damages = store.newest_sound()
+        if newest is None:
+            raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
+        damaged = {damage.file.partition("/")[0] for damage in damages}
+        evaluated = journals.evaluations(scan.events(run))
+        rules, pins = (store, rule, evaluated, damaged, plan.recipe.publish), store.pins()
+        actions = due(*rules)
+        held = {item.step for item, _ in due(*rules, are_pins_kept=False)} & pins.keys()
+        facts = [
+            {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
+            for item, action in actions
+        ]
+        if not is_dry_run:
+            journal = journals.Journal(run)
+            apply(store, actions, lambda name, step: journal.append(journals.event(name, "prune", step=step)))
+            journal.close()
+    return Pruned(facts, [{"ref": f"{run}@{step}", "step": step, "pins": pins[step]} for step in sorted(held)])
+
+
+def due(
+    store: Store,
+    rule: Keep,
+    evaluated: dict[int, dict],
+    damaged: Collection[str],
+    publish: Publish | None = None,
+    are_pins_kept: bool = True,
+) -> list[tuple[Summary, str]]:
+    """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
+    checkpoints stay, and milestones that are published, or will be."""
+    sound = [item for item in store.summaries() if item.path.name not in damaged]
+    saved = [Saved.of(item, evaluated) for item in sound]
+    cadence = publish.milestones.steps if publish and publish.milestones else None
+    milestones = {item.step for item in sound if cadence and item.step % cadence == 0}
+    kept = keep(saved, rule, protected=milestones | (store.pinned() if are_pins_kept else set()))
+    demoted = [item for item in sound if item.step in kept.weights and item.kind == "full"]
+    removed = [item for item in sound if item.step not in kept.full | kept.weights]
+    return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]
+
+
+def apply(store: Store, actions: list[tuple[Summary, str]], record: Callable[[str, int], None]) -> None:
+    """Does what `due` found; `record` is told each event once it has happened."""
+    for item, action in actions:
+        if action == "demote":
+            store.demote(read(item.path))
+        else:
+            store.remove(item)
+        record(f"{action}d", item.step)
+
+
+def _freed(checkpoint: Summary, action: str) -> int:
+    files = [path for path in checkpoint.path.iterdir() if action == "remove" or path.name in RESUME_FILES]
+    return sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)  # linked ones live on elsewhere

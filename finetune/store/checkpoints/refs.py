@@ -1,0 +1,149 @@
+"""Floor 0. What a user calls a checkpoint: `runs/a@400`, `runs/a@best`, a directory, a Hub id, a file in a package.
+
+Every command and `base.checkpoint` of every recipe read refs here, so they mean the same everywhere.
+"""
+
+import difflib
+import itertools
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from finetune.errors import CheckpointError
+from finetune.plan import retention
+from finetune.plan.retention import Saved
+from finetune.store.checkpoints import best
+from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, read
+from finetune.store.checkpoints.store import Store
+from finetune.store.rank import is_first
+from finetune.store.run import journal, scan
+from finetune.store.run.directory import load_plan
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
+_HUB = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w./-]+))?")
+_PACKAGE = re.compile(r"package:(?P<name>\w+(\.\w+)*)/(?P<file>.+\.gguf)")
+MOST_FOLDERS = 2000  # that a typing error is looked for among
+_FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, or package:NAME/FILE.gguf"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parsed ref. Which fields are set follows from the kind:
+
+    `run` (run, step), `base` (run: the run's own base, RUN@0), `checkpoint` and `model` (path), `hub` (repo, revision),
+    `package` (repo is the Python package, path the file inside it). `is_implied`: the text was a bare run, taken as @last.
+    """
+
+    kind: Literal["run", "base", "checkpoint", "model", "hub", "package"]
+    text: str
+    run: Path | None = None
+    step: int | Literal["last", "best"] | None = None
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    is_implied: bool = False
+
+
+def parse(text: str) -> Ref:
+    """What a ref names. Directories that exist come first, then RUN@STEP, then Hub ids."""
+    if Path(text).is_dir():
+        return _directory(text)
+    if match := _RUN.fullmatch(text):
+        run, step = Path(match["run"]), match["step"]
+        if step in ("last", "best"):
+            return Ref("run", text, run=run, step=step)
+        return Ref("run" if int(step) else "base", text, run=run, step=int(step))
+    if match := _PACKAGE.fullmatch(text):
+        return Ref("package", text, repo=match["name"], path=Path(match["file"]))
+    if match := _HUB.fullmatch(text):
+        return Ref("hub", text, repo=match["repo"], revision=match["revision"])
+    near = nearest_folder(text)
+    hint = f"did you mean `{near}`?" if near else _FORMS
+    raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=hint)
+
+
+def nearest_folder(text: str) -> str | None:
+    """The folder here whose path is most like a text; None where none is alike."""
+    path = Path(text)
+    parents = [path.parent] if path.parent.is_dir() else []
+    if path.parent.parent.is_dir():
+        parents += difflib.get_close_matches(str(path.parent), map(str, _folders(path.parent.parent)), n=3)
+    names = [str(folder) for parent in parents for folder in _folders(Path(parent))]
+    return next(iter(difflib.get_close_matches(str(path), names, n=1, cutoff=0.75)), None)
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        return [path for path in itertools.islice(directory.iterdir(), MOST_FOLDERS) if path.is_dir()]
+    except PermissionError:
+        return []
+
+
+def _directory(text: str) -> Ref:
+    path = Path(text)
+    if (path / MANIFEST).exists():
+        return Ref("checkpoint", text, path=path)
+    if (path / "plan.json").exists():
+        return Ref("run", text, run=path, step="last", is_implied=True)
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return Ref("model", text, path=path)
+    message = "is no run, checkpoint or model: it has no plan.json, manifest.json, config.json or adapter_config.json"
+    raise CheckpointError(message, where=text, hint=_FORMS)
+
+
+def run_around(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, if it does."""
+    run = checkpoint.absolute().parents[1]
+    return run if (run / "plan.json").exists() else None
+
+
+def find(ref: Ref) -> Checkpoint:
+    """The committed checkpoint that a ref of the kind `run` or `checkpoint` names; its manifest is sound, its bytes are not verified."""
+    if ref.kind == "checkpoint":
+        return read(ref.path)
+    if ref.kind != "run":
+        raise CheckpointError(f"`{ref.text}` is not a checkpoint of a run", hint="name RUN@STEP, RUN@last or RUN@best")
+    if not ref.run.is_dir():
+        raise CheckpointError(
+            f"there is no run `{ref.run}`", hint="check the path; runs are made by `finetune train --run DIR`"
+        )
+    store = Store(ref.run)
+    if isinstance(ref.step, int):
+        return store.find(ref.step)
+    committed = {item.step: item for item in store.summaries()}  # all manifests, once: there may be hundreds
+    if not committed:
+        raise CheckpointError(f"{ref.run} has no checkpoint yet", hint="`finetune train` commits the first one")
+    if ref.step == "last":
+        return read(committed[max(committed)].path)
+    events = scan.events(ref.run)
+    evaluated = journal.evaluations(events)
+    saved = [Saved.of(item, evaluated) for item in committed.values()]
+    notes = best.notes(saved, evaluated, best.first_step(events))
+    if not (steps := retention.best(saved, 1)):
+        names, also = ", ".join(map(str, committed)), "".join(f"; {note}" for note in notes)
+        raise CheckpointError(
+            f"{ref.run} has no evaluated checkpoint; committed: {names}{also}", hint=_to_have_a_best(ref.run)
+        )
+    for note in notes:
+        _say_once(f"warning: {ref.run}: {note}")
+    return read(committed[steps.pop()].path)
+
+
+def _to_have_a_best(run: Path) -> str:
+    """What a run needs for a best checkpoint."""
+    plan = load_plan(run)[0] if (run / "plan.json").exists() else None
+    if plan and not plan.holdout_counts.examples:
+        return "the run has no held-out rows: name a step or `last`, or set `data.holdout` in the recipe of another run"
+    return "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"
+
+
+@cache
+def _say_once(line: str) -> None:
+    """To stderr; a command may look for the best checkpoint several times."""
+    if is_first(os.environ):
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,281 @@
+"""Floor 0. The checkpoints of a run on disk: staged, committed by one rename, verified, removed. `saver` writes, everyone reads.
+
+The protocol: every file is hashed while written and synced; the attempt's directory is synced; `manifest.json` is written and synced;
+the directory is synced again and renamed into `checkpoints/`; that rename, synced, is the commit. Whatever goes wrong before leaves
+an attempt, which nobody reads. Only the holder of the run's `lease` writes.
+"""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.errors import CheckpointError
+from finetune.store.checkpoints.attempt import Attempt
+from finetune.store.checkpoints.manifest import (
+    MANIFEST,
+    STEP_NAME,
+    Checkpoint,
+    Damage,
+    Manifest,
+    ManifestError,
+    damage_of,
+    read,
+    verify,
+)
+from finetune.store.durable import durable, failures, make_directory, replace_file, sync_directory
+from finetune.store.tensors import pieces
+
+_PIN = re.compile(r"step-(\d{8})-.+")
+RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A directory in a checkpoint's place whose manifest is damaged, foreign or from the future."""
+
+    path: Path
+    step: int
+    damage: Damage
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the keep rules have to know of a checkpoint."""
+
+    path: Path
+    step: int
+    kind: str
+    metrics: dict[str, object]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Summary":
+        return cls(checkpoint.path, checkpoint.step, checkpoint.manifest.kind, checkpoint.manifest.metrics)
+
+
+class Store:
+    """The checkpoints of one run."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.directory = run / "checkpoints"
+        self._summaries: dict[str, tuple[tuple[int, ...], Summary | None]] = {}
+
+    def begin(self, step: int, attempt_id: str) -> Attempt:
+        path = self.run / "attempts" / f"step-{step:08d}-{attempt_id}-{secrets.token_hex(4)}"
+        attempt = Attempt(path, step)
+        with attempt.saving(path):
+            make_directory(self.directory)
+            make_directory(path.parent)
+            path.mkdir()
+        return attempt
+
+    def commit(self, attempt: Attempt, manifest: Manifest, check: Callable[[], None] | None = None) -> Checkpoint:
+        """Makes an attempt a checkpoint. `manifest.files` is taken from the attempt; `check` is asked right before, and may raise.
+
+        A damaged or demoted checkpoint of the same step makes room; a sound one is an error: what is committed does not change.
+        """
+        if manifest.step != attempt.step:
+            raise ValueError(f"a manifest of step {manifest.step} for an attempt at step {attempt.step}")
+        destination = self.directory / f"step-{attempt.step:08d}"
+        with attempt.saving(destination):
+            self._refuse_sound(destination)
+            sync_directory(attempt.path)
+            with durable(attempt.path / MANIFEST) as file:
+                for piece in pieces(replace(manifest, files=attempt.files).to_bytes()):
+                    file.write(piece)
+            sync_directory(attempt.path)
+            if check:
+                check()
+            replaced = self._to_trash(destination) if destination.exists() else None
+            try:
+                self._rename_durably(attempt.path, destination)
+            except OSError:
+                if replaced:
+                    os.rename(replaced, destination)
+                raise
+        if replaced:
+            with failures(replaced):
+                shutil.rmtree(replaced)
+        return read(destination)
+
+    def _rename_durably(self, path: Path, destination: Path) -> None:
+        os.rename(path, destination)
+        try:
+            sync_directory(self.directory)
+        except OSError:  # whether the rename is on the disk is not known: take it back
+            os.rename(destination, path)
+            raise
+
+    def read_back(self, checkpoint: Checkpoint, written: Collection[str]) -> None:
+        """Compares every byte that a save has written; CheckpointError where the disk returns others. Before anything is removed."""
+        if damage := verify(checkpoint.path, only=written):
+            hint = "this disk cannot be trusted: use another one; earlier checkpoints were not touched"
+            message = f"does not read back as it was written: {damage[0].file}: {damage[0].message}"
+            raise CheckpointError(message, where=str(checkpoint.path), hint=hint)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The committed checkpoints with a sound manifest, by step."""
+        return [item for item in self._scan() if isinstance(item, Checkpoint)]
+
+    def summaries(self) -> list[Summary]:
+        """The same in short. A manifest that has not changed since this object read it is not read again: saves may keep hundreds."""
+        known = {}
+        for name in self._names():
+            path = self.directory / name
+            try:
+                status = (path / MANIFEST).stat()
+            except OSError:  # what is wrong there is for `unreadable` to say
+                continue
+            sign = (status.st_ino, status.st_mtime_ns, status.st_size)
+            known[name] = self._summaries.get(name, ((), None))
+            if known[name][0] != sign:
+                item = _open(path)
+                known[name] = (sign, Summary.of(item) if isinstance(item, Checkpoint) else None)
+        self._summaries = known
+        return [summary for _, summary in known.values() if summary]
+
+    def unreadable(self) -> list[Unreadable]:
+        """The directories in a checkpoint's place that are none, by step."""
+        return [item for item in self._scan() if isinstance(item, Unreadable)]
+
+    def find(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; a CheckpointError says why there is none, and which there are."""
+        path = self.directory / f"step-{step:08d}"
+        if path.is_dir():
+            return read(path)
+        steps = ", ".join(str(item.step) for item in self.checkpoints())
+        hint = "name one of these steps, `last` or `best`" if steps else "`finetune train` commits checkpoints"
+        raise CheckpointError(f"{self.run} has no step {step}; committed: {steps or 'none'}", hint=hint)
+
+    def newest_sound(self, before: int | None = None) -> tuple[Checkpoint | None, list[Damage]]:
+        """The newest full checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`).
+        Only of those before a step, if one is given."""
+        damages: list[Damage] = []
+        for name in reversed(self._names()):  # a manifest at a time: there may be hundreds of older ones
+            item = _open(self.directory / name)
+            if before is not None and item.step >= before:
+                continue
+            if isinstance(item, Unreadable) and item.damage.check in ("foreign", "future"):
+                hint = (
+                    "update finetune"
+                    if item.damage.check == "future"
+                    else "move it out of the run, or use another --run"
+                )
+                raise CheckpointError(item.damage.message, where=str(item.path), hint=hint)
+            if isinstance(item, Checkpoint) and item.manifest.kind != "full":
+                continue
+            # A stray file is no reason to lose steps: nothing reads it.
+            found = [damage for damage in verify(item.path) if damage.check != "extra"]
+            if isinstance(item, Checkpoint) and not found:
+                return item, damages
+            damages += [replace(damage, file=f"{item.path.name}/{damage.file}") for damage in found]
+        return None, damages
+
+    def remove(self, checkpoint: Checkpoint | Summary | Unreadable) -> None:
+        """Takes a checkpoint away in one rename, and then its bytes: a crash in between leaves no half of it in sight."""
+        with failures(checkpoint.path):
+            trash = self._to_trash(checkpoint.path)
+            sync_directory(self.directory)
+            shutil.rmtree(trash)
+
+    def demote(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Leaves of a checkpoint what a model needs. The new manifest, renamed over the old one, decides; a crash after it leaves
+        files that are in no manifest, which `sweep` removes."""
+        files = {name: record for name, record in checkpoint.manifest.files.items() if name not in RESUME_FILES}
+        demoted = replace(checkpoint.manifest, kind="weights", demoted_from=checkpoint.manifest.digest, files=files)
+        with failures(checkpoint.path):
+            replace_file(checkpoint.path / MANIFEST, demoted.to_bytes())
+        self._remove_resume_files(checkpoint.path)
+        return read(checkpoint.path)
+
+    def _remove_resume_files(self, path: Path) -> None:
+        with failures(path):
+            for name in RESUME_FILES:
+                (path / name).unlink(missing_ok=True)
+
+    def pin(self, step: int, reason: str) -> None:
+        """Has the keep rules leave the checkpoint of a step alone: `pins/step-<step>-<reason>`, for whoever looks, and may remove it."""
+        path = self.run / "pins" / f"step-{step:08d}-{reason}"
+        with failures(path):
+            make_directory(path.parent)
+            replace_file(path, b"")
+
+    def is_pinned(self, step: int, reason: str) -> bool:
+        return (self.run / "pins" / f"step-{step:08d}-{reason}").exists()
+
+    def pinned(self) -> set[int]:
+        """The steps that are pinned; whether they are committed is another question."""
+        return set(self.pins())
+
+    def pins(self) -> dict[int, list[str]]:
+        """By step the names of its files in `pins/`."""
+        found: dict[int, list[str]] = {}
+        for name in sorted(path.name for path in (self.run / "pins").glob("step-*-*")):
+            if match := _PIN.fullmatch(name):
+                found.setdefault(int(match[1]), []).append(name)
+        return found
+
+    def sweep(self) -> None:
+        """Puts back what a dead process had moved away for a commit that did not come, and removes what it left in `attempts/`, in
+        `trash/`, and of demotions; for the holder of the lease before its first save."""
+        self._put_back()
+        for directory in (self.run / "attempts", self.run / "trash"):
+            with failures(directory):
+                for path in directory.iterdir() if directory.is_dir() else ():
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+        for checkpoint in self.checkpoints():
+            with failures(checkpoint.path):
+                for left in checkpoint.path.glob("*.tmp"):
+                    left.unlink()
+            if checkpoint.manifest.kind == "weights":
+                self._remove_resume_files(checkpoint.path)
+
+    def _put_back(self) -> None:
+        for path in sorted((self.run / "trash").glob("step-*-*")):
+            destination = self.directory / path.name.rpartition("-")[0]
+            # what is whole was moved, and nothing of it deleted yet; a removal that is put back is removed again
+            if not destination.exists() and _is_whole(path):
+                with failures(path):
+                    os.rename(path, destination)
+                    sync_directory(self.directory)
+
+    def _names(self) -> list[str]:
+        with failures(self.directory, what="cannot read"):
+            names = sorted(os.listdir(self.directory)) if self.directory.is_dir() else []
+        return [name for name in names if STEP_NAME.fullmatch(name)]
+
+    def _scan(self) -> list[Checkpoint | Unreadable]:
+        return [_open(self.directory / name) for name in self._names()]
+
+    def _refuse_sound(self, destination: Path) -> None:
+        if not destination.exists():
+            return
+        is_demoted = isinstance(there := _open(destination), Checkpoint) and there.manifest.kind != "full"
+        if not is_demoted and {damage.check for damage in verify(destination)} <= {"extra", "foreign", "future"}:
+            hint = "a committed checkpoint does not change: remove it first, or use another run directory"
+            raise CheckpointError("this step is committed already", where=str(destination), hint=hint)
+
+    def _to_trash(self, path: Path) -> Path:
+        trash = self.run / "trash" / f"{path.name}-{secrets.token_hex(4)}"
+        make_directory(trash.parent)
+        os.rename(path, trash)
+        return trash
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a directory, wherever it is, holds a checkpoint in which nothing is wrong."""
+    return {damage.check for damage in verify(path)} <= {"extra"}
+
+
+def _open(path: Path) -> Checkpoint | Unreadable:
+    try:
+        return read(path)
+    except ManifestError as error:
+        return Unreadable(path, int(path.name.removeprefix("step-")), damage_of(error))

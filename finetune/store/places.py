@@ -1,0 +1,112 @@
+"""Floor 0. Where to look for a run's base and data when they are not where the run was planned.
+
+First what the user names (`--base`, `--data OLD=NEW`), then where an earlier resume found them, then the folders above the run. A place
+counts only if its content is the recorded one: who asks has to compare.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from finetune.store.rank import is_first
+
+_STEP = re.compile(r"(?P<path>.+?)(?P<step>@(?:\d{1,8}|last|best))?")
+
+
+@dataclass
+class _Known:
+    """What this process was told, and has found out; by the name that a plan has."""
+
+    bases: tuple[str, ...] = ()
+    data: dict[str, str] = field(default_factory=dict)
+    runs: list[Path] = field(default_factory=list)
+    earlier: dict[str, str] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
+
+
+_known = _Known()
+
+
+@contextmanager
+def named(bases: Sequence[str], data: Mapping[str, str]) -> Iterator[None]:
+    """Within it, these places are looked at first."""
+    before = _known.bases, _known.data
+    _known.bases, _known.data = tuple(bases), dict(data)
+    try:
+        yield
+    finally:
+        _known.bases, _known.data = before
+
+
+def opened(run: Path, places: Mapping[str, str]) -> None:
+    """A run is being read: places near it, and those that it has recorded, are looked at."""
+    if (run := run.absolute()) not in _known.runs:
+        _known.runs.append(run)
+    _known.earlier.update(places)
+
+
+def bases() -> tuple[str, ...]:
+    return _known.bases
+
+
+def arguments() -> list[str]:
+    """What the user named, for a process that does the work."""
+    return [*(f"--base={name}" for name in _known.bases), *(f"--data={old}={new}" for old, new in _known.data.items())]
+
+
+def data(recorded: str) -> str | None:
+    """What `--data` says of a file: by its own name, or by that of a folder above it."""
+    for old, new in _known.data.items():
+        if PurePath(recorded) == PurePath(old):
+            return new
+        if PurePath(old) in PurePath(recorded).parents:
+            return str(PurePath(new) / PurePath(recorded).relative_to(old))
+    return None
+
+
+def around(recorded: str) -> Iterator[str]:
+    """Names of what is there and may be it: the recorded one, where it was found before, and the same path under a folder above a run."""
+    match = _STEP.fullmatch(recorded)
+    path, step = PurePath(match["path"]), match["step"] or ""
+    parts = [part for part in path.parts if part != path.anchor]
+    tails = [PurePath(*parts[start:]) for start in range(len(parts) if path.is_absolute() else 1)]
+    beside = (above / tail for run in _known.runs for above in run.parents for tail in tails)
+    seen = set()
+    before = filter(None, (_known.found.get(recorded), _known.earlier.get(recorded)))
+    for name in (recorded, *before, *(f"{place}{step}" for place in beside)):
+        if name not in seen and is_there(name):
+            seen.add(name)
+            yield name
+
+
+def in_checkpoints(name: str) -> Iterator[str]:
+    """The file of this name in each checkpoint of the runs that are being read, newest first."""
+    for run in reversed(_known.runs):
+        yield from sorted(map(str, run.glob(f"checkpoints/*/{name}")), reverse=True)
+
+
+def is_there(name: str) -> bool:
+    """Whether there is such a file or folder, or such a run of a ref like RUN@500."""
+    return os.path.exists(name) or os.path.exists(_STEP.fullmatch(name)["path"])
+
+
+def found(recorded: str, place: str, what: str) -> str:
+    """The place, written down and said once: the content is that of the recorded name."""
+    if _known.found.get(recorded) != place:
+        _known.found[recorded] = place
+        say(f"{what} {recorded} is now {place}: equal content")
+    return place
+
+
+def moved() -> dict[str, str]:
+    """By recorded name, where each thing is that is not there any more."""
+    return {old: os.path.abspath(new) if os.path.exists(new) else new for old, new in _known.found.items()}
+
+
+def say(line: str) -> None:
+    if is_first(os.environ):  # all ranks find it; one says so
+        print(line, file=sys.stderr, flush=True)

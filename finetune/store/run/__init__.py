@@ -1,0 +1,1 @@
+"""A run directory: its names, its journal, its columns, and who holds it."""

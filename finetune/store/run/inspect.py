@@ -1,0 +1,195 @@
+"""Floor 0. What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from finetune.errors import CheckpointError, RunError
+from finetune.plan.forecast import readable
+from finetune.plan.plan import Plan, are_same_rows
+from finetune.plan.retention import Saved
+from finetune.store.checkpoints import best
+from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, verify
+from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.store import Store, Summary
+from finetune.store.run import journal, scan
+from finetune.store.run.directory import load_plan
+
+INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
+
+MESSAGES = {
+    "not_exact": "{quantity} was another one when it ran again",
+    "spike": "{quantity} lay far above the last steps",
+    "stalled_save": "the save took too long",
+    "not_finite": "not a number",
+}
+
+
+def log(run: Path) -> dict:
+    """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
+    the same folder that branch off it, each with the same facts."""
+    plan, facts = load_plan(run)
+    events, trained = scan.read(run)
+    evaluated = journal.evaluations(events)
+    pinned, stored = Store(run).pinned(), Store(run).checkpoints()
+    saved = [Saved.of(Summary.of(item), evaluated) for item in stored]
+    return {
+        "run": str(run),
+        "parent": plan.parent.model_dump(mode="json") if plan.parent else None,
+        "steps": {"planned": plan.steps, "recorded": max(trained, default=0)},
+        "checkpoints": [
+            _summary(run, item, trained.get(item.step, {}), evaluated.get(item.step, {}))
+            | {"pinned": item.step in pinned}
+            for item in stored
+        ],
+        "incidents": [_incident(record) for record in events if record.get("event") in INCIDENTS],
+        "notes": best.notes(saved, evaluated, best.first_step(events)),
+        "seen": plan.seen_told,
+        "branches": _branches(run, facts["run"], plan),
+    }
+
+
+def tree(facts: dict) -> str:
+    """The same for a reader: a line for each checkpoint and incident, by step; a branch stands below the step that it begins with."""
+    return "\n".join([f"{'':38}{'training loss':>14}{'held-out loss':>14}", *_lines(facts, "")])
+
+
+def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]:
+    """`are_rows_others`: its held-out figures are not about the rows that the figures above are about."""
+    steps, parent = facts["steps"], facts["parent"]
+    origin = (
+        f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
+    )
+    lines = [f"{margin}{facts['run']}  ({steps['recorded']} of {steps['planned']} steps{origin})"]
+    lines += [f"{margin}! {told}" for told in facts["seen"]]
+    entries = [(row["step"], 1, _checkpoint_line(row, are_rows_others)) for row in facts["checkpoints"]]
+    entries += [
+        (incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]
+    ]
+    entries += [(branch["parent"]["step"], 2, branch) for branch in facts["branches"]]
+    entries.sort(key=lambda entry: entry[:2])
+    entries += [(steps["recorded"], 3, f"! {note}") for note in facts["notes"]]
+    for place, (_, _, entry) in enumerate(entries):
+        is_last = place == len(entries) - 1
+        if isinstance(entry, str):
+            lines.append(f"{margin}{'└─ ' if is_last else '├─ '}{entry}")
+        else:
+            head, *rest = _lines(entry, "", are_rows_others or not entry["is_comparable"])
+            lines.append(f"{margin}{'└─┬ ' if is_last else '├─┬ '}{head}")
+            lines += [f"{margin}{'  ' if is_last else '│ '}{line}" for line in rest]
+    return lines if entries else [*lines, f"{margin}└─ no checkpoint yet"]
+
+
+def _checkpoint_line(row: dict, are_rows_others: bool) -> str:
+    losses = (_figure(row["training_loss"]), _figure(row["metrics"].get("loss")))
+    about = [*(["weights alone"] if row["kind"] == "weights" else []), *(["pinned"] if row["pinned"] else [])]
+    about += ["other held-out rows"] if are_rows_others and "loss" in row["metrics"] else []
+    return f"{row['ref']:35}{losses[0]:>14}{losses[1]:>14}  {', '.join(about)}".rstrip()
+
+
+def _incident(record: dict) -> dict:
+    kind = record["event"]
+    message = record.get("message") or MESSAGES[kind].format(**{"quantity": "something"} | record)
+    if kind == "amended":
+        first, last = record["first"], record["last"]
+        left_out = f"step {first}" if first == last else f"steps {first} to {last}"
+        message = f"{message}; {left_out} left out"
+    step = record["step"] if "step" in record else int(record["file"].removeprefix("step-")[:8])
+    return {"step": step, "kind": kind, "message": message, "time": record["time"]}
+
+
+def _branches(run: Path, identity: str, origin: Plan) -> list[dict]:
+    """The runs beside this one that begin with a step of it, and whether held-out figures of both are about the same rows."""
+    found = []
+    for path in sorted(run.absolute().parent.glob("*/plan.json")):
+        with suppress(RunError):  # another one's damage is no matter here
+            plan, _ = load_plan(path.parent)
+            if plan.parent and plan.parent.run == identity:
+                is_comparable = are_same_rows(plan, origin)
+                found.append(log(run.parent / path.parent.name) | {"is_comparable": is_comparable})
+    return sorted(found, key=lambda facts: facts["parent"]["step"])
+
+
+def describe(text: str) -> dict:
+    """What a checkpoint says of itself, as `show --json` prints it."""
+    checkpoint = _checkpoint(text)
+    manifest = checkpoint.manifest
+    return {
+        "ref": text,
+        "path": str(checkpoint.path),
+        "step": manifest.step,
+        "kind": manifest.kind,
+        "run": manifest.run,
+        "attempt": manifest.attempt,
+        "created": manifest.created,
+        "plan_id": manifest.plan_id,
+        "digest": manifest.digest,
+        "parent": manifest.parent,
+        "metrics": manifest.metrics,
+        "versions": manifest.versions,
+        "world": manifest.world,
+        "files": {
+            name: {"bytes": file.bytes, "digest": file.digest, "tensors": len(file.tensors)}
+            for name, file in manifest.files.items()
+        },
+    }
+
+
+def listing(facts: dict) -> str:
+    """The same for a reader."""
+    lines = [f"{name:10}{facts[name]}" for name in ("path", "step", "kind", "created", "plan_id", "digest")]
+    lines.append(f"{'parent':10}{facts['parent']['ref'] if facts['parent'] else 'the base'}")
+    for part in ("metrics", "versions", "world"):
+        lines.append(f"{part:10}" + "  ".join(f"{name} {_figure(value)}" for name, value in facts[part].items()))
+    lines += [
+        f"{name:28}{readable(file['bytes']):>12}  {file['tensors'] or '':>4}  {file['digest']}"
+        for name, file in facts["files"].items()
+    ]
+    return "\n".join(lines)
+
+
+def is_model(text: str) -> bool:
+    """Whether `verify` is asked about a model folder or a repository, and not about a run or its checkpoints."""
+    path = Path(text)
+    if not path.is_dir() or (path / MANIFEST).exists() or (path / "plan.json").exists():
+        return text.startswith("hub:")
+    return any(path.glob("*config.json")) or any(path.glob("*.safetensors"))
+
+
+def problems(text: str) -> list[dict]:
+    """Everything wrong with a checkpoint, or with every directory in a checkpoint's place of a run; files as in the run."""
+    ref = parse(text)
+    if ref.kind not in ("run", "checkpoint"):
+        raise CheckpointError(
+            "is neither a run nor a checkpoint of one", where=text, hint="name RUN, RUN@STEP or a checkpoint directory"
+        )
+    if ref.is_implied:
+        store = Store(ref.run)
+        paths = sorted(item.path for item in [*store.checkpoints(), *store.unreadable()])
+        found = [(f"checkpoints/{path.name}/", damage) for path in paths for damage in verify(path)]
+    else:
+        path = ref.run / "checkpoints" / f"step-{ref.step:08d}" if isinstance(ref.step, int) else find(ref).path
+        found = [("", damage) for damage in verify(path)]
+    return [
+        {"check": d.check, "file": f"{prefix}{d.file}", "tensor": d.tensor, "message": d.message} for prefix, d in found
+    ]
+
+
+def _checkpoint(text: str) -> Checkpoint:
+    return find(parse(text))
+
+
+def _summary(run: Path, checkpoint: Checkpoint, record: dict, evaluated: dict) -> dict:
+    return {
+        "ref": f"{run}@{checkpoint.step}",
+        "step": checkpoint.step,
+        "path": str(checkpoint.path),
+        "kind": checkpoint.manifest.kind,
+        "metrics": checkpoint.manifest.metrics or evaluated,
+        "parent": checkpoint.manifest.parent,
+        "training_loss": record.get("loss"),
+        "created": checkpoint.manifest.created,
+    }
+
+
+def _figure(value: object) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,209 @@
+"""Floor 0. What happened in a run: `journal.jsonl`, one line a step or event; `columns` has what is finer than that.
+
+The holder of the run's lease appends; `log`, `replay`, `bisect` and resume read. A crash can tear only the last line, which is
+dropped when the journal is next opened for writing.
+"""
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+
+from finetune.errors import RunError
+from finetune.store.checkpoints.manifest import to_json
+from finetune.store.durable import failures, sync_directory
+
+# What differs between two runs of one step, besides durations and rates.
+VOLATILE = frozenset({"time", "seconds", "attempt"})
+_VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+END_BYTES = 1 << 20  # more than a thousand records
+
+
+class Journal:
+    """The one writer of a run's journal. Records are `{"kind": "step", "step": k, …}` or `{"kind": "event", "event": …, …}`.
+
+    While the disk is full, records wait in memory: a training need not end because a line does not fit. `sync` says so.
+    """
+
+    def __init__(self, run: Path):
+        self.path = run / "journal.jsonl"
+        self._waiting = b""
+        self._lock = threading.Lock()  # the loop and the saves beside it both append
+        with failures(self.path, RunError):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            data, first = _end_of(self.path)
+            if not (sound := _sound_length(data)) and first:
+                data, first = self.path.read_bytes(), 0
+                sound = _sound_length(data)
+            if sound < len(data):
+                os.ftruncate(self._descriptor, first + sound)
+            os.fsync(self._descriptor)
+            sync_directory(run)
+
+    def append(self, record: dict[str, object]) -> None:
+        """One line; durable after the next `sync`."""
+        with self._lock, failures(self.path, RunError):
+            self._waiting += f"{to_json(record)}\n".encode()
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if error.errno not in FULL_DISK:
+                    raise
+
+    def sync(self) -> None:
+        """Makes all appended records durable; before each manifest, so that no checkpoint is ahead of its journal."""
+        with self._lock, failures(self.path, RunError):
+            self._write_waiting()
+            os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        try:
+            if self._waiting:
+                self.sync()
+        finally:
+            os.close(self._descriptor)
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        written = os.write(self._descriptor, self._waiting)
+        if written < len(self._waiting):  # without its torn end, what comes after can still be read
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = b""
+
+
+def event(name: str, attempt: str, **figures: object) -> dict[str, object]:
+    """The record of something that happened beside the steps, at this moment (UTC)."""
+    return {"kind": "event", "event": name, "attempt": attempt, "time": now(), **figures}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def read(run: Path) -> list[dict[str, object]]:
+    """All records of a run, oldest first; a torn last line is left out, and a broken one before it is a RunError.
+
+    The memory of it grows with the steps: `scan` reads runs of any length.
+    """
+    path = run / "journal.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    records = []
+    for number, line in enumerate(data[: _sound_length(data)].splitlines(), start=1):
+        record = record_of(line)
+        if record is None:
+            raise broken(path, number)
+        records.append(record)
+    return records
+
+
+def broken(path: Path, number: int) -> RunError:
+    hint = f"the file is damaged; with lines {number} and after removed, their steps are run again from the last checkpoint before"
+    return RunError("is not a record of a journal", where=f"{path}:{number}", hint=hint)
+
+
+def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]]:
+    """The records from the newest that `is_first` on; all, where the end of the file has none."""
+    found = end_since(run, is_first)
+    return read(run) if found is None else found
+
+
+def end_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]] | None:
+    """The same, or None where the end of the file has none. How long the journal is costs nothing."""
+    path = run / "journal.jsonl"
+    data, _ = _end_of(path) if path.exists() else (b"", 0)
+    records = [record_of(line) for line in data[: _sound_length(data)].splitlines()]
+    if None not in records:
+        for place in reversed(range(len(records))):
+            if is_first(records[place]):
+                return records[place:]
+    return None
+
+
+def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
+    """The record before the newest of an event, and that one, or nothing; a line at a time, however long the journal is."""
+    path, sign = run / "journal.jsonl", f'"event": "{name}"'.encode()
+    before, found = b"", (b"", b"")
+    with path.open("rb") if path.exists() else BytesIO() as lines:
+        for line in lines:
+            if sign in line:
+                found = (before, line)
+            before = line
+    records = [record_of(line) for line in found]
+    return [] if None in records else records
+
+
+def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
+    """The record that counts for each step: its last one, for a step may have been run again after a crash. What a rollback has
+    given up counts no more."""
+    return that_count(records, lambda record: record["kind"] == "step")
+
+
+def evaluations(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
+    """The held-out figures of each step that was evaluated; also of one whose evaluation a signal cut short, and a resume made up."""
+    about = {"kind", "event", "attempt", "time", "step"}
+    found = that_count(records, lambda record: record.get("event") == "evaluated")
+    return {
+        step: {name: value for name, value in record.items() if name not in about} for step, record in found.items()
+    }
+
+
+def that_count(records: Iterable[dict[str, object]], is_wanted: Callable[[dict], bool]) -> dict[int, dict[str, object]]:
+    """By step, the last of the wanted records that no later rollback gave up."""
+    found: dict[int, dict[str, object]] = {}
+    for record in records:
+        if is_wanted(record):
+            found[record["step"]] = record
+        elif is_rollback(record):
+            found = {step: each for step, each in found.items() if step < record["first"]}
+    return found
+
+
+def is_rollback(record: Mapping[str, object]) -> bool:
+    return record.get("event") == "amended" and record["action"] == "rollback"
+
+
+def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
+    """The first field in which two records of one step differ, times and attempt aside; None when the step was exact."""
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key in VOLATILE or key.endswith(_VOLATILE_ENDINGS):
+            continue
+        if key not in old or key not in new or to_json(old[key]) != to_json(new[key]):
+            return key
+    return None
+
+
+def _end_of(path: Path) -> tuple[bytes, int]:
+    """The last lines of a file, about `END_BYTES`, and how many bytes are before them."""
+    with path.open("rb") as file:
+        first = max(0, os.fstat(file.fileno()).st_size - END_BYTES)
+        file.seek(first)
+        data = file.read()
+    torn = data.find(b"\n") + 1 if first else 0
+    return data[torn:], first + torn
+
+
+def _sound_length(data: bytes) -> int:
+    """How many bytes are left when torn lines are taken from the end."""
+    end = data.rfind(b"\n") + 1
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        if record_of(data[start:end]) is not None:
+            break
+        end = start
+    return end
+
+
+def record_of(line: bytes) -> dict[str, object] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None

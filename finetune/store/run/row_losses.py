@@ -1,0 +1,107 @@
+"""Floor 0. What a run records of each step beside its journal's line, in columns: the loss of every row, and the gradient norm of every
+group of modules.
+
+`saver` writes them before a commit, so no checkpoint is ahead of its record; `replay`, `bisect` and `show` read. `parts` has the files.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from finetune.store.run import journal, parts, scan
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS, MODULES = "rows", "modules"
+
+
+class RowLoss(NamedTuple):
+    """What one example contributed to the loss of a step; `row` is the id of the row that it was made of."""
+
+    step: int
+    example: int
+    row: int
+    loss: float
+    tokens: int
+
+
+class ModuleNorms(NamedTuple):
+    """The 2-norm of the gradient of each group of modules in a step, before clipping."""
+
+    step: int
+    norms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The records of some steps, oldest first."""
+
+    rows: list[RowLoss] = field(default_factory=list)
+    modules: list[ModuleNorms] = field(default_factory=list)
+
+    def extend(self, later: "Columns") -> None:
+        """Takes the records of later steps in."""
+        self.rows.extend(later.rows)
+        self.modules.extend(later.modules)
+
+    def __add__(self, later: "Columns") -> "Columns":
+        return Columns([*self.rows, *later.rows], [*self.modules, *later.modules])
+
+    def write(self, run: Path, attempt: str) -> None:
+        """Into `rows/` and `modules/`, durably."""
+        if self.rows:
+            columns = dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True))
+            parts.write(run / ROWS, columns["step"], _table(columns), attempt)
+        if self.modules:
+            names = self.modules[0].norms
+            columns = {"step": [item.step for item in self.modules]}
+            columns |= {name: [item.norms[name] for item in self.modules] for name in names}
+            parts.write(run / MODULES, columns["step"], _table(columns), attempt)
+
+
+def read_rows(run: Path, step: int) -> list[RowLoss]:
+    """The row losses of a step; empty where no file covers it."""
+    return Reader(run).rows(step)
+
+
+def read_modules(run: Path, step: int) -> dict[str, float]:
+    """The gradient norms of a step's modules; empty where no file covers it."""
+    return Reader(run).modules(step)
+
+
+class Reader:
+    """The columns of a run, for many steps: directories and journal are read once, and what is around the last step stays in memory.
+
+    Of several files that cover a step the last one counts; one that is older than a rollback over the step does not.
+    """
+
+    def __init__(self, run: Path):
+        self._run = run
+        self._parts = {name: parts.Reader(run / name, lambda: self._rollbacks) for name in (ROWS, MODULES)}
+
+    def rows(self, step: int) -> list[RowLoss]:
+        return [RowLoss(**item) for item in self._parts[ROWS].of(step)]
+
+    def modules(self, step: int) -> dict[str, float]:
+        found = self._parts[MODULES].of(step)
+        return {name: value for item in found for name, value in item.items() if name != "step"}
+
+    @cached_property
+    def _rollbacks(self) -> list[dict]:
+        return [event for event in scan.events(self._run) if journal.is_rollback(event)]
+
+
+def _table(columns: Mapping[str, Sequence]) -> "pa.Table":
+    import pyarrow as pa
+
+    kinds = {int: (pa.int64(), "q"), float: (pa.float64(), "d")}
+    arrays = []
+    for column in columns.values():
+        kind, code = kinds[type(column[0])]
+        # of its bytes: `pa.array` looks for pandas, and loads it if it is there, which takes a second of the training beside
+        arrays.append(pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(array(code, column))]))
+    return pa.table(arrays, list(columns))

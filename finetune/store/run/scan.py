@@ -1,0 +1,114 @@
+"""Floor 0. The journal of a run of any length, read a line at a time: in memory are its events, and of each step the place of its line.
+
+`log`, `replay`, `bisect` and resume ask for the few steps that they need. Nothing here writes.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.errors import RunError
+from finetune.store.run.journal import broken, is_rollback, record_of
+
+_STEP_LINE = b'{"kind": "step", "step": '
+_ATTEMPT = b'"attempt": "'
+_LINE_BYTES = 4096  # read at once to find the end of a line; most have a tenth of it
+
+
+class Steps(Mapping[int, dict[str, object]]):
+    """The record that counts for each step, read from the file when it is asked for: in memory is where its line begins."""
+
+    def __init__(self, path: Path, places: Mapping[int, int]):
+        self._path = path
+        self._places = places
+        if places:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def __getitem__(self, step: int) -> dict[str, object]:
+        place, line = self._places[step], b""
+        while b"\n" not in line:
+            more = os.pread(self._descriptor, _LINE_BYTES, place + len(line))
+            if not more:
+                break
+            line += more
+        record = record_of(line.partition(b"\n")[0])
+        if record is None or record.get("step") != step:
+            raise RunError(
+                f"the record of step {step} is damaged", where=str(self._path), hint="restore it from a copy"
+            )
+        return record
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, step: object) -> bool:
+        return step in self._places
+
+    def since(self, first: int) -> "Steps":
+        """Those from a step on."""
+        return Steps(self._path, {step: place for step, place in self._places.items() if step >= first})
+
+
+class Scan(NamedTuple):
+    """A whole journal, a line at a time."""
+
+    events: list[dict[str, object]]
+    """All that is not a step, oldest first."""
+    steps: Steps
+
+
+def read(run: Path) -> Scan:
+    """What the journal has, in about a hundred bytes a step; a torn last line is left out. A broken line before it is a RunError, here or,
+    in the middle of a step's line, when that step is asked for."""
+    path = run / "journal.jsonl"
+    found: list[dict[str, object]] = []
+    places: dict[int, int] = {}
+    place, torn = 0, None
+    with path.open("rb") if path.exists() else BytesIO() as lines:
+        for number, line in enumerate(lines, start=1):
+            step, record = _step_of(line), None
+            if step is None:
+                record = record_of(line) if line.endswith(b"\n") else None
+                step = record["step"] if record and record["kind"] == "step" else None
+            if step is None and record is None:
+                torn = torn or number
+            elif torn:
+                raise broken(path, torn)
+            elif step is not None:
+                places[step] = place
+            else:
+                found.append(record)
+                if is_rollback(record):
+                    places = {each: where for each, where in places.items() if each < record["first"]}
+            place += len(line)
+    return Scan(found, Steps(path, places))
+
+
+def events(run: Path) -> list[dict[str, object]]:
+    """All records that are not steps, oldest first."""
+    return read(run).events
+
+
+def attempts(run: Path) -> dict[str, int]:
+    """Of each attempt the number of its last line."""
+    path = run / "journal.jsonl"
+    found: dict[str, int] = {}
+    with path.open("rb") if path.exists() else BytesIO() as lines:
+        for number, line in enumerate(lines):
+            found[line[line.rfind(_ATTEMPT) + len(_ATTEMPT) :].partition(b'"')[0].decode(errors="replace")] = number
+    return found
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line that `Journal` wrote, without a look at the rest of it; None for any other line."""
+    if not (line.startswith(_STEP_LINE) and line.endswith(b"}\n")):
+        return None
+    number = line[len(_STEP_LINE) : line.find(b",", len(_STEP_LINE))]
+    return int(number) if number.isdigit() else None
