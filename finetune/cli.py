@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from finetune import __version__, streams
+from finetune import __version__
 from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped, counted
-from finetune.signals import ending_signals
+from finetune.hosts import stderr
+from finetune.hosts.signals import ending_signals
+from finetune.hosts.world import TOLD, prepare_allocator
 from finetune.store import places
 from finetune.store.checkpoints.manifest import to_json
 from finetune.store.rank import is_alone, is_first
 from finetune.store.run.lease import refuse_other_directory
-from finetune.world import TOLD, prepare_allocator
 
 if TYPE_CHECKING:
     from finetune.recipe.load import LoadedRecipe
@@ -243,7 +244,7 @@ def launch(
     **asked: object,
 ) -> None:
     """Train a recipe on all devices here, as the one process of a container or a job: signals reach every rank."""
-    from finetune import launch as launching
+    from finetune.hosts import launch as launching
 
     run = run or _default_run(recipe)
     grace = _looked_at(recipe, overrides, run).recipe.checkpoint.grace_seconds
@@ -267,7 +268,7 @@ def launch(
 @JSON
 def health(run: Path | None, patience_seconds: float, is_json: bool) -> None:
     """Tell a hung training from a slow one; without RUN, all that are trained here."""
-    from finetune import health as looking
+    from finetune.hosts import health as looking
 
     runs = {run: 0.0} if run else looking.trainings(_run_of)
     each = [looking.look(run, patience_seconds, since) for run, since in runs.items()]
@@ -633,7 +634,7 @@ def schema(file: Path | None) -> None:
 @JSON
 def doctor(is_json: bool) -> None:
     """Look at this machine: versions, devices, memory, disk."""
-    from finetune import doctor as examination
+    from finetune.hosts import doctor as examination
 
     facts = examination.facts()
     _print(facts, examination.listing(facts), is_json)
@@ -642,7 +643,7 @@ def doctor(is_json: bool) -> None:
 def main() -> None:
     """The console script: errors become messages and exit codes."""
     told = os.environ.pop(TOLD, None)  # not for processes that this one starts
-    streams.secure()
+    stderr.secure()
     prepare_allocator(os.environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

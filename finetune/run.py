@@ -22,6 +22,7 @@ from finetune.checkpoints.reports import Reports
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
+from finetune.hosts.signals import Signals
 from finetune.model import base
 from finetune.opening import open_plan, with_same_micro_batches
 from finetune.plan import cadence
@@ -33,7 +34,6 @@ from finetune.readiness import refuse_unready
 from finetune.recipe.load import LoadedRecipe
 from finetune.recorder import Recorder
 from finetune.resolve import Resolved
-from finetune.signals import Signals
 from finetune.state import TrainState, build, start_accelerator
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import Checkpoint, verify

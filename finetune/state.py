@@ -19,13 +19,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 from finetune import ranks, version
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
+from finetune.hosts.world import cores, refuse_half
 from finetune.model import adapter, attention, base, layers, losses, optimizer
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import LoraAdapter, Recipe, Train
 from finetune.store import cache
 from finetune.tasks import TASKS
-from finetune.world import cores, refuse_half
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 

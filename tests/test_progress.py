@@ -5,10 +5,10 @@ import signal
 import pytest
 
 from finetune import progress
+from finetune.hosts.signals import STOPPING, Signals
 from finetune.progress import Progress
 from finetune.recipe.load import load
 from finetune.run import train
-from finetune.signals import STOPPING, Signals
 
 
 def test_an_evaluation_that_takes_long_says_how_far_it_is(monkeypatch, recipe_file, tmp_path, capsys) -> None:

@@ -27,9 +27,9 @@ import numpy as np
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
 from finetune.example import Encoded, Example
+from finetune.hosts.world import cores
 from finetune.plan.split import content_of
 from finetune.store import cache
-from finetune.world import cores
 
 VERSION = 3  # of the format below; part of every key
 LOOK_ON_SHARDS = 3  # after one with a bad row, so that many bad rows are told at once and few seconds go by

@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 from finetune.errors import FinetuneError, RunError
-from finetune.signals import ending_signals
+from finetune.hosts.signals import ending_signals
 from finetune.store.durable import failures
 
 SHOWN_LINES = 12

@@ -28,7 +28,7 @@ def main() -> None:
     recipe, run, answer = sys.argv[1:]
     from finetune.cli import cli
     from finetune.cli import main as finetune
-    from finetune.world import prepare_allocator
+    from finetune.hosts.world import prepare_allocator
 
     prepare_allocator(os.environ)  # before torch is imported, as `finetune` itself does
     with contextlib.redirect_stdout(io.StringIO()) as said:

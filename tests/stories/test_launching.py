@@ -16,9 +16,9 @@ import psutil
 import pytest
 import yaml
 
+from finetune.hosts.world import TOLD
 from finetune.store.run import journal
 from finetune.store.run.directory import load_plan
-from finetune.world import TOLD
 from tests.stories.same_run import assert_same_run
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}

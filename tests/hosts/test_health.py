@@ -13,8 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from finetune import health
 from finetune.errors import RunError
+from finetune.hosts import health
 from finetune.recipe.load import load
 from finetune.run import train
 from finetune.store.run import journal, lease

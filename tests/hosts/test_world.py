@@ -5,7 +5,7 @@ import os
 import pytest
 
 from finetune.errors import FinetuneError
-from finetune.world import World, cores, devices_here, first_host, prepare_allocator, refuse_half, world_of
+from finetune.hosts.world import World, cores, devices_here, first_host, prepare_allocator, refuse_half, world_of
 
 PET = {"PET_NNODES": "4", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "job-0"}
 SLURM = {

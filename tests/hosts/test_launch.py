@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import signals
-from finetune.launch import _outcome
+from finetune.hosts import signals
+from finetune.hosts.launch import _outcome
 
 LAUNCH = """
 import sys

@@ -19,8 +19,8 @@ from typing import NoReturn
 import psutil
 
 from finetune.errors import DivergedError, LostRankError
-from finetune.signals import ending_signals
-from finetune.world import TOLD, World, cores, devices_here, world_of
+from finetune.hosts.signals import ending_signals
+from finetune.hosts.world import TOLD, World, cores, devices_here, world_of
 
 AFTER_A_CRASH_SECONDS = 5.0  # the other ranks have so long to see it themselves, and to say so
 BETWEEN_STARTS_SECONDS = 2.0

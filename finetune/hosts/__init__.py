@@ -1,0 +1,1 @@
+"""Processes and machines: launchers, ranks, signals, health. Never imports torch."""
