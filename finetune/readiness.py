@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import version
 from finetune.errors import RunError
-from finetune.model import base, layers, optimizer
+from finetune.model import base, decoder_layers, optimizer
 from finetune.plan import forecast
 from finetune.resolve import Resolved
 from finetune.store import cache
@@ -22,7 +22,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
         base.check_quantization(resolved.base_directory)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
-        layers.check_compiler()
+        decoder_layers.check_compiler()
     _refuse_place(run)
     forecast.refuse_small_disk(resolved.plan, run)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune import chat_template
 from finetune.data import preflight
 from finetune.data.batches import Examples, select
 from finetune.data.encode import Encoder, Work, encode
@@ -25,6 +24,7 @@ from finetune.heldout import draw
 from finetune.heldout.draw import HeldOut
 from finetune.heldout.lineage import source_key
 from finetune.model import base
+from finetune.model.base import templates
 from finetune.plan import encodings, memory
 from finetune.plan.plan import (
     ROW_RULES,
@@ -105,8 +105,8 @@ def resolve(
     is_same_task = like is not None and (like.recipe.task, like.recipe.base) == (recipe.task, recipe.base)
     rules_of = like if is_same_task else None
     template, encoding = template_and_encoding(recipe.task, directory, tokenizer, row_rules, rules_of)
-    others = chat_template.others(tokenizer.chat_template) if template and not recipe.task.template else []
-    if shown := template or chat_template.default(tokenizer.chat_template):
+    others = templates.others(tokenizer.chat_template) if template and not recipe.task.template else []
+    if shown := template or templates.default(tokenizer.chat_template):
         tokenizer.chat_template = shown
     day, given = dates(template, earlier, like if is_same_task else None, today)
     rendering = {"row_rules": row_rules} | ({} if template is None else {"template": template, "date": given})
@@ -239,7 +239,7 @@ def in_force(plan: Plan, directory: Path, tokenizer: PreTrainedTokenizerBase) ->
     DataError where that tokenizer and no template at hand are what the rows were encoded with.
     """
     task = plan.recipe.task
-    template = chat_template.default(tokenizer.chat_template)
+    template = templates.default(tokenizer.chat_template)
     for settings in [task.model_copy(update={"template": None}), task] if task.name == "chat" else [task]:
         if settings.name == "chat" and settings.template is None and template is None:
             continue

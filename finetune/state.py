@@ -20,7 +20,7 @@ from finetune import ranks, version
 from finetune.checkpoints.staging import Copy
 from finetune.errors import FinetuneError
 from finetune.hosts.world import cores, refuse_half
-from finetune.model import adapter, attention, base, layers, losses, optimizer
+from finetune.model import adapters, attention, base, decoder_layers, losses, optimizer
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import LoraAdapter, Recipe, Train
@@ -59,7 +59,7 @@ class TrainState:
     """What its user should know of how it trains."""
 
     def __post_init__(self):
-        names = [layers.module_of(name) for name in self.trainable]
+        names = [decoder_layers.module_of(name) for name in self.trainable]
         self.modules = list(dict.fromkeys(names))
         """Groups of modules whose gradients are measured, in the order of the model."""
         self.module_places = [self.modules.index(name) for name in names]
@@ -154,8 +154,8 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> tor
         place,
     )
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
-    with adapter.taken_for_fp32(model, place.names):
-        return adapter.apply(model, recipe.adapter)
+    with adapters.taken_for_fp32(model, place.names):
+        return adapters.apply(model, recipe.adapter)
 
 
 def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.Place:
@@ -164,7 +164,7 @@ def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.P
     is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
     if device.type == "cpu" or not is_halved or not isinstance(recipe.adapter, LoraAdapter):
         return base.Place(device)
-    return base.Place(device, adapter.linear_weights(base.empty_model(base_directory)))
+    return base.Place(device, adapters.linear_weights(base.empty_model(base_directory)))
 
 
 def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:
@@ -172,12 +172,12 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     recipe = plan.recipe
     model = trained_model(plan, base_directory, accelerator.device)
     token_losses, reason = _fitting_loss(plan, model)
-    if recipe.train.precision == "bf16" and adapter.is_adapter(model):
-        adapter.store_frozen_as_bf16(model)
+    if recipe.train.precision == "bf16" and adapters.is_adapter(model):
+        adapters.store_frozen_as_bf16(model)
     if recipe.train.activation_checkpointing:
-        layers.checkpoint_activations(model)
+        decoder_layers.checkpoint_activations(model)
     if recipe.train.compile:
-        layers.compile_layers(model)
+        decoder_layers.compile_layers(model)
     model.train()
     objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
     with warnings.catch_warnings():  # Accelerate gives DDP an older name of an option, and each rank says so

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
-from finetune.model import adapter, attention, base, layers, losses, tiny
+from finetune.model import adapters, attention, base, decoder_layers, losses, tiny
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter, Recipe
 from finetune.store import cache
@@ -50,10 +50,10 @@ def count_parameters(settings: LoraAdapter | FrozenAdapter | None, directory: Pa
 
     def count() -> dict:
         model = base.empty_model(directory)
-        skipped = adapter.skipped(model, settings)
-        model = adapter.apply(model, settings)
-        parameters, reached = list(model.parameters()), layers.reached(model) if settings else None
-        missed = layers.missed(reached) if isinstance(settings, LoraAdapter) else None
+        skipped = adapters.skipped(model, settings)
+        model = adapters.apply(model, settings)
+        parameters, reached = list(model.parameters()), decoder_layers.reached(model) if settings else None
+        missed = decoder_layers.missed(reached) if isinstance(settings, LoraAdapter) else None
         return {
             "total": sum(each.numel() for each in parameters),
             "trainable": sum(each.numel() for each in parameters if each.requires_grad),
@@ -184,7 +184,7 @@ def _train_once(model: torch.nn.Module, recipe: Recipe) -> str | None:
     """A loss of the first row, forward and backward, in the recipe's precision and with its adapter; what to say of that loss.
     BaseError where that fails."""
     try:
-        model = adapter.apply(model, recipe.adapter)
+        model = adapters.apply(model, recipe.adapter)
     except AdapterError:  # it names layers that the small model does not have
         model.requires_grad_(True)
     row = _rows(model)[0]

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune import loop
 from finetune.errors import FinetuneError, explained, of_libraries
-from finetune.model import adapter, tiny
+from finetune.model import adapters, tiny
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.resolve import Resolved, resolve
 from finetune.run import batches, train
@@ -208,7 +208,7 @@ class Plain:
         settings = resolved.plan.recipe.adapter
         if (settings is None) not in self.models:
             model = AutoModelForCausalLM.from_pretrained(resolved.base_directory, dtype=torch.float32)
-            self.models[settings is None] = adapter.apply(model, settings).eval()
+            self.models[settings is None] = adapters.apply(model, settings).eval()
         model = self.models[settings is None]
         model.load_state_dict({name: tensor.float() for name, tensor in state.model.state_dict().items()})
         for number in resolved.plan.examples_of(step).tolist():

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune import chat_template
 from finetune.model import base
+from finetune.model.base import templates
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base, Recipe
 from finetune.resolve import in_force
@@ -65,7 +65,7 @@ def open_model(
 def open_tokenizer(opened: Opened) -> PreTrainedTokenizerBase:
     """The tokenizer of an opened model as its rows were encoded, with the chat template that it was trained with."""
     tokenizer = base.load_tokenizer(opened.directory)
-    own = chat_template.default(tokenizer.chat_template)
+    own = templates.default(tokenizer.chat_template)
     if template := in_force(opened.plan, opened.directory, tokenizer) if opened.plan else own:
         tokenizer.chat_template = template
     return tokenizer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from finetune.checkpoints.staging import Copy, Staging
 from finetune.errors import CheckpointError
-from finetune.model import adapter, base
+from finetune.model import adapters, base
 from finetune.plan import forecast
 from finetune.plan.plan import Plan
 from finetune.state import TrainState
@@ -50,8 +50,8 @@ class Live:
     """The tensors of a state by the names that a checkpoint gives them. Looked up once: updates are in place."""
 
     def __init__(self, state: TrainState):
-        model, tensors = state.model, adapter.weights(state.model)
-        is_whole = not adapter.is_adapter(model)
+        model, tensors = state.model, adapters.weights(state.model)
+        is_whole = not adapters.is_adapter(model)
         still = {name for name, parameter in model.named_parameters() if is_whole and not parameter.requires_grad}
         buffers = {name for name, _ in model.named_buffers() if is_whole}
         self.frozen = {name: tensor for name, tensor in tensors.items() if name in still}
@@ -83,7 +83,7 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
     state.await_snapshot()
     tensors, scalars = live.copied()
     state.copy = staging.take(tensors)
-    config = adapter_config(state.model, plan) if adapter.is_adapter(state.model) else None
+    config = adapter_config(state.model, plan) if adapters.is_adapter(state.model) else None
     buffers = {name: tensor.detach().clone().cpu() for name, tensor in live.buffers.items()}
     return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
 
@@ -125,12 +125,12 @@ def write(
 def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
     """Brings a state, at whatever step it is, to the checkpoint's step."""
     state.await_snapshot()
-    names = [ADAPTER] if adapter.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
+    names = [ADAPTER] if adapters.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         if name in checkpoint.manifest.files:
             tensors |= load_file(checkpoint.path / name)
-    adapter.load_weights(state.model, tensors)
+    adapters.load_weights(state.model, tensors)
     record = json.loads((checkpoint.path / "state.json").read_bytes())
     _restore_optimizer(state, load_file(checkpoint.path / "optimizer.safetensors"), record["scalars"], checkpoint)
     state.step = record["step"]
@@ -194,7 +194,7 @@ def _write_or_link(name: str, content: bytes, previous: Checkpoint | None, attem
 
 def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
     """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
-    config = model.peft_config[adapter.NAME].to_dict()
+    config = model.peft_config[adapters.NAME].to_dict()
     named = plan.recipe.base.origin or plan.recipe.base.checkpoint
     is_hub = plan.base.kind == "hub" or plan.recipe.base.origin
     config["base_model_name_or_path"] = named.partition("@")[0] if is_hub else Path(named).name

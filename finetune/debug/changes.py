@@ -18,7 +18,7 @@ from safetensors import safe_open
 from finetune.checkpoints.snapshot import ADAPTER
 from finetune.errors import FinetuneError
 from finetune.model import base
-from finetune.model.layers import module_of
+from finetune.model.decoder_layers import module_of
 
 OPTIMIZER = "optimizer.safetensors"
 PREFIX = "base_model.model."

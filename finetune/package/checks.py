@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune import chat_template
+from finetune.model.base import templates
+from finetune.model.base.remote_code import asked_by
 from finetune.package.contents import Finding
 from finetune.package.folder import PROCESSORS, Folder
-from finetune.remote_code import asked_by
 from finetune.store.tensors import Place
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -167,11 +167,11 @@ def tokenizer(folder: Folder) -> Iterator[Finding]:
 def template(folder: Folder) -> Iterator[Finding]:
     """Chat templates render in the sandbox, within seconds and memory that a short conversation may take."""
     settings = folder.configs.get("tokenizer_config.json", {})
-    found = [("tokenizer_config.json", text) for text in chat_template.texts(settings.get("chat_template"))]
+    found = [("tokenizer_config.json", text) for text in templates.texts(settings.get("chat_template"))]
     for path in [*folder.path.glob("chat_template.jinja"), *sorted(folder.path.glob("additional_chat_templates/*"))]:
         found.append((path.relative_to(folder.path).as_posix(), path.read_text(encoding="utf-8", errors="replace")))
     for file, text in found:
-        if problem := chat_template.problem(text):
+        if problem := templates.problem(text):
             yield Finding("template", file, None, problem)
 
 

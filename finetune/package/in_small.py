@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from finetune.checkpoints.loading import Opened
 from finetune.errors import AdapterError, BaseError, PackageError, explained
-from finetune.model import adapter, base, tiny
+from finetune.model import adapters, base, tiny
 from finetune.model.base import files, outline
 from finetune.package import classes, proof
 from finetune.package.assembly import assemble
@@ -93,6 +93,6 @@ def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> Pretr
 
 def _with_adapter(model: torch.nn.Module, resolved: Resolved) -> torch.nn.Module:
     try:
-        return adapter.apply(model, resolved.plan.recipe.adapter).eval()
+        return adapters.apply(model, resolved.plan.recipe.adapter).eval()
     except AdapterError:  # it names layers that the small model does not have
         return model

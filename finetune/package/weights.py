@@ -19,7 +19,7 @@ from finetune.checkpoints import snapshot
 from finetune.checkpoints.loading import Opened, open_model
 from finetune.checkpoints.snapshot import DTYPES
 from finetune.errors import PackageError
-from finetune.model import adapter, base
+from finetune.model import adapters, base
 from finetune.model.base import outline
 from finetune.package import probe, proof
 from finetune.package.card import hub_base
@@ -76,7 +76,7 @@ def convert(
     trained = logits = probe.logits(model, tokenizer)
     merge, cast = (math.inf, math.inf) if is_random else (proof.MERGE_BOUND, proof.CAST_BOUND)
     checks, exact = [], {}
-    if form == "merged" and adapter.is_adapter(model):
+    if form == "merged" and adapters.is_adapter(model):
         model = model.merge_and_unload()
         logits = probe.logits(model, tokenizer)
         checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, merge))
@@ -154,16 +154,16 @@ def _attention_of(config: PretrainedConfig) -> dict[str, str]:
 def _cast_adapter(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """peft computes in fp32 with what the file holds."""
     with torch.no_grad():
-        for tensor in adapter.weights(model).values():
+        for tensor in adapters.weights(model).values():
             tensor.copy_(tensor.to(dtype))
 
 
 def stored(converted: Converted, form: str, dtype: torch.dtype, base_directory: Path | None) -> Stored:
     """The tensors of a package's files, named as the base's are."""
     if form == "adapter":
-        return Stored({name: one.to(dtype) for name, one in adapter.weights(converted.model).items()}, {})
+        return Stored({name: one.to(dtype) for name, one in adapters.weights(converted.model).items()}, {})
     model = converted.model
-    own = adapter.weights(model) | dict(converted.exact)
+    own = adapters.weights(model) | dict(converted.exact)
     own = {name: tensor for name, tensor in own.items() if name not in (model._keys_to_ignore_on_save or ())}
     tensors = outline.in_file_names(model, own, base_directory)
     names = outline.not_of(model, base_directory, tensors) if base_directory else []

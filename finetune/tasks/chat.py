@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune import chat_template
 from finetune.data.completeness import refuse_lost
 from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.errors import DataError
 from finetune.example import Example
+from finetune.model.base import templates
 from finetune.model.base.files import TEMPLATE
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
@@ -88,12 +88,12 @@ def template_of(
                 raise _unreadable(task.template, error) from None
         except OSError as error:
             raise _unreadable(task.template, error) from None
-        if problem := chat_template.problem(template):
+        if problem := templates.problem(template):
             raise DataError(f"the template {problem}", where=task.template, hint="fix it, or use the base's own")
         return template
-    if template := chat_template.default(tokenizer.chat_template):
+    if template := templates.default(tokenizer.chat_template):
         return template
-    if names := chat_template.names(tokenizer.chat_template):
+    if names := templates.names(tokenizer.chat_template):
         message = f"the base has several chat templates, and none is called `default`: {', '.join(names)}"
         raise DataError(message, hint="save one of them to a file, and name it with task.template: FILE")
     raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
@@ -101,7 +101,7 @@ def template_of(
 
 def _template_in(name: str) -> str:
     try:
-        return chat_template.decoded(Path(name).read_bytes())
+        return templates.decoded(Path(name).read_bytes())
     except ValueError as error:
         raise DataError(f"the template {error}", where=name, hint="save it as UTF-8") from None
 

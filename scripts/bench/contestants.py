@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from training import Training
 
-from finetune.model import adapter
+from finetune.model import adapters
 from finetune.state import TrainState
 from finetune.store.durable import sync_directory, sync_file
 from finetune.store.run import journal
@@ -29,7 +29,7 @@ DCP = "DCP async_save"
 
 def live_tensors(state: TrainState) -> dict[str, torch.Tensor]:
     """Weights as a checkpoint stores them, and the optimizer's state, not copied."""
-    tensors = {f"weights/{name}": tensor.detach() for name, tensor in adapter.weights(state.model).items()}
+    tensors = {f"weights/{name}": tensor.detach() for name, tensor in adapters.weights(state.model).items()}
     for name, parameter in state.trainable.items():
         tensors |= {f"moments/{name}.{key}": value for key, value in state.optimizer.state[parameter].items()}
     return tensors

@@ -7,7 +7,7 @@ import torch
 
 from finetune import state
 from finetune.checkpoints.staging import Staging
-from finetune.model import adapter, attention
+from finetune.model import adapters, attention
 from finetune.model.attention import per_row
 from finetune.recipe.load import load
 from finetune.resolve import resolve
@@ -81,7 +81,7 @@ def test_a_base_beneath_an_adapter_is_made_on_the_device_as_it_stays(recipe_file
     model = state.trained_model(resolved.plan, resolved.base_directory, torch.device("cuda", 0))
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     expected = state.trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
-    adapter.store_frozen_as_bf16(expected)
+    adapters.store_frozen_as_bf16(expected)
     for (name, ours), (_, other) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert ours.dtype == other.dtype and torch.equal(ours.cpu(), other), name
 

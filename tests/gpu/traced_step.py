@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from finetune import loop, state  # noqa: E402
 from finetune.checkpoints import staging  # noqa: E402
 from finetune.checkpoints.snapshot import Live  # noqa: E402
-from finetune.model import adapter, attention, base, losses  # noqa: E402
+from finetune.model import adapters, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
 from finetune.resolve import resolve  # noqa: E402
 from finetune.run import batches  # noqa: E402
@@ -74,7 +74,7 @@ def model_of(plan, directory, _):
     settings = {"attn_implementation": implementation, "dtype": base.DTYPES[recipe.train.weights]}
     with DEVICE:
         model = AutoModelForCausalLM.from_config(base.load_config(directory), **settings)
-        return adapter.apply(model, recipe.adapter)
+        return adapters.apply(model, recipe.adapter)
 
 
 def build(resolved):

@@ -256,6 +256,6 @@ def test_the_pin_holds_the_adapter_and_what_is_beneath_and_once_merged_only_the_
 def test_a_merge_that_changes_the_model_is_refused(adapter, monkeypatch):
     path, _ = adapter(**LINEAR)
     edit(path, lora_alpha=7)  # else the merged one is in the cache
-    monkeypatch.setattr("finetune.model.base.adapters.MERGE_BOUND", -1.0)
+    monkeypatch.setattr("finetune.model.base.merge.MERGE_BOUND", -1.0)
     named = Base(checkpoint=str(path))
     assert "merging changes the model by a mean KL of " in refusal(lambda: base.directory(named, base.pin(named)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.errors import FinetuneError
-from finetune.model.adapter import ADAPTERS
+from finetune.model.adapters import ADAPTERS
 from finetune.model.base import load_model
 from finetune.model.optimizer import OPTIMIZERS, build, rounded
 from finetune.model.optimizer.rounded import RoundedAdamW, Scratch, round_by_chance

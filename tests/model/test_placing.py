@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 from finetune.checkpoints.loading import open_model
 from finetune.compare import generate as generation
 from finetune.errors import BaseError
-from finetune.model import adapter
+from finetune.model import adapters
 from finetune.model.base import Place, empty_model, load_model
 from finetune.recipe.load import load
 from finetune.recipe.schema import LoraAdapter
@@ -36,10 +36,10 @@ def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, reque
     # what a GPU would be asked for before weights are read
     monkeypatch.setattr(modeling_utils, "is_accelerator_device", lambda device: True)
     monkeypatch.setattr(modeling_utils, "get_total_byte_count", lambda *of: set_aside.append(count(*of)) or {})
-    with Place(torch.device("cpu"), adapter.linear_weights(outline)).reading(type(outline)):
+    with Place(torch.device("cpu"), adapters.linear_weights(outline)).reading(type(outline)):
         read = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").state_dict()
-    cast = adapter.apply(load_model(path), LoraAdapter(name="lora", rank=2, targets=["q_proj"]))
-    adapter.store_frozen_as_bf16(cast)
+    cast = adapters.apply(load_model(path), LoraAdapter(name="lora", rank=2, targets=["q_proj"]))
+    adapters.store_frozen_as_bf16(cast)
     expected = cast.unload().state_dict()
     assert read.keys() == expected.keys()
     assert {name: each.dtype for name, each in read.items()} == {name: each.dtype for name, each in expected.items()}
@@ -53,16 +53,16 @@ def test_weights_that_are_read_as_bf16_are_those_that_are_cast_to_it(name, reque
 
 def test_an_adapter_beside_bf16_weights_begins_with_the_bits_that_it_has_beside_fp32(untied_base):
     settings, outline = LoraAdapter(name="lora", rank=2), empty_model(untied_base)
-    place = Place(torch.device("cpu"), adapter.linear_weights(outline))
+    place = Place(torch.device("cpu"), adapters.linear_weights(outline))
     with place.reading(type(outline)):
         read = AutoModelForCausalLM.from_pretrained(untied_base, dtype=torch.float32)
     before = {name: each.clone() for name, each in read.state_dict().items()}
     models = []
     for model, names in ((load_model(untied_base), ()), (read, place.names)):
         torch.manual_seed(3)
-        with adapter.taken_for_fp32(model, names):
-            models.append(adapter.apply(model, settings))
-    expected, found = (adapter.weights(model) for model in models)
+        with adapters.taken_for_fp32(model, names):
+            models.append(adapters.apply(model, settings))
+    expected, found = (adapters.weights(model) for model in models)
     assert expected.keys() == found.keys() and any(each.abs().max() > 0 for each in found.values())
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     after = models[1].unload().state_dict()

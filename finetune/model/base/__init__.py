@@ -17,13 +17,11 @@ import torch
 from transformers import GenerationConfig
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import adapters, files, foreign, gguf, hub, outline, reading
+from finetune.model.base import files, foreign, gguf, hub, load, merge, outline
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
-from finetune.model.base.located import Look, located
-from finetune.model.base.outline import with_dtype
-from finetune.model.base.reading import (
+from finetune.model.base.load import (
     DTYPES,
     Place,
     check_generation_config,
@@ -36,6 +34,8 @@ from finetune.model.base.reading import (
     refuse_lacking,
     stop_tokens,
 )
+from finetune.model.base.located import Look, located
+from finetune.model.base.outline import with_dtype
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 from finetune.store import cache, places
@@ -85,7 +85,7 @@ def pin(base: Base) -> PinnedBase:
         raise BaseError("may not be read", where=base.checkpoint, hint=hint) from None
     if adapter is None:
         return pinned
-    adapters.check_weights(adapter, base.checkpoint)
+    merge.check_weights(adapter, base.checkpoint)
     _, below = beneath(adapter, base.checkpoint)
     return PinnedBase(kind="adapter", revision=pinned.revision, digest=files.digest(adapter), beneath=below)
 
@@ -100,7 +100,7 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
         patterns = files.FROM_HUB + (files.WEIGHTS if with_weights else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
         if not with_weights and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
-            raise BaseError("has no safetensors weights", where=ref.repo, hint=reading.CONVERT)
+            raise BaseError("has no safetensors weights", where=ref.repo, hint=load.CONVERT)
         return path
     if ref.kind == "package":
         return _converted(gguf.find(ref))
@@ -121,7 +121,7 @@ def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
     with _explained(below, where):
         pinned, adapter = _pin_itself(below)
     if adapter is not None:
-        message, hint = f"is an adapter on another adapter, `{below.checkpoint}`", adapters.MERGE_YOURSELF
+        message, hint = f"is an adapter on another adapter, `{below.checkpoint}`", merge.MERGE_YOURSELF
         raise BaseError(message, where=where, hint=hint)
     return below, pinned
 
@@ -142,8 +142,8 @@ def lacking(path: Path) -> dict[str, list[str]]:
 
 def attach(model: torch.nn.Module, path: Path, where: str) -> torch.nn.Module:
     """The model with an adapter on it, not merged and not trainable."""
-    with reading.quiet():
-        return adapters.attach(model, path, where)
+    with load.quiet():
+        return merge.attach(model, path, where)
 
 
 def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
@@ -187,7 +187,7 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     if ref.kind == "hub":
         with _nearest_named(base.checkpoint):
             commit = hub.commit_of(ref.repo, base.revision or ref.revision)
-        is_adapter = adapters.is_adapter(hub.download(ref.repo, commit, (adapters.CONFIG, "config.json")))
+        is_adapter = merge.is_adapter(hub.download(ref.repo, commit, (merge.CONFIG, "config.json")))
         return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
@@ -197,7 +197,7 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     if (path / MANIFEST).exists():
         refuse_damaged(path)
     pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path))
-    return pinned, path if adapters.is_adapter(path) else None
+    return pinned, path if merge.is_adapter(path) else None
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def _converted(file: Path) -> Path:
 
     def convert(target: Path) -> None:
         print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
-        with reading.quiet():
+        with load.quiet():
             gguf.convert(file, target)
 
     return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
@@ -267,7 +267,7 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
     if is_ours and (run := run_around(path)):
         plan, _ = load_plan(run)
         return plan.recipe.base, plan.base
-    config = adapters.read_config(path, where)
+    config = merge.read_config(path, where)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if is_ours and not revision:  # it names what only its run can find
         raise CheckpointError("is an adapter whose run directory is not around it", where=where)
@@ -306,8 +306,8 @@ def _merged(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
         if with_weights:
             print(f"merging {ref.text} onto {below.checkpoint}, once", file=sys.stderr, flush=True)
         model = load_model(source) if with_weights else empty_model(source)
-        with reading.quiet():
-            model = adapters.merge(model, path, ref.text)
+        with load.quiet():
+            model = merge.merge(model, path, ref.text)
         _write_merged(model, source, path, target, ref.text)
 
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
@@ -317,19 +317,19 @@ def _merged(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
 
 def _write_merged(model: torch.nn.Module, source: Path, adapter: Path, target: Path, where: str) -> None:
     """Weights unless they are on the meta device, the small files, and the base's own config with what the adapter changed."""
-    config = reading.read_json(source / "config.json")
+    config = load.read_json(source / "config.json")
     section = config if "vocab_size" in config else config.get("text_config", config)
     rows = model.config.get_text_config().vocab_size
     has_own_vocabulary = rows != section.get("vocab_size", rows)
     if not files.has_tokenizer(adapter) and (has_own_vocabulary or not files.has_tokenizer(source)):
-        raise reading.no_tokenizer(where, adapter)
+        raise load.no_tokenizer(where, adapter)
     if has_own_vocabulary:
         section["vocab_size"] = rows
     config["tie_word_embeddings"] = model.config.tie_word_embeddings
     if model.device.type != "meta":
         # The base's own may be one that refuses to be saved; its file is copied below.
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        with reading.quiet():
+        with load.quiet():
             model.save_pretrained(target)
         (target / "generation_config.json").unlink()
     files.copy_small_files(source, adapter, target)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from finetune.chat_template import ANSWERED, LONGEST, decoded, default, names, problem, texts
+from finetune.model.base.templates import ANSWERED, LONGEST, decoded, default, names, problem, texts
 from tests.hub.client import in_turn
 
 PLAIN = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -36,7 +36,7 @@ def test_usual_templates_pass_also_those_that_want_roles_in_turn(tiny_tokenizer)
 
 def test_what_was_found_out_of_a_template_is_kept(monkeypatch) -> None:
     assert problem(PLAIN + "{# once #}") is None
-    monkeypatch.setattr("finetune.chat_template._tried", lambda template: "was tried again")
+    monkeypatch.setattr("finetune.model.base.templates._tried", lambda template: "was tried again")
     assert problem(PLAIN + "{# once #}") is None
 
 

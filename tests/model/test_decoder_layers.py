@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from finetune.errors import BaseError, FinetuneError
-from finetune.model import layers
-from finetune.model.adapter import apply
+from finetune.model import decoder_layers
+from finetune.model.adapters import apply
 from finetune.model.attention import PER_ROW
 from finetune.model.base import load_model
 from finetune.recipe.schema import LoraAdapter
@@ -49,7 +49,7 @@ def gradients(model, bounds, dtype=None):
 @pytest.mark.parametrize("has_adapter", [False, True], ids=["full", "lora"])
 def test_checkpointed_activations_give_the_same_gradients_to_the_bit_and_keep_less(tiny_base, has_adapter, dtype):
     plain, checkpointed = model(tiny_base, has_adapter), model(tiny_base, has_adapter)
-    layers.checkpoint_activations(checkpointed)
+    decoder_layers.checkpoint_activations(checkpointed)
     for bounds in BOUNDS:
         expected, all_kept = gradients(plain, bounds, dtype)
         found, kept = gradients(checkpointed, bounds, dtype)
@@ -63,7 +63,7 @@ def test_activation_checkpointing_is_asked_for_by_either_of_its_names(tiny_base)
         asked, base = [], load_model(tiny_base)
         base.activation_checkpointing_enable = None  # an instance's own hides its class's
         setattr(base, name, asked.append)
-        layers.checkpoint_activations(base)
+        decoder_layers.checkpoint_activations(base)
         assert asked == [{"use_reentrant": False}]
 
 
@@ -71,7 +71,7 @@ def test_a_base_that_cannot_be_checkpointed_is_named(tiny_base):
     base = load_model(tiny_base)
     base.supports_gradient_checkpointing = False
     with pytest.raises(BaseError, match="train.activation_checkpointing: LlamaForCausalLM does not support"):
-        layers.checkpoint_activations(base)
+        decoder_layers.checkpoint_activations(base)
 
 
 @pytest.mark.slow
@@ -80,9 +80,9 @@ def test_a_base_that_cannot_be_checkpointed_is_named(tiny_base):
 def test_compiled_layers_give_the_same_gradients_to_float_tolerance(tiny_base, has_adapter, is_checkpointed):
     plain, compiled = model(tiny_base, has_adapter), model(tiny_base, has_adapter)
     if is_checkpointed:
-        layers.checkpoint_activations(compiled)
+        decoder_layers.checkpoint_activations(compiled)
     try:
-        layers.compile_layers(compiled)
+        decoder_layers.compile_layers(compiled)
     except FinetuneError as error:
         pytest.skip(error.message)
     names = set(compiled.state_dict())
@@ -98,4 +98,4 @@ def test_without_a_compiler_compiling_is_refused(tiny_base, monkeypatch, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(FinetuneError, match="train.compile: there is no C\\+\\+ compiler\\nhint: install g\\+\\+"):
-        layers.compile_layers(load_model(tiny_base))
+        decoder_layers.compile_layers(load_model(tiny_base))

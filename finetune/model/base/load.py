@@ -20,13 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune import chat_template
 from finetune.errors import BaseError, CheckpointError, explained, of_libraries
-from finetune.model.base import quantized
+from finetune.model.base import quantized, templates
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
-from finetune.remote_code import asked_by
+from finetune.model.base.remote_code import asked_by
 from finetune.store.tensors import read_header
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
@@ -93,10 +92,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
         message, hint = "has a tokenizer that skips merges at random", "set `dropout` to null in its tokenizer.json"
         raise BaseError(message, where=name_of(path), hint=hint)
-    if not chat_template.is_known_form(tokenizer.chat_template):
+    if not templates.is_known_form(tokenizer.chat_template):
         raise damaged(path / "tokenizer_config.json", "its `chat_template` is neither text nor named texts")
-    for template in chat_template.texts(tokenizer.chat_template):
-        if problem := chat_template.problem(template):
+    for template in templates.texts(tokenizer.chat_template):
+        if problem := templates.problem(template):
             hint = "choose another base, or fix the template: what renders it may not survive it"
             raise BaseError(f"has a chat template that {problem}", where=name_of(path), hint=hint)
     return tokenizer
@@ -125,7 +124,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _refuse_unreadable_templates(path: Path) -> None:
     for file in sorted(file for pattern in TEMPLATES for file in path.glob(pattern)):
         try:
-            chat_template.decoded(file.read_bytes())
+            templates.decoded(file.read_bytes())
         except ValueError as error:
             raise BaseError(f"its {file.name} {error}", where=name_of(path), hint="save it as UTF-8") from None
         except OSError as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.errors import AdapterError, CheckpointError
-from finetune.model.adapter import apply, is_adapter, load_weights, skipped, weights
+from finetune.model.adapters import apply, is_adapter, load_weights, skipped, weights
 from finetune.model.base import attach, empty_model, load_model
 from finetune.model.tiny import model_like
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter
