@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 
 from finetune import version
-from finetune.data.source import fingerprint, located, open_source
+from finetune.data.example import Example
+from finetune.data.sources.open import fingerprint, located, open_source
 from finetune.errors import BaseError, CheckpointError, DataError, RunError, counted
-from finetune.example import Example
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan

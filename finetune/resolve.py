@@ -16,13 +16,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from finetune.data import preflight
 from finetune.data.batches import Examples, select
 from finetune.data.encode import Encoder, Work, encode
-from finetune.data.hub import pin_dataset
-from finetune.data.source import State, located, open_source, reopen_source
+from finetune.data.example import Encoded
+from finetune.data.heldout import draw
+from finetune.data.heldout.draw import HeldOut
+from finetune.data.heldout.lineage import source_key
+from finetune.data.sources.hub import pin_dataset
+from finetune.data.sources.open import State, located, open_source, reopen_source
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
-from finetune.example import Encoded
-from finetune.heldout import draw
-from finetune.heldout.draw import HeldOut
-from finetune.heldout.lineage import source_key
 from finetune.model import base
 from finetune.model.base import templates
 from finetune.plan import encodings, memory

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from finetune.checkpoints.loading import open_model, run_of
+from finetune.data.heldout import lineage
 from finetune.errors import DataError, FinetuneError
-from finetune.heldout import lineage
 from finetune.model import attention, base, losses
 from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen

@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from finetune.example import Encoded, Example
+from finetune.data.example import Encoded, Example
 from finetune.plan.plan import Counts
 
 PIECE = 1 << 20  # examples

@@ -24,9 +24,9 @@ from typing import BinaryIO
 import blake3
 import numpy as np
 
+from finetune.data.example import Encoded, Example
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
-from finetune.example import Encoded, Example
 from finetune.hosts.world import cores
 from finetune.plan.split import content_of
 from finetune.store import cache

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from finetune.data import conversation, plain_text
 from finetune.data.refusals import together
-from finetune.data.source import Rows, first_rows
+from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Source

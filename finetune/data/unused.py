@@ -2,8 +2,8 @@
 
 from finetune.data import preflight
 from finetune.data.batches import Examples
-from finetune.data.files import listed
-from finetune.data.source import first_rows, located, open_source
+from finetune.data.sources.files import listed
+from finetune.data.sources.open import first_rows, located, open_source
 from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from finetune import ranks
+from finetune.data.heldout import lineage
 from finetune.debug import branch_run
 from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError, counted
-from finetune.heldout import lineage
 from finetune.model import base
 from finetune.opening import facts_of, stand_in
 from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
+from finetune.data.heldout import lineage
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
-from finetune.heldout import lineage
 from finetune.model import base
 from finetune.package import (
     bom,

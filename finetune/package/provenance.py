@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from finetune.heldout import lineage
+from finetune.data.heldout import lineage
 from finetune.package import record
 from finetune.package.card import Facts, hub_base
 from finetune.package.contents import Finding, sha256

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.example import Example
+from finetune.data.example import Example
 
 # (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
 TokenLosses = Callable[[torch.nn.Module, dict, Tensor, Tensor], tuple[Tensor, Tensor]]

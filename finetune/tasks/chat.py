@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.completeness import refuse_lost
 from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
+from finetune.data.example import Example
 from finetune.errors import DataError
-from finetune.example import Example
 from finetune.model.base import templates
 from finetune.model.base.files import TEMPLATE
 from finetune.plan.plan import ROW_RULES

@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.example import Example
 from finetune.data.plain_text import text_of
 from finetune.errors import DataError
-from finetune.example import Example
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
 

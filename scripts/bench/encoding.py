@@ -29,7 +29,7 @@ from training import SMOLLM2, TINY, _random_base
 
 from finetune.data import encode as encoding
 from finetune.data.batches import Examples
-from finetune.example import Encoded, Example
+from finetune.data.example import Encoded, Example
 from finetune.plan.row_order import Order
 from finetune.recipe.load import load
 from finetune.resolve import resolve

@@ -15,8 +15,8 @@ import numpy as np
 
 from finetune.data import encode as encoding
 from finetune.data.encode import Work, encode
+from finetune.data.example import Example
 from finetune.errors import DataError
-from finetune.example import Example
 
 
 class Rows:

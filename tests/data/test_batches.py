@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.batches import Batches, Examples
+from finetune.data.example import Example
 from finetune.data.pack import packed, padded
-from finetune.example import Example
 
 
 class Source:

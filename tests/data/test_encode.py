@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from finetune.data import encode as encode_module
 from finetune.data.batches import Examples
 from finetune.data.encode import encode
+from finetune.data.example import Example
 from finetune.errors import DataError
-from finetune.example import Example
 
 
 @pytest.fixture(autouse=True)

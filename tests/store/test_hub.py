@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from finetune.data.hub import HubDataset, pin_dataset
+from finetune.data.sources.hub import HubDataset, pin_dataset
 from finetune.errors import FinetuneError
 from finetune.model.base import hub as base_hub
 from finetune.package.repository import Repository

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.example import Example
+from finetune.data.example import Example
 from finetune.model.attention import PER_ROW
 from finetune.model.base import load_model
 from finetune.model.losses import chunked

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from finetune.data.arrow import without_nulls
-from finetune.data.files import Reader, Row, listed, reader_of
-from finetune.data.hub import SPLIT, HubDataset, pin_dataset
+from finetune.data.sources.arrow import without_nulls
+from finetune.data.sources.files import Reader, Row, listed, reader_of
+from finetune.data.sources.hub import SPLIT, HubDataset, pin_dataset
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES, PinnedSource
 from finetune.recipe.schema import Source

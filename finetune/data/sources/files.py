@@ -17,8 +17,8 @@ from typing import Protocol, TextIO
 import numpy as np
 from pydantic_core import from_json
 
-from finetune.data.arrow import Kinds, has_json, with_json
 from finetune.data.refusals import together
+from finetune.data.sources.arrow import Kinds, has_json, with_json
 from finetune.errors import DataError, counted
 from finetune.plan.plan import ROW_RULES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import blake3
 import numpy as np
 
-from finetune.data.source import located, open_source
+from finetune.data.sources.open import located, open_source
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import PIECE, Seen, Split, by_position, content_of, texts

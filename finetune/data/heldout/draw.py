@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune.data.example import Encoded
+from finetune.data.heldout import lineage
+from finetune.data.heldout.lineage import Contents, Found
 from finetune.errors import DataError, FinetuneError, RunError
-from finetune.example import Encoded
-from finetune.heldout import lineage
-from finetune.heldout.lineage import Contents, Found
 from finetune.plan import split as splits
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import Split

@@ -9,9 +9,9 @@ import pytest
 from pyarrow import parquet
 from ruamel.yaml import YAML
 
-from finetune.data import files
-from finetune.data.hub import pin_dataset
-from finetune.data.source import Rows, open_source
+from finetune.data.sources import files
+from finetune.data.sources.hub import pin_dataset
+from finetune.data.sources.open import Rows, open_source
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 
