@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from finetune import __version__
-from finetune.checkpoints.writer import WRITER
 from finetune.errors import CheckpointError, DataError, FinetuneError, RecipeError, Stopped, counted
 from finetune.hosts import stderr
 from finetune.hosts.signals import ending_signals
@@ -26,11 +25,12 @@ from finetune.store import places
 from finetune.store.checkpoints.manifest import to_json
 from finetune.store.rank import is_alone, is_first
 from finetune.store.run.lease import refuse_other_directory
+from finetune.training.saving.writer import WRITER
 
 if TYPE_CHECKING:
     from finetune.recipe.load import LoadedRecipe
     from finetune.recipe.schema import Recipe
-    from finetune.resolve import Resolved
+    from finetune.training.resolve import Resolved
 
 OVERRIDE = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
@@ -138,9 +138,9 @@ def plan(
     from finetune.plan import forecast
     from finetune.plan.memory import Work, shape_of
     from finetune.plan.pace import largest_step
-    from finetune.readiness import refuse_unfit_base, refuse_unready
-    from finetune.resolve import device, resolve
-    from finetune.state import slow_numbers
+    from finetune.training.readiness import refuse_unfit_base, refuse_unready
+    from finetune.training.resolve import device, resolve
+    from finetune.training.state import slow_numbers
 
     preflight(loaded.recipe)
     run = run or _default_run(recipe)
@@ -178,7 +178,7 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Download what a recipe names, for a host without a network."""
     loaded = _looked_at(recipe, overrides)
     from finetune.model import base
-    from finetune.resolve import resolve
+    from finetune.training.resolve import resolve
 
     resolved = resolve(loaded)
     click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
@@ -199,7 +199,7 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     loaded = _looked_at(recipe, overrides, run)
     from finetune.data import unused
     from finetune.package.preflight import refuse_unpackageable
-    from finetune.run import train as train_run
+    from finetune.training.run import train as train_run
 
     def ask(resolved: "Resolved") -> None:
         for line in unused.warning(unused.lost(resolved.plan, resolved.train)):
@@ -717,7 +717,7 @@ def _lost_rank(error: RuntimeError) -> FinetuneError | None:
     """What a rank says when another one is gone; None for a bug."""
     if is_alone(os.environ):
         return None
-    from finetune.ranks import lost_rank
+    from finetune.training.collectives import lost_rank
 
     return lost_rank(error)
 

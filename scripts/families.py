@@ -27,13 +27,13 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from finetune import loop
 from finetune.errors import FinetuneError, explained, of_libraries
 from finetune.model import adapters, tiny
 from finetune.recipe.load import LoadedRecipe, load
-from finetune.resolve import Resolved, resolve
-from finetune.run import batches, train
-from finetune.state import TrainState, build, start_accelerator
+from finetune.training import loop
+from finetune.training.resolve import Resolved, resolve
+from finetune.training.run import batches, train
+from finetune.training.state import TrainState, build, start_accelerator
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 METHODS, PACKINGS, PRECISIONS = ("lora", "full"), ("packed", "padded"), ("fp32", "bf16")

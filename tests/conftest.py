@@ -170,7 +170,7 @@ def train():
 
     def train(recipe: Path, run: Path, *overrides: str) -> Path:
         from finetune.recipe.load import load
-        from finetune.run import train as train_run
+        from finetune.training.run import train as train_run
 
         train_run(load(recipe, overrides), run, is_quiet=True)
         return run

@@ -202,7 +202,7 @@ def refusals() -> tuple[set[str], set[str]]:
     for path in [
         *(ROOT / "finetune/data").glob("*.py"),
         *(ROOT / "finetune/tasks").glob("*.py"),
-        ROOT / "finetune/resolve.py",
+        ROOT / "finetune/training/resolve.py",
         *(ROOT / "finetune/heldout").glob("*.py"),
     ]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -81,7 +81,7 @@ def deep_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path
 
 @EVERY_RECIPE
 def test_a_recipe_resolves(path: Path, deep_base: Path, tmp_path: Path, monkeypatch) -> None:
-    from finetune.resolve import resolve
+    from finetune.training.resolve import resolve
 
     # no two alike: rows are held out by content
     rows = "".join(f'{{"prompt": "ask {number}", "completion": "answer {number}"}}\n' for number in range(240))
@@ -103,7 +103,7 @@ def test_a_recipe_resolves(path: Path, deep_base: Path, tmp_path: Path, monkeypa
 def test_the_quickstart_resolves_on_its_own_base_and_data(tmp_path: Path, monkeypatch) -> None:
     import runpy
 
-    from finetune.resolve import resolve
+    from finetune.training.resolve import resolve
 
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "scripts/stdlib_docstrings.py"))["main"](Path("data/stdlib"))

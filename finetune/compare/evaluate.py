@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune.checkpoints.loading import open_model, run_of
 from finetune.data.heldout import lineage
 from finetune.errors import DataError, FinetuneError
 from finetune.model import attention, base, losses
 from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, load
-from finetune.resolve import Resolved, resolve
-from finetune.run import evaluate as evaluate_objective
-from finetune.state import Objective, as_trained, check_packing, start_accelerator
 from finetune.store.checkpoints.refs import Ref, find, parse
 from finetune.store.run.directory import load_plan
 from finetune.tasks import TASKS
+from finetune.training.opened import open_model, run_of
+from finetune.training.resolve import Resolved, resolve
+from finetune.training.run import evaluate as evaluate_objective
+from finetune.training.state import Objective, as_trained, check_packing, start_accelerator
 
 
 def evaluate(

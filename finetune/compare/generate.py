@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune.checkpoints.loading import open_model, open_tokenizer
 from finetune.errors import explained
 from finetune.tasks.rendering import Renderer
 from finetune.tasks.text import beginning
+from finetune.training.opened import open_model, open_tokenizer
 
 
 def generate(

@@ -11,14 +11,14 @@ from statistics import median
 
 import numpy as np
 
-from finetune import bundle
 from finetune.data.batches import Batches
 from finetune.debug import predicates, suspects
 from finetune.debug.predicates import PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.debug.search import Found, NoAnswer, search_record, search_states
 from finetune.errors import RunError, counted
-from finetune.loop import StepReport
+from finetune.training import incident
+from finetune.training.loop import StepReport
 
 SHOWN_ROWS = 5
 OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them
@@ -109,7 +109,7 @@ def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> di
         rerun.go_to(step - 1)
         report = rerun.attempt()
         shares = _other_rows(rerun, report)
-    rows = bundle.rows_of(rerun.resolved, report)
+    rows = incident.rows_of(rerun.resolved, report)
     if shares:
         shared = [{"row": row["row"], "share": shares[row["example"]], **row} for row in rows]
         rows = sorted(shared, key=lambda row: -row["share"])
@@ -117,7 +117,7 @@ def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> di
     if rerun.accelerator.is_main_process:
         about = {"predicate": predicate, "observed_step": found.first_bad, "cause": culprit.cause, "notes": notes}
         try:
-            folder = str(bundle.write(rerun.run, rerun.resolved, report, about, rows))
+            folder = str(incident.write(rerun.run, rerun.resolved, report, about, rows))
         except RunError as error:  # the answer holds without it
             notes.append(f"no bundle, as the run cannot be written: {error.where}: {error.message}")
     return {

@@ -15,26 +15,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune import ranks
 from finetune.data.heldout import lineage
 from finetune.debug import branch_run
 from finetune.debug.replay import materialize
 from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.model import base
-from finetune.opening import facts_of, stand_in
 from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
-from finetune.resolve import Resolved, resolve
-from finetune.run import train
-from finetune.state import start_accelerator
 from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import lease
 from finetune.store.run.directory import load_plan
+from finetune.training import collectives
+from finetune.training.resolve import Resolved, resolve
+from finetune.training.resume import facts_of, stand_in
+from finetune.training.run import train
+from finetune.training.state import start_accelerator
 
 # What a checkpoint's tensors are shaped and rounded by.
 FIXED = ("base", "adapter", "train.weights")
@@ -88,7 +88,7 @@ def branch(
                 told = [f"branched from {parent.ref}", *plan.parent.changes, *told]
             for line in told:
                 print(line, file=sys.stderr)
-    ranks.wait_for_everyone(accelerator)
+    collectives.wait_for_everyone(accelerator)
     if is_to_train:
         recipe = LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0})
         train(recipe, run, is_quiet=is_quiet, until=until)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from finetune import pins
 from finetune.errors import RunError
-from finetune.opening import WORLD
 from finetune.plan.plan import Plan, are_same_rows
 from finetune.recipe.load import dumps
 from finetune.recipe.resume_rules import recorded
@@ -23,6 +21,8 @@ from finetune.store.durable import failures, replace_file
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import load_plan
 from finetune.store.run.lease import Lease
+from finetune.training import pins
+from finetune.training.resume import WORLD
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from finetune.checkpoints.snapshot import ADAPTER
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.model.decoder_layers import module_of
+from finetune.training.saving.snapshot import ADAPTER
 
 OPTIMIZER = "optimizer.safetensors"
 PREFIX = "base_model.model."

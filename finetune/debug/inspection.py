@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from finetune import bundle
 from finetune.errors import counted
-from finetune.loop import StepReport
-from finetune.resolve import Resolved
-from finetune.state import TrainState
+from finetune.training import incident
+from finetune.training.loop import StepReport
+from finetune.training.resolve import Resolved
+from finetune.training.state import TrainState
 
 HIGHEST = 5  # tokens of a row that are shown
 
@@ -60,7 +60,7 @@ def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequenc
     """A step for a reader: its figures, its gradient by module, and its rows, the one with the highest loss first. `slots` are the
     micro-batches of this rank, which knows the tokens of their rows alone."""
     losses_of = _of_examples(report, seen, slots)
-    rows = bundle.rows_of(resolved, report)
+    rows = incident.rows_of(resolved, report)
     for row in rows:
         example, losses = resolved.train[row["example"]], losses_of.get(row["example"])
         row["text"] = marked(resolved, example.tokens, example.supervised)

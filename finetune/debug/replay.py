@@ -10,19 +10,19 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune import ranks
 from finetune.debug import inspection
 from finetune.debug.rerun import Difference, Rerun
 from finetune.errors import CheckpointError, RunError, counted
-from finetune.opening import WORLD
-from finetune.past import Past
 from finetune.recipe.resume_rules import recorded
-from finetune.saver import Record, Saver
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.run import journal as journals
 from finetune.store.run import lease
 from finetune.store.run.lease import Lease
 from finetune.store.run.row_losses import Columns
+from finetune.training import collectives
+from finetune.training.resume import WORLD
+from finetune.training.saving.saver import Record, Saver
+from finetune.training.so_far import Past
 
 
 def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:
@@ -78,7 +78,7 @@ def materialize(rerun: Rerun, steps: Sequence[int]) -> list[str]:
                 raise CheckpointError(message, where=str(rerun.run), hint=hint)
             if committer:
                 committer.commit(step)
-        ranks.wait_for_everyone(rerun.accelerator)
+        collectives.wait_for_everyone(rerun.accelerator)
         if committer:
             committer.close()
     return [f"{rerun.run}@{step}" for step in sorted(steps)]

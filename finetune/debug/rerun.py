@@ -11,24 +11,24 @@ from pathlib import Path
 
 import torch
 
-from finetune import guard, loop, ranks
-from finetune.checkpoints import snapshot
 from finetune.data.batches import Batches
 from finetune.errors import CheckpointError, NotFiniteError, RunError
-from finetune.guard import Amendment
 from finetune.model import base
-from finetune.opening import facts_of, stand_in
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences, recorded
 from finetune.recipe.schema import Guard
-from finetune.recorder import columns_of, figures_of
-from finetune.resolve import Resolved, resolve
-from finetune.run import batches
-from finetune.state import TrainState, build, start_accelerator
 from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal, row_losses, scan
 from finetune.store.run.directory import load_plan
+from finetune.training import collectives, guard, loop
+from finetune.training.guard import Amendment
+from finetune.training.recorder import columns_of, figures_of
+from finetune.training.resolve import Resolved, resolve
+from finetune.training.resume import facts_of, stand_in
+from finetune.training.run import batches
+from finetune.training.saving import snapshot
+from finetune.training.state import TrainState, build, start_accelerator
 
 REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step
 
@@ -71,7 +71,7 @@ class Rerun:
         """Of all steps that ran again so far."""
         self.accelerator = start_accelerator(self.plan.recipe.train)
         loaded = LoadedRecipe(self.plan.recipe, "", str(run / "plan.json"), {"": 0})
-        with ranks.rank_0_first(self.accelerator):
+        with collectives.rank_0_first(self.accelerator):
             self._stand_in = stand_in(run, self.plan)
             small_files = base.small_files_of(self._stand_in) if self._stand_in else None
             self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True, stand_in=small_files)
@@ -100,7 +100,7 @@ class Rerun:
         if self.accelerator.is_main_process:
             found, _ = self.store.newest_sound(before=step + 1)
             number = found.step if found else 0
-        number = ranks.of_rank_0(self.accelerator, number)
+        number = collectives.of_rank_0(self.accelerator, number)
         if number:
             return self.store.find(number)
         if self.plan.parent and self.plan.parent.step:

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune import ranks
-from finetune.checkpoints import snapshot
-from finetune.checkpoints.staging import Staging
 from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.rerun import Rerun
 from finetune.errors import RunError, counted
 from finetune.plan.forecast import checkpoint_bytes, free_bytes
-from finetune.run import evaluate
 from finetune.store import cache
 from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.durable import failures
 from finetune.store.run import journal
+from finetune.training import collectives
+from finetune.training.run import evaluate
+from finetune.training.saving import snapshot
+from finetune.training.saving.buffers import Staging
 
 
 @dataclass
@@ -106,7 +106,7 @@ class States:
         path = checkpoint.path if checkpoint else rerun.resolved.base_directory
         code = {None: 2, True: 1, False: 0}
         answer = predicates.run_command(self._predicate, path) if rerun.accelerator.is_main_process else None
-        told = ranks.of_rank_0(rerun.accelerator, code[answer])
+        told = collectives.of_rank_0(rerun.accelerator, code[answer])
         verdict = {2: None, 1: True, 0: False}[told]
         rerun.say(f"step {step}: {'the command cannot tell' if verdict is None else 'bad' if verdict else 'good'}")
         return verdict
@@ -135,7 +135,7 @@ class States:
             )
             store.commit(attempt, manifest)
             taken.copy.release()
-        ranks.wait_for_everyone(rerun.accelerator)
+        collectives.wait_for_everyone(rerun.accelerator)
         return store.find(rerun.state.step)
 
     def _new_scratch(self) -> Path:
@@ -155,8 +155,8 @@ class States:
                 rerun.say(
                     f"{places[0]} cannot be written ({error.strerror}): states are written to {places[1]} meanwhile"
                 )
-        token = ranks.of_rank_0(rerun.accelerator, token)
-        scratch = places[ranks.of_rank_0(rerun.accelerator, is_elsewhere)] / f"bisect-{token:010x}"
+        token = collectives.of_rank_0(rerun.accelerator, token)
+        scratch = places[collectives.of_rank_0(rerun.accelerator, is_elsewhere)] / f"bisect-{token:010x}"
         if rerun.accelerator.is_main_process:
             with failures(scratch, RunError):
                 scratch.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from finetune.data.batches import Batches
-from finetune.loop import StepReport
 from finetune.plan.plan import Plan
-from finetune.state import TrainState
+from finetune.training.loop import StepReport
+from finetune.training.state import TrainState
 
 LEAST = "row_loss_min"
 NOT_OF_ROWS = ("learning_rate", "seconds", "await_seconds")

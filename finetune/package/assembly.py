@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune.checkpoints.loading import Opened
-from finetune.checkpoints.snapshot import DTYPES
 from finetune.errors import PackageError, explained
 from finetune.package import classes, probe, proof, reference, small_files, weights
 from finetune.package.proof import Check, Loader, Look
+from finetune.training.opened import Opened
+from finetune.training.saving.snapshot import DTYPES
 
 
 class Assembled(NamedTuple):

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from finetune.checkpoints.loading import Opened, open_model, open_tokenizer, run_of
 from finetune.data.heldout import lineage
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.model import base
@@ -40,12 +39,13 @@ from finetune.package.verify import folder_findings
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, to_yaml
-from finetune.resolve import resolve
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import failures, sync_directory
 from finetune.store.run import scan
 from finetune.store.run.directory import load_plan
+from finetune.training.opened import Opened, open_model, open_tokenizer, run_of
+from finetune.training.resolve import resolve
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 

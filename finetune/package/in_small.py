@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from finetune.checkpoints.loading import Opened
 from finetune.errors import AdapterError, BaseError, PackageError, explained
 from finetune.model import adapters, base, tiny
 from finetune.model.base import files, outline
@@ -19,7 +18,8 @@ from finetune.package.assembly import assemble
 from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
 from finetune.package.probe import declared_class
-from finetune.resolve import Resolved
+from finetune.training.opened import Opened
+from finetune.training.resolve import Resolved
 
 OF_WEIGHTS = ("header", "index", "dtype", "finite", "tied")
 

@@ -15,8 +15,8 @@ from finetune.errors import BaseError, PackageError
 from finetune.package import contents, in_small, licence, small_files
 from finetune.package.checks import CHECKS
 from finetune.package.folder import Folder
-from finetune.resolve import Resolved
 from finetune.store import cache
+from finetune.training.resolve import Resolved
 
 RULES = 3  # of what is asked; part of the cache key
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")

@@ -15,9 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from finetune.checkpoints import snapshot
-from finetune.checkpoints.loading import Opened, open_model
-from finetune.checkpoints.snapshot import DTYPES
 from finetune.errors import PackageError
 from finetune.model import adapters, base
 from finetune.model.base import outline
@@ -26,6 +23,9 @@ from finetune.package.card import hub_base
 from finetune.package.proof import Check, Logits
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Manifest
+from finetune.training.opened import Opened, open_model
+from finetune.training.saving import snapshot
+from finetune.training.saving.snapshot import DTYPES
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from training import Training
 
 from finetune.model import adapters
-from finetune.state import TrainState
 from finetune.store.durable import sync_directory, sync_file
 from finetune.store.run import journal
+from finetune.training.state import TrainState
 
 Ended = Callable[[], float | None]
 Contestant = Callable[[TrainState, Path], Ended]
@@ -40,7 +40,7 @@ def state_bytes(state: TrainState) -> int:
 
 
 def ours(training: Training) -> Contestant:
-    """As `finetune.run.execute` commits. When a save was durable is what the run's journal says."""
+    """As `finetune.training.run.execute` commits. When a save was durable is what the run's journal says."""
 
     def save(state: TrainState, directory: Path) -> Ended:
         step = state.step

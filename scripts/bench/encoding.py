@@ -32,8 +32,8 @@ from finetune.data.batches import Examples
 from finetune.data.example import Encoded, Example
 from finetune.plan.row_order import Order
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store import cache
+from finetune.training.resolve import resolve
 
 ONE, WORKERS = "in one process", OURS
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

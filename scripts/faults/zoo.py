@@ -27,8 +27,8 @@ from finetune.debug.bisect import bisect
 from finetune.errors import FinetuneError
 from finetune.plan.row_order import Order
 from finetune.recipe.load import load
-from finetune.run import train
 from finetune.store.run import journal, row_losses
+from finetune.training.run import train
 
 EVERY, LENGTH = 8, 96
 MOST = log2(STEPS / EVERY) + log2(EVERY) + 2

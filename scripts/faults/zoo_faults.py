@@ -9,10 +9,10 @@ from functools import cache
 
 import torch
 
-from finetune import loop, state
 from finetune.data.batches import Examples
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import Order
+from finetune.training import loop, state
 
 STEPS, BATCH, ROWS = 64, 4, 300  # of each training
 MARK = "\x7f"  # in no docstring; a token of its own, as every byte is

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.checkpoints.staging import Staging
 from finetune.model import attention, losses
+from finetune.training.saving.buffers import Staging
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.errors import DataError
 from finetune.recipe.load import load
-from finetune.resolve import resolve
+from finetune.training.resolve import resolve
 from tests.conftest import chat_row
 
 

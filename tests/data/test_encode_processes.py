@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune import resolve as resolving
 from finetune.data import encode as encoding
 from finetune.data.encode import encode
 from finetune.recipe.load import load
-from finetune.resolve import resolve
+from finetune.training import resolve as resolving
+from finetune.training.resolve import resolve
 
 SCRIPT = Path(__file__).with_name("encoding_process.py")
 

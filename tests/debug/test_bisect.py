@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from finetune import loop
 from finetune.debug import search
 from finetune.debug.bisect import bisect, listing
 from finetune.debug.predicates import PredicateError
 from finetune.errors import FinetuneError, NotFiniteError
 from finetune.store.cache import root
 from finetune.store.checkpoints.store import Store
+from finetune.training import loop
 from tests.stories.poison import poison, rows_with_marks
 
 ROWS, BATCH, STEPS = 480, 6, 60

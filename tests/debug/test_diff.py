@@ -49,7 +49,7 @@ def test_the_change_of_whole_weights_is_the_norm_of_their_difference(trained) ->
 
 
 def test_an_adapter_is_measured_by_what_it_adds_to_the_base(trained) -> None:
-    from finetune.checkpoints.loading import open_model
+    from finetune.training.opened import open_model
 
     run = trained()
     facts = diff(f"{run}@0", f"{run}@12")

@@ -125,7 +125,7 @@ def test_a_materialized_step_outlives_the_keep_rules_and_a_resume(recipe_file, t
     recipe = recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 1}})
     run, whole = tmp_path / "run", train(recipe, tmp_path / "whole")
     from finetune.recipe.load import load
-    from finetune.run import train as train_run
+    from finetune.training.run import train as train_run
 
     train_run(load(recipe), run, is_quiet=True, until=7)
     replay(run, 5, 5, is_materialized=True)

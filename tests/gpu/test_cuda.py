@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 
-from finetune import state
-from finetune.checkpoints.staging import Staging
 from finetune.model import adapters, attention
 from finetune.model.attention import per_row
 from finetune.recipe.load import load
-from finetune.resolve import resolve
+from finetune.training import state
+from finetune.training.resolve import resolve
+from finetune.training.saving.buffers import Staging
 
 pytestmark = [
     pytest.mark.gpu,

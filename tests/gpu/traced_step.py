@@ -20,14 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from finetune import loop, state  # noqa: E402
-from finetune.checkpoints import staging  # noqa: E402
-from finetune.checkpoints.snapshot import Live  # noqa: E402
 from finetune.model import adapters, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
-from finetune.resolve import resolve  # noqa: E402
-from finetune.run import batches  # noqa: E402
 from finetune.tasks import TASKS  # noqa: E402
+from finetune.training import loop, state  # noqa: E402
+from finetune.training.resolve import resolve  # noqa: E402
+from finetune.training.run import batches  # noqa: E402
+from finetune.training.saving.snapshot import Live  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -118,7 +117,7 @@ def main():
         of_snapshot = dict(watch.seen)
         watch.seen.clear()
         buffers = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in copied.items()}
-        staging._queue_on_device(copied, buffers, staging._moment(copied))
+        buffers._queue_on_device(copied, buffers, buffers._moment(copied))
         of_copy = dict(watch.seen)
         watch.seen.clear()
         held_out = batches(resolved, resolved.holdout, built.accelerator)

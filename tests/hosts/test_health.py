@@ -16,8 +16,8 @@ import yaml
 from finetune.errors import RunError
 from finetune.hosts import health
 from finetune.recipe.load import load
-from finetune.run import train
 from finetune.store.run import journal, lease
+from finetune.training.run import train
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.checkpoints.loading import open_model
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import (
     check_generation_config,
@@ -29,6 +28,7 @@ from finetune.model.base import (
 )
 from finetune.model.base.files import digest
 from finetune.recipe.schema import Base
+from finetune.training.opened import open_model
 
 
 @pytest.fixture

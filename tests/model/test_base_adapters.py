@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.checkpoints.loading import open_model
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.recipe.schema import Base
 from finetune.store import cache
+from finetune.training.opened import open_model
 
 TOKENS = torch.arange(10, 40)[None]
 LINEAR = {"r": 4, "target_modules": "all-linear"}

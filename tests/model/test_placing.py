@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, modeling_utils
 
-from finetune.checkpoints.loading import open_model
 from finetune.compare import generate as generation
 from finetune.errors import BaseError
 from finetune.model import adapters
 from finetune.model.base import Place, empty_model, load_model
 from finetune.recipe.load import load
 from finetune.recipe.schema import LoraAdapter
-from finetune.resolve import resolve
-from finetune.state import trained_model
+from finetune.training.opened import open_model
+from finetune.training.resolve import resolve
+from finetune.training.state import trained_model
 
 META = torch.device("meta")
 

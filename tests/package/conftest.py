@@ -10,8 +10,8 @@ import yaml
 
 from finetune.package import export
 from finetune.recipe.load import load
-from finetune.run import train
 from finetune.store.run import journal
+from finetune.training.run import train
 
 PLANTED = "planted-host.example"
 LORA = {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.checkpoints.loading import open_model
 from finetune.errors import PackageError
 from finetune.package import export
 from finetune.package.verify import verify
+from finetune.training.opened import open_model
 from tests.hub.client import in_turn
 from tests.package.conftest import LORA
 

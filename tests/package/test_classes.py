@@ -19,7 +19,7 @@ from finetune.package import classes, export, in_small, preflight, proof, weight
 from finetune.package.contents import Finding
 from finetune.package.verify import folder_findings, verify
 from finetune.recipe.load import load
-from finetune.resolve import resolve
+from finetune.training.resolve import resolve
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.1}

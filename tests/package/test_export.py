@@ -9,12 +9,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from finetune.checkpoints.loading import open_model
 from finetune.errors import PackageError
 from finetune.package import export, licence, proof, weights
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.store.run.directory import load_plan
+from finetune.training.opened import open_model
 from tests.package.conftest import PLANTED
 
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from finetune.checkpoints.loading import open_model
 from finetune.package.export import package
 from finetune.store.run import journal
+from finetune.training.opened import open_model
 
 pytestmark = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
 

@@ -13,7 +13,7 @@ from finetune.model import base
 from finetune.package import export, proof
 from finetune.package.verify import folder_findings
 from finetune.recipe.load import load
-from finetune.resolve import resolve
+from finetune.training.resolve import resolve
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
 SIZES |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 128}

@@ -8,11 +8,11 @@ from finetune.errors import CheckpointError
 from finetune.plan import cadence, forecast, plan
 from finetune.plan.retention import Saved
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import inspect, journal
+from finetune.training.resolve import resolve
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, killed
 

@@ -11,8 +11,8 @@ import pytest
 from finetune.model.base import load_tokenizer
 from finetune.plan import encodings
 from finetune.recipe.schema import ChatTask, TextTask
-from finetune.resolve import template_and_encoding
 from finetune.tasks.chat import encoder
+from finetune.training.resolve import template_and_encoding
 from tests.conftest import CHATML
 
 CHAT = ChatTask(name="chat")

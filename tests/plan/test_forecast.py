@@ -7,8 +7,8 @@ import pytest
 from finetune.plan import forecast
 from finetune.recipe.load import load
 from finetune.recipe.schema import Every
-from finetune.resolve import resolve
 from finetune.store.run.directory import load_plan
+from finetune.training.resolve import resolve
 
 TRAIN = {"steps": 24, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 

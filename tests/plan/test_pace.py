@@ -4,8 +4,8 @@ import pytest
 
 from finetune.plan.pace import FORECAST_AFTER_STEPS, Pace, ahead, largest_step, tokens_of
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store.run import journal
+from finetune.training.resolve import resolve
 
 
 class Clock:

@@ -8,8 +8,8 @@ from finetune.errors import RunError
 from finetune.plan.plan import Plan
 from finetune.recipe.load import load
 from finetune.recipe.schema import Train
-from finetune.resolve import resolve
 from finetune.store.run.directory import load_plan
+from finetune.training.resolve import resolve
 
 
 @pytest.fixture

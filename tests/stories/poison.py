@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from finetune import state
 from finetune.plan.row_order import Order
+from finetune.training import state
 
 MARK = "~"
 SEED = 0

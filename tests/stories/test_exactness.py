@@ -14,8 +14,8 @@ import pytest
 
 from finetune.data import pack
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store.run import journal
+from finetune.training.resolve import resolve
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Workers
 

@@ -6,10 +6,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from finetune.recipe.load import load
-from finetune.recorder import Recorder
-from finetune.run import train as train_run
 from finetune.store.run import journal, row_losses
 from finetune.store.run.directory import load_plan
+from finetune.training.recorder import Recorder
+from finetune.training.run import train as train_run
 
 
 class Killed(BaseException):

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.errors import NotFiniteError
 from finetune.recipe.load import load
-from finetune.run import SpikeError
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
+from finetune.training.run import SpikeError
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import assert_same_run
 
@@ -81,7 +81,7 @@ def test_a_step_that_is_skipped_keeps_its_number_and_moves_nothing(poisoned, tra
 
 
 def test_a_run_with_skips_that_stops_and_goes_on_is_the_same_run(poisoned, tmp_path) -> None:
-    from finetune.run import train as train_run
+    from finetune.training.run import train as train_run
 
     recipe, _ = poisoned(math.nan, [13, 25], guard={"not_finite": "skip"})
     train_run(load(recipe), tmp_path / "whole", is_quiet=True)
@@ -139,7 +139,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
 
 
 def test_a_rolled_back_run_that_is_cut_and_resumed_is_the_same_run(poisoned, tmp_path) -> None:
-    from finetune.run import train as train_run
+    from finetune.training.run import train as train_run
 
     recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback", "span": 7})
     train_run(load(recipe), tmp_path / "whole", is_quiet=True)
@@ -177,7 +177,7 @@ def test_two_processes_decide_alike(value, guard, poisoned, train, tmp_path, tin
 
 def test_a_rollback_does_not_take_what_is_pinned(poisoned, tmp_path) -> None:
     from finetune.debug.replay import replay
-    from finetune.run import train as train_run
+    from finetune.training.run import train as train_run
 
     recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback", "span": 7})
     run = tmp_path / "run"
@@ -191,7 +191,6 @@ def test_a_rollback_does_not_take_what_is_pinned(poisoned, tmp_path) -> None:
 def test_a_bundle_that_cannot_be_written_does_not_change_what_was_decided(
     poisoned, train, tmp_path, monkeypatch, capfd
 ) -> None:
-    from finetune import bundle
     from finetune.errors import RunError
 
     def full(*_: object) -> None:

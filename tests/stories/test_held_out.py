@@ -15,11 +15,11 @@ from finetune.debug.branch import Choices, branch
 from finetune.debug.diff import diff, listing
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store import places
 from finetune.store.run import journal
 from finetune.store.run.directory import load_plan
 from finetune.store.run.inspect import log, tree
+from finetune.training.resolve import resolve
 from tests.conftest import chat_row
 
 TRAIN = {"steps": 6, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}

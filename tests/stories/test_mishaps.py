@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from finetune.errors import BaseError, DataError, FinetuneError, RunError, Stopped
-from finetune.loop import Wishes
 from finetune.store import cache as caches
 from finetune.store.checkpoints.manifest import verify
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.run import journal
+from finetune.training.loop import Wishes
 
 
 def flip(file: Path, at: int = -7) -> None:
@@ -66,7 +66,7 @@ def test_a_stray_file_among_the_attempts_does_no_harm(recipe_file, train, tmp_pa
 
 
 def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(recipe_file, train, tmp_path, monkeypatch) -> None:
-    from finetune import loop
+    from finetune.training import loop
 
     recipe = recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3, "best": 1}})
     whole = train(recipe, tmp_path / "whole")

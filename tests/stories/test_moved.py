@@ -17,9 +17,9 @@ from finetune.model.base import pin
 from finetune.package.export import package
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
-from finetune.run import train
 from finetune.store import places
 from finetune.store.run import journal
+from finetune.training.run import train
 from tests.hub.client import in_turn
 from tests.stories.same_run import _of_directories
 

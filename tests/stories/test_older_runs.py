@@ -17,10 +17,10 @@ from finetune.errors import DataError
 from finetune.package import export
 from finetune.package.verify import verify
 from finetune.recipe.load import load
-from finetune.run import train
 from finetune.store.run import journal
 from finetune.store.run.directory import load_plan
 from finetune.store.run.inspect import problems
+from finetune.training.run import train
 from tests.conftest import chat_row
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

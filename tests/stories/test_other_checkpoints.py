@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.modelcard import parse_log_history
 from transformers.trainer_callback import TrainerState
 
-from finetune.checkpoints.loading import open_model
 from finetune.errors import BaseError, CheckpointError
 from finetune.package import export
 from finetune.recipe.load import load
-from finetune.resolve import resolve
-from finetune.run import train as train_until
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.run.directory import load_plan
+from finetune.training.opened import open_model
+from finetune.training.resolve import resolve
+from finetune.training.run import train as train_until
 from tests.hub import Hub
 
 TOKENS = torch.arange(10, 40)[None]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe.load import load
-from finetune.run import train
+from finetune.training.run import train
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.writes import User

@@ -103,7 +103,7 @@ def test_a_run_starts_from_a_checkpoint_of_another_run(recipe_file, train, tmp_p
 
 def test_an_update_waits_for_the_copy_of_the_state_before_it(recipe_file, train, tmp_path, monkeypatch) -> None:
     """A copy that is slower than a step: without the wait, checkpoints would hold a mixture of two steps."""
-    from finetune.checkpoints.staging import Copy
+    from finetune.training.saving.buffers import Copy
 
     fill = Copy._fill
 

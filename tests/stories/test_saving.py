@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from finetune import saver
 from finetune.errors import CheckpointError
 from finetune.store.checkpoints.manifest import read, verify
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal, row_losses
+from finetune.training.saving import saver
 from tests.stories.test_processes import events, start, wait_for_step
 
 FROZEN = {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}

@@ -20,16 +20,16 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as names
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from finetune.checkpoints.loading import open_model, open_tokenizer
 from finetune.compare.evaluate import evaluate
 from finetune.errors import BaseError, DataError, PackageError, RunError
 from finetune.model import base
 from finetune.package import contents, export, small_files
 from finetune.plan import encodings
 from finetune.recipe.load import load
-from finetune.run import train
 from finetune.store.checkpoints import manifest
 from finetune.store.run.directory import load_plan
+from finetune.training.opened import open_model, open_tokenizer
+from finetune.training.run import train
 from tests.conftest import CHATML, WORDS
 
 TEXTS = ["the row ends", "  two  blanks\n東京", "<s>[INST] a <|im_end|></s> b"]

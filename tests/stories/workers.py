@@ -104,7 +104,7 @@ class Killed(BaseException):
 @contextmanager
 def killed(after: int) -> Iterator[None]:
     """Within, a training dies on every rank once the step is recorded."""
-    from finetune.recorder import Recorder
+    from finetune.training.recorder import Recorder
 
     record = Recorder.step
 
@@ -152,7 +152,7 @@ def main() -> None:
 def _train(command: dict) -> str:
     from finetune.errors import Stopped
     from finetune.recipe.load import load
-    from finetune.run import train
+    from finetune.training.run import train
 
     dies = killed(command["killed_after"]) if command["killed_after"] else nullcontext()
     stops = signalled(*command["signalled"]) if command["signalled"] else nullcontext()

@@ -10,10 +10,10 @@ from finetune.compare.generate import _ids
 from finetune.data.conversation import conversation_of
 from finetune.errors import DataError
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store.run.directory import load_plan
 from finetune.tasks import rendering
 from finetune.tasks.rendering import Renderer, prints_date
+from finetune.training.resolve import resolve
 from tests.conftest import CHATML
 
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
@@ -48,7 +48,7 @@ def later(monkeypatch):
 
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
         monkeypatch.setattr(rendering, "date", Day)
-        monkeypatch.setattr("finetune.run.date", Day)
+        monkeypatch.setattr("finetune.training.run.date", Day)
 
     return later
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from job import Answer, operators
 
-from finetune import loop
 from finetune.model import base
-from finetune.opening import open_plan
 from finetune.recipe.load import load
-from finetune.run import batches
-from finetune.state import build, start_accelerator
+from finetune.training import loop
+from finetune.training.resume import open_plan
+from finetune.training.run import batches
+from finetune.training.state import build, start_accelerator
 
 
 def main() -> None:

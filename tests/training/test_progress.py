@@ -4,11 +4,11 @@ import signal
 
 import pytest
 
-from finetune import progress
 from finetune.hosts.signals import STOPPING, Signals
-from finetune.progress import Progress
 from finetune.recipe.load import load
-from finetune.run import train
+from finetune.training import progress
+from finetune.training.progress import Progress
+from finetune.training.run import train
 
 
 def test_an_evaluation_that_takes_long_says_how_far_it_is(monkeypatch, recipe_file, tmp_path, capsys) -> None:
@@ -40,6 +40,6 @@ def test_a_message_is_not_glued_to_the_line_of_a_terminal(monkeypatch, capsys) -
 
 def test_a_training_has_its_signals_say_things_as_its_progress_does(monkeypatch, recipe_file, tmp_path) -> None:
     made = []
-    monkeypatch.setattr("finetune.run.Signals", lambda: made.append(Signals()) or made[0])
+    monkeypatch.setattr("finetune.training.run.Signals", lambda: made.append(Signals()) or made[0])
     train(load(recipe_file()), tmp_path / "run", until=1)
     assert isinstance(made[0].say.__self__, Progress)

@@ -3,7 +3,7 @@
 import math
 import random
 
-from finetune.guard import ENOUGH, LIMIT, WINDOW, spike
+from finetune.training.guard import ENOUGH, LIMIT, WINDOW, spike
 
 
 def noise(count, centre=2.0, deviation=0.1, seed=0):

@@ -26,13 +26,13 @@ from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import FACT_NAMES, differences, outcome, recorded, rule_of
 from finetune.recipe.schema import Base, LoraAdapter, Recipe, Source, is_drawn
-from finetune.resolve import Resolved, resolve
-from finetune.state import device_name
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import load_plan
 from finetune.tasks import TASKS
+from finetune.training.resolve import Resolved, resolve
+from finetune.training.state import device_name
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose

@@ -8,25 +8,25 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from finetune import ranks
-from finetune.checkpoints.reports import MissingReport, Report, Reports
-from finetune.checkpoints.writer import Writer
 from finetune.errors import CheckpointError, RunError, counted
-from finetune.guard import Amendment
-from finetune.loop import StepReport
 from finetune.model.base import Companions
-from finetune.opening import WORLD
-from finetune.past import Past
 from finetune.plan.plan import Plan
-from finetune.progress import Progress
-from finetune.saver import Record, Saver
-from finetune.state import TrainState
 from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.durable import replace_file
 from finetune.store.run import journal as journals
 from finetune.store.run.lease import Lease
 from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
+from finetune.training import collectives
+from finetune.training.guard import Amendment
+from finetune.training.loop import StepReport
+from finetune.training.progress import Progress
+from finetune.training.resume import WORLD
+from finetune.training.saving.rank_reports import MissingReport, Report, Reports
+from finetune.training.saving.saver import Record, Saver
+from finetune.training.saving.writer import Writer
+from finetune.training.so_far import Past
+from finetune.training.state import TrainState
 
 
 class Recorder:
@@ -246,7 +246,9 @@ class Recorder:
         # before the wait: ranks that write nothing have room at once, and their reports time out
         report = self.reports.begin(state.step, self.plan.plan_id) if self.reports else None
         waited = self._writer.make_room()
-        ranks.wait_for_everyone(state.accelerator)  # not in the next step, whose collectives give up on a slow disk
+        collectives.wait_for_everyone(
+            state.accelerator
+        )  # not in the next step, whose collectives give up on a slow disk
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
         if not self.is_writer:

@@ -5,8 +5,8 @@ import math
 import torch
 
 from finetune.errors import NotFiniteError, counted
-from finetune.loop import StepReport
-from finetune.state import TrainState
+from finetune.training.loop import StepReport
+from finetune.training.state import TrainState
 
 WRAPPERS = ("base_model.model.", ".base_layer")  # what an adapter puts into the names of its base
 

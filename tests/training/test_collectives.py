@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from finetune import ranks
 from finetune.errors import FinetuneError
 from finetune.store.run import journal
+from finetune.training import collectives
 from tests.stories.workers import free_port
 
 IMPATIENT = """
@@ -78,8 +78,8 @@ def test_a_rank_that_lost_another_says_so_in_a_line(recipe_file, chat_data, tmp_
 
 
 def test_an_error_of_one_rank_alone_is_a_bug() -> None:
-    assert ranks.lost_rank(RuntimeError("shape mismatch")) is None
-    assert ranks.lost_rank(dist.DistBackendError("NCCL error: unhandled system error, ncclSystemError")) is None
+    assert collectives.lost_rank(RuntimeError("shape mismatch")) is None
+    assert collectives.lost_rank(dist.DistBackendError("NCCL error: unhandled system error, ncclSystemError")) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_an_error_of_one_rank_alone_is_a_bug() -> None:
     ],
 )
 def test_accelerate_launch_is_known_by_its_command(words, after) -> None:
-    assert ranks._after_accelerate(words.split()) == (None if after is None else after.split())
+    assert collectives._after_accelerate(words.split()) == (None if after is None else after.split())
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_what_accelerate_would_do_beside_the_recipe_is_refused(variable, monkeyp
     name, value = variable.split("=")
     monkeypatch.setenv(name, value)
     with pytest.raises(FinetuneError, match="Accelerate is told to use") as caught:
-        ranks.refuse_other_ways()
+        collectives.refuse_other_ways()
     assert f"unset {name}" in caught.value.hint
 
 
 def test_what_accelerate_sets_where_nothing_is_asked_of_it_is_not_refused(monkeypatch) -> None:
     for name, value in (("DYNAMO_BACKEND", "NO"), ("GRADIENT_ACCUMULATION_STEPS", "1"), ("USE_FSDP", "false")):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    ranks.refuse_other_ways()
-    assert ranks.declared() == 1
+    collectives.refuse_other_ways()
+    assert collectives.declared() == 1

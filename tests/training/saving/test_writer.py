@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from finetune.checkpoints import writer as writers
-from finetune.checkpoints.writer import Writer
 from finetune.errors import CheckpointError
+from finetune.training.saving import writer as writers
+from finetune.training.saving.writer import Writer
 
 
 @pytest.fixture

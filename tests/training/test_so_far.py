@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import guard
-from finetune.past import Past
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.store.run.directory import load_plan
+from finetune.training import guard
+from finetune.training.so_far import Past
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_checkpoint_and_the_end_of_the_journal_say_what_the_whole_journal_says
     first = next(place for place, line in enumerate(lines) if f'"kind": "step", "step": {step - 2}' in line)
     path.write_text("\n".join(lines[first:]) + "\n")
     shortened = past(run, step)
-    monkeypatch.setattr("finetune.past._state_of", lambda checkpoint: None)
+    monkeypatch.setattr("finetune.training.so_far._state_of", lambda checkpoint: None)
     path.write_text("\n".join(lines) + "\n")
     whole = past(run, step)
     assert whole.pop("evaluated").items() >= known["evaluated"].items()

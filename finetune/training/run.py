@@ -16,30 +16,30 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from finetune import blame, bundle, guard, loop, pins, ranks
-from finetune.checkpoints import snapshot
-from finetune.checkpoints.reports import Reports
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.hosts.signals import Signals
 from finetune.model import base
-from finetune.opening import open_plan, with_same_micro_batches
 from finetune.plan import cadence
 from finetune.plan.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan.plan import Plan
 from finetune.plan.retention import Saved
-from finetune.progress import Progress
-from finetune.readiness import refuse_unready
 from finetune.recipe.load import LoadedRecipe
-from finetune.recorder import Recorder
-from finetune.resolve import Resolved
-from finetune.state import TrainState, build, start_accelerator
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import holder, lease
 from finetune.tasks import TASKS
+from finetune.training import blame, collectives, guard, incident, loop, pins
+from finetune.training.progress import Progress
+from finetune.training.readiness import refuse_unready
+from finetune.training.recorder import Recorder
+from finetune.training.resolve import Resolved
+from finetune.training.resume import open_plan, with_same_micro_batches
+from finetune.training.saving import snapshot
+from finetune.training.saving.rank_reports import Reports
+from finetune.training.state import TrainState, build, start_accelerator
 
 
 def train(
@@ -60,10 +60,10 @@ def train(
     with Signals() as signals:
         accelerator = start_accelerator(loaded.recipe.train)
         is_writer = accelerator.is_main_process
-        today = date.fromordinal(ranks.of_rank_0(accelerator, date.today().toordinal()))
+        today = date.fromordinal(collectives.of_rank_0(accelerator, date.today().toordinal()))
         holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
         with holding as held:
-            with ranks.rank_0_first(accelerator):
+            with collectives.rank_0_first(accelerator):
                 resolved, facts, changes = open_plan(loaded, path, accelerator, schedule, today)
                 if ask and is_writer and not Store(path).checkpoints():
                     ask(resolved)
@@ -192,16 +192,16 @@ def _commit_last(state: TrainState, recorder: Recorder) -> None:
         recorder.finish(state)
     except FinetuneError:
         with suppress(RuntimeError):  # another rank is gone as well
-            ranks.wait_for_everyone(state.accelerator)
+            collectives.wait_for_everyone(state.accelerator)
         raise
-    ranks.wait_for_everyone(state.accelerator)  # a launcher ends the others as soon as one rank has ended
+    collectives.wait_for_everyone(state.accelerator)  # a launcher ends the others as soon as one rank has ended
 
 
 def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint that rank 0 found, on every rank. Hosts that do not share the run directory, or read other bytes, are refused."""
     if accelerator.num_processes == 1:
         return newest
-    step = ranks.of_rank_0(accelerator, newest.step if newest else 0)
+    step = collectives.of_rank_0(accelerator, newest.step if newest else 0)
     mine, held = newest, holder.read(path / "lease.json")
     seen = int(held.token[:15], 16) if held else 0  # only the directory that rank 0 holds has this one
     with suppress(CheckpointError):  # the ranks must not part here: what was not seen is told below
@@ -209,7 +209,7 @@ def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Acceler
             mine = Store(path).find(step)
         if mine and (mine is newest or not verify(mine.path)):
             seen ^= int(mine.manifest.digest.rpartition(":")[2][:15], 16)
-    ranks.wait_for_everyone(accelerator)
+    collectives.wait_for_everyone(accelerator)
     digests = accelerator.gather(torch.tensor([seen], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:
         others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -247,7 +247,7 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     if recorder.is_writer:
         about = {"reason": verdict.reason, "message": blame.refusal(report), "action": verdict.action}
         try:
-            bundle.write(recorder.path, resolved, report, about)
+            incident.write(recorder.path, resolved, report, about)
         except RunError as error:  # a full disk: what was decided holds without it
             recorder.progress.say(f"no bundle of step {report.step}: {error.message}")
     if is_over:
@@ -265,7 +265,7 @@ def _roll_back(
     if checkpoint is None:
         return False
     recorder.roll_back(amendment, report, checkpoint)
-    ranks.wait_for_everyone(state.accelerator)  # the others read what rank 0 has written of it
+    collectives.wait_for_everyone(state.accelerator)  # the others read what rank 0 has written of it
     snapshot.read(state, plan, checkpoint)
     recorder.recall(checkpoint)
     return True

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 
 from finetune.errors import RunError
-from finetune.loop import StepReport
-from finetune.resolve import Resolved
 from finetune.store.checkpoints.manifest import to_json
 from finetune.store.durable import failures, make_directory, replace_file
 from finetune.store.run import journal
+from finetune.training.loop import StepReport
+from finetune.training.resolve import Resolved
 
 SHOWN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF")
 

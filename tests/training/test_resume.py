@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from finetune.errors import DataError, RunError
-from finetune.opening import open_plan
 from finetune.recipe.load import load
 from finetune.recipe.resume_rules import FACT_NAMES
 from finetune.store.run.journal import Journal
+from finetune.training.resume import open_plan
 
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
@@ -79,7 +79,7 @@ def test_what_is_taken_is_said_with_both_values_and_what_is_refused_is_named_alo
 
 def test_facts_that_differ_are_said_with_both_values_and_never_refused(opened, monkeypatch):
     opened()
-    monkeypatch.setattr("finetune.opening.version", lambda package: "0" if package == "peft" else "1")
+    monkeypatch.setattr("finetune.training.resume.version", lambda package: "0" if package == "peft" else "1")
     _, facts, changes = opened(accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=2))
     assert "world_size changed: 1 -> 2; bit equality may be lost" in changes
     assert any(line.startswith("versions.peft changed: ") and " -> 0; bit equality" in line for line in changes)
@@ -202,7 +202,7 @@ def test_a_run_of_older_row_rules_goes_on_and_says_what_they_lose(opened, tmp_pa
     with pytest.raises(DataError, match="the rendered text lacks `messages\\[1\\].thinking`"):
         opened(sections=sections)
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.resolve.ROW_RULES", 1)  # as the run began
+        patch.setattr("finetune.training.resolve.ROW_RULES", 1)  # as the run began
         plan, _, _ = opened(sections=sections)
     resumed, _, changes = opened(sections=sections)
     assert resumed == plan

@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from finetune import ranks, version
-from finetune.checkpoints.staging import Copy
+from finetune import version
 from finetune.errors import FinetuneError
 from finetune.hosts.world import cores, refuse_half
 from finetune.model import adapters, attention, base, decoder_layers, losses, optimizer
@@ -26,6 +25,8 @@ from finetune.plan.row_order import derive
 from finetune.recipe.schema import LoraAdapter, Recipe, Train
 from finetune.store import cache
 from finetune.tasks import TASKS
+from finetune.training import collectives
+from finetune.training.saving.buffers import Copy
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -93,7 +94,7 @@ class TrainState:
 def start_accelerator(settings: Train) -> Accelerator:
     """Devices, precision and processes. FinetuneError where the launcher started fewer than it was asked for, or more than know of each other."""
     refuse_half(os.environ)
-    ranks.refuse_other_ways()
+    collectives.refuse_other_ways()
     if settings.reproducibility == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
         torch.use_deterministic_algorithms(True)
@@ -112,13 +113,13 @@ def start_accelerator(settings: Train) -> Accelerator:
         # uninterrupted one (seen with 3 and 4 ranks); with unused-parameter search on, it never rebuilds them.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
-    declared = ranks.declared()
+    declared = collectives.declared()
     if accelerator.num_processes != declared:
         raise FinetuneError(
             f"the launcher was asked for {declared} processes, and {accelerator.num_processes} know of each other",
             hint=f"on CPUs `finetune launch --nproc-per-node {declared} RECIPE` starts as many; `accelerate launch` starts one",
         )
-    ranks.connect(accelerator)
+    collectives.connect(accelerator)
     return accelerator
 
 

@@ -10,8 +10,8 @@ from finetune import version
 from finetune.errors import RunError
 from finetune.model import base, decoder_layers, optimizer
 from finetune.plan import forecast
-from finetune.resolve import Resolved
 from finetune.store import cache
+from finetune.training.resolve import Resolved
 
 
 def refuse_unready(resolved: Resolved, run: Path) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from finetune.checkpoints.staging import Copy, Staging
 from finetune.errors import CheckpointError
 from finetune.model import adapters, base
 from finetune.plan import forecast
 from finetune.plan.plan import Plan
-from finetune.state import TrainState
 from finetune.store import tensors as safetensors
 from finetune.store.checkpoints.manifest import FileRecord
 from finetune.store.checkpoints.store import Attempt, Checkpoint
 from finetune.store.durable import durable, failures, sync_directory
 from finetune.store.tensors import Tensor
+from finetune.training.saving.buffers import Copy, Staging
+from finetune.training.state import TrainState
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 # Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.

@@ -11,17 +11,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from finetune.checkpoints import snapshot as snapshots
-from finetune.checkpoints.reports import MissingReport, Report
-from finetune.checkpoints.snapshot import FROZEN, Snapshot
-from finetune.checkpoints.staging import Staging
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.model.base import Companions
 from finetune.plan.forecast import free_bytes, readable
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
-from finetune.resolve import device
-from finetune.state import TrainState
 from finetune.store.checkpoints import pruning
 from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
 from finetune.store.checkpoints.store import Store
@@ -30,6 +24,12 @@ from finetune.store.run import journal as journals
 from finetune.store.run.journal import FULL_DISK, Journal
 from finetune.store.run.lease import Lease
 from finetune.store.run.row_losses import Columns
+from finetune.training.resolve import device
+from finetune.training.saving import snapshot as snapshots
+from finetune.training.saving.buffers import Staging
+from finetune.training.saving.rank_reports import MissingReport, Report
+from finetune.training.saving.snapshot import FROZEN, Snapshot
+from finetune.training.state import TrainState
 
 SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
 

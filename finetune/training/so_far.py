@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from finetune import guard
-from finetune.guard import Amendment
 from finetune.plan.cadence import history_every
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.trainer_state import evaluations_of, loss_entry, losses_of, trainer_state
 from finetune.store.run import journal, scan
+from finetune.training import guard
+from finetune.training.guard import Amendment
 
 
 class Past:

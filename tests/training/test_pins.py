@@ -2,12 +2,12 @@
 
 import pytest
 
-from finetune import pins
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 from finetune.store.checkpoints.pruning import prune
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
+from finetune.training import pins
 
 BASE_ONLY = {"train": {"steps": 4, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}}
 

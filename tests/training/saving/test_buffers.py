@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune.checkpoints import snapshot
-from finetune.checkpoints import staging as stagings
-from finetune.checkpoints.staging import Staging
 from finetune.errors import CheckpointError
+from finetune.training.saving import buffers as stagings
+from finetune.training.saving import snapshot
+from finetune.training.saving.buffers import Staging
 
 
 def test_a_copy_holds_the_values_of_its_moment() -> None:

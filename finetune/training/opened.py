@@ -13,10 +13,10 @@ from finetune.model import base
 from finetune.model.base import templates
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base, Recipe
-from finetune.resolve import in_force
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import Ref, find, parse
 from finetune.store.run.directory import load_plan
+from finetune.training.resolve import in_force
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from finetune import guard
 from finetune.data.batches import Batches
 from finetune.errors import DivergedError
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import Guard
-from finetune.state import TrainState
+from finetune.training import guard
+from finetune.training.state import TrainState
 
 SUMMED_AT_ONCE = 1 << 20  # numbers: the sum of so many squares in fp32 is off by 1 in 10^6
 EVALUATED_AT_ONCE = 64  # examples arranged together: enough to fill micro-batches well

@@ -43,7 +43,7 @@ from finetune.recipe.schema import ChatTask, Source, TextTask
 from finetune.tasks import TASKS
 from finetune.tasks.chat import template_of
 from finetune.tasks.rendering import dates
-from finetune.trial import arranged_like, count_parameters
+from finetune.training.trial import arranged_like, count_parameters
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.recipe.load import load
-from finetune.resolve import resolve
 from finetune.store.run.directory import load_plan
-from finetune.trial import trial
+from finetune.training.resolve import resolve
+from finetune.training.trial import trial
 
 SIZES = {
     "vocab_size": 320,

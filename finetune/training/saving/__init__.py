@@ -1,0 +1,1 @@
+"""A save, from live tensors to a commit."""
