@@ -14,7 +14,7 @@ import numpy as np
 from finetune.data.batches import Batches
 from finetune.debug import predicates, suspects
 from finetune.debug.predicates import PredicateError
-from finetune.debug.rerun import Rerun
+from finetune.debug.reexecute import Rerun
 from finetune.debug.search import Found, NoAnswer, search_record, search_states
 from finetune.errors import RunError, counted
 from finetune.training import incident

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from finetune.data.heldout import lineage
-from finetune.debug import branch_run
+from finetune.debug import branch_directory
+from finetune.debug.reexecute import Rerun
 from finetune.debug.replay import materialize
-from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.model import base
 from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
@@ -77,13 +77,13 @@ def branch(
         digest = checkpoint.manifest.digest if checkpoint else None
         parent = Parent(ref=f"{origin.name}@{step}", run=facts["run"], step=step, digest=digest, plan_id=old.plan_id)
         plan = _plan(resolved, old, parent, choices)
-        if not branch_run.is_there(run, plan):
+        if not branch_directory.is_there(run, plan):
             ours = {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8)}
             facts = facts_of(accelerator) | ours
             with lease.acquire(run, secrets.token_hex(4)) as held:
                 is_reset = choices.is_optimizer_reset
-                made = branch_run.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
-                told = branch_run.make(made, held)
+                made = branch_directory.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
+                told = branch_directory.make(made, held)
             if not is_quiet:
                 told = [f"branched from {parent.ref}", *plan.parent.changes, *told]
             for line in told:

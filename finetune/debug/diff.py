@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.debug import changes
+from finetune.debug import weight_changes
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.plan.plan import Plan, are_same_rows
@@ -31,9 +31,11 @@ def diff(a: str, b: str, picture: Path | None = None) -> dict:
     if picture and not picture.absolute().parent.is_dir():
         raise FinetuneError("there is no such folder", where=str(picture.parent))
     one, two = side_of(a), side_of(b)
-    found, others = changes.changes(changes.weights_of(one.directory), changes.weights_of(two.directory))
+    found, others = weight_changes.changes(
+        weight_changes.weights_of(one.directory), weight_changes.weights_of(two.directory)
+    )
     if picture:
-        changes.picture(found, picture)
+        weight_changes.picture(found, picture)
     return {
         "a": a,
         "b": b,
@@ -42,8 +44,8 @@ def diff(a: str, b: str, picture: Path | None = None) -> dict:
         "are_same_rows": are_same_rows(one.plan, two.plan) if one.plan and two.plan else None,
         "first_differing_step": first_differing_step(one.run, two.run),
         "weights": {
-            "total": changes.total("all", found)._asdict(),
-            "modules": [item._asdict() for item in changes.by_module(found)],
+            "total": weight_changes.total("all", found)._asdict(),
+            "modules": [item._asdict() for item in weight_changes.by_module(found)],
             "tensors": [item._asdict() for item in found],
             "others": others,
         },

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finetune.debug import inspection
-from finetune.debug.rerun import Difference, Rerun
+from finetune.debug.reexecute import Difference, Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.recipe.resume_rules import recorded
 from finetune.store.checkpoints.manifest import Manifest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
-from finetune.debug.rerun import Rerun
+from finetune.debug.reexecute import Rerun
 from finetune.errors import RunError, counted
 from finetune.plan.forecast import checkpoint_bytes, free_bytes
 from finetune.store import cache

@@ -197,7 +197,6 @@ def test_what_cannot_be_is_refused_in_words(run, tmp_path) -> None:
 
 
 def test_a_branch_that_was_cut_off_while_it_was_made_is_made_anew(run, tmp_path, monkeypatch) -> None:
-    from finetune.debug import branch_run
 
     def cut(*_: object) -> None:
         raise KeyboardInterrupt

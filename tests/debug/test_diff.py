@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.debug import changes
+from finetune.debug import weight_changes
 from finetune.debug.branch import Choices, branch
 from finetune.debug.diff import diff, listing
 
@@ -77,9 +77,9 @@ def test_factors_that_are_turned_add_the_same(trained, tmp_path) -> None:
     }
     (turned / "adapter_model.safetensors").unlink()
     save_file(turned_ones, turned / "adapter_model.safetensors", {"format": "pt"})
-    one = changes.weights_of(run / "checkpoints/step-00000012")
-    two = changes.Weights(changes._products(turned), True, turned, one.base)
-    found, others = changes.changes(one, two)
+    one = weight_changes.weights_of(run / "checkpoints/step-00000012")
+    two = weight_changes.Weights(weight_changes._products(turned), True, turned, one.base)
+    found, others = weight_changes.changes(one, two)
     assert not others
     assert all(item.change < 1e-5 * max(1e-3, item.norm) for item in found)
 

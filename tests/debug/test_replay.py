@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from finetune.debug.bisect import bisect
+from finetune.debug.reexecute import Rerun
 from finetune.debug.replay import materialize, replay
-from finetune.debug.rerun import Rerun
 from finetune.errors import CheckpointError, RunError
 from finetune.store.checkpoints.pruning import prune
 from finetune.store.checkpoints.refs import find, parse
