@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+import finetune
 from finetune import version
 from finetune.data.example import Example
 from finetune.data.sources.open import fingerprint, located, open_source
@@ -236,7 +237,7 @@ def _idle_schedule(path: Path, schedule: str, reason: str) -> RunError:
 def software() -> dict[str, str]:
     """What a training ran: digests of our own source and of the list of installed packages with their versions, and the image that it ran
     in, where FINETUNE_IMAGE names it. Recorded, not compared: what matters for equal bits is in the versions."""
-    source = sorted(Path(__file__).parent.rglob("*.py"))
+    source = sorted(Path(finetune.__file__).parent.rglob("*.py"))
     code = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in source)).hexdigest()
     installed = sorted({found.name for place in sys.path for found in Path(place).glob("*.dist-info")})
     lock = hashlib.sha256("\n".join(installed).encode()).hexdigest()

@@ -62,7 +62,7 @@ def count_parameters(settings: LoraAdapter | FrozenAdapter | None, directory: Pa
         }
 
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
-    ours = [Path(module.__file__).read_text() for module in (adapter, layers)]
+    ours = [Path(module.__file__).read_text() for module in (adapters, decoder_layers)]
     facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
     found = cache.found("counted", facts, count)
     return Counted(**found | {"notes": tuple(found["notes"])})
@@ -82,7 +82,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
-    ours = [Path(module.__file__).read_text() for module in (adapter, attention, losses, tiny)]
+    ours = [Path(module.__file__).read_text() for module in (adapters, attention, losses, tiny)]
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
     is_named = "packing" in task.model_fields_set
 

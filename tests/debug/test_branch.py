@@ -201,7 +201,7 @@ def test_a_branch_that_was_cut_off_while_it_was_made_is_made_anew(run, tmp_path,
     def cut(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(branch_run, "_past_of", cut)
+    monkeypatch.setattr(branch_directory, "_past_of", cut)
     with pytest.raises(KeyboardInterrupt):
         branch(f"{run}@8", tmp_path / "made", Choices())
     monkeypatch.undo()

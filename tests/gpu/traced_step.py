@@ -117,7 +117,7 @@ def main():
         of_snapshot = dict(watch.seen)
         watch.seen.clear()
         buffers = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in copied.items()}
-        buffers._queue_on_device(copied, buffers, buffers._moment(copied))
+        staging._queue_on_device(copied, buffers, staging._moment(copied))
         of_copy = dict(watch.seen)
         watch.seen.clear()
         held_out = batches(resolved, resolved.holdout, built.accelerator)

@@ -196,7 +196,7 @@ def test_a_bundle_that_cannot_be_written_does_not_change_what_was_decided(
     def full(*_: object) -> None:
         raise RunError("no space left on the device")
 
-    monkeypatch.setattr(bundle, "write", full)
+    monkeypatch.setattr(incident, "write", full)
     recipe, _ = poisoned(math.nan, [13], guard={"not_finite": "skip"})
     run = train(recipe, tmp_path / "run")
     assert journal.steps(journal.read(run))[13]["skipped"] == "not_finite"

@@ -274,7 +274,7 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
     if not name:
         message, hint = (
             "is an adapter that does not name its base",
-            f"set base_model_name_or_path in its {adapters.CONFIG}",
+            f"set base_model_name_or_path in its {merge.CONFIG}",
         )
         raise BaseError(message, where=where, hint=hint)
     return Base(checkpoint=name, revision=None if Path(name).is_dir() else revision), None
@@ -287,7 +287,9 @@ def _explained(below: Base, where: str) -> Iterator[None]:
         yield
     except (BaseError, CheckpointError) as error:
         message = f"is an adapter, and its base cannot be had: {error}".partition("\nhint: ")[0]
-        hint = f"set base_model_name_or_path in its {adapters.CONFIG} to the Hub id or the directory of `{below.checkpoint}`"
+        hint = (
+            f"set base_model_name_or_path in its {merge.CONFIG} to the Hub id or the directory of `{below.checkpoint}`"
+        )
         raise BaseError(message, where=where, hint=hint) from None
 
 

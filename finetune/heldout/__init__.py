@@ -1,1 +1,0 @@
-"""Floor 0. Held-out rows: which they are, and which runs trained on them."""
