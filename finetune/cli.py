@@ -292,7 +292,7 @@ def health(run: Path | None, patience_seconds: float, is_json: bool) -> None:
 def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, is_json: bool, **options: object) -> None:
     """Prove here that a killed run resumes to the bit, and measure what a checkpoint costs."""
     loaded = _looked_at(recipe, overrides)
-    from finetune.debug import rehearse as rehearsals
+    from finetune.debug.rehearse import rehearse as rehearsals
 
     facts = rehearsals.rehearse(rehearsals.Rehearsal(loaded, overrides, run or _default_run(recipe), **options))
     _print(facts, rehearsals.listing(facts), is_json)

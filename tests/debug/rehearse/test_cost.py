@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.debug.cost import Cost, measure
+from finetune.debug.rehearse.cost import Cost, measure
 from finetune.recipe.schema import Every
 
 FACTS = {"device": "cpu x86_64", "world_size": 1, "threads": 10**6}

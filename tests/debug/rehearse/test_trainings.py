@@ -9,7 +9,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from finetune.debug.trainings import TrainingError, trainings_beside
+from finetune.debug.rehearse.trainings import TrainingError, trainings_beside
 from finetune.errors import RunError
 
 SLEEPER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'], start_new_session=True); time.sleep(99)"

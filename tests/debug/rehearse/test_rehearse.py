@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.debug.rehearse import Rehearsal, listing, rehearse
-from finetune.debug.trainings import TrainingError
+from finetune.debug.rehearse.rehearse import Rehearsal, listing, rehearse
+from finetune.debug.rehearse.trainings import TrainingError
 from finetune.errors import RunError
 from finetune.recipe.load import load
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from finetune.debug.cost import SHARE, measure
-from finetune.debug.equality import compared, first_difference
-from finetune.debug.trainings import TrainingError, Trainings, trainings_beside
+from finetune.debug.rehearse.cost import SHARE, measure
+from finetune.debug.rehearse.equality import compared, first_difference
+from finetune.debug.rehearse.trainings import TrainingError, Trainings, trainings_beside
 from finetune.errors import RunError, counted
 from finetune.plan import cadence, forecast, memory
 from finetune.plan.forecast import readable

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from finetune.debug.equality import compared, first_difference
+from finetune.debug.rehearse.equality import compared, first_difference
 from finetune.store.run import journal, row_losses
 
 LAST = 4
