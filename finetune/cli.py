@@ -134,7 +134,7 @@ def plan(
     from finetune.data import unused
     from finetune.model import base
     from finetune.package.preflight import refuse_unpackageable
-    from finetune.package.rights import preflight
+    from finetune.package.publish.rights import preflight
     from finetune.plan import forecast
     from finetune.plan.memory import Work, shape_of
     from finetune.plan.pace import largest_step
@@ -331,7 +331,7 @@ def verify(ref: str, key: Path | None, is_json: bool) -> None:
     from finetune.store.run import inspect
 
     if inspect.is_model(ref):
-        from finetune.package.verify import verify as verify_package
+        from finetune.package.verify.verify import verify as verify_package
 
         facts = verify_package(ref, key)
         left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in facts["not_made"].items())
@@ -604,12 +604,12 @@ def publish(
 ) -> None:
     """Put a package on the Hub as it is, in one commit, or not at all."""
     if has_milestones:
-        from finetune.package import queue
+        from finetune.package.publish import queue
 
         facts = queue.follow(Path(source), target, is_following, is_public, is_replacing)
         _print(facts, f"{counted(len(facts['published']), 'milestone')} published", is_json)
         return
-    from finetune.package import publish as publishing
+    from finetune.package.publish import publish as publishing
 
     directory, target, is_private = publishing.prepared(source, target, is_public)
     chosen = publishing.Choices(is_private=is_private, is_replacing=is_replacing, **choices)
@@ -703,8 +703,8 @@ def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
     if recipe.publish is None or not is_first(os.environ):
         yield
         return
-    from finetune.package import queue
-    from finetune.package.rights import preflight
+    from finetune.package.publish import queue
+    from finetune.package.publish.rights import preflight
 
     preflight(recipe)
     child = queue.start(run) if recipe.publish.milestones else None

@@ -225,7 +225,7 @@ def packaged(loaded: LoadedRecipe, place: Path, name: str) -> None:
 
     from finetune.package import proof
     from finetune.package.export import package
-    from finetune.package.verify import folder_findings
+    from finetune.package.verify.verify import folder_findings
 
     run, made = place / f"run-{name}", place / f"package-{name}"
     AcceleratorState._reset_state(True)

@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from finetune.errors import PackageError
 from finetune.model.base import outline
-from finetune.package.contents import Finding
 from finetune.package.probe import declared_class
+from finetune.package.verify.contents import Finding
 
 
 def surplus(model: torch.nn.Module, directory: Path, carried: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:

@@ -18,27 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.heldout import lineage
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.model import base
-from finetune.package import (
-    bom,
-    figures,
-    licence,
-    probe,
-    proof,
-    provenance,
-    record,
-    reference,
-    signing,
-    weights,
-)
+from finetune.package import probe, proof, reference, weights
 from finetune.package.assembly import assemble
-from finetune.package.card import Facts, card, hub_base
-from finetune.package.contents import files_of, sha256
+from finetune.package.attest import bom, licence, provenance, signing
+from finetune.package.card import figures, record
+from finetune.package.card.card import Facts, card, hub_base
 from finetune.package.proof import Check
-from finetune.package.staging import staged
-from finetune.package.verify import folder_findings
+from finetune.package.verify.contents import files_of, sha256
+from finetune.package.verify.verify import folder_findings
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, to_yaml
+from finetune.store.beside import staged
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import failures, sync_directory

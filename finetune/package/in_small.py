@@ -15,9 +15,9 @@ from finetune.model import adapters, base, tiny
 from finetune.model.base import files, outline
 from finetune.package import classes, proof
 from finetune.package.assembly import assemble
-from finetune.package.checks import CHECKS
-from finetune.package.folder import Folder
 from finetune.package.probe import declared_class
+from finetune.package.verify.checks import CHECKS
+from finetune.package.verify.folder import Folder
 from finetune.training.opened import Opened
 from finetune.training.resolve import Resolved
 

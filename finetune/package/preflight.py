@@ -12,9 +12,11 @@ from pathlib import Path
 
 from finetune import version
 from finetune.errors import BaseError, PackageError
-from finetune.package import contents, in_small, licence, small_files
-from finetune.package.checks import CHECKS
-from finetune.package.folder import Folder
+from finetune.package import in_small, small_files
+from finetune.package.attest import licence
+from finetune.package.verify import contents
+from finetune.package.verify.checks import CHECKS
+from finetune.package.verify.folder import Folder
 from finetune.store import cache
 from finetune.training.resolve import Resolved
 

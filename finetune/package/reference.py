@@ -14,9 +14,9 @@ import torch
 from finetune.errors import PackageError
 from finetune.model import base
 from finetune.package import probe, proof
-from finetune.package.contents import Finding
-from finetune.package.folder import Folder
 from finetune.package.proof import Logits
+from finetune.package.verify.contents import Finding
+from finetune.package.verify.folder import Folder
 from finetune.recipe.schema import Base
 from finetune.tasks.rendering import prints_date
 

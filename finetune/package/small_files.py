@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import BaseError
 from finetune.model import base
-from finetune.package import licence
-from finetune.package.folder import PROCESSORS
+from finetune.package.attest import licence
+from finetune.package.verify.folder import PROCESSORS
 
 GENERATION = "generation_config.json"
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.errors import PackageError
 from finetune.package import export
-from finetune.package.verify import verify
+from finetune.package.verify.verify import verify
 from finetune.training.opened import open_model
 from tests.hub.client import in_turn
 from tests.package.conftest import LORA

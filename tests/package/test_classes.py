@@ -16,8 +16,8 @@ from finetune.errors import PackageError
 from finetune.model import tiny
 from finetune.model.base import load_model, outline
 from finetune.package import classes, export, in_small, preflight, proof, weights
-from finetune.package.contents import Finding
-from finetune.package.verify import folder_findings, verify
+from finetune.package.verify.contents import Finding
+from finetune.package.verify.verify import folder_findings, verify
 from finetune.recipe.load import load
 from finetune.training.resolve import resolve
 

@@ -10,7 +10,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from finetune.errors import PackageError
-from finetune.package import export, licence, proof, weights
+from finetune.package import export, proof, weights
+from finetune.package.attest import licence
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.store.run.directory import load_plan

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.package import export, proof
-from finetune.package.verify import folder_findings
+from finetune.package.verify.verify import folder_findings
 from finetune.recipe.load import load
 from finetune.training.resolve import resolve
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from finetune.data.sources.hub import HubDataset, pin_dataset
 from finetune.errors import FinetuneError
 from finetune.model.base import hub as base_hub
-from finetune.package.repository import Repository
+from finetune.package.publish.repository import Repository
 from finetune.recipe.schema import Source
 from finetune.store import hub
 
@@ -34,7 +34,7 @@ def asked(monkeypatch, error: Exception) -> list[FinetuneError]:
     """What each of those who ask the Hub makes of an error."""
     import datasets
 
-    monkeypatch.setattr("finetune.package.repository.FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("finetune.package.publish.repository.FIRST_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(huggingface_hub.HfApi, "resolve_revision", raises(error))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raises(error))
     monkeypatch.setattr(datasets, "load_dataset", raises(error))

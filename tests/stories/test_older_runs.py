@@ -15,7 +15,7 @@ from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
 from finetune.errors import DataError
 from finetune.package import export
-from finetune.package.verify import verify
+from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
 from finetune.store.run import journal
 from finetune.store.run.directory import load_plan

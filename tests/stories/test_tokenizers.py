@@ -23,7 +23,8 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from finetune.compare.evaluate import evaluate
 from finetune.errors import BaseError, DataError, PackageError, RunError
 from finetune.model import base
-from finetune.package import contents, export, small_files
+from finetune.package import export, small_files
+from finetune.package.verify import contents
 from finetune.plan import encodings
 from finetune.recipe.load import load
 from finetune.store.checkpoints import manifest

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.package.contents import of_content, sha256
+from finetune.package.verify.contents import of_content, sha256
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import PublishError
-from finetune.package import provenance
-from finetune.package.notes import with_text_of
+from finetune.package.attest import provenance
+from finetune.package.card.notes import with_text_of
 
 CARD = "README.md"
 OURS = (provenance.FILE, "model.sig")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import PackageError
-from finetune.package.contents import Finding, files_of, sha256
+from finetune.package.verify.contents import Finding, files_of, sha256
 
 FILE = "model.sig"
 PREDICATE = "https://model_signing/signature/v1.0"

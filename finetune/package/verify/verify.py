@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.errors import BaseError, PackageError
-from finetune.package import contents, figures, metadata, provenance, signing
-from finetune.package.checks import CHECKS
-from finetune.package.contents import Finding
-from finetune.package.folder import Folder
+from finetune.package.attest import provenance, signing
+from finetune.package.card import figures, metadata
+from finetune.package.verify import contents
+from finetune.package.verify.checks import CHECKS
+from finetune.package.verify.contents import Finding
+from finetune.package.verify.folder import Folder
 from finetune.store.checkpoints.refs import parse
 
 HUB = "hub:"
@@ -110,7 +112,7 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
 def _fetched(name: str, directory: Path) -> tuple[str, list[Finding], list[str]]:
     """Downloads a revision, past every cache, and compares each file with what the Hub says of it: its hash, and what the Hub's own scanners
     found, which may not have seen all files yet."""
-    from finetune.package.repository import Repository, differences
+    from finetune.package.publish.repository import Repository, differences
 
     ref = parse(name)
     repository = Repository(ref.repo)

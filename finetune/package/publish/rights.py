@@ -3,7 +3,7 @@
 import sys
 
 from finetune.errors import PublishError
-from finetune.package.repository import Repository, UnreachableError
+from finetune.package.publish.repository import Repository, UnreachableError
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.refs import parse
 

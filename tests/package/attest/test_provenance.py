@@ -2,8 +2,8 @@
 
 import json
 
-from finetune.package import provenance
-from finetune.package.contents import files_of
+from finetune.package.attest import provenance
+from finetune.package.verify.contents import files_of
 from finetune.store.run.directory import load_plan
 
 

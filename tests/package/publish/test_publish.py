@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.package import provenance
-from finetune.package.card import NOTES_BEGIN, NOTES_END
-from finetune.package.provenance import sha256
+from finetune.package.attest import provenance
+from finetune.package.attest.provenance import sha256
+from finetune.package.card.card import NOTES_BEGIN, NOTES_END
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.forks import Forks

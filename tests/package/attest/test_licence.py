@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import PackageError
-from finetune.package import licence
+from finetune.package.attest import licence
 from finetune.recipe.schema import Package
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import PublishError
-from finetune.package import provenance, to_folder
-from finetune.package.card import NOTES_BEGIN, NOTES_END
-from finetune.package.contents import files_of
+from finetune.package.attest import provenance
+from finetune.package.card.card import NOTES_BEGIN, NOTES_END
+from finetune.package.publish import to_folder
+from finetune.package.verify.contents import files_of
 
 CARD = f"# A model\n\n{NOTES_BEGIN}\n{NOTES_END}\n"
 
@@ -169,7 +170,7 @@ PUBLISH = "import sys; from tests.package.test_to_folder import *; to_folder.pub
 def test_killed_at_any_system_call_the_folder_is_old_or_new(tmp_path, target, new, call) -> None:
     before, after = content(tmp_path / "old"), content(tmp_path / "new")
     work, killed = [sys.executable, "-c", PUBLISH, str(tmp_path / "new"), str(target)], 0
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     for number in count(1):
         inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
         done = subprocess.run(

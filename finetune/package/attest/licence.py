@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from finetune.errors import PackageError
-from finetune.package import metadata
+from finetune.package.card import metadata
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Base, Package, Source
 from finetune.store import hub

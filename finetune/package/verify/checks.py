@@ -12,8 +12,8 @@ import numpy as np
 
 from finetune.model.base import templates
 from finetune.model.base.remote_code import asked_by
-from finetune.package.contents import Finding
-from finetune.package.folder import PROCESSORS, Folder
+from finetune.package.verify.contents import Finding
+from finetune.package.verify.folder import PROCESSORS, Folder
 from finetune.store.tensors import Place
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -7,8 +7,8 @@ A pure function of the run's record: no clock, no path, no host, no row. The fro
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.package import figures, record
-from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked
+from finetune.package.card import figures, record
+from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import to_yaml

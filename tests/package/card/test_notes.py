@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.package.notes import NOTES_BEGIN, NOTES_END, marked, with_text_of
+from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked, with_text_of
 
 PLAIN = "---\nlicense: mit\ntags:\n- finetune\n---\n\n# A model\n\nTrained.\n\n" + f"{NOTES_BEGIN}\n{NOTES_END}\n"
 CARD = marked(PLAIN)

@@ -11,9 +11,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from finetune.data.heldout import lineage
-from finetune.package import record
-from finetune.package.card import Facts, hub_base
-from finetune.package.contents import Finding, sha256
+from finetune.package.card import record
+from finetune.package.card.card import Facts, hub_base
+from finetune.package.verify.contents import Finding, sha256
 from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finetune.errors import PublishError
-from finetune.package import ownership, provenance
-from finetune.package.contents import files_of
-from finetune.package.repository import Files, digest, sha256_of, size_of
-from finetune.package.staging import staged, sweep
+from finetune.package.attest import provenance
+from finetune.package.publish import ownership
+from finetune.package.publish.repository import Files, digest, sha256_of, size_of
+from finetune.package.verify.contents import files_of
+from finetune.store.beside import staged, sweep
 from finetune.store.checkpoints.store import failures, sync_directory
 
 PREFIX = "folder:"

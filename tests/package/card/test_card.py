@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from finetune.package import figures, record
-from finetune.package.card import Facts, card
+from finetune.package.card import figures, record
+from finetune.package.card.card import Facts, card
 from finetune.plan.plan import Counts, PinnedBase, PinnedSource, Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import Recipe
@@ -187,7 +187,7 @@ def test_figures_keep_the_last_record_of_a_step_and_numbers_only(tmp_path) -> No
 
 
 def test_a_card_is_made_without_torch() -> None:
-    code = "import finetune.package.card, sys; sys.exit('torch' in sys.modules)"
+    code = "import finetune.package.card.card, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from finetune.errors import FinetuneError, PublishError
 from finetune.package import export
-from finetune.package.contents import sha256
-from finetune.package.publish import Choices, publish
-from finetune.package.repository import CHECKPOINTS, Repository
-from finetune.package.staging import NO_LOCKS, remove
-from finetune.package.to_folder import PREFIX
+from finetune.package.publish.publish import Choices, publish
+from finetune.package.publish.repository import CHECKPOINTS, Repository
+from finetune.package.publish.to_folder import PREFIX
+from finetune.package.verify.contents import sha256
 from finetune.recipe.schema import Publish
+from finetune.store.beside import NO_LOCKS, remove
 from finetune.store.checkpoints.store import Store, make_directory
 from finetune.store.durable import replace_file
 from finetune.store.run import journal, scan

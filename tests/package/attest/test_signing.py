@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from finetune.errors import PackageError
-from finetune.package import signing
+from finetune.package.attest import signing
 
 
 def written(key, place: Path) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune.errors import CheckpointError
-from finetune.package.contents import Finding
+from finetune.package.verify.contents import Finding
 from finetune.store.tensors import Place, read_header
 
 PROCESSORS = "*processor_config.json"  # of images, video and sound

@@ -26,7 +26,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from finetune.errors import PublishError
-from finetune.package.contents import sha256
+from finetune.package.verify.contents import sha256
 from finetune.store import downloads, hub
 
 CHECKPOINTS = "checkpoints.json"

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import CheckpointError, PackageError, PublishError, counted
-from finetune.package import ownership, provenance, rights, to_folder
-from finetune.package.contents import files_of
-from finetune.package.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
-from finetune.package.verify import folder_findings
+from finetune.package.attest import provenance
+from finetune.package.publish import ownership, rights, to_folder
+from finetune.package.publish.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
+from finetune.package.verify.contents import files_of
+from finetune.package.verify.verify import folder_findings
 from finetune.store.checkpoints.refs import parse
 from finetune.store.run.directory import load_plan
 

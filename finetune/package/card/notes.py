@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 
-from finetune.package import metadata
+from finetune.package.card import metadata
 from finetune.recipe.load import to_yaml
 
 NOTES_BEGIN = "<!-- notes: what stands between these two lines stays when the card is written again -->"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.package import provenance
-from finetune.package.contents import files_of
-from finetune.package.verify import verify
+from finetune.package.attest import provenance
+from finetune.package.verify.contents import files_of
+from finetune.package.verify.verify import verify
 
 Tamper = Callable[[Path], object]
 

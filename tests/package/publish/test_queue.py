@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.package import queue
+from finetune.package.publish import queue
 from finetune.store.checkpoints import manifest as manifests
 from finetune.store.checkpoints import store as stores
 from finetune.store.checkpoints.store import Store

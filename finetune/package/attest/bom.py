@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from finetune.package import figures, record
-from finetune.package.card import LIMITS, METHODS, Facts, hub_base
-from finetune.package.contents import sha256
+from finetune.package.card import figures, record
+from finetune.package.card.card import LIMITS, METHODS, Facts, hub_base
+from finetune.package.verify.contents import sha256
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Source
 

@@ -1,0 +1,1 @@
+"""What a package says of its origin, and who signed it."""

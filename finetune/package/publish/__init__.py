@@ -1,0 +1,1 @@
+"""A package on its way to the Hub or to a folder."""

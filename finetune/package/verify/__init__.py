@@ -1,0 +1,1 @@
+"""Whether a model folder is what it should be."""
