@@ -1,4 +1,4 @@
-"""Floor 9. `python -m finetune`, `accelerate launch -m finetune`, `torchrun -m finetune`."""
+"""`python -m finetune`, `accelerate launch -m finetune`, `torchrun -m finetune`."""
 
 from finetune.cli import main
 

@@ -1,4 +1,4 @@
-"""Floor 8. The command line: one thin function a command. Whatever imports torch is imported inside.
+"""The command line: one thin function a command. Whatever imports torch is imported inside.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143, 130 and 129 after signals.
 """

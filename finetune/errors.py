@@ -1,4 +1,4 @@
-"""Floor 0. Every failure that a user can meet, as one tree; raised on every floor, printed by `cli`.
+"""Every failure that a user can meet, as one tree; printed by `cli`; and numbers in sentences.
 
 FinetuneError                exit 1   what happened, where, and on its own line what to do
 ├── RecipeError              exit 2   all problems of a recipe at once, each with file, line and key

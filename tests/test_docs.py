@@ -200,10 +200,9 @@ def refusals() -> tuple[set[str], set[str]]:
     """Every text in the code that reads rows, and those that are given to a DataError there."""
     said, refused = set(), set()
     for path in [
-        *(ROOT / "finetune/data").glob("*.py"),
+        *(ROOT / "finetune/data").rglob("*.py"),
         *(ROOT / "finetune/tasks").glob("*.py"),
         ROOT / "finetune/training/resolve.py",
-        *(ROOT / "finetune/heldout").glob("*.py"),
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             said.update(texts_of(node))

@@ -1,1 +1,1 @@
-"""Floor 7. Comparing models: `evaluate` gives figures of the same rows, `generate` answers to the same prompts."""
+"""Comparing models: `evaluate` gives figures of the same rows, `generate` answers to the same prompts."""

@@ -1,4 +1,4 @@
-"""Floor 7. Held-out figures of anything a ref can name, on the rows that a run or a recipe holds out."""
+"""Held-out figures of anything a ref can name, on the rows that a run or a recipe holds out."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Floor 7. Answers of anything a ref can name to a prompt: the quickest look at what training did."""
+"""Answers of anything a ref can name to a prompt: the quickest look at what training did."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Floor 1. The micro-batches of an update or an evaluation, for this rank, known before any forward.
+"""The micro-batches of an update or an evaluation, for this rank, known before any forward.
 
 `Examples` joins the chosen part of several sources under one numbering; `Batches.of(ids)` arranges any of them. How to
 arrange and how to collate are passed in, so nothing here knows packing or tasks. `loop` is the caller.

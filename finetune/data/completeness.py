@@ -1,4 +1,4 @@
-"""Floor 0. Finds what a row says and its rendered text does not: nothing of a row is lost unnamed.
+"""Finds what a row says and its rendered text does not: nothing of a row is lost unnamed.
 
 A template may trim a text, and write it as JSON or as Python would; so a text is also looked for in those forms, without blanks.
 """

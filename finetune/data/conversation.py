@@ -1,4 +1,4 @@
-"""Floor 0. What a row of chat holds: its messages, its tools, and which turns are learnt. What it must not hold is refused by name.
+"""What a row of chat holds: its messages, its tools, and which turns are learnt. What it must not hold is refused by name.
 
 Needs neither torch nor a tokenizer, so rows can be looked at before a base is opened.
 """

@@ -1,4 +1,4 @@
-"""Floor 1. Rows to cached examples: encoded once, kept as memory-mapped arrays, keyed by content.
+"""Rows to cached examples: encoded once, kept as memory-mapped arrays, keyed by content.
 
 `resolve` calls `encode` with the rows of a source and the encoder of a task; `batches` reads what it returns. Memory does not grow with
 the source: a shard of rows at a time is encoded, by worker processes where there are many, and the shards are joined on the disk.

@@ -1,4 +1,4 @@
-"""Floor 0. The nouns between `tasks`, which make examples of rows, and `data`, which stores, arranges and batches them."""
+"""The nouns between `tasks`, which make examples of rows, and `data`, which stores, arranges and batches them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Floor 1. How the examples of one update are arranged into micro-batches: a pure function of their lengths.
+"""How the examples of one update are arranged into micro-batches: a pure function of their lengths.
 
 Order alone chooses the examples of a step; this only arranges them, so packing on and off give the same step loss.
 A micro-batch is a list of indices into the step; its place in the list is its slot, the same for every world size.

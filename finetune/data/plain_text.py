@@ -1,4 +1,4 @@
-"""Floor 0. What a row of plain text holds; what it must not hold is refused by name."""
+"""What a row of plain text holds; what it must not hold is refused by name."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Floor 0. Looks at the sources of a recipe before anything heavy is imported or opened: are the files there, do their first rows fit?
+"""Looks at the sources of a recipe before anything heavy is imported or opened: are the files there, do their first rows fit?
 
 `encode` looks at every row later. Data sets of the Hub are not asked for here.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. Many refused rows or files as one error: each kind once, with its first places and how many there are."""
+"""Many refused rows or files as one error: each kind once, with its first places and how many there are."""
 
 from collections.abc import Sequence
 

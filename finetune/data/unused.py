@@ -1,4 +1,4 @@
-"""Floor 2. What sources have and training does not use: columns without a field, and supervised tokens beyond `task.max_length`."""
+"""What sources have and training does not use: columns without a field, and supervised tokens beyond `task.max_length`."""
 
 from finetune.data import preflight
 from finetune.data.batches import Examples

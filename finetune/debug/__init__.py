@@ -1,1 +1,1 @@
-"""Floor 7. Tools that run steps of a plan to answer a question about it, each in a file of its own."""
+"""Tools that run steps of a plan to answer a question about it, each in a file of its own."""

@@ -1,4 +1,4 @@
-"""Floor 7. The step at which a run went wrong, and the rows that did it.
+"""The step at which a run went wrong, and the rows that did it.
 
 A recorded figure is looked up; a state is evaluated, by halves: first the stored checkpoints, then, run again, the steps between two of
 them. What is found is run once more: where it does not come out as recorded, the fault is not in the recipe or its rows, and the first step

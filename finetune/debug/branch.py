@@ -1,4 +1,4 @@
-"""Floor 7. A new run from any step of another one, with other keys, or without some rows.
+"""A new run from any step of another one, with other keys, or without some rows.
 
 The checkpoint is linked, not copied, and what a reader must know of where it comes from is in the plan: `Plan.parent`. From there on a branch is
 a run like any other.

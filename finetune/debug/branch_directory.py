@@ -1,4 +1,4 @@
-"""Floor 7. The directory of a branch: a linked checkpoint, the records that led to it, and last its plan.
+"""The directory of a branch: a linked checkpoint, the records that led to it, and last its plan.
 
 Until the plan is there, there is no run, and the same command begins anew.
 """

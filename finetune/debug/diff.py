@@ -1,4 +1,4 @@
-"""Floor 7. What is different between two checkpoints, and between the runs they are of: keys, figures, the first step, weights."""
+"""What is different between two checkpoints, and between the runs they are of: keys, figures, the first step, weights."""
 
 from dataclasses import dataclass
 from pathlib import Path

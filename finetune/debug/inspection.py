@@ -1,4 +1,4 @@
-"""Floor 7. What happens inside a step, seen while it runs: the loss of every token, and the first activation that is no number.
+"""What happens inside a step, seen while it runs: the loss of every token, and the first activation that is no number.
 
 Nothing is computed otherwise: outputs are looked at, and the losses of tokens are kept that the step makes anyway.
 """

@@ -1,4 +1,4 @@
-"""Floor 7. What `bisect` calls bad: a comparison with a recorded figure or with one of an evaluation, or a command's exit code."""
+"""What `bisect` calls bad: a comparison with a recorded figure or with one of an evaluation, or a command's exit code."""
 
 import math
 import operator

@@ -1,4 +1,4 @@
-"""Floor 7. A run's own training, run again from its checkpoints: rows, order, seeds and learning rates are functions of the step.
+"""A run's own training, run again from its checkpoints: rows, order, seeds and learning rates are functions of the step.
 
 Nothing in the run is changed. `replay`, `bisect` and `branch` ask one of these for the state of any step, and for any step's report; what
 comes out is compared, to the bit, with what the run recorded.

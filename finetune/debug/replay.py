@@ -1,4 +1,4 @@
-"""Floor 7. Steps of a run once more: whether they come out as they were recorded, what was in them, and the state after any of them.
+"""Steps of a run once more: whether they come out as they were recorded, what was in them, and the state after any of them.
 
 A checkpoint of any step is virtual until it is asked for: `materialize` runs the steps from the nearest one again and commits the state,
 if every step on the way is as it was recorded.

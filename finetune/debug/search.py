@@ -1,4 +1,4 @@
-"""Floor 7. How `bisect` finds the first bad step: a recorded figure is looked up, a state is evaluated, by halves."""
+"""How `bisect` finds the first bad step: a recorded figure is looked up, a state is evaluated, by halves."""
 
 import errno
 import os

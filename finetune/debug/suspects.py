@@ -1,4 +1,4 @@
-"""Floor 7. Which rows of a step made it what it is.
+"""Which rows of a step made it what it is.
 
 Two shares, each adding up to 1 over the rows of a step. Of a loss: how much of what is above the step's median is a row's. Of an update:
 g_i . g / |g|^2, where g is the gradient of the step and g_i that of one row in it. (First-order influence, as in TracIn, Pruthi et al. 2020,

@@ -1,4 +1,4 @@
-"""Floor 7. How far the weights of one model lie from another's, tensor by tensor; for `diff`.
+"""How far the weights of one model lie from another's, tensor by tensor; for `diff`.
 
 One tensor at a time is in memory. An adapter counts as what it adds: (alpha / r) B A of each module (Hu et al. 2021, arXiv 2106.09685),
 so two adapters of other ranks, or whose factors differ by a rotation, are compared by what they do.

@@ -1,4 +1,4 @@
-"""Floor 0. A look at this machine for `finetune doctor`: what is there, and what would go wrong."""
+"""A look at this machine for `finetune doctor`: what is there, and what would go wrong."""
 
 import os
 import platform

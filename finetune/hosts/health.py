@@ -1,4 +1,4 @@
-"""Floor 0. Whether a training goes on or hangs: how long its journal has been quiet, beside what its own steps and evaluations
+"""Whether a training goes on or hangs: how long its journal has been quiet, beside what its own steps and evaluations
 took. `finetune health` asks, as the healthcheck of a container."""
 
 import itertools

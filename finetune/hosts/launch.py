@@ -1,4 +1,4 @@
-"""Floor 7. The process that a container or a scheduler starts: it starts the ranks of a training, hands on every signal, and answers with their code.
+"""The process that a container or a scheduler starts: it starts the ranks of a training, hands on every signal, and answers with their code.
 
 Neither `accelerate launch` nor torchrun's agent is in between: the one dies on SIGTERM as PID 1 or leaves its training behind, the other
 signals twice, does not know SIGUSR1, and hides the ranks' exit code. Both still start a training, for those who use them (docs/resume.md).

@@ -1,4 +1,4 @@
-"""Floor 0. Signals as wishes: which ask a training for its end, and how it hears them. `run` asks, `launch` hands them on."""
+"""Signals as wishes: which ask a training for its end, and how it hears them. `run` asks, `launch` hands them on."""
 
 import os
 import signal

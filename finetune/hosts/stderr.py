@@ -1,4 +1,4 @@
-"""Floor 0. stdin, stdout and stderr as a process of weeks finds them: closed, on a disk that fills up, with a reader that goes away or stalls."""
+"""Stdin, stdout and stderr as a process of weeks finds them: closed, on a disk that fills up, with a reader that goes away or stalls."""
 
 import io
 import os

@@ -1,1 +1,1 @@
-"""Floor 1. The model's parts: weights (`base`), what is trained (`adapter`), `optimizer`, `losses`, `attention`."""
+"""The model's parts: weights (`base`), what is trained (`adapter`), `optimizer`, `losses`, `attention`."""

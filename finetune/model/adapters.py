@@ -1,4 +1,4 @@
-"""Floor 1. What of the base is trained: everything, all but some tensors, or low-rank matrices beside it.
+"""What of the base is trained: everything, all but some tensors, or low-rank matrices beside it.
 
 A member of `ADAPTERS` takes the loaded model (also on the meta device, for counting) and returns the model to train.
 """
@@ -7,11 +7,13 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import AdapterError, CheckpointError, explained, of_libraries
+from finetune.plan.plan import Plan
 from finetune.recipe.schema import FrozenAdapter, LoraAdapter
 
 NAME = "default"  # peft's name of the one adapter; it appears in parameter names
@@ -221,3 +223,14 @@ def _named(target: str, names: list[str]) -> list[str]:
 
 def _quoted(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def config_of(model: torch.nn.Module, plan: Plan) -> dict:
+    """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
+    config = model.peft_config[NAME].to_dict()
+    named = plan.recipe.base.origin or plan.recipe.base.checkpoint
+    is_hub = plan.base.kind == "hub" or plan.recipe.base.origin
+    config["base_model_name_or_path"] = named.partition("@")[0] if is_hub else Path(named).name
+    config["revision"] = plan.base.revision if plan.base.kind == "hub" else None
+    config["inference_mode"] = True
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

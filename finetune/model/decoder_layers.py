@@ -1,4 +1,4 @@
-"""Floor 1. How decoder layers run: what they keep for the backward pass, and whether they are compiled; `state` asks once."""
+"""How decoder layers run: what they keep for the backward pass, and whether they are compiled; `state` asks once."""
 
 import os
 import re

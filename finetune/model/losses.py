@@ -1,4 +1,4 @@
-"""Floor 1. Summed cross-entropy of the supervised tokens, as `state` chooses it for a model and tasks are given it.
+"""Summed cross-entropy of the supervised tokens, as `state` chooses it for a model and tasks are given it.
 
 Shapes: B sequences, T positions, N supervised tokens, C tokens of a chunk, V vocabulary, D hidden size.
 """

@@ -1,4 +1,4 @@
-"""Floor 1. A base's model in small: every sort of layer it has, random weights, a thousandth of the size.
+"""A base's model in small: every sort of layer it has, random weights, a thousandth of the size.
 
 What depends on the kind of a model alone (whether rows stay apart, whether an adapter goes on) is tried on it in a second, without the
 base's weights. Its numbers say nothing about the base.

@@ -1,4 +1,4 @@
-"""Floor 7. Weights, config and small files of a package: written, loaded back and compared with the model in memory.
+"""Weights, config and small files of a package: written, loaded back and compared with the model in memory.
 
 `export` does it with a checkpoint, after training; `preflight` with a small copy of the model, before.
 """
@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import PackageError, explained
+from finetune.model import base
 from finetune.package import classes, probe, proof, reference, small_files, weights
 from finetune.package.proof import Check, Loader, Look
 from finetune.training.opened import Opened
-from finetune.training.saving.snapshot import DTYPES
 
 
 class Assembled(NamedTuple):
@@ -50,13 +50,15 @@ def assemble(
     small_files.write(directory, opened.directory, tokenizer, base_directory, is_adapter=form == "adapter")
     loaded = load(directory, opened.base_directory if form == "adapter" else None)
     checks = [*proof.equal(trained, loaded, classes.surplus(model, directory, found.carried)), *converted.checks]
-    checks.append(proof.stored_as(directory, found.types, DTYPES[dtype]))
+    checks.append(proof.stored_as(directory, found.types, base.STORED_DTYPES[dtype]))
     processors = [file.name for file in small_files.processors(directory)]
     if found.carried or processors:
         checks.append(proof.carried(directory, base_directory, found.carried, processors))
     from_base = {
-        "types": {name: kind for name, kind in sorted(found.types.items()) if kind != DTYPES[dtype]},
+        "types": {name: kind for name, kind in sorted(found.types.items()) if kind != base.STORED_DTYPES[dtype]},
         "zeros": weights.zeros(found, base_directory),
         "processors": processors,
     }
-    return Assembled(model, checks, reference.recorded(loaded.logits, DTYPES[dtype]) | {"from_base": from_base})
+    return Assembled(
+        model, checks, reference.recorded(loaded.logits, base.STORED_DTYPES[dtype]) | {"from_base": from_base}
+    )

@@ -1,4 +1,4 @@
-"""Floor 7. By which classes a model is loaded: the one that its config declares, as users do, and the causal LM that was trained."""
+"""By which classes a model is loaded: the one that its config declares, as users do, and the causal LM that was trained."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

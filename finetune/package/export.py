@@ -1,4 +1,4 @@
-"""Floor 7. A checkpoint of a run as a model folder that plain transformers (or peft) loads; `cli` calls `package`.
+"""A checkpoint of a run as a model folder that plain transformers (or peft) loads; `cli` calls `package`.
 
 Everything is written beside the target, loaded back in a fresh process and compared with what was trained, synced, and renamed
 into place at the very end: there is a proven package, or none.

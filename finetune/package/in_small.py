@@ -1,4 +1,4 @@
-"""Floor 7. A package of a small random model of the base's kind, made and loaded back before the real one is trained; `preflight` asks.
+"""A package of a small random model of the base's kind, made and loaded back before the real one is trained; `preflight` asks.
 
 What a package fails by is in the kind of a model: its classes, the names and types of its weights, what it has beside its text. A second
 shows it; figures of random weights show nothing, and are not judged.

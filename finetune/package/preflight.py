@@ -1,4 +1,4 @@
-"""Floor 7. Whether what a recipe trains could be packaged, found out before it is trained; `cli` has `run` ask.
+"""Whether what a recipe trains could be packaged, found out before it is trained; `cli` has `run` ask.
 
 The rules are those that a package is checked by, as far as they are about what is there before the training: config, tokenizer,
 template, generation config, licence. Classes, names and types of weights are tried on a small model of the base's kind.

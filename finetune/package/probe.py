@@ -1,4 +1,4 @@
-"""Floor 6, and a program: looks at a model, either the trained one in this process or a package in a fresh one.
+"""A program: looks at a model, either the trained one in this process or a package in a fresh one.
 
 `proof` starts it as `python probe.py DIRECTORY OUT THREADS [BASE]`; `export` calls `logits` and `facts` on what was trained, so
 both sides are seen by the same lines. It imports nothing of finetune: what it loads must load anywhere.

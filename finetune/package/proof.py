@@ -1,4 +1,4 @@
-"""Floor 7. Is a folder the model that was trained? Loads it back in a fresh process and compares; `export` calls it.
+"""Is a folder the model that was trained? Loads it back in a fresh process and compares; `export` calls it.
 
 A check that holds is a `Check`, with its figures; one that fails is a PackageError that names it.
 """

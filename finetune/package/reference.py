@@ -1,4 +1,4 @@
-"""Floor 7. What a package computed when it was made, small enough to travel with it: `export` writes it, `verify` computes it again.
+"""What a package computed when it was made, small enough to travel with it: `export` writes it, `verify` computes it again.
 
 Of each probe sequence the likeliest tokens at some positions, with their logits, and a hash of all logits: where hardware and libraries are
 the same they are equal to the bit, elsewhere they are close.

@@ -1,4 +1,4 @@
-"""Floor 7. What goes with the weights of a package: tokenizer, template, generation config, the base's licence. `export` writes it,
+"""What goes with the weights of a package: tokenizer, template, generation config, the base's licence. `export` writes it,
 `preflight` looks before the training whether it could.
 """
 

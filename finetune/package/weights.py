@@ -1,4 +1,4 @@
-"""Floor 7. The weights of a package: merged in fp32, cast once, written as safetensors beside what the base has and nobody trained.
+"""The weights of a package: merged in fp32, cast once, written as safetensors beside what the base has and nobody trained.
 
 `export` calls all of it.
 """
@@ -24,8 +24,6 @@ from finetune.package.proof import Check, Logits
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.training.opened import Opened, open_model
-from finetune.training.saving import snapshot
-from finetune.training.saving.snapshot import DTYPES
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Stored:
     @property
     def types(self) -> dict[str, str]:
         """Spelled as safetensors does."""
-        own = {name: DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
+        own = {name: base.STORED_DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
         return own | {name: spelled(tensor.dtype) for name, tensor in self.carried.items()}
 
 
@@ -198,7 +196,7 @@ def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, director
         if opened.checkpoint:
             config = json.loads((opened.checkpoint.path / "adapter_config.json").read_bytes())
         else:  # before the training
-            config = snapshot.adapter_config(opened.model, opened.plan)
+            config = adapters.config_of(opened.model, opened.plan)
         _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
         return
     # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.

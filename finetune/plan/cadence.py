@@ -1,4 +1,4 @@
-"""Floor 0. Which steps are evaluated, and which are committed: functions of the plan, the step, and the evaluations so far.
+"""Which steps are evaluated, and which are committed: functions of the plan, the step, and the evaluations so far.
 
 All ranks ask here, and a resumed run asks as an uninterrupted one does, so they decide alike.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. What decides which tokens a row becomes: files and settings, and their digests, for the plan and for the cache of encoded rows.
+"""What decides which tokens a row becomes: files and settings, and their digests, for the plan and for the cache of encoded rows.
 
 The plan's is over files and settings, the same with every version of the libraries. The cache's is also over what these make of them.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. What a plan will need: bytes of memory, of one checkpoint, of the whole run. Formulas, no measuring.
+"""What a plan will need: bytes of memory, of one checkpoint, of the whole run. Formulas, no measuring.
 
 `plan` prints the forecast; `plan` and `train` refuse a run that cannot fit on the disk.
 """

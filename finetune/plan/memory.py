@@ -1,4 +1,4 @@
-"""Floor 0. The memory that training needs at its peak, by what holds it: formulas over a plan and the shape of its model.
+"""The memory that training needs at its peak, by what holds it: formulas over a plan and the shape of its model.
 
 `estimate` shows them, and `resolve` chooses the size of micro-batches by them. `scripts/bench/forecast.py` holds them against
 real trainings.

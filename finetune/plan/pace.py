@@ -1,4 +1,4 @@
-"""Floor 0. How long the rest of a training takes: steps by their tokens, evaluations and saves by what those before them took.
+"""How long the rest of a training takes: steps by their tokens, evaluations and saves by what those before them took.
 
 `run` makes one at its start and tells it what happens; `progress` shows it.
 """

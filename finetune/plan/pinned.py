@@ -1,4 +1,4 @@
-"""Floor 0. The records that a plan is made of: what exactly is trained on, and where it comes from."""
+"""The records that a plan is made of: what exactly is trained on, and where it comes from."""
 
 from pydantic import BaseModel, ConfigDict
 

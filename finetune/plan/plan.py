@@ -1,4 +1,4 @@
-"""Floor 0. What will happen: a recipe with everything pinned and counted, frozen, hashed, and written to `plan.json`.
+"""What will happen: a recipe with everything pinned and counted, frozen, hashed, and written to `plan.json`.
 
 `resolve` makes a plan; everything above reads it. On resume the plan in the run directory is the authority.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. Which checkpoints stay, and as what. Pure functions of steps and metrics; `pruning` does what they say.
+"""Which checkpoints stay, and as what. Pure functions of steps and metrics; `pruning` does what they say.
 
 Two classes: full checkpoints can be resumed from; weights alone take a third of the bytes, and compare, average and package as well.
 """

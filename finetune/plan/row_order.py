@@ -1,4 +1,4 @@
-"""Floor 0. Which examples an update uses: a pure function of (seed, step), for any world size, with no state to store.
+"""Which examples an update uses: a pure function of (seed, step), for any world size, with no state to store.
 
 An epoch is a keyed permutation of the examples (a balanced Feistel network with cycle walking: Black & Rogaway 2002,
 "Ciphers with Arbitrary Finite Domains"), so seeking to any position costs the same. With several weighted sources the

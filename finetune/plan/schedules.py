@@ -1,4 +1,4 @@
-"""Floor 0. The learning rate of an update: a pure function of (plan, step), so there is no scheduler to save.
+"""The learning rate of an update: a pure function of (plan, step), so there is no scheduler to save.
 
 Called by `loop`, which writes the value into the optimizer's parameter groups, and by `plan` for its table.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. Which rows are held out: a function of a row's content and of a seed, whatever file, order or company the row comes in.
+"""Which rows are held out: a function of a row's content and of a seed, whatever file, order or company the row comes in.
 
 A row's place is its content, hashed and keyed by the seed; rows whose place is up to a threshold are held out. Rows that are added later
 leave the others where they are, and equal rows are on one side.

@@ -1,4 +1,4 @@
-"""Floor 0. Plain values to a checked `Recipe`, or to what is wrong with them in our own words; only `load` calls it.
+"""Plain values to a checked `Recipe`, or to what is wrong with them in our own words; only `load` calls it.
 
 pydantic says what is wrong; the words, the user's own key in place of pydantic's location, and the nearest right key are made here.
 """

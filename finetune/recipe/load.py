@@ -1,4 +1,4 @@
-"""Floor 0. A recipe file to a checked `Recipe`, or to every problem it has, each with its line; `cli` and `resolve` call it."""
+"""A recipe file to a checked `Recipe`, or to every problem it has, each with its line; `cli` and `resolve` call it."""
 
 import difflib
 import io

@@ -1,4 +1,4 @@
-"""Floor 0. The resume contract: what may differ between a recipe and the run that it resumes, what may not, and why.
+"""The resume contract: what may differ between a recipe and the run that it resumes, what may not, and why.
 
 `opening` decides by these tables, a plan's id stands for what they bind a run to, and docs/resume.md shows them.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. What sections of a recipe cannot do together; `schema` asks when all are right, `check` as far as they are.
+"""What sections of a recipe cannot do together; `schema` asks when all are right, `check` as far as they are.
 
 A rule is a function of the sections that it names; it returns what does not fit as `key: message`, or None.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. What a human writes: one frozen pydantic model a section, one docstring a key.
+"""What a human writes: one frozen pydantic model a section, one docstring a key.
 
 `load` checks a file against it, `finetune schema` writes it as JSON Schema, `docs/recipe.md` is generated from it.
 Names of tasks, adapters and optimizers appear here as literals, so that a typo is answered without importing torch;

@@ -1,4 +1,4 @@
-"""Floor 0. YAML text to nodes that know their line, and `--set` written into them; only `load` calls it.
+"""YAML text to nodes that know their line, and `--set` written into them; only `load` calls it.
 
 YAML 1.2's core schema decides what a plain word is: `2e-4` is a number, only true and false are booleans, `no` is text.
 Anchors, aliases and tags are refused: an alias can make gigabytes of kilobytes, and a tag can name code.

@@ -1,4 +1,4 @@
-"""Floor 7. Folders beside the one that they become, or that they were: locked as long as their maker lives, so that what a kill has left is known.
+"""Folders beside the one that they become, or that they were: locked as long as their maker lives, so that what a kill has left is known.
 
 `export`, `to_folder` and `queue` call it.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. Things made once and shared between runs (converted bases, encoded rows), keyed by their content.
+"""Things made once and shared between runs (converted bases, encoded rows), keyed by their content.
 
 An entry is built in a directory beside it, synced, and renamed into place, so a half-made one is never seen. Whoever wants the same
 entry meanwhile waits. What a killed build had finished, in sealed parts, stays for a week: the next build goes on from there.

@@ -1,4 +1,4 @@
-"""Floor 0. What came from the Hub: whether it is what the commit has, and what the disk says that cannot keep it; for bases, data sets
+"""What came from the Hub: whether it is what the commit has, and what the disk says that cannot keep it; for bases, data sets
 and packages that are verified."""
 
 import errno

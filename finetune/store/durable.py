@@ -1,4 +1,4 @@
-"""Floor 0. Files and names that survive a power cut, and the disk's refusals in plain words; for `store`, `lease` and `journal`."""
+"""Files and names that survive a power cut, and the disk's refusals in plain words; for `store`, `lease` and `journal`."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Floor 0. What every file that asks the Hub needs: its client's errors, what each refusal means, and a word while it is silent."""
+"""What every file that asks the Hub needs: its client's errors, what each refusal means, and a word while it is silent."""
 
 import os
 import sys

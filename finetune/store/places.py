@@ -1,4 +1,4 @@
-"""Floor 0. Where to look for a run's base and data when they are not where the run was planned.
+"""Where to look for a run's base and data when they are not where the run was planned.
 
 First what the user names (`--base`, `--data OLD=NEW`), then where an earlier resume found them, then the folders above the run. A place
 counts only if its content is the recorded one: who asks has to compare.

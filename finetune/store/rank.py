@@ -1,4 +1,4 @@
-"""Floor 0. Which rank this process is, by what its launcher set: what all ranks know, one of them says."""
+"""Which rank this process is, by what its launcher set: what all ranks know, one of them says."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Floor 0. Safetensors files: a writer that streams and hashes, and a reader of headers that believes nothing.
+"""Safetensors files: a writer that streams and hashes, and a reader of headers that believes nothing.
 
 The safetensors library writes without syncing and leaves mode 0600; here `store` owns the file and this module only its bytes.
 The format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without holes

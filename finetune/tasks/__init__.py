@@ -1,4 +1,4 @@
-"""Floor 1. The tasks: how rows become examples, examples a batch, a batch a loss, and losses figures.
+"""The tasks: how rows become examples, examples a batch, a batch a loss, and losses figures.
 
 A new task is one file beside this one, a line in `TASKS`, and its section in `recipe/schema.py`.
 """

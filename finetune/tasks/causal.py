@@ -1,4 +1,4 @@
-"""Floor 1. What all causal language modelling shares: collation, the loss with its rows, and the held-out figures.
+"""What all causal language modelling shares: collation, the loss with its rows, and the held-out figures.
 
 Shapes: R rows of a micro-batch, B sequences, T positions, N supervised tokens.
 Packed: B is 1 and the rows stand one behind the other. Padded: B is R, filled up on the right.

@@ -1,4 +1,4 @@
-"""Floor 1. Conversations to examples; the loss is on what the assistant says and on the token that ends its turn.
+"""Conversations to examples; the loss is on what the assistant says and on the token that ends its turn.
 
 Spans are found by rendering each conversation up to a turn and as a whole, so any template works whose renderings are prefixes of
 one another. What a row says and its text does not is refused.

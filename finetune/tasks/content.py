@@ -1,4 +1,4 @@
-"""Floor 1. What a row says, in one form for every file it can come from: two rows are equal when this is. It must never refuse a row.
+"""What a row says, in one form for every file it can come from: two rows are equal when this is. It must never refuse a row.
 
 Columns that a task does not read are not in it, and neither is anything that depends on a tokenizer or a template.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. A conversation by a chat template: its text, and where in it the assistant speaks.
+"""A conversation by a chat template: its text, and where in it the assistant speaks.
 
 A template is somebody's program: whatever it raises is one DataError. The day that it prints is the plan's.
 """

@@ -1,4 +1,4 @@
-"""Floor 1. Plain text to examples: every token is supervised, and a long row becomes several examples, nothing lost."""
+"""Plain text to examples: every token is supervised, and a long row becomes several examples, nothing lost."""
 
 from collections.abc import Callable, Collection, Sequence
 

@@ -1,4 +1,4 @@
-"""Floor 4. What is wrong with a step that was refused: its rows, or the weights that they met. `run` says it."""
+"""What is wrong with a step that was refused: its rows, or the weights that they met. `run` says it."""
 
 import math
 

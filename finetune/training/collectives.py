@@ -1,4 +1,4 @@
-"""Floor 1. What the ranks of a training do beside its steps: they wait for the one that works, and tell a rank that is lost from a bug.
+"""What the ranks of a training do beside its steps: they wait for the one that works, and tell a rank that is lost from a bug.
 
 `run` and the debugging tools wait here, `state` asks how many were declared, `cli` says what is lost.
 """

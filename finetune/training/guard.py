@@ -1,4 +1,4 @@
-"""Floor 0. Whether an update is made: a pure function of the recipe, the step's figures and those of the steps before it.
+"""Whether an update is made: a pure function of the recipe, the step's figures and those of the steps before it.
 
 `loop` asks before each update, on every rank, which all see the same figures and so come to the same verdict. What was decided
 against the plan is an `Amendment`, which the journal and every later manifest carry.

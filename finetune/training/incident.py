@@ -1,4 +1,4 @@
-"""Floor 4. All that there is to know of one step, as a folder of plain files: `debug/step-<step>/` of its run.
+"""All that there is to know of one step, as a folder of plain files: `debug/step-<step>/` of its run.
 
 `run` writes one when the guard refuses an update, `bisect` one of the step that it finds. A bundle stays with the run: it has the text of
 rows, which no package and no card has.

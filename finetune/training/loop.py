@@ -1,4 +1,4 @@
-"""Floor 3. The only backward and the only optimizer step. A generator: whoever iterates logs, saves, evaluates and stops.
+"""The only backward and the only optimizer step. A generator: whoever iterates logs, saves, evaluates and stops.
 
 `run.execute` is the everyday consumer. Order, schedule and seeds are functions of the step, so a loop that starts at
 step 400 does what one that came from step 0 does.

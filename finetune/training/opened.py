@@ -1,4 +1,4 @@
-"""Floor 4. A ref to a live model: whatever a user can name, ready to evaluate, to generate with or to package.
+"""A ref to a live model: whatever a user can name, ready to evaluate, to generate with or to package.
 
 A checkpoint of a run is verified first, every byte. Nothing here trains; `state` and `snapshot` do that.
 """

@@ -1,4 +1,4 @@
-"""Floor 2. A checkpoint that a run begins with stays in the run that it comes from: it is pinned there, as a branch pins the one it begins with."""
+"""A checkpoint that a run begins with stays in the run that it comes from: it is pinned there, as a branch pins the one it begins with."""
 
 from pathlib import Path
 

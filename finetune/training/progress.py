@@ -1,4 +1,4 @@
-"""Floor 1. What the terminal shows of a run: messages as lines of their own, progress in place on a terminal.
+"""What the terminal shows of a run: messages as lines of their own, progress in place on a terminal.
 
 Everything goes to stderr, flushed at once. `run` owns the one `Progress`; other ranks than the first own a silent one.
 """

@@ -1,4 +1,4 @@
-"""Floor 4. Whether this machine and this base can do what a plan says: what `train` would meet later, found before a weight is read.
+"""Whether this machine and this base can do what a plan says: what `train` would meet later, found before a weight is read.
 
 `plan` and `train` ask the same; `plan --devices` is about other machines and asks nothing here.
 """

@@ -1,4 +1,4 @@
-"""Floor 5. A run directory that is being written: plan, journal, row losses, checkpoints. `run` tells it what happened.
+"""A run directory that is being written: plan, journal, row losses, checkpoints. `run` tells it what happened.
 
 Rank 0 writes; the others' recorders only report to it, so that what a rank does never depends on which one it is.
 """

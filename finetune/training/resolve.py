@@ -1,4 +1,4 @@
-"""Floor 3. Recipe to plan: pins revisions, encodes and counts rows, and refuses what cannot work before anything is trained.
+"""Recipe to plan: pins revisions, encodes and counts rows, and refuses what cannot work before anything is trained.
 
 On resume the pins of the run's own plan are used again, and the plan that comes out must be the same.
 """

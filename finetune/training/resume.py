@@ -1,4 +1,4 @@
-"""Floor 4. The plan of a run directory: its own where the run exists, else a new one; and what has changed since it was made.
+"""The plan of a run directory: its own where the run exists, else a new one; and what has changed since it was made.
 
 `run` calls `open_plan` under the lease. What may differ between a recipe and the run that it resumes is in `contract`.
 """

@@ -1,4 +1,4 @@
-"""Floor 6. The everyday consumer of the loop: iterates it, evaluates, commits, and stops when asked.
+"""The everyday consumer of the loop: iterates it, evaluates, commits, and stops when asked.
 
 `cli` calls `train`; `execute` is what happens between an opened state and the last commit. What all ranks do (evaluate,
 save, stop) is a function of the step, or was agreed by all of them.

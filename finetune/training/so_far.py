@@ -1,4 +1,4 @@
-"""Floor 1. What a training has to know of the steps behind it. Neither its memory nor the time to read it grows with their number; of
+"""What a training has to know of the steps behind it. Neither its memory nor the time to read it grows with their number; of
 evaluations, which are few, it knows all.
 
 `recorder` owns one: of the newest checkpoint's `trainer_state.json` and the journal's end when a run is resumed, of what happens after that.

@@ -1,4 +1,4 @@
-"""Floor 2. What changes while training: model, optimizer and the number of the last finished step.
+"""What changes while training: model, optimizer and the number of the last finished step.
 
 `run` builds one from a plan, `loop` moves it, `checkpoints/snapshot` writes and reads it.
 """

@@ -1,4 +1,4 @@
-"""Floor 2. Whether a base trains as a recipe asks, tried on a small model of its kind before a weight is read.
+"""Whether a base trains as a recipe asks, tried on a small model of its kind before a weight is read.
 
 `resolve` asks once for each base and keeps the answer. Rows of different lengths go through the small model packed, padded
 and alone, past every window, chunk and original context that the base's rows reach; then a loss goes back through it.

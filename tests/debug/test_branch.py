@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from finetune.debug import branch_directory
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch, row_ids
 from finetune.debug.replay import replay

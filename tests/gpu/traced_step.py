@@ -26,6 +26,7 @@ from finetune.tasks import TASKS  # noqa: E402
 from finetune.training import loop, state  # noqa: E402
 from finetune.training.resolve import resolve  # noqa: E402
 from finetune.training.run import batches  # noqa: E402
+from finetune.training.saving import buffers as staging  # noqa: E402
 from finetune.training.saving.snapshot import Live  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""Floor 0. Which rows a plan holds out: those of the run that it goes on from, or a draw of its own; and who trained on them before.
+"""Which rows a plan holds out: those of the run that it goes on from, or a draw of its own; and who trained on them before.
 
 `resolve` asks when a plan is made or read again, `evaluate` before any figure. Rows are held out by content (see `split`).
 """

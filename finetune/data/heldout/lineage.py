@@ -1,4 +1,4 @@
-"""Floor 0. The runs that trained a model before, and the rows that they know from there.
+"""The runs that trained a model before, and the rows that they know from there.
 
 A row is known by its content (see `split`), so it is found again in another file, order or format. Nothing here opens a model.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. Values of Arrow columns: JSON that stands in them as text, and nulls that only fill what other rows have.
+"""Values of Arrow columns: JSON that stands in them as text, and nulls that only fill what other rows have.
 
 `datasets` writes lists of objects of different kinds as JSON (the extension type `arrow.json`): there a null was written by somebody.
 """

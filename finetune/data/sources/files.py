@@ -1,4 +1,4 @@
-"""Floor 0. Readers of local files: JSON Lines, CSV and Parquet, each row by position, with its place for a person.
+"""Readers of local files: JSON Lines, CSV and Parquet, each row by position, with its place for a person.
 
 What is wrong with a file or a row is a DataError. Nothing is read before it is asked for but what finds the rows.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. Rows of a Hub data set at a pinned revision, and what the Hub's refusals mean."""
+"""Rows of a Hub data set at a pinned revision, and what the Hub's refusals mean."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

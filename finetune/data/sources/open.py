@@ -1,4 +1,4 @@
-"""Floor 0. Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
+"""Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
 
 `resolve` opens every source of a recipe to pin and to count it, `encode` reads its rows. A row is a plain dict of columns, renamed
 as the recipe's `columns` say; what is wrong with it is a DataError that names its place, like `data/train.jsonl:12`.

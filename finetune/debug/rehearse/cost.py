@@ -1,4 +1,4 @@
-"""Floor 7. What a checkpoint costs a training, from the journals of a few steps, and how often it may be made; for `rehearse`."""
+"""What a checkpoint costs a training, from the journals of a few steps, and how often it may be made; for `rehearse`."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Floor 7. Whether two runs of one plan are equal to the bit up to a step, and what differs first; for `rehearse`."""
+"""Whether two runs of one plan are equal to the bit up to a step, and what differs first; for `rehearse`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Floor 7. The first minute of a planned run, as a test of the machine that it will run on; `cli` calls `rehearse`.
+"""The first minute of a planned run, as a test of the machine that it will run on; `cli` calls `rehearse`.
 
 One training is killed and resumed, one is left alone, both by the user's own command, and they must end with the same bits.
 Then a checkpoint is packaged, and the journals say what one costs. Imports no torch: the processes do.

@@ -1,4 +1,4 @@
-"""Floor 7. Real `finetune` processes in a directory that goes when they have ended; for `rehearse`.
+"""Real `finetune` processes in a directory that goes when they have ended; for `rehearse`.
 
 Whatever ends the caller, an error or a signal, no process stays behind and no directory, unless it is to be kept.
 """

@@ -1,4 +1,4 @@
-"""Floor 1. Where a base is and what exactly it is, pinned; its parts load it, and every other file asks here.
+"""Where a base is and what exactly it is, pinned; its parts load it, and every other file asks here.
 
 A base is a model on the Hub, in a directory or in a package, or an adapter, which is merged onto the base that it names.
 `resolve` pins a base, `state` loads it, `package/export` loads it again.
@@ -23,6 +23,7 @@ from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
 from finetune.model.base.load import (
     DTYPES,
+    STORED_DTYPES,
     Place,
     check_generation_config,
     check_quantization,
@@ -45,6 +46,7 @@ from finetune.store.run.directory import load_plan
 
 __all__ = [
     "DTYPES",
+    "STORED_DTYPES",
     "Companions",
     "Place",
     "attach",

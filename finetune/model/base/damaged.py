@@ -1,4 +1,4 @@
-"""Floor 0. What errors call a base and its files, and its JSON files read without trust."""
+"""What errors call a base and its files, and its JSON files read without trust."""
 
 import json
 from pathlib import Path

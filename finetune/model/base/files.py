@@ -1,4 +1,4 @@
-"""Floor 0. Which files make a checkpoint: what is downloaded, digested, and handed on to a base made from others; `base` calls it."""
+"""Which files make a checkpoint: what is downloaded, digested, and handed on to a base made from others; `base` calls it."""
 
 import json
 import os

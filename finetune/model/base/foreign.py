@@ -1,4 +1,4 @@
-"""Floor 1. Directories of other programs that are no models: what they are, and how to make a model of them; `base` calls it.
+"""Directories of other programs that are no models: what they are, and how to make a model of them; `base` calls it.
 
 Only names are looked at. What these programs write beside weights are pickles, and those are never read.
 """

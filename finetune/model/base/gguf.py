@@ -1,4 +1,4 @@
-"""Floor 1. A base that is a GGUF file inside an installed Python package: found without importing it, converted; `base` calls it."""
+"""A base that is a GGUF file inside an installed Python package: found without importing it, converted; `base` calls it."""
 
 import importlib.util
 from pathlib import Path

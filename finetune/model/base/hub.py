@@ -1,4 +1,4 @@
-"""Floor 1. A base on the Hub: its commit, its files, and what the Hub's refusals mean; `base` calls it."""
+"""A base on the Hub: its commit, its files, and what the Hub's refusals mean; `base` calls it."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Floor 1. Whether two tokenizers make the same tokens; `evaluate` asks it of a checkpoint, `preflight` before there is one."""
+"""Whether two tokenizers make the same tokens; `evaluate` asks it of a checkpoint, `preflight` before there is one."""
 
 from transformers import PreTrainedTokenizerBase
 

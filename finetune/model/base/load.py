@@ -1,4 +1,4 @@
-"""Floor 1. A checkpoint's directory to its config, tokenizer and model: the one place that loads weights; `base` offers it.
+"""A checkpoint's directory to its config, tokenizer and model: the one place that loads weights; `base` offers it.
 
 No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is refused, weights are safetensors only.
 """
@@ -30,6 +30,13 @@ from finetune.store.tensors import read_header
 
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as recipes spell them
+STORED_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}  # as safetensors spells them
 RELOAD = "download or copy its tokenizer's files again"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 

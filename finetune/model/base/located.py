@@ -1,4 +1,4 @@
-"""Floor 1. Where a base is now that a plan has pinned: under any name that leads to the same content."""
+"""Where a base is now that a plan has pinned: under any name that leads to the same content."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

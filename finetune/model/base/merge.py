@@ -1,4 +1,4 @@
-"""Floor 1. Adapters in a directory, ours and other people's: put on a model as they are, or merged into it; `base` calls it.
+"""Adapters in a directory, ours and other people's: put on a model as they are, or merged into it; `base` calls it.
 
 Everything but the merge's own proof also works on the meta device, so `plan` refuses what `train` could not merge.
 """

@@ -1,4 +1,4 @@
-"""Floor 1. What transformers makes of a checkpoint's files, without reading a weight: names, types, and what has no place in a model.
+"""What transformers makes of a checkpoint's files, without reading a weight: names, types, and what has no place in a model.
 
 Routers, their biases and state-space parameters are too sensitive for the 8 bits of bf16. Some are kept in fp32 by transformers, for its
 class of the model; others by whoever saved the base, in its files.

@@ -1,4 +1,4 @@
-"""Floor 0. Bases whose files hold weights in fewer bits than bf16.
+"""Bases whose files hold weights in fewer bits than bf16.
 
 Trained weights are in bf16 or fp32, so such a base is read as the numbers that its files stand for, or refused.
 """

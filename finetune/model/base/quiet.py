@@ -1,4 +1,4 @@
-"""Floor 0. Loading without the progress bars and notices of libraries, which would break up our own lines."""
+"""Loading without the progress bars and notices of libraries, which would break up our own lines."""
 
 import contextlib
 import io

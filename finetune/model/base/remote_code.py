@@ -1,4 +1,4 @@
-"""Floor 0. By which keys of a config a loader would run code that came with it. `model/base` asks before transformers sees a config,
+"""By which keys of a config a loader would run code that came with it. `model/base` asks before transformers sees a config,
 `package/checks` asks of every package.
 
 Known ways in: `auto_map`; `trust_remote_code` in a config, which overrode the caller (CVE-2026-5241); `_attn_implementation_internal` and kernels

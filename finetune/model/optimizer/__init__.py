@@ -1,4 +1,4 @@
-"""Floor 1. Optimizers by their names in the recipe, over two parameter groups: with and without weight decay.
+"""Optimizers by their names in the recipe, over two parameter groups: with and without weight decay.
 
 An optimizer with `fused` among its defaults divides gradients by its `grad_scale` while it reads them; for the others
 `loop` clips in a pass of its own. All that a checkpoint needs is in `state`, as tensors.

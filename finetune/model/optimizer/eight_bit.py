@@ -1,4 +1,4 @@
-"""Floor 1. AdamW whose moments take 8 bits, in blocks that each have a scale (Dettmers et al. 2021, arXiv 2110.02861).
+"""AdamW whose moments take 8 bits, in blocks that each have a scale (Dettmers et al. 2021, arXiv 2110.02861).
 
 The update is bitsandbytes' kernel; the state is our own, tensors alone, so that checkpoints store and restore it like any other.
 """

@@ -1,4 +1,4 @@
-"""Floor 1. AdamW over weights in bf16, with moments in fp32 and updates that are rounded by chance.
+"""AdamW over weights in bf16, with moments in fp32 and updates that are rounded by chance.
 
 bf16 has 8 bits of precision: rounded to nearest, an update under 1/256 of its weight is lost, and most are. Rounded up with
 a probability of the part that does not fit, the weight is right in expectation (Gupta et al. 2015, arXiv 1502.02551).

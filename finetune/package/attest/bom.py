@@ -1,4 +1,4 @@
-"""Floor 7. A package as a bill of materials: CycloneDX 1.6, a machine-learning model with its files, data and ancestor; `export` writes it.
+"""A package as a bill of materials: CycloneDX 1.6, a machine-learning model with its files, data and ancestor; `export` writes it.
 
 Format: https://cyclonedx.org/docs/1.6/json/. It has no time in it, and its serial number is made of the run and the step.
 """

@@ -1,4 +1,4 @@
-"""Floor 7. Under which licence base and data stand, as far as they say themselves, and a package may; `export` asks, `card` passes it on.
+"""Under which licence base and data stand, as far as they say themselves, and a package may; `export` asks, `card` passes it on.
 
 Sources: the front matter of the card of a base or a data set, or the metadata in a GGUF file. Nothing is guessed: None means unknown.
 What a licence asks of works made from it is told by its kind (https://huggingface.co/docs/hub/repositories-licenses), no legal advice.

@@ -1,4 +1,4 @@
-"""Floor 7. What a package was made from, as a SLSA provenance statement that names every file by its hash; `export` writes, `verify` reads it.
+"""What a package was made from, as a SLSA provenance statement that names every file by its hash; `export` writes, `verify` reads it.
 
 One line of JSON: an in-toto Statement v1 (https://in-toto.io/Statement/v1) whose predicate is SLSA provenance v1
 (https://slsa.dev/spec/v1.0/provenance). It has no time and no host in it: the same run gives the same bytes.

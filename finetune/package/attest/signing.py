@@ -1,4 +1,4 @@
-"""Floor 7. A signature over a package, in the format of OpenSSF Model Signing v1.0; needs `cryptography`, the extra `signing`.
+"""A signature over a package, in the format of OpenSSF Model Signing v1.0; needs `cryptography`, the extra `signing`.
 
 A Sigstore bundle v0.3 (https://docs.sigstore.dev/about/bundle/) around a DSSE envelope (https://github.com/secure-systems-lab/dsse) around an
 in-toto statement that names every file by its SHA-256 (https://github.com/ossf/model-signing-spec). The official verifier accepts it. The card

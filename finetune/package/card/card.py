@@ -1,4 +1,4 @@
-"""Floor 7. The model card: what a package is, what it was made from and how, in figures. `export` writes it as README.md.
+"""The model card: what a package is, what it was made from and how, in figures. `export` writes it as README.md.
 
 A pure function of the run's record: no clock, no path, no host, no row. The front matter is what the Hub reads
 (https://huggingface.co/docs/hub/model-cards).

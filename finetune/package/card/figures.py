@@ -1,4 +1,4 @@
-"""Floor 7. What a card says in numbers: figures of the training, its cost, and what stands in for a benchmark. `card` and `verify` call it."""
+"""What a card says in numbers: figures of the training, its cost, and what stands in for a benchmark. `card` and `verify` call it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Floor 7. The front matter of a card by the rules of the Hub, which refuses a commit for it, or shows a model wrongly; `verify` asks.
+"""The front matter of a card by the rules of the Hub, which refuses a commit for it, or shows a model wrongly; `verify` asks.
 
 Rules: https://huggingface.co/docs/hub/model-cards, licences: https://huggingface.co/docs/hub/repositories-licenses (read in November 2026).
 """

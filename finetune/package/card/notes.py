@@ -1,4 +1,4 @@
-"""Floor 7. What people write into a card stays when it is written again: above it, in its notes, below it, and keys of its front matter.
+"""What people write into a card stays when it is written again: above it, in its notes, below it, and keys of its front matter.
 
 The line that a card begins with has a digest of what follows, so that a change in the generated part is noticed.
 """

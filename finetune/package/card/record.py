@@ -1,4 +1,4 @@
-"""Floor 7. What a package tells of its training: recipe, figures and loss curve, without paths, hosts or rows.
+"""What a package tells of its training: recipe, figures and loss curve, without paths, hosts or rows.
 
 `export` writes these files, `card` shows them. Everything is taken from the plan and the journal, so the same run gives the same bytes.
 """

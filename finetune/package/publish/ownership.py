@@ -1,4 +1,4 @@
-"""Floor 7. What of a target is ours: the files that an earlier publish recorded in its provenance. The rest is people's, and stays.
+"""What of a target is ours: the files that an earlier publish recorded in its provenance. The rest is people's, and stays.
 
 What people changed in our files, or put under our names, is named before it is overwritten.
 """

@@ -1,4 +1,4 @@
-"""Floor 7. A package goes to the Hub: staged, compared file by file with what it should be, promoted, tagged; `cli` calls it.
+"""A package goes to the Hub: staged, compared file by file with what it should be, promoted, tagged; `cli` calls it.
 
 At every moment the target has the old tree or the new one. Whatever was interrupted is taken up by the same command: what is uploaded is
 not uploaded again, what is committed is not committed again.

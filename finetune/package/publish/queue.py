@@ -1,4 +1,4 @@
-"""Floor 7. Milestones on their way to the Hub: a process of its own beside the training, which it neither stops nor waits for.
+"""Milestones on their way to the Hub: a process of its own beside the training, which it neither stops nor waits for.
 
 `cli.train` starts it where the recipe has `publish.milestones`, and `finetune publish RUN --milestones` does the same by hand. What is published
 is written down in `published/`; whatever a kill or an outage left out, the next one catches up with, in order.

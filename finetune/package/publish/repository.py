@@ -1,4 +1,4 @@
-"""Floor 7. A repository of the Hub, written to: its trees, and commits that land once or not at all; only `publish` calls it.
+"""A repository of the Hub, written to: its trees, and commits that land once or not at all; only `publish` calls it.
 
 Every request is tried again where trying again can help. A commit whose reply was lost is recognised by the tree that it left, so that it
 is never made twice (https://huggingface.co/docs/huggingface_hub/package_reference/hf_api, `create_commit`).

@@ -1,4 +1,4 @@
-"""Floor 7. Who may publish where, and who may see it; asked before a training, before an upload, and again right before a commit."""
+"""Who may publish where, and who may see it; asked before a training, before an upload, and again right before a commit."""
 
 import sys
 

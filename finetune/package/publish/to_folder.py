@@ -1,4 +1,4 @@
-"""Floor 7. A package goes to a folder: copied beside it, synced, compared, and put in its place by one exchange of names; `publish` calls it.
+"""A package goes to a folder: copied beside it, synced, compared, and put in its place by one exchange of names; `publish` calls it.
 
 At every moment the folder is the old package or the new one. What a killed call left beside it, the next one removes.
 """

@@ -1,4 +1,4 @@
-"""Floor 7. What can be said of a model folder without running it: each check has a name and yields what is wrong. `verify` runs the table.
+"""What can be said of a model folder without running it: each check has a name and yields what is wrong. `verify` runs the table.
 
 No name in a file becomes a path here.
 """

@@ -1,4 +1,4 @@
-"""Floor 7. What may be in a package: files by name, and by content nothing that runs, unpickles, or is a secret. `publish` and `verify` ask.
+"""What may be in a package: files by name, and by content nothing that runs, unpickles, or is a secret. `publish` and `verify` ask.
 
 Names are a list of what is allowed, not of what is not; what a file is, its first bytes say, not its name.
 """

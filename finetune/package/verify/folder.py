@@ -1,4 +1,4 @@
-"""Floor 7. A model folder as `checks` reads it: configs as JSON, headers by our own reader; nothing of transformers, and nothing is run."""
+"""A model folder as `checks` reads it: configs as JSON, headers by our own reader; nothing of transformers, and nothing is run."""
 
 import json
 import re

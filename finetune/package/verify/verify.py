@@ -1,4 +1,4 @@
-"""Floor 7. Whether a model folder, or a repository of the Hub, is what it should be: every check has a name; `cli` and `export` call it.
+"""Whether a model folder, or a repository of the Hub, is what it should be: every check has a name; `cli` and `export` call it.
 
 It works for any model; checks that need a record which is not there are left out, and the answer says which were made. Nothing of the
 folder is loaded before everything that can be seen without loading is right.

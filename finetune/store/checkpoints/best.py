@@ -1,4 +1,4 @@
-"""Floor 0. What the best commit of a run is worth: whether a better evaluation was not kept, and whether the base was better.
+"""What the best commit of a run is worth: whether a better evaluation was not kept, and whether the base was better.
 
 `@best`, `log` and the end of a training say it in these words.
 """

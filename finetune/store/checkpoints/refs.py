@@ -1,4 +1,4 @@
-"""Floor 0. What a user calls a checkpoint: `runs/a@400`, `runs/a@best`, a directory, a Hub id, a file in a package.
+"""What a user calls a checkpoint: `runs/a@400`, `runs/a@best`, a directory, a Hub id, a file in a package.
 
 Every command and `base.checkpoint` of every recipe read refs here, so they mean the same everywhere.
 """

@@ -1,4 +1,4 @@
-"""Floor 0. `trainer_state.json`: the history of a run in the form that transformers' Trainer writes, for the tools that read that.
+"""`trainer_state.json`: the history of a run in the form that transformers' Trainer writes, for the tools that read that.
 
 `saver` writes one into every checkpoint; `past` takes from it what a resumed run has to know of its first steps.
 """

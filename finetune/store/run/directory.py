@@ -1,4 +1,4 @@
-"""Floor 0. A run directory by its names: what lies in a run, and the plan that it has."""
+"""A run directory by its names: what lies in a run, and the plan that it has."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Floor 0. What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
+"""What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Floor 0. What happened in a run: `journal.jsonl`, one line a step or event; `columns` has what is finer than that.
+"""What happened in a run: `journal.jsonl`, one line a step or event; `columns` has what is finer than that.
 
 The holder of the run's lease appends; `log`, `replay`, `bisect` and resume read. A crash can tear only the last line, which is
 dropped when the journal is next opened for writing.

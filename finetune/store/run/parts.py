@@ -1,4 +1,4 @@
-"""Floor 0. The Parquet files in `rows/` and `modules/`: written a save at a time, merged so that their number stays small, read a step at a time.
+"""The Parquet files in `rows/` and `modules/`: written a save at a time, merged so that their number stays small, read a step at a time.
 
 A file is named by the steps that it holds, without gaps. Of several that hold a step, that of the later attempt counts, and of one
 attempt the later one. A merge keeps it so: it takes in the file that ends right before it, where nothing newer lies in between.

@@ -1,4 +1,4 @@
-"""Floor 1. Copies of live tensors that training does not wait for: warm, reused buffers, filled while forward and backward run.
+"""Copies of live tensors that training does not wait for: warm, reused buffers, filled while forward and backward run.
 
 Parameters and moments do not change between an update and the next one, so a copy has that long; `state.await_snapshot`
 holds only the update itself. `saver` takes a copy for each save and gives it back once it is on the disk.

@@ -1,4 +1,4 @@
-"""Floor 1. Before a checkpoint is committed, every rank says that it is at that step of that plan. `recorder` begins a report on all ranks.
+"""Before a checkpoint is committed, every rank says that it is at that step of that plan. `recorder` begins a report on all ranks.
 
 Over a gloo group of its own with a timeout, beside training: a rank that is stuck costs a checkpoint, not the training.
 """

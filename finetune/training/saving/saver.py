@@ -1,4 +1,4 @@
-"""Floor 4. One save, from live tensors to a commit that was read back, with what is kept and removed after it. For `recorder`.
+"""One save, from live tensors to a commit that was read back, with what is kept and removed after it. For `recorder`.
 
 `begin` is what training waits for; `commit` runs on the writer's thread, one save after the other.
 """

@@ -1,4 +1,4 @@
-"""Floor 3. Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
+"""Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
 
 Every checkpoint directory loads with plain `from_pretrained` (peft's, for an adapter). `saver` calls `write` inside an
 attempt of the store, `run` calls `read` on a verified checkpoint.
@@ -23,7 +23,6 @@ from finetune.store.tensors import Tensor
 from finetune.training.saving.buffers import Copy, Staging
 from finetune.training.state import TrainState
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 # Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.
 WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "model-frozen.safetensors"
 INDEX = f"{WHOLE}.index.json"
@@ -83,7 +82,7 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
     state.await_snapshot()
     tensors, scalars = live.copied()
     state.copy = staging.take(tensors)
-    config = adapter_config(state.model, plan) if adapters.is_adapter(state.model) else None
+    config = adapters.config_of(state.model, plan) if adapters.is_adapter(state.model) else None
     buffers = {name: tensor.detach().clone().cpu() for name, tensor in live.buffers.items()}
     return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
 
@@ -192,17 +191,6 @@ def _write_or_link(name: str, content: bytes, previous: Checkpoint | None, attem
         attempt.write_bytes(name, content)
 
 
-def adapter_config(model: torch.nn.Module, plan: Plan) -> dict:
-    """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
-    config = model.peft_config[adapters.NAME].to_dict()
-    named = plan.recipe.base.origin or plan.recipe.base.checkpoint
-    is_hub = plan.base.kind == "hub" or plan.recipe.base.origin
-    config["base_model_name_or_path"] = named.partition("@")[0] if is_hub else Path(named).name
-    config["revision"] = plan.base.revision if plan.base.kind == "hub" else None
-    config["inference_mode"] = True
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-
-
 def _config(base_directory: Path, weights: str) -> dict:
     """The base's own config with the type of the weights that are really there, whatever the base's was."""
     config = json.loads((base_directory / "config.json").read_bytes())
@@ -214,7 +202,7 @@ def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:
     return [
         Tensor(
             name.removeprefix(prefix),
-            DTYPES[tensor.dtype],
+            base.STORED_DTYPES[tensor.dtype],
             tuple(tensor.shape),
             memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),
         )

@@ -1,4 +1,4 @@
-"""Floor 0. The thread that saves are done on, one after the other, and how training learns of its health. `recorder` uses it.
+"""The thread that saves are done on, one after the other, and how training learns of its health. `recorder` uses it.
 
 A thread, not a process: hashing and writing leave the interpreter to the others, and beside a training both cost it the same
 (`scripts/bench/checkpoints.py` shows them side by side).
