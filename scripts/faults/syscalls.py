@@ -32,12 +32,12 @@ REMOVALS = ("unlink", "unlinkat", "rmdir")
 SAVE = """
 import sys
 from pathlib import Path
-from finetune.checkpoints import durable
-from finetune.checkpoints.manifest import Manifest
-from finetune.checkpoints.store import Store
-from finetune.checkpoints.tensors import Tensor
+from finetune.store import durable
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.store import Store
+from finetune.store.tensors import Tensor
 from finetune.errors import FinetuneError
-from finetune.journal import Journal
+from finetune.store.run.journal import Journal
 
 durable.BUFFER_BYTES = 4096  # else nothing so small would be written past the page cache
 run = Path(sys.argv[1])

@@ -174,7 +174,7 @@ def test_what_a_killed_attempt_left_is_not_held_against_the_next_before_it_has_t
 
 def test_a_training_whose_process_is_gone_was_killed_and_another_may_be_about_to_take_it(finished) -> None:
     hold = f"lease.acquire(Path({str(finished)!r}), 'mine'); os.kill(os.getpid(), 9)"
-    code = f"import os; from pathlib import Path; from finetune.checkpoints import lease; held = {hold}"
+    code = f"import os; from pathlib import Path; from finetune.store.run import lease; held = {hold}"
     subprocess.run([sys.executable, "-c", code])
     as_if(finished, [(1, "step")] * 20)
     facts = health.look(finished, 300)

@@ -15,7 +15,7 @@ from finetune.hosts.launch import _outcome
 LAUNCH = """
 import sys
 from pathlib import Path
-from finetune import launch
+from finetune.hosts import launch
 run, grace, restarts, processes, pause, ranks = sys.argv[1:]
 launch.sys.executable = ranks
 launch.BETWEEN_STARTS_SECONDS = float(pause)

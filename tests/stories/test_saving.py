@@ -162,19 +162,19 @@ SILENT_RANK = """
 import os, sys
 from pathlib import Path
 from types import SimpleNamespace
-from finetune.checkpoints import reports
+from finetune.training.saving import rank_reports
 from finetune.recipe.load import load
-from finetune.run import train
+from finetune.training.run import train
 
-reports.REPORT_SECONDS = 0.3
-begin = reports.Reports.begin
+rank_reports.REPORT_SECONDS = 0.3
+begin = rank_reports.Reports.begin
 
 def forgetful(self, step, plan_id):
     if step == 100 and os.environ["RANK"] == "1":
         return begin(self, 99, plan_id) if sys.argv[3] == "wrong" else SimpleNamespace(wait=lambda: None)
     return begin(self, step, plan_id)
 
-reports.Reports.begin = forgetful
+rank_reports.Reports.begin = forgetful
 train(load(Path(sys.argv[1]), []), Path(sys.argv[2]))
 """
 
@@ -206,7 +206,7 @@ def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(how, said
 SLOW_DISK = """
 import time
 from finetune import cli
-from finetune.checkpoints.store import Store
+from finetune.store.checkpoints.store import Store
 
 commit = Store.commit
 
@@ -243,7 +243,7 @@ def test_a_signal_to_one_rank_ends_all_with_the_last_step_committed_also_under_a
 HUNG_DISK = """
 import os, torch
 from finetune import cli
-from finetune.checkpoints import writer
+from finetune.training.saving import writer
 
 writer.STALL_SECONDS = 8.0
 fsync = os.fsync

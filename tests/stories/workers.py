@@ -138,7 +138,7 @@ def main() -> None:
     """One rank. Prints of the libraries go to stderr; stdout is for answers."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import finetune.run  # noqa: F401
+    import finetune.training.run  # noqa: F401
 
     for line in sys.stdin:
         command = json.loads(line)

@@ -16,9 +16,9 @@ IMPATIENT = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from finetune import run
-from finetune.checkpoints.writer import Writer
-from finetune.recorder import Recorder
+from finetune.training import run
+from finetune.training.saving.writer import Writer
+from finetune.training.recorder import Recorder
 
 def slowed(work):
     def slow(*arguments, **options):

@@ -16,7 +16,7 @@ SLEEPER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c',
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from finetune.debug.trainings import trainings_beside
+from finetune.debug.rehearse.trainings import trainings_beside
 with trainings_beside(Path(sys.argv[1]), is_kept=False) as trainings:
     command = [sys.executable, "-c", sys.argv[3]]
     if sys.argv[2] == "waits":

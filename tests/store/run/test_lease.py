@@ -22,7 +22,7 @@ from finetune.store.run import lease
 PROCESS = """
 import json, os, signal, sys
 from pathlib import Path
-from finetune.checkpoints import lease
+from finetune.store.run import lease
 from finetune.errors import RunError
 
 lease.HEARTBEAT_SECONDS, lease.STALE_SECONDS = 0.05, 1.5

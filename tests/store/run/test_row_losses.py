@@ -44,7 +44,7 @@ def test_writing_them_loads_no_pandas_beside_a_training(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from finetune.columns import Columns, ModuleNorms, RowLoss
+from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
 for step in (1, 2):
     Columns([RowLoss(step, 5, 15, 1.0, 7)], [ModuleNorms(step, {"layers.0": 1.0})]).write(Path(sys.argv[1]), "a")
 sys.exit("pandas" in sys.modules)
