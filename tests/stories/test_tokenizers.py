@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.data.test_encodings import tekken
+from tests.plan.test_encodings import tekken
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -161,7 +161,7 @@ def test_killed_anywhere_the_folder_is_old_or_new_and_a_second_call_finishes(tmp
 
 
 SYSTEM_CALLS = ["mkdir", "fsync", "sendfile", "flock", "renameat2", "unlinkat", "rmdir"]
-PUBLISH = "import sys; from tests.package.test_to_folder import *; to_folder.publish(files_of(Path(sys.argv[1])), Path(sys.argv[2]), False)"
+PUBLISH = "import sys; from tests.package.publish.test_to_folder import *; to_folder.publish(files_of(Path(sys.argv[1])), Path(sys.argv[2]), False)"
 
 
 @pytest.mark.slow
