@@ -1,6 +1,6 @@
 """The tasks: how rows become examples, examples a batch, a batch a loss, and losses figures.
 
-A new task is one file beside this one, a line in `TASKS`, and its section in `recipe/schema.py`.
+A new task is one file beside this one, a line in `TASKS`, and its section in `recipe/schema/tasks.py`.
 """
 
 from collections.abc import Callable
