@@ -1,5 +1,10 @@
-"""The section `optimizer`."""
+"""The section `optimizer`, and what is known of each optimizer and of each schedule without torch.
 
+How an optimizer updates is in `model/optimizer/`, in the file of its name; the curves of schedules are in `plan/schedules.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -28,3 +33,40 @@ class Optimizer(Section):
     """Momentum of `sgd`."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
+
+    @property
+    def facts(self) -> "OptimizerFacts":
+        return OPTIMIZERS[self.name]
+
+    @property
+    def schedule_settings(self) -> dict[str, object]:
+        """The keys that belong to the schedule."""
+        return {key: getattr(self, key) for key in SCHEDULES[self.schedule].keys}
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    state_bytes_per_parameter: Callable[[Optimizer], int]
+    keys: tuple[str, ...] = ()
+    """Those of the section that have a meaning for it, and not for every optimizer."""
+    keeps_small_updates: bool = False
+    """Whether updates of weights in bf16 are rounded up or down by chance; rounded to nearest, most of a small learning rate's are lost."""
+
+
+@dataclass(frozen=True)
+class ScheduleFacts:
+    keys: tuple[str, ...] = ()
+    """Those of the section that have a meaning for it, and not for every schedule."""
+
+
+OPTIMIZERS: dict[str, OptimizerFacts] = {
+    "adamw": OptimizerFacts(lambda settings: 8, ("betas", "eps"), keeps_small_updates=True),
+    "sgd": OptimizerFacts(lambda settings: 4 if settings.momentum else 0, ("momentum",)),
+    "adamw_8bit": OptimizerFacts(lambda settings: 2, ("betas", "eps")),
+    "paged_adamw_8bit": OptimizerFacts(lambda settings: 2, ("betas", "eps")),
+}
+SCHEDULES: dict[str, ScheduleFacts] = {
+    "constant": ScheduleFacts(),
+    "linear": ScheduleFacts(),
+    "cosine": ScheduleFacts(),
+}

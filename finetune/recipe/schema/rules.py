@@ -6,13 +6,15 @@ by itself is None, and the rules about it are not asked.
 
 from dataclasses import dataclass
 
-from finetune.recipe.schema.adapters import Adapter, LoraAdapter
+from finetune.recipe.schema.adapters import SECTIONS, Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, has_holdout
-from finetune.recipe.schema.optimizers import Optimizer
+from finetune.recipe.schema.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.tasks import Task
 from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
+
+PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class PartlyRead:
         return self.data is not None and not has_holdout(self.data)
 
     @property
-    def lacks_lora(self) -> bool:
-        """Whether surely the adapter is not LoRA."""
-        return not isinstance(self.adapter, Unread | LoraAdapter)
+    def trains_the_base(self) -> bool:
+        """Whether surely weights of the base are trained, and not matrices beside them."""
+        return not isinstance(self.adapter, Unread) and not (self.adapter and self.adapter.is_peft)
 
 
 def problems(recipe: PartlyRead) -> list[str]:
@@ -67,10 +69,12 @@ def train_has_a_length(recipe: PartlyRead) -> str | None:
 def optimizer_has_its_settings(recipe: PartlyRead) -> str | None:
     if (optimizer := recipe.optimizer) is None:
         return None
-    fields = type(optimizer).model_fields
-    foreign = ("betas", "eps") if optimizer.name == "sgd" else ("momentum",)
-    set_in_vain = [name for name in foreign if getattr(optimizer, name) != fields[name].default]
-    return f"optimizer.{set_in_vain[0]}: has no meaning for `{optimizer.name}`" if set_in_vain else None
+    for chosen, family in ((optimizer.name, OPTIMIZERS), (optimizer.schedule, SCHEDULES)):
+        foreign = {key for facts in family.values() for key in facts.keys} - {*family[chosen].keys}
+        for key, field in Optimizer.model_fields.items():
+            if key in foreign and getattr(optimizer, key) != field.default:
+                return f"optimizer.{key}: has no meaning for `{chosen}`"
+    return None
 
 
 def evaluation_has_rows(recipe: PartlyRead) -> str | None:
@@ -94,13 +98,13 @@ def micro_batch_holds_a_row(recipe: PartlyRead) -> str | None:
 
 def form_has_its_adapter(recipe: PartlyRead) -> str | None:
     is_asked = recipe.package and recipe.package.form == "adapter"
-    return "package.form: `adapter` needs `adapter: {name: lora}`" if is_asked and recipe.lacks_lora else None
+    return f"package.form: `adapter` needs {PEFT}" if is_asked and recipe.trains_the_base else None
 
 
 def quantized_base_has_an_adapter(recipe: PartlyRead) -> str | None:
     kind = recipe.base and recipe.base.quantization
-    if kind and recipe.lacks_lora:
-        return f"base.quantization: `{kind}` weights cannot be trained; it needs `adapter: {{name: lora}}`"
+    if kind and recipe.trains_the_base:
+        return f"base.quantization: `{kind}` weights cannot be trained; it needs {PEFT}"
     return None
 
 
@@ -114,10 +118,11 @@ def bf16_weights_keep_small_updates(recipe: PartlyRead) -> str | None:
     if recipe.train is None or recipe.optimizer is None or recipe.train.weights != "bf16":
         return None
     name = recipe.optimizer.name
-    if recipe.lacks_lora and name != "adamw":
-        return (
-            f"train.weights: `bf16` loses small updates with `{name}`; it needs `optimizer.name: adamw` or an adapter"
+    if recipe.trains_the_base and not recipe.optimizer.facts.keeps_small_updates:
+        fit = " or ".join(
+            f"`optimizer.name: {each}`" for each, facts in OPTIMIZERS.items() if facts.keeps_small_updates
         )
+        return f"train.weights: `bf16` loses small updates with `{name}`; it needs {fit} or an adapter"
     return None
 
 

@@ -1,7 +1,7 @@
 """What a key may hold beside plain types: cadences, counts and shares, pairs, Hub ids; each with its own complaint."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
@@ -101,6 +101,12 @@ Names = Annotated[list[str], BeforeValidator(_listed)]
 """One name, or a list of names."""
 Cadences = Annotated[list[Cadence], BeforeValidator(_listed)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_pair)]
+
+
+def members(family: object) -> dict[str, type]:
+    """The sections of a family that `name` tells apart, by that name."""
+    union, *_ = get_args(family)
+    return {get_args(member.model_fields["name"].annotation)[0]: member for member in get_args(union)}
 
 
 def count_of(value: int | str, total: int) -> int:
