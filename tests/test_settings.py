@@ -8,11 +8,10 @@ from typing import get_args
 from finetune.recipe.schema import Recipe, Section
 
 ROOT = Path(__file__).parents[1]
-# These three say what a recipe may hold; they act on nothing.
-DECLARATIONS = {"schema.py", "check.py", "nodes.py"}
-READERS = [
-    path for path in (ROOT / "finetune").rglob("*.py") if path.parent.name != "recipe" or path.name not in DECLARATIONS
-]
+RECIPE = ROOT / "finetune/recipe"
+# These say what a recipe may hold; they act on nothing.
+DECLARATIONS = {RECIPE / "check.py", RECIPE / "yaml_nodes.py", *(RECIPE / "schema").glob("*.py")}
+READERS = [path for path in (ROOT / "finetune").rglob("*.py") if path not in DECLARATIONS]
 
 
 def keys(model: type[Section], key: str = "") -> Iterator[tuple[str, str]]:

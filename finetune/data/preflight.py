@@ -4,19 +4,22 @@
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from finetune.data import conversation, plain_text
 from finetune.data.refusals import together
 from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import Source, Task
 
 FIRST_ROWS = 64
 MOST_ROWS = 20_000  # are looked at where one of the first is bad, so that all bad ones are told at once
-FIELDS = {"chat": conversation.FIELDS, "text": plain_text.FIELDS}
-PARSED = {"chat": conversation.conversation_of, "text": plain_text.text_of}
+# what rows can be -> the fields of such a row, and what reads it
+FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], object]]] = {
+    "conversation": (conversation.FIELDS, conversation.conversation_of),
+    "text": (plain_text.FIELDS, plain_text.text_of),
+}
 
 
 def check(loaded: LoadedRecipe) -> None:
@@ -29,7 +32,7 @@ def check(loaded: LoadedRecipe) -> None:
     for source in sources.values():
         if source.path is not None:
             try:
-                _look(source, loaded.recipe.task.name)
+                _look(source, loaded.recipe.task)
             except DataError as error:
                 refused.append(error)
     if len(refused) == 1:
@@ -38,9 +41,9 @@ def check(loaded: LoadedRecipe) -> None:
         raise together([part for error in refused for part in error.parts or [error]])
 
 
-def ignored_columns(source: Source, columns: list[str], task: str) -> list[str]:
+def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]:
     """Those that the task has no field for and the recipe does not skip."""
-    known = {*FIELDS[task], *source.skip}
+    known = {*_fields(task), *source.skip}
     return [column for column in columns if column not in known]
 
 
@@ -52,28 +55,34 @@ def _sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
 
 
 def _problems(loaded: LoadedRecipe, key: str, source: Source) -> Iterator[Problem]:
-    task = loaded.recipe.task.name
-    listed = ", ".join(f"`{field}`" for field in FIELDS[task])
+    task = loaded.recipe.task
+    fields = _fields(task)
+    listed = ", ".join(f"`{field}`" for field in fields)
     for field in source.columns:
-        if field not in FIELDS[task]:
-            near = difflib.get_close_matches(field, FIELDS[task], n=1)
+        if field not in fields:
+            near = difflib.get_close_matches(field, fields, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"the fields are {listed}"
-            yield loaded.problem(f"{key}.columns.{field}", f"is no field of {task} rows", hint)
+            yield loaded.problem(f"{key}.columns.{field}", f"is no field of {task.name} rows", hint)
     for column in sorted({*source.columns.values()} & {*source.skip}):
         yield loaded.problem(f"{key}.skip", f"skips `{column}`, which `columns` reads")
 
 
-def _look(source: Source, task: str) -> None:
+def _fields(task: Task) -> tuple[str, ...]:
+    return (*FORMS[task.row_form][0], *task.more_fields)
+
+
+def _look(source: Source, task: Task) -> None:
     if _refused(first_rows(source, FIRST_ROWS), task):
         rows = first_rows(source, MOST_ROWS)
         raise together(_refused(rows, task), len(rows))
 
 
-def _refused(rows: Rows, task: str) -> list[DataError]:
+def _refused(rows: Rows, task: Task) -> list[DataError]:
+    _, parse = FORMS[task.row_form]
     refused = []
     for index in range(len(rows)):
         try:
-            PARSED[task](rows[index], rows.where(index))
+            parse(rows[index], rows.where(index))
         except DataError as error:
             refused.append(error)
     return refused

@@ -16,7 +16,7 @@ def columns(plan: Plan, train: Examples, holdout: Examples) -> list[dict]:
     sources += zip(own, plan.holdout, holdout.columns if own else (), strict=True)
     for source, pin, seen in sources:
         named = _of_first_rows(source, pin) if seen is None else seen
-        if ignored := preflight.ignored_columns(source, named, recipe.task.name):
+        if ignored := preflight.ignored_columns(source, named, recipe.task):
             found.append({"source": pin.name, "columns": ignored})
     return found
 

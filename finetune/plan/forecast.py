@@ -12,7 +12,7 @@ from finetune.plan import cadence, memory
 from finetune.plan.memory import Device, Shape, Work, state_bytes
 from finetune.plan.pace import mean_tokens
 from finetune.plan.plan import Plan
-from finetune.recipe.schema import Every, LoraAdapter, Publish
+from finetune.recipe.schema import Every, Publish
 
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end
 # beside tensors, as they were measured; numbers are of one each
@@ -22,16 +22,15 @@ FILES, BLOCK_BYTES = 9, 4096
 STEP_BYTES, EVENT_BYTES = 330, 400  # of the journal
 ROW_BYTES, NORM_BYTES = 16, 9  # in Parquet
 LAYERS = 32  # of a base whose config is not at hand
+MATRICES = 7  # of a layer, about
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 CARD_BYTES = 80 * 2**30  # of a GPU where this machine has none
 
 
 def shared_bytes(plan: Plan) -> int:
     """What the first checkpoint writes and the later ones link to: frozen weights, tokenizer and configs."""
-    is_lora = isinstance(plan.recipe.adapter, LoraAdapter)
-    return COMPANION_BYTES + (
-        0 if is_lora else memory.stored_width(plan) * (plan.total_parameters - plan.trainable_parameters)
-    )
+    frozen = memory.stored_width(plan) * (plan.total_parameters - plan.trainable_parameters)
+    return COMPANION_BYTES + (0 if memory.is_beside(plan) else frozen)
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -86,8 +85,9 @@ def _evaluations(plan: Plan) -> int:
 
 
 def _trained_tensors(plan: Plan, layers: int) -> int:
-    """About as many as are trained: an adapter has two beside each of about seven matrices of a layer."""
-    return 14 * layers if isinstance(plan.recipe.adapter, LoraAdapter) else 12 * layers + 3
+    """About as many as are trained."""
+    beside = plan.recipe.adapter.tensors_beside_a_matrix if plan.recipe.adapter else 0
+    return MATRICES * beside * layers if beside else 12 * layers + 3
 
 
 def refuse_small_disk(plan: Plan, run: Path) -> None:

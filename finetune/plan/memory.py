@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.plan.plan import Plan
-from finetune.recipe.schema import LoraAdapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLOAT = 4  # bytes of fp32
-MOMENTS = {"adamw": 8, "sgd": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # bytes a trained parameter
 NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
 CHUNK_TOKENS = 512  # of `model.losses`: so many rows of logits exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
@@ -139,7 +137,7 @@ def _lasting(plan: Plan, shape: Shape, device: Device) -> dict[str, int]:
 
 def _slack(plan: Plan, device: Device, passing: int) -> int:
     slack_of_lora = SLACK_OF_LORA if _width(plan) == 2 else SLACK_OF_FP32_LORA
-    return round((slack_of_lora if _is_lora(plan) and not device.is_gpu else SLACK) * passing)
+    return round((slack_of_lora if is_beside(plan) and not device.is_gpu else SLACK) * passing)
 
 
 def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
@@ -226,8 +224,9 @@ def _width(plan: Plan) -> int:
     return 2 if plan.recipe.train.precision == "bf16" else 4
 
 
-def _is_lora(plan: Plan) -> bool:
-    return isinstance(plan.recipe.adapter, LoraAdapter)
+def is_beside(plan: Plan) -> bool:
+    """Whether matrices beside the base are trained, and the base stays as it is."""
+    return plan.recipe.adapter is not None and plan.recipe.adapter.is_peft
 
 
 def stored_width(plan: Plan) -> int:
@@ -237,25 +236,24 @@ def stored_width(plan: Plan) -> int:
 
 def trained_bytes(plan: Plan) -> int:
     """The trained weights, or their gradients."""
-    return (FLOAT if _is_lora(plan) else stored_width(plan)) * plan.trainable_parameters
+    return (FLOAT if is_beside(plan) else stored_width(plan)) * plan.trainable_parameters
 
 
 def _moments(plan: Plan) -> int:
     optimizer = plan.recipe.optimizer
-    has_moments = optimizer.name != "sgd" or optimizer.momentum
-    return MOMENTS[optimizer.name] * plan.trainable_parameters if has_moments else 0
+    return optimizer.facts.state_bytes_per_parameter(optimizer) * plan.trainable_parameters
 
 
 def _scratch(plan: Plan, shape: Shape) -> int:
     """What an update of weights in bf16 has room for: a slice, or the largest tensor where that is smaller."""
-    is_rounded = plan.recipe.train.weights == "bf16" and not _is_lora(plan)
+    is_rounded = plan.recipe.train.weights == "bf16" and not is_beside(plan)
     return UPDATE_BYTES * min(update_slice("cuda"), shape.vocabulary * shape.hidden) if is_rounded else 0
 
 
 def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
     """Bytes of frozen weights: linear layers, which lie beneath an adapter as products want them, and the rest."""
     parameters = plan.total_parameters - plan.trainable_parameters
-    if not _is_lora(plan):
+    if not is_beside(plan):
         return {"rest": stored_width(plan) * parameters}
     embeddings = shape.vocabulary * shape.hidden
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
@@ -266,7 +264,7 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
 
 def _casts(plan: Plan, shape: Shape) -> int:
     """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
-    if _is_lora(plan):
+    if is_beside(plan):
         return 2 * plan.trainable_parameters if _width(plan) == 2 else 0
     return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < stored_width(plan) else 0
 
@@ -277,7 +275,7 @@ def _layer(plan: Plan, shape: Shape) -> int:
     # attention's inputs and outputs, and the gated layer's
     products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
-    hidden = (2 if _is_lora(plan) else 4) * stored + (6 if width == 2 else 3) * width
+    hidden = (2 if is_beside(plan) else 4) * stored + (6 if width == 2 else 3) * width
     # of nf4, products come out in the type of the residual stream; of four, attention's kernel takes none
     wider = 3 * shape.intermediate * (max(stored, width) - width) if plan.recipe.base.quantization else 0
     return hidden * shape.hidden + products * width + wider
@@ -296,6 +294,6 @@ def _logits(plan: Plan, shape: Shape, supervised_tokens: int, is_trained: bool =
     width, head = _width(plan), shape.vocabulary * shape.hidden
     copies = 2 * FLOAT + (width * (1 + is_trained) if width == 2 else 0)
     chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * copies
-    is_stored_so = _is_lora(plan) and not shape.is_tied
+    is_stored_so = is_beside(plan) and not shape.is_tied
     cast = head * width if width < stored_width(plan) and not is_stored_so else 0
-    return chunk + cast + (0 if _is_lora(plan) or not is_trained else head * FLOAT + cast)
+    return chunk + cast + (0 if is_beside(plan) or not is_trained else head * FLOAT + cast)

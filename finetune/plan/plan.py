@@ -135,9 +135,8 @@ class Plan(Pin):
         changes = [each for each in self.earlier_orders if segment is None or each.until < segment.until]
         at, length = _on_curve(step, curve.steps, changes, curve.schedule_start)
         start = curve.schedule_start
-        return schedules.learning_rate(
-            optimizer.learning_rate, optimizer.schedule, curve.warmup_steps, length - start, at - start
-        )
+        peak, schedule, own = optimizer.learning_rate, optimizer.schedule, optimizer.schedule_settings
+        return schedules.learning_rate(peak, schedule, curve.warmup_steps, length - start, at - start, **own)
 
     def extended(self, train: Train, recorded: int, schedule: str) -> "Plan":
         """This plan with the length that `train` asks for. The first `recorded` steps keep their learning rates for ever.

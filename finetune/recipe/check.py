@@ -12,8 +12,8 @@ from typing import get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe import rules
 from finetune.recipe.schema import Recipe, Section
+from finetune.recipe.schema.rules import PartlyRead, problems
 from finetune.recipe.yaml_nodes import NUMBER, Plain, shown
 
 Complaint = tuple[str, str, str | None]
@@ -76,7 +76,7 @@ def check(data: dict[str, Plain]) -> Recipe | list[Complaint]:
     if not misnamed:  # else a section that seems to be absent may be there under a wrong name
         optional = {name: field for name, field in Recipe.model_fields.items() if not field.is_required()}
         sections |= {name: field.get_default() for name, field in optional.items() if name not in data}
-    for problem in rules.problems(sections):
+    for problem in problems(PartlyRead(**sections)):
         key, _, message = problem.partition(": ")
         complaints.append((key, message, None))
     return complaints

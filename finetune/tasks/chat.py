@@ -19,7 +19,9 @@ from finetune.model.base.files import TEMPLATE
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
 from finetune.store import places
+from finetune.tasks import causal, content
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
+from finetune.tasks.task import Task
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
@@ -190,3 +192,8 @@ def _no_stop_token(
         where=place,
         hint=TEMPLATE_HINT,
     )
+
+
+TASK = Task(
+    encoder, content.of_chat, causal.collate_packed, causal.collate_padded, causal.loss, causal.score, template_of
+)

@@ -10,6 +10,8 @@ from finetune.data.plain_text import text_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
+from finetune.tasks import causal, content
+from finetune.tasks.task import Task
 
 Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
@@ -63,3 +65,6 @@ def _divided(ids: list[int], max_length: int) -> list[Example]:
     tokens = np.array(ids, dtype=np.int32)
     starts = range(0, max(1, len(tokens) - 1), max(1, max_length - 1))
     return [Example(piece := tokens[start : start + max_length], np.ones(len(piece), dtype=bool)) for start in starts]
+
+
+TASK = Task(encoder, content.of_text, causal.collate_packed, causal.collate_padded, causal.loss, causal.score)

@@ -26,7 +26,7 @@ from finetune.plan import memory
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import FACT_NAMES, differences, outcome, recorded, rule_of
-from finetune.recipe.schema import Base, LoraAdapter, Recipe, Source, is_drawn
+from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
@@ -43,7 +43,8 @@ WORLD = tuple(name for name in FACT_NAMES if name != "versions")
 def stand_in(run: Path, plan: Plan) -> Path | None:
     """The newest checkpoint of a run that trains whole weights, where its base cannot be had: it has all that a resume needs. None where
     the base is there, or nothing stands in for it: then whoever loads the base says why."""
-    if isinstance(plan.recipe.adapter, LoraAdapter) or places.bases():
+    adapter = plan.recipe.adapter
+    if (adapter and adapter.is_peft) or places.bases():
         return None
     try:
         base.directory(plan.recipe.base, plan.base)

@@ -22,7 +22,7 @@ from finetune.hosts.world import cores, refuse_half
 from finetune.model import adapters, attention, base, decoder_layers, losses, optimizer
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
-from finetune.recipe.schema import LoraAdapter, Recipe, Train
+from finetune.recipe.schema import Recipe, Train
 from finetune.store import cache
 from finetune.tasks import TASKS
 from finetune.training import collectives
@@ -163,7 +163,7 @@ def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.P
     """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once."""
     settings = recipe.train
     is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
-    if device.type == "cpu" or not is_halved or not isinstance(recipe.adapter, LoraAdapter):
+    if device.type == "cpu" or not is_halved or not (recipe.adapter and recipe.adapter.is_peft):
         return base.Place(device)
     return base.Place(device, adapters.linear_weights(base.empty_model(base_directory)))
 

@@ -8,6 +8,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
 from finetune.model import adapters, attention, base, decoder_layers, losses, tiny
 from finetune.plan.plan import Plan
-from finetune.recipe.schema import FrozenAdapter, LoraAdapter, Recipe
+from finetune.recipe.schema import Adapter, Recipe
 from finetune.store import cache
 
 LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
@@ -45,7 +46,7 @@ class Counted:
     notes: tuple[str, ...]
 
 
-def count_parameters(settings: LoraAdapter | FrozenAdapter | None, directory: Path) -> Counted:
+def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
     """Of a base with an adapter on it, without loading a weight; asked once. AdapterError where they do not fit."""
 
     def count() -> dict:
@@ -53,7 +54,7 @@ def count_parameters(settings: LoraAdapter | FrozenAdapter | None, directory: Pa
         skipped = adapters.skipped(model, settings)
         model = adapters.apply(model, settings)
         parameters, reached = list(model.parameters()), decoder_layers.reached(model) if settings else None
-        missed = decoder_layers.missed(reached) if isinstance(settings, LoraAdapter) else None
+        missed = decoder_layers.missed(reached) if settings and settings.is_peft else None
         return {
             "total": sum(each.numel() for each in parameters),
             "trainable": sum(each.numel() for each in parameters if each.requires_grad),
@@ -62,10 +63,17 @@ def count_parameters(settings: LoraAdapter | FrozenAdapter | None, directory: Pa
         }
 
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
-    ours = [Path(module.__file__).read_text() for module in (adapters, decoder_layers)]
+    ours = _text_of(adapters, decoder_layers)
     facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
     found = cache.found("counted", facts, count)
     return Counted(**found | {"notes": tuple(found["notes"])})
+
+
+def _text_of(*modules: ModuleType) -> list[str]:
+    """The code of modules, and of all files of those that are packages."""
+    files = [Path(module.__file__) for module in modules]
+    parts = [sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file] for file in files]
+    return [part.read_text() for each in parts for part in each]
 
 
 def arranged_like(recipe: Recipe, directory: Path, like: Plan | None) -> tuple[str | None, tuple[str, ...]]:
@@ -82,7 +90,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
-    ours = [Path(module.__file__).read_text() for module in (adapters, attention, losses, tiny)]
+    ours = _text_of(adapters, attention, losses, tiny)
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
     is_named = "packing" in task.model_fields_set
 

@@ -63,10 +63,10 @@ def _trainer_bytes(directory: Path, base_directory: Path, freeze: list[str]) -> 
     """One real checkpoint of the Trainer: its second, when there are moments."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from finetune.model.adapters import frozen
+    from finetune.model.adapters import apply
     from finetune.recipe.schema import FrozenAdapter
 
-    model = frozen(base.load_model(base_directory), FrozenAdapter(name="frozen", freeze=freeze))
+    model = apply(base.load_model(base_directory), FrozenAdapter(name="frozen", freeze=freeze))
     tokens = torch.arange(WORK.tokens)
     arguments = TrainingArguments(
         str(directory),

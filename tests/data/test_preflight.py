@@ -10,6 +10,7 @@ from finetune.data import preflight
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError, RecipeError
 from finetune.recipe.load import load
+from finetune.recipe.schema import ChatTask, TextTask
 
 GOOD = {"prompt": "ask", "completion": "yes"}
 
@@ -79,8 +80,8 @@ def test_a_column_that_is_read_cannot_be_skipped(refusal) -> None:
 
 def test_columns_that_no_field_takes_are_the_ignored_ones(recipe_file) -> None:
     source = load(recipe_file()).recipe.data.train[0].model_copy(update={"skip": ["b"]})
-    assert preflight.ignored_columns(source, ["prompt", "tools", "id", "b"], "chat") == ["id"]
-    assert preflight.ignored_columns(source, ["text", "prompt"], "text") == ["prompt"]
+    assert preflight.ignored_columns(source, ["prompt", "tools", "id", "b"], ChatTask(name="chat")) == ["id"]
+    assert preflight.ignored_columns(source, ["text", "prompt"], TextTask(name="text")) == ["prompt"]
 
 
 @pytest.mark.parametrize("command", ["plan", "train", "launch"])

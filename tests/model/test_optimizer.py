@@ -11,9 +11,9 @@ from finetune.model.adapters import ADAPTERS
 from finetune.model.base import load_model
 from finetune.model.optimizer import OPTIMIZERS, build, rounded
 from finetune.model.optimizer.rounded import RoundedAdamW, Scratch, round_by_chance
-from finetune.plan.memory import MOMENTS, update_slice
+from finetune.plan.memory import update_slice
 from finetune.plan.schedules import SCHEDULES
-from finetune.recipe.schema import Optimizer, Recipe
+from finetune.recipe.schema import Optimizer, Recipe, optimizers
 from finetune.tasks import TASKS
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
@@ -40,17 +40,15 @@ def literals(annotation):
     ("table", "field"),
     [
         (OPTIMIZERS, Optimizer.model_fields["name"]),
+        (optimizers.OPTIMIZERS, Optimizer.model_fields["name"]),
         (SCHEDULES, Optimizer.model_fields["schedule"]),
+        (optimizers.SCHEDULES, Optimizer.model_fields["schedule"]),
         (ADAPTERS, Recipe.model_fields["adapter"]),
         (TASKS, Recipe.model_fields["task"]),
     ],
 )
 def test_a_table_has_the_names_that_the_schema_allows(table, field):
     assert set(table) == literals(field.annotation)
-
-
-def test_the_memory_forecast_knows_every_optimizer():
-    assert set(MOMENTS) == set(OPTIMIZERS)
 
 
 def settings(name, **others):

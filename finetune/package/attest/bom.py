@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune.package.card import figures, record
-from finetune.package.card.card import LIMITS, METHODS, Facts, hub_base
+from finetune.package.card.card import LIMITS, Facts, hub_base, method
 from finetune.package.verify.contents import sha256
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Source
@@ -22,7 +22,6 @@ METRICS = {"loss": "cross-entropy, nats per token", "perplexity": "perplexity"}
 def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -> dict:
     """The whole document. `files` are those of the package that the card does not change."""
     step = facts.manifest.step
-    method = facts.plan.recipe.adapter.name if facts.plan.recipe.adapter else None
     datasets = [
         {
             "type": "dataset",
@@ -35,7 +34,7 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
     card = {
         "modelParameters": {
             "approach": {"type": "supervised"},
-            "task": "text-generation",
+            "task": facts.plan.recipe.task.pipeline_tag,
             "modelArchitecture": architecture,
             "datasets": datasets,
             "inputs": [{"format": "text"}],
@@ -50,7 +49,7 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
         "bom-ref": "model",
         "name": name,
         "version": f"step-{step:08d}",
-        "description": f"{METHODS[method]}, {figures.named(facts.figures, step)}, {facts.form}, {facts.dtype}",
+        "description": f"{method(facts.plan)}, {figures.named(facts.figures, step)}, {facts.form}, {facts.dtype}",
         **_licences(facts.licence),
         "pedigree": {"ancestors": [_ancestor(facts)]},
         "modelCard": card,

@@ -21,7 +21,6 @@ LIMITS = (
     "other languages, what it knows, whether it is safe or fair, and what the base brought with it."
 )
 SEEN = "Held-out figures are better on such rows than on new ones."
-METHODS = {None: "full fine-tuning", "lora": "LoRA", "frozen": "fine-tuning with some weights frozen"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _front_matter(facts: Facts) -> dict:
     return {
         **(facts.licence or {}),
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": recipe.task.pipeline_tag,
         **({"base_model": hub[0], "base_model_relation": "adapter" if is_adapter else "finetune"} if hub else {}),
         **({"datasets": datasets} if datasets else {}),
         **(
@@ -104,8 +103,8 @@ def _front_matter(facts: Facts) -> dict:
         ),
         "tags": [
             "finetune",
-            *(["lora"] if _method(facts.plan) == "lora" else []),
-            *(["conversational"] if _is_chat(facts.plan) else []),
+            *(recipe.adapter.tags if recipe.adapter else []),
+            *recipe.task.tags,
         ],
     }
 
@@ -122,10 +121,10 @@ def _summary(facts: Facts) -> str:
     plan, step = facts.plan, facts.manifest.step
     what = f"the {name}" if (name := figures.named(facts.figures, step)).startswith("mean") else name
     form = f"the adapter alone, {facts.dtype}" if facts.form == "adapter" else f"whole weights, {facts.dtype}"
-    if facts.form == "merged" and _method(plan) == "lora":
+    if facts.form == "merged" and plan.recipe.adapter and plan.recipe.adapter.is_peft:
         form += ", the adapter merged in"
     lines = [
-        f"A language model made by {METHODS[_method(plan)]} of {_base(plan)}; this is {what} of {plan.steps} ({form}).",
+        f"A language model made by {method(plan)} of {_base(plan)}; this is {what} of {plan.steps} ({form}).",
         "It was trained on:\n\n" + "\n".join(map(_source, plan.recipe.data.train, plan.train, facts.data_licences)),
         f"{figures.number(plan.counts.examples)} examples, {figures.number(plan.counts.tokens)} tokens, of them "
         f"{figures.number(plan.counts.supervised_tokens)} with a loss.",
@@ -184,9 +183,10 @@ def _source(source: Source, pinned: PinnedSource, licence: str | None) -> str:
 
 def _usage(facts: Facts) -> str:
     repo = facts.plan.recipe.publish.repo if facts.plan.recipe.publish else "path/to/this/folder"
-    prompt = '[{"role": "user", "content": "…"}]' if _is_chat(facts.plan) else '"…"'
+    task = facts.plan.recipe.task
+    made = f'generate = pipeline("{task.pipeline_tag}", model'
     if facts.form == "merged":
-        lines = ["from transformers import pipeline", "", f'generate = pipeline("text-generation", model="{repo}")']
+        lines = ["from transformers import pipeline", "", f'{made}="{repo}")']
     else:
         lines = [
             "from peft import AutoPeftModelForCausalLM",
@@ -194,10 +194,10 @@ def _usage(facts: Facts) -> str:
             "",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
-            'generate = pipeline("text-generation", model=model, tokenizer=tokenizer)',
+            f"{made}=model, tokenizer=tokenizer)",
         ]
     return "\n".join(
-        ["```python", *lines, f'print(generate({prompt}, max_new_tokens=128)[0]["generated_text"])', "```"]
+        ["```python", *lines, f'print(generate({task.prompt}, max_new_tokens=128)[0]["generated_text"])', "```"]
     )
 
 
@@ -254,9 +254,5 @@ def _branch(plan: Plan) -> str:
     return f"`{parent.ref}`{digest}" + (f", with {changes}" if changes else "")
 
 
-def _method(plan: Plan) -> str | None:
-    return plan.recipe.adapter.name if plan.recipe.adapter else None
-
-
-def _is_chat(plan: Plan) -> bool:
-    return plan.recipe.task.name == "chat"
+def method(plan: Plan) -> str:
+    return plan.recipe.adapter.title if plan.recipe.adapter else "full fine-tuning"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from finetune.package.card import metadata
 from finetune.recipe.load import to_yaml
+from finetune.recipe.schema import adapters, tasks
 
 NOTES_BEGIN = "<!-- notes: what stands between these two lines stays when the card is written again -->"
 NOTES_END = "<!-- /notes -->"
@@ -20,7 +21,7 @@ KEYS = (
     *("datasets", "model-index", "tags"),
 )
 GATE = "extra_gated_"
-TAGS = ("finetune", "lora", "conversational")
+TAGS = {"finetune", *(tag for member in (*adapters.SECTIONS.values(), *tasks.SECTIONS.values()) for tag in member.tags)}
 
 
 @dataclass(frozen=True)

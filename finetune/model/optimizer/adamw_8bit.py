@@ -10,6 +10,8 @@ import torch
 from torch.optim.adamw import adamw
 
 from finetune.errors import FinetuneError
+from finetune.model.optimizer.member import Member, Trained
+from finetune.recipe.schema import Optimizer
 
 BLOCK = 256  # values that share a scale, fixed in the kernel
 SMALLEST = 4096  # of fewer values the moments stay in fp32: biases, norms and small matrices; as in bitsandbytes
@@ -21,7 +23,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict],
-        embeddings: set[torch.nn.Parameter],
+        embeddings: frozenset[torch.nn.Parameter],
         *,
         betas: tuple[float, float],
         eps: float,
@@ -131,3 +133,10 @@ def kernels() -> ModuleType:
             "8-bit optimizers need bitsandbytes", where="optimizer.name", hint="pip install bitsandbytes"
         ) from None
     return functional
+
+
+def build(trained: Trained, settings: Optimizer) -> torch.optim.Optimizer:
+    return AdamW8bit(trained.groups, trained.embeddings, betas=settings.betas, eps=settings.eps)
+
+
+MEMBER = Member(build, kernels)

@@ -1,0 +1,19 @@
+"""What an adapter of the recipe is made of here; its keys and its facts without torch are its section's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Member:
+    put_on: Callable[[torch.nn.Module, Any], torch.nn.Module]
+    """(the loaded model, also on the meta device for counting; the section) -> the model to train. AdapterError where they do not fit."""
+    skipped: Callable[[torch.nn.Module, Any], str | None] | None = None
+    """(the bare model, the section) -> which layers it passes over and why, for a user; None where it passes over none."""
+
+
+def quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,41 @@
+"""What a human writes: one frozen pydantic model a section, one docstring a key.
+
+The keys, their error messages, the JSON Schema and `docs/recipe.md` all come from here. Nothing here imports torch,
+so that a typo is answered at once.
+"""
+
+from finetune.recipe.schema.adapters import Adapter, FrozenAdapter, LoraAdapter
+from finetune.recipe.schema.base import Base
+from finetune.recipe.schema.data import Data, Holdout, Source, is_drawn
+from finetune.recipe.schema.optimizers import Optimizer
+from finetune.recipe.schema.package import Package, Publish
+from finetune.recipe.schema.recipe import Recipe
+from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
+from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Keep, Train
+from finetune.recipe.schema.values import Every, Section, count_of
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "ChatTask",
+    "Checkpoint",
+    "Data",
+    "Evaluate",
+    "Every",
+    "FrozenAdapter",
+    "Guard",
+    "Holdout",
+    "Keep",
+    "LoraAdapter",
+    "Optimizer",
+    "Package",
+    "Publish",
+    "Recipe",
+    "Section",
+    "Source",
+    "Task",
+    "TextTask",
+    "Train",
+    "count_of",
+    "is_drawn",
+]

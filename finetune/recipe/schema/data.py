@@ -1,0 +1,65 @@
+"""The section `data`: where rows come from, and which of them are held out."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from finetune.recipe.schema.values import CountOrShare, Names, Section
+
+
+class Source(Section):
+    """Rows of a local file, or of a Hub data set."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """A local `.jsonl`, `.parquet` or `.csv` file, seen from the working directory."""
+    dataset: str | None = Field(default=None, min_length=1)
+    """A Hub data set (`owner/name`), instead of `path`."""
+    name: str | None = None
+    """The configuration of a Hub data set, where it has several."""
+    split: str | None = None
+    """The split of a Hub data set. Default: `train`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set; the plan pins it to a commit."""
+    weight: float | None = Field(default=None, gt=0)
+    """The source's part of the rows drawn, relative to the other sources' weights. Give all sources one, or none: then every row is drawn once an epoch."""
+    columns: dict[str, str] = {}
+    """Which column holds which field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` where they are; text reads `text`."""
+    skip: Names = []
+    """Columns, and fields of messages, to train without, like `[reasoning_content]`. A row of chat with content that its text would lack is refused unless that is named here."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("needs either `path` or `dataset`")
+        if self.path is not None and (self.name is not None or self.revision is not None or self.split is not None):
+            raise ValueError("`name`, `split` and `revision` go with `dataset`, not with `path`")
+        return self
+
+
+Sources = Annotated[list[Source], Tag("sources")]
+Holdout = Annotated[
+    Annotated[CountOrShare, Tag("count")] | Sources,
+    Discriminator(lambda value: "sources" if isinstance(value, list) else "count"),
+]
+
+
+class Data(Section):
+    """What is trained on, and what is held out."""
+
+    train: list[Source] = Field(min_length=1)
+    """The sources of training rows."""
+    holdout: Holdout = 0
+    """Rows kept out of training for evaluation: a count, a share like `5%` (each row of the training sources by its content and `split_seed`), or other sources."""
+    split_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Decides which rows a count or share holds out. Default: that of the run which `base.checkpoint` is of, else 0."""
+    seen: Literal["refuse", "allow"] = "refuse"
+    """What happens when a count or share holds out rows that an earlier run trained on, which the base or a branch comes from: `refuse` the plan, or `allow` it, marked wherever the figures appear."""
+
+
+def has_holdout(data: Data) -> bool:
+    return bool(data.holdout) and not (isinstance(data.holdout, str) and float(data.holdout[:-1]) == 0)
+
+
+def is_drawn(data: Data) -> bool:
+    """Whether held-out rows are drawn from the training sources."""
+    return not isinstance(data.holdout, list) and has_holdout(data)

@@ -1,0 +1,44 @@
+"""The whole recipe, made of its sections."""
+
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from finetune.recipe.schema.adapters import Adapter
+from finetune.recipe.schema.base import Base
+from finetune.recipe.schema.data import Data
+from finetune.recipe.schema.optimizers import Optimizer
+from finetune.recipe.schema.package import Package, Publish
+from finetune.recipe.schema.rules import PartlyRead, problems
+from finetune.recipe.schema.tasks import Task
+from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
+from finetune.recipe.schema.values import Section
+
+
+class Recipe(Section):
+    """A fine-tuning run, declared."""
+
+    base: Base
+    task: Task
+    data: Data
+    adapter: Adapter | None = None
+    """Leave out to train every weight."""
+    optimizer: Optimizer
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    package: Package = Package()
+    publish: Publish | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _collect(cls, section: object, info: ValidationInfo) -> object:
+        """Shows the caller's context each section that is right, so that `load` can ask the rules beside a broken one."""
+        if info.context is not None and info.field_name is not None:
+            info.context[info.field_name] = section
+        return section
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Recipe":
+        if found := problems(PartlyRead(**dict(self))):
+            raise ValueError("\n".join(found))
+        return self

@@ -1,0 +1,147 @@
+"""What sections of a recipe cannot do together, as far as they could be read.
+
+A rule looks at the sections that it concerns and returns what does not fit as `key: message`, or None. A section that is wrong
+by itself is None, and the rules about it are not asked.
+"""
+
+from dataclasses import dataclass
+
+from finetune.recipe.schema.adapters import SECTIONS, Adapter
+from finetune.recipe.schema.base import Base
+from finetune.recipe.schema.data import Data, has_holdout
+from finetune.recipe.schema.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
+from finetune.recipe.schema.package import Package, Publish
+from finetune.recipe.schema.tasks import Task
+from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
+
+PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Stands for an adapter section that is wrong, where None means that there is none."""
+
+
+@dataclass(frozen=True)
+class PartlyRead:
+    """The sections of a recipe that are right."""
+
+    base: Base | None = None
+    task: Task | None = None
+    data: Data | None = None
+    adapter: Adapter | Unread | None = Unread()
+    optimizer: Optimizer | None = None
+    train: Train | None = None
+    evaluate: Evaluate | None = None
+    checkpoint: Checkpoint | None = None
+    guard: Guard | None = None
+    package: Package | None = None
+    publish: Publish | None = None
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether surely no rows are held out."""
+        return self.data is not None and not has_holdout(self.data)
+
+    @property
+    def trains_the_base(self) -> bool:
+        """Whether surely weights of the base are trained, and not matrices beside them."""
+        return not isinstance(self.adapter, Unread) and not (self.adapter and self.adapter.is_peft)
+
+
+def problems(recipe: PartlyRead) -> list[str]:
+    """What does not fit together, as `key: message`."""
+    return [problem for rule in RULES if (problem := rule(recipe))]
+
+
+def all_weights_or_none(recipe: PartlyRead) -> str | None:
+    has_weight = [source.weight is not None for source in recipe.data.train] if recipe.data else []
+    if any(has_weight) and not all(has_weight):
+        return "data.train: some sources have a `weight` and some do not; give all of them one, or none"
+    return None
+
+
+def train_has_a_length(recipe: PartlyRead) -> str | None:
+    train = recipe.train
+    return "train: needs `epochs` or `steps`" if train and train.epochs is None and train.steps is None else None
+
+
+def optimizer_has_its_settings(recipe: PartlyRead) -> str | None:
+    if (optimizer := recipe.optimizer) is None:
+        return None
+    for chosen, family in ((optimizer.name, OPTIMIZERS), (optimizer.schedule, SCHEDULES)):
+        foreign = {key for facts in family.values() for key in facts.keys} - {*family[chosen].keys}
+        for key, field in Optimizer.model_fields.items():
+            if key in foreign and getattr(optimizer, key) != field.default:
+                return f"optimizer.{key}: has no meaning for `{chosen}`"
+    return None
+
+
+def evaluation_has_rows(recipe: PartlyRead) -> str | None:
+    is_asked = recipe.evaluate and recipe.evaluate.every
+    return "evaluate.every: needs held-out rows; set `data.holdout`" if is_asked and recipe.lacks_rows else None
+
+
+def best_has_rows(recipe: PartlyRead) -> str | None:
+    is_asked = recipe.checkpoint and recipe.checkpoint.keep.best
+    return "checkpoint.keep.best: needs held-out rows; set `data.holdout`" if is_asked and recipe.lacks_rows else None
+
+
+def micro_batch_holds_a_row(recipe: PartlyRead) -> str | None:
+    if recipe.train is None or recipe.task is None:
+        return None
+    budget, longest = recipe.train.micro_batch_tokens, recipe.task.max_length
+    if isinstance(budget, int) and budget < longest:
+        return f"train.micro_batch_tokens: {budget} is smaller than task.max_length {longest}"
+    return None
+
+
+def form_has_its_adapter(recipe: PartlyRead) -> str | None:
+    is_asked = recipe.package and recipe.package.form == "adapter"
+    return f"package.form: `adapter` needs {PEFT}" if is_asked and recipe.trains_the_base else None
+
+
+def quantized_base_has_an_adapter(recipe: PartlyRead) -> str | None:
+    kind = recipe.base and recipe.base.quantization
+    if kind and recipe.trains_the_base:
+        return f"base.quantization: `{kind}` weights cannot be trained; it needs {PEFT}"
+    return None
+
+
+def bf16_weights_have_bf16_products(recipe: PartlyRead) -> str | None:
+    is_mixed = recipe.train and recipe.train.weights == "bf16" and recipe.train.precision == "fp32"
+    return "train.weights: `bf16` needs `train.precision: bf16`" if is_mixed else None
+
+
+def bf16_weights_keep_small_updates(recipe: PartlyRead) -> str | None:
+    """Only there are updates rounded by chance; rounded to nearest, most of a small learning rate's would be lost."""
+    if recipe.train is None or recipe.optimizer is None or recipe.train.weights != "bf16":
+        return None
+    name = recipe.optimizer.name
+    if recipe.trains_the_base and not recipe.optimizer.facts.keeps_small_updates:
+        fit = " or ".join(
+            f"`optimizer.name: {each}`" for each, facts in OPTIMIZERS.items() if facts.keeps_small_updates
+        )
+        return f"train.weights: `bf16` loses small updates with `{name}`; it needs {fit} or an adapter"
+    return None
+
+
+def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
+    if recipe.train and recipe.train.compile and recipe.train.reproducibility == "exact":
+        return "train.compile: kernels depend on which lengths came first; it needs `train.reproducibility: fast`"
+    return None
+
+
+RULES = (
+    all_weights_or_none,
+    train_has_a_length,
+    optimizer_has_its_settings,
+    evaluation_has_rows,
+    best_has_rows,
+    micro_batch_holds_a_row,
+    form_has_its_adapter,
+    quantized_base_has_an_adapter,
+    bf16_weights_have_bf16_products,
+    bf16_weights_keep_small_updates,
+    compiled_kernels_are_not_exact,
+)

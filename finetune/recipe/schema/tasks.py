@@ -1,0 +1,62 @@
+"""The section `task`: one class a task, with its own keys and with what is known of it without torch.
+
+What is done with rows is in `tasks/`, in the file of the task's name.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from finetune.recipe.schema.values import Section, members
+
+
+class TaskFacts(Section):
+    """What every task states of itself; none of this is a key."""
+
+    row_form: ClassVar[str]
+    """What its rows are; one of `FORMS` in `data/preflight.py`, which looks at the first rows before torch is imported."""
+    more_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of a row beside those of that form."""
+    pipeline_tag: ClassVar[str]
+    """Of a model card: the pipeline of transformers that runs the model (https://huggingface.co/docs/hub/models-tasks)."""
+    tags: ClassVar[tuple[str, ...]]
+    """Of a model card."""
+    prompt: ClassVar[str]
+    """What the example on a model card gives to that pipeline, in Python."""
+
+
+class ChatTask(TaskFacts):
+    """Conversations; the loss is on assistant tokens only."""
+
+    name: Literal["chat"]
+    max_length: PositiveInt = 1024
+    """Tokens of the longest example; longer rows are cut, and `plan` says how many and by how much."""
+    packing: bool = True
+    """Several rows in one sequence, kept apart exactly; changes speed, not the loss."""
+    template: str | None = None
+    """A file with a chat template (Jinja) to use in place of the base's own."""
+
+    row_form: ClassVar = "conversation"
+    pipeline_tag: ClassVar = "text-generation"
+    tags: ClassVar = ("conversational",)
+    prompt: ClassVar = '[{"role": "user", "content": "…"}]'
+
+
+class TextTask(TaskFacts):
+    """Plain text (continued pretraining); the loss is on every token. Long rows become several examples."""
+
+    name: Literal["text"]
+    max_length: PositiveInt = 1024
+    """Tokens of the longest example; longer rows are divided, nothing is lost."""
+    packing: bool = True
+    """Several rows in one sequence, kept apart exactly; changes speed, not the loss."""
+
+    row_form: ClassVar = "text"
+    pipeline_tag: ClassVar = "text-generation"
+    tags: ClassVar = ()
+    prompt: ClassVar = '"…"'
+
+
+Task = Annotated[ChatTask | TextTask, Field(discriminator="name")]
+
+SECTIONS: dict[str, type[TaskFacts]] = members(Task)

@@ -1,0 +1,114 @@
+"""What a key may hold beside plain types: cadences, counts and shares, pairs, Hub ids; each with its own complaint."""
+
+import re
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Every(BaseModel):
+    """A cadence: so many steps, or so many minutes."""
+
+    model_config = ConfigDict(frozen=True)
+    steps: int | None = None
+    minutes: float | None = None
+
+    def __str__(self) -> str:
+        if self.steps:
+            return f"{self.steps} step{'' if self.steps == 1 else 's'}"  # as it is read: without commas
+        return f"{self.minutes:g} minute{'' if self.minutes == 1 else 's'}"
+
+
+def _every(value: object) -> object:
+    if isinstance(value, Every):
+        return value
+    match = re.fullmatch(r"(\d+) steps?|(\d+(?:\.\d+)?) minutes?", value) if isinstance(value, str) else None
+    if not match or float(match[1] or match[2]) <= 0:
+        raise ValueError("must be like `100 steps` or `15 minutes`")
+    return Every(steps=int(match[1])) if match[1] else Every(minutes=float(match[2]))
+
+
+def _every_steps(value: object) -> object:
+    if isinstance(value, Every) and value.steps:
+        return value
+    match = re.fullmatch(r"(\d+) steps?", value) if isinstance(value, str) else None
+    if not match or int(match[1]) <= 0:
+        raise ValueError("must be like `100 steps`")
+    return Every(steps=int(match[1]))
+
+
+def _share(value: object) -> object:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_share = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value)
+    if not is_count and not is_share:
+        raise ValueError("must be a count like `200` or a share like `3%`")
+    if is_share and float(value[:-1]) > 100:
+        raise ValueError("must be at most 100%")
+    return value
+
+
+def _auto_or_count(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("must be `auto` or a count like `2048`")
+
+
+def _pair(value: object) -> object:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("must be two numbers like `[0.9, 0.999]`")
+    return tuple(value)
+
+
+def _hub_id(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(_HUB_ID, value):
+        raise ValueError("must be like `owner/name`")
+    return value
+
+
+def _listed(value: object) -> object:
+    return value if isinstance(value, list | tuple) or value is None else [value]
+
+
+_HUB_ID = r"[\w.-]+/[\w.-]+"
+_EVERY_SCHEMA = {"type": "string", "pattern": r"^[0-9.]+ (steps?|minutes?)$"}
+Cadence = Annotated[Every, BeforeValidator(_every), PlainSerializer(str), WithJsonSchema(_EVERY_SCHEMA)]
+StepCadence = Annotated[
+    Every,
+    BeforeValidator(_every_steps),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^\d+ steps?$"}),
+]
+CountOrShare = Annotated[
+    int | str,
+    BeforeValidator(_share),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
+]
+AutoOrCount = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_auto_or_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+"""One name, or a list of names."""
+Cadences = Annotated[list[Cadence], BeforeValidator(_listed)]
+Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_pair)]
+
+
+def members(family: object) -> dict[str, type]:
+    """The sections of a family that `name` tells apart, by that name."""
+    union, *_ = get_args(family)
+    return {get_args(member.model_fields["name"].annotation)[0]: member for member in get_args(union)}
+
+
+def count_of(value: int | str, total: int) -> int:
+    """A count or a share like "3%" as a count of `total`; a share is rounded to the nearest whole."""
+    return value if isinstance(value, int) else round(float(value[:-1]) / 100 * total)
