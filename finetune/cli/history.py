@@ -1,0 +1,81 @@
+"""`log`, `show`, `verify` and `prune`: what a run or a package holds, whether it is intact, and what may go."""
+
+from pathlib import Path
+
+import click
+
+from finetune.cli.answer import Answer, answers
+from finetune.cli.options import PATH, REF, RUN
+from finetune.errors import counted
+
+
+@click.command()
+@RUN
+@answers
+def log(run: Path) -> Answer:
+    """Show a run: its checkpoints, what went wrong, and the runs that branch off it."""
+    from finetune.store.run import inspect
+
+    facts = inspect.log(run)
+    return Answer(facts, inspect.tree(facts))
+
+
+@click.command()
+@REF
+@answers
+def show(ref: str) -> Answer:
+    """Show what a checkpoint is: step, parent, figures, files."""
+    from finetune.store.run import inspect
+
+    facts = inspect.describe(ref)
+    return Answer(facts, inspect.listing(facts))
+
+
+@click.command()
+@click.argument("ref", metavar="REF|DIR|hub:OWNER/NAME@REVISION")
+@click.option("--key", type=PATH, metavar="PEM", help="The public key that signed the package.")
+@answers
+def verify(ref: str, key: Path | None) -> Answer:
+    """Check every byte of a checkpoint or a run, or all that can be checked of a package, here or on the Hub."""
+    from finetune.store.run import inspect
+
+    if inspect.is_model(ref):
+        from finetune.package.verify.verify import verify as verify_package
+
+        facts = verify_package(ref, key)
+        left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in facts["not_made"].items())
+        held = f"nothing wrong by {counted(len(facts['checks']), 'check')}: {', '.join(facts['checks'])}{left_out}"
+    elif key:
+        raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")
+    else:
+        problems = inspect.problems(ref)
+        facts, held = {"ok": not problems, "problems": problems}, "every byte is as it was committed"
+    lines = [
+        ": ".join(filter(None, (problem["file"], problem["tensor"], problem["message"])))
+        for problem in facts["problems"]
+    ]
+    return Answer(facts, "\n".join(lines) or held, is_good=facts["ok"])
+
+
+@click.command()
+@RUN
+@click.option("--last", type=click.IntRange(min=1), help="Keep the newest so many, instead of what the recipe says.")
+@click.option("--best", type=click.IntRange(min=1), help="Keep the so many with the lowest held-out loss.")
+@click.option("--every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples of so many steps.")
+@click.option(
+    "--weights-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples as weights alone."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would happen.")
+@answers
+def prune(run: Path, dry_run: bool, **keep: int | None) -> Answer:
+    """Apply the keep rules of a run now, or other ones."""
+    from finetune.plan.forecast import readable
+    from finetune.store.checkpoints.pruning import prune as prune_run
+
+    actions, pinned = prune_run(run, keep, dry_run)
+    freed = sum(action["bytes"] for action in actions)
+    lines = [f"{action['action']} {action['ref']} ({readable(action['bytes'])})" for action in actions]
+    lines += [f"kept {item['ref']}: pinned by {', '.join(f'pins/{name}' for name in item['pins'])}" for item in pinned]
+    lines.append(f"{'would free' if dry_run else 'freed'} {readable(freed)}")
+    facts = {"actions": actions, "pinned": pinned, "freed_bytes": freed, "is_dry_run": dry_run}
+    return Answer(facts, "\n".join(lines))

@@ -1,0 +1,75 @@
+"""Options and arguments that several commands share."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from finetune.store import places
+
+PATH = click.Path(path_type=Path)
+RECIPE = click.argument("recipe", type=PATH)
+REF = click.argument("ref")
+REFS = click.argument("refs", nargs=-1, required=True, metavar="REF...")
+RUN = click.argument("run", type=PATH)
+NEW_RUN = click.option("--run", type=PATH, help="The run directory. Default: runs/<recipe name>.")
+OVERRIDE = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
+)
+QUIET = click.option("--quiet", is_flag=True, help="Print commits and problems only.")
+UNTIL = click.option("--until", type=click.IntRange(min=1), metavar="STEP", help="Stop after this step, committed.")
+
+
+def default_run(recipe: Path) -> Path:
+    return Path(os.environ.get("FINETUNE_RUNS", "runs")) / recipe.stem
+
+
+def how_to_train(command: Callable) -> Callable:
+    """The options of `train` beside what is trained; `launch` hands them on."""
+    schedule = click.option(
+        "--schedule",
+        type=click.Choice(["continue", "restart"]),
+        help="How the learning rate of a run that is extended goes on. Default: continue.",
+    )
+    take_over = click.option(
+        "--take-over",
+        is_flag=True,
+        help="Where the file system has no locks: take a run whose holder's heartbeat has stopped (waits 30 seconds).",
+    )
+    return QUIET(UNTIL(schedule(take_over(command))))
+
+
+def where_it_is(command: Callable) -> Callable:
+    """The options of every command that opens a run: where its base and data are, if they were moved."""
+
+    @functools.wraps(command)
+    def with_places(*arguments: object, bases: tuple[str, ...], moved: tuple[str, ...], **others: object) -> object:
+        if wrong := [each for each in moved if not all(each.partition("=")[::2])]:
+            raise click.UsageError(f"--data {wrong[0]}: give OLD=NEW, the recorded path and the one of today")
+        with places.named(bases, dict(each.partition("=")[::2] for each in moved)):
+            return command(*arguments, **others)
+
+    data = click.option(
+        "--data", "moved", multiple=True, metavar="OLD=NEW", help="Where a data file or folder of the run is now."
+    )
+    base = click.option(
+        "--base", "bases", multiple=True, metavar="PATH_OR_ID", help="Where the base of the run is now."
+    )
+    return base(data(with_places))
+
+
+class Steps(click.ParamType):
+    """`437`, or `400..437`."""
+
+    name = "steps"
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        first, _, last = value.partition("..")
+        if not first.isdecimal() or not (last or first).isdecimal() or not 1 <= int(first) <= int(last or first):
+            self.fail(f"`{value}` is neither a step, like 437, nor two with `..` between, like 400..437")
+        return int(first), int(last or first)
+
+
+STEPS = Steps()

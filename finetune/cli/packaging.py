@@ -1,0 +1,73 @@
+"""`package` and `publish`: a checkpoint as a model that others can load, and where they find it."""
+
+from pathlib import Path
+
+import click
+
+from finetune.cli.answer import Answer, answers
+from finetune.cli.options import PATH, REF, where_it_is
+from finetune.errors import counted
+
+
+@click.command()
+@REF
+@click.argument("directory", type=PATH)
+@click.option("--sign", "key", type=PATH, metavar="PEM", help="Sign it with this private key.")
+@click.option(
+    "--average",
+    "steps",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="STEP",
+    help="Package the mean of the weights of REF and of this step; may be given several times.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp32"]), help="Type of the weights. Default: package.dtype of the recipe."
+)
+@answers
+@where_it_is
+def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None) -> Answer:
+    """Write a checkpoint as a model folder that is proven to be what was trained."""
+    from finetune.compare.evaluate import of_model
+    from finetune.package import export
+
+    facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None, dtype=dtype)
+    lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
+    return Answer(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]))
+
+
+@click.command()
+@click.argument("source", metavar="DIR|REF")
+@click.option("--to", "target", metavar="OWNER/NAME|folder:PATH", help="Default: publish.repo of the recipe of a REF.")
+@click.option("--branch", default="main", show_default=True, help="The branch that will have the package.")
+@click.option("--tag", help="A tag for the commit.")
+@click.option("--public", "is_public", is_flag=True, help="Publish where everybody can see it. Default: private.")
+@click.option("--replace", "is_replacing", is_flag=True, help="Overwrite what people changed; what they added stays.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only say what would happen.")
+@click.option("--milestones", "has_milestones", is_flag=True, help="Publish the milestones of a run that are left.")
+@click.option(
+    "--follow", "is_following", is_flag=True, help="With --milestones: go on until stdin ends, as beside a training."
+)
+@answers
+@where_it_is
+def publish(
+    source: str,
+    target: str | None,
+    is_public: bool,
+    is_replacing: bool,
+    has_milestones: bool,
+    is_following: bool,
+    **choices: object,
+) -> Answer:
+    """Put a package on the Hub as it is, in one commit, or not at all."""
+    if has_milestones:
+        from finetune.package.publish import queue
+
+        facts = queue.follow(Path(source), target, is_following, is_public, is_replacing)
+        return Answer(facts, f"{counted(len(facts['published']), 'milestone')} published")
+    from finetune.package.publish import publish as publishing
+
+    directory, target, is_private = publishing.prepared(source, target, is_public)
+    chosen = publishing.Choices(is_private=is_private, is_replacing=is_replacing, **choices)
+    facts = publishing.publish(directory, target, chosen)
+    return Answer(facts, publishing.listing(facts))

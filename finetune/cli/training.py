@@ -1,0 +1,211 @@
+"""`plan`, `fetch`, `train`, `launch`, `rehearse` and `health`: from a recipe to a run, and whether it goes on."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from finetune.cli.answer import Answer, answers
+from finetune.cli.options import NEW_RUN, OVERRIDE, PATH, RECIPE, default_run, how_to_train, where_it_is
+from finetune.hosts.signals import ending_signals
+from finetune.store import places
+from finetune.store.rank import is_alone, is_first
+from finetune.store.run.lease import refuse_other_directory
+
+if TYPE_CHECKING:
+    from finetune.recipe.load import LoadedRecipe
+    from finetune.recipe.schema import Recipe
+    from finetune.training.resolve import Resolved
+
+
+@click.command()
+@RECIPE
+@OVERRIDE
+@NEW_RUN
+@click.option("--devices", "has_devices", is_flag=True, help="Also forecast the memory of 1 to 64 GPUs.")
+@click.option(
+    "--device-memory",
+    "device_gib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory of one of them. Default: that of this machine's GPU, or else 80.",
+)
+@answers
+def plan(
+    recipe: Path, overrides: tuple[str, ...], run: Path | None, has_devices: bool, device_gib: float | None
+) -> Answer:
+    """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
+    loaded = _looked_at(recipe, overrides)
+    from finetune.package.preflight import refuse_unpackageable
+    from finetune.package.publish import rights
+    from finetune.training import preview
+
+    rights.preflight(loaded.recipe)
+    found = preview.preview(loaded, run or default_run(recipe), refuse_unpackageable, has_devices, device_gib)
+    return Answer(found.facts, found.text, refuse=found.refuse_unready)
+
+
+@click.command()
+@RECIPE
+@OVERRIDE
+def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Download what a recipe names, for a host without a network."""
+    loaded = _looked_at(recipe, overrides)
+    from finetune.model import base
+    from finetune.training.resolve import resolve
+
+    resolved = resolve(loaded)
+    click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
+
+
+@click.command()
+@RECIPE
+@OVERRIDE
+@NEW_RUN
+@how_to_train
+@where_it_is
+def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
+    """Train a recipe: start its run, or resume it where it stopped."""
+    for number in ending_signals():  # until `run` has something to save
+        signal.signal(number, lambda received, frame: os._exit(128 + received))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    run = run or default_run(recipe)
+    loaded = _looked_at(recipe, overrides, run)
+    from finetune.data import unused
+    from finetune.package.preflight import refuse_unpackageable
+    from finetune.training.run import train as train_run
+
+    def ask(resolved: "Resolved") -> None:
+        for line in unused.warning(unused.lost(resolved.plan, resolved.train)):
+            click.echo(line, err=True)
+        refuse_unpackageable(resolved)
+
+    with _published(loaded.recipe, run):
+        train_run(loaded, run, is_quiet=quiet, ask=ask, **choices)
+
+
+@click.command()
+@click.option(
+    "--nproc-per-node", "processes", type=click.IntRange(min=1), help="Processes on this host. Default: one a GPU."
+)
+@click.option(
+    "--nnodes", "nodes", type=click.IntRange(min=1), help="Hosts. Default: as Slurm or Kubernetes says, else 1."
+)
+@click.option("--node-rank", "node", type=click.IntRange(min=0), help="Which of them this is, counted from 0.")
+@click.option("--master-addr", "address", help="Host 0, as the others call it.")
+@click.option("--master-port", "port", type=click.IntRange(1, 65535), help="A free port of host 0.")
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How often a crashed training is started again from its last commit.",
+)
+@RECIPE
+@OVERRIDE
+@NEW_RUN
+@how_to_train
+@where_it_is
+def launch(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    quiet: bool,
+    until: int | None,
+    schedule: str | None,
+    take_over: bool,
+    restarts: int,
+    **asked: object,
+) -> None:
+    """Train a recipe on all devices here, as the one process of a container or a job: signals reach every rank."""
+    from finetune.hosts import launch as launching
+
+    run = run or default_run(recipe)
+    grace = _looked_at(recipe, overrides, run).recipe.checkpoint.grace_seconds
+    arguments = [*(f"--set={override}" for override in overrides), f"--run={run}"]
+    arguments += places.arguments() + ["--quiet"] * quiet + ["--take-over"] * take_over
+    arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
+    launching.launch(asked, [*arguments, "--", str(recipe)], run, restarts, grace)
+
+
+@click.command()
+@RECIPE
+@OVERRIDE
+@NEW_RUN
+@click.option(
+    "--steps", type=click.IntRange(min=2), default=2, show_default=True, help="Steps before the kill, and after it."
+)
+@click.option("--launcher", default="", metavar="COMMAND", help="Starts trainings, like 'finetune launch'.")
+@click.option("--package/--no-package", "has_package", default=True, help="Whether to package the result as well.")
+@click.option("--keep", "is_kept", is_flag=True, help="Leave the scratch directory, <run>.rehearsal.")
+@answers
+def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, **choices: object) -> Answer:
+    """Prove here that a killed run resumes to the bit, and measure what a checkpoint costs."""
+    loaded = _looked_at(recipe, overrides)
+    from finetune.debug.rehearse import rehearse as rehearsals
+
+    facts = rehearsals.rehearse(rehearsals.Rehearsal(loaded, overrides, run or default_run(recipe), **choices))
+    return Answer(facts, rehearsals.listing(facts), is_good=facts["ok"])
+
+
+@click.command()
+@click.argument("run", type=PATH, required=False)
+@click.option(
+    "--patience",
+    "patience_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="Less than this without a record is never called hung.",
+)
+@answers
+def health(run: Path | None, patience_seconds: float) -> Answer:
+    """Tell a hung training from a slow one; without RUN, all that are trained here."""
+    from finetune.hosts import health as looking
+
+    runs = {run: 0.0} if run else looking.trainings(_run_of)
+    each = [looking.look(run, patience_seconds, since) for run, since in runs.items()]
+    facts = {"ok": all(one["ok"] for one in each), "runs": each}
+    return Answer(facts, looking.listing(facts), is_good=facts["ok"])
+
+
+def _run_of(command: str, arguments: Sequence[str]) -> Path | None:
+    """Where `train` or `launch` trains when it is given these arguments; None where it ends at once, as with --help."""
+    asked = {"train": train, "launch": launch}[command]
+    given = asked.make_context(command, [*arguments], resilient_parsing=True).params
+    return given["run"] or (default_run(given["recipe"]) if given["recipe"] else None)
+
+
+def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) -> "LoadedRecipe":
+    """The recipe, with a look at its data before torch is imported. A run that exists has pins of its own."""
+    from finetune.recipe.load import load
+
+    loaded = load(recipe, overrides)
+    if run:
+        refuse_other_directory(run)
+    if is_alone(os.environ) and not (run and (run / "plan.json").exists()):
+        from finetune.data import preflight
+
+        preflight.check(loaded)
+    return loaded
+
+
+@contextlib.contextmanager
+def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
+    """Checks before a training that it can be published, and has its milestones published beside it, by rank 0."""
+    if recipe.publish is None or not is_first(os.environ):
+        yield
+        return
+    from finetune.package.publish import queue
+    from finetune.package.publish.rights import preflight
+
+    preflight(recipe)
+    child = queue.start(run) if recipe.publish.milestones else None
+    yield  # after a signal or an error the child is on its own: it publishes what is committed, and ends
+    if child:
+        queue.finish(child, run)

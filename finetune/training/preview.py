@@ -1,0 +1,76 @@
+"""What a recipe will do, before it is trained: the plan with its forecast, as `finetune plan` shows it. Loads no weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.data import unused
+from finetune.model import base
+from finetune.plan import forecast
+from finetune.plan.memory import Work, shape_of
+from finetune.plan.pace import largest_step
+from finetune.recipe.load import LoadedRecipe
+from finetune.store.run.lease import refuse_other_directory
+from finetune.training.readiness import refuse_unfit_base, refuse_unready
+from finetune.training.resolve import Resolved, device, resolve
+from finetune.training.state import slow_numbers
+
+
+@dataclass(frozen=True)
+class Preview:
+    resolved: Resolved
+    run: Path
+    is_of_devices: bool
+    """Made for other machines: what this one lacks is no reason to refuse."""
+    facts: dict
+
+    @property
+    def text(self) -> str:
+        """The facts for a reader."""
+        facts, resolved = self.facts, self.resolved
+        lines = [forecast.table(facts), *forecast.base_lines(resolved.notes, resolved.reached), *unused.lines(facts)]
+        return "\n".join([*lines, "", forecast.devices_table(facts)] if self.is_of_devices else lines)
+
+    def refuse_unready(self) -> None:
+        """Raises what `train` would raise before its first step on this machine."""
+        if not self.is_of_devices:
+            refuse_unready(self.resolved, self.run)
+
+
+def preview(
+    loaded: LoadedRecipe,
+    run: Path,
+    ask: Callable[[Resolved], None],
+    is_of_devices: bool = False,
+    device_gib: float | None = None,
+) -> Preview:
+    """Resolves a recipe, as `train` will, and adds up what it needs; `ask` may refuse what was resolved.
+
+    `is_of_devices` shows the memory of 1 to 64 GPUs as well, of `device_gib` each; without that, of this machine's kind.
+    """
+    if not is_of_devices:
+        refuse_other_directory(run)
+    resolved = resolve(loaded)
+    if not is_of_devices:  # that table is made from the config alone, so the weights may be elsewhere
+        refuse_unfit_base(resolved)
+    ask(resolved)
+    return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib))
+
+
+def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> dict:
+    """The facts that `plan --json` prints."""
+    plan, here = resolved.plan, device()
+    shape = shape_of(base.load_config(resolved.base_directory))
+    work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))
+    device_bytes = round(device_gib * 2**30) if device_gib else here.bytes if here.is_gpu else forecast.CARD_BYTES
+    facts = forecast.forecast(plan, shape, work, here, run)
+    facts["notes"] += filter(None, [slow_numbers(plan.recipe.train.precision)])
+    return {
+        **facts,
+        "ignored_columns": unused.columns(plan, resolved.train, resolved.holdout),
+        **unused.lost(plan, resolved.train),
+        "base_notes": list(resolved.notes),
+        "reached": resolved.reached,
+        "device_memory_bytes": device_bytes,
+        "devices": forecast.on_devices(plan, shape, work, device_bytes),
+    }
