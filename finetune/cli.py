@@ -24,6 +24,7 @@ from finetune.hosts.world import TOLD, prepare_allocator
 from finetune.store import places
 from finetune.store.checkpoints.manifest import to_json
 from finetune.store.rank import is_alone, is_first
+from finetune.store.run.directory import PINS, RunDirectory
 from finetune.store.run.lease import refuse_other_directory
 from finetune.training.saving.writer import WRITER
 
@@ -483,7 +484,7 @@ def prune(run: Path, dry_run: bool, is_json: bool, **keep: int | None) -> None:
     actions, pinned = prune_run(run, keep, dry_run)
     freed = sum(action["bytes"] for action in actions)
     lines = [f"{action['action']} {action['ref']} ({readable(action['bytes'])})" for action in actions]
-    lines += [f"kept {item['ref']}: pinned by {', '.join(f'pins/{name}' for name in item['pins'])}" for item in pinned]
+    lines += [f"kept {item['ref']}: pinned by {', '.join(f'{PINS}/{name}' for name in item['pins'])}" for item in pinned]
     lines.append(f"{'would free' if dry_run else 'freed'} {readable(freed)}")
     facts = {"actions": actions, "pinned": pinned, "freed_bytes": freed, "is_dry_run": dry_run}
     _print(facts, "\n".join(lines), is_json)
@@ -681,7 +682,7 @@ def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) 
     loaded = load(recipe, overrides)
     if run:
         refuse_other_directory(run)
-    if is_alone(os.environ) and not (run and (run / "plan.json").exists()):
+    if is_alone(os.environ) and not (run and RunDirectory(run).is_run):
         from finetune.data import preflight
 
         preflight.check(loaded)
