@@ -16,7 +16,7 @@ from tests.hub.server import Hub
 FORKS = """
 import itertools, json, os, signal, sys
 from finetune.cli import main
-from finetune.package import publish, queue
+from finetune.package.publish import publish, queue
 
 def armed(under, change):
     seen = itertools.count()
