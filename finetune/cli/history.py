@@ -7,6 +7,7 @@ import click
 from finetune.cli.answer import Answer, answers
 from finetune.cli.options import PATH, REF, RUN
 from finetune.errors import counted
+from finetune.store.run.directory import PINS
 
 
 @click.command()
@@ -75,7 +76,9 @@ def prune(run: Path, dry_run: bool, **keep: int | None) -> Answer:
     actions, pinned = prune_run(run, keep, dry_run)
     freed = sum(action["bytes"] for action in actions)
     lines = [f"{action['action']} {action['ref']} ({readable(action['bytes'])})" for action in actions]
-    lines += [f"kept {item['ref']}: pinned by {', '.join(f'pins/{name}' for name in item['pins'])}" for item in pinned]
+    lines += [
+        f"kept {item['ref']}: pinned by {', '.join(f'{PINS}/{name}' for name in item['pins'])}" for item in pinned
+    ]
     lines.append(f"{'would free' if dry_run else 'freed'} {readable(freed)}")
     facts = {"actions": actions, "pinned": pinned, "freed_bytes": freed, "is_dry_run": dry_run}
     return Answer(facts, "\n".join(lines))

@@ -14,6 +14,7 @@ from finetune.cli.options import NEW_RUN, OVERRIDE, PATH, RECIPE, default_run, h
 from finetune.hosts.signals import ending_signals
 from finetune.store import places
 from finetune.store.rank import is_alone, is_first
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) 
     loaded = load(recipe, overrides)
     if run:
         refuse_other_directory(run)
-    if is_alone(os.environ) and not (run and (run / "plan.json").exists()):
+    if is_alone(os.environ) and not (run and RunDirectory(run).is_run):
         from finetune.data import preflight
 
         preflight.check(loaded)

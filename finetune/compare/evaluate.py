@@ -15,7 +15,7 @@ from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.store.checkpoints.refs import Ref, find, parse
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training.opened import open_model, run_of
 from finetune.training.resolve import Resolved, resolve
@@ -52,7 +52,7 @@ def evaluate(
 def _day_of(texts: Sequence[str]) -> date | None:
     """The day in the plan of the first ref that has one: a template that prints it would give other figures every day."""
     runs = filter(None, map(run_of, map(parse, texts)))
-    days = (load_plan(run)[0].date for run in runs)
+    days = (RunDirectory(run).plan()[0].date for run in runs)
     return next((date.fromisoformat(day) for day in days if day), None)
 
 
@@ -85,8 +85,8 @@ def _rows_of_run(text: str) -> Resolved:
             where=text,
             hint="give them with --recipe FILE",
         )
-    plan, facts = load_plan(run)
-    resolved = resolve(LoadedRecipe(plan.recipe, "", str(run / "plan.json"), {}), plan, stand_in=_whole(ref))
+    plan, facts = RunDirectory(run).plan()
+    resolved = resolve(LoadedRecipe(plan.recipe, "", str(RunDirectory(run).plan_file), {}), plan, stand_in=_whole(ref))
     return replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])
 
 

@@ -29,7 +29,7 @@ from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import lease
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import facts_of, stand_in
@@ -65,7 +65,7 @@ def branch(
     """Makes the run and trains it, to its end or to step `until`; returns its directory. A branch that is there already is trained on."""
     origin, step = _origin(ref)
     run = run or origin.with_name(f"{origin.name}-{step}")
-    old, facts = load_plan(origin)
+    old, facts = RunDirectory(origin).plan()
     loaded = loads(dumps(old.recipe), f"{origin.name}@{step}", choices.overrides)
     _refuse_other_tensors(old.recipe, loaded.recipe, choices, f"{origin}@{step}")
     accelerator = start_accelerator(loaded.recipe.train)
@@ -90,7 +90,7 @@ def branch(
                 print(line, file=sys.stderr)
     collectives.wait_for_everyone(accelerator)
     if is_to_train:
-        recipe = LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(run / "recipe.yaml"), {"": 0})
+        recipe = LoadedRecipe(loaded.recipe, dumps(loaded.recipe), str(RunDirectory(run).recipe), {"": 0})
         train(recipe, run, is_quiet=is_quiet, until=until)
     return run
 

@@ -19,7 +19,7 @@ from finetune.store.checkpoints.store import RESUME_FILES, Store
 from finetune.store.checkpoints.trainer_state import HISTORY, without_evaluations
 from finetune.store.durable import failures, replace_file
 from finetune.store.run import journal, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import Lease
 from finetune.training import pins
 from finetune.training.resume import WORLD
@@ -40,14 +40,14 @@ class Branch:
     @cached_property
     def is_comparable(self) -> bool:
         """Whether the held-out figures of both runs are about the same examples."""
-        return are_same_rows(self.plan, load_plan(self.origin)[0])
+        return are_same_rows(self.plan, RunDirectory(self.origin).plan()[0])
 
 
 def is_there(run: Path, plan: Plan) -> bool:
     """Whether the branch was made before, by the same command. RunError where there is another run."""
-    if not (run / "plan.json").exists():
+    if not RunDirectory(run).is_run:
         return False
-    if plan.plan_id in load_plan(run)[0].plan_ids:
+    if plan.plan_id in RunDirectory(run).plan()[0].plan_ids:
         return True
     raise RunError("is another run", where=str(run), hint="use another --run")
 
@@ -66,7 +66,7 @@ def make(branch: Branch, held: Lease) -> list[str]:
         lines = pins.pin(branch.origin, branch.checkpoint.step, f"branch-{branch.facts['run']}", plan.parent.ref)
         store.pin(branch.checkpoint.step, "begin")  # every step of the branch is run again from here
         _link(branch, store, held)
-    (run / "journal.jsonl").unlink(missing_ok=True)
+    RunDirectory(run).journal.unlink(missing_ok=True)
     writer = journal.Journal(run)
     for record in _past_of(branch):
         writer.append(record)
@@ -75,8 +75,8 @@ def make(branch: Branch, held: Lease) -> list[str]:
     writer.sync()
     writer.close()
     with failures(run, RunError):
-        replace_file(run / "recipe.yaml", dumps(branch.recipe).encode())
-        replace_file(run / "plan.json", plan.dump(branch.facts))
+        replace_file(RunDirectory(run).recipe, dumps(branch.recipe).encode())
+        replace_file(RunDirectory(run).plan_file, plan.dump(branch.facts))
     return lines
 
 

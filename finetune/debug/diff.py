@@ -12,7 +12,7 @@ from finetune.recipe.schema import Base
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.run import journal, row_losses, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 SHOWN_TENSORS = 10
 
@@ -56,13 +56,13 @@ def side_of(text: str) -> Side:
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
-        plan, _ = load_plan(ref.run)
+        plan, _ = RunDirectory(ref.run).plan()
         return Side(base.directory(plan.recipe.base, plan.base), ref.run, plan, None, 0)
     if ref.kind in ("run", "checkpoint"):
         checkpoint = find(ref)
         base.refuse_damaged(checkpoint.path)
         run = ref.run or base.run_around(checkpoint.path)
-        return Side(checkpoint.path, run, load_plan(run)[0] if run else None, checkpoint, checkpoint.step)
+        return Side(checkpoint.path, run, RunDirectory(run).plan()[0] if run else None, checkpoint, checkpoint.step)
     if ref.kind == "model":
         return Side(ref.path, None, None, None, None)
     named = Base(checkpoint=text)

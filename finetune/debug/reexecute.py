@@ -20,7 +20,7 @@ from finetune.recipe.schema import Guard
 from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal, row_losses, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives, guard, loop
 from finetune.training.guard import Amendment
 from finetune.training.recorder import columns_of, figures_of
@@ -51,7 +51,7 @@ class Rerun:
 
     def __init__(self, run: Path):
         self.run = run
-        self.plan, self.facts = load_plan(run)
+        self.plan, self.facts = RunDirectory(run).plan()
         self.store = Store(run)
         recorded = scan.read(run)
         self.events = recorded.events
@@ -70,7 +70,7 @@ class Rerun:
         self.first_difference: Difference | None = None
         """Of all steps that ran again so far."""
         self.accelerator = start_accelerator(self.plan.recipe.train)
-        loaded = LoadedRecipe(self.plan.recipe, "", str(run / "plan.json"), {"": 0})
+        loaded = LoadedRecipe(self.plan.recipe, "", str(RunDirectory(run).plan_file), {"": 0})
         with collectives.rank_0_first(self.accelerator):
             self._stand_in = stand_in(run, self.plan)
             small_files = base.small_files_of(self._stand_in) if self._stand_in else None
@@ -189,7 +189,7 @@ class Rerun:
     def stored_difference(self) -> Difference | None:
         """Where a checkpoint of the state's step is stored, the first tensor that is not the same, to the bit."""
         step = self._state.step
-        if not (self.store.directory / f"step-{step:08d}").is_dir():
+        if not RunDirectory(self.run).checkpoint(step).is_dir():
             return None
         kept = self.store.find(step)
         if kept.manifest.kind != "full":
@@ -273,9 +273,7 @@ class Rerun:
 
     def _newest_name(self, step: int) -> int:
         """The newest step up to one whose directory is there, verified or not."""
-        names = self.store.directory.glob("step-*") if self.store.directory.is_dir() else ()
-        steps = [int(path.name[5:]) for path in names if path.name[5:].isdecimal()]
-        return max([0, *(each for each in steps if each <= step)])
+        return max([0, *(each for each in RunDirectory(self.run).stored_steps() if each <= step)])
 
     def _amendments(self) -> list[Amendment]:
         stored = self.store.checkpoints()

@@ -20,6 +20,7 @@ from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.durable import failures
 from finetune.store.run import journal
+from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
 from finetune.training.run import evaluate
 from finetune.training.saving import snapshot
@@ -124,7 +125,7 @@ class States:
         if rerun.accelerator.is_main_process:
             with failures(self._scratch, RunError):
                 shutil.copy(
-                    rerun.run / "plan.json", self._scratch
+                    RunDirectory(rerun.run).plan_file, self._scratch
                 )  # a command may ask for it, as beside any checkpoint
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
@@ -141,7 +142,7 @@ class States:
     def _new_scratch(self) -> Path:
         """A directory of the run's disk, or of the cache where the run may not be written or its disk has no room for two states."""
         rerun, token, is_elsewhere = self.rerun, secrets.randbits(40), 0
-        places = [rerun.run / "debug", cache.root()]
+        places = [RunDirectory(rerun.run).debug, cache.root()]
         if rerun.accelerator.is_main_process:
             for left in places[0].glob("bisect-*"):  # of a search that was killed
                 shutil.rmtree(left, ignore_errors=True)

@@ -14,7 +14,7 @@ from finetune.errors import RunError, duration
 from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.store.run import holder as holders
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 SLOW = 10
 """A training that takes so many times what it usually takes is still slow, not hung."""
@@ -41,7 +41,7 @@ def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> dict[Path,
         pid, run = strangers[0]
         message = f"is trained by process {pid} of another user, so its place is not known"
         raise RunError(message, where=str(run), hint="ask as that user, or name the run")
-    return {run: since for run, since in sorted(found.items()) if (run / "lease.json").exists()}
+    return {run: since for run, since in sorted(found.items()) if RunDirectory(run).lease.exists()}
 
 
 def _run_of_process(process: psutil.Process, run_of: Callable[[str, Sequence[str]], Path | None]) -> Path | None:
@@ -62,7 +62,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     only `since` then has not taken the run yet, where the holder is dead or older: what is there is of one that was killed. RunError
     where there is no run, or its journal is damaged.
     """
-    holder = holders.read(run / "lease.json")
+    holder = holders.read(RunDirectory(run).lease)
     if holder is None:
         raise RunError("is not a run directory: nobody has trained there", where=str(run), hint="name another one")
     if holder == holders.UNKNOWN:
@@ -76,7 +76,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
     facts["is_finished"] = False
     if holder.released is not None:
-        end = load_plan(run)[0].steps if (run / "plan.json").exists() else None
+        end = RunDirectory(run).plan()[0].steps if RunDirectory(run).is_run else None
         step = max([stored, *steps], default=0)
         return facts | {"step": step, "ok": True, "state": "ended", "limit_seconds": None, "is_finished": stored == end}
     is_dead = holders.is_dead_here(holder)
@@ -87,7 +87,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
         return facts | {"ok": False, "state": "killed", "limit_seconds": None}
     if not steps:
         return facts | {"ok": True, "state": "starting", "limit_seconds": None}
-    end = load_plan(run)[0].steps
+    end = RunDirectory(run).plan()[0].steps
     if any(record.get("event") == "committed" and record["step"] == end for record in mine):
         return facts | {"ok": True, "state": "finished", "limit_seconds": None}
     of_evaluations = _usual_pause(records, "evaluated")
@@ -131,15 +131,15 @@ def _recent(run: Path) -> list[dict]:
 
 def _newest_stored(run: Path) -> int:
     """The step of the newest checkpoint; 0 without one."""
-    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-" + 8 * "[0-9]")), default=0)
+    return max(RunDirectory(run).stored_steps(), default=0)
 
 
 def _saves(run: Path, stored: int, attempt: str) -> list[Path]:
     """The directories that this attempt writes, or reads back: the journal has a save when both are done."""
     newest = [journal.newest_pair(run, name)[1:] for name in ("started", "committed")]
     known = {record["step"] for found in newest for record in found}
-    read_back = [] if stored in known | {0} else [run / "checkpoints" / f"step-{stored:08d}"]
-    return [*(run / "attempts").glob(f"step-*-{attempt}-*"), *read_back]
+    read_back = [] if stored in known | {0} else [RunDirectory(run).checkpoint(stored)]
+    return [*RunDirectory(run).attempts_of(attempt), *read_back]
 
 
 def _bytes(save: Path) -> int:

@@ -21,6 +21,7 @@ import psutil
 from finetune.errors import DivergedError, LostRankError
 from finetune.hosts.signals import ending_signals
 from finetune.hosts.world import TOLD, World, cores, devices_here, world_of
+from finetune.store.run.directory import RunDirectory
 
 AFTER_A_CRASH_SECONDS = 5.0  # the other ranks have so long to see it themselves, and to say so
 BETWEEN_STARTS_SECONDS = 2.0
@@ -100,7 +101,7 @@ class Ranks:
     def kill(self, *_: object) -> None:
         """What is alive; after a crash once the save under way is done, or the grace is over."""
         may_save = self.stopped_by is None and self._writer in self.alive
-        if may_save and self.seconds_left and any((self.run / "attempts").glob("step-*")):
+        if may_save and self.seconds_left and any(RunDirectory(self.run).attempts_of("*")):
             signal.setitimer(signal.ITIMER_REAL, BETWEEN_LOOKS_SECONDS)
             return
         self.killed |= {self._ranks[pid] for pid in self.alive}

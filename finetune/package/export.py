@@ -34,7 +34,7 @@ from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import failures, sync_directory
 from finetune.store.run import scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import JOURNAL, RECIPE, RunDirectory
 from finetune.training.opened import Opened, open_model, open_tokenizer, run_of
 from finetune.training.resolve import resolve
 
@@ -113,7 +113,7 @@ def package(
         _write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
         _write_bom(facts, made.model.config.architectures, staging)
-        statement = provenance.statement(facts, files_of(staging), load_plan(run)[1].get("software", {}))
+        statement = provenance.statement(facts, files_of(staging), RunDirectory(run).plan()[1].get("software", {}))
         (staging / provenance.FILE).write_text(provenance.to_line(statement), encoding="utf-8")
         if key:
             signing.sign(staging, key)
@@ -212,8 +212,8 @@ def _base_directory(plan: Plan) -> Path | None:
 def _write_record(facts: Facts, directory: Path) -> None:
     training = directory / "training"
     training.mkdir()
-    (training / "recipe.yaml").write_text(record.recipe(facts.plan), encoding="utf-8")
-    (training / "journal.jsonl").write_text(record.to_lines(facts.figures), encoding="utf-8")
+    (training / RECIPE).write_text(record.recipe(facts.plan), encoding="utf-8")
+    (training / JOURNAL).write_text(record.to_lines(facts.figures), encoding="utf-8")
     (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
     (directory / "README.md").write_text(card(facts), encoding="utf-8")
     if entries := figures.eval_results(facts.figures, facts.manifest.step, facts.plan):

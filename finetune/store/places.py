@@ -23,7 +23,8 @@ class _Known:
 
     bases: tuple[str, ...] = ()
     data: dict[str, str] = field(default_factory=dict)
-    runs: list[Path] = field(default_factory=list)
+    runs: dict[Path, Path] = field(default_factory=dict)
+    """With where each has its checkpoints."""
     earlier: dict[str, str] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
 
@@ -42,10 +43,9 @@ def named(bases: Sequence[str], data: Mapping[str, str]) -> Iterator[None]:
         _known.bases, _known.data = before
 
 
-def opened(run: Path, places: Mapping[str, str]) -> None:
+def opened(run: Path, checkpoints: Path, places: Mapping[str, str]) -> None:
     """A run is being read: places near it, and those that it has recorded, are looked at."""
-    if (run := run.absolute()) not in _known.runs:
-        _known.runs.append(run)
+    _known.runs.setdefault(run.absolute(), checkpoints.absolute())
     _known.earlier.update(places)
 
 
@@ -85,8 +85,8 @@ def around(recorded: str) -> Iterator[str]:
 
 def in_checkpoints(name: str) -> Iterator[str]:
     """The file of this name in each checkpoint of the runs that are being read, newest first."""
-    for run in reversed(_known.runs):
-        yield from sorted(map(str, run.glob(f"checkpoints/*/{name}")), reverse=True)
+    for checkpoints in reversed(_known.runs.values()):
+        yield from sorted(map(str, checkpoints.glob(f"*/{name}")), reverse=True)
 
 
 def is_there(name: str) -> bool:

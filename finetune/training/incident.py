@@ -16,6 +16,7 @@ from finetune.errors import RunError
 from finetune.store.checkpoints.manifest import to_json
 from finetune.store.durable import failures, make_directory, replace_file
 from finetune.store.run import journal
+from finetune.store.run.directory import RunDirectory
 from finetune.training.loop import StepReport
 from finetune.training.resolve import Resolved
 
@@ -44,7 +45,7 @@ def write(
     rows: Sequence[Mapping] | None = None,
 ) -> Path:
     """Writes the bundle of a step, anew where there is one; returns its folder. `about` says what is wrong with the step."""
-    folder = run / "debug" / f"step-{report.step:08d}"
+    folder = RunDirectory(run).bundle(report.step)
     figures = {
         name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
     }

@@ -15,7 +15,7 @@ from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base, Recipe
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import Ref, find, parse
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.resolve import in_force
 
 
@@ -49,7 +49,7 @@ def open_model(
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
-        plan, _ = load_plan(ref.run)
+        plan, _ = RunDirectory(ref.run).plan()
         directory = base.directory(plan.recipe.base, plan.base)
         settings = _as_trained(plan.recipe) if is_as_trained else {}
         return Opened(base.load_model(directory, **settings | asked), directory, directory, plan, None)
@@ -81,7 +81,7 @@ def run_of(ref: Ref) -> Path | None:
 def _open_checkpoint(checkpoint: Checkpoint, asked: dict, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
-    plan = load_plan(run)[0] if run else None
+    plan = RunDirectory(run).plan()[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)

@@ -6,9 +6,9 @@ from finetune.errors import CheckpointError
 from finetune.model import base
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
-from finetune.store.checkpoints.manifest import STEP_NAME
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
+from finetune.store.run.directory import step_of
 
 
 def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | None = None) -> list[str]:
@@ -21,10 +21,10 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
     if is_adapter:
         named = base.located(named, pinned, base.LOOK)
     path = _directory(named.checkpoint) if is_adapter or directory is None else directory.resolve()
-    run = base.run_around(path) if path and STEP_NAME.fullmatch(path.name) else None
+    run = base.run_around(path) if path and step_of(path.name) is not None else None
     if run is None:
         return []
-    lines = pin(run, int(path.name.removeprefix("step-")), f"base-{run_id}", named.checkpoint)
+    lines = pin(run, step_of(path.name), f"base-{run_id}", named.checkpoint)
     if is_adapter:
         below, pinned_below = base.beneath(path, named.checkpoint)
         lines += pin_base(below, pinned_below, run_id)

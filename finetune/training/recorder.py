@@ -15,6 +15,7 @@ from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.durable import replace_file
 from finetune.store.run import journal as journals
+from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.run.lease import Lease
 from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
 from finetune.training import collectives
@@ -72,8 +73,8 @@ class Recorder:
             self._saver.give_up(self._saver.last.step)
             self.recall(self._saver.last)
         last = self._saver.last
-        replace_file(self.path / "recipe.yaml", recipe_text.encode())
-        replace_file(self.path / "plan.json", self.plan.dump(self._facts))
+        replace_file(RunDirectory(self.path).recipe, recipe_text.encode())
+        replace_file(RunDirectory(self.path).plan_file, self.plan.dump(self._facts))
         self._journal = journals.Journal(self.path)
         previous = str(self._lease.previous) if self._lease.previous else None  # a holder that died
         facts = {"plan_id": self.plan.plan_id, "changes": changes, "world": self._world(), "previous": previous}
@@ -108,7 +109,7 @@ class Recorder:
         for damage in damages:
             self.progress.say(f"damaged: {damage.file}: {damage.message}")
         if damages:
-            lost = max(int(damage.file[5:13]) for damage in damages) - self.last_step
+            lost = max(step_of(damage.file.partition("/")[0]) for damage in damages) - self.last_step
             self.progress.say(f"falling back to step {self.last_step}: re-running {counted(lost, 'step')}")
         elif self._past.newest_committed > self.last_step:
             newest = self._past.newest_committed

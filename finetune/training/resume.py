@@ -30,7 +30,7 @@ from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.state import device_name
@@ -71,13 +71,13 @@ def open_plan(
     `Plan.extended`); where nothing is extended, it must be what the last extension was made with.
     """
     now = facts_of(accelerator)
-    if not (path / "plan.json").exists():
+    if not RunDirectory(path).is_run:
         if schedule:
             raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
         resolved = resolve(loaded, is_to_load=True, today=today)
         now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
         return resolved, now, resolved.plan.seen_told
-    earlier, facts = load_plan(path)
+    earlier, facts = RunDirectory(path).plan()
     loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
     lines = _sorted_out(earlier, loaded.recipe)
     if lines["refused"]:

@@ -30,6 +30,7 @@ from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import Checkpoint, verify
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import holder, lease
+from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training import blame, collectives, guard, incident, loop, pins
 from finetune.training.progress import Progress
@@ -202,7 +203,7 @@ def _same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Acceler
     if accelerator.num_processes == 1:
         return newest
     step = collectives.of_rank_0(accelerator, newest.step if newest else 0)
-    mine, held = newest, holder.read(path / "lease.json")
+    mine, held = newest, holder.read(RunDirectory(path).lease)
     seen = int(held.token[:15], 16) if held else 0  # only the directory that rank 0 holds has this one
     with suppress(CheckpointError):  # the ranks must not part here: what was not seen is told below
         if step and not accelerator.is_main_process:

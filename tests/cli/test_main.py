@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from finetune.cli import cli, main
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 
 def run_main(
@@ -158,7 +158,7 @@ def test_what_may_change_on_resume_is_taken_and_recorded(recipe_file, train, cap
     said = capsys.readouterr().err
     assert "taken from the recipe: checkpoint.every[0]: 4 steps -> 2 steps" in said
     assert "micro_batch_tokens changed: 128 -> 256; bit equality may be lost" in said
-    assert str(load_plan(run)[0].recipe.checkpoint.every[0]) == "2 steps"
+    assert str(RunDirectory(run).plan()[0].recipe.checkpoint.every[0]) == "2 steps"
     started = [record for record in journal.read(run) if record.get("event") == "started"]
     assert len(started[-1]["changes"]) == 3
 

@@ -14,7 +14,7 @@ from finetune.debug.replay import replay
 from finetune.errors import CheckpointError, RecipeError, RunError
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.inspect import problems
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import _of_directories
@@ -57,7 +57,7 @@ def test_the_checkpoint_is_linked_and_the_lineage_is_in_plan_and_manifest(run) -
     for name in one.manifest.files:
         assert os.path.samefile(one.path / name, two.path / name)
     assert two.manifest.parent == {"ref": "run@8", "digest": one.manifest.digest}
-    parent = load_plan(made)[0].parent
+    parent = RunDirectory(made).plan()[0].parent
     assert (parent.ref, parent.step, parent.digest) == ("run@8", 8, one.manifest.digest)
     assert parent.changes == ("optimizer.learning_rate: 0.01 -> 0.001",)
     assert Store(run).pinned() == {8}
@@ -82,7 +82,7 @@ def test_a_step_that_was_not_stored_is_made_real_first(run) -> None:
 def test_a_branch_from_the_base_begins_anew(run) -> None:
     made = branch(f"{run}@0", None, Choices(("train.seed=1",)), until=3)
     assert list(records(made)) == [1, 2, 3]
-    assert load_plan(made)[0].parent.digest is None
+    assert RunDirectory(made).plan()[0].parent.digest is None
     assert records(made)[1]["loss"] != records(run)[1]["loss"]
 
 
@@ -90,7 +90,7 @@ def test_changed_keys_count_from_the_next_step_on(run, tmp_path) -> None:
     made = branch(f"{run}@last", tmp_path / "longer", Choices(("train.steps=30", "optimizer.learning_rate=0.02")))
     assert max(records(made)) == 30
     assert Store(made).checkpoints()[-1].step == 30
-    plan = load_plan(made)[0]
+    plan = RunDirectory(made).plan()[0]
     assert records(made)[21]["learning_rate"] == plan.learning_rate(21) > records(run)[20]["learning_rate"]
 
 
@@ -150,7 +150,7 @@ def test_a_branch_is_resumed_extended_and_branched_again(run, tmp_path, train) -
     train(whole / "recipe.yaml", whole, "train.steps=24")
     assert max(records(whole)) == 24
     again = branch(f"{whole}@12", tmp_path / "again", Choices(), until=14)
-    assert load_plan(again)[0].parent.ref == "whole@12"
+    assert RunDirectory(again).plan()[0].parent.ref == "whole@12"
     with pytest.raises(RunError, match="begins with step 9"):
         replay(whole, 3, 10)
 
@@ -272,7 +272,7 @@ def test_rows_stay_left_out_in_a_branch_of_a_branch_with_another_seed(run, tmp_p
     row = read_rows(run, 10)[2].row
     one = branch(f"{run}@8", tmp_path / "one", Choices(skipped_rows=str(row)), until=12)
     two = branch(f"{one}@12", tmp_path / "two", Choices(("train.seed=7",)))
-    assert load_plan(two)[0].skipped_rows == (row,)
+    assert RunDirectory(two).plan()[0].skipped_rows == (row,)
     assert all(row not in [item.row for item in read_rows(two, step)] for step in range(13, 21))
 
 
@@ -320,7 +320,7 @@ def test_a_branch_with_another_batch_size_goes_on_at_the_next_unseen_example(
     epoch_run, tmp_path, capsys, batch_size, steps
 ) -> None:
     made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices((f"train.batch_size={batch_size}",)))
-    assert max(records(made)) == steps == load_plan(made)[0].steps
+    assert max(records(made)) == steps == RunDirectory(made).plan()[0].steps
     before, after = rows_of(epoch_run), rows_of(made)
     seen = [row for step in (1, 2, 3) for row in before[step]]
     left = [row for step in range(4, steps + 1) for row in after[step]]
@@ -333,7 +333,7 @@ def test_a_branch_with_another_batch_size_goes_on_at_the_next_unseen_example(
 
 def test_a_branch_with_another_batch_size_keeps_the_course_of_the_learning_rate(epoch_run, tmp_path) -> None:
     made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices(("train.batch_size=8",)))
-    old, new = load_plan(epoch_run)[0], load_plan(made)[0]
+    old, new = RunDirectory(epoch_run).plan()[0], RunDirectory(made).plan()[0]
     # two updates cover what four did: each has the rate of where it ends
     assert new.learning_rate(4) == pytest.approx(old.learning_rate(5))
     assert new.learning_rate(5) == pytest.approx(old.learning_rate(7))
@@ -356,4 +356,4 @@ def test_a_branch_of_a_branch_goes_on_where_that_one_is(epoch_run, tmp_path) -> 
     rows += [row for step in drawn[1] for row in rows_of(two)[step]]
     assert sorted(rows[:28]) == sorted(rows[28:]) == list(range(28))
     same = branch(f"{two}@last", tmp_path / "longer", Choices(("train.epochs=3",)))
-    assert load_plan(same)[0].earlier_orders == load_plan(two)[0].earlier_orders
+    assert RunDirectory(same).plan()[0].earlier_orders == RunDirectory(two).plan()[0].earlier_orders

@@ -14,7 +14,7 @@ from finetune.package import export, proof, weights
 from finetune.package.attest import licence
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.opened import open_model
 from tests.package.conftest import PLANTED
 
@@ -93,7 +93,10 @@ def test_the_packaged_recipe_is_the_one_in_force_without_folders(merged, chat_da
     recipe = yaml.safe_load(text)
     assert recipe["data"]["train"] == [{"path": "train.jsonl"}]
     assert recipe["base"] == {"checkpoint": "base"}
-    assert load(merged.directory / "training/recipe.yaml").recipe.optimizer == load_plan(merged.run)[0].recipe.optimizer
+    assert (
+        load(merged.directory / "training/recipe.yaml").recipe.optimizer
+        == RunDirectory(merged.run).plan()[0].recipe.optimizer
+    )
 
 
 def test_the_packaged_journal_holds_figures_up_to_the_step(merged) -> None:

@@ -7,7 +7,7 @@ import pytest
 from finetune.plan import forecast
 from finetune.recipe.load import load
 from finetune.recipe.schema import Every
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.resolve import resolve
 
 TRAIN = {"steps": 24, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -23,7 +23,7 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
     kept = {"every": "1 step", "keep": {"every": "1 step", "last": 1}}
     recipe = recipe_file(train=TRAIN, evaluate={"every": "4 steps"}, checkpoint=kept)
     run = train(recipe, tmp_path / "run")
-    expected = forecast.run_bytes(load_plan(run)[0], layers=2) - forecast.COMPANION_BYTES
+    expected = forecast.run_bytes(RunDirectory(run).plan()[0], layers=2) - forecast.COMPANION_BYTES
     assert taken(run) < expected < 2 * taken(run)
 
 

@@ -8,7 +8,7 @@ from finetune.errors import RunError
 from finetune.plan.plan import Plan
 from finetune.recipe.load import load
 from finetune.recipe.schema import Train
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.resolve import resolve
 
 
@@ -98,7 +98,7 @@ def test_the_id_is_that_of_the_content_not_of_the_object(plan, recipe_file):
 def test_a_plan_that_was_written_is_read_back_with_its_facts(plan, tmp_path):
     facts = {"versions": {"torch": "2"}, "threads": 1}
     (tmp_path / "plan.json").write_bytes(plan.dump(facts))
-    loaded, loaded_facts = load_plan(tmp_path)
+    loaded, loaded_facts = RunDirectory(tmp_path).plan()
     assert loaded == plan and loaded_facts == facts
     assert loaded.plan_id == plan.plan_id
     assert loaded.dump(loaded_facts) == plan.dump(facts)
@@ -119,7 +119,7 @@ def test_a_plan_with_every_section_is_read_back(recipe_file, chat_data, tmp_path
     )
     plan = resolve(load(path)).plan
     (tmp_path / "plan.json").write_bytes(plan.dump({}))
-    assert load_plan(tmp_path)[0] == plan
+    assert RunDirectory(tmp_path).plan()[0] == plan
 
 
 # As version 0.1 wrote it: runs of that time go on only while this plan keeps its id.
@@ -252,7 +252,7 @@ def test_a_longer_plan_says_how_it_came_about_and_is_read_back(schedule, start, 
     }
     assert extended.schedule_start == start
     (tmp_path / "plan.json").write_bytes(extended.dump({}))
-    assert load_plan(tmp_path)[0] == extended
+    assert RunDirectory(tmp_path).plan()[0] == extended
 
 
 def test_a_segment_that_was_edited_is_refused(tmp_path):
@@ -263,7 +263,7 @@ def test_a_segment_that_was_edited_is_refused(tmp_path):
 
 def refusal(directory):
     with pytest.raises(RunError) as caught:
-        load_plan(directory)
+        RunDirectory(directory).plan()
     return str(caught.value)
 
 

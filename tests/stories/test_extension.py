@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from finetune.recipe.load import load
 from finetune.store.run import journal, row_losses
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.recorder import Recorder
 from finetune.training.run import train as train_run
 
@@ -102,7 +102,7 @@ def test_a_finished_run_that_is_extended_keeps_what_it_recorded(recipe, train, t
     assert f"extended after step 10 (--schedule {schedule}): train.steps: 10 -> 20\n" in capsys.readouterr().err
     assert_same_steps(short, run, 10)
     assert sorted(records(run)) == list(range(1, 21))
-    plan, before = load_plan(run)[0], load_plan(short)[0]
+    plan, before = RunDirectory(run).plan()[0], RunDirectory(short).plan()[0]
     assert rates(run) == [plan.learning_rate(step) for step in range(1, 21)] and rates(short) == rates(run)[:10]
     [event] = events(run, "extended")
     assert (event["step"], event["steps"], event["schedule"]) == (10, [10, 20], schedule)

@@ -17,7 +17,7 @@ from finetune.errors import DataError, FinetuneError, RunError
 from finetune.recipe.load import load
 from finetune.store import places
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.inspect import log, tree
 from finetune.training.resolve import resolve
 from tests.conftest import chat_row
@@ -59,7 +59,7 @@ def run(recipe, train, tmp_path) -> Path:
 def sides(path: Path, *arguments) -> tuple[set, set]:
     """What a recipe or a run holds out, and what it trains on."""
     if path.is_dir():
-        plan, _ = load_plan(path)
+        plan, _ = RunDirectory(path).plan()
         resolved = resolve(load(path / "recipe.yaml"), plan)
     else:
         resolved = resolve(load(path, arguments))
@@ -73,10 +73,10 @@ def loss(run: Path, step: int) -> float:
 def test_a_branch_with_another_seed_is_evaluated_on_the_rows_of_its_parent(run, tmp_path) -> None:
     made = branch(f"{run}@4", tmp_path / "seed", Choices(("train.seed=1",)), is_quiet=True)
     assert sides(made)[0] == sides(run)[0]
-    assert load_plan(made)[0].held_out == load_plan(run)[0].held_out
+    assert RunDirectory(made).plan()[0].held_out == RunDirectory(run).plan()[0].held_out
     [result] = evaluate([f"{made}@6"], None, ())
     assert (result["metrics"]["loss"], result["seen_rows"]) == (loss(made, 6), 0)
-    assert load_plan(made)[0].seen == ()
+    assert RunDirectory(made).plan()[0].seen == ()
     assert [item["is_comparable"] for item in log(run)["branches"]] == [True]
 
 
@@ -102,7 +102,7 @@ def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_t
         < sides(run)[0]
     )
     made = branch(f"{run}@4", tmp_path / "other", Choices(("data.holdout=20", "data.seen=allow")), is_quiet=True)
-    assert [(item.by, item.rows) for item in load_plan(made)[0].seen] == [("one@4", 8)]
+    assert [(item.by, item.rows) for item in RunDirectory(made).plan()[0].seen] == [("one@4", 8)]
     assert "! 8 of 20 held-out rows are training rows of one@4" in tree(log(run))
     facts = diff(f"{run}@6", f"{made}@6")
     assert facts["are_same_rows"] is False and "are of different rows" in listing(facts)

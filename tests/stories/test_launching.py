@@ -18,7 +18,7 @@ import yaml
 
 from finetune.hosts.world import TOLD
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from tests.stories.same_run import assert_same_run
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -62,7 +62,7 @@ def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file,
     words = (recipe, "--run", tmp_path / "two", "--set", "train.seed=3", "--until", 8, "--quiet")
     done = subprocess.run(launch(*words, ranks=2), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and last_step(tmp_path / "two") == 8, done.stderr
-    assert load_plan(tmp_path / "two")[0].recipe.train.seed == 3
+    assert RunDirectory(tmp_path / "two").plan()[0].recipe.train.seed == 3
     first, *lines = done.stderr.splitlines()
     assert first == "launch: 2 processes (as the flags say)"
     assert [line for line in lines if not line.startswith(("held-out loss at step ", "committed step "))] == []

@@ -18,7 +18,7 @@ from finetune.package import export
 from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.inspect import problems
 from finetune.training.run import train
 from tests.conftest import chat_row
@@ -52,7 +52,7 @@ def test_it_resumes_and_ends_as_it_would_have(older, run) -> None:
 
 @pytest.mark.parametrize("run", [RUN, BRANCH])
 def test_its_plan_is_read_and_written_with_the_id_that_it_has(older, run) -> None:
-    plan, facts = load_plan(run)
+    plan, facts = RunDirectory(run).plan()
     assert json.loads(plan.dump(facts))["plan_id"] == json.loads((run / "plan.json").read_text())["plan_id"]
 
 

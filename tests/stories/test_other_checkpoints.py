@@ -21,7 +21,7 @@ from finetune.errors import BaseError, CheckpointError
 from finetune.package import export
 from finetune.recipe.load import load
 from finetune.store.checkpoints.refs import find, parse
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.opened import open_model
 from finetune.training.resolve import resolve
 from finetune.training.run import train as train_until
@@ -140,8 +140,8 @@ def test_an_adapter_of_one_of_our_runs_is_a_base_and_the_next_one_on_it_too(reci
     first = train(recipe_file(), tmp_path / "first")
     directory = find(parse(f"{first}@8")).path
     second = train(recipe_file("second", base={"checkpoint": f"{first}@8"}), tmp_path / "second")
-    plan, _ = load_plan(second)
-    assert plan.base.beneath == load_plan(first)[0].base
+    plan, _ = RunDirectory(second).plan()
+    assert plan.base.beneath == RunDirectory(first).plan()[0].base
     same(logits(open_model(f"{second}@0").model), logits(open_model(f"{first}@8").model))
     by_path = resolve(load(recipe_file("third", base={"checkpoint": str(directory)}), ())).plan
     assert by_path.base == plan.base
@@ -179,7 +179,7 @@ def test_the_hub_commit_beneath_an_adapter_is_pinned_and_holds_when_the_branch_m
         recipe = recipe_file(base={"checkpoint": "tiny/adapter"})
         trained = finetune("train", recipe, "--run", tmp_path / "run", env=online)
         assert "merging tiny/adapter onto tiny/base, once" in trained.stderr and trained.returncode == 0, trained.stderr
-        pinned = load_plan(tmp_path / "run")[0].base
+        pinned = RunDirectory(tmp_path / "run").plan()[0].base
         assert (pinned.kind, pinned.revision) == ("adapter", above.branches["main"])
         assert (pinned.beneath.kind, pinned.beneath.revision) == ("hub", below.branches["main"])
         below.commit({"config.json": b"of another model"})

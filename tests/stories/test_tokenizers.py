@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.plan.test_encodings import tekken
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,10 +27,11 @@ from finetune.package.verify import contents
 from finetune.plan import encodings
 from finetune.recipe.load import load
 from finetune.store.checkpoints import manifest
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.opened import open_model, open_tokenizer
 from finetune.training.run import train
 from tests.conftest import CHATML, WORDS
+from tests.plan.test_encodings import tekken
 
 TEXTS = ["the row ends", "  two  blanks\n東京", "<s>[INST] a <|im_end|></s> b"]
 
@@ -94,7 +94,7 @@ def trained(mistral, tiny_sections) -> Path:
 def as_older_code_left_it(run: Path, target: Path) -> Path:
     """A copy of a run with what commit 9392744 wrote: no config beside an adapter, the base's template, and another digest in the plan."""
     shutil.copytree(run, target)
-    plan, facts = load_plan(target)
+    plan, facts = RunDirectory(target).plan()
     directory = base.directory(plan.recipe.base, plan.base)
     stops = sorted(base.stop_tokens(directory, base.load_tokenizer(directory)))
     older = encodings.older_digest(plan.recipe.task, directory, OWN, stops)

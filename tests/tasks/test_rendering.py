@@ -10,7 +10,7 @@ from finetune.compare.generate import _ids
 from finetune.data.conversation import conversation_of
 from finetune.errors import DataError
 from finetune.recipe.load import load
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.tasks import rendering
 from finetune.tasks.rendering import Renderer, prints_date
 from finetune.training.resolve import resolve
@@ -75,7 +75,7 @@ def dated(recipe_file, tmp_path):
 
 def test_a_plan_has_the_day_that_its_template_prints_and_keeps_it(dated, recipe_file, train, tmp_path, later, capsys):
     run = train(dated, tmp_path / "run")
-    plan, _ = load_plan(run)
+    plan, _ = RunDirectory(run).plan()
     before = [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)]
     later()
     assert [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)] == before

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training import guard
 from finetune.training.so_far import Past
 
@@ -21,7 +21,7 @@ def run(recipe_file, train, tmp_path: Path) -> Path:
 
 def past(run: Path, step: int) -> dict:
     """All that is known, the plan aside."""
-    known = vars(Past(run, load_plan(run)[0], Store(run).find(step)))
+    known = vars(Past(run, RunDirectory(run).plan()[0], Store(run).find(step)))
     return {name: value for name, value in known.items() if name != "_plan"}
 
 
@@ -53,14 +53,14 @@ def test_steps_that_an_attempt_lost_are_remembered_beyond_the_commits_of_the_nex
             record["newest_step"] = 10  # the lost attempt had come so far
     path = run / "journal.jsonl"
     path.write_text("".join(f"{json.dumps(record)}\n" for record in [*lost, *early]))
-    known = Past(run, load_plan(run)[0], Store(run).find(8))
+    known = Past(run, RunDirectory(run).plan()[0], Store(run).find(8))
     assert (known.earlier(9), known.earlier(10), known.earlier(11)) == (*lost, None)
 
 
 def test_a_spike_is_measured_against_as_many_steps_as_the_guard_looks_back_on(run, monkeypatch) -> None:
     monkeypatch.setattr(guard, "WINDOW", 3)
     losses = [record["loss"] for record in journal.steps(journal.read(run)).values()]
-    known = Past(run, load_plan(run)[0], Store(run).find(8))
+    known = Past(run, RunDirectory(run).plan()[0], Store(run).find(8))
     assert known.window("loss", 9) == losses[5:8]
     for record in list(journal.steps(journal.read(run)).values())[8:]:
         known.add(record)
@@ -68,7 +68,7 @@ def test_a_spike_is_measured_against_as_many_steps_as_the_guard_looks_back_on(ru
 
 
 def test_where_the_journal_was_cut_the_checkpoint_knows_the_rest(run) -> None:
-    whole = Past(run, load_plan(run)[0], Store(run).find(12)).trainer_state(12)()
+    whole = Past(run, RunDirectory(run).plan()[0], Store(run).find(12)).trainer_state(12)()
     path = run / "journal.jsonl"
     path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if '"step": 1' in line))
-    assert Past(run, load_plan(run)[0], Store(run).find(12)).trainer_state(12)() == whole
+    assert Past(run, RunDirectory(run).plan()[0], Store(run).find(12)).trainer_state(12)() == whole

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.recipe.load import load
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.resolve import resolve
 from finetune.training.trial import trial
 
@@ -118,9 +118,9 @@ def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, ki
     run = train(loaded.path if hasattr(loaded, "path") else tmp_path / "tiny.yaml", tmp_path / "run")
     arrangement = "alone" if kind == "phi3" else "padded"
     record = json.loads((run / "plan.json").read_text())
-    assert record["arranged"] == arrangement and load_plan(run)[0].arrangement == arrangement
+    assert record["arranged"] == arrangement and RunDirectory(run).plan()[0].arrangement == arrangement
     assert "rows are" in capsys.readouterr().err
-    again = resolve(loaded, load_plan(run)[0])
+    again = resolve(loaded, RunDirectory(run).plan()[0])
     assert again.plan.arrangement == arrangement and again.plan.plan_id == record["plan_id"]
 
 

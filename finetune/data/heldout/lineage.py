@@ -20,7 +20,7 @@ from finetune.recipe.schema import Source, is_drawn
 from finetune.store import cache
 from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.refs import find, parse, run_around
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 VERSION = 1  # of the arrays in the cache
 # Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.
@@ -59,7 +59,7 @@ def _of_package(directory: Path) -> tuple[Stage, ...]:
 
 def up_to(run: Path, step: int) -> tuple[Stage, ...]:
     """A run up to a step, and those before it. Step 0 is its base."""
-    plan, _ = load_plan(run)
+    plan, _ = RunDirectory(run).plan()
     before = plan.stages if plan.stages is not None else _found_before(plan, run)
     return (stage_of(plan, f"{run.absolute().name}@{step}"), *before) if step else before
 
@@ -84,13 +84,13 @@ def _found_before(plan: Plan, run: Path) -> tuple[Stage, ...]:
             return stages(plan.recipe.base.checkpoint)
         except FinetuneError:  # it is gone, as the base of a full fine-tune may be
             return (Stage(ref=plan.recipe.base.checkpoint),)
-    for path in sorted(run.absolute().parent.glob("*/plan.json")):
+    for path in RunDirectory(run).neighbours():
         try:
-            identity = load_plan(path.parent)[1].get("run")
+            identity = RunDirectory(path).plan()[1].get("run")
         except RunError:  # another one's damage is no matter here
             continue
         if identity == plan.parent.run:
-            return up_to(path.parent, plan.parent.step)
+            return up_to(path, plan.parent.step)
     return (Stage(ref=plan.parent.ref),)
 
 

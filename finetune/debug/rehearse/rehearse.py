@@ -23,7 +23,7 @@ from finetune.plan.plan import Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 # In units of `steps`: where the training that is to be killed ends by itself. Far enough to be killed before, near enough not to
 # go on for days where the rehearsal itself is killed.
@@ -69,7 +69,7 @@ def rehearse(rehearsal: Rehearsal) -> dict:
     with trainings_beside(rehearsal.run, rehearsal.is_kept) as trainings:
         resumed, whole = trainings.directory / "resumed", trainings.directory / "whole"
         killed_at, committed = _train_and_kill(rehearsal, trainings, resumed)
-        last = min(committed + rehearsal.steps, load_plan(resumed)[0].steps)
+        last = min(committed + rehearsal.steps, RunDirectory(resumed).plan()[0].steps)
         _say(f"killed at step {killed_at}; going on from step {committed} to step {last}")
         trainings.run(rehearsal.command(resumed, last, rehearsal.steps))
         _say(f"training {counted(last, 'step')} in one go")
@@ -149,10 +149,10 @@ def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tu
     """Kills a training in a step after its first commit; returns the last finished and the last committed step."""
     _say(f"training {counted(rehearsal.steps, 'step')}, to be killed")
     process = trainings.start(rehearsal.command(run, LONGEST * rehearsal.steps, rehearsal.steps))
-    while not (run / "plan.json").exists() and process.poll() is None:
+    while not RunDirectory(run).is_run and process.poll() is None:
         time.sleep(POLL_SECONDS)
     if process.poll() is None:
-        _refuse(rehearsal, load_plan(run)[0], trainings.directory)
+        _refuse(rehearsal, RunDirectory(run).plan()[0], trainings.directory)
     while process.poll() is None and not _is_past_commit(*_progress(run)):
         time.sleep(POLL_SECONDS)
     trainings.refuse_failure()
@@ -224,7 +224,7 @@ def _package(trainings: Trainings, ref: str) -> dict:
 
 def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
     """What a step and a checkpoint took, what that means for the cadence, and the bytes that the run will need."""
-    plan, facts = load_plan(whole)
+    plan, facts = RunDirectory(whole).plan()
     cost = measure([journal.read(run) for run in (whole, resumed)], facts)
     every, steps = cadence.saves_at_most(rehearsal.loaded.recipe), cost.smallest_interval()
     files = Store(whole).find(last).manifest.files

@@ -42,7 +42,7 @@ from finetune.recipe.schema import Base
 from finetune.store import cache, places
 from finetune.store.checkpoints.manifest import MANIFEST, verify
 from finetune.store.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 __all__ = [
     "DTYPES",
@@ -267,7 +267,7 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
     """What an adapter says it lies on, with the pin if it is the base of a run of ours."""
     is_ours = (path / MANIFEST).exists()
     if is_ours and (run := run_around(path)):
-        plan, _ = load_plan(run)
+        plan, _ = RunDirectory(run).plan()
         return plan.recipe.base, plan.base
     config = merge.read_config(path, where)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")

@@ -6,8 +6,9 @@ Only names are looked at. What these programs write beside weights are pickles, 
 from pathlib import Path
 
 from finetune.errors import BaseError
+from finetune.store.run.directory import PLAN
 
-OWN = ("config.json", "adapter_config.json", "manifest.json", "plan.json")  # a model, an adapter, a checkpoint, a run
+OWN = ("config.json", "adapter_config.json", "manifest.json", PLAN)  # a model, an adapter, a checkpoint, a run
 
 
 def refuse(text: str) -> None:

@@ -13,6 +13,7 @@ from finetune.package.card.card import LIMITS, Facts, hub_base, method
 from finetune.package.verify.contents import sha256
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Source
+from finetune.store.run.directory import step_name
 
 FILE = "bom.cdx.json"
 NAMESPACE = uuid.UUID("6f0d2a5e-3f0a-5c7e-9a55-0c2f2b1d7a10")  # ours, drawn once
@@ -48,7 +49,7 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": name,
-        "version": f"step-{step:08d}",
+        "version": step_name(step),
         "description": f"{method(facts.plan)}, {figures.named(facts.figures, step)}, {facts.form}, {facts.dtype}",
         **_licences(facts.licence),
         "pedigree": {"ancestors": [_ancestor(facts)]},

@@ -16,6 +16,8 @@ from finetune.package.card.card import Facts, hub_base
 from finetune.package.verify.contents import Finding, sha256
 from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
+from finetune.store.checkpoints.manifest import MANIFEST
+from finetune.store.run.directory import step_name
 
 FILE = lineage.PROVENANCE
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -56,7 +58,7 @@ def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, st
                 "builder": {"id": "urn:finetune"},
                 "metadata": {"invocationId": manifest.run},
                 "byproducts": [
-                    {"name": f"step-{each.step:08d}/manifest.json", "digest": _digest(each.digest)} for each in made
+                    {"name": f"{step_name(each.step)}/{MANIFEST}", "digest": _digest(each.digest)} for each in made
                 ],
             },
         },

@@ -15,7 +15,7 @@ from finetune.package.publish.repository import Files, Repository, Stored, diffe
 from finetune.package.verify.contents import files_of
 from finetune.package.verify.verify import folder_findings
 from finetune.store.checkpoints.refs import parse
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 STAGING = "staging-"
 
@@ -63,7 +63,7 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     """The package, where it goes, and whether that is private. A checkpoint is packaged first, in its run; the package stays there, and a
     second call takes it."""
     directory = Path(source)
-    if directory.is_dir() and not (directory / "plan.json").exists() and not (directory / "manifest.json").exists():
+    if directory.is_dir() and not RunDirectory(directory).is_run and not (directory / "manifest.json").exists():
         if target is None:
             raise PublishError("says not where to", where=source, hint="use --to OWNER/NAME or --to folder:PATH")
         return directory, target, not is_public
@@ -73,11 +73,11 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     from finetune.package import export  # the heavy half
 
     run, step = export.checkpoint_of(source)
-    asked = load_plan(run)[0].recipe.publish
+    asked = RunDirectory(run).plan()[0].recipe.publish
     if target is None and asked is None:
         hint = "use --to OWNER/NAME or --to folder:PATH, or set publish.repo in the recipe"
         raise PublishError("says not where to", where=source, hint=hint)
-    directory = run / "packages" / f"step-{step:08d}"
+    directory = RunDirectory(run).package(step)
     if not directory.exists():
         export.package(f"{run}@{step}", directory)
     return directory, target or asked.repo, not is_public if asked is None else asked.private and not is_public

@@ -25,10 +25,9 @@ from finetune.store.beside import NO_LOCKS, remove
 from finetune.store.checkpoints.store import Store, make_directory
 from finetune.store.durable import replace_file
 from finetune.store.run import journal, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory, step_name
 
 LOOK_SECONDS = 2.0
-LOG = "publish.log"
 
 
 def start(run: Path) -> subprocess.Popen:
@@ -36,7 +35,7 @@ def start(run: Path) -> subprocess.Popen:
     make_directory(run)
     command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones", "--follow"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    with (run / LOG).open("ab") as log:
+    with RunDirectory(run).publish_log.open("ab") as log:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -48,7 +47,7 @@ def finish(child: subprocess.Popen, run: Path) -> None:
     if left := pending(run):
         print(f"publishing steps {left}", file=sys.stderr, flush=True)
     if child.wait():
-        hint = f"the training is whole; look at {run / LOG}, then `finetune publish {run} --milestones`"
+        hint = f"the training is whole; look at {RunDirectory(run).publish_log}, then `finetune publish {run} --milestones`"
         raise PublishError(f"steps {pending(run)} are not published", where=str(run), hint=hint)
 
 
@@ -61,7 +60,7 @@ def follow(
         hint = "use --to OWNER/NAME, or publish RUN@STEP to a folder"
         raise PublishError("milestones go to branches, and a folder has none", where=target, hint=hint)
     if not (is_following and run.is_dir()):
-        load_plan(run)  # RunError where there is no run; one that is followed may not have begun
+        RunDirectory(run).plan()  # RunError where there is no run; one that is followed may not have begun
     if is_following:
         os.nice(19)  # the training comes first
     published, is_last, store = [], not is_following, Store(run)
@@ -86,11 +85,11 @@ def follow(
 def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
     """One process publishes a run at a time; who starts one by hand is told, the one beside a training waits. Where the file system has no
     locks nobody is held up: what two do at once is done once, or refused by the Hub."""
-    with (run / LOG).open("ab") as log:
+    with RunDirectory(run).publish_log.open("ab") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
         except BlockingIOError:
-            hint = f"wait for it; what it says is in {run / LOG}"
+            hint = f"wait for it; what it says is in {RunDirectory(run).publish_log}"
             raise PublishError("another process is publishing its milestones", where=str(run), hint=hint) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -100,9 +99,9 @@ def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
 
 def pending(run: Path, store: Store | None = None) -> list[int]:
     """Milestones that are committed and not published, oldest first. A `store` that is asked again and again reads each manifest once."""
-    if not (run / "plan.json").exists():  # the training has not begun
+    if not RunDirectory(run).is_run:  # the training has not begun
         return []
-    asked = load_plan(run)[0].recipe.publish
+    asked = RunDirectory(run).plan()[0].recipe.publish
     if asked is None or asked.milestones is None:
         return []
     steps = [item.step for item in (store or Store(run)).summaries() if item.step % asked.milestones.steps == 0]
@@ -113,15 +112,15 @@ def pending(run: Path, store: Store | None = None) -> list[int]:
 def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> dict:
     """One milestone: packaged, published on a branch of its own, listed on main, and written down at the end: a kill before it has all of
     this done again, of which nothing is left to do."""
-    asked: Publish = load_plan(run)[0].recipe.publish
-    repository, name = target or asked.repo, f"step-{step:08d}"
-    package = run / "packages" / name
+    asked: Publish = RunDirectory(run).plan()[0].recipe.publish
+    repository, name = target or asked.repo, step_name(step)
+    package = RunDirectory(run).package(step)
     if not package.exists():
         export.package(f"{run}@{step}", package)
     is_private = asked.private and not is_public
     facts = publish(package, repository, Choices(branch=name, is_private=is_private, is_replacing=is_replacing))
     record = {
-        "run": load_plan(run)[1]["run"],
+        "run": RunDirectory(run).plan()[1]["run"],
         "step": step,
         "branch": name,
         "revision": facts["revision"],
@@ -129,8 +128,8 @@ def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacin
     }
     _list(record, Repository(repository, is_private), is_replacing)
     remove(package)  # the run has the weights, and the Hub
-    make_directory(run / "published")
-    replace_file(run / "published" / f"{name}.json", json.dumps(record).encode())
+    make_directory(RunDirectory(run).published)
+    replace_file(RunDirectory(run).publication(step), json.dumps(record).encode())
     return record
 
 
@@ -167,7 +166,7 @@ def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
 def _published(run: Path) -> dict[int, dict]:
     """What is written down, by step; what cannot be read is published again, which changes nothing there."""
     found = {}
-    for path in (run / "published").glob("step-*.json"):
+    for path in RunDirectory(run).publications():
         with suppress(ValueError, KeyError, TypeError):
             record = json.loads(path.read_bytes())
             found[record["step"]] = record

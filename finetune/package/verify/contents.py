@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.plan.encodings import TOKENIZER_FILES
+from finetune.store.run.directory import JOURNAL, RECIPE
 
 ALLOWED = (
     "*.safetensors",
@@ -32,8 +33,8 @@ ALLOWED = (
     "bom.cdx.json",
     "model.sig",
     "checkpoints.json",
-    "training/recipe.yaml",
-    "training/journal.jsonl",
+    f"training/{RECIPE}",
+    f"training/{JOURNAL}",
     "training/loss.png",
     "training/probe.json",
     ".eval_results/*.yaml",

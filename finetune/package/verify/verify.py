@@ -17,10 +17,12 @@ from finetune.package.verify.checks import CHECKS
 from finetune.package.verify.contents import Finding
 from finetune.package.verify.folder import Folder
 from finetune.store.checkpoints.refs import parse
+from finetune.store.run.directory import JOURNAL, RECIPE
 
 HUB = "hub:"
-OURS = "training/recipe.yaml"
+OURS = f"training/{RECIPE}"
 CARD = "README.md"
+FIGURES = f"training/{JOURNAL}"
 PROBE = "training/probe.json"
 DANGEROUS = ("unsafe", "suspicious")  # the other words are of scans that wait or failed
 OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
@@ -100,10 +102,10 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
     if "library_name" not in (metadata.read(text) or {}):
         yield Finding("card", CARD, None, "does not name its library_name, which the Hub no longer guesses")
     try:
-        records = [json.loads(line) for line in (directory / "training/journal.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (directory / FIGURES).read_text().splitlines()]
         said = figures.shown(records, provenance.step_of(directory))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        yield Finding("card", "training/journal.jsonl", None, f"cannot be read: {error!r}")
+        yield Finding("card", FIGURES, None, f"cannot be read: {error!r}")
         return
     if said not in text:
         yield Finding("card", CARD, None, "does not say the figures of the training's record")

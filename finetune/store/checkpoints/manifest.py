@@ -21,11 +21,11 @@ import blake3
 from finetune.errors import CheckpointError
 from finetune.store import tensors as safetensors
 from finetune.store.durable import BUFFER_BYTES, open_uncached
+from finetune.store.run.directory import step_of
 from finetune.store.tensors import PIECE_BYTES, TensorRecord
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step-(\d{8})")
 _LAST_LINE = re.compile(rb'"digest": "(blake3:[0-9a-f]{64})"\}\n')
 _HINT = "use another checkpoint of the run"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -141,8 +141,7 @@ def read(path: Path) -> Checkpoint:
         manifest = parse((path / MANIFEST).read_bytes(), where)
     except OSError as error:
         raise ManifestError("damaged", _cannot_be_read(error), where=where, hint=_HINT) from error
-    name = STEP_NAME.fullmatch(path.name)
-    if name and int(name[1]) != manifest.step:
+    if step_of(path.name) not in (None, manifest.step):
         raise ManifestError("damaged", f"is the manifest of step {manifest.step}", where=where, hint=_HINT)
     return Checkpoint(path, manifest.step, manifest)
 

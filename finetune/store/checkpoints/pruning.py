@@ -11,7 +11,7 @@ from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.store import RESUME_FILES, Store, Summary
 from finetune.store.run import journal as journals
 from finetune.store.run import lease, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 
 class Pruned(NamedTuple):
@@ -26,7 +26,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned
 
     The newest sound checkpoint always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
     """
-    plan, _ = load_plan(run)
+    plan, _ = RunDirectory(run).plan()
     cadences = {"every", "weights_every"}
     given = {
         name: f"{value} steps" if name in cadences else value for name, value in changes.items() if value is not None
@@ -39,7 +39,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned
             raise CheckpointError("has no sound checkpoint, so nothing is removed", where=str(run))
         damaged = {damage.file.partition("/")[0] for damage in damages}
         evaluated = journals.evaluations(scan.events(run))
-        rules, pins = (store, rule, evaluated, damaged, plan.recipe.publish), store.pins()
+        rules, pins = (store, rule, evaluated, damaged, plan.recipe.publish), RunDirectory(run).pinned()
         actions = due(*rules)
         held = {item.step for item, _ in due(*rules, are_pins_kept=False)} & pins.keys()
         facts = [

@@ -21,7 +21,7 @@ from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, read
 from finetune.store.checkpoints.store import Store
 from finetune.store.rank import is_first
 from finetune.store.run import journal, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import PLAN, RunDirectory
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
@@ -88,18 +88,18 @@ def _directory(text: str) -> Ref:
     path = Path(text)
     if (path / MANIFEST).exists():
         return Ref("checkpoint", text, path=path)
-    if (path / "plan.json").exists():
+    if RunDirectory(path).is_run:
         return Ref("run", text, run=path, step="last", is_implied=True)
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         return Ref("model", text, path=path)
-    message = "is no run, checkpoint or model: it has no plan.json, manifest.json, config.json or adapter_config.json"
+    message = f"is no run, checkpoint or model: it has no {PLAN}, {MANIFEST}, config.json or adapter_config.json"
     raise CheckpointError(message, where=text, hint=_FORMS)
 
 
 def run_around(checkpoint: Path) -> Path | None:
     """The run directory that a checkpoint lies in, if it does."""
     run = checkpoint.absolute().parents[1]
-    return run if (run / "plan.json").exists() else None
+    return run if RunDirectory(run).is_run else None
 
 
 def find(ref: Ref) -> Checkpoint:
@@ -136,7 +136,7 @@ def find(ref: Ref) -> Checkpoint:
 
 def _to_have_a_best(run: Path) -> str:
     """What a run needs for a best checkpoint."""
-    plan = load_plan(run)[0] if (run / "plan.json").exists() else None
+    plan = RunDirectory(run).plan()[0] if RunDirectory(run).is_run else None
     if plan and not plan.holdout_counts.examples:
         return "the run has no held-out rows: name a step or `last`, or set `data.holdout` in the recipe of another run"
     return "set `evaluate.every` or `checkpoint.keep.best`, or name a step or `last`"

@@ -6,7 +6,6 @@ an attempt, which nobody reads. Only the holder of the run's `lease` writes.
 """
 
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection
@@ -17,7 +16,6 @@ from finetune.errors import CheckpointError
 from finetune.store.checkpoints.attempt import Attempt
 from finetune.store.checkpoints.manifest import (
     MANIFEST,
-    STEP_NAME,
     Checkpoint,
     Damage,
     Manifest,
@@ -27,9 +25,9 @@ from finetune.store.checkpoints.manifest import (
     verify,
 )
 from finetune.store.durable import durable, failures, make_directory, replace_file, sync_directory
+from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.tensors import pieces
 
-_PIN = re.compile(r"step-(\d{8})-.+")
 RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
 
 
@@ -61,11 +59,12 @@ class Store:
 
     def __init__(self, run: Path):
         self.run = run
-        self.directory = run / "checkpoints"
+        self._paths = RunDirectory(run)
+        self.directory = self._paths.checkpoints
         self._summaries: dict[str, tuple[tuple[int, ...], Summary | None]] = {}
 
     def begin(self, step: int, attempt_id: str) -> Attempt:
-        path = self.run / "attempts" / f"step-{step:08d}-{attempt_id}-{secrets.token_hex(4)}"
+        path = self._paths.attempt(step, attempt_id, secrets.token_hex(4))
         attempt = Attempt(path, step)
         with attempt.saving(path):
             make_directory(self.directory)
@@ -80,7 +79,7 @@ class Store:
         """
         if manifest.step != attempt.step:
             raise ValueError(f"a manifest of step {manifest.step} for an attempt at step {attempt.step}")
-        destination = self.directory / f"step-{attempt.step:08d}"
+        destination = self._paths.checkpoint(attempt.step)
         with attempt.saving(destination):
             self._refuse_sound(destination)
             sync_directory(attempt.path)
@@ -144,7 +143,7 @@ class Store:
 
     def find(self, step: int) -> Checkpoint:
         """The checkpoint of a step; a CheckpointError says why there is none, and which there are."""
-        path = self.directory / f"step-{step:08d}"
+        path = self._paths.checkpoint(step)
         if path.is_dir():
             return read(path)
         steps = ", ".join(str(item.step) for item in self.checkpoints())
@@ -199,31 +198,23 @@ class Store:
 
     def pin(self, step: int, reason: str) -> None:
         """Has the keep rules leave the checkpoint of a step alone: `pins/step-<step>-<reason>`, for whoever looks, and may remove it."""
-        path = self.run / "pins" / f"step-{step:08d}-{reason}"
+        path = self._paths.pin(step, reason)
         with failures(path):
             make_directory(path.parent)
             replace_file(path, b"")
 
     def is_pinned(self, step: int, reason: str) -> bool:
-        return (self.run / "pins" / f"step-{step:08d}-{reason}").exists()
+        return self._paths.pin(step, reason).exists()
 
     def pinned(self) -> set[int]:
         """The steps that are pinned; whether they are committed is another question."""
-        return set(self.pins())
-
-    def pins(self) -> dict[int, list[str]]:
-        """By step the names of its files in `pins/`."""
-        found: dict[int, list[str]] = {}
-        for name in sorted(path.name for path in (self.run / "pins").glob("step-*-*")):
-            if match := _PIN.fullmatch(name):
-                found.setdefault(int(match[1]), []).append(name)
-        return found
+        return set(self._paths.pinned())
 
     def sweep(self) -> None:
         """Puts back what a dead process had moved away for a commit that did not come, and removes what it left in `attempts/`, in
         `trash/`, and of demotions; for the holder of the lease before its first save."""
         self._put_back()
-        for directory in (self.run / "attempts", self.run / "trash"):
+        for directory in (self._paths.attempts, self._paths.trash):
             with failures(directory):
                 for path in directory.iterdir() if directory.is_dir() else ():
                     if path.is_dir() and not path.is_symlink():
@@ -238,7 +229,7 @@ class Store:
                 self._remove_resume_files(checkpoint.path)
 
     def _put_back(self) -> None:
-        for path in sorted((self.run / "trash").glob("step-*-*")):
+        for path in sorted(self._paths.trashed()):
             destination = self.directory / path.name.rpartition("-")[0]
             # what is whole was moved, and nothing of it deleted yet; a removal that is put back is removed again
             if not destination.exists() and _is_whole(path):
@@ -249,7 +240,7 @@ class Store:
     def _names(self) -> list[str]:
         with failures(self.directory, what="cannot read"):
             names = sorted(os.listdir(self.directory)) if self.directory.is_dir() else []
-        return [name for name in names if STEP_NAME.fullmatch(name)]
+        return [name for name in names if step_of(name) is not None]
 
     def _scan(self) -> list[Checkpoint | Unreadable]:
         return [_open(self.directory / name) for name in self._names()]
@@ -263,7 +254,7 @@ class Store:
             raise CheckpointError("this step is committed already", where=str(destination), hint=hint)
 
     def _to_trash(self, path: Path) -> Path:
-        trash = self.run / "trash" / f"{path.name}-{secrets.token_hex(4)}"
+        trash = self._paths.trash / f"{path.name}-{secrets.token_hex(4)}"
         make_directory(trash.parent)
         os.rename(path, trash)
         return trash
@@ -278,4 +269,4 @@ def _open(path: Path) -> Checkpoint | Unreadable:
     try:
         return read(path)
     except ManifestError as error:
-        return Unreadable(path, int(path.name.removeprefix("step-")), damage_of(error))
+        return Unreadable(path, step_of(path.name), damage_of(error))

@@ -1,35 +1,188 @@
-"""A run directory by its names: what lies in a run, and the plan that it has."""
+"""A run directory: every name in it, and the plan that it has. No other file spells one of these names."""
 
 import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.errors import RunError
-from finetune.plan.plan import SCHEMA, Plan
 from finetune.store import places
 
+if TYPE_CHECKING:
+    from finetune.plan.plan import Plan
 
-def load_plan(run: Path) -> tuple[Plan, dict]:
-    """The plan of a run, and the facts recorded beside it."""
-    path = run / "plan.json"
-    damaged_hint = "restore it from a copy, or start a new run"
-    try:
-        record = json.loads(path.read_bytes())
-        schema = record.pop("schema")
-        if schema > SCHEMA:
-            raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
-        facts, plan_id = record.pop("facts"), record.pop("plan_id")
-        plan = Plan.model_validate(record)
-    except (FileNotFoundError, NotADirectoryError):
-        hint = "start it with `finetune train`"
-        raise RunError("is not a run directory: it has no plan.json", where=str(run), hint=hint) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's errors are ValueErrors
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"is damaged: {reason}", where=str(path), hint=damaged_hint) from None
-    if plan.plan_id != plan_id:
-        raise RunError(
-            "does not have the content its plan_id stands for",
-            where=str(path),
-            hint="it was edited: restore it from a copy",
-        )
-    places.opened(run, facts.get("places", {}))
-    return plan, facts
+PLAN, JOURNAL, RECIPE, LEASE = "plan.json", "journal.jsonl", "recipe.yaml", "lease.json"
+CHECKPOINTS, PINS = "checkpoints", "pins"
+_STEP = re.compile(r"step-(\d{8})")
+_PART = re.compile(r"step-(\d+)-(\d+)\.parquet")
+_PIN = re.compile(r"step-(\d{8})-.+")
+
+
+def step_name(step: int) -> str:
+    """What the directory of a step is called, in a run and where it is published."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a directory with this name; None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def part_name(first: int, last: int) -> str:
+    """What the Parquet file of these steps is called."""
+    return f"{step_name(first)}-{last:08d}.parquet"
+
+
+def steps_of_part(name: str) -> tuple[int, int] | None:
+    """The first and the last step of a Parquet file with this name; None for any other name."""
+    match = _PART.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run. None of them has to exist."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / PLAN
+
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / RECIPE
+
+    @property
+    def lease(self) -> Path:
+        return self.path / LEASE
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def attempts(self) -> Path:
+        """Saves under way, and what is left of those that a kill cut short."""
+        return self.path / "attempts"
+
+    @property
+    def trash(self) -> Path:
+        """Checkpoints on their way out."""
+        return self.path / "trash"
+
+    def trashed(self) -> Iterator[Path]:
+        """A step's directory with a token after its name."""
+        return self.trash.glob("step-*-*")
+
+    @property
+    def pins(self) -> Path:
+        return self.path / PINS
+
+    @property
+    def rows(self) -> Path:
+        return self.path / "rows"
+
+    @property
+    def modules(self) -> Path:
+        return self.path / "modules"
+
+    @property
+    def debug(self) -> Path:
+        return self.path / "debug"
+
+    @property
+    def published(self) -> Path:
+        """What was published: a file for each milestone."""
+        return self.path / "published"
+
+    @property
+    def publish_log(self) -> Path:
+        return self.path / "publish.log"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / step_name(step)
+
+    def bundle(self, step: int) -> Path:
+        """The folder with all that is known of a bad step."""
+        return self.debug / step_name(step)
+
+    def package(self, step: int) -> Path:
+        return self.path / "packages" / step_name(step)
+
+    def publication(self, step: int) -> Path:
+        return self.published / f"{step_name(step)}.json"
+
+    def publications(self) -> Iterator[Path]:
+        return self.published.glob("step-*.json")
+
+    def attempt(self, step: int, attempt: str, token: str) -> Path:
+        """Where an attempt at the run writes a step before it is committed."""
+        return self.attempts / f"{step_name(step)}-{attempt}-{token}"
+
+    def attempts_of(self, attempt: str) -> Iterator[Path]:
+        return self.attempts.glob(f"step-*-{attempt}-*")
+
+    def pin(self, step: int, reason: str) -> Path:
+        return self.pins / f"{step_name(step)}-{reason}"
+
+    def pinned(self) -> dict[int, list[str]]:
+        """By step the names of its files in `pins/`."""
+        found: dict[int, list[str]] = {}
+        for name in sorted(path.name for path in self.pins.glob("step-*-*")):
+            if match := _PIN.fullmatch(name):
+                found.setdefault(int(match[1]), []).append(name)
+        return found
+
+    def stored_steps(self) -> list[int]:
+        """The steps that have a directory in a checkpoint's place, sound or not, oldest first."""
+        names = (path.name for path in self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ()
+        return sorted(step for step in map(step_of, names) if step is not None)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has begun here: it has a plan."""
+        return self.plan_file.exists()
+
+    def neighbours(self) -> list[Path]:
+        """The runs in the folder around it, itself among them."""
+        return [path.parent for path in sorted(self.path.absolute().parent.glob(f"*/{PLAN}"))]
+
+    def plan(self) -> "tuple[Plan, dict]":
+        """The plan of the run, and the facts recorded beside it."""
+        from finetune.plan.plan import SCHEMA, Plan  # a launcher asks for names alone, and starts without pydantic
+
+        path = self.plan_file
+        damaged_hint = "restore it from a copy, or start a new run"
+        try:
+            record = json.loads(path.read_bytes())
+            schema = record.pop("schema")
+            if schema > SCHEMA:
+                raise RunError("was written by a newer version of finetune", where=str(path), hint="upgrade finetune")
+            facts, plan_id = record.pop("facts"), record.pop("plan_id")
+            plan = Plan.model_validate(record)
+        except (FileNotFoundError, NotADirectoryError):
+            message, hint = f"is not a run directory: it has no {PLAN}", "start it with `finetune train`"
+            raise RunError(message, where=str(self.path), hint=hint) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's errors are ValueErrors
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"is damaged: {reason}", where=str(path), hint=damaged_hint) from None
+        if plan.plan_id != plan_id:
+            raise RunError(
+                "does not have the content its plan_id stands for",
+                where=str(path),
+                hint="it was edited: restore it from a copy",
+            )
+        places.opened(self.path, self.checkpoints, facts.get("places", {}))
+        return plan, facts

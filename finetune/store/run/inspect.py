@@ -12,7 +12,7 @@ from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, verify
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store, Summary
 from finetune.store.run import journal, scan
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import CHECKPOINTS, RunDirectory, step_of
 
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 
@@ -27,7 +27,7 @@ MESSAGES = {
 def log(run: Path) -> dict:
     """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
     the same folder that branch off it, each with the same facts."""
-    plan, facts = load_plan(run)
+    plan, facts = RunDirectory(run).plan()
     events, trained = scan.read(run)
     evaluated = journal.evaluations(events)
     pinned, stored = Store(run).pinned(), Store(run).checkpoints()
@@ -93,19 +93,19 @@ def _incident(record: dict) -> dict:
         first, last = record["first"], record["last"]
         left_out = f"step {first}" if first == last else f"steps {first} to {last}"
         message = f"{message}; {left_out} left out"
-    step = record["step"] if "step" in record else int(record["file"].removeprefix("step-")[:8])
+    step = record["step"] if "step" in record else step_of(record["file"].partition("/")[0])
     return {"step": step, "kind": kind, "message": message, "time": record["time"]}
 
 
 def _branches(run: Path, identity: str, origin: Plan) -> list[dict]:
     """The runs beside this one that begin with a step of it, and whether held-out figures of both are about the same rows."""
     found = []
-    for path in sorted(run.absolute().parent.glob("*/plan.json")):
+    for path in RunDirectory(run).neighbours():
         with suppress(RunError):  # another one's damage is no matter here
-            plan, _ = load_plan(path.parent)
+            plan, _ = RunDirectory(path).plan()
             if plan.parent and plan.parent.run == identity:
                 is_comparable = are_same_rows(plan, origin)
-                found.append(log(run.parent / path.parent.name) | {"is_comparable": is_comparable})
+                found.append(log(run.parent / path.name) | {"is_comparable": is_comparable})
     return sorted(found, key=lambda facts: facts["parent"]["step"])
 
 
@@ -150,7 +150,7 @@ def listing(facts: dict) -> str:
 def is_model(text: str) -> bool:
     """Whether `verify` is asked about a model folder or a repository, and not about a run or its checkpoints."""
     path = Path(text)
-    if not path.is_dir() or (path / MANIFEST).exists() or (path / "plan.json").exists():
+    if not path.is_dir() or (path / MANIFEST).exists() or RunDirectory(path).is_run:
         return text.startswith("hub:")
     return any(path.glob("*config.json")) or any(path.glob("*.safetensors"))
 
@@ -165,9 +165,9 @@ def problems(text: str) -> list[dict]:
     if ref.is_implied:
         store = Store(ref.run)
         paths = sorted(item.path for item in [*store.checkpoints(), *store.unreadable()])
-        found = [(f"checkpoints/{path.name}/", damage) for path in paths for damage in verify(path)]
+        found = [(f"{CHECKPOINTS}/{path.name}/", damage) for path in paths for damage in verify(path)]
     else:
-        path = ref.run / "checkpoints" / f"step-{ref.step:08d}" if isinstance(ref.step, int) else find(ref).path
+        path = RunDirectory(ref.run).checkpoint(ref.step) if isinstance(ref.step, int) else find(ref).path
         found = [("", damage) for damage in verify(path)]
     return [
         {"check": d.check, "file": f"{prefix}{d.file}", "tensor": d.tensor, "message": d.message} for prefix, d in found

@@ -16,6 +16,7 @@ from pathlib import Path
 from finetune.errors import RunError
 from finetune.store.checkpoints.manifest import to_json
 from finetune.store.durable import failures, sync_directory
+from finetune.store.run.directory import RunDirectory
 
 # What differs between two runs of one step, besides durations and rates.
 VOLATILE = frozenset({"time", "seconds", "attempt"})
@@ -32,7 +33,7 @@ class Journal:
     """
 
     def __init__(self, run: Path):
-        self.path = run / "journal.jsonl"
+        self.path = RunDirectory(run).journal
         self._waiting = b""
         self._lock = threading.Lock()  # the loop and the saves beside it both append
         with failures(self.path, RunError):
@@ -93,7 +94,7 @@ def read(run: Path) -> list[dict[str, object]]:
 
     The memory of it grows with the steps: `scan` reads runs of any length.
     """
-    path = run / "journal.jsonl"
+    path = RunDirectory(run).journal
     data = path.read_bytes() if path.exists() else b""
     records = []
     for number, line in enumerate(data[: _sound_length(data)].splitlines(), start=1):
@@ -117,7 +118,7 @@ def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, ob
 
 def end_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]] | None:
     """The same, or None where the end of the file has none. How long the journal is costs nothing."""
-    path = run / "journal.jsonl"
+    path = RunDirectory(run).journal
     data, _ = _end_of(path) if path.exists() else (b"", 0)
     records = [record_of(line) for line in data[: _sound_length(data)].splitlines()]
     if None not in records:
@@ -129,7 +130,7 @@ def end_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, obj
 
 def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
     """The record before the newest of an event, and that one, or nothing; a line at a time, however long the journal is."""
-    path, sign = run / "journal.jsonl", f'"event": "{name}"'.encode()
+    path, sign = RunDirectory(run).journal, f'"event": "{name}"'.encode()
     before, found = b"", (b"", b"")
     with path.open("rb") if path.exists() else BytesIO() as lines:
         for line in lines:

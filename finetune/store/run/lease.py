@@ -15,14 +15,16 @@ from pathlib import Path
 from types import TracebackType
 
 from finetune.errors import RunError
+from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.durable import failures, make_directory, sync_directory
 from finetune.store.run import holder as holders
+from finetune.store.run.directory import JOURNAL, LEASE, PLAN, RunDirectory
 from finetune.store.run.holder import NOBODY, UNKNOWN, Holder
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 3 * HEARTBEAT_SECONDS
-_SIGNS = {"plan.json", "journal.jsonl", "lease.json"}  # any of them is in every run
-_BESIDE = (".", "lock", "lost+found", "lease.json.")  # names that begin so say nothing
+_SIGNS = {PLAN, JOURNAL, LEASE}  # any of them is in every run
+_BESIDE = (".", "lock", "lost+found", f"{LEASE}.")  # names that begin so say nothing
 _LOGS = (".log", ".out", ".err")
 _LOOKS = 30  # while a heartbeat is watched
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -54,12 +56,12 @@ class Lease:
         A heartbeat that cannot be written (a full disk) does not end the lease: it is held for as long as the file names us.
         """
         with failures(self.run, RunError, what="cannot read the lease"):
-            now = holders.read(self.run / "lease.json")
+            now = holders.read(RunDirectory(self.run).lease)
         if now is not None and now.token == self._holder.token:
             return
         if now in (None, UNKNOWN) and self._holder.beat is None:
             return  # somebody removed or damaged the file: it names nobody else, and the lock is ours
-        taker = now or "nobody: somebody removed lease.json"
+        taker = now or f"nobody: somebody removed {LEASE}"
         hint = "what this process had not committed is lost; wait for the other one, or use another --run directory"
         raise RunError(f"was taken over by {taker}", where=str(self.run), hint=hint)
 
@@ -100,20 +102,24 @@ def refuse_other_directory(run: Path) -> None:
     with failures(run, RunError):
         names = sorted(os.listdir(run)) if run.is_dir() else []
     foreign = [name for name in names if not name.startswith(_BESIDE) and not name.endswith(_LOGS)]
-    if foreign and not _SIGNS & set(names) and not any((run / "checkpoints").glob("step-*/manifest.json")):
+    if foreign and not _SIGNS & set(names) and not _has_checkpoint(RunDirectory(run)):
         shown = ", ".join(foreign[:3]) + (" …" if len(foreign) > 3 else "")
         hint = "name a directory that is new or empty with --run"
         raise RunError(f"is not empty, and is not a run: it has {shown}", where=str(run), hint=hint)
 
 
+def _has_checkpoint(run: RunDirectory) -> bool:
+    return any((run.checkpoint(step) / MANIFEST).exists() for step in run.stored_steps())
+
+
 def _lock(run: Path, take_over: bool, undo: ExitStack) -> bool:
     """Whether this process has the kernel's lock now; False where there are none."""
-    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(RunDirectory(run).lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     undo.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        named = holders.read(run / "lease.json") or UNKNOWN
+        named = holders.read(RunDirectory(run).lease) or UNKNOWN
         if named.released is not None:
             named = UNKNOWN  # it is of the one before: the holder is just about to write its own
         hint = f"its lock is held, so it lives, and --take-over does not help: {_STOP_IT}" if take_over else _STOP_IT
@@ -132,7 +138,7 @@ def _free_chain(run: Path, descriptor: int, is_locked: bool, take_over: bool) ->
     if not living:
         return chain
     if living[0].beat is None:
-        hint = f"its lock cannot be seen from here; if you are sure that it is dead, remove {run / 'lease.json'}"
+        hint = f"its lock cannot be seen from here; if you are sure that it is dead, remove {RunDirectory(run).lease}"
         raise _in_use(run, living[0], hint)
     if not take_over:
         hint = f"if it is dead: `finetune train --take-over` waits {STALE_SECONDS:.0f} seconds for a heartbeat, and goes on if there is none"
@@ -166,13 +172,13 @@ def _install(run: Path, holder: Holder, chain: list[Holder]) -> None:
         is_first = [one.token for one in _chain(run)] == [*(one.token for one in chain), holder.token]
     if is_first:
         with suppress(FileNotFoundError):
-            os.rename(new, run / "lease.json")
-    if holders.read(run / "lease.json") != holder:
+            os.rename(new, RunDirectory(run).lease)
+    if holders.read(RunDirectory(run).lease) != holder:
         raise _in_use(run, "another process, which came first at this very moment", _STOP_IT)
     sync_directory(run)
     for length in range(1, len(chain) + 1):
         _path(run, chain[:length]).unlink(missing_ok=True)
-    for left in run.glob("lease.json.*.new"):  # of those that were killed; who is still waiting has lost
+    for left in run.glob(f"{LEASE}.*.new"):  # of those that were killed; who is still waiting has lost
         left.unlink(missing_ok=True)
 
 
@@ -201,7 +207,7 @@ def _beat(count: int) -> str:
 
 def _last_heartbeat(run: Path, descriptor: int) -> str:
     """Both times are the file system's own, of files that the two processes wrote: the clocks of two hosts are not compared."""
-    seconds = os.stat(descriptor).st_mtime - (run / "lease.json").stat().st_mtime
+    seconds = os.stat(descriptor).st_mtime - (RunDirectory(run).lease).stat().st_mtime
     return f", whose last heartbeat was {max(0, round(seconds))} seconds ago"
 
 
@@ -216,18 +222,18 @@ def _write_released(descriptor: int, holder: Holder) -> None:
 
 def _chain(run: Path) -> list[Holder]:
     """The holder that `lease.json` names, who is about to succeed it, who is about to succeed that one, and so on."""
-    chain = [holders.read(run / "lease.json") or NOBODY]
+    chain = [holders.read(RunDirectory(run).lease) or NOBODY]
     while (member := holders.read(_path(run, chain))) and member not in chain:
         chain.append(member)
     return chain
 
 
 def _path(run: Path, chain: list[Holder]) -> Path:
-    return run / f"lease.json.{chain[-1].token}.next"
+    return run / f"{LEASE}.{chain[-1].token}.next"
 
 
 def _new(run: Path, holder: Holder) -> Path:
-    return run / f"lease.json.{holder.token}.new"
+    return run / f"{LEASE}.{holder.token}.new"
 
 
 def _is_gone(holder: Holder, is_locked: bool) -> bool:

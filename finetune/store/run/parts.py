@@ -5,7 +5,6 @@ attempt the later one. A merge keeps it so: it takes in the file that ends right
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from finetune.errors import RunError
 from finetune.store.durable import failures, make_directory, replace_file
 from finetune.store.run import journal, scan
+from finetune.store.run.directory import part_name, steps_of_part
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SEALED_BYTES = 8 << 20  # a file of this size is merged no more: what a merge reads and writes is bounded
 ROW_GROUP = 1 << 14  # rows that are read to find those of one step
-_NAME = re.compile(r"step-(\d+)-(\d+)\.parquet")
 
 
 class Part(NamedTuple):
@@ -37,8 +36,8 @@ class Part(NamedTuple):
 
 def parts(directory: Path) -> list[Part]:
     """The files of a directory, by their names."""
-    found = [(path, _NAME.fullmatch(path.name)) for path in sorted(directory.glob("*.parquet"))]
-    return [Part(path, int(match[1]), int(match[2])) for path, match in found if match]
+    found = [(path, steps_of_part(path.name)) for path in sorted(directory.glob("*.parquet"))]
+    return [Part(path, *steps) for path, steps in found if steps]
 
 
 def write(directory: Path, steps: Sequence[int], table: "pa.Table", attempt: str) -> None:
@@ -59,7 +58,7 @@ def write(directory: Path, steps: Sequence[int], table: "pa.Table", attempt: str
         whole = pa.concat_tables([*tables, table]).replace_schema_metadata({"attempt": attempt, "time": journal.now()})
         sink = pa.BufferOutputStream()
         parquet.write_table(whole, sink, compression="zstd", row_group_size=ROW_GROUP)
-        path = directory / f"step-{first:08d}-{last:08d}.parquet"
+        path = directory / part_name(first, last)
         replace_file(path, sink.getvalue())
         for part in [*merged, *shadowed]:
             if part.path != path:

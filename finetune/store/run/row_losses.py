@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.store.run import journal, parts, scan
+from finetune.store.run.directory import RunDirectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-ROWS, MODULES = "rows", "modules"
 
 
 class RowLoss(NamedTuple):
@@ -55,12 +54,12 @@ class Columns:
         """Into `rows/` and `modules/`, durably."""
         if self.rows:
             columns = dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True))
-            parts.write(run / ROWS, columns["step"], _table(columns), attempt)
+            parts.write(RunDirectory(run).rows, columns["step"], _table(columns), attempt)
         if self.modules:
             names = self.modules[0].norms
             columns = {"step": [item.step for item in self.modules]}
             columns |= {name: [item.norms[name] for item in self.modules] for name in names}
-            parts.write(run / MODULES, columns["step"], _table(columns), attempt)
+            parts.write(RunDirectory(run).modules, columns["step"], _table(columns), attempt)
 
 
 def read_rows(run: Path, step: int) -> list[RowLoss]:
@@ -81,13 +80,16 @@ class Reader:
 
     def __init__(self, run: Path):
         self._run = run
-        self._parts = {name: parts.Reader(run / name, lambda: self._rollbacks) for name in (ROWS, MODULES)}
+        paths = RunDirectory(run)
+        self._rows, self._modules = (
+            parts.Reader(each, lambda: self._rollbacks) for each in (paths.rows, paths.modules)
+        )
 
     def rows(self, step: int) -> list[RowLoss]:
-        return [RowLoss(**item) for item in self._parts[ROWS].of(step)]
+        return [RowLoss(**item) for item in self._rows.of(step)]
 
     def modules(self, step: int) -> dict[str, float]:
-        found = self._parts[MODULES].of(step)
+        found = self._modules.of(step)
         return {name: value for item in found for name, value in item.items() if name != "step"}
 
     @cached_property

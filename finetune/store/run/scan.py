@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.errors import RunError
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.journal import broken, is_rollback, record_of
 
 _STEP_LINE = b'{"kind": "step", "step": '
@@ -67,7 +68,7 @@ class Scan(NamedTuple):
 def read(run: Path) -> Scan:
     """What the journal has, in about a hundred bytes a step; a torn last line is left out. A broken line before it is a RunError, here or,
     in the middle of a step's line, when that step is asked for."""
-    path = run / "journal.jsonl"
+    path = RunDirectory(run).journal
     found: list[dict[str, object]] = []
     places: dict[int, int] = {}
     place, torn = 0, None
@@ -98,7 +99,7 @@ def events(run: Path) -> list[dict[str, object]]:
 
 def attempts(run: Path) -> dict[str, int]:
     """Of each attempt the number of its last line."""
-    path = run / "journal.jsonl"
+    path = RunDirectory(run).journal
     found: dict[str, int] = {}
     with path.open("rb") if path.exists() else BytesIO() as lines:
         for number, line in enumerate(lines):

@@ -4,7 +4,7 @@ import json
 
 from finetune.package.attest import provenance
 from finetune.package.verify.contents import files_of
-from finetune.store.run.directory import load_plan
+from finetune.store.run.directory import RunDirectory
 
 
 def dependencies(statement: dict) -> dict[str, dict]:
@@ -12,7 +12,7 @@ def dependencies(statement: dict) -> dict[str, dict]:
 
 
 def test_code_and_lock_of_the_training_are_named_by_their_digests(merged) -> None:
-    recorded = load_plan(merged.run)[1]["software"]
+    recorded = RunDirectory(merged.run).plan()[1]["software"]
     found = dependencies(json.loads((merged.directory / provenance.FILE).read_text()))
     for name in ("code", "lock"):
         assert f"sha256:{found[name]['digest']['sha256']}" == recorded[name] and len(recorded[name]) == 71

@@ -130,7 +130,7 @@ def test_one_step_of_a_large_file_is_read_without_the_others(tmp_path, monkeypat
     Columns([row(step, example) for step in range(1, 101) for example in range(3)]).write(tmp_path, "a")
     reader = Reader(tmp_path)
     assert reader.rows(50) == [row(50, example) for example in range(3)]
-    assert reader._parts["rows"]._held[1].num_rows <= 8
+    assert reader._rows._held[1].num_rows <= 8
     assert [reader.rows(step) for step in range(1, 101)] == [[row(step, e) for e in range(3)] for step in range(1, 101)]
 
 
