@@ -281,7 +281,11 @@ def in_the_repository() -> set[str]:
     return {part[0] for part in parts} | {"/".join(part[:2]) for part in parts if part[0] == "finetune"}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / name for name in ("AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md"))],
+    ids=lambda page: page.stem,
+)
 def test_links_resolve(page: Path) -> None:
     text = FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
