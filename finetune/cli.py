@@ -138,9 +138,9 @@ def plan(
     from finetune.plan import forecast
     from finetune.plan.memory import Work, shape_of
     from finetune.plan.pace import largest_step
+    from finetune.training.build import slow_numbers
     from finetune.training.readiness import refuse_unfit_base, refuse_unready
     from finetune.training.resolve import device, resolve
-    from finetune.training.state import slow_numbers
 
     preflight(loaded.recipe)
     run = run or _default_run(recipe)
