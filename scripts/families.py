@@ -31,9 +31,10 @@ from finetune.errors import FinetuneError, explained, of_libraries
 from finetune.model import adapters, tiny
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.training import loop
+from finetune.training.build import build, start_accelerator
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.run import batches, train
-from finetune.training.state import TrainState, build, start_accelerator
+from finetune.training.state import TrainState
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 METHODS, PACKINGS, PRECISIONS = ("lora", "full"), ("packed", "padded"), ("fp32", "bf16")

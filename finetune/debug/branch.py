@@ -31,10 +31,10 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import lease
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
+from finetune.training.build import start_accelerator
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import facts_of, stand_in
 from finetune.training.run import train
-from finetune.training.state import start_accelerator
 
 # What a checkpoint's tensors are shaped and rounded by.
 FIXED = ("base", "adapter", "train.weights")

@@ -22,13 +22,14 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal, row_losses, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives, guard, loop
+from finetune.training.build import build, start_accelerator
 from finetune.training.guard import Amendment
 from finetune.training.recorder import columns_of, figures_of
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import facts_of, stand_in
 from finetune.training.run import batches
 from finetune.training.saving import snapshot
-from finetune.training.state import TrainState, build, start_accelerator
+from finetune.training.state import TrainState
 
 REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step
 

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from finetune.data.batches import Batches
 from finetune.errors import DivergedError
@@ -25,7 +23,6 @@ from finetune.recipe.schema import Guard
 from finetune.training import guard
 from finetune.training.state import TrainState
 
-SUMMED_AT_ONCE = 1 << 20  # numbers: the sum of so many squares in fp32 is off by 1 in 10^6
 EVALUATED_AT_ONCE = 64  # examples arranged together: enough to fill micro-batches well
 
 
@@ -128,7 +125,7 @@ def train_step(
         if not micro_batch.is_idle:
             row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
     row_sums = accelerator.reduce(row_sums, "sum")
-    norms = _grad_norms(state)
+    norms = state.strategy.gradient_norms(state)
     total_norm = torch.linalg.vector_norm(norms).reshape(1)
     read = torch.cat([row_sums, total_norm, norms]).tolist()  # the one read of the device
     sums, grad_norm, of_modules = read[: len(ids)], read[len(ids)], read[len(ids) + 1 :]
@@ -164,42 +161,16 @@ def train_step(
 
 
 def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:
-    """Moves the weights by the gradients, scaled down to `max_grad_norm` where their norm is more, and forgets these.
-
-    Fused optimizers scale while they read the gradients; a pass of its own, over as many bytes as the weights, is for the others.
-    """
+    """Moves the weights by the gradients, scaled down to `max_grad_norm` where their norm is more, and forgets these."""
     optimizer = state.optimizer.optimizer  # inside Accelerate's
     excess = (grad_norm + 1e-6) / max_grad_norm  # the same small term as torch.nn.utils.clip_grad_norm_
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    gradients = [parameter.grad for parameter in state.trainable.values() if parameter.grad is not None]
-    if excess > 1 and optimizer.defaults.get("fused") and not isinstance(gradients[0], DTensor):
-        optimizer.grad_scale = torch.full((), excess, device=state.accelerator.device)
-    elif excess > 1:
-        torch._foreach_div_(gradients, excess)
+    if excess > 1:
+        state.strategy.clip(state, excess)
     optimizer.step()  # not Accelerate's, which looks on the disk for a package at every step
     optimizer.grad_scale = None
     optimizer.zero_grad()
-
-
-def _grad_norms(state: TrainState) -> Tensor:
-    """2-norm of the gradient of each of the state's modules, fp64 on its device."""
-    pairs = [
-        (parameter.grad, place)
-        for parameter, place in zip(state.trainable.values(), state.module_places, strict=True)
-        if parameter.grad is not None
-    ]
-    if all(type(each) is Tensor and each.device.type == "cpu" and each.dtype == torch.float32 for each, _ in pairs):
-        # torch's own norm is slower on a CPU, and of 28 million numbers off by 1 in 600
-        pieces = [(piece, place) for each, place in pairs for piece in each.flatten().split(SUMMED_AT_ONCE)]
-        squares = torch.stack([torch.dot(piece, piece) for piece, _ in pieces]).double()
-        places = [place for _, place in pieces]
-    else:
-        norms = torch.stack(torch._foreach_norm([each for each, _ in pairs], 2, dtype=torch.float32))  # also of bf16
-        squares = (norms.full_tensor() if isinstance(norms, DTensor) else norms).double().square()
-        places = [place for _, place in pairs]
-    total = torch.zeros(len(state.modules), dtype=torch.float64, device=squares.device)
-    return total.index_add_(0, state.places_on_device(tuple(places)), squares).sqrt()
 
 
 def evaluate(

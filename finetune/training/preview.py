@@ -11,9 +11,9 @@ from finetune.plan.memory import Work, shape_of
 from finetune.plan.pace import largest_step
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.lease import refuse_other_directory
+from finetune.training.build import slow_numbers
 from finetune.training.readiness import refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
-from finetune.training.state import slow_numbers
 
 
 @dataclass(frozen=True)

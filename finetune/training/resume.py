@@ -32,8 +32,8 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
+from finetune.training.build import device_name
 from finetune.training.resolve import Resolved, resolve
-from finetune.training.state import device_name
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose

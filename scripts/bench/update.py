@@ -15,8 +15,9 @@ from figures import OURS, Goal, Part, Quantity, rotated
 
 from finetune.recipe.load import load
 from finetune.training import loop
+from finetune.training.build import build, start_accelerator
 from finetune.training.resume import open_plan
-from finetune.training.state import TrainState, build, start_accelerator
+from finetune.training.state import TrainState
 
 FLOOR, USUAL = "AdamW alone + one read (floor)", "clip_grad_norm_, AdamW, zero_grad"
 PIECES = ("  fused AdamW alone", "  one read of the gradients")
@@ -42,7 +43,7 @@ def _contestants(state: TrainState) -> dict[str, Callable[[], object]]:
     parameters, adamw = list(state.trainable.values()), state.optimizer.optimizer
 
     def ours() -> None:
-        norm = loop._grad_norms(state).square().sum().sqrt().item()
+        norm = state.strategy.gradient_norms(state).square().sum().sqrt().item()
         loop.update(state, 1e-6, norm, 1.0)
 
     def usual() -> None:

@@ -4,8 +4,9 @@ import base64
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from unittest.mock import patch
 
 import torch
 
@@ -13,6 +14,7 @@ from finetune.data.batches import Examples
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import Order
 from finetune.training import loop, state
+from finetune.training.strategy import STRATEGIES
 
 STEPS, BATCH, ROWS = 64, 4, 300  # of each training
 MARK = "\x7f"  # in no docstring; a token of its own, as every byte is
@@ -91,7 +93,7 @@ def nudge(live: state.TrainState, step: int) -> None:
 
 
 def frozen(at: int) -> contextlib.AbstractContextManager:
-    sound = loop._grad_norms
+    sound = STRATEGIES["ddp"].gradient_norms
 
     def norms(live: state.TrainState) -> torch.Tensor:
         if live.step + 1 >= at:
@@ -100,7 +102,7 @@ def frozen(at: int) -> contextlib.AbstractContextManager:
                     parameter.grad.zero_()
         return sound(live)
 
-    return patched(loop, "_grad_norms", norms)
+    return patch.dict(STRATEGIES, {"ddp": replace(STRATEGIES["ddp"], gradient_norms=norms)})
 
 
 def in_bf16(at: int) -> contextlib.AbstractContextManager:
@@ -115,7 +117,7 @@ def in_bf16(at: int) -> contextlib.AbstractContextManager:
 
 def scaled_loss(at: int) -> contextlib.AbstractContextManager:
     """Counted twice, as when accumulation is normalised twice."""
-    sound = loop._grad_norms
+    sound = STRATEGIES["ddp"].gradient_norms
 
     def norms(live: state.TrainState) -> torch.Tensor:
         if live.step + 1 >= at:
@@ -123,7 +125,7 @@ def scaled_loss(at: int) -> contextlib.AbstractContextManager:
                 parameter.grad.mul_(2)
         return sound(live)
 
-    return patched(loop, "_grad_norms", norms)
+    return patch.dict(STRATEGIES, {"ddp": replace(STRATEGIES["ddp"], gradient_norms=norms)})
 
 
 def reused_seed(at: int) -> contextlib.AbstractContextManager:

@@ -8,7 +8,7 @@ import torch
 from finetune.model import adapters, attention
 from finetune.model.attention import per_row
 from finetune.recipe.load import load
-from finetune.training import state
+from finetune.training import build
 from finetune.training.resolve import resolve
 from finetune.training.saving.buffers import Staging
 
@@ -78,9 +78,9 @@ def test_a_copy_for_a_save_is_whole_and_in_page_locked_memory():
 
 def test_a_base_beneath_an_adapter_is_made_on_the_device_as_it_stays(recipe_file):
     resolved = resolve(load(recipe_file(**BF16)))
-    model = state.trained_model(resolved.plan, resolved.base_directory, torch.device("cuda", 0))
+    model = build.trained_model(resolved.plan, resolved.base_directory, torch.device("cuda", 0))
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
-    expected = state.trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
+    expected = build.trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
     adapters.store_frozen_as_bf16(expected)
     for (name, ours), (_, other) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert ours.dtype == other.dtype and torch.equal(ours.cpu(), other), name
@@ -89,9 +89,9 @@ def test_a_base_beneath_an_adapter_is_made_on_the_device_as_it_stays(recipe_file
 def test_packing_is_tried_out_with_the_kernel_that_trains(recipe_file, monkeypatch):
     calls, kernel = [], attention._in_one_call
     monkeypatch.setattr(attention, "_in_one_call", lambda *given: calls.append(given) or kernel(*given))
-    monkeypatch.setattr(state.cache, "found", lambda kind, facts, find: find())
+    monkeypatch.setattr(build.cache, "found", lambda kind, facts, find: find())
     resolved = resolve(load(recipe_file(**BF16)))
-    state.build(resolved.plan, resolved.base_directory, state.start_accelerator(resolved.plan.recipe.train))
+    build.build(resolved.plan, resolved.base_directory, build.start_accelerator(resolved.plan.recipe.train))
     assert calls
 
 

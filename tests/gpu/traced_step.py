@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from finetune.model import adapters, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
 from finetune.tasks import TASKS  # noqa: E402
-from finetune.training import loop, state  # noqa: E402
+from finetune.training import build as building  # noqa: E402
+from finetune.training import loop  # noqa: E402
 from finetune.training.resolve import resolve  # noqa: E402
 from finetune.training.run import batches  # noqa: E402
 from finetune.training.saving import buffers as staging  # noqa: E402
@@ -78,19 +79,19 @@ def model_of(plan, directory, _):
 
 
 def build(resolved):
-    """`state.build` on the fake device; what it tries out would need values."""
+    """`building.build` on the fake device; what it tries out would need values."""
     torch.nn.Module.to = lambda module, *_, **__: module  # all is there already, and fake tensors cannot be swapped
-    state.trained_model = model_of
+    building.trained_model = model_of
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    state.device_name = lambda _: "a device that is not there"
-    state.check_packing = lambda *_: None
+    building.device_name = lambda _: "a device that is not there"
+    building.check_packing = lambda *_: None
     losses.fitting = lambda _: (losses.chunked, None)
     real = torch.Generator
     torch.Generator = lambda device: real()  # without CUDA there is none for it, and no numbers are drawn
-    accelerator = state.start_accelerator(resolved.plan.recipe.train)
+    accelerator = building.start_accelerator(resolved.plan.recipe.train)
     PartialState._shared_state["device"] = DEVICE
     directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
-    return state.build(resolved.plan, directory, accelerator)
+    return building.build(resolved.plan, directory, accelerator)
 
 
 def main():

@@ -10,9 +10,9 @@ from finetune.model import adapters
 from finetune.model.base import Place, empty_model, load_model
 from finetune.recipe.load import load
 from finetune.recipe.schema import LoraAdapter
+from finetune.training.build import trained_model
 from finetune.training.opened import open_model
 from finetune.training.resolve import resolve
-from finetune.training.state import trained_model
 
 META = torch.device("meta")
 

@@ -12,8 +12,8 @@ from finetune.model import base, losses
 from finetune.plan import forecast, memory
 from finetune.plan.memory import Device, Shape, Work
 from finetune.recipe.load import load
+from finetune.training.build import slow_numbers
 from finetune.training.resolve import resolve
-from finetune.training.state import slow_numbers
 
 CARD = Device(80 * 2**30, is_gpu=True)
 LARGE = {

@@ -11,10 +11,10 @@ from finetune.data.batches import Batches
 from finetune.model import base
 from finetune.recipe.load import load
 from finetune.training import loop
+from finetune.training.build import build, start_accelerator
 from finetune.training.resolve import resolve
 from finetune.training.run import batches as batches_of
 from finetune.training.run import evaluate
-from finetune.training.state import build, start_accelerator
 
 FULL = {"adapter": None, "optimizer": {"learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.5}}
 PACKED, PADDED = ({"task": {"name": "chat", "max_length": 64, "packing": is_packed}} for is_packed in (True, False))

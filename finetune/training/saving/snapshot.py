@@ -49,7 +49,7 @@ class Live:
     """The tensors of a state by the names that a checkpoint gives them. Looked up once: updates are in place."""
 
     def __init__(self, state: TrainState):
-        model, tensors = state.model, adapters.weights(state.model)
+        model, tensors = state.model, state.strategy.saved_tensors(state)
         is_whole = not adapters.is_adapter(model)
         still = {name for name, parameter in model.named_parameters() if is_whole and not parameter.requires_grad}
         buffers = {name for name, _ in model.named_buffers() if is_whole}

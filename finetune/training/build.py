@@ -1,0 +1,151 @@
+"""A plan to the state at step 0: devices, model, loss and optimizer, with what was tried before they are trusted."""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from finetune import version
+from finetune.errors import FinetuneError
+from finetune.model import adapters, attention, base, decoder_layers, losses, optimizer
+from finetune.plan.plan import Plan
+from finetune.plan.row_order import derive
+from finetune.recipe.schema import Recipe, Train
+from finetune.store import cache
+from finetune.tasks import TASKS
+from finetune.training.state import Objective, Strategy, TrainState
+from finetune.training.strategy import STRATEGIES
+
+
+def strategy_of(settings: Train) -> Strategy:
+    """How the devices share the work. There is one way so far, so no setting chooses it."""
+    return STRATEGIES["ddp"]
+
+
+def start_accelerator(settings: Train) -> Accelerator:
+    """Devices, precision and processes, as the strategy starts them."""
+    return strategy_of(settings).start(settings)
+
+
+def slow_numbers(precision: str) -> str | None:
+    """A line where this machine has no instructions for the numbers of a precision, as x86 before AVX-512 has none for bf16."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64") and not torch.accelerator.is_available()
+    if precision != "bf16" or not is_x86 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return (
+        "this CPU has no instructions for bf16, which takes a hundred times as long as fp32: set train.precision: fp32"
+    )
+
+
+def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> torch.nn.Module:
+    """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
+    recipe = plan.recipe
+    place = _place(recipe, base_directory, device)
+    load = base.load_as_stored if plan.keeps_fp32 else base.load_model
+    model = load(
+        base_directory,
+        base.DTYPES[recipe.train.weights],
+        attention.PER_ROW if plan.arrangement == "packed" else None,
+        recipe.base.quantization,
+        base.DTYPES[recipe.train.precision],
+        place,
+    )
+    torch.manual_seed(derive(recipe.train.seed, "adapter"))
+    with adapters.taken_for_fp32(model, place.names):
+        return adapters.apply(model, recipe.adapter)
+
+
+def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.Place:
+    """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once."""
+    settings = recipe.train
+    is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
+    if device.type == "cpu" or not is_halved or not (recipe.adapter and recipe.adapter.is_peft):
+        return base.Place(device)
+    return base.Place(device, adapters.linear_weights(base.empty_model(base_directory)))
+
+
+def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:
+    """The state at step 0."""
+    recipe = plan.recipe
+    model = trained_model(plan, base_directory, accelerator.device)
+    token_losses, reason = _fitting_loss(plan, model)
+    if recipe.train.precision == "bf16" and adapters.is_adapter(model):
+        adapters.store_frozen_as_bf16(model)
+    if recipe.train.activation_checkpointing:
+        decoder_layers.checkpoint_activations(model)
+    if recipe.train.compile:
+        decoder_layers.compile_layers(model)
+    model.train()
+    objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
+    strategy = strategy_of(recipe.train)
+    objective, prepared = strategy.prepare(
+        accelerator, objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
+    )
+    notes = tuple(filter(None, [losses.note(reason), slow_numbers(recipe.train.precision)]))
+    return TrainState(accelerator, objective, model, prepared, strategy, notes=notes)
+
+
+def _fitting_loss(plan: Plan, model: torch.nn.Module) -> tuple[Callable, str | None]:
+    """As `losses.fitting`, after `check_packing`. Both run the model, and would find the same at every start: of the same base, trained in
+    the same way by the same code, they are asked once."""
+    recipe, device = plan.recipe, next(model.parameters()).device
+    ours = [Path(module.__file__).read_text() for module in (attention, losses)]
+    facts = {
+        "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
+        "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
+        "task": [plan.arrangement == "packed", recipe.task.max_length],
+        "numbers": [recipe.train.weights, plan.keeps_fp32, recipe.train.precision, device_name(device)],
+        "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
+    }
+
+    def find() -> str | None:
+        # weights of two types meet in products that only autocast brings together
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=plan.keeps_fp32)
+        with as_trained(recipe.train, device), mixed:
+            if plan.arrangement == "packed":
+                check_packing(model, recipe.task.max_length)
+            return losses.fitting(model)[1]
+
+    reason = cache.found("checks", facts, find)
+    return (losses.full, reason) if reason else (losses.chunked, None)
+
+
+def as_trained(settings: Train, device: torch.device) -> torch.autocast:
+    """The products of training, for what is tried out on a GPU: its kernels, and weights of two types. On a CPU fp32 tells more, and is kept."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and settings.precision == "bf16")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def check_packing(model: torch.nn.Module, max_length: int) -> None:
+    """Runs two short rows packed and alone: a model that mixes them would train on the wrong thing, silently.
+
+    So would one whose window does not reach our attention: short rows do not show that, so its layers are asked.
+    """
+    # tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does
+    rows = (torch.arange(1, 17) * 2_654_435_761 % model.get_input_embeddings().num_embeddings).reshape(2, 8)
+    rows = rows.to(next(model.parameters()).device)
+    bounds = [0, 8, 16]
+    packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": bounds}
+    packed["cu_seq_lens"] = torch.tensor(bounds, dtype=torch.int32, device=rows.device)  # for the kernel of a GPU
+    text = model.config.get_text_config()
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ["sliding_attention"]
+    is_cut = window and window < max_length and "sliding_attention" in kinds
+    if is_cut and window not in attention.windows_of(model, {"input_ids": rows.reshape(1, 16), **packed}):
+        message = f"this base attends within {window} tokens in a way that packing does not know"
+        raise FinetuneError(message, where="task.packing", hint="set task.packing: false")
+    with torch.inference_mode():
+        together = model(input_ids=rows.reshape(1, 16), use_cache=False, **packed).logits.reshape(2, 8, -1)
+        model.set_attn_implementation("eager")  # the base's own, which leaves nothing of it out
+        alone = model(input_ids=rows, use_cache=False).logits
+        model.set_attn_implementation(attention.PER_ROW)
+    # of the norm: seen on SmolLM2 are 0 in fp32, 0.004 to 0.02 with bf16 or 4-bit weights, and 0.17 where rows are mixed
+    is_rounded = torch.is_autocast_enabled(rows.device.type)
+    is_rounded = is_rounded or any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    tolerance = 0.05 if is_rounded else 1e-3
+    if (together - alone).float().norm() > tolerance * alone.float().norm():
+        raise FinetuneError("this base mixes packed rows", where="task.packing", hint="set task.packing: false")

@@ -1,0 +1,6 @@
+"""The strategies by name: how the devices of a training share its work."""
+
+from finetune.training.state import Strategy
+from finetune.training.strategy.ddp import DDP
+
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (DDP,)}
