@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import blake3
 
 from finetune import version
+from finetune.recipe.schema import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from finetune.recipe.schema import ChatTask, TextTask
 
 # What the tokenizer classes of transformers read: a vocabulary, and how to read it. Without the first the others are only remarks.
 VOCABULARIES = (
@@ -30,6 +29,7 @@ REMARKS = (
 TOKENIZER_FILES = VOCABULARIES + REMARKS
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 ARRANGEMENT = {"packing"}  # settings of a task that decide where a row's tokens go, and not which they are
+NOT_TOKENS = ARRANGEMENT | {"template"}  # of a template it is the text that counts, not where it was
 # Plans of older code have digests by other rules, over these files.
 OLDER = "sha256:"
 OLDER_FILES = (
@@ -38,26 +38,28 @@ OLDER_FILES = (
 )
 
 
-def digest(
-    task: "ChatTask | TextTask", files: Sequence[Path], template: str | None, stops: list[int], row_rules: int
-) -> str:
+def digest(task: Task, files: Sequence[Path], template: str | None, stops: list[int], row_rules: int) -> str:
     """Over the tokenizer's files, the chat template in force, stop tokens, the rules by which rows are read, and every setting of the task.
 
     Settings that have their default are left out, so that one that a later version adds does not change the digest of an older plan.
     """
-    # of the template it is the text that counts, not where it was
-    settings = task.model_dump(mode="json", exclude_defaults=True, exclude=ARRANGEMENT | {"template"})
+    settings = task.model_dump(mode="json", exclude_defaults=True, exclude=NOT_TOKENS)
     total = blake3.blake3(json.dumps([settings, template, stops, row_rules], sort_keys=True).encode())
     for file in files:
         total.update(f"\0{file.name}\0{file.stat().st_size}\0".encode()).update(file.read_bytes())
     return f"blake3:{total.hexdigest()}"
 
 
-def key(encoding: str, tokenizer: "PreTrainedTokenizerBase", date: str | None) -> str:
-    """Of encoded rows in the cache: the plan's digest, the date that templates are given, and what the libraries make of the files."""
+def key(encoding: str, task: Task, tokenizer: "PreTrainedTokenizerBase", date: str | None) -> str:
+    """Of encoded rows in the cache: the plan's digest, the whole section of the task, the date that templates are given, and what the
+    libraries make of the files.
+
+    Of the section the digest has no defaults, and that of an older plan only name and length: it must not change, and this may.
+    """
+    settings = task.model_dump(mode="json", exclude=NOT_TOKENS)
     effect = [tokenizer.special_tokens_map, tokenizer.split_special_tokens, tokenizer.backend_tokenizer.to_str()]
     return json.dumps(
-        [encoding, date, *map(version, LIBRARIES), blake3.blake3(json.dumps(effect).encode()).hexdigest()]
+        [encoding, settings, date, *map(version, LIBRARIES), blake3.blake3(json.dumps(effect).encode()).hexdigest()]
     )
 
 
@@ -70,9 +72,7 @@ def older_texts(template: str | None) -> list[str | None]:
     return [template] if template is None else [template, f"\ufeff{template}", template.replace("\n", "\r\n")]
 
 
-def older_digest(
-    task: "ChatTask | TextTask", directory: Path, template: str | None, stops: list[int], row_rules: int = 1
-) -> str:
+def older_digest(task: Task, directory: Path, template: str | None, stops: list[int], row_rules: int = 1) -> str:
     facts = [task.name, task.max_length, template or "", stops]
     facts += [row_rules] if row_rules > 1 else []  # the first ones had no number
     total = hashlib.sha256(json.dumps(facts).encode())

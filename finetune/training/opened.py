@@ -16,7 +16,7 @@ from finetune.recipe.schema import Base, Recipe
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import Ref, find, parse
 from finetune.store.run.directory import RunDirectory
-from finetune.training.resolve import in_force
+from finetune.training.encoding import in_force
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from finetune.data import encode as encoding
 from finetune.data.encode import encode
 from finetune.recipe.load import load
-from finetune.training import resolve as resolving
+from finetune.training import encoding as in_training
 from finetune.training.resolve import resolve
 
 SCRIPT = Path(__file__).with_name("encoding_process.py")
@@ -155,7 +155,9 @@ def test_a_recipe_is_encoded_by_workers_as_by_one_process(recipe_file, chat_data
 
 def test_what_a_worker_opens_encodes_as_here(recipe_file, monkeypatch):
     seen = []
-    monkeypatch.setattr(resolving, "encode", lambda *given, **options: seen.append((given, options)) or encode(*given))
+    monkeypatch.setattr(
+        in_training, "encode", lambda *given, **options: seen.append((given, options)) or encode(*given)
+    )
     resolve(load(recipe_file()))
     for (rows, where, encoder, *_), options in seen:
         there = pickle.loads(pickle.dumps(options["reopen"]))()  # noqa: S301

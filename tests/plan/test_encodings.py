@@ -12,7 +12,7 @@ from finetune.model.base import load_tokenizer
 from finetune.plan import encodings
 from finetune.recipe.schema import ChatTask, TextTask
 from finetune.tasks.chat import encoder
-from finetune.training.resolve import template_and_encoding
+from finetune.training.encoding import template_and_encoding
 from tests.conftest import CHATML
 
 CHAT = ChatTask(name="chat")
@@ -23,7 +23,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": CHATM
 def key_of(directory: Path, task: ChatTask | TextTask = CHAT) -> tuple[str, str]:
     tokenizer = load_tokenizer(directory)
     encoding = template_and_encoding(task, directory, tokenizer)[1]
-    return encoding, encodings.key(encoding, tokenizer, None)
+    return encoding, encodings.key(encoding, task, tokenizer, None)
 
 
 def tekken(directory: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_class_that_another_config_chooses_is_in_the_key(tmp_path):
 def test_another_day_is_in_the_key(tmp_path):
     one_file(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    days = {encodings.key("encoding", tokenizer, day) for day in (None, "2026-11-29", "2026-11-30")}
+    days = {encodings.key("encoding", CHAT, tokenizer, day) for day in (None, "2026-11-29", "2026-11-30")}
     assert len(days) == 3
 
 
@@ -155,3 +155,21 @@ def test_the_digest_of_older_plans_is_made_as_it_was(tiny_base, tiny_tokenizer):
     digest = encodings.older_digest(CHAT, tiny_base, CHATML, [2])
     assert digest == f"sha256:{total.hexdigest()}" and encodings.is_older(digest)
     assert not encodings.is_older(key_of(tiny_base)[0])
+
+
+def test_the_whole_section_of_a_task_is_in_the_key_of_its_rows_also_where_an_older_digest_lacks_it(
+    tiny_base, tiny_tokenizer
+):
+    """Else a recipe would train on rows that another one had encoded."""
+
+    class Later(ChatTask):
+        learn: Literal["assistant", "all"] = "assistant"
+
+    def older(task: ChatTask) -> tuple[str, str]:
+        digest = encodings.older_digest(task, tiny_base, CHATML, [2])
+        return digest, encodings.key(digest, task, tiny_tokenizer, None)
+
+    one, other = older(Later(name="chat")), older(Later(name="chat", learn="all"))
+    assert one[0] == other[0] and one[1] != other[1]
+    assert older(CHAT)[1] != one[1], "also a setting that has its default"
+    assert older(ChatTask(name="chat", packing=False)) == older(CHAT), "it changes no token"

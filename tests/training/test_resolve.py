@@ -12,7 +12,8 @@ from finetune.model.base import load_tokenizer
 from finetune.plan.memory import CPU_TOKENS
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.load import load
-from finetune.training.resolve import resolve, template_and_encoding
+from finetune.training.encoding import template_and_encoding
+from finetune.training.resolve import resolve
 
 
 def chat(question, answer):

@@ -24,6 +24,11 @@ class TaskFacts(Section):
     prompt: ClassVar[str]
     """What the example on a model card gives to that pipeline, in Python."""
 
+    @property
+    def template_file(self) -> str | None:
+        """The file of the key `template`, which tasks about conversations have."""
+        return getattr(self, "template", None)
+
 
 class ChatTask(TaskFacts):
     """Conversations; the loss is on assistant tokens only."""
