@@ -171,8 +171,8 @@ def _own_work() -> Work:
 
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:
-    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, `columns.json`, and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, left_out, lost, contents, columns, refused = [], [], [], [], {}, {}
+    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, `columns.json`, `numbers.npy` where examples have numbers, and `examples.npy`: length, row, targets and cut tokens of each."""
+    examples, numbers, left_out, lost, contents, columns, refused = [], [], [], [], [], {}, {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
         for some, rows in _calls(work, ids, refused):
             contents += [content_of(work.content(row)) for row in rows]
@@ -188,9 +188,12 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
                     supervised.write(example.supervised.astype(bool).tobytes())
                     targets = int(example.supervised[1:].sum())
                     examples.append((len(example.tokens), row, targets, example.cut_tokens))
+                    numbers.append(example.numbers)
     if refused:
         raise together([refused[row] for row in sorted(refused)], ids.stop)
     np.save(directory / "examples.npy", np.array(examples, dtype=np.int64).reshape(-1, 4))
+    if any(numbers):
+        np.save(directory / "numbers.npy", np.array(numbers, dtype=np.float64))
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
     np.save(directory / "lost.npy", np.array(lost, dtype=np.int64).reshape(-1, 2))
     np.save(directory / "contents.npy", np.array(contents, dtype=np.uint64))
@@ -259,6 +262,8 @@ def _join(directory: Path, shards: Sequence[Path]) -> None:
     _write(directory / "offsets.npy", np.int64, sizes.sum() + 1, _offsets(shards))
     for name in ("left_out", "lost", "contents"):
         np.save(directory / f"{name}.npy", np.concatenate([np.load(shard / f"{name}.npy") for shard in shards]))
+    if numbered := [shard / "numbers.npy" for shard in shards if (shard / "numbers.npy").exists()]:
+        np.save(directory / "numbers.npy", np.concatenate([np.load(file) for file in numbered]))
     if not all((shard / "columns.json").exists() for shard in shards):
         return  # a shard of older code, before a kill
     columns = [json.loads((shard / "columns.json").read_text()) for shard in shards]

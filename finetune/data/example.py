@@ -18,6 +18,8 @@ class Example(NamedTuple):
     """Tokens of the row that did not fit into `max_length` and were dropped."""
     lost_targets: int = 0
     """Supervised ones among them."""
+    numbers: tuple[float, ...] = ()
+    """What the task's loss needs beside tokens, like a label; every example of a task has as many."""
 
 
 class Encoded:
@@ -26,6 +28,7 @@ class Encoded:
     Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example: `rows` (int64, the row it came from), `targets`
     (int32, tokens its loss is summed over) and `cut_tokens` (int32); `offsets` (int64) has one entry more. `left_out_rows` (int64)
     have no example. `lost` (int64, two columns) is each row that lost supervised tokens, and how many; older entries have none.
+    `numbers` (float64) has a column for each number that an example of the task has, and is not written where it has none.
     `contents` (uint64, an entry a row) stands for what the row says. `columns` are those of all rows; None in older entries.
     """
 
@@ -39,6 +42,8 @@ class Encoded:
         has_lost = (directory / "lost.npy").exists()
         self.lost = mapped("lost") if has_lost else np.zeros((0, 2), dtype=np.int64)
         self.contents = mapped("contents")
+        has_numbers = (directory / "numbers.npy").exists()
+        self.numbers = mapped("numbers") if has_numbers else np.zeros((len(self.rows), 0))
         columns = directory / "columns.json"
         self.columns: list[str] | None = json.loads(columns.read_text()) if columns.exists() else None
 
@@ -47,4 +52,5 @@ class Encoded:
 
     def __getitem__(self, index: int) -> Example:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        return Example(self.tokens[start:end], self.supervised[start:end], int(self.cut_tokens[index]))
+        numbers = tuple(self.numbers[index].tolist())
+        return Example(self.tokens[start:end], self.supervised[start:end], int(self.cut_tokens[index]), numbers=numbers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Task:
     encoder: Callable
     """(tokenizer, section, stop tokens, row rules, and how conversations are rendered) -> a function from rows and their places to the
-    examples of each row."""
+    examples of each row. What the loss needs beside tokens, like a label, is in `Example.numbers`."""
     content: Callable
     """A row -> what it says, as JSON has it: by this it is held out, and found again in other files."""
     collate_packed: Callable

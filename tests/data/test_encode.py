@@ -45,6 +45,18 @@ def row(*lengths, cut=0):
     return {"examples": [(range(length), [True] * length) for length in lengths], "cut": cut}
 
 
+def test_numbers_that_a_loss_needs_are_read_back_with_their_example(monkeypatch):
+    def encoder(rows, places):
+        tokens, supervised = np.arange(2, dtype=np.int32), np.ones(2, dtype=bool)
+        return [[Example(tokens, supervised, numbers=(number, 0.5)) for number in row["numbers"]] for row in rows]
+
+    monkeypatch.setattr(encode_module, "SHARD_ROWS", 2)
+    rows = [{"numbers": [3.0]}, {"numbers": [0.1, 7]}, {"numbers": [2]}, {"numbers": []}, {"numbers": []}]
+    encoded = encode(rows, where, encoder, "content", "numbers")
+    assert [encoded[place].numbers for place in range(4)] == [(3.0, 0.5), (0.1, 0.5), (7.0, 0.5), (2.0, 0.5)]
+    assert encode([row(3)], where, Counting(), "content", "none")[0].numbers == ()
+
+
 def test_what_is_read_back_is_what_was_encoded():
     rows = [row(3), row(2, 4), row(5, cut=7)]
     encoded = encode(rows, where, Counting(), "content", "settings")
