@@ -3,8 +3,6 @@
 `export`, `to_folder` and `queue` call it.
 """
 
-import errno
-import fcntl
 import os
 import re
 import secrets
@@ -13,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune.store.checkpoints.store import make_directory
-
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+from finetune.store import lock
+from finetune.store.durable import make_directory
 
 
 @contextmanager
@@ -27,7 +24,8 @@ def staged(target: Path) -> Iterator[Path]:
     staging.mkdir()
     held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _is_locked_by_us(held)  # where there are no locks nobody sweeps
+        with suppress(BlockingIOError):  # by a sweep that looks at it
+            lock.take(held)  # where there are no locks nobody sweeps
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -38,7 +36,7 @@ def sweep(target: Path) -> None:
     """Removes folders of `staged` and `remove` that nobody holds: a kill has left them."""
     for path in list(target.parent.iterdir()):
         if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", path.name):
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # gone meanwhile, or not ours
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError):  # gone, or not ours
                 _remove_unheld(path)
 
 
@@ -52,23 +50,10 @@ def remove(directory: Path) -> None:
 def _remove_unheld(path: Path) -> None:
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if _is_locked_by_us(held):
+        if lock.take(held):
             shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(held)
-
-
-def _is_locked_by_us(descriptor: int) -> bool:
-    """Locks it where that can be; not where somebody holds it, or the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return False
-    return True
 
 
 def _beside(target: Path) -> Path:

@@ -4,7 +4,6 @@ An entry is built in a directory beside it, synced, and renamed into place, so a
 entry meanwhile waits. What a killed build had finished, in sealed parts, stays for a week: the next build goes on from there.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from pathlib import Path
 import blake3
 
 from finetune.errors import FinetuneError
+from finetune.store import lock
 from finetune.store.durable import sync_directory, sync_file
 
 SEAL, FOUND = "digests.json", "found.json"
@@ -151,21 +151,10 @@ def _alone(entry: Path) -> Iterator[Path]:
 def _lock(descriptor: int, directory: Path) -> bool:
     """Waits for the lock; False where the file system has none."""
     try:
-        if _is_held(descriptor):
-            print(f"waiting for another process that makes {directory.stem}", file=sys.stderr, flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
-
-
-def _is_held(descriptor: int) -> bool:
-    """Whether another process holds the lock; else this one does from now on."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock.take(descriptor)
     except BlockingIOError:
-        return True
-    return False
+        print(f"waiting for another process that makes {directory.stem}", file=sys.stderr, flush=True)
+    return lock.take(descriptor, is_waiting=True)
 
 
 def _is_same(descriptor: int, path: Path) -> bool:
@@ -219,13 +208,11 @@ def _remove(directory: Path) -> None:
 def _sweep(kind: Path) -> None:
     """Removes what killed builds left long ago; a build that lives holds its lock."""
     for unfinished in kind.glob(f"*{UNFINISHED}"):
-        with suppress(FileNotFoundError, PermissionError):
+        with suppress(FileNotFoundError, PermissionError, BlockingIOError):
             if time.time() - unfinished.stat().st_mtime > KEPT_SECONDS:
                 descriptor = os.open(unfinished, os.O_RDONLY)
                 try:
-                    with suppress(OSError):  # no locks here: its age decides
-                        if _is_held(descriptor):
-                            continue
+                    lock.take(descriptor)  # where there are no locks its age decides
                     shutil.rmtree(unfinished)
                 finally:
                     os.close(descriptor)

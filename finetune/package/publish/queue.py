@@ -4,7 +4,6 @@
 is written down in `published/`; whatever a kill or an outage left out, the next one catches up with, in order.
 """
 
-import fcntl
 import json
 import os
 import select
@@ -21,7 +20,8 @@ from finetune.package.publish.repository import CHECKPOINTS, Repository
 from finetune.package.publish.to_folder import PREFIX
 from finetune.package.verify.contents import sha256
 from finetune.recipe.schema import Publish
-from finetune.store.beside import NO_LOCKS, remove
+from finetune.store import lock
+from finetune.store.beside import remove
 from finetune.store.checkpoints.store import Store, make_directory
 from finetune.store.durable import replace_file
 from finetune.store.run import journal, scan
@@ -87,13 +87,10 @@ def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
     locks nobody is held up: what two do at once is done once, or refused by the Hub."""
     with RunDirectory(run).publish_log.open("ab") as log:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
+            lock.take(log.fileno(), is_waiting)
         except BlockingIOError:
             hint = f"wait for it; what it says is in {RunDirectory(run).publish_log}"
             raise PublishError("another process is publishing its milestones", where=str(run), hint=hint) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
         yield
 
 

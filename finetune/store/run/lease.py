@@ -4,8 +4,6 @@ The kernel's lock is the truth: it goes with its process, however that dies, whi
 id again. Where the file system has no locks, the holder's heartbeat in `lease.json` decides, and who takes over has to say so.
 """
 
-import errno
-import fcntl
 import os
 import threading
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from finetune.errors import RunError
+from finetune.store import lock
 from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.durable import failures, make_directory, sync_directory
 from finetune.store.run import holder as holders
@@ -27,7 +26,6 @@ _SIGNS = {PLAN, JOURNAL, LEASE}  # any of them is in every run
 _BESIDE = (".", "lock", "lost+found", f"{LEASE}.")  # names that begin so say nothing
 _LOGS = (".log", ".out", ".err")
 _LOOKS = 30  # while a heartbeat is watched
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _STOP_IT = "wait until it ends, stop it, or use another --run directory"
 
 
@@ -117,18 +115,13 @@ def _lock(run: Path, take_over: bool, undo: ExitStack) -> bool:
     descriptor = os.open(RunDirectory(run).lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     undo.callback(os.close, descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock.take(descriptor)
     except BlockingIOError:
         named = holders.read(RunDirectory(run).lease) or UNKNOWN
         if named.released is not None:
             named = UNKNOWN  # it is of the one before: the holder is just about to write its own
         hint = f"its lock is held, so it lives, and --take-over does not help: {_STOP_IT}" if take_over else _STOP_IT
         raise _in_use(run, named, hint) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
 
 
 def _free_chain(run: Path, descriptor: int, is_locked: bool, take_over: bool) -> list[Holder]:
