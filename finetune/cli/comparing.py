@@ -6,6 +6,7 @@ from typing import TextIO
 import click
 
 from finetune.cli.answer import Answer, answers
+from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is
 
 
@@ -22,7 +23,8 @@ def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, .
     """Evaluate models on held-out rows."""
     if overrides and not recipe:
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
-    from finetune.compare.evaluate import evaluate as evaluate_refs
+    with importing():
+        from finetune.compare.evaluate import evaluate as evaluate_refs
 
     results = evaluate_refs(refs, recipe, overrides, is_seen_allowed)
     return Answer({"results": results}, "\n".join(map(_line, results)))
@@ -60,7 +62,8 @@ def generate(
     asked = [*prompts, *([prompt_file.read().strip()] if prompt_file else [])]
     if not asked:
         raise click.UsageError("give --prompt TEXT or --prompt-file FILE")
-    from finetune.compare.generate import generate as generate_answers
+    with importing():
+        from finetune.compare.generate import generate as generate_answers
 
     results = generate_answers(refs, asked, **choices)
     return Answer({"results": results}, "\n".join(f"--- {result['ref']}\n{result['text']}" for result in results))

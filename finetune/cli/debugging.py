@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from finetune.cli.answer import Answer, answers
+from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, QUIET, REF, RUN, STEPS, UNTIL, where_it_is
 
 
@@ -19,7 +20,8 @@ from finetune.cli.options import OVERRIDE, PATH, QUIET, REF, RUN, STEPS, UNTIL, 
 @where_it_is
 def replay(run: Path, steps: tuple[int, int], **choices: bool) -> Answer:
     """Run steps of a run again, and compare them with its record to the bit."""
-    from finetune.debug import replay as replays
+    with importing():
+        from finetune.debug import replay as replays
 
     facts = replays.replay(run, *steps, **choices)
     return Answer(facts, replays.listing(facts), is_good=facts["identical"])
@@ -44,7 +46,8 @@ def replay(run: Path, steps: tuple[int, int], **choices: bool) -> Answer:
 @where_it_is
 def bisect(run: Path, bad: tuple[str, ...], **choices: str | int | None) -> Answer:
     """Find the step at which a run went wrong, and the rows that did it."""
-    from finetune.debug import bisect as bisection
+    with importing():
+        from finetune.debug import bisect as bisection
 
     steps, comparisons = ([each for each in bad if each.isdecimal() == is_step] for is_step in (True, False))
     if len(steps) > 1 or len(comparisons) > 1:
@@ -62,7 +65,8 @@ def bisect(run: Path, bad: tuple[str, ...], **choices: str | int | None) -> Answ
 @where_it_is
 def diff(a: str, b: str, picture: Path | None) -> Answer:
     """Compare two checkpoints: recipes, figures, where their runs part, weights."""
-    from finetune.debug import diff as comparison
+    with importing():
+        from finetune.debug import diff as comparison
 
     facts = comparison.diff(a, b, picture)
     return Answer(facts, comparison.listing(facts))
@@ -94,7 +98,8 @@ def diff(a: str, b: str, picture: Path | None) -> Answer:
 @where_it_is
 def branch(ref: str, run: Path | None, quiet: bool, until: int | None, no_train: bool, **choices: object) -> None:
     """Start a new run from a step of another one, with other keys, or without some rows."""
-    from finetune.debug import branch as branches
+    with importing():
+        from finetune.debug import branch as branches
 
     made = branches.branch(ref, run, branches.Choices(**choices), is_quiet=quiet, until=until, is_to_train=not no_train)
     if no_train:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from finetune.cli.answer import Answer, answers
+from finetune.cli.importing import importing
 from finetune.cli.options import PATH, REF, RUN
 from finetune.errors import counted
 from finetune.store.run.directory import PINS
@@ -41,7 +42,8 @@ def verify(ref: str, key: Path | None) -> Answer:
     from finetune.store.run import inspect
 
     if inspect.is_model(ref):
-        from finetune.package.verify.verify import verify as verify_package
+        with importing():
+            from finetune.package.verify.verify import verify as verify_package
 
         facts = verify_package(ref, key)
         left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in facts["not_made"].items())

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from finetune.cli.answer import Answer, answers
+from finetune.cli.importing import importing
 from finetune.cli.options import PATH, REF, where_it_is
 from finetune.errors import counted
 
@@ -28,8 +29,9 @@ from finetune.errors import counted
 @where_it_is
 def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None) -> Answer:
     """Write a checkpoint as a model folder that is proven to be what was trained."""
-    from finetune.compare.evaluate import of_model
-    from finetune.package import export
+    with importing():
+        from finetune.compare.evaluate import of_model
+        from finetune.package import export
 
     facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None, dtype=dtype)
     lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
@@ -65,7 +67,8 @@ def publish(
 
         facts = queue.follow(Path(source), target, is_following, is_public, is_replacing)
         return Answer(facts, f"{counted(len(facts['published']), 'milestone')} published")
-    from finetune.package.publish import publish as publishing
+    with importing():
+        from finetune.package.publish import publish as publishing
 
     directory, target, is_private = publishing.prepared(source, target, is_public)
     chosen = publishing.Choices(is_private=is_private, is_replacing=is_replacing, **choices)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune.cli.answer import Answer, answers
+from finetune.cli.importing import importing
 from finetune.cli.options import NEW_RUN, OVERRIDE, PATH, RECIPE, default_run, how_to_train, where_it_is
 from finetune.hosts.signals import ending_signals
 from finetune.store import places
@@ -41,9 +42,10 @@ def plan(
 ) -> Answer:
     """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
     loaded = _looked_at(recipe, overrides)
-    from finetune.package.preflight import refuse_unpackageable
-    from finetune.package.publish import rights
-    from finetune.training import preview
+    with importing():
+        from finetune.package.preflight import refuse_unpackageable
+        from finetune.package.publish import rights
+        from finetune.training import preview
 
     rights.preflight(loaded.recipe)
     found = preview.preview(loaded, run or default_run(recipe), refuse_unpackageable, has_devices, device_gib)
@@ -56,8 +58,9 @@ def plan(
 def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Download what a recipe names, for a host without a network."""
     loaded = _looked_at(recipe, overrides)
-    from finetune.model import base
-    from finetune.training.resolve import resolve
+    with importing():
+        from finetune.model import base
+        from finetune.training.resolve import resolve
 
     resolved = resolve(loaded)
     click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
@@ -76,9 +79,10 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run = run or default_run(recipe)
     loaded = _looked_at(recipe, overrides, run)
-    from finetune.data import unused
-    from finetune.package.preflight import refuse_unpackageable
-    from finetune.training.run import train as train_run
+    with importing():
+        from finetune.data import unused
+        from finetune.package.preflight import refuse_unpackageable
+        from finetune.training.run import train as train_run
 
     def ask(resolved: "Resolved") -> None:
         for line in unused.warning(unused.lost(resolved.plan, resolved.train)):
