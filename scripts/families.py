@@ -261,20 +261,24 @@ def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> s
 
 
 NOTE = 160  # characters
-PACKAGED = "One bf16 training by LoRA and one in full\nwere then packaged in fp32, verified, and loaded by the class that the config declares."
+PACKAGED = "Then it packages one bf16 training by LoRA and one in\nfull in fp32, verifies them, and loads them by the class in the config."
 UNPACKAGED = "They were not packaged for this table."
 INTRODUCTION = """# Models
 
 <!-- scripts/families writes this file -->
 
-`scripts/families` makes a tiny random model of each of the {types} causal types of transformers {version}. It trains
-each by LoRA (`all-linear`) and in full, packed and padded, in fp32 and bf16, for two steps. The losses are
+Look up your base here by the `model_type` in its config. `scripts/families` makes a tiny random
+model of each of the {types} causal types of transformers {version}. It trains each by LoRA
+(`all-linear`) and in full, packed and padded, in fp32 and bf16, for two steps. The losses equal
 those of each row alone in plain transformers. {packaged}
 
-*rows* says how rows come together where a recipe names no `task.packing`: `packed`, `padded`, or `alone`.
-*ways* is how many of the ways that were tried were trained: of eight, or with `--few` of two.
-`no` or `-` means that it is refused in one line, the *note*.
-A small model shows how a family works, and no more: nothing here was trained at its real size.
+| column | meaning |
+|---|---|
+| rows | the way rows come together if your recipe does not set `task.packing`: `packed`, `padded`, or `alone` |
+| LoRA, full | `yes`: you can train it this way; `in part`: some combinations work; `no` or `-`: refused in one line, the note |
+| ways | how many of the tried combinations trained: of eight, or with `--few` of two |
+
+A small model shows you how a family works, and no more: we trained nothing here at its real size.
 """
 
 

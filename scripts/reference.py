@@ -27,17 +27,22 @@ BOUNDS = {"gt": "over", "ge": "at least", "lt": "under", "le": "at most"}
 
 INTRODUCTION = """# Recipe
 
-<!-- scripts/docs writes this file from finetune/recipe/schema.py -->
+<!-- scripts/docs writes this file from finetune/recipe/schema -->
 
-A recipe is one YAML file: what is trained, on what, and how. This one is [{path}](../{path}); more are in [recipes/](../recipes/).
+A recipe is one YAML file: you say what to train, on which rows, and how. This one is
+[{path}](../{path}). You find more in [recipes/](../recipes/).
 
 ```yaml
 {example}```
 
-Every key is listed below, in the order of the schema; `data.train[]` stands for each item of the list. Unknown keys, repeated keys, wrong
-types and keys that do not fit together are refused, all at once, each with its line and the nearest right key. `2e-4` is a number, only
-`true` and `false` are booleans; anchors, aliases and tags are refused. `--set KEY=VALUE` on the command line overrides a key and is checked
-in the same way. With the first line as above, an editor with a YAML language server completes and checks keys while you type.
+You find every key below, in the order of the schema. `data.train[]` stands for each item of the
+list. If you use an unknown key, a repeated key, a wrong type, or keys that do not fit together, the
+recipe is refused. You see all mistakes at once, each with its line and the nearest right key. `2e-4`
+is a number. Only `true` and `false` are booleans. You cannot use anchors, aliases and tags.
+
+With `--set KEY=VALUE` on the command line you override a key; it is checked in the same way. If your
+recipe has the first line as above, an editor with a YAML language server completes and checks keys
+while you type.
 """
 
 

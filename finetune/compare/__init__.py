@@ -1,1 +1,1 @@
-"""Comparing models: `evaluate` gives figures of the same rows, `generate` answers to the same prompts."""
+"""Comparing models: figures on the same rows, and answers to the same prompts."""

@@ -1,4 +1,4 @@
-"""Answers of anything a ref can name to a prompt: the quickest look at what training did."""
+"""Answers of models to prompts: the quickest look at the effect of a training."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ from finetune.training.opened import open_model, open_tokenizer
 def generate(
     texts: Sequence[str], prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
 ) -> list[dict]:
-    """One {ref, prompt, text} a ref and prompt; temperature 0 takes the likeliest token each time.
+    """One {ref, prompt, text} for each ref and prompt; temperature 0 takes the likeliest token each time.
 
-    With a chat template the prompt is a user's message, without one it is the beginning of a text.
+    With a chat template the prompt is a user's message; without one it is the beginning of a text.
     """
     return [
         {"ref": text, "prompt": prompt, "text": answer}
@@ -26,7 +26,7 @@ def generate(
 
 
 def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
-    # asked whether it is there: a build of torch for GPUs names its kind of device on any machine
+    # ask whether a device is there: a build of torch for GPUs names its kind of device on any machine
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     # in fp32 a model of 14 billion parameters would take most of a large GPU
     opened = open_model(text, device=device, dtype=None if device.type == "cpu" else torch.bfloat16)
@@ -51,7 +51,7 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, date: str | None) -> list[int]:
-    """The tokens that an answer follows, as they are in training."""
+    """The tokens before an answer, the same as in training."""
     if not isinstance(tokenizer.chat_template, str):
         return beginning(tokenizer, prompt)
     question = [{"role": "user", "content": prompt}]

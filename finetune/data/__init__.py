@@ -1,1 +1,1 @@
-"""From rows to micro-batches: `source`, `encode`, `pack`, `batches`, each unaware of the others."""
+"""From rows to micro-batches."""

@@ -1,7 +1,6 @@
 """The micro-batches of an update or an evaluation, for this rank, known before any forward.
 
-`Examples` joins the chosen part of several sources under one numbering; `Batches.of(ids)` arranges any of them. How to
-arrange and how to collate are passed in, so nothing here knows packing or tasks. `loop` is the caller.
+You pass in how to arrange and how to collate, so nothing here knows packing or tasks.
 """
 
 from bisect import bisect_right
@@ -19,13 +18,13 @@ PIECE = 1 << 20  # examples
 
 
 class Examples:
-    """The examples of all sources that are trained on, or all that are held out; ids count through the sources.
+    """All training examples of the sources, or all held-out ones; ids count through the sources.
 
-    In memory are 24 bytes an example: its place in its source, and the four columns here.
+    Takes 24 bytes of memory an example: its place in its source, and the four columns here.
     """
 
     def __init__(self, parts: Sequence[tuple[Encoded, np.ndarray, int]]):
-        """Each part: the examples of a source, which of them count, and the number of its first row among all rows."""
+        """Each part: the examples of a source, the ids of the chosen ones, and the number of its first row among all rows."""
         self._parts = parts
         self.sizes = tuple(len(chosen) for _, chosen, _ in parts)
         self._firsts = [0, *accumulate(self.sizes)]
@@ -42,7 +41,7 @@ class Examples:
         return len(self.rows)
 
     def lost(self) -> tuple[int, int, int]:
-        """Of the sources, held-out rows included: rows that are cut within what is learnt, supervised tokens lost, and of how many."""
+        """Rows cut within their supervised tokens, supervised tokens lost, and supervised tokens in all; held-out rows included."""
         lost = np.concatenate([encoded.lost for encoded, _, _ in self._parts])
         tokens = int(lost[:, 1].sum())
         return len(lost), tokens, tokens + sum(int(encoded.targets.sum()) for encoded, _, _ in self._parts)
@@ -72,7 +71,7 @@ def _joined(parts: Sequence[tuple[Encoded, np.ndarray, int]], dtype: type, colum
 def select(
     encoded: Sequence[Encoded], rows: Sequence[int], held_out: np.ndarray, is_kept: bool
 ) -> tuple[Examples, Counts]:
-    """The examples whose row is (or is not) among `held_out`, with what encoding found in them."""
+    """The examples whose row is (or is not) in `held_out`, and their counts."""
     firsts = np.cumsum([0, *rows])
     parts, left_out = [], 0
     for source, first in zip(encoded, firsts, strict=False):
@@ -93,7 +92,7 @@ def select(
 
 
 def _chosen(rows: np.ndarray, first: int, held_out: np.ndarray, is_kept: bool) -> np.ndarray:
-    """Which of the mapped `rows` are (or are not) among `held_out`; a piece at a time, so that it takes 4 bytes a row, not 60."""
+    """Ids of the mapped `rows` that are (or are not) in `held_out`; a piece at a time, for 4 bytes a row instead of 60."""
     dtype = np.int32 if len(rows) < 2**31 else np.int64
     pieces = [
         (start + np.flatnonzero(np.isin(rows[start : start + PIECE] + first, held_out) == is_kept)).astype(dtype)
@@ -109,10 +108,10 @@ class MicroBatch:
     indices: list[int]
     """Which of the step's examples it holds."""
     is_idle: bool
-    """It repeats another rank's work with weight 0, so that all ranks run equally many."""
+    """It repeats another rank's work with weight 0, so that all ranks run the same number."""
     inputs: dict
     places: torch.Tensor
-    """`indices` as int64, which travels with the inputs: a list would have the device wait for the host."""
+    """`indices` as int64, to travel with the inputs: a list would make the device wait for the host."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class MicroBatches(Sequence):
-    """Arranged, but each collated only when it is asked for: a large step is never held as a whole."""
+    """Arranged at once, collated one by one: memory never holds a large step as a whole."""
 
     batches: Batches
     ids: np.ndarray
@@ -158,8 +157,8 @@ class MicroBatches(Sequence):
     def on(self, device: torch.device) -> Iterator[MicroBatch]:
         """Each with its tensors on the device, in turn.
 
-        A GPU is handed its work in advance, so while it computes one, the host collates the next and copies it from pinned
-        memory, on a stream beside the one that computes. A CPU reads the tensors as they are. Never run on a GPU.
+        The host queues work for a GPU in advance. While the GPU computes one, the host collates the next and copies it from
+        pinned memory, on a second stream. A CPU reads the tensors as they are. Never run on a GPU.
         """
         if device.type == "cpu":
             yield from self
@@ -175,7 +174,7 @@ class MicroBatches(Sequence):
                     _tensors_of(micro_batch), lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
                 )
             computing.wait_stream(copying)
-            _moved(moved, lambda tensor: tensor.record_stream(computing))  # else its memory is reused too early
+            _moved(moved, lambda tensor: tensor.record_stream(computing))  # otherwise its memory is reused too early
             yield replace(micro_batch, **moved)
 
 
@@ -184,7 +183,7 @@ def _tensors_of(micro_batch: MicroBatch) -> dict:
 
 
 def _moved(value: object, move: Callable[[torch.Tensor], object]) -> object:
-    """What `move` makes of each tensor in nested dictionaries; everything else stays as it is."""
+    """Applies `move` to each tensor in nested dictionaries; everything else stays as it is."""
     if isinstance(value, dict):
         return {name: _moved(each, move) for name, each in value.items()}
     return move(value) if isinstance(value, torch.Tensor) else value

@@ -1,6 +1,6 @@
-"""Finds what a row says and its rendered text does not: nothing of a row is lost unnamed.
+"""Finds content of a row that is missing in its rendered text, so that a template drops nothing silently.
 
-A template may trim a text, and write it as JSON or as Python would; so a text is also looked for in those forms, without blanks.
+A template may trim a text, or write it as JSON or as Python does. So the search also tries those forms, without blanks.
 """
 
 import json
@@ -12,21 +12,21 @@ from finetune.errors import DataError
 
 MESSAGE_COLUMNS = ("messages", "prompt", "completion")
 IDENTIFIERS = ("role", "tool_call_id", "id", "type", "index")
-"""Fields of messages and tool calls that only refer to something."""
+"""Fields of messages and tool calls that are only references."""
 CONTENT_COLUMNS = (
     *FIELDS,
     *("input", "history", "instruction", "output", "context", "functions", "documents", "chat_template_kwargs"),
     *("system_prompt", "reasoning", "reasoning_content", "thinking", "image", "images", "audio", "audios", "videos"),
 )
-"""Columns that are part of a conversation by their usual meaning. Others are about the row, and `plan` names them."""
+"""Columns that usually belong to a conversation. Others describe the row, and `plan` names them."""
 
 
 class Said(NamedTuple):
-    """Something that a row says."""
+    """One piece of a row's content."""
 
     place: str
     forms: Sequence[str]
-    """Spellings, one of which has to be in the text."""
+    """Spellings; one of them has to be in the text."""
     message: int | None = None
 
 
@@ -42,7 +42,7 @@ def said(conversation: Conversation) -> Iterator[Said]:
 def refuse_lost(
     conversation: Conversation, row: Mapping[str, object], text: str, spans: Sequence[tuple[int, int]], where: str
 ) -> None:
-    """DataError where the text lacks something that the row says. What a learnt turn says has to be in its span."""
+    """Raises DataError if the text lacks content of the row. Content of a learnt turn has to be in the span of that turn."""
     whole, learnt = _Text(text), dict(zip(conversation.turns, spans, strict=True))
     parts = {number: _Text(text[first:last]) for number, (first, last) in learnt.items()}
     lost = [each.place for each in said(conversation) if not parts.get(each.message, whole).has(each.forms)]
@@ -81,7 +81,7 @@ def _dense(text: str) -> str:
 
 
 def _written(text: str) -> list[str]:
-    """As a template may write a text: as it is, in JSON, in JSON within JSON, and as Python does."""
+    """The ways a template may write a text: as it is, in JSON, in JSON within JSON, and as Python does."""
     text = text.strip()
     in_json = json.dumps(text, ensure_ascii=False)[1:-1]
     return [text, in_json, json.dumps(text)[1:-1], json.dumps(in_json, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
@@ -106,7 +106,7 @@ def _without_identifiers(fields: dict) -> dict:
 
 
 def _tool(tool: dict, place: str) -> Iterator[Said]:
-    """Names and descriptions of a tool and of its parameters; a template may have its own words for types."""
+    """Names and descriptions of a tool and of its parameters. Types are skipped: a template may have its own words for them."""
     function = tool.get("function", tool)
     if not isinstance(function, dict):
         yield Said(place, (str(function),))
@@ -127,7 +127,7 @@ def _properties(schema: object, place: str) -> Iterator[Said]:
 
 
 def _leaves(value: object, place: str, has_keys: bool = True) -> Iterator[Said]:
-    """The texts and numbers of a value, and the names in it where they are part of what is said."""
+    """The texts and numbers of a value, and its keys if `has_keys`."""
     if isinstance(value, dict):
         for name, item in value.items():
             if has_keys:
@@ -143,6 +143,6 @@ def _leaves(value: object, place: str, has_keys: bool = True) -> Iterator[Said]:
 
 
 def _field(place: str) -> str:
-    """What `skip` calls it: a column, or a field of messages."""
+    """Its name in `skip`: a column, or a field of messages."""
     column, *fields = place.replace("[", ".").split(".")
     return fields[1] if column in MESSAGE_COLUMNS and len(fields) > 1 else column

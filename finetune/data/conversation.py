@@ -1,6 +1,6 @@
-"""What a row of chat holds: its messages, its tools, and which turns are learnt. What it must not hold is refused by name.
+"""The conversation in a chat row: messages, tools, and the learnt turns. Refuses bad content by name.
 
-Needs neither torch nor a tokenizer, so rows can be looked at before a base is opened.
+Needs neither torch nor a tokenizer, so rows can be checked before a base is opened.
 """
 
 import json
@@ -12,7 +12,7 @@ from finetune.plan.plan import ROW_RULES
 
 FIELDS = ("messages", "prompt", "completion", "system", "tools")
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles that every template is expected to know; another one has to stand in the template."""
+"""Every template is expected to know these roles; any other role has to appear in the template."""
 
 Row = Mapping[str, object]
 
@@ -20,14 +20,14 @@ Row = Mapping[str, object]
 class Conversation(NamedTuple):
     messages: list[dict]
     places: list[str]
-    """Where each message stands in its row, like `messages[2]`."""
+    """The place of each message in its row, like `messages[2]`."""
     turns: list[int]
-    """The messages that are learnt."""
+    """Indices of the learnt messages."""
     tools: list[dict] | None = None
 
 
 def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Conversation:
-    """The conversation of a row, checked. `row_rules` 1 takes the messages as they stand, and neither tools nor a system column."""
+    """The checked conversation of a row. `row_rules` 1 takes the messages as they are, without tools and a system column."""
     parts = _parts(row, where)
     messages = [message for _, part in parts for message in part]
     places = [f"{column}[{number}]" for column, part in parts for number in range(len(part))]
@@ -56,7 +56,7 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
 
 
 def _refuse_bad_example(row: Row, where: str) -> None:
-    """Rows of KTO (arXiv 2402.01306) say of a completion whether it is a good one."""
+    """Refuses the bad completions of KTO rows (arXiv 2402.01306): their `label` is false."""
     if row.get("messages") is None and row.get("label") is False:
         hint = "remove the row, or learn it all the same with data.train[].skip: [label]"
         raise DataError("`label` is false: its completion shows what not to answer", where=where, hint=hint)
@@ -83,7 +83,7 @@ def with_text_arguments(conversation: Conversation) -> Conversation | None:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for a person."""
+    """The kind of a value, in words for a message."""
     if value is None:
         return "null"
     if isinstance(value, float) and value != value:
@@ -94,7 +94,7 @@ def kind_of(value: object) -> str:
 
 
 def _parts(row: Row, where: str) -> list[tuple[str, list]]:
-    """The columns that hold messages, as lists of them."""
+    """The columns with messages, each as a list."""
     if row.get("messages") is not None:
         return [("messages", _listed(row["messages"], "messages", where))]
     missing = [name for name in ("prompt", "completion") if row.get(name) is None]
@@ -149,7 +149,7 @@ def _is_learnt(message: dict, place: str, where: str) -> bool:
 
 
 def _plain(message: dict, place: str, where: str) -> dict:
-    """The message as templates want it: without what is null, and with the arguments of tool calls as objects."""
+    """The message in the form of templates: without nulls, and with the arguments of tool calls as objects."""
     if message["role"] != "assistant" and message.get("train"):
         raise DataError(f"`{place}.train` asks to learn a {message['role']} message", where=where)
     kept = {name: value for name, value in message.items() if value is not None and name not in ("weight", "train")}
@@ -180,7 +180,7 @@ def _call(call: object, place: str, where: str) -> dict:
 
 
 def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversation:
-    """With the `system` column as the first message, and the `tools` column."""
+    """Adds the `system` column as the first message, and the `tools` column."""
     tools, system = row.get("tools"), row.get("system")
     if isinstance(tools, str) and tools:
         tools = _from_json(tools, "tools", where)

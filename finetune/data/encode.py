@@ -1,7 +1,6 @@
 """Rows to cached examples: encoded once, kept as memory-mapped arrays, keyed by content.
 
-`resolve` calls `encode` with the rows of a source and the encoder of a task; `batches` reads what it returns. Memory does not grow with
-the source: a shard of rows at a time is encoded, by worker processes where there are many, and the shards are joined on the disk.
+Memory must not grow with the source: rows are encoded in shards, and the shards are joined on the disk.
 """
 
 import json
@@ -32,13 +31,13 @@ from finetune.plan.split import content_of
 from finetune.store import cache
 
 VERSION = 3  # of the format below; part of every key
-LOOK_ON_SHARDS = 3  # after one with a bad row, so that many bad rows are told at once and few seconds go by
-SHARD_ROWS = 4096  # what a kill costs at most, a worker; seconds
-PARALLEL_ROWS = 65_536  # from here on workers win on two cores: each takes seconds to start
-MOST_WORKERS = 16  # of a quarter of a GiB each, and what a reader keeps of its source
-ROWS_AT_ONCE = 512  # rows a call of the encoder: enough for the tokenizer's threads
-MOST_COLUMNS = 1000  # of a source are kept by name
-CHARACTERS_AT_ONCE = 4 << 20  # and small enough for memory, at some 100 bytes a character on the way
+LOOK_ON_SHARDS = 3  # after one with a bad row: reports many bad rows at once, in a few seconds
+SHARD_ROWS = 4096  # a kill costs each worker at most this: seconds
+PARALLEL_ROWS = 65_536  # from here on workers are faster on two cores: each takes seconds to start
+MOST_WORKERS = 16  # a quarter of a GiB each, plus the part of its source that a reader keeps
+ROWS_AT_ONCE = 512  # rows in one call of the encoder: enough for the tokenizer's threads
+MOST_COLUMNS = 1000  # of a source, kept by name
+CHARACTERS_AT_ONCE = 4 << 20  # in one call; each takes some 100 bytes of memory meanwhile
 
 # rows and their places in, the examples of each row out
 Encoder = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
@@ -46,13 +45,13 @@ Encoder = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
 
 @dataclass(frozen=True)
 class Work:
-    """What encodes a source."""
+    """A source, and the functions that encode it."""
 
     rows: Sequence[dict]
     where: Callable[[int], str]
     encoder: Encoder
     content: Callable[[dict], object] = lambda row: row
-    """What of a row makes it the same as another one."""
+    """The part of a row that identifies it: rows with equal content are the same row."""
 
 
 def encode(
@@ -63,11 +62,11 @@ def encode(
     content: Callable[[dict], object] = lambda row: row,
     reopen: Callable[[], Work] | None = None,
 ) -> Encoded:
-    """The examples of `rows`, from the cache when the same content was encoded with the same settings before.
+    """The examples of `rows`, from the cache if the same content was encoded with the same settings before.
 
-    `key` names the content of the rows and the settings of the encoder. A row whose supervised tokens were all cut off
-    is left out and counted; a row that has none to begin with is an error of the encoder's. `reopen` makes the same work in another
-    process, where there are rows enough for several; the result is the same to the byte.
+    `key` names the content of the rows and the settings of the encoder. A row is skipped and counted if all its supervised tokens
+    were cut off; if it has none to begin with, the encoder raises. `reopen` makes the same work in worker processes, for sources
+    with many rows; the result is the same to the byte.
     """
     digest = blake3.blake3("\n".join([str(VERSION), *key]).encode()).hexdigest()[:32]
     work = Work(rows, where, encoder, content)
@@ -75,12 +74,12 @@ def encode(
 
 
 def workers() -> int:
-    """As many processes as this one may use cores."""
+    """One for each core that this process may use, at most `MOST_WORKERS`."""
     return min(cores(), MOST_WORKERS)
 
 
 def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> list[Path]:
-    """The shards of a source in `directory`, in order; those that an earlier build finished are taken as they are."""
+    """The shards of a source in `directory`, in order; finished shards of an earlier build are reused."""
     count = len(work.rows)
     if count <= SHARD_ROWS:
         alone = directory / "shard"
@@ -94,7 +93,7 @@ def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> l
                 shards = _in_parallel(directory, ranges, reopen)
             else:
                 shards = _all_or_refusals((partial(_shard, directory, work, ids) for ids in ranges), ranges)
-        except DataError:  # the rows have to change, and their key with them
+        except DataError:  # these shards are useless: the rows have to change, and their key with them
             for shard in directory.iterdir():
                 shutil.rmtree(shard, ignore_errors=True)
             raise
@@ -108,13 +107,13 @@ def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> l
 
 
 def _all_or_refusals(makers: Iterable[Callable[[], Path]], ranges: Sequence[range]) -> list[Path]:
-    """The shards in order; or the refused rows of the first shard that has some, and of `LOOK_ON_SHARDS` after it."""
+    """The shards in order. If a shard has bad rows, raises them together with those of the next `LOOK_ON_SHARDS`."""
     shards, refused, first = [], [], None
     for number, (make, ids) in enumerate(zip(makers, ranges, strict=True)):
         try:
             shards.append(make())
         except DataError as error:
-            if not error.parts:  # it is not about rows
+            if not error.parts:  # not about rows
                 raise
             refused += error.parts
             first = number if first is None else first
@@ -128,7 +127,7 @@ def _shard(directory: Path, work: Work, ids: range) -> Path:
 
 
 def _in_parallel(directory: Path, ranges: Sequence[range], reopen: Callable[[], Work]) -> list[Path]:
-    """Spawned, not forked: the threads of torch and of the tokenizer would be missing in a fork, with their locks held."""
+    """Spawns, never forks: a fork lacks the threads of torch and of the tokenizer, and keeps their locks held."""
     count = min(workers(), len(ranges))
     print(f"encoding {ranges[-1].stop:,} rows in {count} processes, once", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (reopen,)) as pool:
@@ -145,19 +144,19 @@ def _in_parallel(directory: Path, ranges: Sequence[range], reopen: Callable[[], 
             pool.shutdown(cancel_futures=True)
 
 
-_reopen: list[Callable[[], Work]] = []  # in a worker process: the one it was given
+_reopen: list[Callable[[], Work]] = []  # in a worker process: the one from the parent
 
 
 def _start_worker(reopen: Callable[[], Work]) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core already has a process
     _reopen.append(reopen)
 
 
 def _end_with_parent() -> None:
     parent_process().join()
-    os._exit(1)  # the parent was killed, and the executor would wait for it
+    os._exit(1)  # the parent was killed, and the executor would wait forever
 
 
 def _shard_in_worker(directory: Path, ids: range) -> Path:
@@ -166,7 +165,7 @@ def _shard_in_worker(directory: Path, ids: range) -> Path:
 
 @lru_cache(maxsize=1)
 def _own_work() -> Work:
-    """Opened by the first shard, not at the start, where the executor would take any error for a kill."""
+    """Opened by the first shard, not at the start: there the executor takes any error for a kill."""
     return _reopen[0]()
 
 
@@ -201,7 +200,7 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
 
 
 def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[dict]]]:
-    """The rows that the encoder is given at once, with their numbers; those that cannot be read are added to `refused`."""
+    """Rows for one call of the encoder, with their numbers. Unreadable rows are added to `refused`."""
     some, rows, characters = [], [], 0
     for row in ids:
         try:
@@ -227,7 +226,7 @@ def _characters(value: object) -> int:
 
 
 def _encoded(work: Work, ids: Sequence[int], rows: list[dict], refused: dict[int, DataError]) -> list[list[Example]]:
-    """The examples of the rows; or none, and each bad row is added to `refused`."""
+    """The examples of the rows. If any row is bad, none, and each bad row is added to `refused`."""
     places = [work.where(row) for row in ids]
     try:
         return work.encoder(rows, places)
@@ -238,7 +237,7 @@ def _encoded(work: Work, ids: Sequence[int], rows: list[dict], refused: dict[int
                 work.encoder([row], [place])
             except DataError as error:
                 alone[number] = error
-        if not alone:  # it is not one row that is bad
+        if not alone:  # no single row is bad
             raise
         refused |= alone
         return []
@@ -249,7 +248,7 @@ def _examples(shard: Path) -> np.ndarray:
 
 
 def _join(directory: Path, shards: Sequence[Path]) -> None:
-    """The files of `Encoded` from those of its shards, one shard in memory at a time."""
+    """Writes the files of `Encoded` from those of its shards, with one shard in memory at a time."""
     sizes = np.array([len(_examples(shard)) for shard in shards])
     for name, dtype in (("tokens", np.int32), ("supervised", np.bool_)):
         raw = [shard / f"{name}.raw" for shard in shards]
@@ -265,7 +264,7 @@ def _join(directory: Path, shards: Sequence[Path]) -> None:
     if numbered := [shard / "numbers.npy" for shard in shards if (shard / "numbers.npy").exists()]:
         np.save(directory / "numbers.npy", np.concatenate([np.load(file) for file in numbered]))
     if not all((shard / "columns.json").exists() for shard in shards):
-        return  # a shard of older code, before a kill
+        return  # a shard written by older code, before a kill
     columns = [json.loads((shard / "columns.json").read_text()) for shard in shards]
     (directory / "columns.json").write_text(json.dumps([*dict.fromkeys(chain(*columns))][:MOST_COLUMNS]))
 
@@ -287,7 +286,7 @@ def _write(path: Path, dtype: type, count: int, pieces: Iterable[np.ndarray]) ->
 
 @contextmanager
 def _array(path: Path, dtype: type, size: int) -> Iterator[BinaryIO]:
-    """A flat .npy file of so many bytes: its head, for the caller to write the rest."""
+    """A flat .npy file of `size` bytes: writes its header, and the caller writes the rest."""
     shape = (size // np.dtype(dtype).itemsize,)
     head = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with path.open("wb") as file:

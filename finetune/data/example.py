@@ -1,4 +1,4 @@
-"""The nouns between `tasks`, which make examples of rows, and `data`, which stores, arranges and batches them."""
+"""An encoded row, and the encoded rows of a source."""
 
 import json
 from pathlib import Path
@@ -8,28 +8,28 @@ import numpy as np
 
 
 class Example(NamedTuple):
-    """One encoded row, or a stretch of one."""
+    """One encoded row, or a part of a long one."""
 
     tokens: np.ndarray
     """Token ids, int32, shape (length,)."""
     supervised: np.ndarray
-    """Which tokens the loss is on, bool, shape (length,)."""
+    """Loss mask: True for tokens with a loss, bool, shape (length,)."""
     cut_tokens: int = 0
-    """Tokens of the row that did not fit into `max_length` and were dropped."""
+    """Tokens of the row beyond `max_length`, dropped."""
     lost_targets: int = 0
-    """Supervised ones among them."""
+    """The supervised ones of these."""
     numbers: tuple[float, ...] = ()
     """What the task's loss needs beside tokens, like a label; every example of a task has as many."""
 
 
 class Encoded:
-    """Examples of one source, memory-mapped: 5 bytes a token and 24 an example and 8 a row on the disk, none in memory but what is in use.
+    """Examples of one source, memory-mapped: on the disk 5 bytes a token, 24 an example and 8 a row; in memory only the pages in use.
 
     Flat over all tokens: `tokens` int32, `supervised` bool. One entry an example: `rows` (int64, the row it came from), `targets`
     (int32, tokens its loss is summed over) and `cut_tokens` (int32); `offsets` (int64) has one entry more. `left_out_rows` (int64)
     have no example. `lost` (int64, two columns) is each row that lost supervised tokens, and how many; older entries have none.
     `numbers` (float64) has a column for each number that an example of the task has, and is not written where it has none.
-    `contents` (uint64, an entry a row) stands for what the row says. `columns` are those of all rows; None in older entries.
+    `contents` (uint64, an entry a row) is a hash of the row's content. `columns` are those of all rows; None in older entries.
     """
 
     def __init__(self, directory: Path):

@@ -1,7 +1,7 @@
-"""How the examples of one update are arranged into micro-batches: a pure function of their lengths.
+"""Arranges the examples of one update into micro-batches: a pure function of their lengths.
 
-Order alone chooses the examples of a step; this only arranges them, so packing on and off give the same step loss.
-A micro-batch is a list of indices into the step; its place in the list is its slot, the same for every world size.
+It must not choose examples, only arrange them, so packing on and off give the same step loss. A micro-batch is a list of
+indices into the step; its place in the list is its slot, the same for every world size.
 """
 
 from bisect import bisect_left, insort
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best-fit decreasing: the longest example first, each into the fullest micro-batch that still has room.
 
-    `budget` is in tokens; an example longer than the budget gets a micro-batch of its own.
+    `budget` is in tokens; an example longer than the budget gets its own micro-batch.
     """
     bins: list[list[int]] = []
     rooms: list[
@@ -30,7 +30,7 @@ def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Examples of like length together, as many as fit when all are padded to the longest; `budget` in tokens."""
+    """Examples of similar length together, as many as fit with all padded to the longest; `budget` is in tokens."""
     groups: list[list[int]] = []
     for index in _longest_first(lengths):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
@@ -41,7 +41,7 @@ def padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def alone(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Each example in a micro-batch of its own, for a model that gives other figures in company; `budget` changes nothing."""
+    """Each example in its own micro-batch, for models whose figures change in a batch; `budget` is ignored."""
     return [[index] for index in _longest_first(lengths)]
 
 

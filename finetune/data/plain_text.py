@@ -1,4 +1,4 @@
-"""What a row of plain text holds; what it must not hold is refused by name."""
+"""The text of a plain-text row. Refuses bad content by name."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ FIELDS = ("text",)
 
 
 def text_of(row: Mapping[str, object], where: str, row_rules: int = ROW_RULES) -> str:
-    """The text of a row, which all rules take alike."""
+    """The text of a row; the same for all row rules."""
     text = row.get("text")
     if "text" not in row:
         present = ", ".join(sorted(row)) or "none"

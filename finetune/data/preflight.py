@@ -1,6 +1,6 @@
-"""Looks at the sources of a recipe before anything heavy is imported or opened: are the files there, do their first rows fit?
+"""Checks the local sources of a recipe before anything heavy is imported: are the files there, and do their first rows fit?
 
-`encode` looks at every row later. Data sets of the Hub are not asked for here.
+It must not open Hub data sets.
 """
 
 import difflib
@@ -14,8 +14,8 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Source, Task
 
 FIRST_ROWS = 64
-MOST_ROWS = 20_000  # are looked at where one of the first is bad, so that all bad ones are told at once
-# what rows can be -> the fields of such a row, and what reads it
+MOST_ROWS = 20_000  # checked if one of the first is bad, to report the bad ones together
+# a kind of rows -> its fields, and the function that reads such a row
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], object]]] = {
     "conversation": (conversation.FIELDS, conversation.conversation_of),
     "text": (plain_text.FIELDS, plain_text.text_of),
@@ -23,7 +23,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], object]]] = {
 
 
 def check(loaded: LoadedRecipe) -> None:
-    """RecipeError for fields that the task does not have, DataError for files and first rows; all that is wrong at once."""
+    """Raises RecipeError for fields unknown to the task, DataError for files and first rows; all problems at once."""
     sources = dict(_sources(loaded))
     problems = [problem for key, source in sources.items() for problem in _problems(loaded, key, source)]
     if problems:
@@ -42,7 +42,7 @@ def check(loaded: LoadedRecipe) -> None:
 
 
 def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]:
-    """Those that the task has no field for and the recipe does not skip."""
+    """Columns without a field of the task that the recipe does not skip."""
     known = {*_fields(task), *source.skip}
     return [column for column in columns if column not in known]
 

@@ -1,4 +1,4 @@
-"""Many refused rows or files as one error: each kind once, with its first places and how many there are."""
+"""Many refused rows or files as one error: each kind once, with its first places and its count."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ MOST_PLACES = 5
 
 
 def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
-    """One error of one or several, in their order; `seen` is how many rows were looked at. Its `parts` are the errors."""
+    """One error for one or several, in their order, kept as its `parts`. `seen` is the number of checked rows."""
     if len(errors) == 1:
         [only] = errors
         return DataError(only.message, where=only.where, hint=only.hint, parts=errors)

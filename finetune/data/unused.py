@@ -1,4 +1,4 @@
-"""What sources have and training does not use: columns without a field, and supervised tokens beyond `task.max_length`."""
+"""Unused content of the sources: columns without a field, and supervised tokens beyond `task.max_length`."""
 
 from finetune.data import preflight
 from finetune.data.batches import Examples
@@ -9,7 +9,7 @@ from finetune.recipe.schema import Source
 
 
 def columns(plan: Plan, train: Examples, holdout: Examples) -> list[dict]:
-    """Of each source the columns that the task has no field for and the recipe does not skip."""
+    """For each source, the columns without a field of the task that the recipe does not skip."""
     recipe, found = plan.recipe, []
     own = recipe.data.holdout if isinstance(recipe.data.holdout, list) else []
     sources = [*zip(recipe.data.train, plan.train, train.columns, strict=True)]
@@ -22,7 +22,7 @@ def columns(plan: Plan, train: Examples, holdout: Examples) -> list[dict]:
 
 
 def _of_first_rows(source: Source, pin: PinnedSource) -> list[str]:
-    """Where older code encoded the rows: it kept no columns."""
+    """For rows encoded by older code: it kept no columns."""
     count = preflight.FIRST_ROWS
     place = located(source, pin)
     rows = open_source(place, pin.revision) if place.path is None else first_rows(place, count)
@@ -30,7 +30,7 @@ def _of_first_rows(source: Source, pin: PinnedSource) -> list[str]:
 
 
 def lost(plan: Plan, train: Examples) -> dict[str, int]:
-    """What is cut away of the training sources, held-out rows included."""
+    """Tokens and rows cut from the training sources, held-out rows included."""
     rows, tokens, of = train.lost()
     return {
         "source_rows": sum(pin.rows for pin in plan.train),
@@ -41,7 +41,7 @@ def lost(plan: Plan, train: Examples) -> dict[str, int]:
 
 
 def lines(facts: dict) -> list[str]:
-    """The columns, and a warning about what is cut, for a reader; nothing where all is used."""
+    """Lines for a reader: ignored columns, and a warning about cut tokens. Empty if everything is used."""
     said = [f"{'ignored':11}columns {listed(each['columns'])} of {each['source']}" for each in facts["ignored_columns"]]
     return [*said, *warning(facts)]
 

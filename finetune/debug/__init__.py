@@ -1,1 +1,1 @@
-"""Tools that run steps of a plan to answer a question about it, each in a file of its own."""
+"""Tools that answer a question about a run by running its steps again."""

@@ -1,8 +1,7 @@
-"""The step at which a run went wrong, and the rows that did it.
+"""Finds the step at which a run went wrong, and the rows to blame.
 
-A recorded figure is looked up; a state is evaluated, by halves: first the stored checkpoints, then, run again, the steps between two of
-them. What is found is run once more: where it does not come out as recorded, the fault is not in the recipe or its rows, and the first step
-that differs is the answer.
+Recorded figures are looked up; states are evaluated by halves. The bad step runs once more: if it differs from its record, the
+first step that differs is the answer, and no row is to blame.
 """
 
 from dataclasses import dataclass
@@ -21,21 +20,21 @@ from finetune.training import incident
 from finetune.training.loop import StepReport
 
 SHOWN_ROWS = 5
-OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # the weights have no part in them
+OF_ROWS_ALONE = ("tokens", "supervised_tokens")  # independent of the weights
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """What made a run bad: a step, and what of it."""
+    """The cause of a bad run: a step, and the fault in it."""
 
     step: int
     cause: str
     """`rows`, `update`, `deviation` (not as planned) or `not reproduced`."""
     note: str = ""
     report: StepReport | None = None
-    """Of the step, run again; None where its rows are not to blame."""
+    """Of the repeated step; None if its rows are not to blame."""
     shares: dict[int, float] | None = None
-    """By example, how much of it is its doing."""
+    """Share of the blame of each example."""
 
 
 def bisect(
@@ -47,8 +46,8 @@ def bisect(
     good: int | None = None,
     bad: int | None = None,
 ) -> dict:
-    """What `bisect --json` prints; `first_bad_step` is None where there is none. One of the three predicates is given; without one,
-    the step `bad` is what is to be explained."""
+    """The object of `bisect --json`; `first_bad_step` is None if there is none. Give one of the three predicates; without one,
+    the step `bad` is explained."""
     given = [each for each in (bad_if, bad_evaluation, bad_command) if each is not None]
     if len(given) > 1 or not (given or bad):
         raise PredicateError(
@@ -79,8 +78,8 @@ def bisect(
 
 
 def _culprit(rerun: Rerun, found: Found, quantity: str | None) -> Culprit:
-    """Runs the step once more, says whether it comes out as recorded, and who in it is to blame. `quantity` is the recorded one that is
-    bad; None where it is the state after the step."""
+    """Runs the step once more, compares it with its record, and finds the rows to blame. `quantity` is the bad recorded one;
+    None if the state after the step is bad."""
     step, cause = found.first_bad, "rows" if quantity else "update"
     if deviation := _deviation(rerun, step):
         return deviation
@@ -101,7 +100,7 @@ def _culprit(rerun: Rerun, found: Found, quantity: str | None) -> Culprit:
 
 
 def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> dict:
-    """The answer, with the bundle of the step to blame; where no rows are, the step is run as the plan has it."""
+    """The answer, with a bundle of the bad step; if no rows are to blame, the step runs as planned."""
     step, report, shares = culprit.step, culprit.report, culprit.shares
     notes = [*found.notes, *([culprit.note] if culprit.note else [])]
     if report is None:
@@ -118,7 +117,7 @@ def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> di
         about = {"predicate": predicate, "observed_step": found.first_bad, "cause": culprit.cause, "notes": notes}
         try:
             folder = str(incident.write(rerun.run, rerun.resolved, report, about, rows))
-        except RunError as error:  # the answer holds without it
+        except RunError as error:  # the answer holds without a bundle
             notes.append(f"no bundle, as the run cannot be written: {error.where}: {error.message}")
     return {
         "first_bad_step": step,
@@ -134,7 +133,7 @@ def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> di
 
 
 def _other_rows(rerun: Rerun, report: StepReport) -> dict[int, float] | None:
-    """By example, who has another loss than was recorded, where these are few rows of the step."""
+    """The examples whose loss differs from the record, if they are few rows of the step."""
     recorded = {item.example: item.loss for item in rerun.columns.rows(report.step)}
     losses = dict(zip(report.examples.tolist(), report.row_losses, strict=True))
     apart = {example: abs(loss - recorded.get(example, loss)) for example, loss in losses.items()}
@@ -145,9 +144,9 @@ def _other_rows(rerun: Rerun, report: StepReport) -> dict[int, float] | None:
 
 
 def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:
-    """Whether the rows of a step are bad, or the weights that they met: then the update before made them so.
+    """Whether the rows of a step are bad, or the weights they met: then the previous update is to blame.
 
-    The same rows are looked at with the weights before that update. RERUN is at the state before the step.
+    Runs the same rows with the weights before that update. `rerun` is at the state before the step.
     """
     first = rerun.plan.parent.step if rerun.plan.parent else 0
     if step - 2 < first or step - 1 not in rerun.steps or "skipped" in rerun.steps[step - 1]:
@@ -159,8 +158,8 @@ def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:
     usual = _usual_loss(rerun, step)
     if not np.isfinite(now) and np.isfinite(before):
         return step - 1, "update"
-    # the weights are to blame where they account for more than half of what is above the usual, now and when it was recorded: what was
-    # not so bad when it is run again was not their doing
+    # the weights are to blame if they account for more than half of the excess over the usual, both now and in the record: if the
+    # step is less bad when it runs again, they did not cause it
     recorded = float((rerun.steps.get(step) or rerun.refused[step])["loss"])
     is_theirs = now - before > (now - usual) / 2 > 0 and now - before > (recorded - usual) / 2
     return (step - 1, "update") if is_theirs else (step, "rows")
@@ -178,7 +177,7 @@ def _usual_loss(rerun: Rerun, step: int) -> float:
 
 
 def _deviation(rerun: Rerun, until: int) -> Culprit | None:
-    """The first recorded step whose figures are not those that the plan gives without running it."""
+    """The first step whose record differs from the figures of the plan, found without running anything."""
     examples, plan = rerun.resolved.train, rerun.plan
     for step in sorted(each for each in rerun.steps if each <= until):
         ids, record = plan.examples_of(step), rerun.steps[step]
@@ -195,7 +194,7 @@ def _deviation(rerun: Rerun, until: int) -> Culprit | None:
 
 
 def listing(facts: dict) -> str:
-    """The same for a reader."""
+    """The same as lines of text."""
     lines = [f"note: {note}" for note in facts["notes"]]
     if facts["first_bad_step"] is None:
         return "\n".join([f"no step is the first bad one ({facts['predicate']})", *lines])

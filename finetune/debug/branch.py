@@ -1,7 +1,6 @@
 """A new run from any step of another one, with other keys, or without some rows.
 
-The checkpoint is linked, not copied, and what a reader must know of where it comes from is in the plan: `Plan.parent`. From there on a branch is
-a run like any other.
+The checkpoint is linked, not copied. `Plan.parent` records the origin; from there on a branch is a run like any other.
 """
 
 import json
@@ -36,20 +35,20 @@ from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import facts_of, stand_in
 from finetune.training.run import train
 
-# What a checkpoint's tensors are shaped and rounded by.
+# They decide shape and rounding of a checkpoint's tensors.
 FIXED = ("base", "adapter", "train.weights")
 SHOWN_ROWS = 20
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What is another way in a branch."""
+    """The differences between a branch and its parent."""
 
     overrides: Sequence[str] = ()
     skipped_rows: str | None = None
     """Ids like `512,77`, or a file: a line each, an id or an object with `row`."""
     schedule: str = "continue"
-    """`continue` goes on where the learning rate is, `restart` begins a curve of its own, warm-up included."""
+    """`continue` keeps the curve of the learning rate, `restart` begins a new one, warm-up included."""
     is_optimizer_reset: bool = False
 
 
@@ -62,7 +61,7 @@ def branch(
     until: int | None = None,
     is_to_train: bool = True,
 ) -> Path:
-    """Makes the run and trains it, to its end or to step `until`; returns its directory. A branch that is there already is trained on."""
+    """Makes the run and trains it, to its end or to step `until`; returns its directory. Resumes an existing branch."""
     origin, step = _origin(ref)
     run = run or origin.with_name(f"{origin.name}-{step}")
     old, facts = RunDirectory(origin).plan()
@@ -96,7 +95,7 @@ def branch(
 
 
 def _origin(ref: str) -> tuple[Path, int]:
-    """The run and the step that a ref names; the step need not be stored."""
+    """The run and the step of a ref; the step need not be stored."""
     parsed = parse(ref)
     if parsed.kind not in ("run", "base"):
         raise CheckpointError(f"`{ref}` is not a step of a run", hint="name RUN@STEP, RUN@last or RUN@best")
@@ -120,7 +119,7 @@ def _refuse_other_tensors(old: Recipe, new: Recipe, choices: Choices, where: str
 
 
 def _checkpoint(origin: Path, step: int) -> Checkpoint | None:
-    """The checkpoint to begin with, pinned and sound; one that was never stored, or not as a whole, is made real. None is the base."""
+    """The first checkpoint, pinned and sound; materialized if it was never stored, or not fully. None is the base."""
     if step == 0:
         return None
     store = Store(origin)
@@ -137,7 +136,7 @@ def _checkpoint(origin: Path, step: int) -> Checkpoint | None:
 
 
 def _plan(resolved: Resolved, old: Plan, parent: Parent, choices: Choices) -> Plan:
-    """The plan of the branch, with all that is another than in the plan it comes from. RunError where no step is left to train."""
+    """The plan of the branch, with all its differences. Raises RunError if no step is left to train."""
     is_restarted = choices.schedule == "restart"
     new = _counted_on(resolved.plan, old, parent.step)
     lines = [f"{key}: {was} -> {now}" for key, was, now in _changes(old.recipe, new.recipe)]
@@ -168,9 +167,9 @@ def _plan(resolved: Resolved, old: Plan, parent: Parent, choices: Choices) -> Pl
 
 
 def _counted_on(new: Plan, old: Plan, step: int) -> Plan:
-    """The plan of a branch, which goes on at the next example that the run has not drawn, whatever its seed and batch size.
+    """The plan of a branch: it continues at the next example that the run has not drawn, with any seed and batch size.
 
-    Of data that changed the order is another one: some examples of the epoch come again, and some do not come.
+    Changed data has another order: some examples of the epoch repeat, and some do not come.
     """
     earlier = tuple(each for each in old.earlier_orders if each.until <= step)
     train = old.recipe.train
@@ -184,7 +183,7 @@ def _counted_on(new: Plan, old: Plan, step: int) -> Plan:
 
 
 def _course(new: Plan, old: Plan, step: int) -> list[str]:
-    """What another seed or batch size makes of the steps that are left."""
+    """The remaining steps with another seed or batch size."""
     order, next_step = new.order, step + 1
     epoch, place = divmod(int(order.positions_of(next_step)[0]), order.examples_per_epoch)
     rates = " -> ".join(f"{plan.learning_rate(next_step):.3g}" for plan in (old, new))
@@ -200,7 +199,7 @@ def _changes(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
 
 
 def _skipped(resolved: Resolved, old: Plan, choices: Choices) -> tuple[list[int], list[str]]:
-    """The rows that are left out, and a line where these are others than before."""
+    """The skipped rows, and a line if they differ from the parent's."""
     new, lines = resolved.plan, []
     has_same_rows = not _other_data(old, new) and old.recipe.data.train == new.recipe.data.train
     skipped = set(old.skipped_rows) if has_same_rows else set()
@@ -215,7 +214,7 @@ def _skipped(resolved: Resolved, old: Plan, choices: Choices) -> tuple[list[int]
 
 
 def _other_data(old: Plan, new: Plan) -> list[tuple[str, object, object]]:
-    """Sources whose content is not what it was, though they are called the same."""
+    """Sources with the same name and other content."""
     pairs = zip((*old.train, *old.holdout), (*new.train, *new.holdout), strict=False)
     return [
         (one.name, one.fingerprint, two.fingerprint)

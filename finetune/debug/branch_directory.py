@@ -1,6 +1,6 @@
-"""The directory of a branch: a linked checkpoint, the records that led to it, and last its plan.
+"""The directory of a branch: a linked checkpoint, the records up to it, and last its plan.
 
-Until the plan is there, there is no run, and the same command begins anew.
+Without the plan there is no run, and the same command starts again.
 """
 
 import json
@@ -27,7 +27,7 @@ from finetune.training.resume import WORLD
 
 @dataclass(frozen=True)
 class Branch:
-    """What the directory is made of. Without a checkpoint the branch begins at the base."""
+    """The content of the directory. Without a checkpoint the branch begins at the base."""
 
     path: Path
     origin: Path
@@ -44,7 +44,7 @@ class Branch:
 
 
 def is_there(run: Path, plan: Plan) -> bool:
-    """Whether the branch was made before, by the same command. RunError where there is another run."""
+    """Whether the same command made the branch before. Raises RunError if there is another run."""
     if not RunDirectory(run).is_run:
         return False
     if plan.plan_id in RunDirectory(run).plan()[0].plan_ids:
@@ -53,18 +53,18 @@ def is_there(run: Path, plan: Plan) -> bool:
 
 
 def make(branch: Branch, held: Lease) -> list[str]:
-    """Makes the directory; a line says so where the run that it comes from may not be written. RunError where it has checkpoints of
-    something else."""
+    """Makes the directory; a line reports it if the parent run is not writable. Raises RunError if the directory has checkpoints of
+    another run."""
     run, plan, lines = branch.path, branch.plan, []
     store, ours = Store(run), {"ref": plan.parent.ref, "digest": plan.parent.digest}
-    for left in store.checkpoints():  # of a branch that was cut off while it was made
+    for left in store.checkpoints():  # of a branch whose making was interrupted
         if left.manifest.parent != ours:
             hint = "use another --run; if it is a run that lost its plan.json, restore that"
             raise RunError("has checkpoints of something else", where=str(run), hint=hint)
         store.remove(left)
     if branch.checkpoint:
         lines = pins.pin(branch.origin, branch.checkpoint.step, f"branch-{branch.facts['run']}", plan.parent.ref)
-        store.pin(branch.checkpoint.step, "begin")  # every step of the branch is run again from here
+        store.pin(branch.checkpoint.step, "begin")  # replays of the branch start from here
         _link(branch, store, held)
     RunDirectory(run).journal.unlink(missing_ok=True)
     writer = journal.Journal(run)
@@ -81,8 +81,8 @@ def make(branch: Branch, held: Lease) -> list[str]:
 
 
 def _link(branch: Branch, store: Store, held: Lease) -> None:
-    """The checkpoint as the first one of the branch; of the optimizer nothing, where it is reset, and of held-out figures nothing, where
-    other rows are held out."""
+    """The first checkpoint of the branch: without the optimizer if it is reset, and without held-out figures if other rows are held
+    out."""
     plan, checkpoint = branch.plan, branch.checkpoint
     attempt = store.begin(checkpoint.step, held.attempt)
     left_out = {*(RESUME_FILES if branch.is_optimizer_reset else ()), *(() if branch.is_comparable else (HISTORY,))}
@@ -112,7 +112,7 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
 
 
 def _past_of(branch: Branch) -> Iterator[dict]:
-    """The steps that led here, for the guard and the loss curve, and what was evaluated."""
+    """The records of earlier steps, for the guard and the loss curve, and the evaluations."""
     (events, trained), step = scan.read(branch.origin), branch.plan.parent.step
     yield from (trained[number] for number in sorted(trained) if number <= step)
     if branch.is_comparable:

@@ -1,4 +1,4 @@
-"""What is different between two checkpoints, and between the runs they are of: keys, figures, the first step, weights."""
+"""The differences between two checkpoints and their runs: keys, figures, the first step that differs, weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class Side:
 
 
 def diff(a: str, b: str, picture: Path | None = None) -> dict:
-    """What `diff --json` prints; the heat map of the weights goes to a file."""
+    """The object of `diff --json`; the heat map of the weights goes to a file."""
     if picture and not picture.absolute().parent.is_dir():
         raise FinetuneError("there is no such folder", where=str(picture.parent))
     one, two = side_of(a), side_of(b)
@@ -70,7 +70,7 @@ def side_of(text: str) -> Side:
 
 
 def first_differing_step(one: Path | None, two: Path | None) -> dict | None:
-    """The first step that two runs recorded otherwise, and its first quantity; None where all that both recorded is equal."""
+    """The first step whose records differ between two runs, and its first such quantity; None if all common records are equal."""
     if one is None or two is None or one == two:
         return None
     records, others = (scan.read(run).steps for run in (one, two))
@@ -82,12 +82,12 @@ def first_differing_step(one: Path | None, two: Path | None) -> dict | None:
 
 
 def _figures(record: dict) -> dict:
-    """Without what a machine took for it."""
+    """The record without times."""
     return {name: value for name, value in record.items() if name not in ("await_seconds", "seconds")}
 
 
 def _other_rows(one: Path, two: Path, step: int) -> dict[str, list[int]]:
-    """The rows of a step that only one of the runs has in it."""
+    """The rows of a step that only one of the runs has."""
     rows, others = ({item.row for item in row_losses.read_rows(run, step)} for run in (one, two))
     return {"only in A": sorted(rows - others), "only in B": sorted(others - rows)}
 
@@ -97,7 +97,7 @@ def _of_plans(one: Plan | None, two: Plan | None) -> dict:
         return {"recipe": [], "plan": []}
     plans_of = (
         plan.model_dump(mode="json", exclude={"parent", "stages"}) for plan in (one, two)
-    )  # `log` tells who is whose branch
+    )  # `log` shows the parent of each branch
     found = list(differences(*plans_of))
     entries = [{"key": key.removeprefix("recipe."), "a": was, "b": now} for key, was, now in found]
     keys = [key for key, _, _ in found]
@@ -108,7 +108,7 @@ def _of_plans(one: Plan | None, two: Plan | None) -> dict:
 
 
 def _of_metrics(one: Side, two: Side) -> dict:
-    """Held-out figures of each side, where it was evaluated at its step."""
+    """Held-out figures of each side, if it was evaluated at its step."""
     first, second = (_metrics(side) for side in (one, two))
     return {name: {"a": first.get(name), "b": second.get(name)} for name in dict.fromkeys([*first, *second])}
 
@@ -121,7 +121,7 @@ def _metrics(side: Side) -> dict:
 
 
 def listing(facts: dict) -> str:
-    """The same for a reader."""
+    """The same as lines of text."""
     lines = [f"A {facts['a']}", f"B {facts['b']}"]
     for part in ("recipe", "plan"):
         lines += [f"{part}: {entry['key']}: {entry['a']} -> {entry['b']}" for entry in facts[part]]

@@ -1,6 +1,6 @@
-"""What happens inside a step, seen while it runs: the loss of every token, and the first activation that is no number.
+"""Looks inside a step while it runs: the loss of every token, and the first module with a NaN or infinite output.
 
-Nothing is computed otherwise: outputs are looked at, and the losses of tokens are kept that the step makes anyway.
+It must not change the computation: it only reads outputs, and keeps the token losses that the step makes anyway.
 """
 
 import math
@@ -16,15 +16,15 @@ from finetune.training.loop import StepReport
 from finetune.training.resolve import Resolved
 from finetune.training.state import TrainState
 
-HIGHEST = 5  # tokens of a row that are shown
+HIGHEST = 5  # shown tokens of a row
 
 
 @dataclass
 class Seen:
     token_losses: list[torch.Tensor] = field(default_factory=list)
-    """Of each micro-batch that this rank ran, nats of its supervised tokens."""
+    """For each micro-batch of this rank, nats of its supervised tokens."""
     not_finite: str | None = None
-    """The first module whose output was no number."""
+    """The first module with a NaN or infinite output."""
 
 
 @contextmanager
@@ -57,8 +57,8 @@ def watched(state: TrainState) -> Iterator[Seen]:
 
 
 def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequence[Sequence[int]]) -> dict:
-    """A step for a reader: its figures, its gradient by module, and its rows, the one with the highest loss first. `slots` are the
-    micro-batches of this rank, which knows the tokens of their rows alone."""
+    """A step as an object: its figures, its gradient by module, and its rows, the highest loss first. `slots` are the
+    micro-batches of this rank: it knows the tokens of their rows alone."""
     losses_of = _of_examples(report, seen, slots)
     rows = incident.rows_of(resolved, report)
     for row in rows:
@@ -78,7 +78,7 @@ def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequenc
 
 
 def marked(resolved: Resolved, tokens: Sequence[int], supervised: Sequence[bool]) -> str:
-    """A row as text, its supervised stretches in ⟦ ⟧."""
+    """A row as text, its supervised parts in ⟦ ⟧."""
     stretches: list[tuple[bool, list[int]]] = []
     for token, is_supervised in zip(tokens.tolist(), supervised.tolist(), strict=True):
         if not stretches or stretches[-1][0] != is_supervised:
@@ -113,7 +113,7 @@ def listing(facts: dict) -> str:
 
 
 def _of_examples(report: StepReport, seen: Seen, slots: Sequence[Sequence[int]]) -> dict[int, list[float]]:
-    """The losses of each example's supervised tokens; of a micro-batch they stand one row behind the other."""
+    """The losses of each example's supervised tokens; a micro-batch has them row after row."""
     found = {}
     for indices, losses_N in zip(slots, seen.token_losses, strict=False):
         parts = losses_N.split([report.row_tokens[index] for index in indices])

@@ -1,4 +1,4 @@
-"""What `bisect` calls bad: a comparison with a recorded figure or with one of an evaluation, or a command's exit code."""
+"""The meaning of "bad" in a search: a comparison with a recorded or evaluated figure, or a command's exit code."""
 
 import math
 import operator
@@ -26,7 +26,7 @@ SKIP_CODE, FIRST_ABORT_CODE = 125, 128  # as in `git bisect run`
 
 
 class PredicateError(FinetuneError):
-    """A predicate that cannot be read, or has nothing to look at."""
+    """A predicate with bad syntax, or without a recorded quantity."""
 
     code = "predicate"
     exit_code = 2
@@ -41,7 +41,7 @@ class Comparison(NamedTuple):
     limit: float
 
     def holds(self, value: float) -> bool:
-        """What is no number is always bad: no comparison may hide it."""
+        """NaN and infinity are always bad: no comparison may hide them."""
         return not math.isfinite(value) or OPERATORS[self.operator](value, self.limit)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ def parse(text: str) -> Comparison:
 
 
 def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> dict[int, float]:
-    """The quantity of every recorded step in which it was recorded; smoothed ones are means over the steps up to it."""
+    """The quantity by step, for every step with a record of it; smoothed ones are means over the steps up to it."""
     name, _, module = comparison.quantity.partition("/")
     reader = row_losses.Reader(run)
     if module:
@@ -87,7 +87,7 @@ def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> di
 
 
 def run_command(command: str, checkpoint: Path) -> bool | None:
-    """Whether a command calls a checkpoint bad; None where it cannot tell. FinetuneError where it says that the search has to end."""
+    """Whether a command calls a checkpoint bad; None if it cannot tell. Raises FinetuneError if it ends the search."""
     words = [word.replace("{checkpoint}", str(checkpoint)) for word in shlex.split(command)]
     try:
         code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode

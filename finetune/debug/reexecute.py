@@ -1,7 +1,6 @@
-"""A run's own training, run again from its checkpoints: rows, order, seeds and learning rates are functions of the step.
+"""Runs the steps of a run again from its checkpoints, and compares them with the record, to the bit.
 
-Nothing in the run is changed. `replay`, `bisect` and `branch` ask one of these for the state of any step, and for any step's report; what
-comes out is compared, to the bit, with what the run recorded.
+It must change nothing in the run.
 """
 
 import sys
@@ -31,12 +30,12 @@ from finetune.training.run import batches
 from finetune.training.saving import snapshot
 from finetune.training.state import TrainState
 
-REFUSED = ("not_finite", "spike", "amended")  # events that have the figures of a step
+REFUSED = ("not_finite", "spike", "amended")  # events with the figures of a step
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is not as it was recorded; values as the journal has them."""
+    """A difference from the record; values as in the journal."""
 
     step: int
     quantity: str
@@ -48,7 +47,7 @@ class Difference:
 
 
 class Rerun:
-    """One at a time a process: an accelerator is global. On every rank, where there are several."""
+    """At most one in a process at a time: an accelerator is global. With several ranks, one on every rank."""
 
     def __init__(self, run: Path):
         self.run = run
@@ -56,20 +55,20 @@ class Rerun:
         self.store = Store(run)
         recorded = scan.read(run)
         self.events = recorded.events
-        """What happened beside the steps."""
+        """Events of the run other than steps."""
         self.columns = row_losses.Reader(run)
         first = self.plan.parent.step + 1 if self.plan.parent else 1
         self.history = recorded.steps
-        """The record of every step; of a branch also those of the run that it comes from."""
+        """The record of every step; for a branch also those of its parent."""
         self.steps = self.history.since(first)
-        """Those that this plan is about."""
+        """The steps under this plan."""
         self.refused = journal.that_count(self.events, lambda item: item.get("event") in REFUSED and "loss" in item)
-        """What was recorded of steps that were not made."""
+        """Records of refused steps."""
         self.unwritten: dict[int, row_losses.Columns] = {}
-        """Of steps that ran again, what no file has: the run was killed before it was written."""
+        """Row losses and norms of repeated steps missing from the files: the run was killed before it wrote them."""
         self.amendments = self._amendments()
         self.first_difference: Difference | None = None
-        """Of all steps that ran again so far."""
+        """Of all steps repeated so far."""
         self.accelerator = start_accelerator(self.plan.recipe.train)
         loaded = LoadedRecipe(self.plan.recipe, "", str(RunDirectory(run).plan_file), {"": 0})
         with collectives.rank_0_first(self.accelerator):
@@ -90,13 +89,13 @@ class Rerun:
         return self._state
 
     def notes(self) -> list[str]:
-        """A line for every recorded fact of the machine that is another one here."""
+        """A line for every recorded fact of the machine that differs here."""
         now = facts_of(self.accelerator) | {"micro_batch_tokens": self.facts["micro_batch_tokens"]}
         found = differences(recorded(self.facts), recorded(now))
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
 
     def nearest(self, step: int) -> Checkpoint | None:
-        """The newest sound checkpoint that leads to a step, as rank 0 sees it; None is the base."""
+        """The newest sound checkpoint before or at a step, as rank 0 sees it; None is the base."""
         number = 0
         if self.accelerator.is_main_process:
             found, _ = self.store.newest_sound(before=step + 1)
@@ -114,7 +113,7 @@ class Rerun:
         return None
 
     def sound_checkpoints(self) -> tuple[dict[int, Checkpoint], list[str]]:
-        """The full checkpoints of which every byte is right, by step, and the names of those that are damaged."""
+        """The full and sound checkpoints by step, and the names of the damaged ones."""
         full = [item for item in self.store.checkpoints() if item.manifest.kind == "full"]
         broken = {item.step for item in full if any(damage.check != "extra" for damage in verify(item.path))}
         return {item.step: item for item in full if item.step not in broken}, [
@@ -122,15 +121,15 @@ class Rerun:
         ]
 
     def begin_at(self, checkpoint: Checkpoint | None) -> None:
-        """Brings the state to a checkpoint, of this run or of its like, or to the base."""
+        """Brings the state to a checkpoint of this run or of its parent, or to the base."""
         if checkpoint is None and self._stand_in:
-            base.directory(self.plan.recipe.base, self.plan.base)  # it is gone, and says so
+            base.directory(self.plan.recipe.base, self.plan.base)  # raises if the base is gone
         self._loaded_step = checkpoint.step if checkpoint else 0
         if checkpoint is None and self._state is not None and self._state.step == 0:
             return
         if self._state is None or checkpoint is None:
             self._state = None
-            self.accelerator.free_memory()  # before there are two
+            self.accelerator.free_memory()  # before a second model is built
             self._state = build(self.plan, self._directory, self.accelerator)
         if checkpoint:
             try:
@@ -140,14 +139,14 @@ class Rerun:
                 raise CheckpointError("was removed meanwhile", where=str(checkpoint.path), hint=hint) from error
 
     def go_to(self, step: int, say: Callable[[str], None] | None = None, is_to_run: bool = False) -> None:
-        """Brings the state to a step, from where it is or from the nearest checkpoint before. With `is_to_run` not from one of that very
-        step, whose content may be what went wrong."""
+        """Brings the state to a step, from its current step or from the nearest earlier checkpoint. With `is_to_run`, never from a
+        checkpoint of that step itself: its content may be the fault."""
         begin = max(step - 1, self.plan.parent.step if self.plan.parent else 0) if is_to_run else step
 
         def is_on_the_way(start: int) -> bool:
             return self._state is not None and start <= self._state.step <= step and self._loaded_step <= begin
 
-        # several ranks ask together, or not at all
+        # all ranks ask together, or none does
         if not is_on_the_way(self._newest_name(begin)) or self.accelerator.num_processes > 1:
             nearest = self.nearest(begin)
             if not is_on_the_way(nearest.step if nearest else 0):
@@ -158,13 +157,13 @@ class Rerun:
         self.go_to_from_here(step)
 
     def go_to_from_here(self, step: int) -> None:
-        """Runs on from wherever the state is."""
+        """Runs from the current step of the state."""
         while self._state.step < step:
             self.advance()
 
     def earliest_difference(self) -> tuple[Difference, int]:
-        """The first step that is not as recorded, once one is known that is not. What went wrong may have lasted since an earlier stretch
-        between two checkpoints: these are run again, the one before first, then by halves. With how many were."""
+        """The first step that differs from its record, given one that does. The fault may have begun between earlier checkpoints: these
+        stretches run again, the previous one first, then by halves. Also returns the number of stretches."""
         found, probes = self.first_difference, 0
         stored, _ = self.sound_checkpoints()
         starts = sorted(stored) if self.plan.parent and self.plan.parent.step else [0, *sorted(stored)]
@@ -176,7 +175,7 @@ class Rerun:
             while self.first_difference is None and self._state.step < starts[middle + 1]:
                 self.advance()
                 other = None if self.first_difference else self.stored_difference()
-                if other:  # after that step's figures, and before the next one's
+                if other:  # after that step's figures, before the next step's
                     begun = min(other.step + 1, max(self.history.keys() | self.refused.keys()))
                     about = f"{other.quantity} where it begins" if begun > other.step else other.quantity
                     self.first_difference = replace(other, step=begun, quantity=about)
@@ -188,7 +187,7 @@ class Rerun:
         return found, probes
 
     def stored_difference(self) -> Difference | None:
-        """Where a checkpoint of the state's step is stored, the first tensor that is not the same, to the bit."""
+        """The first tensor that differs from the stored checkpoint of this step, to the bit; None without a checkpoint."""
         step = self._state.step
         if not RunDirectory(self.run).checkpoint(step).is_dir():
             return None
@@ -204,7 +203,7 @@ class Rerun:
         return None
 
     def advance(self) -> loop.StepReport:
-        """Runs the next step, as it was run, and compares it with the record. NotFiniteError where it cannot be made."""
+        """Runs the next step as the run did, and compares it with the record. Raises NotFiniteError if it is NaN or infinite."""
         report = self.attempt()
         if not report.is_finished:
             found = self.first_difference
@@ -213,7 +212,7 @@ class Rerun:
         return report
 
     def attempt(self) -> loop.StepReport:
-        """The same, without an update where the figures are no numbers: then the state stays where it is."""
+        """The same, but without an update if the figures are NaN or infinite: then the state stays at its step."""
         step = self._state.step + 1
         if self.accelerator.device.type == "cpu":
             torch.set_num_threads(self._world_of(step)["threads"])  # sums are divided among the threads
@@ -225,18 +224,18 @@ class Rerun:
         return report
 
     def slots_of(self, step: int) -> list[list[int]]:
-        """Which of the step's rows each micro-batch of this rank holds."""
+        """The rows of the step in each micro-batch of this rank."""
         made = self.batches_of(step)
         return made.of(self.plan.examples_of(step)).slots[made.rank :: made.world_size]
 
     def judge(self, step: int, figures: dict[str, float]) -> guard.Verdict | None:
-        """Leaves out what the run left out, and refuses what is no number."""
+        """Skips the updates that the run skipped, and refuses NaN and infinity."""
         if self.plan.is_left_out(step):
             return guard.without_rows(step)
         return guard.judge(Guard(spike="ignore"), step, figures, lambda quantity, before: (), self.amendments)
 
     def difference(self, report: loop.StepReport) -> Difference | None:
-        """The first quantity of a step that is not as the run has recorded it; None also where it has no record."""
+        """The first quantity of a step that differs from its record; None also if there is no record."""
         step, found = report.step, columns_of(report)
         record = self.steps.get(step)
         now = figures_of(report) | ({"skipped": report.verdict.reason} if report.verdict and record else {})
@@ -261,7 +260,7 @@ class Rerun:
             print(message, file=sys.stderr, flush=True)
 
     def batches_of(self, step: int) -> Batches:
-        """Arranged as they were: the micro-batches of an attempt had its own size."""
+        """Arranged as in the run: each attempt has its own size of micro-batches."""
         budget = self._world_of(step)["micro_batch_tokens"]
         if budget not in self._batches:
             resolved = replace(self.resolved, micro_batch_tokens=budget)
@@ -269,11 +268,11 @@ class Rerun:
         return self._batches[budget]
 
     def _world_of(self, step: int) -> dict:
-        """The facts of the attempt that a step was recorded in."""
+        """The machine facts of the attempt that recorded a step."""
         return self._worlds.get(self.steps.get(step, {}).get("attempt"), self.facts)
 
     def _newest_name(self, step: int) -> int:
-        """The newest step up to one whose directory is there, verified or not."""
+        """The newest step up to `step` with a checkpoint directory, verified or not."""
         return max([0, *(each for each in RunDirectory(self.run).stored_steps() if each <= step)])
 
     def _amendments(self) -> list[Amendment]:

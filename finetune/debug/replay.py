@@ -1,7 +1,6 @@
-"""Steps of a run once more: whether they come out as they were recorded, what was in them, and the state after any of them.
+"""Runs steps of a run again, compares them with their record, shows their content, and commits the state after any of them.
 
-A checkpoint of any step is virtual until it is asked for: `materialize` runs the steps from the nearest one again and commits the state,
-if every step on the way is as it was recorded.
+`materialize` must not commit a state if a step on the way differs from its record.
 """
 
 import secrets
@@ -26,7 +25,7 @@ from finetune.training.so_far import Past
 
 
 def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:
-    """What `replay --json` prints. Raises RunError where the run has no such steps."""
+    """The object of `replay --json`. Raises RunError if the run has no such steps."""
     rerun = Rerun(run)
     _refuse_missing(rerun, first, last)
     for note in rerun.notes():
@@ -41,7 +40,7 @@ def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_mate
             inspected.append(inspection.described(rerun.resolved, report, seen, slots))
         else:
             report = rerun.attempt()
-        if not report.is_finished:  # as in the run, which has no state after it
+        if not report.is_finished:  # as in the run: it has no state after this step
             break
         rerun.first_difference = rerun.first_difference or rerun.stored_difference()
     found = rerun.first_difference
@@ -61,7 +60,7 @@ def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_mate
 def materialize(rerun: Rerun, steps: Sequence[int]) -> list[str]:
     """Commits the states of steps as checkpoints of the run, and pins them: the keep rules leave them alone. Returns their refs.
 
-    CheckpointError where a step on the way is not as it was recorded: the state would be another one.
+    Raises CheckpointError if a step on the way differs from its record: the state would differ too.
     """
     if missing := sorted(set(steps) - rerun.steps.keys()):
         newest = max(rerun.steps, default=0)
@@ -85,7 +84,7 @@ def materialize(rerun: Rerun, steps: Sequence[int]) -> list[str]:
 
 
 class Committer:
-    """Makes states of a rerun checkpoints of its run, as its training would have; on rank 0."""
+    """Commits states of a rerun as checkpoints of its run, as its training would; on rank 0."""
 
     def __init__(self, rerun: Rerun, held: Lease):
         self._rerun, self._lease = rerun, held
@@ -108,7 +107,7 @@ class Committer:
             self._saver.open(rerun.state)
             self._is_open = True
         before, _ = rerun.store.newest_sound(before=step + 1)  # `nearest` asks all ranks
-        if before and before.step == step:  # it is real already
+        if before and before.step == step:  # it is stored already
             rerun.store.pin(step, "materialized")
             return
         self._saver.last = before
@@ -126,12 +125,12 @@ class Committer:
             wait_seconds=0.0,
             amendments=amendments,
         )
-        rerun.store.pin(step, "materialized")  # before it is there: the next training's keep rules must not take it
+        rerun.store.pin(step, "materialized")  # before the commit: the next training's keep rules must not remove it
         save = self._saver.begin(rerun.state, record)
         self._saver.commit_kept(save, self._journal, self._lease)
 
     def _unwritten(self, step: int) -> Columns:
-        """Of steps up to this one, what the run was killed before writing: no checkpoint is ahead of its record."""
+        """Row losses and norms of steps up to this one that a killed run did not write: no checkpoint is ahead of its record."""
         found = Columns()
         for number in sorted(number for number in self._rerun.unwritten if number <= step):
             found.extend(self._rerun.unwritten.pop(number))
@@ -142,7 +141,7 @@ class Committer:
 
 
 def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
-    """Steps that were recorded, and the one at which a run ended that could not make it."""
+    """The recorded steps, and a refused last one."""
     newest = max(rerun.steps, default=0)
     refused = {record["step"] for record in rerun.events if record.get("event") in ("not_finite", "spike")}
     if last > max([newest, *refused]):
@@ -153,7 +152,7 @@ def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
 
 
 def listing(facts: dict) -> str:
-    """The same for a reader."""
+    """The same as lines of text."""
     first, last = facts["steps"]
     what = f"step {first}" if first == last else f"steps {first} to {last}"
     lines = [inspection.listing(step) for step in facts.get("inspected", ())]

@@ -1,4 +1,4 @@
-"""How `bisect` finds the first bad step: a recorded figure is looked up, a state is evaluated, by halves."""
+"""Finds the first bad step: recorded figures are looked up, states are evaluated by halves."""
 
 import errno
 import os
@@ -30,16 +30,16 @@ from finetune.training.saving.buffers import Staging
 @dataclass
 class Found:
     first_bad: int
-    """The first step that is bad."""
+    """The first bad step."""
     last_good: int
     evaluations: int = 0
-    """States that were evaluated; what the journal had is not among them."""
+    """States evaluated for this search, without figures from the journal."""
     notes: list[str] = field(default_factory=list)
-    """What a reader should know before he believes it."""
+    """Caveats of the answer."""
 
 
 class NoAnswer(Exception):
-    """No step is bad, or none is good; an answer as well."""
+    """No step is bad, or none is good; this is an answer as well."""
 
     def __init__(self, message: str, states: "States | None" = None):
         self.evaluations = states.evaluations if states else 0
@@ -76,7 +76,7 @@ def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: i
 
 
 class States:
-    """Evaluates states of a run, stored ones and those between; what it writes goes with it."""
+    """Evaluates states of a run, stored ones and those between; its files are removed with it."""
 
     def __init__(self, rerun: Rerun, predicate: Comparison | str):
         self.rerun = rerun
@@ -87,7 +87,7 @@ class States:
         self._staging = Staging()
 
     def is_bad(self, step: int, checkpoint: Checkpoint | None) -> bool | None:
-        """Whether the state after a step is; None where the command cannot tell. The rerun is at it, unless it is stored."""
+        """Whether the state after a step is bad; None if the command cannot tell. The rerun is at this step, unless it is stored."""
         rerun = self.rerun
         if isinstance(self._predicate, Comparison):
             metrics = self._recorded(step)
@@ -117,7 +117,7 @@ class States:
         return found if found and self._predicate.quantity in found else None
 
     def write(self, previous: Checkpoint | None) -> Checkpoint:
-        """The state as it is as a checkpoint, in a directory of the run's disk that goes with this object."""
+        """The current state as a checkpoint, in a temporary directory on the run's disk, removed with this object."""
         rerun = self.rerun
         if self._scratch is None:
             self._scratch = self._new_scratch()
@@ -126,7 +126,7 @@ class States:
             with failures(self._scratch, RunError):
                 shutil.copy(
                     RunDirectory(rerun.run).plan_file, self._scratch
-                )  # a command may ask for it, as beside any checkpoint
+                )  # a command may look for it, as beside any checkpoint
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")
@@ -140,11 +140,11 @@ class States:
         return store.find(rerun.state.step)
 
     def _new_scratch(self) -> Path:
-        """A directory of the run's disk, or of the cache where the run may not be written or its disk has no room for two states."""
+        """A directory on the run's disk; in the cache if the run is not writable or its disk has no room for two states."""
         rerun, token, is_elsewhere = self.rerun, secrets.randbits(40), 0
         places = [RunDirectory(rerun.run).debug, cache.root()]
         if rerun.accelerator.is_main_process:
-            for left in places[0].glob("bisect-*"):  # of a search that was killed
+            for left in places[0].glob("bisect-*"):  # of a killed search
                 shutil.rmtree(left, ignore_errors=True)
             room = 2 * checkpoint_bytes(rerun.plan)
             try:
@@ -164,7 +164,7 @@ class States:
         return scratch
 
     def remove(self, checkpoint: Checkpoint | None) -> None:
-        """Removes what `write` made, and nothing else."""
+        """Removes the files of `write`, and nothing else."""
         is_ours = checkpoint is not None and self._scratch is not None and checkpoint.path.is_relative_to(self._scratch)
         if is_ours and self.rerun.accelerator.is_main_process:
             Store(self._scratch).remove(checkpoint)
@@ -184,7 +184,7 @@ def _states(rerun: Rerun, predicate: Comparison | str) -> Iterator[States]:
 
 
 def search_states(rerun: Rerun, predicate: Comparison | str, good: int | None, bad: int | None) -> Found:
-    """By halves. The ends are evaluated unless they are given; a state that is bad is taken to stay so."""
+    """By halves. The ends are evaluated unless they are given. Assumes that a bad state stays bad."""
     with _states(rerun, predicate) as states:
         stored, damaged = rerun.sound_checkpoints()
         first = rerun.plan.parent.step if rerun.plan.parent else 0
@@ -206,7 +206,7 @@ def search_states(rerun: Rerun, predicate: Comparison | str, good: int | None, b
         if not verdict:
             raise NoAnswer(f"never bad: the state at step {last}, the last one that is stored, is good", states)
         low, high, unknown = _halves(sorted(step for step in stored if low < step < last), low, last, stored, states)
-        # the start is evaluated last: mostly some later state is good, and it need not be
+        # the start is evaluated last: usually some later state is good, and it is not needed
         verdict = states.is_bad(low, stored.get(low)) if good is None and low == start else False
         if verdict is None:
             raise NoAnswer(f"the command cannot tell of step {low}, where the run begins", states)
@@ -223,7 +223,7 @@ def search_states(rerun: Rerun, predicate: Comparison | str, good: int | None, b
 def _halves(
     steps: list[int], low: int, high: int, stored: dict[int, Checkpoint], states: States
 ) -> tuple[int, int, set[int]]:
-    """The last good and the first bad one of the stored states, and those of which the command could not tell."""
+    """The last good and the first bad one of the stored states, and those the command could not judge."""
     unknown: set[int] = set()
     while left := [step for step in steps if low < step < high and step not in unknown]:
         step = left[len(left) // 2]
@@ -240,7 +240,7 @@ def _halves(
 def _between(
     rerun: Rerun, states: States, low: int, high: int, stored: dict[int, Checkpoint]
 ) -> tuple[int, int, set[int]]:
-    """The same inside the bracket, whose steps are run again. From a good state the next half goes on; a bad one is left for it."""
+    """The same inside the bracket, by running its steps again. The search continues from a good state, and steps back from a bad one."""
     is_to_write = high - low > 1
     rerun.go_to(low, rerun.say)
     good_one = stored.get(low) or (states.write(None) if low and is_to_write else None)

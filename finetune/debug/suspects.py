@@ -1,8 +1,7 @@
-"""Which rows of a step made it what it is.
+"""Shares of blame of the rows of a step; they add up to 1.
 
-Two shares, each adding up to 1 over the rows of a step. Of a loss: how much of what is above the step's median is a row's. Of an update:
-g_i . g / |g|^2, where g is the gradient of the step and g_i that of one row in it. (First-order influence, as in TracIn, Pruthi et al. 2020,
-arXiv 2002.08484, within one step.) Dropout is off: a row alone would have other masks than in its micro-batch.
+Of a loss: the row's part of the excess over the step's median. Of an update: g_i . g / |g|^2, with g the gradient of the step and g_i
+that of one row (first-order influence, as in TracIn, arXiv 2002.08484). Dropout is off: a row alone would have other masks.
 """
 
 import statistics
@@ -20,7 +19,7 @@ NOT_OF_ROWS = ("learning_rate", "seconds", "await_seconds")
 
 
 def loss_shares(report: StepReport) -> dict[int, float]:
-    """By example. What is no number has the whole share, in equal parts."""
+    """By example. NaN and infinite rows have the whole share, in equal parts."""
     losses = dict(zip(report.examples.tolist(), report.row_losses, strict=True))
     bad = [example for example, loss in losses.items() if not np.isfinite(loss)]
     if bad:
@@ -33,7 +32,7 @@ def loss_shares(report: StepReport) -> dict[int, float]:
 
 
 def shares_of(quantity: str, report: StepReport) -> dict[int, float]:
-    """By example, of a recorded quantity: tokens by tokens, the least loss to the row that has it, all else as a loss."""
+    """By example, of a recorded quantity: token counts by tokens, the least loss to its row, all else as a loss."""
     examples = report.examples.tolist()
     if quantity in NOT_OF_ROWS:
         return {}
@@ -48,7 +47,7 @@ def shares_of(quantity: str, report: StepReport) -> dict[int, float]:
 
 
 def gradient_shares(state: TrainState, plan: Plan, batches: Batches, step: int) -> dict[int, float]:
-    """By example, at the state as it is. Every row is run alone, twice: for the sum, and for its part in it."""
+    """By example, at the current state. Every row runs alone, twice: for the sum, and for its part in it."""
     ids = plan.examples_of(step)
     total = _gradient(state, batches, ids)
     square = sum(float(part.double().square().sum()) for part in total)
@@ -61,7 +60,7 @@ def gradient_shares(state: TrainState, plan: Plan, batches: Batches, step: int) 
 
 
 def row_losses(state: TrainState, batches: Batches, ids: np.ndarray) -> list[float]:
-    """Mean nats of the supervised tokens of each example, at the state as it is."""
+    """Mean nats of the supervised tokens of each example, at the current state."""
     objective = state.accelerator.unwrap_model(state.objective).eval()
     found = []
     for example in ids.tolist():
@@ -73,7 +72,7 @@ def row_losses(state: TrainState, batches: Batches, ids: np.ndarray) -> list[flo
 
 
 def _gradient(state: TrainState, batches: Batches, ids: np.ndarray) -> list[torch.Tensor]:
-    """Of the summed loss of examples, by trainable parameter; those of the parameters are left alone."""
+    """Gradients of the summed loss of examples, by trainable parameter; leaves the parameters' own gradients alone."""
     objective = state.accelerator.unwrap_model(state.objective).eval()
     parameters = list(state.trainable.values())
     sums = [torch.zeros_like(parameter) for parameter in parameters]

@@ -1,7 +1,7 @@
-"""How far the weights of one model lie from another's, tensor by tensor; for `diff`.
+"""Distances between the weights of two models, tensor by tensor, with one tensor at a time in memory.
 
-One tensor at a time is in memory. An adapter counts as what it adds: (alpha / r) B A of each module (Hu et al. 2021, arXiv 2106.09685),
-so two adapters of other ranks, or whose factors differ by a rotation, are compared by what they do.
+An adapter counts as its product (alpha / r) B A of each module (LoRA, arXiv 2106.09685). So you can compare adapters of different
+ranks, or with rotated factors.
 """
 
 import json
@@ -31,7 +31,7 @@ class Change(NamedTuple):
     name: str
     size: int
     norm: float
-    """Of A's weight; of an adapter, of the base's weight that it is added to."""
+    """Norm of A's weight; for an adapter, of the base's weight under it."""
     change: float
     relative: float
     """`change / norm`."""
@@ -41,13 +41,13 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a directory by name, read when asked for; those of an adapter are its products."""
+    """The tensors of a directory by name, read on access; those of an adapter are its products."""
 
     read: Mapping[str, Callable[[], torch.Tensor]]
     is_adapter: bool
     directory: Path
     base: "Weights | None" = None
-    """What an adapter lies on."""
+    """The base of an adapter."""
 
 
 def weights_of(directory: Path) -> Weights:
@@ -58,9 +58,9 @@ def weights_of(directory: Path) -> Weights:
 
 
 def changes(one: Weights, two: Weights) -> tuple[list[Change], dict[str, list[str]]]:
-    """The change of every tensor that both have in one shape, in the order of the model; and the names of the others, by what is wrong.
+    """The change of every tensor that both have in one shape, in the order of the model; and the names of the others, by reason.
 
-    A base beside an adapter counts as an adapter that adds nothing.
+    A base compared with an adapter counts as an adapter that adds nothing.
     """
     is_adapter = one.is_adapter or two.is_adapter
     bases = {(side.base or side).directory.resolve() for side in (one, two)}
@@ -87,7 +87,7 @@ def changes(one: Weights, two: Weights) -> tuple[list[Change], dict[str, list[st
 
 
 def by_module(found: Sequence[Change]) -> list[Change]:
-    """The same for the groups of modules that gradient norms are recorded by."""
+    """The same for groups of modules, as in the recorded gradient norms."""
     groups: dict[str, list[Change]] = {}
     for item in found:
         groups.setdefault(module_of(item.name), []).append(item)
@@ -177,7 +177,7 @@ def _products(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
             module = name.removesuffix(factor).removeprefix(PREFIX)
             found[f"{module}.weight"] = partial(_product, path, name, name.replace("_A", "_B"), config)
         elif not name.endswith(tuple(each.replace("_A", "_B") for each in FACTORS)):
-            found[name.removeprefix(PREFIX)] = partial(_read, path, name)  # saved beside the factors, whole
+            found[name.removeprefix(PREFIX)] = partial(_read, path, name)  # saved whole, beside the factors
     return found
 
 

@@ -1,5 +1,6 @@
 """The benchmarks as a page: `docs/benchmarks.md`, from the reports of one or several sessions."""
 
+import textwrap
 from statistics import median
 
 import comparison
@@ -9,23 +10,36 @@ from figures import SCALES, Goal
 GIB = 2**30
 INTRODUCTION = """# Benchmarks
 
-Ours beside what people would use instead, on the same rows with the same tokens an update, in turns on one machine. Written by
-`scripts/bench/throughput.py --write docs/benchmarks.md --from REPORT…`; nothing here was entered by hand. What a checkpoint costs is
-in [checkpoints.md](checkpoints.md).
+We compare finetune with the tools you would use instead, on the same rows with the same tokens an
+update, in turns on one machine.
+`scripts/bench/throughput.py --write docs/benchmarks.md --from REPORT…` writes this page; we entered
+nothing by hand. You find the cost of a checkpoint in [checkpoints.md](checkpoints.md).
 """
 RULES = """## What is compared
 
-SmolLM2-135M-Instruct (134,515,008 parameters, the quickstart's base), every token supervised, fused AdamW at a constant learning rate,
-clipping at 1.0, no accumulation. bf16 is autocast over fp32 weights. An update has four rows of source text of Python's standard
-library, 900 to 1,024 tokens; every contestant trains on the same rows in the same step and starts with the same weights and adapters
-(rank 16 beside all linear layers). Each run is a process of its own; runs of all contestants alternate, in another order each round;
-all have the same threads and the same malloc settings. Tokens are counted without padding, from the end of the second step to the end
-of the last, so whatever happens between steps counts. Ratios are medians over rounds of the ratio within a round, with the spread.
-MFU counts the matrix products with weights (6 N a token; LoRA 4 N and 6 of the adapter's) against the best 2,048-square matrix product
-of the session. Where a cell says `malloc plain`, nothing was set from outside; ours sets glibc's malloc itself where it trains on a CPU,
-so that cell shows what this alone is worth, and the others do not have it. Memory is the most the process was resident in, less the buffers that saves are staged in: `ready for a save` has those.
+**The training.** SmolLM2-135M-Instruct (134,515,008 parameters, the quickstart's base), every token
+supervised, fused AdamW at a constant learning rate, clipping at 1.0, no accumulation. bf16 is
+autocast over fp32 weights. An update has four rows of source text of Python's standard library, 900
+to 1,024 tokens. Every contestant trains on the same rows in the same step, and starts with the same
+weights and adapters (rank 16 beside all linear layers).
 
-| contestant | how it is set, and why |
+**The runs.** Each run is a separate process. Runs of all contestants alternate, in another order
+each round. All have the same threads and the same malloc settings.
+
+**The figures.**
+
+- Tokens are counted without padding, from the end of the second step to the end of the last. So
+  everything between steps counts.
+- Ratios are medians over rounds of the ratio within a round, with the spread.
+- MFU counts the matrix products with weights (6 N a token; LoRA 4 N and 6 of the adapter's). It
+  compares them with the best 2,048-square matrix product of the session.
+- `malloc plain` in a cell means that we set nothing from outside. finetune sets glibc's malloc
+  itself when it trains on a CPU. So this cell shows you the worth of that alone; the other
+  contestants do not have it.
+- Memory is the peak resident memory of the process, without the staging buffers of saves.
+  `ready for a save` has those.
+
+| contestant | settings, and reasons |
 |---|---|
 | bare loop, padded | written by hand, rows filled up to the longest, no mask (a causal model needs none) |
 | bare loop, packed | rows best-fit into sequences of the cell's length, positions restart, block-diagonal mask of transformers |
@@ -33,24 +47,33 @@ so that cell shows what this alone is worth, and the others do not have it. Memo
 | the same, attention per row | one sequence, attention computed row by row |
 | Trainer | transformers' collator, padded to the longest; `optim=adamw_torch_fused`, `bf16`, no logging, no saving, no evaluation |
 | SFTTrainer, padded | TRL's collator; gradient checkpointing, on by default in TRL, as the cell says; its chunked log-probabilities and metrics stay |
-| SFTTrainer, packed | TRL's `pack_dataset` (`bfd`) told to pack the rows of one step together, and its padding-free collator |
-| finetune | `finetune train` with a recipe that names the same numbers, else defaults: journal and row losses included; the final commit counts for memory, it comes after the last step |
+| SFTTrainer, packed | TRL's `pack_dataset` (`bfd`), set to pack the rows of one step together, and its padding-free collator |
+| finetune | `finetune train` with the same numbers in the recipe, else defaults: journal and row losses included; the final commit counts for memory, after the last step |
 
-A cell shows the contestants that were run in it. With activation checkpointing Trainer also computes the gradient of the embeddings'
-output beneath LoRA, as its documentation has it; ours and the bare loops do not.
+A cell shows only the contestants we ran in it. With activation checkpointing, Trainer also computes
+the gradient of the embeddings' output under LoRA, as its documentation says. finetune and the bare
+loops do not.
 
-Frozen weights of LoRA in bf16 are stored as autocast casts them by ours and by the bare loops: the same bits. Trainer and SFTTrainer get
-the model in fp32, as `from_pretrained(dtype=float32)` gives it; loaded in bf16 they would compute another loss.
+finetune and the bare loops store the frozen weights of LoRA in bf16, as autocast casts them: the
+same bits. Trainer and SFTTrainer get the model in fp32, from `from_pretrained(dtype=float32)`.
+Loaded in bf16, they would compute another loss.
 """
 
 REMAINS = """## What remains above the bare loop
 
-Both profiles are products with weights for half of the time and attention for a quarter. What is ours alone beside them is small: the norm of the gradients by
-dot products (`aten::dot`), the losses of rows as one stacked sum (`aten::stack`, `aten::cat`), seeds and collation, and a line in the journal, in all the tenths of
-a millisecond of *overhead* above. The casts of autocast (`aten::copy_`) are in both: weights are cast once a step. The loss is cheaper than the bare loop's, because the
-gradient of a chunk of logits is made from its log-probabilities in place, where autograd keeps both; clipping is one multiplication inside the fused update. The
-longer start is what is done before the first step and not by a bare loop: the recipe, the plan and its digests, and the lease. Most cells were measured before what is found out about a base
-(that packing keeps its rows apart, what its loss needs) was kept with the cache: their starts are longer than those of *start*, which was measured after.
+Both profiles spend half of the time on products with weights, and a quarter on attention. finetune
+alone adds little: the norm of the gradients by dot products (`aten::dot`), the losses of rows as
+one stacked sum (`aten::stack`, `aten::cat`), seeds and collation, and a line in the journal. All of
+it is the tenths of a millisecond of *overhead* above.
+
+The casts of autocast (`aten::copy_`) are in both: weights are cast once a step. The loss is cheaper
+than the bare loop's. finetune makes the gradient of a chunk of logits from its log-probabilities in
+place, and autograd keeps both. Clipping is one multiplication inside the fused update.
+
+You wait longer for the start because finetune does more before the first step than a bare loop: the
+recipe, the plan and its digests, and the lease. Most cells were measured before the cache kept the
+findings about a base (packing keeps its rows apart, the needs of its loss). Their starts are longer
+than those of *start*, measured afterwards.
 """
 
 
@@ -87,7 +110,7 @@ def summary(reports: list[dict]) -> str:
     if not columns:
         return ""
     head = [f"| cell | {' | '.join(columns)} | rounds |", "|---" * (len(columns) + 2) + "|"]
-    last = "\nIn bold: not what was aimed at. Each cell has its table, its goals and its spread below.\n"
+    last = "\nBold figures miss their goal. Each cell has its table, its goals and its spread below.\n"
     return "\n".join(["## Summary\n", *head, *lines, last])
 
 
@@ -99,10 +122,13 @@ def conditions(report: dict) -> str:
     return "\n".join(
         [
             "## On this machine\n",
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / GIB:.0f} GiB, no GPU; Linux {machine['kernel']}; "
-            f"Python {machine['python']}; {', '.join(f'{name} {number}' for name, number in versions.items())}; "
-            f"{machine['threads']} threads. Matrix product, GFLOP/s, before each run: bf16 {peaks['bf16']}, fp32 {peaks['fp32']}. "
-            f"Other processes kept {_spread(others, 2)} cores busy.\n",
+            _wrapped(
+                f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / GIB:.0f} GiB, no GPU; Linux {machine['kernel']}; "
+                f"Python {machine['python']}; {', '.join(f'{name} {number}' for name, number in versions.items())}; "
+                f"{machine['threads']} threads. Matrix product, GFLOP/s, before each run: bf16 {peaks['bf16']}, fp32 {peaks['fp32']}. "
+                f"Other processes kept {_spread(others, 2)} cores busy."
+            )
+            + "\n",
             f"```text\npython scripts/bench/throughput.py {report['command']}\n```",
         ]
     )
@@ -118,8 +144,11 @@ def throughput(report: dict, titles: dict[str, str]) -> str:
         differences = comparison.loss_differences(contestants)
         lines += [
             f"\n### {cell.name}, malloc {key[1]}\n",
-            f"{rows['rows']} rows, median {rows['median']:.0f}, ninth decile {rows['ninth_decile']}, longest {rows['longest']} tokens; "
-            f"{rows['tokens_of_update']:.0f} tokens an update, {rows['share_of_padded_positions']:.0%} of the positions when padded.\n",
+            _wrapped(
+                f"{rows['rows']} rows, median {rows['median']:.0f}, ninth decile {rows['ninth_decile']}, longest {rows['longest']} tokens; "
+                f"{rows['tokens_of_update']:.0f} tokens an update, {rows['share_of_padded_positions']:.0%} of the positions when padded."
+            )
+            + "\n",
             "| contestant | tokens/s | MFU | peak GiB | ready for a save, GiB | start to first step, s | loss differs by |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -182,6 +211,10 @@ def operators(found: list[dict]) -> str:
         name, share = operator["name"].replace("|", "\\|"), f"{operator['share']:.1%}"
         lines.append(f"| `{name}` | {share} | {operator['seconds']:.3f} | {operator['calls']} |")
     return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _spread(samples: list[float], digits: int) -> str:

@@ -1,6 +1,6 @@
-"""Which rows a plan holds out: those of the run that it goes on from, or a draw of its own; and who trained on them before.
+"""The held-out rows of a plan: inherited from an earlier run, or drawn; and the earlier runs that trained on them.
 
-`resolve` asks when a plan is made or read again, `evaluate` before any figure. Rows are held out by content (see `split`).
+Rows are held out by content (see `plan/split.py`), never by position.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from finetune.recipe.schema import Recipe, is_drawn
 
 @dataclass(frozen=True)
 class Sources:
-    """The sources of a recipe, encoded: what their rows say (uint64 each)."""
+    """The encoded sources of a recipe: hashes of their rows' content (uint64 each)."""
 
     pins: Sequence[PinnedSource]
     train: Sequence[np.ndarray]
@@ -34,20 +34,20 @@ class Sources:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows count through the training sources, or, where they are not drawn, through the held-out ones."""
+    """Row ids count through the training sources; if `holdout` lists its own sources, through those."""
 
     split: Split | None
     untrained: np.ndarray
-    """Training rows (int64, sorted) that are not trained on: held-out ones and their copies."""
+    """Training rows (int64, sorted) to skip in training: held-out ones and their copies."""
     evaluated: np.ndarray
-    """Each of them once."""
+    """Each held-out row once."""
     says: np.ndarray
-    """What each of the evaluated rows says (uint64)."""
+    """Hash of the content of each evaluated row (uint64)."""
     contents: Contents
 
     @property
     def digest(self) -> str:
-        """Stands for the rows, in whatever order; empty without any."""
+        """Digest of the rows, independent of their order; empty without rows."""
         return splits.digest(self.says) if len(self.says) else ""
 
     def seen_by(self, stages: Sequence[Stage]) -> Found:
@@ -55,7 +55,7 @@ class HeldOut:
 
 
 def held_out(recipe: Recipe, sources: Sources, earlier: Plan | None, origin: Stage | None) -> HeldOut:
-    """`earlier` is the plan of a run to resume; `origin` the run that a new one goes on from. DataError where nothing is left on a side."""
+    """`earlier` is the plan of a run to resume, `origin` the run that a new one continues. Raises DataError if a side has no rows."""
     nothing = np.zeros(0, dtype=np.int64)
     if not is_drawn(recipe.data):
         says = np.concatenate([np.zeros(0, dtype=np.uint64), *sources.holdout])
@@ -72,7 +72,7 @@ def held_out(recipe: Recipe, sources: Sources, earlier: Plan | None, origin: Sta
 
 
 def _rule(recipe: Recipe, sources: Sources, origin: Stage | None) -> Split | None:
-    """The origin's rule, where it has one and the recipe asks for no other; None is the one of older versions."""
+    """The origin's rule, if it has one and the recipe asks for no other; None is the rule of older versions."""
     data, seed = recipe.data, recipe.data.split_seed
     if origin is None or origin.task != recipe.task.name or not is_drawn(origin.data):
         return splits.draw(data.holdout, seed or 0, sources.train)
@@ -95,7 +95,7 @@ def _older_rule(recipe: Recipe, sources: Sources, origin: Stage) -> Split | None
 
 
 def _says(sources: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """What rows say, which count through the sources (sorted)."""
+    """Hashes of the content of rows that count through the sources (sorted)."""
     firsts = np.cumsum([0, *map(len, sources)])
     edges = np.searchsorted(rows, firsts)
     parts = [
@@ -120,8 +120,8 @@ def _refuse_empty_side(
 
 
 def with_seen(plan: Plan, held_out: HeldOut, file: str) -> Plan:
-    """The plan with what is known of held-out rows that it or an earlier run trains on. RunError where such rows are drawn, unless the
-    recipe allows it; rows that are named, and those that stay as an older version drew them, are only counted."""
+    """The plan with its held-out rows that it or an earlier run trains on. Raises RunError if such rows are drawn, unless the recipe
+    allows it. Rows of named sources, and rows drawn by an older version, are only counted."""
     found = held_out.seen_by((lineage.stage_of(plan, lineage.THIS_RUN), *plan.stages)).seen
     trained_on = [item.told(len(held_out.says)) for item in found if item.rows]
     if trained_on and held_out.split and plan.recipe.data.seen == "refuse":
@@ -136,7 +136,7 @@ def sources(
     train: tuple[Sequence[PinnedSource], Sequence[Encoded]],
     holdout: tuple[Sequence[PinnedSource], Sequence[Encoded]],
 ) -> Sources:
-    """What the rows of all sources say; `train` and `holdout` are pins and examples of each."""
+    """The content of the rows of all sources; `train` and `holdout` are pins and examples of each."""
     named = recipe.data.holdout if holdout[0] else ()
     keys = map(lineage.source_key, (*recipe.data.train, *named), (*train[0], *holdout[0]))
     known = dict(zip(keys, (each.contents for each in (*train[1], *holdout[1])), strict=True))
@@ -145,14 +145,14 @@ def sources(
 
 
 def stages(recipe: Recipe, earlier: Plan | None, given: tuple[Stage, ...] | None) -> tuple[Stage, ...] | None:
-    """The runs that trained what a plan begins with: noted when it was made, of a branch given, else those behind its base."""
+    """The runs that trained the start of a plan: as recorded in `earlier`, as given for a branch, or else those behind its base."""
     if earlier is not None:
         return earlier.stages
     return lineage.stages(recipe.base.checkpoint) if given is None else given
 
 
 def origin(recipe: Recipe, like: Plan | None, stages: Sequence[Stage] | None) -> Stage | None:
-    """The run whose held-out rows stay held out: the one that it branches off, or the last one behind its base that drew some."""
+    """The run whose held-out rows stay held out: the parent of a branch, or the last run behind the base that drew some."""
     if like is not None:
         return lineage.stage_of(like, "the run that it branches off")
     drew = (stage for stage in stages or () if stage.task == recipe.task.name and is_drawn(stage.data))

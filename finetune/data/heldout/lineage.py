@@ -1,6 +1,6 @@
-"""The runs that trained a model before, and the rows that they know from there.
+"""The runs that trained a model before, and the rows they trained on.
 
-A row is known by its content (see `split`), so it is found again in another file, order or format. Nothing here opens a model.
+A row is known by its content (see `plan/split.py`), in any file, order or format. Nothing here opens a model.
 """
 
 import json
@@ -23,14 +23,14 @@ from finetune.store.checkpoints.refs import find, parse, run_around
 from finetune.store.run.directory import RunDirectory
 
 VERSION = 1  # of the arrays in the cache
-# Where the rows of a source are and how many of them are drawn; the rest of its section is how they are read.
+# Place and weight of a source; the rest of its section decides how its rows are read.
 PLACE = {"path", "dataset", "name", "split", "revision", "weight"}
 THIS_RUN = "this run"
 PROVENANCE = "provenance.intoto.jsonl"
 
 
 def stages(text: str) -> tuple[Stage, ...]:
-    """The runs that trained what a ref names, the last one first; none for what is not of a run."""
+    """The runs that trained the model of a ref, the last one first; none if the model is not of a run."""
     ref = parse(text)
     if ref.kind == "checkpoint":
         run, step = run_around(ref.path), read(ref.path).step
@@ -42,12 +42,12 @@ def stages(text: str) -> tuple[Stage, ...]:
         return (Stage(ref=ref.text),)
     try:
         return up_to(run, step)
-    except RunError:  # its checkpoints may be sound all the same
+    except RunError:  # its checkpoints may still be sound
         return (Stage(ref=ref.text),)
 
 
 def _of_package(directory: Path) -> tuple[Stage, ...]:
-    """What a package of ours says of the runs that it comes from; those of older versions say nothing."""
+    """The runs named by one of our packages; packages of older versions name none."""
     if not (directory / PROVENANCE).is_file():
         return ()
     try:
@@ -78,16 +78,16 @@ def stage_of(plan: Plan, ref: str) -> Stage:
 
 
 def _found_before(plan: Plan, run: Path) -> tuple[Stage, ...]:
-    """What an older version did not note: a branch's parent beside it, by its identity, or the run that the base is of."""
+    """For plans of older versions without this record: the branch's parent beside it, by its id, or the run of the base."""
     if plan.parent is None:
         try:
             return stages(plan.recipe.base.checkpoint)
-        except FinetuneError:  # it is gone, as the base of a full fine-tune may be
+        except FinetuneError:  # it is gone, which is fine for the base of a full fine-tune
             return (Stage(ref=plan.recipe.base.checkpoint),)
     for path in RunDirectory(run).neighbours():
         try:
             identity = RunDirectory(path).plan()[1].get("run")
-        except RunError:  # another one's damage is no matter here
+        except RunError:  # damage of another run does not matter here
             continue
         if identity == plan.parent.run:
             return up_to(path, plan.parent.step)
@@ -96,16 +96,16 @@ def _found_before(plan: Plan, run: Path) -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the rows of sources say, for one task: 64 bits a row, kept in the cache."""
+    """The content of the rows of sources, for one task: a hash of 64 bits a row, kept in the cache."""
 
     task: str
     of: Callable[[dict], object]
-    """A row -> what it says."""
+    """A row -> its content."""
     known: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    """Of sources that were encoded."""
+    """Of encoded sources."""
 
     def of_source(self, source: Source, pin: PinnedSource, row_rules: int) -> np.ndarray:
-        """DataError where the source is not what it was."""
+        """Raises DataError if the source has changed."""
         key = source_key(source, pin)
         if key in self.known:
             return self.known[key]
@@ -123,7 +123,7 @@ class Contents:
         made.flush()
 
     def held_out(self, stage: Stage, split: Split | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All rows of a run, a piece at a time, and which of them it held out."""
+        """All rows of a run, a piece at a time, with a mask of the held-out ones."""
         pairs = zip(stage.data.train, stage.train, strict=True)
         sources = [self.of_source(*pair, stage.row_rules) for pair in pairs]
         is_old = split is None and is_drawn(stage.data)
@@ -138,23 +138,23 @@ class Contents:
 
 
 def source_key(source: Source, pin: PinnedSource) -> tuple[str, str]:
-    """Names the rows of a source as a task gets them: what is in it, and how it is read."""
+    """Key of the rows of a source as a task reads them: its content, and the settings of reading."""
     reading = source.model_dump(mode="json", exclude_defaults=True, exclude=PLACE)
     return pin.fingerprint, json.dumps(reading, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of held-out rows that were trained on."""
+    """Held-out rows that earlier runs trained on."""
 
     seen: tuple[Seen, ...]
-    """By each run that trained on some, or may have."""
+    """One entry for each run that trained on some, or may have."""
     rows: int | None
-    """How many one or another of them trained on; None where one of them may have."""
+    """The number of rows that at least one run trained on; None if this is unknown for a run."""
 
 
 def seen(held_out: np.ndarray, split: Split | None, by: Sequence[Stage], contents: Contents) -> Found:
-    """Which of the held-out rows (uint64 each) the runs trained on: by their rules alone where that is enough, else by what the rows say."""
+    """The held-out rows (uint64 each) that the runs trained on: by their rules alone if that is enough, else by content."""
     found, is_seen = [], np.zeros(len(held_out), dtype=bool)
     for stage in by if len(held_out) else ():
         if stage.data is None:
@@ -180,7 +180,7 @@ def _trained(stage: Stage, rows: np.ndarray, contents: Contents) -> np.ndarray:
 
 
 def has_rows_of(stage: Stage, own: Sequence[np.ndarray], contents: Contents) -> bool:
-    """Whether a run had any of these rows, trained on or held out; also where that cannot be found out."""
+    """Whether a run had any of these rows, trained on or held out; also True if that cannot be found out."""
     try:
         for piece, _ in contents.held_out(stage, stage.split):
             some = np.unique(piece)
@@ -194,7 +194,7 @@ def has_rows_of(stage: Stage, own: Sequence[np.ndarray], contents: Contents) -> 
 
 
 def named(stage: Stage, contents: Contents) -> Split:
-    """The rows that a run of an older version held out, by what they say, without those that it trained on as well."""
+    """The content of the rows that a run of an older version held out, without those it also trained on."""
     held_out, trained = [], []
     for piece, is_out in contents.held_out(stage, None):
         held_out.append(piece[is_out])

@@ -1,6 +1,6 @@
-"""Values of Arrow columns: JSON that stands in them as text, and nulls that only fill what other rows have.
+"""Values of Arrow columns: reads JSON kept as text, and drops nulls that only fill in for absent fields.
 
-`datasets` writes lists of objects of different kinds as JSON (the extension type `arrow.json`): there a null was written by somebody.
+`datasets` writes lists of mixed objects as JSON (the extension type `arrow.json`). A null in there is real and stays.
 """
 
 import json
@@ -15,7 +15,7 @@ Kinds = Mapping[str, "pa.DataType"]
 
 
 def without_nulls(row: dict[str, object], kinds: Kinds) -> dict[str, object]:
-    """A row without the fields that other rows have; its columns stay."""
+    """A row without the null fields that only other rows have; its columns stay."""
     return {column: _without_nulls(value, kinds.get(column)) for column, value in row.items()}
 
 
@@ -24,7 +24,7 @@ def has_json(kind: "pa.DataType") -> bool:
 
 
 def with_json(value: object, kind: "pa.DataType") -> object:
-    """The value with JSON read; ValueError where it is damaged."""
+    """The value with its JSON parsed. Raises ValueError if that is damaged."""
     if _is_json(kind):
         return json.loads(value) if isinstance(value, str) else value
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""Readers of local files: JSON Lines, CSV and Parquet, each row by position, with its place for a person.
+"""Readers of local files: JSON Lines, CSV and Parquet. You get each row by position, and its place for messages.
 
-What is wrong with a file or a row is a DataError. Nothing is read before it is asked for but what finds the rows.
+A bad file or row raises DataError.
 """
 
 import csv
@@ -25,15 +25,15 @@ from finetune.plan.plan import ROW_RULES
 Row = dict[str, object]
 
 SCAN_BYTES = 16 * 2**20
-SEPARATORS = {";": "`;`", "\t": "tabs", "|": "`|`"}  # that stand in CSV files in place of commas
+SEPARATORS = {";": "`;`", "\t": "tabs", "|": "`|`"}  # other separators found in CSV files
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Reader(Protocol):
-    """Rows of one place, under the column names that they have there."""
+    """Rows of one file, under the file's own column names."""
 
     kinds: Kinds | None
-    """Arrow's types, where a null may stand for an absent field: Arrow gives all objects of a column the same fields."""
+    """Arrow's types; None for other files. With Arrow a null may mean an absent field: all objects of a column have the same fields."""
 
     def __len__(self) -> int: ...
 
@@ -43,7 +43,7 @@ class Reader(Protocol):
 
 
 def reader_of(name: str, most: int | None = None, row_rules: int = ROW_RULES) -> Reader:
-    """What reads the file of this name, chosen by its ending; `most` rows at its start, or all."""
+    """The reader for the ending of this file; of its first `most` rows, or of all."""
     try:
         return _opened(Path(name), most, row_rules)
     except PermissionError as error:
@@ -66,7 +66,7 @@ def _opened(file: Path, most: int | None, row_rules: int) -> Reader:
 
 
 class JsonLines:
-    """One JSON object a line. The file is mapped and a row is parsed when it is asked for; memory: 8 bytes a line, 16 where some are blank."""
+    """One JSON object a line. The file is mapped and rows are parsed on access. Memory: 8 bytes a line, 16 if some are blank."""
 
     kinds = None
 
@@ -126,7 +126,7 @@ class _RepeatedKeyError(Exception):
 
 
 def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Of a repeated key only the last value would stay."""
+    """Refuses a repeated key: json would keep only its last value."""
     if len(found := dict(pairs)) < len(pairs):
         seen: set[str] = set()
         raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
@@ -138,13 +138,13 @@ def _encoding_hint(start: bytes) -> str:
 
 
 def _is_utf_16(start: bytes) -> bool:
-    """By its byte-order mark, or by the zero bytes of its first signs, which neither JSON nor CSV has."""
+    """Detects UTF-16 by its byte-order mark, or by zero bytes at the start: neither JSON nor CSV has them."""
     signs = start[:32]
     return signs[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in signs and any(signs))
 
 
 class Csv:
-    """Comma-separated values under one line of column names (RFC 4180), in UTF-8; held in memory, every value is text."""
+    """Comma-separated values under one line of column names (RFC 4180), in UTF-8. Held in memory; every value is text."""
 
     kinds = None
 
@@ -160,7 +160,7 @@ class Csv:
         self._check(row_rules)
 
     def _lines(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-        """The first line and the values of each row, that of the names included."""
+        """The first line and the values of each row, the header included."""
         lines, start, columns = csv.reader(file, strict=True), 1, None
         try:
             for values in lines:
@@ -169,7 +169,7 @@ class Csv:
                     yield start, values
                 start = lines.line_num + 1
         except csv.Error as error:
-            if columns is None:  # names in quotes, with another sign between
+            if columns is None:  # quoted names with another separator between them
                 file.seek(0)
                 columns = [file.readline()]
             hint = _separator_hint(columns) or "a quote inside a quoted value is written twice"
@@ -215,7 +215,7 @@ def _not_utf_8(name: str) -> DataError:
 
 
 def _separator_hint(columns: Sequence[str] | None) -> str | None:
-    """What to do about a line of names that commas do not divide, and something else would."""
+    """A hint for a header that another separator would split."""
     if columns is None or len(columns) != 1:
         return None
     counts = {name: columns[0].count(sign) for sign, name in SEPARATORS.items()}
@@ -224,7 +224,7 @@ def _separator_hint(columns: Sequence[str] | None) -> str | None:
 
 
 class Parquet:
-    """A Parquet file; the two row groups read last stay in memory."""
+    """A Parquet file; memory keeps the two row groups read last."""
 
     def __init__(self, name: str, most: int | None, row_rules: int):
         import pyarrow

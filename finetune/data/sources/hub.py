@@ -1,4 +1,4 @@
-"""Rows of a Hub data set at a pinned revision, and what the Hub's refusals mean."""
+"""Rows of a Hub data set at a pinned revision; turns the Hub's refusals into errors with a hint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +11,11 @@ from finetune.store import downloads, hub
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLIT = "train"  # of a Hub data set, where the recipe names none
+SPLIT = "train"  # if the recipe names none
 
 
 def pin_dataset(source: Source) -> str:
-    """The commit of a Hub data set's `revision` now; without the Hub, the one seen last. A full commit hash is its own pin."""
+    """The current commit of a Hub data set's `revision`; offline, the one seen last. A full commit hash is its own pin."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionResolutionError
 
@@ -36,7 +36,7 @@ class HubDataset:
         try:
             with hub.waiting(f"rows of the data set {source.dataset}"):
                 self._rows = _load(source, revision)
-        # RuntimeError: it is a script
+        # RuntimeError: the data set is a script
         except (DatasetsError, hub.http().HTTPError, OSError, ValueError, RuntimeError) as error:
             raise _hub_error(source, error) from error
         self.kinds = {field.name: field.type for field in self._rows.features.arrow_schema}
@@ -52,7 +52,7 @@ class HubDataset:
 
 
 def _load(source: Source, revision: str) -> "Dataset":
-    """The split at the pin: where `datasets` has made it before, from its cache without a request."""
+    """The split at the pin; without a request, if `datasets` has it in its cache."""
     from datasets import load_dataset
     from datasets.packaged_modules.cache.cache import Cache
     from huggingface_hub import constants

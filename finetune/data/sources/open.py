@@ -1,7 +1,7 @@
 """Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
 
-`resolve` opens every source of a recipe to pin and to count it, `encode` reads its rows. A row is a plain dict of columns, renamed
-as the recipe's `columns` say; what is wrong with it is a DataError that names its place, like `data/train.jsonl:12`.
+A row is a plain dict of columns, renamed by the recipe's `columns`. A bad row raises a DataError with its place, like
+`data/train.jsonl:12`.
 """
 
 import json
@@ -23,7 +23,7 @@ State = tuple[int, ...]
 
 
 class Rows:
-    """The rows of a source, map-style; `fingerprint` speaks of their content alone, not of file names or times."""
+    """The rows of a source, map-style. `fingerprint` covers their content alone, not file names or times."""
 
     def __init__(self, reader: Reader, name: str, fingerprint: str, source: Source, row_rules: int):
         self.name = name
@@ -36,7 +36,7 @@ class Rows:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Row:
-        """Row `index`, from 0; each field of `columns` holds its column, and the other columns keep their names."""
+        """Row `index`, from 0. Columns are renamed to their fields; other columns keep their names."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} rows of {self.name}")
         row = self._reader[index]
@@ -57,7 +57,7 @@ class Rows:
         return kept | {field: row[column] for field, column in self._columns.items()}
 
     def _without_skipped(self, row: Row) -> Row:
-        """Without the columns, and the fields of messages, that the recipe skips."""
+        """The row without the columns and message fields in the recipe's `skip`."""
         if not self._skip:
             return row
         kept = {column: value for column, value in row.items() if column not in self._skip}
@@ -72,14 +72,14 @@ class Rows:
         ]
 
     def where(self, index: int) -> str:
-        """Where a person finds row `index`: the line of a file, or the row, from 0, of a Parquet file or data set."""
+        """The place of row `index` for messages: the line of a file, or the row, from 0, of a Parquet file or data set."""
         return self._reader.where(index)
 
 
 def open_source(source: Source, revision: str | None = None, row_rules: int = ROW_RULES) -> Rows:
-    """Opens a recipe's source and reads its first row; `revision` is a Hub data set's pin, found out here if not given."""
+    """Opens a recipe's source and reads its first row. `revision` is the pin of a Hub data set; without it, pins the data set."""
     if source.dataset is not None:
-        if Path(source.dataset).exists():  # `datasets` would take that in place of the Hub's, whatever the pin
+        if Path(source.dataset).exists():  # `datasets` would load the local path instead, whatever the pin
             raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
         pin = revision or pin_dataset(source)
         identity = json.dumps([source.dataset, pin, source.name, source.split or SPLIT]).encode()
@@ -91,14 +91,14 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
         rows = Rows(reader, source.path, fingerprint(source.path), source, row_rules)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
-    rows[0]  # so that a source of the wrong shape is refused before anything heavy happens
+    rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
 
 def located(source: Source, pin: PinnedSource | None) -> Source:
-    """The source under the name that leads to the content of the pin now, if it has one; DataError where that is gone.
+    """The source under the current name of the pinned content. Raises DataError if that is gone.
 
-    What has changed where it was stays as it is: who holds it against the plan says so.
+    A file that changed in place stays as it is: the comparison with the plan reports it.
     """
     if source.path is None or pin is None:
         return source
@@ -118,7 +118,7 @@ def located(source: Source, pin: PinnedSource | None) -> Source:
 
 
 def fingerprint(name: str) -> str | None:
-    """`blake3:…` of a file's content, read once in a process as long as nobody writes to it; None where there is none."""
+    """`blake3:…` of a file's content, read once in a process until the file changes; None if there is no file."""
     state = state_of(name)
     return _fingerprint(name, state) if state and os.path.isfile(name) and os.access(name, os.R_OK) else None
 
@@ -132,7 +132,7 @@ def _fingerprint(name: str, as_it_is: State) -> str:
 
 
 def first_rows(source: Source, count: int) -> Rows:
-    """The first rows of a file, without looking at the others."""
+    """The first rows of a file, without reading the others."""
     rows = Rows(reader_of(source.path, count), source.path, "", source, ROW_RULES)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
@@ -140,7 +140,7 @@ def first_rows(source: Source, count: int) -> Rows:
 
 
 def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
-    """The same rows in another process, which takes what the first one found out; DataError where the file is no longer in `state`."""
+    """The same rows in a worker process, with the facts of the first one. Raises DataError if the file is no longer in `state`."""
     reader = reader_of(source.path, row_rules=row_rules) if source.dataset is None else HubDataset(source, pin.revision)
     rows = Rows(reader, source.path or pin.name, pin.fingerprint, source, row_rules)
     if rows.state != state:
@@ -149,7 +149,7 @@ def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_ru
 
 
 def state_of(name: str) -> State | None:
-    """What changes with a file: device, inode, size and times. None where there is no file."""
+    """Facts that change when a file does: device, inode, size and times. None if there is no file."""
     try:
         status = os.stat(name)
     except OSError:

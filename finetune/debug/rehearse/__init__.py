@@ -1,1 +1,1 @@
-"""The first minute of a planned run, as a test of the machine it will run on."""
+"""Rehearsal of a planned run: proves exact resume on this machine."""

@@ -1,4 +1,4 @@
-"""What a checkpoint costs a training, from the journals of a few steps, and how often it may be made; for `rehearse`."""
+"""The cost of a checkpoint, from the journals of a few steps, and how often a run can afford one."""
 
 import math
 import os
@@ -15,7 +15,7 @@ SHARE = 0.01  # of the time, for checkpoints
 class Cost:
     step_seconds: float
     blocked_seconds: float
-    """In which an update waits for a save."""
+    """An update waits this long for a save."""
     save_seconds: float
     """Until the checkpoint is durable, beside the training."""
     cpu_seconds: float
@@ -25,11 +25,11 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """How much longer a training takes by one save, at most: on full cores, what the writer computes is taken from it."""
+        """Seconds that one save adds to a training, at most: on full cores the writer's computing counts too."""
         return self.blocked_seconds + (0.0 if self.has_free_core else self.cpu_seconds)
 
     def share(self, every: Sequence[Every]) -> float:
-        """The part of the time that a cadence costs; of several, the shortest counts."""
+        """The share of the time that a cadence costs; of several cadences, the shortest counts."""
         seconds = min(item.steps * self.step_seconds if item.steps else item.minutes * 60 for item in every)
         return self.seconds / max(seconds, self.step_seconds)
 
@@ -41,9 +41,9 @@ class Cost:
 
 
 def measure(journals: Iterable[Sequence[dict]], facts: dict) -> Cost:
-    """From the records of several runs, one of which saved at every step. What is first in a process is warm-up and does not count.
+    """From the records of several runs; one of them saved at every step. The first step and save of a process warm it up and do not count.
 
-    Only a save that another step came after holds one up; what it waited for saves before it is left out, as it came too soon after them.
+    Only a save before another step blocks one. Its wait for earlier saves is not counted: it came too soon after them.
     """
     steps, saves, waits = [], [], []
     for records in journals:

@@ -1,4 +1,4 @@
-"""Whether two runs of one plan are equal to the bit up to a step, and what differs first; for `rehearse`."""
+"""Compares two runs of one plan, to the bit, and finds the first difference."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from finetune.store.run import journal, row_losses
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs first: its value in each of two runs, and the step."""
+    """The first difference: its value in each of two runs, and the step."""
 
     step: int
     quantity: str
@@ -28,7 +28,7 @@ def first_difference(whole: Path, resumed: Path, last: int) -> Difference | None
 def _differences(whole: Path, resumed: Path, last: int) -> Iterator[Difference]:
     steps, records = journal.steps(journal.read(whole)), journal.read(resumed)
     for step in range(1, last + 1):
-        # every record of a step, not only the one that counts: what ran before the kill has to be the same as well
+        # every record of a step, not only the last: steps before the kill must be the same as well
         for record in [item for item in records if item["kind"] == "step" and item["step"] == step] or [{}]:
             if quantity := journal.difference(steps[step], record):
                 yield Difference(step, quantity, steps[step].get(quantity), record.get(quantity))
@@ -46,7 +46,7 @@ def _differences(whole: Path, resumed: Path, last: int) -> Iterator[Difference]:
 
 
 def compared(run: Path, last: int) -> dict[str, int]:
-    """How much `first_difference` compares."""
+    """The amounts that `first_difference` compares."""
     names = _digests(Store(run).find(last))
     return {
         "steps": last,
@@ -62,11 +62,11 @@ def _first_damage(checkpoint: Checkpoint) -> str | None:
 
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """The digest of each tensor, and of each file that has none."""
+    """The digest of each tensor, and of each file without tensors."""
     found = {}
     for name, file in checkpoint.manifest.files.items():
         for tensor in file.tensors:
             found[f"tensor {tensor.name} of {name}"] = f"{tensor.dtype}{list(tensor.shape)} {tensor.digest}"
-        if not file.tensors and name != "trainer_state.json":  # it names the cadence of saves, which the two differ in
+        if not file.tensors and name != "trainer_state.json":  # it names the cadence of saves
             found[f"file {name}"] = file.digest
     return found

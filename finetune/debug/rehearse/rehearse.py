@@ -1,7 +1,6 @@
-"""The first minute of a planned run, as a test of the machine that it will run on; `cli` calls `rehearse`.
+"""Rehearses a planned run: a killed and resumed training and an uninterrupted one must end with the same bits.
 
-One training is killed and resumed, one is left alone, both by the user's own command, and they must end with the same bits.
-Then a checkpoint is packaged, and the journals say what one costs. Imports no torch: the processes do.
+It then packages a checkpoint and reports its cost. Imports no torch: the processes do.
 """
 
 import json
@@ -25,33 +24,33 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
 
-# In units of `steps`: where the training that is to be killed ends by itself. Far enough to be killed before, near enough not to
-# go on for days where the rehearsal itself is killed.
+# In units of `steps`: the end of the training to be killed. Late enough to kill it before; early enough that it does not run for
+# days if the rehearsal itself is killed.
 LONGEST = 10
 POLL_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is rehearsed, in the words of the command line."""
+    """A rehearsal, in the words of the command line."""
 
     loaded: LoadedRecipe
     overrides: Sequence[str]
     run: Path
     steps: int = 2
-    """Before the kill, and after the resume; at least 2, for what comes first in a process is not measured."""
+    """Before the kill, and after the resume; at least 2, because the first step of a process is not measured."""
     launcher: str = ""
     """Starts the trainings, like `finetune launch` or `torchrun --nproc-per-node 2`."""
     has_package: bool = True
     is_kept: bool = False
 
     def command(self, run: Path, until: int, every: int) -> list[str]:
-        """`finetune train` up to a step of the plan, saving every so many; what is set here touches nothing that is trained."""
+        """`finetune train` up to a step, with a save every `every` steps; these settings do not change the training."""
         given = shlex.split(self.launcher)
         is_ours = any(Path(word).name == "finetune" and after == "launch" for word, after in pairwise(given))
-        if is_ours:  # it starts `train` by itself
+        if is_ours:  # `finetune launch` starts `train` itself
             start = given
-        elif given:  # the lone -- keeps torchrun from reading our options as its own
+        elif given:  # without the lone --, torchrun reads our options as its own
             start = [*given, "-m", "--", "finetune", "train"]
         else:
             start = [sys.executable, "-m", "finetune", "train"]
@@ -61,9 +60,9 @@ class Rehearsal:
 
 
 def rehearse(rehearsal: Rehearsal) -> dict:
-    """What `rehearse --json` prints; `ok` says whether everything was equal, and could be packaged.
+    """The object of `rehearse --json`; `ok` says whether everything was equal and could be packaged.
 
-    Raises RunError where the disk or the plan is too small, TrainingError where a training fails.
+    Raises RunError if the disk or the plan is too small, TrainingError if a training fails.
     """
     started = time.monotonic()
     with trainings_beside(rehearsal.run, rehearsal.is_kept) as trainings:
@@ -93,7 +92,7 @@ def rehearse(rehearsal: Rehearsal) -> dict:
 
 
 def listing(facts: dict) -> str:
-    """The same for a reader: the proof or the first difference, then what a checkpoint costs."""
+    """The same as text: the proof or the first difference, then the cost of a checkpoint."""
     checkpoint, smallest, package = facts["checkpoint"], facts["smallest_interval"], facts["package"]
     free = "on a free core" if checkpoint["has_free_core"] else "of the training's own cores"
     rows = [
@@ -159,7 +158,7 @@ def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tu
     trainings.kill()
     if process.returncode == 0:
         raise TrainingError("the training reached its end before it could be killed", hint="use more --steps")
-    newest, _ = Store(run).newest_sound()  # the kill may have come before the journal knew of it
+    newest, _ = Store(run).newest_sound()  # the kill may have come before the journal recorded it
     return _progress(run)[0], newest.step
 
 
@@ -197,7 +196,7 @@ def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
 
 
 def _hand_over_evaluation(run: Path, other: Path) -> None:
-    """The held-out figures of step 0 are the base's, so a run that begins with them does not compute them again."""
+    """Copies the held-out figures of step 0: they are the base's, so the second run need not compute them again."""
     other.mkdir()
     target = journal.Journal(other)
     for record in journal.read(run):
@@ -207,7 +206,7 @@ def _hand_over_evaluation(run: Path, other: Path) -> None:
 
 
 def _package(trainings: Trainings, ref: str) -> dict:
-    """What `finetune package` says, with all of its checks. The package goes with the directory it is in."""
+    """The report of `finetune package`, with all of its checks. The package is removed with its directory."""
     _say("packaging")
     started = time.monotonic()
     command = [sys.executable, "-m", "finetune", "package", ref, str(trainings.directory / "package"), "--json"]
@@ -223,7 +222,7 @@ def _package(trainings: Trainings, ref: str) -> dict:
 
 
 def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
-    """What a step and a checkpoint took, what that means for the cadence, and the bytes that the run will need."""
+    """The times of a step and a checkpoint, the cadence they allow, and the disk space of the run."""
     plan, facts = RunDirectory(whole).plan()
     cost = measure([journal.read(run) for run in (whole, resumed)], facts)
     every, steps = cadence.saves_at_most(rehearsal.loaded.recipe), cost.smallest_interval()

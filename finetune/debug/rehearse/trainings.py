@@ -1,6 +1,6 @@
-"""Real `finetune` processes in a directory that goes when they have ended; for `rehearse`.
+"""Real `finetune` processes in a temporary directory.
 
-Whatever ends the caller, an error or a signal, no process stays behind and no directory, unless it is to be kept.
+If an error or a signal ends the caller, no process may stay behind, and no directory unless it is to be kept.
 """
 
 import os
@@ -20,17 +20,17 @@ from finetune.hosts.signals import ending_signals
 from finetune.store.durable import failures
 
 SHOWN_LINES = 12
-GONE_SECONDS = 30  # for the kernel to take a killed process away
+GONE_SECONDS = 30  # for the kernel to remove a killed process
 
 
 class TrainingError(FinetuneError):
-    """A training of a rehearsal that ended by itself; the message has its last words."""
+    """A training of a rehearsal ended by itself; the message has its last words."""
 
     code = "rehearsal"
 
 
 class Trainings:
-    """One process after the other; what they say goes into the file `log`."""
+    """One process after the other; their output goes into the file `log`."""
 
     def __init__(self, directory: Path, is_kept: bool):
         self.directory = directory
@@ -38,7 +38,7 @@ class Trainings:
         self._process: subprocess.Popen | None = None
 
     def start(self, command: Sequence[str], output: str = "log") -> subprocess.Popen:
-        """Begins a process whose stdout goes into the file `output`, and whose stderr into `log`."""
+        """Starts a process with stdout into the file `output`, and stderr into `log`."""
         with (self.directory / output).open("ab") as stdout, (self.directory / "log").open("ab") as stderr:
             try:
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
@@ -47,32 +47,32 @@ class Trainings:
         return self._process
 
     def run(self, command: Sequence[str]) -> None:
-        """A process from start to end; TrainingError where its exit code is not 0."""
+        """Runs a process to its end; raises TrainingError if its exit code is not 0."""
         self.start(command).wait()
         self.refuse_failure()
 
     def refuse_failure(self) -> None:
-        """Raises TrainingError when the last process has ended, and not well."""
+        """Raises TrainingError if the last process has failed."""
         code = self._process.poll()
         if code:
             lines = (self.directory / "log").read_text(errors="replace").splitlines()[-SHOWN_LINES:]
             error = TrainingError("\n  ".join([f"the training ended with exit code {code}:", *lines]))
-            error.exit_code = 2 if code == 2 else 1  # a recipe that cannot work
+            error.exit_code = 2 if code == 2 else 1  # an impossible recipe
             raise error
 
     def kill(self) -> None:
-        """SIGKILL to the process under way, if one is, and to all that it started, as where the power fails; returns when they are gone."""
+        """Sends SIGKILL to the running process, if any, and its descendants, as in a power cut; returns when they are gone."""
         _wait_until_gone(self.send_sigkill()[1:])
         if self._process:
             self._process.wait()
 
     def send_sigkill(self) -> list[psutil.Process]:
-        """The first half of `kill`, which a signal handler may call: `Popen.wait`, which it may have interrupted, holds a lock."""
+        """The first half of `kill`, safe in a signal handler: an interrupted `Popen.wait` holds a lock."""
         if self._process is None or self._process.poll() is not None:
             return []
         with suppress(psutil.NoSuchProcess):
             root = psutil.Process(self._process.pid)
-            # torchrun gives each process that it starts a session of its own: there is no group to kill
+            # torchrun starts each process in its own session: there is no group to kill
             tree = [root, *root.children(recursive=True)]
             for process in tree:
                 with suppress(psutil.NoSuchProcess):
@@ -86,7 +86,7 @@ class Trainings:
 
 
 def _wait_until_gone(killed: Sequence[psutil.Process]) -> None:
-    """Or zombies: whose children orphans become, such as PID 1 of a container, may not reap them."""
+    """Gone, or zombies: the process that adopts orphans, such as PID 1 of a container, may not reap them."""
     deadline = time.monotonic() + GONE_SECONDS
     while any(map(_is_alive, killed)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -101,7 +101,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def trainings_beside(run: Path, is_kept: bool) -> Iterator[Trainings]:
-    """Trainings in `<run>.rehearsal`, on the disk that the run will use. SIGTERM, SIGINT and SIGHUP clear up and end this process."""
+    """Trainings in `<run>.rehearsal`, on the disk of the run. SIGTERM, SIGINT and SIGHUP clean up and end this process."""
     directory = run.with_name(f"{run.name}.rehearsal")
     with failures(directory.parent, RunError):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def trainings_beside(run: Path, is_kept: bool) -> Iterator[Trainings]:
     def end(number: int, frame: FrameType | None) -> None:
         _wait_until_gone(trainings.send_sigkill())
         trainings.remove()
-        os._exit(128 + number)  # not an exception: thrown into a library's import it would become another one
+        os._exit(128 + number)  # not an exception: raised inside a library's import, it would turn into another one
 
     previous = {number: signal.signal(number, end) for number in ending_signals()}
     try:
