@@ -33,6 +33,8 @@ class Outcome:
     seconds: float
     peak_bytes: int
     """The most memory it was resident in, as the kernel counted it."""
+    cpu_seconds: float
+    """User and system, of the process and of those that it started."""
     others_busy_cores: float
     """How many cores the rest of the machine kept busy meanwhile."""
 
@@ -64,7 +66,7 @@ def run(command: Sequence[str | Path], env: dict[str, str], log: Path) -> Outcom
         raise ContestantError(f"{command}: exit {process.returncode}\n{log.read_text(errors='replace')[-3000:]}")
     own = usage.ru_utime + usage.ru_stime
     others = max(0.0, _busy_seconds() - busy_before - own) / seconds
-    return Outcome(started, seconds, peak_bytes, round(others, 3))
+    return Outcome(started, seconds, peak_bytes, own, round(others, 3))
 
 
 def matmul_peak(dtype: torch.dtype, size: int, repeats: int = 8) -> float:

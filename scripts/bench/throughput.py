@@ -135,7 +135,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     work = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work))
     options.environment = processes.environment(options.malloc, options.threads, work / "cache")
-    options.model = starting.tiny_model(work / "model") if options.tiny else cells.model_directory()
+    options.model = starting.random_model(work / "model") if options.tiny else cells.model_directory()
     os.environ["FINETUNE_CACHE"] = options.environment["FINETUNE_CACHE"]  # of the parts that run in this process
     report = {"machine": machine.facts(work), "command": command(), "parts": {}}
     report["machine"]["busy_cores_before"] = machine.busy_cores()
