@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import click
 
 from finetune.errors import FinetuneError
-from finetune.store.checkpoints.manifest import to_json
 from finetune.store.rank import is_first
+from finetune.store.strict_json import to_json
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, w
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
-from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import lease
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives

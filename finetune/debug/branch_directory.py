@@ -5,16 +5,15 @@ Without the plan there is no run, and the same command starts again.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from finetune.errors import RunError
 from finetune.plan.plan import Plan, are_same_rows
 from finetune.recipe.load import dumps
-from finetune.recipe.resume_rules import recorded
 from finetune.recipe.schema import Recipe
-from finetune.store.checkpoints.manifest import Checkpoint, Manifest
+from finetune.store.checkpoints.manifest import Checkpoint, of_attempt
 from finetune.store.checkpoints.store import RESUME_FILES, Store
 from finetune.store.checkpoints.trainer_state import HISTORY, without_evaluations
 from finetune.store.durable import failures, replace_file
@@ -22,7 +21,6 @@ from finetune.store.run import journal, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import Lease
 from finetune.training import pins
-from finetune.training.resume import WORLD
 
 
 @dataclass(frozen=True)
@@ -96,16 +94,11 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
         attempt.write_tensors("optimizer.safetensors", [], {})
         record = {"step": checkpoint.step, "optimizer": plan.recipe.optimizer.name, "scalars": {}}
         attempt.write_json("state.json", record)
-    manifest = Manifest(
-        run=branch.facts["run"],
-        attempt=held.attempt,
-        step=checkpoint.step,
-        parent={"ref": plan.parent.ref, "digest": checkpoint.manifest.digest},
-        plan_id=plan.plan_id,
+    parent = {"ref": plan.parent.ref, "digest": checkpoint.manifest.digest}
+    manifest = replace(
+        of_attempt(branch.facts, plan.plan_id, held.attempt, checkpoint.step, parent),
         amendments=checkpoint.manifest.amendments,
         metrics=checkpoint.manifest.metrics if branch.is_comparable else {},
-        versions=branch.facts["versions"],
-        world={name: recorded(branch.facts)[name] for name in WORLD},
         created=journal.now(),
     )
     store.commit(attempt, manifest, held.check)

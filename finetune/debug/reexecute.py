@@ -16,8 +16,9 @@ from finetune.model import base
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences, recorded
 from finetune.recipe.schema import Guard
-from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives, guard, loop

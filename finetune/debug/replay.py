@@ -12,14 +12,12 @@ from pathlib import Path
 from finetune.debug import inspection
 from finetune.debug.reexecute import Difference, Rerun
 from finetune.errors import CheckpointError, RunError, counted
-from finetune.recipe.resume_rules import recorded
-from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.manifest import of_attempt
 from finetune.store.run import journal as journals
 from finetune.store.run import lease
 from finetune.store.run.lease import Lease
 from finetune.store.run.row_losses import Columns
 from finetune.training import collectives
-from finetune.training.resume import WORLD
 from finetune.training.saving.saver import Record, Saver
 from finetune.training.so_far import Past
 
@@ -89,15 +87,7 @@ class Committer:
     def __init__(self, rerun: Rerun, held: Lease):
         self._rerun, self._lease = rerun, held
         self._journal = journals.Journal(rerun.run)
-        manifest = Manifest(
-            run=rerun.facts["run"],
-            attempt=held.attempt,
-            step=0,
-            parent=None,
-            plan_id=rerun.plan.plan_id,
-            versions=rerun.facts["versions"],
-            world={name: recorded(rerun.facts)[name] for name in WORLD},
-        )
+        manifest = of_attempt(rerun.facts, rerun.plan.plan_id, held.attempt)
         self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.companions, manifest, rerun.say)
         self._is_open = False
 

@@ -16,7 +16,7 @@ from finetune.debug.reexecute import Rerun
 from finetune.errors import RunError, counted
 from finetune.plan.forecast import checkpoint_bytes, free_bytes
 from finetune.store import cache
-from finetune.store.checkpoints.manifest import Checkpoint, Manifest
+from finetune.store.checkpoints.manifest import Checkpoint, of_attempt
 from finetune.store.checkpoints.store import Store
 from finetune.store.durable import failures
 from finetune.store.run import journal
@@ -131,10 +131,7 @@ class States:
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")
             snapshot.write(taken, rerun.plan, rerun.resolved.companions, previous, attempt)
-            manifest = Manifest(
-                run=rerun.facts["run"], attempt="bisect", step=state.step, parent=None, plan_id=rerun.plan.plan_id
-            )
-            store.commit(attempt, manifest)
+            store.commit(attempt, of_attempt(rerun.facts, rerun.plan.plan_id, "bisect", state.step))
             taken.copy.release()
         collectives.wait_for_everyone(rerun.accelerator)
         return store.find(rerun.state.step)

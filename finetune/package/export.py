@@ -5,7 +5,6 @@ into place at the very end: there is a proven package, or none.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from finetune.recipe.load import LoadedRecipe, to_yaml
 from finetune.store.beside import staged
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
-from finetune.store.checkpoints.store import failures, sync_directory
+from finetune.store.durable import failures, rename, sync_tree
 from finetune.store.run import scan
 from finetune.store.run.directory import JOURNAL, RECIPE, RunDirectory
 from finetune.training.opened import Opened, open_model, open_tokenizer, run_of
@@ -258,26 +257,18 @@ def _staged(directory: Path) -> Iterator[Path]:
     try:
         with failures(directory, PackageError), staged(directory) as staging:
             yield staging
-            _sync(staging)
-            os.rename(staging, directory)
-            try:
-                sync_directory(directory.parent)
-            except OSError:  # whether the rename is on the disk is not known: take it back
-                os.rename(directory, staging)
-                raise
+            _share(staging)
+            sync_tree(staging)
+            rename(staging, directory)
     except SafetensorError as error:  # how the library reports a full disk
         raise PackageError(
             f"cannot write weights: {error}", where=str(directory), hint="look at the free space of this disk"
         ) from error
 
 
-def _sync(directory: Path) -> None:
-    mode = directory.stat().st_mode & 0o666  # safetensors leaves 0600, whatever the umask
+def _share(directory: Path) -> None:
+    """Lets those read the files who may read the folder: safetensors leaves 0600, whatever the umask."""
+    mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
-        if path.is_dir():
-            sync_directory(path)
-            continue
-        path.chmod(mode)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_directory(directory)
+        if not path.is_dir():
+            path.chmod(mode)

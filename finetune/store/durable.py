@@ -1,4 +1,4 @@
-"""Files and names that survive a power cut, and the disk's refusals in plain words; for `store`, `lease` and `journal`."""
+"""Files and names that survive a power cut, and the disk's refusals in plain words."""
 
 import errno
 import fcntl
@@ -119,14 +119,36 @@ def open_uncached(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a whole file, durably and read-only, so that a crash leaves the old or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[HashedFile]:
+    """A file, written beside `path` and then renamed over it, durably and read-only: a crash leaves the old or the new one. An error leaves
+    the old one, and nothing beside it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    with durable(temporary) as file:
-        file.write(data)
-    os.replace(temporary, path)
+    try:
+        with durable(temporary) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The same of what is there as a whole."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def rename(path: Path, destination: Path) -> None:
+    """Gives a file or folder another name, which is still there after a power cut; or it has its old name, and an OSError is raised."""
+    os.rename(path, destination)
+    try:
+        sync_directory(destination.parent)
+    except OSError:  # whether the new name is on the disk is not known: take it back
+        os.rename(destination, path)
+        raise
 
 
 def make_directory(path: Path) -> None:
@@ -146,6 +168,13 @@ def sync_file(path: Path) -> None:
     """Makes the bytes of a file that something else wrote durable."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def sync_tree(directory: Path) -> None:
+    """Makes all bytes and all names below a folder durable."""
+    for path in directory.rglob("*"):
+        (sync_directory if path.is_dir() else sync_file)(path)
+    sync_directory(directory)
 
 
 def sync_directory(path: Path) -> None:

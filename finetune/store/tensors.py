@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import xxhash
 
 from finetune.errors import CheckpointError
+from finetune.store.strict_json import from_json
 
 PIECE_BYTES = 1 << 20
 HEADER_MAX_BYTES = 100_000_000  # the limit of the reference implementation
@@ -120,7 +121,7 @@ def read_header(path: Path) -> dict[str, Place]:
             raise _broken(path, f"a header of {length:,} bytes does not fit a file of {size:,}")
         header = file.read(length)
     try:
-        entries = json.loads(header.decode(), object_pairs_hook=_without_repeats)
+        entries = from_json(header.decode())
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"the header is not valid JSON: {error}") from error
     if not header.startswith(b"{"):
@@ -155,13 +156,6 @@ def damaged(path: Path, size: int, records: Sequence[TensorRecord]) -> list[str]
             if f"xxh3-128:{digest.hexdigest()}" != record.digest:
                 names.append(record.name)
     return names
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("a key is repeated")
-    return entries
 
 
 def _place(path: Path, name: str, entry: object, *, base: int) -> Place:

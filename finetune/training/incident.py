@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 
 from finetune.errors import RunError
-from finetune.store.checkpoints.manifest import to_json
 from finetune.store.durable import failures, make_directory, replace_file
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from finetune.store.strict_json import strict, to_json
 from finetune.training.loop import StepReport
 from finetune.training.resolve import Resolved
 
@@ -59,13 +59,12 @@ def write(
         "environment": _environment(),
         "time": journal.now(),
     }
-    strict = json.loads(to_json(facts))
     with failures(folder, RunError):
         make_directory(folder.parent)
         make_directory(folder)
         lines = [to_json(row) + "\n" for row in rows or rows_of(resolved, report)]
         replace_file(folder / "rows.jsonl", "".join(lines).encode())
-        replace_file(folder / "report.json", (json.dumps(strict, indent=1) + "\n").encode())
+        replace_file(folder / "report.json", (json.dumps(strict(facts), indent=1) + "\n").encode())
     return folder
 
 

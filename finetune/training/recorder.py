@@ -11,8 +11,9 @@ from pathlib import Path
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.model.base import Companions
 from finetune.plan.plan import Plan
-from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest
+from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import Damage
 from finetune.store.durable import replace_file
 from finetune.store.run import journal as journals
 from finetune.store.run.directory import RunDirectory, step_of

@@ -27,8 +27,9 @@ from finetune.plan.plan import Plan
 from finetune.plan.retention import Saved
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints import best
-from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import holder, lease
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from training import Training
 
 from finetune.plan.row_order import Order
-from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.training.saving import snapshot
 
 POSITION = 10**9

@@ -16,7 +16,8 @@ import numpy as np
 import xxhash
 
 from finetune.store import tensors
-from finetune.store.checkpoints.manifest import FileRecord, is_as_recorded
+from finetune.store.checkpoints.manifest import FileRecord
+from finetune.store.checkpoints.verify import is_as_recorded
 from finetune.store.durable import durable
 from finetune.store.tensors import Tensor
 

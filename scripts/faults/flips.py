@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.store.checkpoints.manifest import MANIFEST, Manifest, verify
+from finetune.store.checkpoints.manifest import MANIFEST, Manifest
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.tensors import Tensor, read_header
 
 KINDS = ("flipped bit", "cut end", "zeroed sector", "zeroed page")

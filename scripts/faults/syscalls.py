@@ -22,8 +22,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from finetune.store.checkpoints.manifest import Manifest, verify
+from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.tensors import Tensor
 
 CALLS = ("mkdir", "openat", "write", "fsync", "fdatasync", "link", "rename", "unlink", "unlinkat", "rmdir")

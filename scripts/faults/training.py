@@ -21,8 +21,8 @@ from pathlib import Path
 import blake3
 from safetensors.numpy import load_file
 
-from finetune.store.checkpoints.manifest import verify
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal bytes need equal threads, and a tiny model is slower on several

@@ -10,8 +10,9 @@ import blake3
 import pytest
 
 from finetune.store import durable as module
-from finetune.store.checkpoints.manifest import FileRecord, is_as_recorded
-from finetune.store.durable import BUFFER_BYTES, durable, open_uncached
+from finetune.store.checkpoints.manifest import FileRecord
+from finetune.store.checkpoints.verify import is_as_recorded
+from finetune.store.durable import BUFFER_BYTES, durable, open_uncached, rename, replace_file, replacing
 
 SIZES = [0, 1, 4095, 4096, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 1, 2 * BUFFER_BYTES + 4097]
 
@@ -82,3 +83,28 @@ def test_an_error_of_the_disk_comes_through(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(module.os, "write", write)
     with pytest.raises(OSError, match="Input/output error"):
         written(tmp_path / "file", b"x")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, b"first")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"half of the sec")
+        raise RuntimeError
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
+    replace_file(path, b"second")
+    assert path.read_bytes() == b"second"
+
+
+def test_a_rename_that_may_not_be_on_the_disk_is_taken_back(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "old").mkdir()
+    rename(tmp_path / "old", tmp_path / "new")
+    assert os.listdir(tmp_path) == ["new"]
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module, "sync_directory", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        rename(tmp_path / "new", tmp_path / "other")
+    assert os.listdir(tmp_path) == ["new"]

@@ -10,8 +10,8 @@ import pytest
 
 from finetune.errors import BaseError, DataError, FinetuneError, RunError, Stopped
 from finetune.store import cache as caches
-from finetune.store.checkpoints.manifest import verify
 from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal
 from finetune.training.loop import Wishes
 

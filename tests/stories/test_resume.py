@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.store.checkpoints.manifest import verify
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, killed

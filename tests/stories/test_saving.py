@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from finetune.errors import CheckpointError
-from finetune.store.checkpoints.manifest import read, verify
+from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses
 from finetune.training.saving import saver
 from tests.stories.test_processes import events, start, wait_for_step

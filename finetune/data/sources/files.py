@@ -4,7 +4,6 @@ A bad file or row raises DataError.
 """
 
 import csv
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from finetune.data.refusals import together
 from finetune.data.sources.arrow import Kinds, has_json, with_json
 from finetune.errors import DataError, counted
 from finetune.plan.plan import ROW_RULES
+from finetune.store import strict_json
 
 Row = dict[str, object]
 
@@ -104,11 +104,11 @@ class JsonLines:
         try:
             row = from_json(content.decode())
             if self._row_rules > 1:
-                json.loads(content, object_pairs_hook=_refuse_repeated)
+                strict_json.from_json(content)
         except UnicodeDecodeError as error:
             raise DataError("is not UTF-8 text", where=self.where(index), hint="save the file as UTF-8") from error
-        except _RepeatedKeyError as error:
-            message = f"repeats the key `{error}`"
+        except strict_json.RepeatedKeyError as error:
+            message = f"repeats the key `{error.key}`"
             raise DataError(message, where=self.where(index), hint="keep one of the values") from None
         except ValueError as error:
             reason = re.sub(r" at line \d+ column (\d+)$", r" at column \1", str(error))
@@ -119,18 +119,6 @@ class JsonLines:
 
     def where(self, index: int) -> str:
         return f"{self._name}:{self._lines[index] + 1}"
-
-
-class _RepeatedKeyError(Exception):
-    pass
-
-
-def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuses a repeated key: json would keep only its last value."""
-    if len(found := dict(pairs)) < len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
-    return found
 
 
 def _encoding_hint(start: bytes) -> str:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from finetune.store.checkpoints.manifest import Checkpoint, verify
+from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses
 
 

@@ -40,8 +40,9 @@ from finetune.model.base.outline import with_dtype
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 from finetune.store import cache, places
-from finetune.store.checkpoints.manifest import MANIFEST, verify
+from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run.directory import RunDirectory
 
 __all__ = [

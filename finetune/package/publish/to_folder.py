@@ -16,7 +16,7 @@ from finetune.package.publish import ownership
 from finetune.package.publish.repository import Files, digest, sha256_of, size_of
 from finetune.package.verify.contents import files_of
 from finetune.store.beside import staged, sweep
-from finetune.store.checkpoints.store import failures, sync_directory
+from finetune.store.durable import failures, sync_directory, sync_tree
 
 PREFIX = "folder:"
 RENAME_EXCHANGE = 2  # of renameat2(2)
@@ -83,6 +83,7 @@ def _replace(place: Path, before: str, wanted: Files, kept: Mapping[str, Path]) 
     with staged(place) as staging:
         _copy(wanted, staging, shutil.copyfile)
         _copy(kept, staging, shutil.copy2)
+        sync_tree(staging)
         if digest(files_of(staging)) != digest({**wanted, **kept}):
             raise PublishError("the copy is not what was copied", where=str(place), hint="look at this disk")
         if digest(_files_in(place)) != before:  # a copy of large weights takes minutes
@@ -100,10 +101,6 @@ def _copy(files: Files, directory: Path, copy_file: Callable[[Path, Path], objec
             copy.write_bytes(content)
         else:
             copy_file(content, copy)
-        with copy.open("rb") as file:
-            os.fsync(file.fileno())
-    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        sync_directory(folder)
 
 
 def _take_place(staging: Path, place: Path) -> None:

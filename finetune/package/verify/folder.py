@@ -1,6 +1,5 @@
 """A model folder as `checks` reads it: configs as JSON, headers by our own reader; nothing of transformers, and nothing is run."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from finetune.errors import CheckpointError
 from finetune.package.verify.contents import Finding
+from finetune.store.strict_json import from_json
 from finetune.store.tensors import Place, read_header
 
 PROCESSORS = "*processor_config.json"  # of images, video and sound
@@ -71,7 +71,7 @@ class Folder:
 
     def json(self, name: str, check: str) -> object:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+            return from_json((self.path / name).read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             self.broken.append(Finding(check, name, None, f"is not valid JSON: {error}"))
             return None
@@ -80,9 +80,3 @@ class Folder:
         """File, name and place of the first tensor that is called so."""
         found = ((file, name, place) for file, places in self.tensors.items() for name, place in places.items())
         return next((item for item in found if pattern.search(item[1])), None)
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is repeated")
-    return dict(pairs)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from finetune.errors import CheckpointError
 from finetune.store import tensors as safetensors
-from finetune.store.checkpoints.manifest import FileRecord, check_name, to_json
+from finetune.store.checkpoints.manifest import FileRecord, check_name
 from finetune.store.durable import HashedFile, durable, failures
+from finetune.store.strict_json import to_json
 from finetune.store.tensors import PIECE_BYTES, Tensor, pieces
 
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}

@@ -14,17 +14,9 @@ from pathlib import Path
 
 from finetune.errors import CheckpointError
 from finetune.store.checkpoints.attempt import Attempt
-from finetune.store.checkpoints.manifest import (
-    MANIFEST,
-    Checkpoint,
-    Damage,
-    Manifest,
-    ManifestError,
-    damage_of,
-    read,
-    verify,
-)
-from finetune.store.durable import durable, failures, make_directory, replace_file, sync_directory
+from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, Manifest, ManifestError, read
+from finetune.store.checkpoints.verify import Damage, damage_of, verify
+from finetune.store.durable import durable, failures, make_directory, rename, replace_file, sync_directory
 from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.tensors import pieces
 
@@ -91,7 +83,7 @@ class Store:
                 check()
             replaced = self._to_trash(destination) if destination.exists() else None
             try:
-                self._rename_durably(attempt.path, destination)
+                rename(attempt.path, destination)
             except OSError:
                 if replaced:
                     os.rename(replaced, destination)
@@ -100,14 +92,6 @@ class Store:
             with failures(replaced):
                 shutil.rmtree(replaced)
         return read(destination)
-
-    def _rename_durably(self, path: Path, destination: Path) -> None:
-        os.rename(path, destination)
-        try:
-            sync_directory(self.directory)
-        except OSError:  # whether the rename is on the disk is not known: take it back
-            os.rename(destination, path)
-            raise
 
     def read_back(self, checkpoint: Checkpoint, written: Collection[str]) -> None:
         """Compares every byte that a save has written; CheckpointError where the disk returns others. Before anything is removed."""
@@ -234,8 +218,7 @@ class Store:
             # what is whole was moved, and nothing of it deleted yet; a removal that is put back is removed again
             if not destination.exists() and _is_whole(path):
                 with failures(path):
-                    os.rename(path, destination)
-                    sync_directory(self.directory)
+                    rename(path, destination)
 
     def _names(self) -> list[str]:
         with failures(self.directory, what="cannot read"):

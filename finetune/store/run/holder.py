@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finetune.store.checkpoints.manifest import to_json
+from finetune.store.strict_json import to_json
 
 _BYTES = 1024
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -14,9 +14,9 @@ from io import BytesIO
 from pathlib import Path
 
 from finetune.errors import RunError
-from finetune.store.checkpoints.manifest import to_json
 from finetune.store.durable import failures, sync_directory
 from finetune.store.run.directory import RunDirectory
+from finetune.store.strict_json import to_json
 
 # What differs between two runs of one step, besides durations and rates.
 VOLATILE = frozenset({"time", "seconds", "attempt"})

@@ -17,8 +17,9 @@ from finetune.plan.forecast import free_bytes, readable
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints import pruning
-from finetune.store.checkpoints.manifest import Checkpoint, Damage, Manifest, is_as_recorded
+from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import Damage, is_as_recorded
 from finetune.store.durable import HINTS, replace_file
 from finetune.store.run import journal as journals
 from finetune.store.run.journal import FULL_DISK, Journal

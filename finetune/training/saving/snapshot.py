@@ -5,6 +5,7 @@ attempt of the store, `run` calls `read` on a verified checkpoint.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from finetune.plan.plan import Plan
 from finetune.store import tensors as safetensors
 from finetune.store.checkpoints.manifest import FileRecord
 from finetune.store.checkpoints.store import Attempt, Checkpoint
-from finetune.store.durable import durable, failures, sync_directory
+from finetune.store.durable import failures, replacing
 from finetune.store.tensors import Tensor
 from finetune.training.saving.buffers import Copy, Staging
 from finetune.training.state import TrainState
@@ -144,21 +145,20 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return found
 
 
+class _OtherWeightsError(Exception):
+    """The base has other weights than were committed."""
+
+
 def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
     """Writes the frozen weights of a checkpoint anew from the base's, if they are what its manifest speaks of."""
     record = checkpoint.manifest.files[FROZEN]
-    temporary = checkpoint.path / f"{FROZEN}.tmp"
-    temporary.unlink(missing_ok=True)
-    with failures(temporary), durable(temporary) as file:
+    path = checkpoint.path / FROZEN
+    with suppress(_OtherWeightsError), failures(path), replacing(path) as file:
         records = safetensors.write(file, _tensors(live.frozen), {"format": "pt"})
-    is_same = FileRecord(file.bytes, file.digest(), tuple(records)) == record
-    with failures(temporary):
-        if is_same:
-            temporary.replace(checkpoint.path / FROZEN)
-            sync_directory(checkpoint.path)
-        else:
-            temporary.unlink()
-    return is_same
+        if FileRecord(file.bytes, file.digest(), tuple(records)) != record:
+            raise _OtherWeightsError
+        return True
+    return False
 
 
 def stored_bytes(snapshot: Snapshot, previous: Checkpoint | None) -> int:

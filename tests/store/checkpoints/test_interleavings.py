@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from finetune.errors import CheckpointError
 from finetune.recipe.schema import Keep
 from finetune.store.checkpoints import pruning
-from finetune.store.checkpoints.manifest import Manifest, read, verify
+from finetune.store.checkpoints.manifest import Manifest, read
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import verify
 from finetune.store.tensors import Tensor
 
 OPERATIONS = ("open", "mkdir", "fsync", "link", "rename", "replace", "unlink", "rmdir")

@@ -12,10 +12,12 @@ import pytest
 
 from finetune.errors import CheckpointError
 from finetune.recipe.schema import Keep
+from finetune.store import durable as durable_module
 from finetune.store.checkpoints import pruning
 from finetune.store.checkpoints import store as store_module
-from finetune.store.checkpoints.manifest import Damage, Manifest, read, verify
+from finetune.store.checkpoints.manifest import Manifest, read
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import Damage, verify
 from finetune.store.tensors import Tensor, read_header
 
 
@@ -85,14 +87,14 @@ def test_a_damaged_checkpoint_makes_room_for_the_same_step(store):
 
 def test_a_rename_that_could_not_be_synced_is_taken_back(store, monkeypatch):
     first = commit(store, 100)
-    real_sync = store_module.sync_directory
+    real_sync = durable_module.sync_directory
 
     def sync(path):
         if path == store.directory:
             raise OSError(errno.EIO, "Input/output error")
         real_sync(path)
 
-    monkeypatch.setattr(store_module, "sync_directory", sync)
+    monkeypatch.setattr(durable_module, "sync_directory", sync)
     with pytest.raises(
         CheckpointError, match="step-00000200: cannot write: input/output error\nhint: the disk reports errors"
     ):

@@ -1,0 +1,42 @@
+"""JSON without its traps: what is read repeats no key, and what is written has no number that JSON lacks."""
+
+import json
+from collections.abc import Mapping
+from math import isfinite
+
+
+class RepeatedKeyError(ValueError):
+    """Of a repeated key only the last value would stay."""
+
+    def __init__(self, key: str):
+        self.key = key
+        super().__init__("a key is repeated")
+
+
+def from_json(text: str | bytes) -> object:
+    """ValueError where it is not JSON, or an object in it has a key twice."""
+    return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def to_json(value: object) -> str:
+    """Strict JSON on one line: floats as Python repr (they round-trip), non-finite ones as the strings "nan", "inf" and "-inf"."""
+    return json.dumps(strict(value), allow_nan=False)
+
+
+def strict(value: object) -> object:
+    """A value whose non-finite floats are strings."""
+    if isinstance(value, float):
+        return value if isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return found
