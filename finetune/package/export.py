@@ -57,8 +57,10 @@ def package(
     load: proof.Loader | None = None,
     dtype: str | None = None,
 ) -> dict:
-    """Writes a checkpoint, or the mean of several, as a package, signed if you name a private key; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
-    `dtype` takes the place of the recipe's `package.dtype`, also in the packaged recipe. `load` loads it back, by default in a fresh process (`proof.load_here`: many packages in one warm process).
+    """Writes a checkpoint, or the mean of several, as a package, signed if you name a private key; returns {path, files: [{name, bytes, digest}], checks:
+    [{name, message, …}]}.
+    `dtype` takes the place of the recipe's `package.dtype`, also in the packaged recipe. `load` loads it back, by default in a fresh
+    process (`proof.load_here`: many packages in one warm process).
 
     Raises PackageError with the name of the failed check; then no folder is left.
     """
