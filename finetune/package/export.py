@@ -170,7 +170,7 @@ def _refuse_wrong(directory: Path) -> None:
     """Runs the checks of `verify` on the folder before it is a package."""
     for check, file, tensor, message in folder_findings(directory)[1]:
         told = ": ".join(filter(None, (file, tensor, message)))
-        raise PackageError(f"{check}: {told}", where="package", hint="mend what it comes from; nothing was written")
+        raise PackageError(f"{check}: {told}", where="package", hint="fix its cause; nothing was written")
 
 
 def _run_of(ref: str) -> Path:

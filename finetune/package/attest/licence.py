@@ -23,12 +23,12 @@ FREE = (
 )
 ASKS = {  # the first match counts
     "cc-by*-nd-*": "does not allow changed versions to be passed on",
-    "cc-by-nc-*": "forbids commercial use, also of what is made from it",
-    "fair-noncommercial-*": "forbids commercial use, also of what is made from it",
-    "*gpl*": "asks that what is made from it stays under it",
-    "cc-by-sa-*": "asks that what is made from it stays under it",
-    "[eo][us][pl]l-*": "asks that what is made from it stays under it",
-    "*": "has terms of its own, which go on to what is made from it",
+    "cc-by-nc-*": "forbids commercial use, also of works made from it",
+    "fair-noncommercial-*": "forbids commercial use, also of works made from it",
+    "*gpl*": "requires works made from it to stay under it",
+    "cc-by-sa-*": "requires works made from it to stay under it",
+    "[eo][us][pl]l-*": "requires works made from it to stay under it",
+    "*": "has its own terms, and they also apply to works made from it",
 }
 
 

@@ -89,7 +89,7 @@ def finite(folder: Folder) -> Iterator[Finding]:
                 continue
             is_bad, is_zero = _looked_at(folder.path / file, place)
             if is_bad:
-                yield Finding("finite", file, name, "has values that are no numbers")
+                yield Finding("finite", file, name, "has NaN or infinite values")
             if is_zero and len(place.shape) > 1 and "lora_B" not in name and name not in zeros:
                 yield Finding("finite", file, name, "is all zeros")
 
