@@ -15,7 +15,7 @@ from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is
 @click.option("--recipe", type=PATH, help="Evaluate on the held-out rows of this recipe, not of the refs' own runs.")
 @OVERRIDE
 @click.option(
-    "--seen", "is_seen_allowed", is_flag=True, help="Evaluate also on rows that were trained on, and say how many."
+    "--seen", "is_seen_allowed", is_flag=True, help="Also evaluate rows that were trained on, and show how many."
 )
 @answers
 @where_it_is
@@ -40,7 +40,7 @@ def _line(result: dict) -> str:
 
 @click.command()
 @REFS
-@click.option("--prompt", "prompts", multiple=True, help="What to answer; may be given several times.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; you may give several.")
 @click.option("--prompt-file", type=click.File(), help="A file with one prompt.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The longest answer."
@@ -52,13 +52,13 @@ def _line(result: dict) -> str:
     show_default=True,
     help="0 takes the likeliest token each time.",
 )
-@click.option("--seed", default=0, show_default=True, help="Decides the samples when the temperature is not 0.")
+@click.option("--seed", default=0, show_default=True, help="Decides the samples if the temperature is not 0.")
 @answers
 @where_it_is
 def generate(
     refs: tuple[str, ...], prompts: tuple[str, ...], prompt_file: TextIO | None, **choices: int | float
 ) -> Answer:
-    """Let models answer prompts."""
+    """Let models answer your prompts."""
     asked = [*prompts, *([prompt_file.read().strip()] if prompt_file else [])]
     if not asked:
         raise click.UsageError("give --prompt TEXT or --prompt-file FILE")

@@ -33,19 +33,19 @@ def replay(run: Path, steps: tuple[int, int], **choices: bool) -> Answer:
     "--bad",
     multiple=True,
     metavar="COMPARISON|STEP",
-    help="What is bad: 'loss > 4', 'grad_norm/layers.3 > 1', or 'loss~20 > 4' for the mean of 20 steps. A number is a step known to be bad.",
+    help="A bad step is one with 'loss > 4', 'grad_norm/layers.3 > 1', or 'loss~20 > 4' for the mean of 20 steps. A number is a known bad step.",
 )
-@click.option("--bad-evaluation", metavar="COMPARISON", help="The same of held-out figures, like 'perplexity > 9'.")
+@click.option("--bad-evaluation", metavar="COMPARISON", help="The same for held-out figures, like 'perplexity > 9'.")
 @click.option(
     "--bad-command",
     metavar="COMMAND",
-    help="Ends with 0 where the checkpoint at {checkpoint} is good, with 125 where it cannot tell; else bad.",
+    help="Your command exits 0 if the checkpoint at {checkpoint} is good, 125 if it cannot tell; otherwise it is bad.",
 )
-@click.option("--good", type=click.IntRange(min=0), metavar="STEP", help="A step known to be good.")
+@click.option("--good", type=click.IntRange(min=0), metavar="STEP", help="A known good step.")
 @answers
 @where_it_is
 def bisect(run: Path, bad: tuple[str, ...], **choices: str | int | None) -> Answer:
-    """Find the step at which a run went wrong, and the rows that did it."""
+    """Find the step at which a run went wrong, and the rows to blame."""
     with importing():
         from finetune.debug import bisect as bisection
 
@@ -60,11 +60,11 @@ def bisect(run: Path, bad: tuple[str, ...], **choices: str | int | None) -> Answ
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--picture", type=PATH, metavar="FILE", help="A heat map of the weights, as PNG.")
+@click.option("--picture", type=PATH, metavar="FILE", help="Write a heat map of the weights here, as PNG.")
 @answers
 @where_it_is
 def diff(a: str, b: str, picture: Path | None) -> Answer:
-    """Compare two checkpoints: recipes, figures, where their runs part, weights."""
+    """Compare two checkpoints: recipes, figures, first step that differs, weights."""
     with importing():
         from finetune.debug import diff as comparison
 
@@ -80,24 +80,24 @@ def diff(a: str, b: str, picture: Path | None) -> Answer:
     "--skip-rows",
     "skipped_rows",
     metavar="FILE|IDS",
-    help="Rows to leave out: ids like 512,77, or a file with a line for each.",
+    help="Rows to skip: ids like 512,77, or a file with a line for each.",
 )
 @click.option(
     "--schedule",
     type=click.Choice(["continue", "restart"]),
     default="continue",
     show_default=True,
-    help="Whether the learning rate goes on where it is, or begins a curve of its own.",
+    help="Continue the curve of the learning rate, or restart it.",
 )
-@click.option("--reset-optimizer", "is_optimizer_reset", is_flag=True, help="Begin without the optimizer's moments.")
+@click.option("--reset-optimizer", "is_optimizer_reset", is_flag=True, help="Start without the optimizer's moments.")
 @QUIET
 @UNTIL
 @click.option(
-    "--no-train", is_flag=True, help="Only make the run; `finetune train DIR/recipe.yaml --run DIR` trains it."
+    "--no-train", is_flag=True, help="Only make the run; train it with `finetune train DIR/recipe.yaml --run DIR`."
 )
 @where_it_is
 def branch(ref: str, run: Path | None, quiet: bool, until: int | None, no_train: bool, **choices: object) -> None:
-    """Start a new run from a step of another one, with other keys, or without some rows."""
+    """Start a new run from a step of another one, with other settings or without some rows."""
     with importing():
         from finetune.debug import branch as branches
 

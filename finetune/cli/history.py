@@ -15,7 +15,7 @@ from finetune.store.run.directory import PINS
 @RUN
 @answers
 def log(run: Path) -> Answer:
-    """Show a run: its checkpoints, what went wrong, and the runs that branch off it."""
+    """Show a run: its checkpoints, incidents, and branches."""
     from finetune.store.run import inspect
 
     facts = inspect.log(run)
@@ -26,7 +26,7 @@ def log(run: Path) -> Answer:
 @REF
 @answers
 def show(ref: str) -> Answer:
-    """Show what a checkpoint is: step, parent, figures, files."""
+    """Show a checkpoint: step, parent, figures, files."""
     from finetune.store.run import inspect
 
     facts = inspect.describe(ref)
@@ -38,7 +38,7 @@ def show(ref: str) -> Answer:
 @click.option("--key", type=PATH, metavar="PEM", help="The public key that signed the package.")
 @answers
 def verify(ref: str, key: Path | None) -> Answer:
-    """Check every byte of a checkpoint or a run, or all that can be checked of a package, here or on the Hub."""
+    """Check every byte of a checkpoint or a run, or a whole package, here or on the Hub."""
     from finetune.store.run import inspect
 
     if inspect.is_model(ref):
@@ -62,16 +62,23 @@ def verify(ref: str, key: Path | None) -> Answer:
 
 @click.command()
 @RUN
-@click.option("--last", type=click.IntRange(min=1), help="Keep the newest so many, instead of what the recipe says.")
-@click.option("--best", type=click.IntRange(min=1), help="Keep the so many with the lowest held-out loss.")
-@click.option("--every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples of so many steps.")
 @click.option(
-    "--weights-every", type=click.IntRange(min=1), metavar="STEPS", help="Keep those at multiples as weights alone."
+    "--last", type=click.IntRange(min=1), help="Keep the N newest checkpoints, instead of the recipe's number."
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would happen.")
+@click.option("--best", type=click.IntRange(min=1), help="Keep the N checkpoints with the lowest held-out loss.")
+@click.option(
+    "--every", type=click.IntRange(min=1), metavar="STEPS", help="Keep checkpoints at multiples of this many steps."
+)
+@click.option(
+    "--weights-every",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Keep checkpoints at multiples as weights alone.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would happen.")
 @answers
 def prune(run: Path, dry_run: bool, **keep: int | None) -> Answer:
-    """Apply the keep rules of a run now, or other ones."""
+    """Apply the keep rules of a run now, or other rules."""
     from finetune.plan.forecast import readable
     from finetune.store.checkpoints.pruning import prune as prune_run
 

@@ -31,12 +31,12 @@ def how_to_train(command: Callable) -> Callable:
     schedule = click.option(
         "--schedule",
         type=click.Choice(["continue", "restart"]),
-        help="How the learning rate of a run that is extended goes on. Default: continue.",
+        help="The learning rate of an extended run. Default: continue.",
     )
     take_over = click.option(
         "--take-over",
         is_flag=True,
-        help="Where the file system has no locks: take a run whose holder's heartbeat has stopped (waits 30 seconds).",
+        help="Take over a run on a file system without locks, if its holder's heartbeat has stopped (waits 30 seconds).",
     )
     return QUIET(UNTIL(schedule(take_over(command))))
 
@@ -52,11 +52,9 @@ def where_it_is(command: Callable) -> Callable:
             return command(*arguments, **others)
 
     data = click.option(
-        "--data", "moved", multiple=True, metavar="OLD=NEW", help="Where a data file or folder of the run is now."
+        "--data", "moved", multiple=True, metavar="OLD=NEW", help="The new place of a data file or folder of the run."
     )
-    base = click.option(
-        "--base", "bases", multiple=True, metavar="PATH_OR_ID", help="Where the base of the run is now."
-    )
+    base = click.option("--base", "bases", multiple=True, metavar="PATH_OR_ID", help="The new place of the run's base.")
     return base(data(with_places))
 
 

@@ -20,7 +20,7 @@ from finetune.errors import counted
     type=click.IntRange(min=1),
     multiple=True,
     metavar="STEP",
-    help="Package the mean of the weights of REF and of this step; may be given several times.",
+    help="Package the mean of the weights of REF and of this step; you may give several.",
 )
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp32"]), help="Type of the weights. Default: package.dtype of the recipe."
@@ -28,7 +28,7 @@ from finetune.errors import counted
 @answers
 @where_it_is
 def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None) -> Answer:
-    """Write a checkpoint as a model folder that is proven to be what was trained."""
+    """Write a checkpoint as a model folder, proven equal to the trained model."""
     with importing():
         from finetune.compare.evaluate import of_model
         from finetune.package import export
@@ -41,14 +41,14 @@ def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...],
 @click.command()
 @click.argument("source", metavar="DIR|REF")
 @click.option("--to", "target", metavar="OWNER/NAME|folder:PATH", help="Default: publish.repo of the recipe of a REF.")
-@click.option("--branch", default="main", show_default=True, help="The branch that will have the package.")
+@click.option("--branch", default="main", show_default=True, help="The branch for the package.")
 @click.option("--tag", help="A tag for the commit.")
-@click.option("--public", "is_public", is_flag=True, help="Publish where everybody can see it. Default: private.")
-@click.option("--replace", "is_replacing", is_flag=True, help="Overwrite what people changed; what they added stays.")
-@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only say what would happen.")
-@click.option("--milestones", "has_milestones", is_flag=True, help="Publish the milestones of a run that are left.")
+@click.option("--public", "is_public", is_flag=True, help="Publish it to everybody. Default: private.")
+@click.option("--replace", "is_replacing", is_flag=True, help="Overwrite people's changes; their additions stay.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only show what would happen.")
+@click.option("--milestones", "has_milestones", is_flag=True, help="Publish the remaining milestones of a run.")
 @click.option(
-    "--follow", "is_following", is_flag=True, help="With --milestones: go on until stdin ends, as beside a training."
+    "--follow", "is_following", is_flag=True, help="With --milestones: continue until stdin ends, as beside a training."
 )
 @answers
 @where_it_is
@@ -61,7 +61,7 @@ def publish(
     is_following: bool,
     **choices: object,
 ) -> Answer:
-    """Put a package on the Hub as it is, in one commit, or not at all."""
+    """Put a package on the Hub unchanged, in one commit, or not at all."""
     if has_milestones:
         from finetune.package.publish import queue
 

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     "device_gib",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Memory of one of them. Default: that of this machine's GPU, or else 80.",
+    help="Memory of one GPU. Default: that of this machine's GPU, or else 80.",
 )
 @answers
 def plan(
     recipe: Path, overrides: tuple[str, ...], run: Path | None, has_devices: bool, device_gib: float | None
 ) -> Answer:
-    """Show what a recipe will do: pins, rows, tokens, steps, memory, disk."""
+    """Show what your recipe will do: pins, rows, tokens, steps, memory, disk."""
     loaded = _looked_at(recipe, overrides)
     with importing():
         from finetune.package.preflight import refuse_unpackageable
@@ -56,7 +56,7 @@ def plan(
 @RECIPE
 @OVERRIDE
 def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Download what a recipe names, for a host without a network."""
+    """Download everything a recipe needs, for a host without a network."""
     loaded = _looked_at(recipe, overrides)
     with importing():
         from finetune.model import base
@@ -100,15 +100,15 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
 @click.option(
     "--nnodes", "nodes", type=click.IntRange(min=1), help="Hosts. Default: as Slurm or Kubernetes says, else 1."
 )
-@click.option("--node-rank", "node", type=click.IntRange(min=0), help="Which of them this is, counted from 0.")
-@click.option("--master-addr", "address", help="Host 0, as the others call it.")
+@click.option("--node-rank", "node", type=click.IntRange(min=0), help="The number of this host, counted from 0.")
+@click.option("--master-addr", "address", help="The address of host 0, seen from the others.")
 @click.option("--master-port", "port", type=click.IntRange(1, 65535), help="A free port of host 0.")
 @click.option(
     "--restarts",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="How often a crashed training is started again from its last commit.",
+    help="How many times to restart a crashed training from its last commit.",
 )
 @RECIPE
 @OVERRIDE
@@ -126,7 +126,7 @@ def launch(
     restarts: int,
     **asked: object,
 ) -> None:
-    """Train a recipe on all devices here, as the one process of a container or a job: signals reach every rank."""
+    """Train a recipe on all devices here, in a container or a job: signals reach every rank."""
     from finetune.hosts import launch as launching
 
     run = run or default_run(recipe)
@@ -146,10 +146,10 @@ def launch(
 )
 @click.option("--launcher", default="", metavar="COMMAND", help="Starts trainings, like 'finetune launch'.")
 @click.option("--package/--no-package", "has_package", default=True, help="Whether to package the result as well.")
-@click.option("--keep", "is_kept", is_flag=True, help="Leave the scratch directory, <run>.rehearsal.")
+@click.option("--keep", "is_kept", is_flag=True, help="Keep the scratch directory, <run>.rehearsal.")
 @answers
 def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, **choices: object) -> Answer:
-    """Prove here that a killed run resumes to the bit, and measure what a checkpoint costs."""
+    """Prove here that a killed run resumes to the bit, and measure the cost of saves."""
     loaded = _looked_at(recipe, overrides)
     from finetune.debug.rehearse import rehearse as rehearsals
 
@@ -166,11 +166,11 @@ def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, **choic
     default=300,
     show_default=True,
     metavar="SECONDS",
-    help="Less than this without a record is never called hung.",
+    help="Never call a training hung before this many seconds without a record.",
 )
 @answers
 def health(run: Path | None, patience_seconds: float) -> Answer:
-    """Tell a hung training from a slow one; without RUN, all that are trained here."""
+    """Tell a hung training from a slow one; without RUN, check all trainings here."""
     from finetune.hosts import health as looking
 
     runs = {run: 0.0} if run else looking.trainings(_run_of)

@@ -112,7 +112,7 @@ def _refuse_other_tensors(old: Recipe, new: Recipe, choices: Choices, where: str
         if any(key == name or key.startswith(f"{name}.") for name in FIXED)
     ]
     if lines:
-        hint = "start a run of its own, with `base.checkpoint` naming the checkpoint to begin with"
+        hint = "start a new run, and name the checkpoint as its `base.checkpoint`"
         raise RunError("has tensors that do not fit:\n  " + "\n  ".join(lines), where=where, hint=hint)
     if old.optimizer.name != new.optimizer.name and not choices.is_optimizer_reset:
         message = f"has moments of {old.optimizer.name}, which {new.optimizer.name} cannot use"

@@ -100,7 +100,7 @@ def listing(facts: dict) -> str:
         + ", ".join(f"{name} {norm:.4g}" for name, norm in facts["module_grad_norms"].items()),
     ]
     if facts["first_not_finite_activation"]:
-        lines.append(f"  the first activation that is no number comes from {facts['first_not_finite_activation']}")
+        lines.append(f"  the first NaN or infinite output comes from {facts['first_not_finite_activation']}")
     for row in facts["rows"]:
         lines.append(
             f"  row {row['row']}: loss {row['loss']:.6g}, {counted(row['tokens'], 'token')}, {row['supervised_tokens']} supervised"

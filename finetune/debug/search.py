@@ -210,7 +210,7 @@ def search_states(rerun: Rerun, predicate: Comparison | str, good: int | None, b
         if verdict:
             raise NoAnswer(f"never good: the state at step {low}, where the run begins, is bad already", states)
         low, high, more = _between(rerun, states, low, high, stored)
-        notes = [f"{name} is damaged, and was left out" for name in damaged]
+        notes = [f"{name} is damaged, and was skipped" for name in damaged]
         notes += [f"the command could not tell of steps {sorted(unknown | more)}"] if unknown | more else []
         if any(low < step < high for step in unknown | more):
             notes.append(f"so the first bad step is one of {low + 1} to {high}")

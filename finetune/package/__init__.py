@@ -1,1 +1,1 @@
-"""A checkpoint becomes a model folder for others: `export` writes it, `proof` loads it back, `card` describes it."""
+"""A checkpoint becomes a model folder for others: written, loaded back, described, published."""

@@ -1,7 +1,4 @@
-"""Weights, config and small files of a package: written, loaded back and compared with the model in memory.
-
-`export` does it with a checkpoint, after training; `preflight` with a small copy of the model, before.
-"""
+"""Weights, config and small files of a package: written, loaded back and compared with the model in memory."""
 
 import json
 from pathlib import Path
@@ -19,10 +16,10 @@ from finetune.training.opened import Opened
 
 class Assembled(NamedTuple):
     model: torch.nn.Module
-    """As it is packaged."""
+    """In its packaged form."""
     checks: list[Check]
     record: dict
-    """What `reference` keeps of it."""
+    """Its logits, as kept by `reference`."""
 
 
 def assemble(
@@ -33,10 +30,10 @@ def assemble(
     load: Loader,
     is_random: bool = False,
 ) -> Assembled:
-    """The files of `opened` in `directory`, in the form and type that its plan says; PackageError where they are not that model.
+    """Writes the files of `opened` into `directory`, in the form and type of its plan. Raises PackageError if they are not that model.
 
-    `base_directory` has what the base's authors wrote, with the weights, if these can be had. How far merge and cast move the
-    logits of weights that are random is not judged.
+    `base_directory` has the files of the base's authors, with the weights if available. For random weights, the effect of merge and
+    cast on the logits is not judged.
     """
     recipe = opened.plan.recipe
     form, dtype = recipe.package.form, weights.dtype_of(recipe)

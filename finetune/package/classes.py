@@ -1,4 +1,4 @@
-"""By which classes a model is loaded: the one that its config declares, as users do, and the causal LM that was trained."""
+"""The classes that load a model: the one in its config, as users do, and the trained causal LM."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from finetune.package.verify.contents import Finding
 
 
 def surplus(model: torch.nn.Module, directory: Path, carried: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:
-    """Of each class that the folder is loaded by, the names of carried tensors that it finds there and does not want."""
+    """For each loading class, the names of carried tensors that it finds in the folder and does not want."""
     if not carried:
         return {}
     found = {type(model).__name__: outline.outline(type(model), model.config, carried).unexpected}
@@ -25,8 +25,8 @@ def surplus(model: torch.nn.Module, directory: Path, carried: Mapping[str, torch
 
 
 def findings(directory: Path) -> Iterator[Finding]:
-    """Weights that the class of the config wants and that the files do not have. PackageError where the installed transformers makes no
-    model of the config."""
+    """Weights that the class of the config wants and the files lack. Raises PackageError if the installed transformers cannot make a
+    model from the config."""
     try:
         config = AutoConfig.from_pretrained(directory)
         declared = declared_class(directory)

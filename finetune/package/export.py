@@ -1,7 +1,6 @@
-"""A checkpoint of a run as a model folder that plain transformers (or peft) loads; `cli` calls `package`.
+"""A checkpoint of a run as a model folder for plain transformers (or peft): a proven package, or none.
 
-Everything is written beside the target, loaded back in a fresh process and compared with what was trained, synced, and renamed
-into place at the very end: there is a proven package, or none.
+Everything is written beside the target, loaded back in a fresh process, compared with the trained model, synced, and renamed last.
 """
 
 import json
@@ -42,11 +41,11 @@ TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 @dataclass(frozen=True)
 class Average:
-    """What else goes into the weights."""
+    """Further checkpoints in the mean of the weights."""
 
     steps: Sequence[int]
     evaluate: Callable[[torch.nn.Module, Path], dict]
-    """Held-out figures of a model on the rows of a run, empty where none are held out: a mean is not packaged unseen."""
+    """Held-out figures of a model on the rows of a run, empty if none are held out: a mean is never packaged unevaluated."""
 
 
 def package(
@@ -57,10 +56,12 @@ def package(
     load: proof.Loader | None = None,
     dtype: str | None = None,
 ) -> dict:
-    """Writes a checkpoint, or the mean of several, as a package, signed where a private key is named; returns {path, files: [{name, bytes, digest}], checks: [{name, message, …}]}.
-    `dtype` takes the place of the recipe's `package.dtype`, also in the recipe that is packaged. `load` is how it is loaded back, if not in a fresh process (`proof.load_here`: many packages in one warm process).
+    """Writes a checkpoint, or the mean of several, as a package, signed if you name a private key; returns {path, files: [{name, bytes, digest}], checks:
+    [{name, message, …}]}.
+    `dtype` takes the place of the recipe's `package.dtype`, also in the packaged recipe. `load` loads it back, by default in a fresh
+    process (`proof.load_here`: many packages in one warm process).
 
-    PackageError names the check that failed; then no folder is left.
+    Raises PackageError with the name of the failed check; then no folder is left.
     """
     run = _run_of(ref)
     _refuse_existing(directory)
@@ -123,7 +124,7 @@ def package(
 
 
 def _stages(manifest: Manifest, ref: str) -> tuple[Stage, ...]:
-    """The runs behind the weights. This run is known by its identity, so that a package does not depend on the directory's name."""
+    """The runs behind the weights. This run is named by its id, so a package does not depend on the directory's name."""
     stages = lineage.stages(ref)
     if manifest.step == 0:  # only its base
         return stages
@@ -131,12 +132,12 @@ def _stages(manifest: Manifest, ref: str) -> tuple[Stage, ...]:
 
 
 def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
-    """Held-out rows that were trained on: noted in the plan, or, of an older version's run, found out now."""
+    """Held-out rows that were trained on: from the plan, or counted now for a run of an older version."""
     if plan.stages is not None or plan.holdout_counts.rows == 0:
         return plan.seen
     try:
         resolved = resolve(LoadedRecipe(plan.recipe, "", ref, {}), plan)
-    except FinetuneError as error:  # its rows are gone, which is no reason not to package it
+    except FinetuneError as error:  # its rows are gone, and that is no reason to refuse the package
         return (Seen(by=lineage.THIS_RUN, rows=None, why=error.message),)
     return resolved.held_out.seen_by(lineage.stages(ref)).seen
 
@@ -148,7 +149,7 @@ def _with_dtype(opened: Opened, dtype: str) -> Opened:
 
 
 def checkpoint_of(ref: str) -> tuple[Path, int]:
-    """The run and the step of what a ref names. PackageError where it is no checkpoint of a run."""
+    """The run and the step of a ref. Raises PackageError if it is no checkpoint of a run."""
     return _run_of(ref), find(parse(ref)).step
 
 
@@ -165,10 +166,10 @@ def _averaged(
 
 
 def _refuse_wrong(directory: Path) -> None:
-    """The checks that anybody can make of the package, before it is one."""
+    """Runs the checks of `verify` on the folder before it is a package."""
     for check, file, tensor, message in folder_findings(directory)[1]:
         told = ": ".join(filter(None, (file, tensor, message)))
-        raise PackageError(f"{check}: {told}", where="package", hint="mend what it comes from; nothing was written")
+        raise PackageError(f"{check}: {told}", where="package", hint="fix its cause; nothing was written")
 
 
 def _run_of(ref: str) -> Path:
@@ -200,8 +201,8 @@ def _refuse_unnamed_base(plan: Plan, form: str) -> None:
 
 
 def _base_directory(plan: Plan) -> Path | None:
-    """What the base's authors wrote. Without weights where these cannot be had, and None where a full fine-tune outlived it: the card then
-    says that the licence is unknown, and `proof` whether a weight is missed that was not trained."""
+    """The files of the base's authors, without weights if these are unavailable. None if the base of a full fine-tune is gone: the
+    card then says that the licence is unknown, and `proof` finds missing untrained weights."""
     for has_weights in (True, False):
         with suppress(BaseError, CheckpointError):
             return base.directory(plan.recipe.base, plan.base, has_weights)
@@ -228,7 +229,7 @@ def _write_bom(facts: Facts, architectures: list[str] | None, directory: Path) -
 
 
 def refuse_private(directory: Path, places: list[Path]) -> None:
-    """A folder of this machine tells others its user and its layout, and means nothing to them."""
+    """Refuses a folder of this machine: it reveals its user and layout, and means nothing to others."""
     private = {str(place.absolute().parent) for place in places} | {str(Path.home()), str(Path.cwd())}
     private = {place for place in private if place.count("/") > 1}  # `/` and `/root` are everywhere
     for file in sorted(file for file in directory.rglob("*") if file.suffix in TEXT_FILES):
@@ -244,7 +245,7 @@ def refuse_private(directory: Path, places: list[Path]) -> None:
 
 
 def _files(directory: Path) -> list[dict]:
-    """What is in the package, with the digests that the Hub uses too."""
+    """The files of the package, with the digests that the Hub also uses."""
     files = files_of(directory)
     return [
         {"name": name, "bytes": path.stat().st_size, "digest": f"sha256:{sha256(path)}"} for name, path in files.items()
@@ -253,21 +254,21 @@ def _files(directory: Path) -> list[dict]:
 
 @contextmanager
 def _staged(directory: Path) -> Iterator[Path]:
-    """A directory beside the target that becomes it, synced, if nothing goes wrong, and vanishes otherwise."""
+    """A directory beside the target: on success it is synced and becomes the target, otherwise it is removed."""
     try:
         with failures(directory, PackageError), staged(directory) as staging:
             yield staging
             _share(staging)
             sync_tree(staging)
             rename(staging, directory)
-    except SafetensorError as error:  # how the library reports a full disk
+    except SafetensorError as error:  # safetensors reports a full disk like this
         raise PackageError(
             f"cannot write weights: {error}", where=str(directory), hint="look at the free space of this disk"
         ) from error
 
 
 def _share(directory: Path) -> None:
-    """Lets those read the files who may read the folder: safetensors leaves 0600, whatever the umask."""
+    """Gives files the mode of the folder: safetensors writes 0600, whatever the umask."""
     mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if not path.is_dir():

@@ -1,7 +1,7 @@
-"""A package of a small random model of the base's kind, made and loaded back before the real one is trained; `preflight` asks.
+"""Packages a small random model of the base's kind and loads it back, before the real one is trained.
 
-What a package fails by is in the kind of a model: its classes, the names and types of its weights, what it has beside its text. A second
-shows it; figures of random weights show nothing, and are not judged.
+It finds faults of the kind of model in a second: classes, names and types of weights, parts beside the text. It must not judge
+figures: those of random weights mean nothing.
 """
 
 import tempfile
@@ -25,8 +25,8 @@ OF_WEIGHTS = ("header", "index", "dtype", "finite", "tied")
 
 
 def problem(resolved: Resolved) -> str | None:
-    """Why a package could not be made of what is trained; None where it could. BaseError where no small model can be made to find out,
-    or written."""
+    """The reason why the trained model could not be packaged; None if it could. Raises BaseError if no small model can be made or
+    written."""
     untried, problems = [], []
     for way in range(tiny.WAYS):
         try:
@@ -36,14 +36,14 @@ def problem(resolved: Resolved) -> str | None:
             continue
         if found is None:
             return None
-        problems.append(found)  # perhaps of these layers together, and not of the base
+        problems.append(found)  # perhaps a fault of these layers together, not of the base
     if not problems:
         raise untried[0]
     return problems[0]
 
 
 def _problem(resolved: Resolved, way: int) -> str | None:
-    """The same of a small model whose layers are chosen in one way."""
+    """The same for one choice of layers."""
     with tempfile.TemporaryDirectory() as made:
         whole, package = Path(made, "base"), Path(made, "package")
         package.mkdir()
@@ -54,10 +54,10 @@ def _problem(resolved: Resolved, way: int) -> str | None:
                 opened = Opened(_with_adapter(model, resolved), whole, whole, resolved.plan, None)
                 assemble(opened, resolved.tokenizer, whole, package, proof.load_here, is_random=True)
         except PackageError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # of this machine's disk
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # a fault of this machine's disk
                 raise BaseError(error.message, where=made) from None
             return error.message
-        if resolved.plan.recipe.package.form == "adapter":  # its base is not written
+        if resolved.plan.recipe.package.form == "adapter":  # the base of an adapter is not written
             return None
         folder = Folder(package)
         found = [*(item for name in OF_WEIGHTS for item in CHECKS[name](folder)), *classes.findings(package)]
@@ -65,7 +65,7 @@ def _problem(resolved: Resolved, way: int) -> str | None:
 
 
 def _written_base(resolved: Resolved, way: int, directory: Path) -> torch.nn.Module:
-    """The base in small, by the class that its config declares, with the small files of the real one; loaded again, as it would be."""
+    """A small base, by the class in its config, with the small files of the real one; loaded again like a real base."""
     config = base.load_config(resolved.base_directory)
     declared = declared_class(resolved.base_directory)
     with torch.random.fork_rng(devices=[]), outline.quiet():
@@ -82,7 +82,7 @@ def _written_base(resolved: Resolved, way: int, directory: Path) -> torch.nn.Mod
 
 
 def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> PretrainedConfig:
-    """As large as the real one: the tokenizer is the real one too."""
+    """Full size: the tokenizer is the real one too."""
     pairs = ((small, config), (small.get_text_config(), config.get_text_config()))
     for one, real in pairs:
         for name in ("vocab_size", "vocab_size_per_layer_input"):
@@ -94,5 +94,5 @@ def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> Pretr
 def _with_adapter(model: torch.nn.Module, resolved: Resolved) -> torch.nn.Module:
     try:
         return adapters.apply(model, resolved.plan.recipe.adapter).eval()
-    except AdapterError:  # it names layers that the small model does not have
+    except AdapterError:  # it names layers missing in the small model
         return model

@@ -1,7 +1,7 @@
-"""Whether what a recipe trains could be packaged, found out before it is trained; `cli` has `run` ask.
+"""Finds out before a training whether its result could be packaged.
 
-The rules are those that a package is checked by, as far as they are about what is there before the training: config, tokenizer,
-template, generation config, licence. Classes, names and types of weights are tried on a small model of the base's kind.
+It runs the checks of a package on everything known by then: config, tokenizer, template, generation config, licence. A small model
+of the base's kind shows faults of classes, names and types of weights.
 """
 
 import json
@@ -20,12 +20,12 @@ from finetune.package.verify.folder import Folder
 from finetune.store import cache
 from finetune.training.resolve import Resolved
 
-RULES = 3  # of what is asked; part of the cache key
+RULES = 3  # of the questions below; part of the cache key
 BEFORE = ("config", "remote_code", "vocabulary", "tokenizer", "template")
 
 
 def refuse_unpackageable(resolved: Resolved) -> None:
-    """PackageError where the recipe asks for a package, or a place to publish it; a line on stderr where nobody has."""
+    """Raises PackageError if the recipe has a `package` or `publish` section; otherwise prints a line on stderr."""
     plan = resolved.plan
     sections = plan.recipe.model_dump(mode="json", include={"base", "package", "adapter"})
     facts = [
@@ -59,7 +59,7 @@ def _problems(resolved: Resolved) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as made:
         directory = Path(made)
         config = json.loads((resolved.base_directory / "config.json").read_bytes())
-        config = {key: value for key, value in config.items() if key != "_name_or_path"}  # the package's is without it
+        config = {key: value for key, value in config.items() if key != "_name_or_path"}  # a package has none
         (directory / "config.json").write_text(json.dumps(config))
         tokenizer = resolved.tokenizer
         small_files.write(directory, resolved.base_directory, tokenizer, resolved.base_directory)

@@ -1,7 +1,6 @@
-"""A program: looks at a model, either the trained one in this process or a package in a fresh one.
+"""A program, `python probe.py DIRECTORY OUT THREADS [BASE]`: logits and facts of a model, trained or packaged.
 
-`proof` starts it as `python probe.py DIRECTORY OUT THREADS [BASE]`; `export` calls `logits` and `facts` on what was trained, so
-both sides are seen by the same lines. It imports nothing of finetune: what it loads must load anywhere.
+The same lines look at both sides. It must import nothing of finetune: a package has to load anywhere.
 """
 
 import hashlib
@@ -27,11 +26,11 @@ TEXTS = (
 )
 SEQUENCES, LENGTH = 4, 64
 DAY = datetime(2024, 7, 26)
-"""What a template that prints the date is given: a package is looked at on many days, and always has to compute the same."""
+"""The date for templates that print one: a package must compute the same on every day."""
 
 
 def logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """fp32 logits of a fixed batch, and of a rendered question where there is a chat template."""
+    """fp32 logits of a fixed batch, and of a rendered question if there is a chat template."""
     inputs = {"batch": batch(model.config)}
     if isinstance(tokenizer.chat_template, str):
         with on_the_day(tokenizer.chat_template):
@@ -43,8 +42,8 @@ def logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 @contextmanager
 def on_the_day(template: str) -> Iterator[None]:
-    """What is rendered within prints `DAY`, whatever the clock says."""
-    # transformers keeps the compiled template for all who render the same text, and takes no function as a variable
+    """Inside, templates print `DAY`, whatever the clock says."""
+    # transformers caches the compiled template by its text, and takes no function as a variable
     globals_of = transformers.utils.chat_template_utils._compile_jinja_template(template).globals
     globals_of["strftime_now"] = DAY.strftime
     try:
@@ -54,10 +53,10 @@ def on_the_day(template: str) -> Iterator[None]:
 
 
 def batch(config: PreTrainedConfig) -> Tensor:
-    """Token ids that depend on the size of the vocabulary alone, spread over all of it (Knuth's multiplicative hash)."""
+    """Token ids from the size of the vocabulary alone, spread over all of it (Knuth's multiplicative hash)."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, longest) if longest > 0 else LENGTH  # XLNet's -1 is no bound
+    length = min(LENGTH, longest) if longest > 0 else LENGTH  # XLNet's -1 means no bound
     return (torch.arange(SEQUENCES * length) * 2_654_435_761 % text.vocab_size).reshape(SEQUENCES, length)
 
 
@@ -90,9 +89,9 @@ def digest(tensor: Tensor) -> str:
 
 
 def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], dict]:
-    """Logits and facts of what is in a directory; with a base, that is an adapter of it.
+    """Logits and facts of the model in a directory; with a base, the directory has an adapter of it.
 
-    A model is loaded as a causal LM and, where that is another class than the one that its config declares, by that one as well.
+    A model is loaded as a causal LM, and also by the class in its config if that differs.
     """
     options = {"use_safetensors": True, "output_loading_info": True}
     if base:
@@ -117,7 +116,7 @@ def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], 
 
 
 def declared_class(directory: Path) -> type | None:
-    """The class that a config says its weights are of; None where it says none, or one that this transformers does not have."""
+    """The class that a config declares; None if it declares none, or one unknown to this transformers."""
     named = json.loads(Path(directory, "config.json").read_bytes()).get("architectures") or [None]
     return getattr(transformers, str(named[0]), None)
 

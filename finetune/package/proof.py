@@ -1,6 +1,6 @@
-"""Is a folder the model that was trained? Loads it back in a fresh process and compares; `export` calls it.
+"""Proves that a folder is the trained model: loads it back in a fresh process and compares.
 
-A check that holds is a `Check`, with its figures; one that fails is a PackageError that names it.
+A passed check is a `Check` with its figures; a failed one raises a PackageError with its name.
 """
 
 import json
@@ -27,16 +27,16 @@ from finetune.store.tensors import Place, read_header
 # weights, and arithmetic too. Measured with LoRA on SmolLM2-135M, whose batch here is noise: 2e-11 and 3e-3.
 MERGE_BOUND = 1e-5
 CAST_BOUND = 2e-2
-QUANTIZATION_BOUND = 2.0  # 0.56 for nf4 of the same model, without an adapter: noise shows more of it than text does
-# Of the largest logit: the class of a model with images is one more place where sums may be taken in another order.
+QUANTIZATION_BOUND = 2.0  # 0.56 for nf4 of the same model, without an adapter: noise reacts more strongly than text
+# Of the largest logit: the class of a model with images may also take sums in another order.
 CLASS_TOLERANCE = 1e-3
 Logits = dict[str, torch.Tensor]
-NOT_FOR_THE_PROBE = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # it needs no network, hence no secret
+NOT_FOR_THE_PROBE = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the probe needs no network, so no secret
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was found to hold of a package."""
+    """A passed check of a package."""
 
     name: str
     message: str
@@ -48,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Look:
-    """What `probe` sees of a model."""
+    """The output of `probe` for a model."""
 
     logits: Logits
     facts: dict
@@ -56,7 +56,7 @@ class Look:
 
 
 def within(name: str, what: str, reference: Logits, other: Logits, bound: float) -> Check:
-    """A change of the logits that must be small: mean divergence of the next token's distribution from the reference's."""
+    """A bounded change of the logits: mean divergence of the next token's distribution from the reference's."""
     figures = drift(reference, other) | {"bound": bound}
     if not figures["mean_kl"] <= bound:
         hint = "set package.dtype: fp32" if name == "cast" else "report it: the adapter does not merge"
@@ -82,7 +82,7 @@ def drift(reference: Logits, other: Logits) -> dict[str, float]:
             divergence += F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
             positions += len(before)
-    # tensors, for Python's max() loses a NaN
+    # tensors: Python's max() loses a NaN
     return {
         "max_difference": torch.stack(changes).max().item(),
         "mean_kl": divergence / positions,
@@ -95,10 +95,10 @@ Loader = Callable[[Path, Path | None], Look]
 
 
 def load_back(directory: Path, base: Path | None) -> Look:
-    """A look at a package, by a process that knows nothing of this one."""
+    """Probes a package in a fresh process that shares nothing with this one."""
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROBE}
     with tempfile.TemporaryDirectory() as out:
-        # -P: without it the program's own folder comes first on the import path
+        # -P: otherwise the program's own folder comes first on the import path
         command = [
             sys.executable,
             "-P",
@@ -116,16 +116,16 @@ def load_back(directory: Path, base: Path | None) -> Look:
 
 
 def load_here(directory: Path, base: Path | None) -> Look:
-    """The same in this process: seconds less, and no proof of what a process that is warm might hide. For many models in a row."""
+    """The same in this process, for many models in a row: seconds faster, but a warm process might hide a fault."""
     with quiet():
         logits, facts = probe.look(directory, base)
     return Look(logits, json.loads(json.dumps(facts)))
 
 
 def equal(trained: Look, loaded: Look, surplus: Mapping[str, Collection[str]]) -> list[Check]:
-    """That the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits.
+    """Checks that the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits.
 
-    `surplus` are the names of tensors that a class of models may find in the package and not want, for they were in the base.
+    `surplus` are tensors from the base that a class of models may find in the package and not want.
     """
     _refuse_keys(loaded.facts["keys"], loaded.facts["class"], surplus)
     for name in ("weights", "tied", "tokenizer", "template"):
@@ -168,7 +168,7 @@ def equal(trained: Look, loaded: Look, surplus: Mapping[str, Collection[str]]) -
 
 
 def _by_declared_class(found: dict | None, surplus: Mapping[str, Collection[str]]) -> list[Check]:
-    """That the class of the config, where it is not the one that was trained, finds all its weights and computes the same."""
+    """Checks that the class of the config, if it is not the trained one, finds all its weights and computes the same."""
     if found is None:
         return []
     _refuse_keys(found["keys"], found["class"], surplus)
@@ -189,7 +189,7 @@ def _refuse_keys(keys: Mapping[str, list[str]], name: str, surplus: Mapping[str,
 
 
 def stored_as(directory: Path, types: Mapping[str, str], dtype: str) -> Check:
-    """That every tensor is in the files once, in its type of `types` (spelled as safetensors does); most have `dtype`."""
+    """Checks that every tensor is in the files once, in its type of `types` (safetensors' spelling); most have `dtype`."""
     places = [item for file in sorted(directory.glob("*.safetensors")) for item in read_header(file).items()]
     names = [name for name, _ in places]
     wrong = [f"{name} is {place.dtype}" for name, place in places if place.dtype != types.get(name)]
@@ -206,7 +206,7 @@ def stored_as(directory: Path, types: Mapping[str, str], dtype: str) -> Check:
 
 
 def carried(directory: Path, base: Path, names: Collection[str], files: Collection[str]) -> Check:
-    """That tensors and files of the base that were not trained are in the package, byte for byte."""
+    """Checks that untrained tensors and files of the base are in the package, byte for byte."""
     for file in files:
         if (directory / file).read_bytes() != (base / file).read_bytes():
             raise _failed("base", f"{file} is not as it is in the base")
@@ -219,7 +219,7 @@ def carried(directory: Path, base: Path, names: Collection[str], files: Collecti
 
 
 def parts_of(names: Collection[str]) -> list[str]:
-    """What the names begin with, as far as a reader wants to know."""
+    """Short prefixes of the names, for a message."""
     return sorted(
         {".".join(name.split(".")[:2]) if name.startswith("model.") else name.split(".")[0] for name in names}
     )

@@ -1,7 +1,7 @@
-"""What a package computed when it was made, small enough to travel with it: `export` writes it, `verify` computes it again.
+"""Reference logits of a package, small enough to travel with it; `verify` computes them again.
 
-Of each probe sequence the likeliest tokens at some positions, with their logits, and a hash of all logits: where hardware and libraries are
-the same they are equal to the bit, elsewhere they are close.
+For each probe sequence: the likeliest tokens at some positions with their logits, and a hash of all logits. On equal hardware and
+libraries they are equal to the bit, elsewhere close.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ TOLERANCES = {"F32": 1e-3, "BF16": 5e-2}
 
 
 def recorded(logits: Logits, dtype: str) -> dict:
-    """`dtype` is that of most weights, spelled as safetensors does."""
+    """`dtype` is that of most weights, in safetensors' spelling."""
     return {
         "dtype": dtype,
         "day": probe.DAY.date().isoformat(),
@@ -37,8 +37,8 @@ def recorded(logits: Logits, dtype: str) -> dict:
 
 
 def findings(directory: Path) -> Iterator[Finding]:
-    """Loads the model in a fresh process, and says where it does not compute what it did. Only for folders that other checks let pass.
-    BaseError where an adapter's base cannot be had: then nothing can be said."""
+    """Loads the model in a fresh process, and returns the differences from its reference. Only for folders that passed the other checks.
+    Raises BaseError if an adapter's base is unavailable."""
     try:
         said = json.loads((directory / FILE).read_text(encoding="utf-8"))
         loaded = proof.load_back(directory, _base(directory))
@@ -47,7 +47,7 @@ def findings(directory: Path) -> Iterator[Finding]:
             return
         said_of = said["likeliest"]
         if "day" not in said and prints_date(loaded.facts["template"]["source"]):
-            said_of.pop("question", None)  # older code asked it on the day of the packaging, which is not known
+            said_of.pop("question", None)  # older code used the day of the packaging, which is unknown
         for name, one in said_of.items():
             yield from _compared(name, one, loaded.logits[name], TOLERANCES[said["dtype"]])
     except PackageError as error:
@@ -81,7 +81,7 @@ def _hash(logits: torch.Tensor) -> str:
 
 
 def _base(directory: Path) -> Path | None:
-    """What an adapter goes on, from the Hub or its cache."""
+    """The base of an adapter, from the Hub or its cache."""
     config = Folder(directory).configs.get("adapter_config.json")
     if config is None:
         return None

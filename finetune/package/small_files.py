@@ -1,6 +1,4 @@
-"""What goes with the weights of a package: tokenizer, template, generation config, the base's licence. `export` writes it,
-`preflight` looks before the training whether it could.
-"""
+"""The files beside the weights of a package: tokenizer, template, generation config, the base's licence."""
 
 import json
 import shutil
@@ -23,8 +21,8 @@ def write(
     base_directory: Path | None,
     is_adapter: bool = False,
 ) -> None:
-    """Copies them from a checkpoint or a base. `tokenizer` has the template that is trained with; licence and notices are those of the
-    base's folder. An adapter gets the base's config where its tokenizer would be opened as another class without it."""
+    """Copies them from a checkpoint or a base. `tokenizer` has the template of the training; licence and notices are those of the
+    base's folder. An adapter gets the base's config if its tokenizer needs it to open as the right class."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     companions = base.Companions(source, template)
     _copy(companions.contents(with_config=False), directory)
@@ -41,7 +39,7 @@ def _copy(contents: dict[str, bytes], directory: Path) -> None:
 
 
 def change_by_loading(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the tokenizer in a directory of small files and config does otherwise than the one that trains; None where nothing is lost."""
+    """A difference between the tokenizer in a directory and the one of the training; None if there is none."""
     try:
         loaded = base.load_tokenizer(directory)
     except BaseError as error:
@@ -54,7 +52,7 @@ def change_by_loading(directory: Path, tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def processors(directory: Path) -> list[Path]:
-    """How images, video and sound are prepared: for a model that reads these too, and was trained on text."""
+    """Copies the files that prepare images, video and sound, for a model that also reads these."""
     return sorted(file for file in directory.glob(PROCESSORS) if file.is_file())
 
 

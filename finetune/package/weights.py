@@ -1,7 +1,4 @@
-"""The weights of a package: merged in fp32, cast once, written as safetensors beside what the base has and nobody trained.
-
-`export` calls all of it.
-"""
+"""The weights of a package: merged in fp32, cast once, written as safetensors together with untrained tensors of the base."""
 
 import json
 import math
@@ -28,33 +25,33 @@ from finetune.training.opened import Opened, open_model
 
 @dataclass(frozen=True)
 class Converted:
-    """A model as it will be packaged."""
+    """A model in its packaged form."""
 
     model: torch.nn.Module
     logits: Logits
     checks: list[Check]
-    """How far each change moved the logits from the trained ones."""
+    """The distance of the logits from the trained ones after each change."""
     exact: Mapping[str, torch.Tensor]
-    """What the files store in fp32, as the base's do, though transformers casts it when it loads them."""
+    """Tensors stored in fp32, like in the base's files, though transformers casts them on loading."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a package's files hold, by the names that they use."""
+    """The tensors of a package's files, by their names there."""
 
     tensors: dict[str, torch.Tensor]
     carried: dict[str, torch.Tensor]
-    """What the base has and the trained class has no place for (a vision tower, layers that predict several tokens), as it is there."""
+    """Tensors of the base outside the trained class (a vision tower, layers that predict several tokens), unchanged."""
 
     @property
     def types(self) -> dict[str, str]:
-        """Spelled as safetensors does."""
+        """In safetensors' spelling."""
         own = {name: base.STORED_DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
         return own | {name: spelled(tensor.dtype) for name, tensor in self.carried.items()}
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
-    """That of the packaged weights."""
+    """Type of the packaged weights."""
     return base.DTYPES[recipe.package.dtype or recipe.train.precision]
 
 
@@ -70,7 +67,7 @@ def convert(
     base_directory: Path | None = None,
     is_random: bool = False,
 ) -> Converted:
-    """Works in place. `base_directory` has the base's files, if they are there: what these store in fp32 is stored so again."""
+    """Works in place. `base_directory` has the base's files, if available: their fp32 tensors are stored in fp32 again."""
     trained = logits = probe.logits(model, tokenizer)
     merge, cast = (math.inf, math.inf) if is_random else (proof.MERGE_BOUND, proof.CAST_BOUND)
     checks, exact = [], {}
@@ -93,7 +90,7 @@ def convert(
 def mean(
     texts: Sequence[str], opened: Opened, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.nn.Module, list[Manifest], list[Check]]:
-    """The mean in fp32 of the weights of `opened` and of what the refs name, adapters merged in first; and the manifests of these
+    """The mean in fp32 of the weights of `opened` and of the refs, adapters merged in first; and the manifests of the refs
     (Izmailov et al. 2018, arXiv 1803.05407; Wortsman et al. 2022, arXiv 2203.05482)."""
     first = convert(opened.model, "merged", torch.float32, tokenizer)
     total, manifests, checks = dict(first.model.named_parameters()), [], first.checks  # tied ones once
@@ -114,16 +111,16 @@ def mean(
 
 
 def unquantized(trained: Logits, packaged: Logits) -> Check:
-    """How far the adapter on the base itself is from the adapter on the quantized base, with which it was trained."""
+    """The distance between the adapter on the original base and on the quantized base of the training."""
     what = "the base itself, in place of the quantized one under the adapter"
     return proof.within("quantization", what, trained, packaged, proof.QUANTIZATION_BOUND)
 
 
 def as_loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model as transformers would load its weights in `dtype`; takes the weights over.
+    """The model as transformers would load its weights in `dtype`; takes over the weights.
 
-    What its class keeps in fp32 stays, and buffers that are computed and not stored (Falcon-H1's multipliers, Gemma's scale of
-    embeddings) are computed in that type. To cast the model in place would do neither.
+    Tensors that its class keeps in fp32 stay. Computed buffers (Falcon-H1's multipliers, Gemma's scale of embeddings) are computed
+    in that type. Casting the model in place would do neither.
     """
     kept = outline.kept(model)
     with torch.no_grad():
@@ -143,21 +140,21 @@ def as_loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _attention_of(config: PretrainedConfig) -> dict[str, str]:
-    """By the names of parts, "" for the whole: the text of a model may attend in another way than what reads its images."""
+    """By the names of parts, "" for the whole: a model's text part may use another attention than its image part."""
     parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
     found = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
     return {name: kind for name, kind in found.items() if kind}
 
 
 def _cast_adapter(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """peft computes in fp32 with what the file holds."""
+    """peft computes in fp32, from the values in the file."""
     with torch.no_grad():
         for tensor in adapters.weights(model).values():
             tensor.copy_(tensor.to(dtype))
 
 
 def stored(converted: Converted, form: str, dtype: torch.dtype, base_directory: Path | None) -> Stored:
-    """The tensors of a package's files, named as the base's are."""
+    """The tensors of a package's files, under the base's names."""
     if form == "adapter":
         return Stored({name: one.to(dtype) for name, one in adapters.weights(converted.model).items()}, {})
     model = converted.model
@@ -181,14 +178,14 @@ def _read(directory: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def zeros(found: Stored, base_directory: Path | None) -> list[str]:
-    """Matrices of zeros that are so in the base as well."""
+    """Matrices of zeros that are also zero in the base."""
     empty = [name for name, tensor in (found.tensors | found.carried).items() if tensor.ndim > 1 and not tensor.any()]
     before = _read(base_directory, empty) if empty and base_directory else {}
     return sorted(name for name, tensor in before.items() if not tensor.any())
 
 
 def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, directory: Path) -> None:
-    """Weights and config: whole and in shards, or an adapter that names its base on the Hub."""
+    """Writes weights and config: whole and in shards, or an adapter that names its base on the Hub."""
     if form == "adapter":
         tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -199,7 +196,7 @@ def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, director
             config = adapters.config_of(opened.model, opened.plan)
         _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
         return
-    # The base's own config, as it is on the Hub: other programs read it, and not all know what a newer transformers would write.
+    # The base's own config, as on the Hub: other programs read it, and may not know the output of a newer transformers.
     config = json.loads((opened.base_directory / "config.json").read_bytes())
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     _write_json(directory / "config.json", base.with_dtype(config, dtype))

@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_left_out_and_said(wrecked) -> None:
     file.write_bytes(content)
     facts = bisect(run, bad_evaluation="loss > 8")
     assert (facts["first_bad_step"], facts["rows"][0]["id"]) == (45, row)
-    assert "step-00000030 is damaged, and was left out" in facts["notes"]
+    assert "step-00000030 is damaged, and was skipped" in facts["notes"]
 
 
 def test_a_search_is_bounded_by_what_was_made(wrecked) -> None:

@@ -1,1 +1,1 @@
-"""What a package says of its origin, and who signed it."""
+"""The origin of a package: provenance, bill of materials, licence, signature."""

@@ -1,7 +1,6 @@
-"""Under which licence base and data stand, as far as they say themselves, and a package may; `export` asks, `card` passes it on.
+"""The stated licences of base and data, and the licence that a package may have. It guesses nothing: None means unknown.
 
-Sources: the front matter of the card of a base or a data set, or the metadata in a GGUF file. Nothing is guessed: None means unknown.
-What a licence asks of works made from it is told by its kind (https://huggingface.co/docs/hub/repositories-licenses), no legal advice.
+The kind of a licence decides its conditions (https://huggingface.co/docs/hub/repositories-licenses). This is no legal advice.
 """
 
 import importlib.metadata
@@ -16,26 +15,26 @@ from finetune.store import hub
 from finetune.store.checkpoints.refs import parse
 
 KEYS = ("license", "license_name", "license_link")
-GATE = "extra_gated_"  # what the Hub asks of those who want access
+GATE = "extra_gated_"  # the Hub's conditions for access
 TEXTS = ("LICEN[SC]E*", "NOTICE*")
 FREE = (
     *("apache-2.0", "mit", "bsd*", "isc", "zlib", "unlicense", "wtfpl", "bsl-1.0", "ncsa", "postgresql", "afl-3.0"),
     *("artistic-2.0", "ecl-2.0", "cc0-1.0", "cc-by-[234].[05]", "cdla-permissive-*", "odc-by", "pddl", "openmdw-1.0"),
 )
-ASKS = {  # the first that fits
+ASKS = {  # the first match counts
     "cc-by*-nd-*": "does not allow changed versions to be passed on",
-    "cc-by-nc-*": "forbids commercial use, also of what is made from it",
-    "fair-noncommercial-*": "forbids commercial use, also of what is made from it",
-    "*gpl*": "asks that what is made from it stays under it",
-    "cc-by-sa-*": "asks that what is made from it stays under it",
-    "[eo][us][pl]l-*": "asks that what is made from it stays under it",
-    "*": "has terms of its own, which go on to what is made from it",
+    "cc-by-nc-*": "forbids commercial use, also of works made from it",
+    "fair-noncommercial-*": "forbids commercial use, also of works made from it",
+    "*gpl*": "requires works made from it to stay under it",
+    "cc-by-sa-*": "requires works made from it to stay under it",
+    "[eo][us][pl]l-*": "requires works made from it to stay under it",
+    "*": "has its own terms, and they also apply to works made from it",
 }
 
 
 def of_base(base: Base, directory: Path | None) -> dict | None:
-    """The licence keys of a model card: `license`, the name and link that go with `other`, and what a gated base asks of its readers."""
-    if base.checkpoint.startswith("package:"):  # a folder may be gone or moved: its name is not looked up here
+    """The licence keys of a model card: `license`, the name and link of `other`, and the conditions of a gated base."""
+    if base.checkpoint.startswith("package:"):  # a folder may be gone or moved, so its name is not looked up here
         ref = parse(base.checkpoint)
         found = _of_gguf(ref.repo, ref.path)
     else:
@@ -45,7 +44,7 @@ def of_base(base: Base, directory: Path | None) -> dict | None:
 
 
 def of_package(asked: Package, base: dict | None) -> dict | None:
-    """The licence keys of the package: what the recipe says, or else the base's. PackageError where the base's does not allow it."""
+    """The licence keys of the package: the recipe's, or else the base's. Raises PackageError if the base's licence forbids it."""
     base_licence = base["license"] if base else None
     told = ASKS[next(pattern for pattern in ASKS if fnmatchcase(base_licence or "", pattern))]
     if base_licence and fnmatchcase(base_licence, "cc-by*-nd-*"):
@@ -67,12 +66,12 @@ def of_package(asked: Package, base: dict | None) -> dict | None:
 
 
 def _is_renamed(asked: Package, base: dict) -> bool:
-    """`other` says nothing without its name."""
+    """Whether the name differs: `other` means nothing without it."""
     return asked.license == "other" and asked.license_name != base.get("license_name")
 
 
 def of_data(source: Source, pinned: PinnedSource) -> str | None:
-    """The licence that the card of a Hub data set states, at its commit; asked once, and then kept by the Hub's own cache."""
+    """The licence stated on the card of a Hub data set at its commit; the Hub's own cache keeps it."""
     if source.dataset is None:
         return None
     from huggingface_hub import hf_hub_download
@@ -86,25 +85,25 @@ def of_data(source: Source, pinned: PinnedSource) -> str | None:
         hub.http().HTTPError,
         LocalEntryNotFoundError,
         OSError,
-    ):  # the card then says that it is not known
+    ):  # the card then says that it is unknown
         return None
     said = (metadata.read(Path(card).read_text(encoding="utf-8", errors="replace")) or {}).get("license")
     return ", ".join(map(str, said)) if isinstance(said, list) else said
 
 
 def texts(directory: Path) -> list[Path]:
-    """The base's licence and notice files, which many licences want passed on."""
+    """The base's licence and notice files; many licences require you to pass them on."""
     return sorted(file for pattern in TEXTS for file in directory.glob(pattern) if file.is_file())
 
 
 def _of_card(directory: Path) -> dict:
     card = directory / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return metadata.read(text) or {}  # what cannot be read states nothing
+    return metadata.read(text) or {}  # an unreadable file states nothing
 
 
 def _of_gguf(package: str, file: Path) -> dict:
-    """`general.license` and its kin (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+    """`general.license` and related keys (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
     import gguf
 
     carriers = importlib.metadata.packages_distributions().get(package.partition(".")[0], [])

@@ -1,7 +1,6 @@
-"""What a package was made from, as a SLSA provenance statement that names every file by its hash; `export` writes, `verify` reads it.
+"""The origin of a package as SLSA provenance v1 (https://slsa.dev/spec/v1.0/provenance) in an in-toto Statement v1.
 
-One line of JSON: an in-toto Statement v1 (https://in-toto.io/Statement/v1) whose predicate is SLSA provenance v1
-(https://slsa.dev/spec/v1.0/provenance). It has no time and no host in it: the same run gives the same bytes.
+It names every file by its hash. It must hold no time and no host: the same run gives the same bytes.
 """
 
 import json
@@ -23,12 +22,12 @@ FILE = lineage.PROVENANCE
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:finetune:package:v1"
-# The card is for people to edit, the signature comes later, and the Hub writes the last.
+# People edit the card, the signature comes later, and the Hub writes the last one.
 NOT_SUBJECTS = (FILE, "README.md", "model.sig", ".gitattributes")
 
 
 def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, str]) -> dict:
-    """The whole statement. `files` are those of the package, by name; `software` is what the run has recorded of it."""
+    """The whole statement. `files` are those of the package, by name; `software` is the run's own record of it."""
     plan, manifest, made = facts.plan, facts.manifest, [*facts.averaged, facts.manifest]
     recipe = YAML(typ="safe", pure=True).load(record.recipe(plan))
     average = {"average": [each.step for each in made]} if facts.averaged else {}
@@ -70,7 +69,7 @@ def to_line(value: dict) -> str:
 
 
 def findings(directory: Path) -> Iterator[Finding]:
-    """Files that are not what the statement says, or of which it knows nothing. Nothing where there is no statement."""
+    """Files that differ from the statement or are missing in it. Empty if there is no statement."""
     try:
         said = _said((directory / FILE).read_bytes())
     except FileNotFoundError:
@@ -89,7 +88,7 @@ def findings(directory: Path) -> Iterator[Finding]:
 
 
 def subjects(content: bytes) -> dict[str, str] | None:
-    """The files that a statement names, with their SHA-256; None where it is none."""
+    """The files of a statement with their SHA-256; None if it is no statement."""
     try:
         return _said(content)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -104,13 +103,13 @@ def _said(content: bytes) -> dict[str, str]:
 
 
 def step_of(directory: Path) -> int:
-    """The step that the statement of a package names. KeyError, ValueError or OSError where it names none."""
+    """The step in the statement of a package. Raises KeyError, ValueError or OSError if there is none."""
     value = json.loads((directory / FILE).read_text(encoding="utf-8"))
     return value["predicate"]["buildDefinition"]["externalParameters"]["step"]
 
 
 def base_of(files: Mapping[str, Path]) -> str | None:
-    """The Hub checkpoint that a package was made from, as its statement says; None where none is named."""
+    """The Hub checkpoint under a package, from its statement; None if it names none."""
     try:
         value = json.loads(files[FILE].read_text(encoding="utf-8"))
         (base,) = [
@@ -141,7 +140,7 @@ def _source(source: Source, pinned: PinnedSource) -> dict:
 
 
 def _software(recorded: Mapping[str, str], versions: Mapping[str, str]) -> list[dict]:
-    """Code, lock and image of the training; of an image the digest, as its registry is nobody's business. Older runs have no record."""
+    """Code, lock and image of the training. Only the digest of an image: its registry is private. Older runs have no record."""
     uris = {"code": f"pkg:pypi/finetune@{versions.get('finetune', 'unknown')}", "lock": "local:installed-packages"}
     found = [{"name": one, "uri": uris[one], "digest": _digest(recorded[one])} for one in uris if one in recorded]
     name, _, digest = recorded.get("image", "").partition("@")
@@ -151,6 +150,6 @@ def _software(recorded: Mapping[str, str], versions: Mapping[str, str]) -> list[
 
 
 def _digest(text: str | None) -> dict[str, str]:
-    """`blake3:…` as in-toto has it, a map of algorithm to digest."""
+    """`blake3:…` in in-toto's form, a map of algorithm to digest."""
     algorithm, _, value = (text or "").partition(":")
     return {algorithm: value} if value else {}

@@ -1,8 +1,7 @@
-"""A signature over a package, in the format of OpenSSF Model Signing v1.0; needs `cryptography`, the extra `signing`.
+"""A signature over a package in the format of OpenSSF Model Signing v1.0 (https://github.com/ossf/model-signing-spec).
 
-A Sigstore bundle v0.3 (https://docs.sigstore.dev/about/bundle/) around a DSSE envelope (https://github.com/secure-systems-lab/dsse) around an
-in-toto statement that names every file by its SHA-256 (https://github.com/ossf/model-signing-spec). The official verifier accepts it. The card
-is left out: people correct it, and provenance and `verify` hold its figures.
+A Sigstore bundle v0.3 around a DSSE envelope (https://github.com/secure-systems-lab/dsse) around an in-toto statement. It skips the
+card, because people correct it. Needs `cryptography`, the extra `signing`.
 """
 
 import base64
@@ -23,7 +22,7 @@ CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 
 def sign(directory: Path, key: Path) -> None:
-    """Writes model.sig. `key` is an elliptic-curve private key as PEM, without a password. PackageError where it is none."""
+    """Writes model.sig. `key` is an elliptic-curve private key as PEM, without a password; otherwise raises PackageError."""
     private = _loaded(key, is_private=True)
     payload = json.dumps(_statement(directory), sort_keys=True).encode()
     signature = private.sign(_encoded(payload), _algorithm(private.public_key(), key))
@@ -40,7 +39,7 @@ def sign(directory: Path, key: Path) -> None:
 
 
 def findings(directory: Path, key: Path | None) -> Iterator[Finding]:
-    """What is wrong with a signature. Without a public key the files are compared with what was signed, and nobody knows by whom."""
+    """The problems of a signature. Without a public key, only the files are compared with the signed ones; the signer stays unknown."""
     try:
         bundle = json.loads((directory / FILE).read_text())
         envelope = bundle["dsseEnvelope"]
@@ -99,7 +98,7 @@ def _resources(directory: Path) -> list[dict]:
 
 
 def _encoded(payload: bytes) -> bytes:
-    """What is signed: DSSE's pre-authentication encoding."""
+    """The signed bytes: DSSE's pre-authentication encoding."""
     return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
 
 
@@ -125,7 +124,7 @@ def _loaded(path: Path, is_private: bool):  # noqa: ANN202 the extra may not be 
 
 
 def _algorithm(public, path: Path):  # noqa: ANN001, ANN202 the extra may not be installed
-    """ECDSA with the hash that goes with the curve."""
+    """ECDSA with the hash for the curve."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 

@@ -1,7 +1,6 @@
-"""The model card: what a package is, what it was made from and how, in figures. `export` writes it as README.md.
+"""The model card: content, origin and figures of a package (https://huggingface.co/docs/hub/model-cards).
 
-A pure function of the run's record: no clock, no path, no host, no row. The front matter is what the Hub reads
-(https://huggingface.co/docs/hub/model-cards).
+A pure function of the run's record: it must hold no clock, no path, no host, no row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ SEEN = "Held-out figures are better on such rows than on new ones."
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a card is made of."""
+    """The input of a card."""
 
     plan: Plan
     manifest: Manifest
@@ -36,15 +35,15 @@ class Facts:
     """`merged` or `adapter`."""
     dtype: str
     licence: Mapping[str, object] | None
-    """Licence keys of the card, or None where the base's is not known and the recipe names none."""
+    """Licence keys of the card; None if the base's licence is unknown and the recipe names none."""
     base_licence: str | None
-    """What the base itself states."""
+    """The base's own statement."""
     data_licences: Sequence[str | None]
-    """Of each source of training rows, as far as its card says."""
+    """The licence of each source of training rows, if its card states one."""
     averaged: Sequence[Manifest] = ()
-    """Of the other checkpoints that went into the weights."""
+    """The other checkpoints in the weights."""
     stages: Sequence[Stage] = ()
-    """The run and those before it, as `lineage` reads them again from the package."""
+    """The run and those before it, in the form that `lineage` reads from the package."""
     seen: Sequence[Seen] = ()
     """Held-out rows that this or an earlier run trained on, or may have."""
 
@@ -80,7 +79,7 @@ def card(facts: Facts) -> str:
 
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:
-    """The Hub checkpoint that a run started from and its commit, if known; None for a base that others cannot name."""
+    """The Hub checkpoint under a run and its commit, if known; None for a base without a public name."""
     if plan.base.kind == "hub":
         return parse(plan.recipe.base.checkpoint).repo, plan.base.revision
     return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
@@ -225,7 +224,7 @@ def _commands(facts: Facts) -> str:
 
 
 def _beginning(plan: Plan) -> list[str]:
-    """What the recipe does not say of a branch: it holds from a step on."""
+    """For a branch: the recipe holds only from a step on."""
     if not plan.parent or not plan.parent.step:
         return []
     ref = plan.parent.ref

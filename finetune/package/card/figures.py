@@ -1,16 +1,16 @@
-"""What a card says in numbers: figures of the training, its cost, and what stands in for a benchmark. `card` and `verify` call it."""
+"""The numbers of a card: figures of the training, its cost, and held-out results."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from finetune.plan.plan import Plan
 
-WITHIN = 1.96  # standard errors: 95 % of a normal distribution
+WITHIN = 1.96  # standard errors: the 95 % interval of a normal distribution
 INTERVALS = "In brackets the 95 % interval over rows like these, each with all its tokens."
 
 
 def held_out(records: Iterable[Mapping]) -> dict[int, Mapping]:
-    """Held-out figures by step; those of a mean of several steps stand in for those of the last of them, if there are any."""
+    """Held-out figures by step; if a mean of steps has figures, they replace those of its last step."""
     records = list(records)
     found = {item["step"]: item for item in records if item.get("event") == "evaluated"}
     for item in records:
@@ -21,18 +21,18 @@ def held_out(records: Iterable[Mapping]) -> dict[int, Mapping]:
 
 
 def averaged(records: Iterable[Mapping]) -> list[int]:
-    """The steps that the packaged weights are the mean of; empty for those of one step."""
+    """The steps in the mean of the packaged weights; empty for one step."""
     return next((item["steps"] for item in records if item.get("event") == "averaged"), [])
 
 
 def named(records: Iterable[Mapping], step: int) -> str:
-    """What was packaged: a step, or the mean of several."""
+    """The packaged step, or the mean of several, in words."""
     steps = averaged(records)
     return f"mean of steps {', '.join(map(str, steps))}" if steps else f"step {step}"
 
 
 def shown(records: Sequence[Mapping], step: int) -> str:
-    """What a card says in numbers of a training, from the figures-only journal up to a step; `verify` asks for the same words."""
+    """The sentences with numbers of a card, from the figures-only journal up to a step; `verify` compares the same words."""
     steps = [item for item in records if item["kind"] == "step"]
     evaluated = held_out(records)
     columns = [("base", evaluated.get(0)), (named(records, step), evaluated.get(step))]
@@ -72,12 +72,12 @@ def _figure(found: Mapping | None, key: str) -> str:
 
 
 def _rounded(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"  # the journal spells what is no number
+    return value if isinstance(value, str) else f"{value:.4f}"  # the journal spells NaN and infinity as text
 
 
 def eval_results(records: Sequence[Mapping], step: int, plan: Plan) -> list[dict]:
-    """Entries of `.eval_results` (https://huggingface.co/docs/hub/eval-results) where one Hub data set is held out; the Hub shows those whose
-    data set is registered as a benchmark."""
+    """Entries of `.eval_results` (https://huggingface.co/docs/hub/eval-results) if one Hub data set is held out; the Hub shows those of
+    registered benchmarks."""
     evaluated = held_out(records)
     sources = plan.recipe.data.holdout
     if step not in evaluated or not isinstance(sources, list) or len(sources) > 1 or not sources[0].dataset:
@@ -96,8 +96,8 @@ def eval_results(records: Sequence[Mapping], step: int, plan: Plan) -> list[dict
 
 
 def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[str, str]]:
-    """Rows of a table: tokens, operations and device hours. A token costs 6 operations for each weight that is trained and 4 for each other
-    (Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1; without the gradient of a weight a third of it goes)."""
+    """Rows of a table: tokens, operations and device hours. A token costs 6 operations for each trained weight and 4 for each
+    frozen one (Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1; the gradient of a weight is a third of it)."""
     steps = [item for item in records if item["kind"] == "step"]
     tokens, seconds = (sum(item.get(key, 0) for item in steps) for key in ("tokens", "seconds"))
     trained = plan.trainable_parameters
@@ -114,7 +114,7 @@ def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[
 
 
 def model_index(records: Sequence[Mapping], step: int, name: str) -> list[dict]:
-    """The front matter's `model-index` (https://huggingface.co/docs/hub/model-cards#evaluation-results); empty where nothing was evaluated."""
+    """The front matter's `model-index` (https://huggingface.co/docs/hub/model-cards#evaluation-results); empty if nothing was evaluated."""
     evaluated = held_out(records)
     if step not in evaluated:
         return []

@@ -1,4 +1,4 @@
-"""The front matter of a card by the rules of the Hub, which refuses a commit for it, or shows a model wrongly; `verify` asks.
+"""The front matter of a card by the rules of the Hub. If it breaks one, the Hub refuses a commit or shows a model wrongly.
 
 Rules: https://huggingface.co/docs/hub/model-cards, licences: https://huggingface.co/docs/hub/repositories-licenses (read in November 2026).
 """
@@ -100,7 +100,7 @@ LICENCES = frozenset(
 
 
 def read(card: str) -> dict | None:
-    """The front matter of a card, or None where there is none that can be read as a map."""
+    """The front matter of a card; None if there is none, or it is not a map."""
     match = FRONT_MATTER.match(card)
     try:
         value = YAML(typ="safe", pure=True).load(match[1]) if match else None
@@ -110,7 +110,7 @@ def read(card: str) -> dict | None:
 
 
 def problems(card: str) -> Iterator[str]:
-    """What the Hub would refuse, or take for something else."""
+    """Problems: values that the Hub refuses or misreads."""
     metadata = read(card)
     if metadata is None:
         yield "has no front matter that can be read"

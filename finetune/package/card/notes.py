@@ -1,6 +1,6 @@
-"""What people write into a card stays when it is written again: above it, in its notes, below it, and keys of its front matter.
+"""Keeps people's text when a card is rewritten: above it, in its notes, below it, and keys of its front matter.
 
-The line that a card begins with has a digest of what follows, so that a change in the generated part is noticed.
+The first line of a card has a digest of the generated part, so a change in there is noticed.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ TAGS = {"finetune", *(tag for member in (*adapters.SECTIONS.values(), *tasks.SEC
 
 @dataclass(frozen=True)
 class Parts:
-    """A card, cut at its marks; joined they are the text again."""
+    """A card, cut at its marks; joined, the parts give the text again."""
 
     front: str
     above: str
     begin: str
     body: str
     notes: str | None
-    """With the marks around them; None in a card without marks."""
+    """The notes with their marks; None in a card without marks."""
     below: str
 
     @property
@@ -51,7 +51,7 @@ class Parts:
 
 
 def marked(text: str) -> str:
-    """A card with the line that the generated part begins with."""
+    """A card with the first line of its generated part."""
     parts = replace(parts_of(text), above="\n")
     parts = replace(parts, body="\n" + parts.body.lstrip("\n"))
     return str(replace(parts, begin=f"<!-- card {parts.digest}: {SAID} -->\n"))
@@ -72,7 +72,7 @@ def parts_of(text: str) -> Parts:
 
 
 def with_text_of(earlier: str, text: str) -> tuple[str, bool]:
-    """A card with what people wrote into an earlier one, and whether something of theirs is lost even so."""
+    """A card with people's text from an earlier one, and whether some of their text is lost anyway."""
     old, new = parts_of(earlier), parts_of(text)
     if old.notes is None:
         return text, bool(old.body.strip()) or _would_lose(old.keys, new.keys)
@@ -97,7 +97,7 @@ def _front(old: Parts, new: Parts) -> str:
 
 
 def _would_lose(was: dict, now: dict) -> bool:
-    """Of a card that is front matter alone, as the Hub makes it for a licence."""
+    """Whether a card is front matter alone, as the Hub makes it for a licence."""
     return any(now.get(key) != value for key, value in was.items())
 
 

@@ -1,6 +1,6 @@
-"""What a package tells of its training: recipe, figures and loss curve, without paths, hosts or rows.
+"""The training record in a package: recipe, figures and loss curve. It must hold no paths, hosts or rows.
 
-`export` writes these files, `card` shows them. Everything is taken from the plan and the journal, so the same run gives the same bytes.
+Everything comes from the plan and the journal, so the same run gives the same bytes.
 """
 
 import io
@@ -19,7 +19,7 @@ LEFT_OUT = ("time", "attempt")
 
 
 def recipe(plan: Plan) -> str:
-    """The recipe in force, `--set` included, as YAML; only what differs from defaults, without the user's comments and folders."""
+    """The recipe in force, `--set` included, as YAML: only keys that differ from defaults, without your comments and folders."""
     return to_yaml(public(plan.recipe.model_dump(mode="json", exclude_defaults=True)))
 
 
@@ -34,7 +34,7 @@ def public_line(text: str) -> str:
 
 
 def figures(found: Scan, step: int) -> list[dict]:
-    """Steps, evaluations and commits up to a step, in order, with nothing in them but numbers; the last record of each counts."""
+    """Steps, evaluations and commits up to a step, in order, with numbers alone; the last record of each counts."""
     kept = {(number, 0): _numbers(found.steps[number]) for number in found.steps if number <= step}
     for place, event in enumerate(EVENTS, 1):
         of_event = journal.that_count(found.events, lambda record, event=event: record.get("event") == event)
@@ -64,7 +64,7 @@ def loss_curve(records: list[dict]) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})  # else the version is in the bytes
+        figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})  # else bytes hold the version
     return stream.getvalue()
 
 

@@ -1,6 +1,6 @@
-"""What of a target is ours: the files that an earlier publish recorded in its provenance. The rest is people's, and stays.
+"""Finds our files in a target: those in the provenance of an earlier publish. All other files are people's, and stay.
 
-What people changed in our files, or put under our names, is named before it is overwritten.
+It must name people's changes to our files before they are overwritten.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,20 +13,20 @@ from finetune.package.card.notes import with_text_of
 
 CARD = "README.md"
 OURS = (provenance.FILE, "model.sig")
-"""Not among the subjects of a provenance, and ours where one is."""
+"""Not subjects of a provenance, and ours if there is one."""
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """What a publish does with a target."""
+    """The changes of a publish to a target."""
 
     files: Mapping[str, Path | bytes]
-    """What it is to have: the package, its card with people's text."""
+    """Its new files: the package, its card with people's text."""
     gone: tuple[str, ...]
-    """Of an earlier publish, and no longer in the package."""
+    """Files of an earlier publish, no longer in the package."""
     edited: tuple[str, ...]
-    """Changed or made by people, and lost if it goes on."""
+    """Files changed or made by people: publishing would lose them."""
 
 
 def sort_out(
@@ -36,7 +36,7 @@ def sort_out(
     read: Callable[[str], bytes],
     sha256_of: Callable[[str], str],
 ) -> Sorted:
-    """`there` are the names in the target; the rest tells what they hold. Only what is about to change is read."""
+    """`there` are the names in the target; the other arguments read their content. Only files about to change are read."""
     record = provenance.subjects(read(provenance.FILE)) if provenance.FILE in there else None
     ours = {} if record is None else record | dict.fromkeys(OURS)
     edited = []

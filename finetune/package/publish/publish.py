@@ -1,7 +1,7 @@
-"""A package goes to the Hub: staged, compared file by file with what it should be, promoted, tagged; `cli` calls it.
+"""Publishes a package to the Hub: staged, compared file by file, promoted, tagged.
 
-At every moment the target has the old tree or the new one. Whatever was interrupted is taken up by the same command: what is uploaded is
-not uploaded again, what is committed is not committed again.
+At every moment the target has the old tree or the new one. The same command continues after an interruption, and must not upload or
+commit anything twice.
 """
 
 from collections.abc import Mapping
@@ -22,21 +22,21 @@ STAGING = "staging-"
 
 @dataclass(frozen=True)
 class Choices:
-    """How a package is published."""
+    """Options of a publish."""
 
     branch: str = "main"
     tag: str | None = None
     is_private: bool = True
-    """A repository that is made is private; one that is there and public is refused."""
+    """A new repository is private; an existing public one is refused."""
     is_dry_run: bool = False
     is_replacing: bool = False
-    """Whether what people changed may be overwritten; what they added stays."""
+    """Whether people's changes may be overwritten; their additions stay."""
 
 
 def publish(directory: Path, target: str, choices: Choices) -> dict:
     """{target, revision, uploaded_bytes, commits, files, …}, as `publish --json` prints it.
 
-    PublishError where the target is out of reach, refuses, or has something else in the end; PackageError for what must not go out.
+    Raises PublishError if the target is out of reach, refuses, or differs in the end; PackageError if the package must not go out.
     """
     files = _sound(directory)
     if target.startswith(to_folder.PREFIX):
@@ -47,7 +47,7 @@ def publish(directory: Path, target: str, choices: Choices) -> dict:
 
 
 def _sound(directory: Path) -> dict[str, Path]:
-    """The files of a package by name. PackageError where there is none, or something is wrong with it."""
+    """The files of a package by name. Raises PackageError if there is none, or it has a problem."""
     if not directory.is_dir():
         raise PackageError("is not a folder", where=str(directory), hint="name a folder that `finetune package` made")
     _, wrong = folder_findings(directory)
@@ -60,8 +60,8 @@ def _sound(directory: Path) -> dict[str, Path]:
 
 
 def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, str, bool]:
-    """The package, where it goes, and whether that is private. A checkpoint is packaged first, in its run; the package stays there, and a
-    second call takes it."""
+    """The package, its target, and whether that is private. A checkpoint is packaged first, in its run; a second call reuses that
+    package."""
     directory = Path(source)
     if directory.is_dir() and not RunDirectory(directory).is_run and not (directory / "manifest.json").exists():
         if target is None:
@@ -70,7 +70,7 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     if _kind_of(source) not in ("run", "checkpoint"):
         hint = "name a folder that `finetune package` made, or RUN@STEP, RUN@last or RUN@best"
         raise PublishError("is neither a folder nor a checkpoint of a run", where=source, hint=hint)
-    from finetune.package import export  # the heavy half
+    from finetune.package import export  # heavy imports
 
     run, step = export.checkpoint_of(source)
     asked = RunDirectory(run).plan()[0].recipe.publish
@@ -86,7 +86,7 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
 def _kind_of(source: str) -> str | None:
     try:
         return parse(source).kind
-    except CheckpointError:  # it speaks of Hub ids, which are what is published to
+    except CheckpointError:  # its message names Hub ids, like the target
         return None
 
 
@@ -128,7 +128,7 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
     staging, revision = STAGING + digest(files)[:12], head
     if changes:
         revision = _promoted(repository, found, head, staging, choices)
-    if changes or staging in branches:  # left by a call that was killed after its last commit
+    if changes or staging in branches:  # left by a call killed after its last commit
         repository.remove_branch(staging)
     if choices.tag:
         repository.add_tag(choices.tag, revision)
@@ -155,14 +155,14 @@ def _promoted(repository: Repository, found: ownership.Sorted, head: str, stagin
 
 
 def _begun(repository: Repository, branch: str) -> str:
-    """The head of a branch that may have to be made, at the first commit."""
+    """The head of a branch, made at the first commit if it is missing."""
     if branch not in repository.branches():
         repository.add_branch(branch, repository.first_commit())
     return repository.branches()[branch]
 
 
 def _stage(repository: Repository, staging: str, found: ownership.Sorted, head: str, title: str) -> None:
-    """Uploads to a branch beside the target, and compares that with the package, file by file."""
+    """Uploads to a branch beside the target, and compares it with the package, file by file."""
     repository.add_branch(staging, head)
     staged = repository.commit(staging, found.files, repository.branches()[staging], title, found.gone)
     _refuse_other(repository, staged, found, staging)
@@ -175,7 +175,7 @@ def _refuse_other(repository: Repository, revision: str, found: ownership.Sorted
 
 
 def listing(facts: dict) -> str:
-    """The same for a reader."""
+    """The same as lines of text."""
     kind = "" if facts["target"].startswith(to_folder.PREFIX) else f", {'private' if facts['private'] else 'public'}"
     lines = [f"{facts['target']}{kind}"]
     lost = facts.get("overwritten", ())

@@ -1,7 +1,6 @@
-"""Milestones on their way to the Hub: a process of its own beside the training, which it neither stops nor waits for.
+"""Publishes milestones in a separate process beside the training. The training must never stop or wait for it.
 
-`cli.train` starts it where the recipe has `publish.milestones`, and `finetune publish RUN --milestones` does the same by hand. What is published
-is written down in `published/`; whatever a kill or an outage left out, the next one catches up with, in order.
+`published/` records each one; after a kill or an outage, the next process publishes the missing ones, in order.
 """
 
 import json
@@ -31,7 +30,7 @@ LOOK_SECONDS = 2.0
 
 
 def start(run: Path) -> subprocess.Popen:
-    """The process, with what it says in `publish.log`. It ends when its stdin does, once nothing is left to publish."""
+    """The process; its output goes to `publish.log`. It ends after its stdin, once nothing is left to publish."""
     make_directory(run)
     command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones", "--follow"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -42,7 +41,7 @@ def start(run: Path) -> subprocess.Popen:
 
 
 def finish(child: subprocess.Popen, run: Path) -> None:
-    """Lets it catch up. PublishError where it could not."""
+    """Lets it publish the rest. Raises PublishError if it could not."""
     child.stdin.close()
     if left := pending(run):
         print(f"publishing steps {left}", file=sys.stderr, flush=True)
@@ -54,13 +53,13 @@ def finish(child: subprocess.Popen, run: Path) -> None:
 def follow(
     run: Path, target: str | None, is_following: bool, is_public: bool = False, is_replacing: bool = False
 ) -> dict:
-    """Publishes every milestone that is committed and not published, and where it follows, all that are committed until stdin ends.
+    """Publishes every committed and unpublished milestone; with `--follow`, also those committed until stdin ends. Returns
     {target, published: [{step, branch, revision}], pending}."""
     if target and target.startswith(PREFIX):
         hint = "use --to OWNER/NAME, or publish RUN@STEP to a folder"
         raise PublishError("milestones go to branches, and a folder has none", where=target, hint=hint)
     if not (is_following and run.is_dir()):
-        RunDirectory(run).plan()  # RunError where there is no run; one that is followed may not have begun
+        RunDirectory(run).plan()  # RunError if there is no run; with --follow it may not have begun yet
     if is_following:
         os.nice(19)  # the training comes first
     published, is_last, store = [], not is_following, Store(run)
@@ -74,17 +73,17 @@ def follow(
                     if is_last:
                         raise
                     print(f"step {step} has to wait: {error.message}", file=sys.stderr, flush=True)
-                    break  # in order; again when it is looked for the next time
+                    break  # in order; retried in the next round
             if is_last:
                 return {"published": published, "pending": pending(run, store)}
             readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
-            is_last = bool(readable)  # its end; nothing is ever written to it
+            is_last = bool(readable)  # end of stdin; nothing is ever written to it
 
 
 @contextmanager
 def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
-    """One process publishes a run at a time; who starts one by hand is told, the one beside a training waits. Where the file system has no
-    locks nobody is held up: what two do at once is done once, or refused by the Hub."""
+    """One process publishes a run at a time: one started by hand is refused, the one beside a training waits. Without locks on the file
+    system two may run: their work is done once, or the Hub refuses it."""
     with RunDirectory(run).publish_log.open("ab") as log:
         try:
             lock.take(log.fileno(), is_waiting)
@@ -95,8 +94,8 @@ def _alone(run: Path, is_waiting: bool) -> Iterator[None]:
 
 
 def pending(run: Path, store: Store | None = None) -> list[int]:
-    """Milestones that are committed and not published, oldest first. A `store` that is asked again and again reads each manifest once."""
-    if not RunDirectory(run).is_run:  # the training has not begun
+    """Committed and unpublished milestones, oldest first. Pass the same `store` each time: it reads each manifest once."""
+    if not RunDirectory(run).is_run:  # the training has not begun yet
         return []
     asked = RunDirectory(run).plan()[0].recipe.publish
     if asked is None or asked.milestones is None:
@@ -107,8 +106,8 @@ def pending(run: Path, store: Store | None = None) -> list[int]:
 
 
 def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> dict:
-    """One milestone: packaged, published on a branch of its own, listed on main, and written down at the end: a kill before it has all of
-    this done again, of which nothing is left to do."""
+    """One milestone: packaged, published on its own branch, listed on main, and recorded last. After an earlier kill all of this
+    repeats, and finished parts change nothing."""
     asked: Publish = RunDirectory(run).plan()[0].recipe.publish
     repository, name = target or asked.repo, step_name(step)
     package = RunDirectory(run).package(step)
@@ -124,7 +123,7 @@ def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacin
         **_figures(run, step, package),
     }
     _list(record, Repository(repository, is_private), is_replacing)
-    remove(package)  # the run has the weights, and the Hub
+    remove(package)  # the run and the Hub have the weights
     make_directory(RunDirectory(run).published)
     replace_file(RunDirectory(run).publication(step), json.dumps(record).encode())
     return record
@@ -142,7 +141,7 @@ def _figures(run: Path, step: int, package: Path) -> dict:
 
 
 def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
-    """checkpoints.json on main: all milestones that are there, also those of other runs, on branches of their own."""
+    """checkpoints.json on main: all milestones there, also those of other runs on their own branches."""
     head = repository.branches()["main"]
     document, listed = {}, [record]
     if CHECKPOINTS in repository.tree(head):
@@ -161,7 +160,7 @@ def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
 
 
 def _published(run: Path) -> dict[int, dict]:
-    """What is written down, by step; what cannot be read is published again, which changes nothing there."""
+    """The records by step. An unreadable one is published again; this changes nothing on the Hub."""
     found = {}
     for path in RunDirectory(run).publications():
         with suppress(ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""A repository of the Hub, written to: its trees, and commits that land once or not at all; only `publish` calls it.
+"""Writes to a repository of the Hub: its trees, and commits that land once or not at all.
 
-Every request is tried again where trying again can help. A commit whose reply was lost is recognised by the tree that it left, so that it
-is never made twice (https://huggingface.co/docs/huggingface_hub/package_reference/hf_api, `create_commit`).
+Requests are retried if that can help. If the reply to a commit is lost, its tree identifies it, so no commit is made twice
+(https://huggingface.co/docs/huggingface_hub/package_reference/hf_api, `create_commit`).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ CHECKPOINTS = "checkpoints.json"
 TRIES = 6
 FIRST_WAIT_SECONDS = 0.5
 MOST_WAIT_SECONDS = 300.0  # the window of the Hub's rate limits
-PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is looked into before the next try
+PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409; 412 is checked before the next try
 AGAIN = "try again: what was uploaded is not uploaded twice"
 HTTPError, RequestError = hub.http().HTTPError, hub.http().RequestError
 Answer = TypeVar("Answer")
@@ -41,20 +41,20 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of a tree, by what the Hub says of it."""
+    """A file of a tree, as the Hub describes it."""
 
     size: int
     oid: str
     """Of the git blob."""
     sha256: str | None
-    """Of the content, where it is stored by LFS or Xet."""
+    """Of the content, if LFS or Xet stores it."""
 
     def is_same(self, content: Path | bytes) -> bool:
         if size_of(content) != self.size:
             return False
         if self.sha256:
             return sha256_of(content) == self.sha256
-        content = content if isinstance(content, bytes) else content.read_bytes()  # what git keeps itself is small
+        content = content if isinstance(content, bytes) else content.read_bytes()  # files kept by git itself are small
         return hashlib.sha1(b"blob %d\0%s" % (self.size, content)).hexdigest() == self.oid
 
 
@@ -63,31 +63,31 @@ Files = Mapping[str, Path | bytes]
 
 
 def differences(tree: Tree, files: Files, gone: Collection[str] = ()) -> dict[str, Path | bytes | None]:
-    """What has to change in a tree so that it has these files, and none of those that are to go: None for these."""
+    """The changes that give a tree these files and remove the old ones; None means remove."""
     changed = {name: content for name, content in files.items() if name not in tree or not tree[name].is_same(content)}
     return changed | dict.fromkeys(name for name in gone if name in tree)
 
 
 class Repository:
-    """A model repository, by name. The token is what the Hub's own library finds: HF_TOKEN, or the store of `hf auth login`."""
+    """A model repository, by name. The token is the one of the Hub's own library: HF_TOKEN, or the store of `hf auth login`."""
 
     def __init__(self, name: str, is_private: bool = False):
         self.name = name
         self.is_private = is_private
-        """Whether nothing may be committed while everybody can see it."""
+        """Whether to refuse commits while the repository is public."""
         self.commits = 0
         """Made by this object."""
         self._api = HfApi(library_name="finetune")
 
     def whoami(self) -> dict:
-        """Whose token it is. PublishError where there is none, or it is no longer good."""
+        """The owner of the token. Raises PublishError if there is none, or it is no longer valid."""
         return self._ask(self._api.whoami)
 
     def create(self, is_private: bool) -> None:
         self._ask(lambda: self._api.create_repo(self.name, private=is_private, exist_ok=True))
 
     def facts(self) -> dict | None:
-        """{private, gated}, or None where there is no such repository."""
+        """{private, gated}; None if there is no such repository."""
         try:
             info = self._ask(lambda: self._api.model_info(self.name))
         except _Missing:
@@ -110,7 +110,7 @@ class Repository:
         }
 
     def scans(self, revision: str) -> dict[str, str]:
-        """What the Hub's scanners say of each file, where they say anything: `safe`, `unsafe`, `suspicious`, or that they have to wait."""
+        """The verdict of the Hub's scanners on each file, if any: `safe`, `unsafe`, `suspicious`, or still waiting."""
         entries = self._ask(
             lambda: list(self._api.list_repo_tree(self.name, recursive=True, revision=revision, expand=True))
         )
@@ -125,7 +125,7 @@ class Repository:
             return Path(folder, "files", name).read_bytes()
 
     def download(self, revision: str, directory: Path) -> str:
-        """All files of a revision, past every cache; returns its commit."""
+        """Downloads all files of a revision, past every cache; returns its commit."""
         commit = self._ask(lambda: self._api.model_info(self.name, revision=revision)).sha
         for name in self.tree(commit):
             self._ask(lambda name=name: self._fetch(commit, name, directory))
@@ -142,7 +142,7 @@ class Repository:
             shutil.move(Path(path).resolve(), target)
 
     def first_commit(self) -> str:
-        """Branches begin there: they share no weights with each other."""
+        """The first commit. Branches begin there, so they share no weights with each other."""
         return self._ask(lambda: self._api.list_repo_commits(self.name))[-1].commit_id
 
     def add_branch(self, name: str, at: str) -> None:
@@ -151,11 +151,11 @@ class Repository:
     def remove_branch(self, name: str) -> None:
         try:
             self._ask(lambda: self._api.delete_branch(self.name, branch=name))
-        except _Missing:  # the reply of an earlier try was lost
+        except _Missing:  # an earlier try landed, and its reply was lost
             return
 
     def add_tag(self, name: str, at: str) -> None:
-        """PublishError where the tag is there, at another commit."""
+        """Raises PublishError if the tag exists at another commit."""
         if (there := self.tags().get(name)) is None:
             self._ask(lambda: self._api.create_tag(self.name, tag=name, revision=at, exist_ok=True))
             there = self.tags()[name]
@@ -164,7 +164,7 @@ class Repository:
             raise PublishError(f"the tag {name} is at another commit, {there[:8]}", where=self.name, hint=hint)
 
     def refuse_public(self, there: dict | None) -> None:
-        """PublishError where the repository is there and everybody can see it; `there` is what `facts` says."""
+        """Raises PublishError if the repository exists and is public; `there` is the result of `facts`."""
         if there and not there["private"]:
             hint = (
                 "--public (in a recipe, publish.private: false) publishes for everybody; or make it private on the Hub"
@@ -172,15 +172,14 @@ class Repository:
             raise PublishError("is public, and the package is to be private", where=self.name, hint=hint)
 
     def commit(self, branch: str, files: Files, head: str, title: str, gone: Collection[str] = ()) -> str:
-        """Makes a branch have these files, and none of those that are to go, in one commit on the head that is given, and returns the new
-        head; the same head where nothing has to change. PublishError where somebody else has moved the branch meanwhile, or shows to
-        everybody what is to be private."""
+        """Gives a branch these files, and removes the old ones, in one commit on the given head. Returns the new head, or the same one if
+        nothing changes. Raises PublishError if somebody else has moved the branch, or made a private repository public."""
 
         def attempt() -> str:
             now = self.branches().get(branch)
             changes = differences(self.tree(now), files, gone) if now else {}
             if now and not changes:
-                return now  # it landed before, and its reply was lost
+                return now  # it landed before; the reply was lost
             if now != head:
                 hint = "look at what was committed there, and publish again"
                 raise PublishError(f"{branch} was moved by somebody else", where=self.name, hint=hint)
@@ -189,7 +188,7 @@ class Repository:
             self._refuse_seen()
             with self._unwrapped("upload"):
                 self._api.preupload_lfs_files(self.name, added, revision=branch)
-            self._refuse_seen()  # uploads take hours, and somebody may have made it public
+            self._refuse_seen()  # uploads take hours: somebody may have made it public
             with self._unwrapped("upload"):
                 made = self._api.create_commit(
                     self.name, [*added, *removed], commit_message=title, revision=branch, parent_commit=head
@@ -208,8 +207,8 @@ class Repository:
 
     @contextmanager
     def _unwrapped(self, what: str, disk: Path | None = None) -> Iterator[None]:
-        """The client wraps what went wrong, and Xet raises no kinds but RuntimeError and OSError: here are the errors that `_ask` knows, or
-        one that trying again does not mend."""
+        """The client wraps errors, and Xet raises only RuntimeError and OSError. This returns an error that `_ask` knows, or
+        one that a retry does not fix."""
         try:
             yield
         except (HTTPError, ConnectionError):
@@ -222,7 +221,7 @@ class Repository:
             raise PublishError(f"the {what} failed: {_reason(error)}", where=self.name, hint=AGAIN) from None
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
-        """What the Hub answers, asked again where that can help; a silence is said."""
+        """The Hub's answer, with retries if they can help; says so if the Hub is silent."""
         with hub.waiting(f"an answer about {self.name}"):
             return self._answer(request)
 
@@ -253,7 +252,7 @@ class UnreachableError(PublishError):
 
 
 class _Missing(PublishError):
-    """What was asked for is not there."""
+    """The requested object is not there."""
 
 
 def _is_passing(error: Exception) -> bool:
@@ -263,7 +262,7 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _asked_wait(error: Exception) -> float | None:
-    """Seconds that the Hub wants to be left alone (RateLimit, IETF draft; Retry-After, RFC 9110)."""
+    """Seconds to wait, by the Hub's headers (RateLimit, IETF draft; Retry-After, RFC 9110)."""
     if not isinstance(error, HfHubHTTPError):
         return None
     limit = parse_ratelimit_headers(error.response.headers)
@@ -279,7 +278,7 @@ def _reason(error: Exception) -> str:
 
 
 def digest(files: Files) -> str:
-    """SHA-256 over names and contents: the same package has the same staging branch."""
+    """SHA-256 over names and contents, so the same package has the same staging branch."""
     whole = hashlib.sha256()
     for name, content in sorted(files.items()):
         whole.update(f"{name}\0{sha256_of(content)}\n".encode())

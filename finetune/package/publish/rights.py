@@ -1,4 +1,4 @@
-"""Who may publish where, and who may see it; asked before a training, before an upload, and again right before a commit."""
+"""Checks who may publish where, and who would see it. Ask before a training, before an upload, and right before a commit."""
 
 import sys
 
@@ -9,9 +9,9 @@ from finetune.store.checkpoints.refs import parse
 
 
 def preflight(recipe: Recipe) -> None:
-    """Whether the recipe's `publish` section can work: token, rights, who sees the repository, and whether the base may go there.
+    """Checks that the recipe's `publish` section can work: token, rights, visibility, and whether the base may go there.
 
-    PublishError where it cannot. Where the Hub is out of reach, one line on stderr says that it is not known.
+    Raises PublishError if not. If the Hub is out of reach, one line on stderr says that this is unknown.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -31,7 +31,7 @@ def preflight(recipe: Recipe) -> None:
 
 
 def refuse_no_right(user: dict, name: str) -> None:
-    """PublishError where what the Hub says of a token (`whoami`) shows that it may not write to a repository."""
+    """Raises PublishError if the Hub's `whoami` shows that a token may not write to a repository."""
     token = user.get("auth", {}).get("accessToken") or {}
     owner, organisations = name.partition("/")[0], {one["name"]: one for one in user.get("orgs", [])}
     why = None
@@ -49,18 +49,18 @@ def refuse_no_right(user: dict, name: str) -> None:
 
 
 def _is_granted(token: dict, owner: str, name: str) -> bool:
-    """Whether a fine-grained token may write to a repository, as far as it says what it is for."""
+    """Whether a fine-grained token may write to a repository; True if it does not say."""
     scopes = (token.get("fineGrained") or {}).get("scoped")
     if scopes is None:
-        return True  # it does not say
+        return True  # unknown
     names = [scope for scope in scopes if scope.get("entity", {}).get("name") in (owner, name)]
     return any("repo.write" in scope.get("permissions", ()) for scope in names)
 
 
 def refuse_visible(repository: Repository, is_private: bool, base: str | None) -> dict | None:
-    """What the Hub says of a repository (None: it is not there), unless more people would see the package in it than may.
+    """The Hub's facts of a repository (None: it is not there). Raises PublishError if too many people could see the package.
 
-    `base` is the Hub checkpoint that it was made from: what its authors give to those alone whom they know stays so.
+    `base` is the Hub checkpoint under the package: a gated one must not become public.
     """
     there = repository.facts()
     if is_private:

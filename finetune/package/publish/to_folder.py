@@ -1,6 +1,6 @@
-"""A package goes to a folder: copied beside it, synced, compared, and put in its place by one exchange of names; `publish` calls it.
+"""Publishes a package to a folder: copied beside it, synced, compared, and put in place by one exchange of names.
 
-At every moment the folder is the old package or the new one. What a killed call left beside it, the next one removes.
+At every moment the folder is the old package or the new one. The next call removes the leftovers of a killed one.
 """
 
 import ctypes
@@ -24,12 +24,12 @@ NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replacing: bool = False) -> dict:
-    """{target, revision, uploaded_bytes, commits, files, overwritten, is_dry_run}. PublishError where something else is there, or the
-    disk fails.
+    """{target, revision, uploaded_bytes, commits, files, overwritten, is_dry_run}. Raises PublishError if something else is
+    there, or the disk fails.
 
-    In an earlier package what people added stays; what they changed is overwritten where `is_replacing` says so, and named elsewhere.
+    In an earlier package people's additions stay. Their changes are overwritten with `is_replacing`, and refused without it.
     """
-    place = Path(os.path.realpath(target))  # an exchange would take a link away, and leave the folder it leads to
+    place = Path(os.path.realpath(target))  # an exchange would remove a link, and leave its folder
     with failures(target, PublishError):
         there = _files_in(place)
         found = _sorted_out(there, files)
@@ -42,7 +42,7 @@ def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replac
             sweep(place)
         kept = {name: there[name] for name in sorted(there.keys() - wanted.keys() - {*found.gone})}
         whole = {**wanted, **kept}
-        if there.keys() == whole.keys() and digest(there) == digest(whole):  # only what can be the same is read
+        if there.keys() == whole.keys() and digest(there) == digest(whole):  # reads only files that may be equal
             return facts | {"uploaded_bytes": 0, "commits": 0}
         if os.path.lexists(place) and not _may_go(place):
             raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
@@ -70,7 +70,7 @@ def _sorted_out(there: Mapping[str, Path], files: Files) -> ownership.Sorted:
 
 
 def _may_go(place: Path) -> bool:
-    """Whether what is there can be carried over: plain files beside a package, or nothing."""
+    """Whether the existing content can be carried over: plain files beside a package, or nothing."""
     if not place.is_dir():
         return False
     paths = list(place.rglob("*"))
@@ -79,7 +79,7 @@ def _may_go(place: Path) -> bool:
 
 
 def _replace(place: Path, before: str, wanted: Files, kept: Mapping[str, Path]) -> None:
-    """`before` is the digest of what may go, once what people added is carried over."""
+    """`before` is the digest of the content that may go, after people's additions are carried over."""
     with staged(place) as staging:
         _copy(wanted, staging, shutil.copyfile)
         _copy(kept, staging, shutil.copy2)
@@ -104,11 +104,11 @@ def _copy(files: Files, directory: Path, copy_file: Callable[[Path, Path], objec
 
 
 def _take_place(staging: Path, place: Path) -> None:
-    """The staged folder under the place's name, and what was there under the other's, by one call."""
+    """Exchanges the names of the staged folder and the place, by one call."""
     if not place.exists() or not any(place.iterdir()):
         os.rename(staging, place)
         return
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28; macOS has none
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28; macOS lacks it
     here = -100  # AT_FDCWD
     if renameat2 and not renameat2(here, os.fsencode(staging), here, os.fsencode(place), RENAME_EXCHANGE):
         return

@@ -1,1 +1,1 @@
-"""Whether a model folder is what it should be."""
+"""Checks of a model folder."""

@@ -1,6 +1,6 @@
-"""What can be said of a model folder without running it: each check has a name and yields what is wrong. `verify` runs the table.
+"""The checks of a model folder that need not run it. Each has a name and yields problems.
 
-No name in a file becomes a path here.
+A name in a file must not become a path here.
 """
 
 import re
@@ -22,19 +22,19 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 HALVES = ("BF16", "F16")
-PIECE = 1 << 22  # items looked at at once
+PIECE = 1 << 22  # items checked at once
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 def header(folder: Folder) -> Iterator[Finding]:
-    """Every safetensors file keeps the rules of the format, repeated keys included, which other readers let pass."""
+    """Every safetensors file keeps the rules of the format. This includes repeated keys, which other readers accept."""
     if not folder.tensors and not folder.broken:
         yield Finding("header", "model.safetensors", None, "there are no weights as safetensors")
     yield from (finding for finding in folder.broken if finding.check == "header")
 
 
 def index(folder: Folder) -> Iterator[Finding]:
-    """The index names every tensor, in the file that has it, and no other; without an index there is one file."""
+    """The index names every tensor with its file, and no other; without an index there is one file."""
     indices = sorted(folder.path.glob("*.safetensors.index.json"))
     places = [(name, file) for file, tensors in folder.tensors.items() for name in tensors]
     for name in sorted({name for name, _ in places if sum(name == other for other, _ in places) > 1}):
@@ -62,9 +62,9 @@ def index(folder: Folder) -> Iterator[Finding]:
 
 
 def dtype(folder: Folder) -> Iterator[Finding]:
-    """Weights have the type that the config says, or one that they are known to be kept in.
+    """Weights have the type of the config, or a known kept type.
 
-    A package of ours names those. In others fp32 is found beside half precision: routers, their biases and state-space parameters are kept so.
+    Our packages name the kept ones. Other models may have fp32 beside half precision: routers, their biases, state-space parameters.
     """
     said = folder.config.get("dtype") or folder.config.get("torch_dtype")
     wanted = DTYPES.get(str(said).removeprefix("torch."))
@@ -81,7 +81,7 @@ def dtype(folder: Folder) -> Iterator[Finding]:
 
 
 def finite(folder: Folder) -> Iterator[Finding]:
-    """No weight is NaN or infinite, and no matrix is all zeros that was not so in the base."""
+    """No weight is NaN or infinite, and no matrix is all zeros unless it was in the base."""
     zeros = (folder.from_base or {}).get("zeros", [])
     for file, tensors in folder.tensors.items():
         for name, place in tensors.items():
@@ -89,13 +89,13 @@ def finite(folder: Folder) -> Iterator[Finding]:
                 continue
             is_bad, is_zero = _looked_at(folder.path / file, place)
             if is_bad:
-                yield Finding("finite", file, name, "has values that are no numbers")
+                yield Finding("finite", file, name, "has NaN or infinite values")
             if is_zero and len(place.shape) > 1 and "lora_B" not in name and name not in zeros:
                 yield Finding("finite", file, name, "is all zeros")
 
 
 def _looked_at(path: Path, place: Place) -> tuple[bool, bool]:
-    """(has NaN or Inf, is all zeros). Bits of bf16 are the upper half of those of fp32."""
+    """(has NaN or Inf, is all zeros). The bits of bf16 are the upper half of fp32's."""
     data = (
         np.memmap(path, np.uint8, "r", place.start, (place.end - place.start,))
         if place.end > place.start
@@ -114,14 +114,14 @@ def _looked_at(path: Path, place: Place) -> tuple[bool, bool]:
 
 
 def config(folder: Folder) -> Iterator[Finding]:
-    """Configs are JSON objects, and the model says what it is."""
+    """Configs are JSON objects, and the model's config names its type."""
     yield from (finding for finding in folder.broken if finding.check == "config")
     if not folder.is_adapter and not isinstance(folder.config.get("model_type"), str):
         yield Finding("config", "config.json", None, "does not say its model_type")
 
 
 def remote_code(folder: Folder) -> Iterator[Finding]:
-    """No config asks a loader to run code that comes with it."""
+    """No config asks a loader to run code."""
     for file, value in folder.configs.items():
         for key in dict.fromkeys(asked_by(value)):
             yield Finding("remote_code", file, None, f"has `{key}`, by which a loader runs code of a repository")
@@ -130,7 +130,7 @@ def remote_code(folder: Folder) -> Iterator[Finding]:
 
 
 def vocabulary(folder: Folder) -> Iterator[Finding]:
-    """Tokens fit the vocabulary, the vocabulary fits the embeddings, and every id that a config names is one of them."""
+    """Tokens fit the vocabulary, the vocabulary fits the embeddings, and every token id in a config exists."""
     size = folder.config.get("vocab_size")
     if not isinstance(size, int):
         return
@@ -165,7 +165,7 @@ def tokenizer(folder: Folder) -> Iterator[Finding]:
 
 
 def template(folder: Folder) -> Iterator[Finding]:
-    """Chat templates render in the sandbox, within seconds and memory that a short conversation may take."""
+    """Chat templates render a short conversation in the sandbox, within bounds of time and memory."""
     settings = folder.configs.get("tokenizer_config.json", {})
     found = [("tokenizer_config.json", text) for text in templates.texts(settings.get("chat_template"))]
     for path in [*folder.path.glob("chat_template.jinja"), *sorted(folder.path.glob("additional_chat_templates/*"))]:
@@ -176,7 +176,7 @@ def template(folder: Folder) -> Iterator[Finding]:
 
 
 def processor(folder: Folder) -> Iterator[Finding]:
-    """A model that reads images or sound as well says how these are prepared, unless its base did not."""
+    """A model that also reads images or sound has files for preparing them, unless its base had none."""
     parts = [name for name in ("vision_config", "audio_config") if folder.config.get(name)]
     declared = str((folder.config.get("architectures") or [""])[0])
     is_text = folder.is_adapter or not parts or not declared.endswith("ForConditionalGeneration")
@@ -188,7 +188,7 @@ def processor(folder: Folder) -> Iterator[Finding]:
 
 
 def tied(folder: Folder) -> Iterator[Finding]:
-    """What the config says of input and output embeddings is how they are stored."""
+    """Input and output embeddings are stored tied or untied, as the config says."""
     text = folder.config.get("text_config") or folder.config
     is_tied = folder.config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     embeddings, head = folder.first(EMBEDDINGS), folder.first(HEADS)
@@ -198,7 +198,7 @@ def tied(folder: Folder) -> Iterator[Finding]:
     if is_tied and head and head[2].shape == embeddings[2].shape and _bytes(folder, head) != _bytes(folder, embeddings):
         yield Finding("tied", head[0], head[1], "is stored, and is not the embeddings that the config ties it to")
     others = (place for places in folder.tensors.values() for name, place in places.items() if name != embeddings[1])
-    # families call their heads differently: each is a matrix with a row for each token
+    # the name of the head differs by family: it is a matrix with a row for each token
     has_head = any(len(place.shape) == 2 and place.shape[0] == embeddings[2].shape[0] for place in others)
     if not is_tied and not has_head and is_language_model:
         yield Finding("tied", "config.json", None, "ties no embeddings, and the output's are not stored")
@@ -211,7 +211,7 @@ def _bytes(folder: Folder, item: tuple[str, str, Place]) -> bytes:
 
 
 def base(folder: Folder) -> Iterator[Finding]:
-    """An adapter names its base as others can find it: Hub id and commit."""
+    """An adapter names its base so that others can find it: Hub id and commit."""
     if not folder.is_adapter:
         return
     value = folder.configs["adapter_config.json"]

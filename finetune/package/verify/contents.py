@@ -1,6 +1,6 @@
-"""What may be in a package: files by name, and by content nothing that runs, unpickles, or is a secret. `publish` and `verify` ask.
+"""The allowed content of a package: allowed names only, and nothing that runs, unpickles, or is a secret.
 
-Names are a list of what is allowed, not of what is not; what a file is, its first bytes say, not its name.
+The first bytes of a file decide its kind, never its name.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ RUNS = {
     b"\xcf\xfa\xed\xfe": "a program",
     b"PK\x03\x04": "a zip archive",
 }
-PICKLE = re.compile(rb"\A\x80[\x02-\x05]")  # PROTO, the first opcode since protocol 2
+PICKLE = re.compile(rb"\A\x80[\x02-\x05]")  # PROTO, the first opcode from protocol 2 on
 OLD_PICKLE = re.compile(rb"\A[(\]}]?(c[\w.]+\n\w+\n|\(lp|\(dp)")  # protocols 0 and 1 are text
 SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
@@ -67,7 +67,7 @@ PLACE = re.compile(
 
 
 class Finding(NamedTuple):
-    """One thing wrong with a package. `file` is relative to it."""
+    """A problem of a package. `file` is relative to it."""
 
     check: str
     file: str
@@ -81,7 +81,7 @@ def files_of(directory: Path) -> dict[str, Path]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content; read once in a process, as long as nothing is written to the file."""
+    """Digest of a file's content; read once in a process until the file changes."""
     status = path.stat()
     return _sha256_of(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
@@ -93,7 +93,7 @@ def _sha256_of(path: Path, as_it_is: tuple[int, ...]) -> str:
 
 
 def findings(directory: Path, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Everything in a folder that has no place in a package."""
+    """Problems: files that do not belong in a package."""
     secret = secrets_of(environment)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -108,7 +108,7 @@ def findings(directory: Path, environment: Mapping[str, str] = os.environ) -> It
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Secrets that this process was given, by the name of their variable."""
+    """Secrets in the environment of this process, by the name of their variable."""
     return {
         name: value
         for name, value in environment.items()
@@ -117,7 +117,7 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def of_content(name: str, path: Path, secret: Mapping[str, str]) -> Iterator[Finding]:
-    """What a file is, whatever it is called, and what it must not tell."""
+    """Problems of a file's content: a forbidden kind under any name, a secret, a private path."""
     with path.open("rb") as file:
         head = file.read(4096)
     if what := next((what for magic, what in RUNS.items() if head.startswith(magic)), None):

@@ -1,4 +1,4 @@
-"""A model folder as `checks` reads it: configs as JSON, headers by our own reader; nothing of transformers, and nothing is run."""
+"""A model folder for `checks`: configs as JSON, headers by our own reader. It must use nothing of transformers and run nothing."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ from finetune.package.verify.contents import Finding
 from finetune.store.strict_json import from_json
 from finetune.store.tensors import Place, read_header
 
-PROCESSORS = "*processor_config.json"  # of images, video and sound
+PROCESSORS = "*processor_config.json"  # for images, video and sound
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", PROCESSORS)
 RECORD = "training/probe.json"
 
 
 @dataclass
 class Folder:
-    """A model folder, read once. `broken` is what could not be read."""
+    """A model folder, read once. `broken` has the unreadable files."""
 
     path: Path
     broken: list[Finding] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Folder:
 
     @cached_property
     def from_base(self) -> dict | None:
-        """What a package of ours says that it has from its base as it was there (`FromBase`); None in others, and in those of older code."""
+        """Tensors that our package has unchanged from its base (`FromBase`); None in other models, and in packages of older code."""
         value = self.json(RECORD, "config") if (self.path / RECORD).is_file() else None
         found = value.get("from_base") if isinstance(value, dict) else None
         return found if isinstance(found, dict) else None
@@ -61,7 +61,7 @@ class Folder:
 
     @cached_property
     def tokens(self) -> dict[str, int]:
-        """Ids of the tokenizer's tokens, the added ones too; empty where there is no tokenizer.json."""
+        """Ids of the tokenizer's tokens, added ones included; empty without a tokenizer.json."""
         value = self.json("tokenizer.json", "tokenizer") if (self.path / "tokenizer.json").is_file() else None
         if not isinstance(value, dict):
             return {}
@@ -77,6 +77,6 @@ class Folder:
             return None
 
     def first(self, pattern: re.Pattern[str]) -> tuple[str, str, Place] | None:
-        """File, name and place of the first tensor that is called so."""
+        """File, name and place of the first tensor with one of these names."""
         found = ((file, name, place) for file, places in self.tensors.items() for name, place in places.items())
         return next((item for item in found if pattern.search(item[1])), None)

@@ -1,7 +1,6 @@
-"""Whether a model folder, or a repository of the Hub, is what it should be: every check has a name; `cli` and `export` call it.
+"""Verifies a model folder or a repository of the Hub: runs named checks, and skips those without a record.
 
-It works for any model; checks that need a record which is not there are left out, and the answer says which were made. Nothing of the
-folder is loaded before everything that can be seen without loading is right.
+It must load nothing before every check without loading has passed.
 """
 
 import json
@@ -24,14 +23,14 @@ OURS = f"training/{RECIPE}"
 CARD = "README.md"
 FIGURES = f"training/{JOURNAL}"
 PROBE = "training/probe.json"
-DANGEROUS = ("unsafe", "suspicious")  # the other words are of scans that wait or failed
+DANGEROUS = ("unsafe", "suspicious")  # other words mean a waiting or failed scan
 OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
 
 
 def verify(target: str, key: Path | None = None) -> dict:
-    """{ok, problems: [{check, file, tensor, message}], checks: [names of those that were made], not_made: {name: why}, revision}.
+    """{ok, problems: [{check, file, tensor, message}], checks: [names of the checks made], not_made: {name: why}, revision}.
 
-    `key` is a public key that the signature has to be of.
+    If you give a public `key`, the signature has to match it.
     """
     if target.startswith(HUB):
         with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +45,7 @@ def verify(target: str, key: Path | None = None) -> dict:
 
 
 def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), found: Sequence[Finding] = ()) -> dict:
-    """The checks of a folder; and where these find nothing and there is a probe, the model is run as well."""
+    """The checks of a folder. If they find nothing and there is a probe, the model runs as well."""
     more, findings = folder_findings(directory, key)
     made, findings, not_made = [*made, *more], [*found, *findings], {}
     if not findings and (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
@@ -72,7 +71,7 @@ def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), foun
 
 
 def folder_findings(directory: Path, key: Path | None = None) -> tuple[list[str], list[Finding]]:
-    """The names of the checks that were made, and what they found."""
+    """The names of the checks made, and their problems."""
     folder, is_ours = Folder(directory), (directory / OURS).is_file()
     found = [item for item in contents.findings(directory) if is_ours or item.check in OF_CONTENT]
     made = [*(["allowed"] if is_ours else []), *OF_CONTENT]
@@ -94,7 +93,7 @@ def folder_findings(directory: Path, key: Path | None = None) -> tuple[list[str]
 
 
 def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
-    """The Hub's rules for front matter; and of a package of ours, that its figures are those of its record."""
+    """The Hub's rules for front matter; for our packages also that the figures equal those of the record."""
     text = (directory / CARD).read_text(encoding="utf-8", errors="replace")
     yield from (Finding("card", CARD, None, problem) for problem in metadata.problems(text))
     if not is_ours:
@@ -112,8 +111,8 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
 
 
 def _fetched(name: str, directory: Path) -> tuple[str, list[Finding], list[str]]:
-    """Downloads a revision, past every cache, and compares each file with what the Hub says of it: its hash, and what the Hub's own scanners
-    found, which may not have seen all files yet."""
+    """Downloads a revision, past every cache, and compares each file with its hash on the Hub. Also reports the findings of the Hub's
+    own scanners; they may not have seen all files yet."""
     from finetune.package.publish.repository import Repository, differences
 
     ref = parse(name)

@@ -43,7 +43,7 @@ class LoraAdapter(AdapterFacts):
 
 
 class FrozenAdapter(AdapterFacts):
-    """A full fine-tune with some tensors left as they are."""
+    """A full fine-tune with some frozen tensors."""
 
     name: Literal["frozen"]
     freeze: Names = Field(min_length=1)

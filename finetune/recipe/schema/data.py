@@ -11,21 +11,21 @@ class Source(Section):
     """Rows of a local file, or of a Hub data set."""
 
     path: str | None = Field(default=None, min_length=1)
-    """A local `.jsonl`, `.parquet` or `.csv` file, seen from the working directory."""
+    """A local `.jsonl`, `.parquet` or `.csv` file, relative to the working directory."""
     dataset: str | None = Field(default=None, min_length=1)
     """A Hub data set (`owner/name`), instead of `path`."""
     name: str | None = None
-    """The configuration of a Hub data set, where it has several."""
+    """The configuration of a Hub data set, if it has several."""
     split: str | None = None
     """The split of a Hub data set. Default: `train`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; the plan pins it to a commit."""
     weight: float | None = Field(default=None, gt=0)
-    """The source's part of the rows drawn, relative to the other sources' weights. Give all sources one, or none: then every row is drawn once an epoch."""
+    """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch."""
     columns: dict[str, str] = {}
-    """Which column holds which field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` where they are; text reads `text`."""
+    """The column of each field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` if you have them. Text reads `text`."""
     skip: Names = []
-    """Columns, and fields of messages, to train without, like `[reasoning_content]`. A row of chat with content that its text would lack is refused unless that is named here."""
+    """Columns and fields of messages to skip, like `[reasoning_content]`. If the template drops content of a chat row, the row is refused, unless you name the content here."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "Source":
@@ -44,16 +44,16 @@ Holdout = Annotated[
 
 
 class Data(Section):
-    """What is trained on, and what is held out."""
+    """The rows you train on, and the held-out rows."""
 
     train: list[Source] = Field(min_length=1)
     """The sources of training rows."""
     holdout: Holdout = 0
     """Rows kept out of training for evaluation: a count, a share like `5%` (each row of the training sources by its content and `split_seed`), or other sources."""
     split_seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Decides which rows a count or share holds out. Default: that of the run which `base.checkpoint` is of, else 0."""
+    """Decides which rows a count or share holds out. Default: the seed of the run of `base.checkpoint`, or else 0."""
     seen: Literal["refuse", "allow"] = "refuse"
-    """What happens when a count or share holds out rows that an earlier run trained on, which the base or a branch comes from: `refuse` the plan, or `allow` it, marked wherever the figures appear."""
+    """A count or share may hold out rows that an earlier run behind the base or branch trained on. `refuse` refuses such a plan. `allow` allows it, and marks its figures everywhere."""
 
 
 def has_holdout(data: Data) -> bool:

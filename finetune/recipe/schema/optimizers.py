@@ -13,16 +13,16 @@ from finetune.recipe.schema.values import Betas, CountOrShare, Section
 
 
 class Optimizer(Section):
-    """How gradients become updates."""
+    """The optimizer turns gradients into updates."""
 
     name: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """`adamw` (Loshchilov & Hutter 2019, arXiv 1711.05101) or `sgd`. `adamw_8bit` (Dettmers et al. 2021, arXiv 2110.02861) holds the moments of matrices in a quarter of the memory, with other losses than `adamw`; `paged_adamw_8bit` lets a GPU move them to the host when it is full, which is slow when it happens. Both need bitsandbytes."""
+    """`adamw` (Loshchilov & Hutter 2019, arXiv 1711.05101) or `sgd`. `adamw_8bit` (Dettmers et al. 2021, arXiv 2110.02861) holds the moments of matrices in a quarter of the memory, with other losses than `adamw`; `paged_adamw_8bit` lets a full GPU move them to the host, slowly. Both need bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=10)
     """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The learning rate's course after warm-up; `linear` and `cosine` end at zero."""
+    """The curve of the learning rate after warm-up; `linear` and `cosine` end at zero."""
     warmup: CountOrShare = "3%"
-    """Steps, or the share of all steps, in which the learning rate rises from zero."""
+    """Steps, or the share of all steps, for the learning rate to rise from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, on matrices only (not on biases and norms); decoupled from the gradient for `adamw`."""
     betas: Betas = (0.9, 0.999)

@@ -20,7 +20,7 @@ class Recipe(Section):
     task: Task
     data: Data
     adapter: Adapter | None = None
-    """Leave out to train every weight."""
+    """Without this section you train every weight."""
     optimizer: Optimizer
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

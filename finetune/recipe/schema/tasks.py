@@ -35,9 +35,9 @@ class ChatTask(TaskFacts):
 
     name: Literal["chat"]
     max_length: PositiveInt = 1024
-    """Tokens of the longest example; longer rows are cut, and `plan` says how many and by how much."""
+    """Tokens of the longest example; longer rows are cut, and `plan` tells you how many and by how much."""
     packing: bool = True
-    """Several rows in one sequence, kept apart exactly; changes speed, not the loss."""
+    """Packs several rows into one sequence and keeps them apart exactly; changes speed, not the loss."""
     template: str | None = None
     """A file with a chat template (Jinja) to use in place of the base's own."""
 
@@ -52,9 +52,9 @@ class TextTask(TaskFacts):
 
     name: Literal["text"]
     max_length: PositiveInt = 1024
-    """Tokens of the longest example; longer rows are divided, nothing is lost."""
+    """Tokens of the longest example; longer rows are split, and you lose nothing."""
     packing: bool = True
-    """Several rows in one sequence, kept apart exactly; changes speed, not the loss."""
+    """Packs several rows into one sequence and keeps them apart exactly; changes speed, not the loss."""
 
     row_form: ClassVar = "text"
     pipeline_tag: ClassVar = "text-generation"

@@ -8,7 +8,7 @@ from finetune.recipe.schema.values import AutoOrCount, Cadences, Every, Section,
 
 
 class Train(Section):
-    """How long, how much at once, and with what arithmetic."""
+    """The length of the run, the size of a step, and its arithmetic."""
 
     epochs: PositiveInt | None = None
     """Passes over the training rows. Give this or `steps`."""
@@ -21,15 +21,15 @@ class Train(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: matrix products in bfloat16; `fp32`: all in single precision."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """`fp32`: master weights; `bf16`: weights and gradients in half the memory, moments in fp32, and every update rounded up or down by chance, so that small ones add up: noisier than `fp32`. Matrices of an adapter stay in fp32."""
+    """`fp32`: master weights; `bf16`: weights and gradients in half the memory, moments in fp32, and stochastic rounding of every update, so that small ones add up: noisier than `fp32`. Matrices of an adapter stay in fp32."""
     micro_batch_tokens: AutoOrCount = "auto"
-    """Tokens of one forward on one device. `auto`: the longest example, doubled while a step has more tokens and the forecast stays within nine tenths of the device's memory; on a CPU up to 2,048, as more is no faster there. Decided once a run, and kept when it is resumed."""
+    """Tokens of one forward on one device. `auto`: the longest example, doubled while a step has more tokens and the forecast stays within nine tenths of the device's memory; on a CPU up to 2,048, because more is no faster there. Decided once a run, and kept on resume."""
     activation_checkpointing: bool = False
-    """Keep only the input of each decoder layer for the backward pass and compute the rest again: the same bits, far fewer activations, about a third more time."""
+    """Keep only the input of each decoder layer for the backward pass, and compute the rest again. You get the same bits, far fewer activations, and about a third more time."""
     compile: bool = False
-    """Compile the decoder layers with `torch.compile`: what that gains is unmeasured; it costs a compilation at every start, and needs a C++ compiler and `reproducibility: fast`, as kernels depend on which lengths came first."""
+    """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
     reproducibility: Literal["exact", "fast"] = "exact"
-    """`exact`: deterministic kernels, so that resume and replay are equal to the bit (slower on a GPU); `fast`: whatever is fastest."""
+    """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `fast`: the fastest kernels."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -39,46 +39,46 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """When the held-out rows are evaluated; always before the first and after the last step."""
+    """When to evaluate the held-out rows. This always happens before the first and after the last step."""
 
     every: StepCadence | None = None
-    """Evaluate every so many steps."""
+    """Evaluate every N steps, like `100 steps`."""
 
 
 class Keep(Section):
-    """Which checkpoints stay; the newest and the best always do."""
+    """The checkpoints to keep. The newest and the best always stay."""
 
     last: PositiveInt = 2
-    """The newest so many."""
+    """Keep the newest N checkpoints."""
     best: PositiveInt | None = None
-    """The so many with the lowest held-out loss; every checkpoint is then evaluated at its own step."""
+    """Keep the N checkpoints with the lowest held-out loss. Every checkpoint is then evaluated at its step."""
     every: StepCadence | None = None
-    """Those at multiples of so many steps, for good; they are committed whatever `checkpoint.every` says."""
+    """Keep every multiple of N steps for good. These are committed whatever `checkpoint.every` says."""
     weights_every: StepCadence | None = None
-    """Those at multiples of so many steps as weights alone, for good: a third of the bytes of a full fine-tune's; they can be evaluated, compared and packaged, but not resumed from."""
+    """Keep every multiple of N steps for good, as weights alone: a third of the bytes of a full fine-tune's. You can evaluate, compare and package them, but not resume from them."""
 
 
 class Checkpoint(Section):
-    """When the state is committed to disk; always at the end and on SIGTERM, SIGINT or SIGHUP."""
+    """When to commit the state to disk. This always happens at the end and on SIGTERM, SIGINT or SIGHUP."""
 
     every: Cadences = Field(default=[Every(minutes=15.0)], validate_default=True)
     """One cadence or several, like `[100 steps, 15 minutes]`."""
     save_best: bool = True
-    """Also commit every step whose held-out loss is the lowest so far, whatever `every` says (with `keep.best: N`, one of the N lowest). `false`: a better evaluation between two commits is not kept."""
+    """Also commit every step with the lowest held-out loss so far, whatever `every` says (with `keep.best: N`, one of the N lowest). With `false` you lose a better evaluation between two commits."""
     keep: Keep = Keep()
-    """Which checkpoints stay."""
+    """The checkpoints to keep."""
     grace_seconds: PositiveInt = 120
-    """So long `finetune launch` waits for the last commit after a signal, before it kills."""
+    """Seconds that `finetune launch` waits for the final commit after a signal before killing the ranks."""
 
 
 class Guard(Section):
-    """What happens when the figures go wrong. The update waits for the verdict, so what is refused never reaches the weights."""
+    """What to do if the loss or gradients go wrong. The update waits for the guard, so a refused one never reaches the weights."""
 
     spike: Literal["ignore", "warn", "skip", "rollback", "stop"] = "warn"
-    """A loss or gradient norm far above the last 128 steps: `warn` says so; `skip` leaves the update out; `rollback` goes back to the last checkpoint before `span` and leaves all updates of that span out; `stop` commits the state before the step and ends the run."""
+    """A loss or gradient norm far above the last 128 steps: `warn` prints a warning; `skip` skips the update; `rollback` goes back to the last checkpoint before `span` and skips all updates of that span; `stop` commits the state before the step and ends the run."""
     not_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient norm that is not a number: `stop` commits the state before the step and ends the run, `skip` leaves the update out."""
+    """A NaN or infinite loss or gradient norm: `stop` commits the state before the step and ends the run, `skip` skips the update."""
     span: PositiveInt = 1
-    """So many steps, the one with the spike and those before it, are left out by a rollback."""
+    """The number of steps that a rollback skips: the one with the spike and those before it."""
     limit: PositiveInt = 10
-    """So often steps may be left out; the next time ends the run."""
+    """How many times the guard may skip steps before the run stops."""
