@@ -22,7 +22,7 @@ from finetune.store.run import journal, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import Lease
 from finetune.training import pins
-from finetune.training.resume import WORLD
+from finetune.training.facts import WORLD
 
 
 @dataclass(frozen=True)

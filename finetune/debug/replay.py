@@ -19,7 +19,7 @@ from finetune.store.run import lease
 from finetune.store.run.lease import Lease
 from finetune.store.run.row_losses import Columns
 from finetune.training import collectives
-from finetune.training.resume import WORLD
+from finetune.training.facts import WORLD
 from finetune.training.saving.saver import Record, Saver
 from finetune.training.so_far import Past
 
@@ -89,7 +89,7 @@ class Committer:
     def __init__(self, rerun: Rerun, held: Lease):
         self._rerun, self._lease = rerun, held
         self._journal = journals.Journal(rerun.run)
-        manifest = Manifest(
+        self._manifest = Manifest(
             run=rerun.facts["run"],
             attempt=held.attempt,
             step=0,
@@ -98,14 +98,14 @@ class Committer:
             versions=rerun.facts["versions"],
             world={name: recorded(rerun.facts)[name] for name in WORLD},
         )
-        self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.companions, manifest, rerun.say)
-        self._is_open = False
+        self._saver: Saver | None = None
 
     def commit(self, step: int) -> None:
         rerun = self._rerun
-        if not self._is_open:
-            self._saver.open(rerun.state)
-            self._is_open = True
+        if self._saver is None:
+            about = rerun.run, rerun.plan, rerun.resolved.companions
+            self._saver = Saver(*about, self._manifest, rerun.say, rerun.state)
+            self._saver.recover()
         before, _ = rerun.store.newest_sound(before=step + 1)  # `nearest` asks all ranks
         if before and before.step == step:  # it is stored already
             rerun.store.pin(step, "materialized")
