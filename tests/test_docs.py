@@ -203,6 +203,7 @@ def refusals() -> tuple[set[str], set[str]]:
         *(ROOT / "finetune/data").rglob("*.py"),
         *(ROOT / "finetune/tasks").glob("*.py"),
         ROOT / "finetune/training/resolve.py",
+        ROOT / "finetune/training/encoding.py",
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             said.update(texts_of(node))

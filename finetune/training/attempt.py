@@ -20,6 +20,8 @@ from finetune.training.saving.rank_reports import Reports
 from finetune.training.saving.saver import Saver
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
+from finetune.training.trackers import Tracked
+from finetune.training.trackers.tracker import Start
 
 
 class Attempt(NamedTuple):
@@ -47,7 +49,9 @@ def begin(
     run = RunDirectory(path)
     replace_file(run.recipe, recipe_text.encode())
     replace_file(run.plan_file, plan.dump(opened.facts))
-    recorder = Recorder(path, plan, progress, past, reports, Pen(lease, journals.Journal(path), saver))
+    trackers = Tracked(Start(run, opened.facts["run"], plan, past.step), progress.say)
+    pen = Pen(lease, journals.Journal(path), saver, trackers)
+    recorder = Recorder(path, plan, progress, past, reports, pen)
     _write_down(recorder, opened, lease, damages)
     _say_what_is_lost(recorder, past, damages)
     return Attempt(recorder, same_checkpoint(saver.last, path, accelerator))

@@ -24,6 +24,7 @@ from finetune.training.saving.saver import Record, Saver
 from finetune.training.saving.writer import Writer
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
+from finetune.training.trackers import Tracked
 
 
 class Pen(NamedTuple):
@@ -32,6 +33,7 @@ class Pen(NamedTuple):
     lease: Lease
     journal: journals.Journal
     saver: Saver
+    trackers: Tracked
 
 
 class Recorder:
@@ -95,6 +97,7 @@ class Recorder:
         self.past.add(record)
         if self.pen:
             self.pen.journal.append(record)
+            self.pen.trackers.log(report.step, {**figures_of(report), "seconds": record["seconds"]})
             self._columns.extend(columns_of(report))
             changed = journals.difference(earlier, record) if earlier else None
             if changed:
@@ -173,6 +176,8 @@ class Recorder:
         """Records the held-out figures of a step."""
         self.past.evaluated[step] = metrics
         self.event("evaluated", step=step, **metrics)
+        if self.pen and step:  # of step 0 there is no update that the figures could stand beside
+            self.pen.trackers.log(step, {f"held_out_{name}": value for name, value in metrics.items()})
         self.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}")
 
     def is_evaluated(self, step: int) -> bool:
@@ -212,7 +217,7 @@ class Recorder:
         history, evaluated = self.past.trainer_state(step), dict(self.past.evaluated)
         amendments = [each._asdict() for each in self.amendments if each.first <= step]
         record = Record(evaluated.get(step, {}), columns, history, evaluated, self.past.newest_step, waited, amendments)
-        lease, journal, saver = self.pen
+        lease, journal, saver, _ = self.pen
         save = saver.begin(state, record)
         work = partial(saver.commit, save, journal, lease, report)
         self._writer.submit(step, save.snapshot.copy.bytes, work)
@@ -230,6 +235,7 @@ class Recorder:
         if self.reports:
             self.reports.close()
         if self.pen:
+            self.pen.trackers.finish()
             self.pen.journal.close()
 
 
