@@ -32,8 +32,9 @@ from finetune.model import adapters, tiny
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.training import loop
 from finetune.training.build import build, start_accelerator
+from finetune.training.evaluation import batches
 from finetune.training.resolve import Resolved, resolve
-from finetune.training.run import batches, train
+from finetune.training.run import train
 from finetune.training.state import TrainState
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -18,9 +18,9 @@ from finetune.store.checkpoints.refs import Ref, find, parse
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training.build import as_trained, check_packing, start_accelerator
+from finetune.training.evaluation import evaluate as evaluate_objective
 from finetune.training.opened import open_model, run_of
 from finetune.training.resolve import Resolved, resolve
-from finetune.training.run import evaluate as evaluate_objective
 from finetune.training.state import Objective
 
 

@@ -32,8 +32,9 @@ from finetune.store.run import lease
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
 from finetune.training.build import start_accelerator
+from finetune.training.facts import facts_of
 from finetune.training.resolve import Resolved, resolve
-from finetune.training.resume import facts_of, stand_in
+from finetune.training.resume import stand_in
 from finetune.training.run import train
 
 # They decide shape and rounding of a checkpoint's tensors.

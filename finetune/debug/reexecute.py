@@ -23,11 +23,12 @@ from finetune.store.run import journal, row_losses, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives, guard, loop
 from finetune.training.build import build, start_accelerator
+from finetune.training.evaluation import batches
+from finetune.training.facts import facts_of
 from finetune.training.guard import Amendment
 from finetune.training.recorder import columns_of, figures_of
 from finetune.training.resolve import Resolved, resolve
-from finetune.training.resume import facts_of, stand_in
-from finetune.training.run import batches
+from finetune.training.resume import stand_in
 from finetune.training.saving import snapshot
 from finetune.training.state import TrainState
 

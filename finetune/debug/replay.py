@@ -87,15 +87,15 @@ class Committer:
     def __init__(self, rerun: Rerun, held: Lease):
         self._rerun, self._lease = rerun, held
         self._journal = journals.Journal(rerun.run)
-        manifest = of_attempt(rerun.facts, rerun.plan.plan_id, held.attempt)
-        self._saver = Saver(rerun.run, rerun.plan, rerun.resolved.companions, manifest, rerun.say)
-        self._is_open = False
+        self._manifest = of_attempt(rerun.facts, rerun.plan.plan_id, held.attempt)
+        self._saver: Saver | None = None
 
     def commit(self, step: int) -> None:
         rerun = self._rerun
-        if not self._is_open:
-            self._saver.open(rerun.state)
-            self._is_open = True
+        if self._saver is None:
+            about = rerun.run, rerun.plan, rerun.resolved.companions
+            self._saver = Saver(*about, self._manifest, rerun.say, rerun.state)
+            self._saver.recover()
         before, _ = rerun.store.newest_sound(before=step + 1)  # `nearest` asks all ranks
         if before and before.step == step:  # it is stored already
             rerun.store.pin(step, "materialized")

@@ -22,7 +22,7 @@ from finetune.store.durable import failures
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
-from finetune.training.run import evaluate
+from finetune.training.evaluation import evaluate
 from finetune.training.saving import snapshot
 from finetune.training.saving.buffers import Staging
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.example import Example
+from finetune.tasks.task import RowResults
 
 # (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
 TokenLosses = Callable[[torch.nn.Module, dict, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -65,12 +66,13 @@ def loss(model: torch.nn.Module, batch: dict, token_losses: TokenLosses) -> tupl
     return loss_sum, rows_R
 
 
-def score(row_sums: Sequence[float], row_tokens: np.ndarray) -> dict[str, float]:
+def score(results: RowResults) -> dict[str, float]:
     """Held-out figures: mean loss in nats a supervised token, its standard error, and its perplexity.
 
     The error is that of a ratio of two sums over rows, drawn at random with all their tokens (Cochran, Sampling Techniques, 1977, section
     6.4; for evaluations: Miller 2024, arXiv 2411.00640); one row has none.
     """
+    row_sums, row_tokens = results.sums.tolist(), results.tokens
     rows, tokens = len(row_sums), int(row_tokens.sum())
     mean = math.fsum(row_sums) / tokens
     figures = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "rows": rows, "tokens": tokens}

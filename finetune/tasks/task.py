@@ -5,6 +5,20 @@ Its keys, and what is known of it without torch, are its section in `recipe/sche
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class RowResults(NamedTuple):
+    """What an evaluation finds for each row; a task reduces it to figures."""
+
+    rows: np.ndarray
+    """The row of each example, counted through the sources, int64 (N,)."""
+    sums: np.ndarray
+    """The summed loss of each example in nats, float64 (N,); with more columns where the task's loss gives more."""
+    tokens: np.ndarray
+    """Supervised tokens of each example, int64 (N,)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,7 @@ class Task:
     """(model, batch, token losses) -> loss sum and row sums. The sums are over what examples call supervised, and are divided by how many
     there are in a step."""
     score: Callable
-    """(row sums, supervised tokens of each row) -> held-out figures; of them `loss`, the lower the better, chooses the best checkpoint."""
+    """Row results -> held-out figures; of them `loss`, the lower the better, chooses the best checkpoint."""
     template_of: Callable | None = None
     """(tokenizer, section, whether a text is the one that is looked for) -> the chat template in force, where rows are conversations; their
     section has the key `template`."""

@@ -23,8 +23,6 @@ from finetune.recipe.schema import Guard
 from finetune.training import guard
 from finetune.training.state import TrainState
 
-EVALUATED_AT_ONCE = 64  # examples arranged together: enough to fill micro-batches well
-
 
 class Wishes(NamedTuple):
     """What a rank wants at a step's edge; what all ranks then do is agreed by `agree`."""
@@ -171,45 +169,6 @@ def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_n
     optimizer.step()  # not Accelerate's, which looks on the disk for a package at every step
     optimizer.grad_scale = None
     optimizer.zero_grad()
-
-
-def evaluate(
-    accelerator: Accelerator,
-    objective: torch.nn.Module,
-    batches: Batches,
-    score: Callable,
-    wishes: Callable[[], Wishes] = Wishes,
-    *,
-    tell: Callable[[int], None] | None = None,
-) -> dict[str, float] | None:
-    """Figures over all examples of `batches`; streamed, nothing is gathered. None when a rank wished to stop. `tell` hears about how many
-    examples are done.
-
-    Leaves no trace in training: dropout is off and every training forward seeds itself.
-    """
-    examples = batches.examples
-    sums: list[float] = []
-    objective.eval()
-    try:
-        for first in range(0, len(examples), EVALUATED_AT_ONCE):
-            ids = np.arange(first, min(first + EVALUATED_AT_ONCE, len(examples)))
-            row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
-            micro_batches = batches.of(ids)
-            for turn, micro_batch in enumerate(micro_batches.on(accelerator.device)):
-                # a part takes a CPU minutes; a GPU is through in no time, and is handed its work in advance
-                is_asked = turn == 0 or accelerator.device.type == "cpu"
-                if is_asked and agree(accelerator, wishes()).stop:
-                    return None
-                with torch.inference_mode():
-                    _, rows = objective(micro_batch.inputs)
-                if not micro_batch.is_idle:
-                    row_sums.index_copy_(0, micro_batch.places, rows.double())
-                if tell:
-                    tell(first + len(ids) * (turn + 1) // len(micro_batches))
-            sums += accelerator.reduce(row_sums, "sum").tolist()
-    finally:
-        objective.train()
-    return score(sums, np.asarray(examples.targets, dtype=np.int64))
 
 
 def agree(accelerator: Accelerator, wishes: Wishes, step: int = 0) -> Wishes:

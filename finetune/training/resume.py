@@ -3,41 +3,43 @@
 `run` calls `open_plan` under the lease. What may differ between a recipe and the run that it resumes is in `contract`.
 """
 
-import hashlib
-import os
-import platform
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
-import finetune
-from finetune import version
 from finetune.data.example import Example
 from finetune.data.sources.open import fingerprint, located, open_source
 from finetune.errors import BaseError, CheckpointError, DataError, RunError, counted
 from finetune.model import base
-from finetune.plan import memory
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.resume_rules import FACT_NAMES, differences, outcome, recorded, rule_of
+from finetune.recipe.resume_rules import differences, outcome, recorded, rule_of
 from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
-from finetune.training.build import device_name
+from finetune.training.facts import facts_of, software
 from finetune.training.resolve import Resolved, resolve
 
-PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose
-WORLD = tuple(name for name in FACT_NAMES if name != "versions")
+
+
+class Opened(NamedTuple):
+    """The plan of a run directory, ready to be trained."""
+
+    resolved: Resolved
+    facts: dict[str, Any]
+    """What `plan.json` records beside the plan."""
+    changes: list[str]
+    """A line for everything that changed since the run was planned."""
 
 
 def stand_in(run: Path, plan: Plan) -> Path | None:
@@ -64,19 +66,26 @@ def open_plan(
     accelerator: Accelerator,
     schedule: str | None = None,
     today: date | None = None,
-) -> tuple[Resolved, dict, list[str]]:
+) -> Opened:
     """Plan and facts of the run: its own where it exists, else new ones; and a line for everything that changed since.
 
     A recipe that asks for more epochs or steps extends the run. `schedule` is how its learning rate then goes on (see
     `Plan.extended`); where nothing is extended, it must be what the last extension was made with.
     """
     now = facts_of(accelerator)
-    if not RunDirectory(path).is_run:
-        if schedule:
-            raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
-        resolved = resolve(loaded, is_to_load=True, today=today)
-        now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
-        return resolved, now, resolved.plan.seen_told
+    if RunDirectory(path).is_run:
+        return _open_again(loaded, path, now, schedule, today)
+    if schedule:
+        raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
+    resolved = resolve(loaded, is_to_load=True, today=today)
+    now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
+    return Opened(resolved, now, resolved.plan.seen_told)
+
+
+def _open_again(
+    loaded: LoadedRecipe, path: Path, now: dict[str, Any], schedule: str | None, today: date | None
+) -> Opened:
+    """As `open_plan`, of a run that exists; `now` are the facts of this machine."""
     earlier, facts = RunDirectory(path).plan()
     loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
     lines = _sorted_out(earlier, loaded.recipe)
@@ -97,23 +106,34 @@ def open_plan(
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     now["micro_batch_tokens"] = resolved.micro_batch_tokens
-    changes = [*resolved.plan.seen_told, *(f"taken from the recipe: {line}" for line in lines["taken"])]
-    if earlier.split is None and is_drawn(earlier.recipe.data):
-        changes.append("the held-out rows stay those that an older version drew, by train.seed")
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)
-        where = f"after step {plan.extension['step']} (--schedule {plan.extension['schedule']})"
+    changes = [*_told(lines, earlier, resolved), *_differences_told(facts, now)]
+    if moved := facts.get("places", {}) | places.moved():
+        now["places"] = moved
+    return Opened(resolved, now | {"run": facts["run"], "software": software()}, changes)
+
+
+def _told(lines: dict[str, list[str]], earlier: Plan, resolved: Resolved) -> list[str]:
+    """A line for everything in the recipe, and in how rows are read, that is not as it was."""
+    changes = [*resolved.plan.seen_told, *(f"taken from the recipe: {line}" for line in lines["taken"])]
+    if earlier.split is None and is_drawn(earlier.recipe.data):
+        changes.append("the held-out rows stay those that an older version drew, by train.seed")
+    if extension := resolved.plan.extension if lines["extended"] else None:
+        where = f"after step {extension['step']} (--schedule {extension['schedule']})"
         changes += [f"extended {where}: {line}" for line in lines["extended"]]
     if resolved.plan.row_rules < ROW_RULES:
         changes += _losses_of_older_rules(resolved)
-    changes += [
+    return changes
+
+
+def _differences_told(facts: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for everything about the machine and its libraries that changed since the run was planned."""
+    return [
         f"{name} changed: {old} -> {new}; bit equality may be lost"
         for name, old, new in differences(recorded(facts), now)
     ]
-    if moved := facts.get("places", {}) | places.moved():
-        now["places"] = moved
-    return resolved, now | {"run": facts["run"], "software": software()}, changes
 
 
 def _as_recorded(earlier: Plan, recipe: Recipe) -> Recipe:
@@ -188,12 +208,14 @@ def _values(example: Example) -> tuple[list[int], list[bool]]:
     return example.tokens.tolist(), example.supervised.tolist()
 
 
-def with_same_micro_batches(resolved: Resolved, facts: dict, accelerator: Accelerator) -> tuple[Resolved, dict]:
+def with_same_micro_batches(opened: Opened, accelerator: Accelerator) -> Opened:
     """With what fits on the smallest device: all ranks must arrange a step alike."""
     if accelerator.num_processes == 1:
-        return resolved, facts
-    tokens = accelerator.gather(torch.tensor([resolved.micro_batch_tokens], device=accelerator.device)).min().item()
-    return replace(resolved, micro_batch_tokens=tokens), facts | {"micro_batch_tokens": tokens}
+        return opened
+    mine = torch.tensor([opened.resolved.micro_batch_tokens], device=accelerator.device)
+    tokens = int(accelerator.gather(mine).min())
+    resolved = replace(opened.resolved, micro_batch_tokens=tokens)
+    return Opened(resolved, opened.facts | {"micro_batch_tokens": tokens}, opened.changes)
 
 
 def _sorted_out(earlier: Plan, recipe: Recipe) -> dict[str, list[str]]:
@@ -233,25 +255,3 @@ def _idle_schedule(path: Path, schedule: str, reason: str) -> RunError:
         where=str(path),
         hint="raise train.epochs or train.steps to extend a run, or leave --schedule out",
     )
-
-
-def software() -> dict[str, str]:
-    """What a training ran: digests of our own source and of the list of installed packages with their versions, and the image that it ran
-    in, where FINETUNE_IMAGE names it. Recorded, not compared: what matters for equal bits is in the versions."""
-    source = sorted(Path(finetune.__file__).parent.rglob("*.py"))
-    code = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in source)).hexdigest()
-    installed = sorted({found.name for place in sys.path for found in Path(place).glob("*.dist-info")})
-    lock = hashlib.sha256("\n".join(installed).encode()).hexdigest()
-    image = os.environ.get("FINETUNE_IMAGE")
-    return {"code": f"sha256:{code}", "lock": f"sha256:{lock}", **({"image": image} if image else {})}
-
-
-def facts_of(accelerator: Accelerator) -> dict:
-    device = accelerator.device
-    return {
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "device": device_name(device),
-        "world_size": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "update_slice": memory.update_slice(device.type),
-    }

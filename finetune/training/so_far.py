@@ -26,6 +26,8 @@ class Past:
         before = sorted(number for number in by_step if number <= step)
         if len(before) == step:  # the journal has all, as it had before there were these states
             state = None
+        self.step = step
+        """Where the run goes on."""
         self._plan = plan
         self._steps = {number: by_step[number] for number in by_step if number >= step - guard.WINDOW}
         self._tokens = state["num_input_tokens_seen"] if state else 0

@@ -18,8 +18,8 @@ from training import Training, Work, opened, write_recipe
 
 from finetune.model import losses
 from finetune.recipe.load import load
+from finetune.training.evaluation import batches
 from finetune.training.resume import open_plan
-from finetune.training.run import batches
 
 TOKENS, MANY = 16, 8
 BLOCK, BLOCKS = 50, 20  # steps of a block; blocks of each kind and sample

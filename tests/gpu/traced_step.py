@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from finetune.model import adapters, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
-from finetune.tasks import TASKS  # noqa: E402
 from finetune.training import build as building  # noqa: E402
 from finetune.training import loop  # noqa: E402
+from finetune.training.evaluation import batches, row_results  # noqa: E402
 from finetune.training.resolve import resolve  # noqa: E402
-from finetune.training.run import batches  # noqa: E402
 from finetune.training.saving import buffers as staging  # noqa: E402
 from finetune.training.saving.snapshot import Live  # noqa: E402
 
@@ -123,7 +122,7 @@ def main():
         of_copy = dict(watch.seen)
         watch.seen.clear()
         held_out = batches(resolved, resolved.holdout, built.accelerator)
-        loop.evaluate(built.accelerator, built.objective, held_out, TASKS[resolved.plan.recipe.task.name].score)
+        row_results(built.accelerator, built.objective, held_out)
     moments = [value for slots in built.optimizer.state.values() for value in slots.values()]
     tensors = [*built.model.state_dict().values(), *moments, *copied.values()]
     report = {

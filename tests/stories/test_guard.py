@@ -14,7 +14,7 @@ from finetune.recipe.load import load
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.training import incident
-from finetune.training.run import SpikeError
+from finetune.training.respond import SpikeError
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import assert_same_run
 

@@ -66,19 +66,19 @@ def test_a_stray_file_among_the_attempts_does_no_harm(recipe_file, train, tmp_pa
 
 
 def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(recipe_file, train, tmp_path, monkeypatch) -> None:
-    from finetune.training import loop
+    from finetune.training import evaluation
 
     recipe = recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3, "best": 1}})
     whole = train(recipe, tmp_path / "whole")
-    evaluate = loop.evaluate
+    evaluate = evaluation.row_results
 
-    def cut(accelerator, objective, batches, score, wishes, tell):
-        return evaluate(accelerator, objective, batches, score, lambda: Wishes(stop=is_last()), tell=tell)
+    def cut(accelerator, objective, batches, wishes, tell):
+        return evaluate(accelerator, objective, batches, lambda: Wishes(stop=is_last()), tell=tell)
 
     def is_last() -> bool:
         return max(journal.steps(journal.read(tmp_path / "cut")), default=0) == 10
 
-    monkeypatch.setattr(loop, "evaluate", cut)
+    monkeypatch.setattr(evaluation, "row_results", cut)
     with pytest.raises(Stopped):
         train(recipe, tmp_path / "cut")
     assert find(parse(f"{tmp_path / 'cut'}@last")).step == 10

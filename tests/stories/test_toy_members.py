@@ -85,8 +85,8 @@ def loss(model, batch, token_losses):
     return squares_R.sum(), squares_R.detach()
 
 
-def score(row_sums, row_tokens):
-    return {"loss": sum(row_sums) / len(row_sums), "rows": len(row_sums), "tokens": int(row_tokens.sum())}
+def score(results):
+    return {"loss": results.sums.mean().item(), "rows": len(results.rows), "tokens": int(results.tokens.sum())}
 
 
 def says(row):
@@ -151,6 +151,40 @@ WSD = '''def wsd(progress: float, *, decay: float) -> float:
 
 # progress in [0, 1]'''
 
+LINES_SECTION = '''class LinesTracker(Section):
+    """A line a step, in a file of your choice."""
+
+    path: str
+    """Where."""
+
+
+class Trackers(Section):'''
+
+LINES = '''"""A line a step."""
+
+from pathlib import Path
+
+
+class Lines:
+    def __init__(self, about, path):
+        self.path = path
+        self.say(f"start {about.id} at {about.step}")
+
+    def say(self, line):
+        with self.path.open("a") as file:
+            print(line, file=file)
+
+    def log(self, step, figures):
+        self.say(f"{step} {' '.join(figures)}")
+
+    def finish(self):
+        self.say("finish")
+
+
+def start(about):
+    return Lines(about, Path(about.plan.recipe.trackers.lines.path))
+'''
+
 MEMBERS: dict[str, dict[str, Edit]] = {
     "task": {
         "recipe/schema/tasks.py": {"Task = ": GRADE_SECTION, "ChatTask | TextTask": "ChatTask | TextTask | GradeTask"},
@@ -170,6 +204,13 @@ MEMBERS: dict[str, dict[str, Edit]] = {
             '    "sgd": O': '    "lion": OptimizerFacts(lambda settings: 4, ("lion_betas",)),\n    "sgd": O',
         },
         "model/optimizer/lion.py": LION,
+    },
+    "tracker": {
+        "recipe/schema/trackers.py": {
+            "class Trackers(Section):": LINES_SECTION,
+            "    csv: CsvTracker": '    lines: LinesTracker | None = None\n    """Leave out to write none."""\n    csv: CsvTracker',
+        },
+        "training/trackers/lines.py": LINES,
     },
     "schedule": {
         "recipe/schema/optimizers.py": {
@@ -230,6 +271,7 @@ def toy_recipe(tmp_path: Path, tiny_base: Path) -> dict:
         "optimizer": {"name": "lion", "learning_rate": 0.01, "schedule": "wsd", "decay": 0.5, "warmup": 0},
         "train": {"steps": 8, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
         "checkpoint": {"every": "4 steps"},
+        "trackers": {"lines": {"path": str(tmp_path / "lines.txt")}},
     }
 
 
@@ -249,6 +291,12 @@ def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, finetune
     assert [round(step["learning_rate"], 6) for step in steps] == [0.01] * 5 + [0.0075, 0.005, 0.0025], "wsd"
     losses = {each["step"]: each["loss"] for each in records if each.get("event") == "evaluated"}
     assert losses[8] < losses[0], "what is learnt is the grade"
+
+    started, *lines = (tmp_path / "lines.txt").read_text().splitlines()
+    identity = started.split()[1]
+    assert started == f"start {identity} at 0" and lines.count(f"start {identity} at 4") == 1, "the tracker"
+    assert [line.split()[0] for line in lines if " loss" in line] == [str(step) for step in range(1, 9)]
+    assert lines.count("finish") == 2 and lines[-1] == "finish"
 
     checkpoint = Store(run).find(8).path
     assert any("lora_magnitude" in name for name in load_file(checkpoint / "adapter_model.safetensors")), "dora"

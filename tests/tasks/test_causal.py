@@ -11,6 +11,7 @@ from finetune.model.attention import PER_ROW
 from finetune.model.base import load_model
 from finetune.model.losses import chunked
 from finetune.tasks.causal import collate_packed, collate_padded, loss, score
+from finetune.tasks.task import RowResults
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,10 @@ def examples_of(lengths, seed=0):
 
 
 EXAMPLES = examples_of([7, 31, 2, 12, 31, 5])
+
+
+def results(sums, tokens):
+    return RowResults(np.arange(len(sums)), np.asarray(sums, dtype=np.float64), np.asarray(tokens))
 
 
 def plain_losses(model, examples):
@@ -121,9 +126,9 @@ def test_one_row_packs_and_pads_alike(models):
 
 
 def test_the_figures_are_means_of_a_supervised_token():
-    figures = score([2.0, 4.0], np.array([1, 2]))
+    figures = score(results([2.0, 4.0], [1, 2]))
     assert figures == {"loss": 2.0, "perplexity": math.exp(2.0), "rows": 2, "tokens": 3, "loss_stderr": 0.0}
-    one = score([3000.0], np.array([3]))
+    one = score(results([3000.0], [3]))
     assert one["perplexity"] == math.inf and "loss_stderr" not in one
 
 
@@ -138,5 +143,5 @@ def test_the_standard_error_is_that_of_rows_drawn_at_random():
     errors = []
     for _ in range(20):
         rows = drawn.integers(0, 4000, 200)
-        errors.append(score(sums[rows].tolist(), tokens[rows])["loss_stderr"])
+        errors.append(score(results(sums[rows], tokens[rows]))["loss_stderr"])
     assert np.median(errors) == pytest.approx(np.std(means), rel=0.1)

@@ -17,6 +17,7 @@ import sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from finetune.training import run
+from finetune.training.saving.saver import Saver
 from finetune.training.saving.writer import Writer
 from finetune.training.recorder import Recorder
 
@@ -36,7 +37,7 @@ def impatient(start):
     return started
 
 run.start_accelerator = impatient(run.start_accelerator)  # not earlier: to meet each other they may take long
-for owner, name in ((run, "open_plan"), (Recorder, "open"), (Writer, "make_room"), (Recorder, "finish")):
+for owner, name in ((run, "open_plan"), (Saver, "recover"), (Writer, "make_room"), (Recorder, "finish")):
     setattr(owner, name, slowed(getattr(owner, name)))
 from finetune.cli import main
 main()

@@ -10,11 +10,11 @@ import torch
 from finetune.data.batches import Batches
 from finetune.model import base
 from finetune.recipe.load import load
-from finetune.training import loop
+from finetune.training import evaluation, loop
 from finetune.training.build import build, start_accelerator
+from finetune.training.evaluation import batches as batches_of
+from finetune.training.evaluation import evaluate
 from finetune.training.resolve import resolve
-from finetune.training.run import batches as batches_of
-from finetune.training.run import evaluate
 
 FULL = {"adapter": None, "optimizer": {"learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.5}}
 PACKED, PADDED = ({"task": {"name": "chat", "max_length": 64, "packing": is_packed}} for is_packed in (True, False))
@@ -233,11 +233,11 @@ def test_the_held_out_loss_is_the_mean_of_a_supervised_token_without_dropout(ope
 def test_an_evaluation_of_many_parts_is_that_of_one_and_stops_when_asked(opened, monkeypatch):
     run = opened()
     whole = evaluate(run.resolved, run.state.accelerator, run.state.objective)
-    monkeypatch.setattr(loop, "EVALUATED_AT_ONCE", 3)
+    monkeypatch.setattr(evaluation, "EVALUATED_AT_ONCE", 3)
     parts = evaluate(run.resolved, run.state.accelerator, run.state.objective)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     for at_once in (3, 64):  # also within a part: a CPU may take minutes for one
-        monkeypatch.setattr(loop, "EVALUATED_AT_ONCE", at_once)
+        monkeypatch.setattr(evaluation, "EVALUATED_AT_ONCE", at_once)
         wishes = iter([loop.Wishes(), loop.Wishes(stop=True)])
         assert evaluate(run.resolved, run.state.accelerator, run.state.objective, partial(next, wishes)) is None
         assert run.state.objective.training

@@ -79,7 +79,7 @@ def test_what_is_taken_is_said_with_both_values_and_what_is_refused_is_named_alo
 
 def test_facts_that_differ_are_said_with_both_values_and_never_refused(opened, monkeypatch):
     opened()
-    monkeypatch.setattr("finetune.training.resume.version", lambda package: "0" if package == "peft" else "1")
+    monkeypatch.setattr("finetune.training.facts.version", lambda package: "0" if package == "peft" else "1")
     _, facts, changes = opened(accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=2))
     assert "world_size changed: 1 -> 2; bit equality may be lost" in changes
     assert any(line.startswith("versions.peft changed: ") and " -> 0; bit equality" in line for line in changes)

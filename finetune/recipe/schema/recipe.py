@@ -9,6 +9,7 @@ from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.rules import PartlyRead, problems
 from finetune.recipe.schema.tasks import Task
+from finetune.recipe.schema.trackers import Trackers
 from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
 from finetune.recipe.schema.values import Section
 
@@ -26,6 +27,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+    trackers: Trackers = Trackers()
     package: Package = Package()
     publish: Publish | None = None
 

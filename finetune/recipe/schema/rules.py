@@ -12,6 +12,7 @@ from finetune.recipe.schema.data import Data, has_holdout
 from finetune.recipe.schema.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.tasks import Task
+from finetune.recipe.schema.trackers import Trackers
 from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
 
 PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
@@ -35,6 +36,7 @@ class PartlyRead:
     evaluate: Evaluate | None = None
     checkpoint: Checkpoint | None = None
     guard: Guard | None = None
+    trackers: Trackers | None = None
     package: Package | None = None
     publish: Publish | None = None
 

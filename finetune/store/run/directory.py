@@ -99,6 +99,11 @@ class RunDirectory:
         return self.path / "modules"
 
     @property
+    def figures(self) -> Path:
+        """The table of the tracker `csv`."""
+        return self.path / "figures.csv"
+
+    @property
     def debug(self) -> Path:
         return self.path / "debug"
 

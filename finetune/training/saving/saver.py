@@ -69,7 +69,15 @@ class NoRoom(CheckpointError):
 class Saver:
     """The checkpoints of a run that is being trained; on rank 0 only."""
 
-    def __init__(self, run: Path, plan: Plan, companions: Companions, manifest: Manifest, say: Callable[[str], None]):
+    def __init__(
+        self,
+        run: Path,
+        plan: Plan,
+        companions: Companions,
+        manifest: Manifest,
+        say: Callable[[str], None],
+        state: TrainState,
+    ):
         self.last: Checkpoint | None = None
         self.given_up: FinetuneError | None = None
         """Why the newest save was, if it was."""
@@ -79,16 +87,16 @@ class Saver:
         self._manifest = manifest  # what is the same in all of this attempt
         self._say = say
         self._store = Store(run)
+        self._live = snapshots.Live(state)
         self._staging = Staging()
         self.sets = staging_sets(plan, device())
         """Saves that may be under way at once: each has a copy of the state."""
         self._damaged: set[str] = set()
         self._left_over = Columns()  # of saves that were given up; the next one writes them
 
-    def open(self, state: TrainState) -> list[Damage]:
+    def recover(self) -> list[Damage]:
         """Finds the newest sound checkpoint, once what the base still has is restored; returns what is wrong with newer ones."""
         self._store.sweep()  # first: it may put back the newest checkpoint
-        self._live = snapshots.Live(state)
         self.last, damages = self._store.newest_sound()
         if damages and self._restore():
             self.last, damages = self._store.newest_sound()

@@ -34,8 +34,8 @@ class Job:
 class Writer:
     """At most two saves under way. What goes wrong in one is raised by `check`, `submit` or `finish`, in the caller's thread."""
 
-    def __init__(self) -> None:
-        self.in_flight = IN_FLIGHT
+    def __init__(self, in_flight: int = IN_FLIGHT) -> None:
+        self.in_flight = in_flight
         self._jobs: deque[Job] = deque()
         self._is_there_work = threading.Condition()
         self._error: BaseException | None = None

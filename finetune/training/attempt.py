@@ -1,0 +1,94 @@
+"""An attempt at a run begins: its checkpoints are put right, all ranks agree on the newest, and the start is written down."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.errors import RunError, counted
+from finetune.plan.plan import Plan
+from finetune.store.checkpoints.manifest import Checkpoint, Manifest, of_attempt
+from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.verify import Damage
+from finetune.store.durable import replace_file
+from finetune.store.run import journal as journals
+from finetune.store.run.directory import RunDirectory, step_of
+from finetune.store.run.lease import Lease
+from finetune.training.agreement import same_checkpoint
+from finetune.training.progress import Progress
+from finetune.training.recorder import Pen, Recorder
+from finetune.training.resume import Opened
+from finetune.training.saving.rank_reports import Reports
+from finetune.training.saving.saver import Saver
+from finetune.training.so_far import Past
+from finetune.training.state import TrainState
+from finetune.training.trackers import Tracked
+from finetune.training.trackers.tracker import Start
+
+
+class Attempt(NamedTuple):
+    recorder: Recorder
+    checkpoint: Checkpoint | None
+    """Where the run goes on; None at its start. The same on every rank."""
+
+
+def begin(
+    path: Path, opened: Opened, recipe_text: str, state: TrainState, progress: Progress, lease: Lease | None
+) -> Attempt:
+    """`lease` is None on ranks that write nothing. RunError where checkpoints of another run lie in this one's place."""
+    plan, accelerator, several = opened.resolved.plan, state.accelerator, state.accelerator.num_processes > 1
+    reports = Reports(accelerator.process_index, accelerator.num_processes) if several else None
+    if lease is None:
+        # The journal is read after rank 0 has put it right.
+        checkpoint = same_checkpoint(None, path, accelerator)
+        return Attempt(Recorder(path, plan, progress, Past(path, plan, checkpoint), reports), checkpoint)
+    refuse_strangers(path, plan, opened.facts["run"])
+    manifest = of_attempt(opened.facts, plan.plan_id, lease.attempt)
+    saver = Saver(path, plan, opened.resolved.companions, manifest, progress.say, state)
+    damages, past = saver.recover(), Past(path, plan, saver.last)
+    while past.is_abandoned:  # A rollback gave this checkpoint up, and a kill came before it was removed.
+        saver.give_up(saver.last.step)
+        past = Past(path, plan, saver.last)
+    run = RunDirectory(path)
+    replace_file(run.recipe, recipe_text.encode())
+    replace_file(run.plan_file, plan.dump(opened.facts))
+    trackers = Tracked(Start(run, opened.facts["run"], plan, past.step), progress.say)
+    pen = Pen(lease, journals.Journal(path), saver, trackers)
+    recorder = Recorder(path, plan, progress, past, reports, pen)
+    _write_down(recorder, manifest, opened.changes, damages)
+    _say_what_is_lost(recorder, past, damages)
+    return Attempt(recorder, same_checkpoint(saver.last, path, accelerator))
+
+
+def refuse_strangers(path: Path, plan: Plan, run: str) -> None:
+    """RunError for a checkpoint of another run or plan: it would be taken for a step of this one."""
+    for checkpoint in Store(path).checkpoints():
+        manifest = checkpoint.manifest
+        if manifest.run != run or manifest.plan_id not in plan.plan_ids:
+            raise RunError(
+                "belongs to another run or plan",
+                where=str(checkpoint.path),
+                hint="move it away, or use another --run",
+            )
+
+
+def _write_down(recorder: Recorder, manifest: Manifest, changes: list[str], damages: list[Damage]) -> None:
+    plan, lease, last = recorder.plan, recorder.pen.lease, recorder.pen.saver.last
+    previous = str(lease.previous) if lease.previous else None  # a holder that died
+    facts = {"plan_id": plan.plan_id, "changes": changes, "world": manifest.world, "previous": previous}
+    recorder.event("started", step=recorder.last_step, **facts)
+    is_known = last is not None and last.manifest.plan_id == plan.plan_id  # an attempt before said so
+    if plan.extension and not is_known and plan.extension["plan_id"] not in recorder.past.extended:
+        recorder.event("extended", **plan.extension)
+    for damage in damages:
+        recorder.event("damaged", check=damage.check, file=damage.file, tensor=damage.tensor, message=damage.message)
+
+
+def _say_what_is_lost(recorder: Recorder, past: Past, damages: list[Damage]) -> None:
+    say, step = recorder.progress.say, recorder.last_step
+    for damage in damages:
+        say(f"damaged: {damage.file}: {damage.message}")
+    if damages:
+        lost = max(step_of(damage.file.partition("/")[0]) or 0 for damage in damages) - step
+        say(f"falling back to step {step}: re-running {counted(lost, 'step')}")
+    elif past.newest_committed > step:
+        lost = past.newest_committed - step
+        say(f"step {past.newest_committed} was committed and is gone: re-running {counted(lost, 'step')}")

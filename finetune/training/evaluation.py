@@ -1,0 +1,84 @@
+"""Micro-batches by the plan, and held-out figures from them. An evaluation leaves no trace in training."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from finetune.data import pack
+from finetune.data.batches import Batches, Examples
+from finetune.tasks import TASKS
+from finetune.tasks.task import RowResults
+from finetune.training.loop import Wishes, agree
+from finetune.training.resolve import Resolved
+
+# Examples arranged together: enough to fill micro-batches well, few enough that a signal is heard soon.
+EVALUATED_AT_ONCE = 64
+
+
+def batches(resolved: Resolved, examples: Examples, accelerator: Accelerator) -> Batches:
+    """The micro-batches of this rank, arranged and collated as the plan says."""
+    plan = resolved.plan
+    task = TASKS[plan.recipe.task.name]
+    return Batches(
+        examples,
+        arrange=pack.ARRANGEMENTS[plan.arrangement],
+        collate=task.collate_packed if plan.arrangement == "packed" else task.collate_padded,
+        budget=resolved.micro_batch_tokens,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+
+def evaluate(
+    resolved: Resolved,
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    wishes: Callable[[], Wishes] = Wishes,
+    tell: Callable[[int], None] | None = None,
+) -> dict[str, float] | None:
+    """Held-out figures of a prepared objective: the results of its rows, reduced by the task. None if a signal stopped it."""
+    results = row_results(accelerator, objective, batches(resolved, resolved.holdout, accelerator), wishes, tell=tell)
+    return TASKS[resolved.plan.recipe.task.name].score(results) if results else None
+
+
+def row_results(
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    batches: Batches,
+    wishes: Callable[[], Wishes] = Wishes,
+    *,
+    tell: Callable[[int], None] | None = None,
+) -> RowResults | None:
+    """What an objective gives for each example, on every rank. None when a rank wishes to stop. `tell` hears how many examples are done.
+
+    Dropout is off, and every training forward seeds itself.
+    """
+    examples = batches.examples
+    parts: list[np.ndarray] = []
+    objective.eval()
+    try:
+        for first in range(0, len(examples), EVALUATED_AT_ONCE):
+            ids = np.arange(first, min(first + EVALUATED_AT_ONCE, len(examples)))
+            sums: torch.Tensor | None = None
+            micro_batches = batches.of(ids)
+            for turn, micro_batch in enumerate(micro_batches.on(accelerator.device)):
+                # A part takes a CPU minutes. A GPU is through in no time, and gets its work in advance.
+                is_asked = turn == 0 or accelerator.device.type == "cpu"
+                if is_asked and agree(accelerator, wishes()).stop:
+                    return None
+                with torch.inference_mode():
+                    _, rows = objective(micro_batch.inputs)
+                if sums is None:  # a task may give several numbers a row
+                    sums = rows.new_zeros((len(ids), *rows.shape[1:]), dtype=torch.float64)
+                if not micro_batch.is_idle:
+                    sums.index_copy_(0, micro_batch.places, rows.double())
+                if tell:
+                    tell(first + len(ids) * (turn + 1) // len(micro_batches))
+            # Each row is on one rank and zero on the others, so their sum is that row.
+            parts.append(accelerator.reduce(sums, "sum").cpu().numpy())
+    finally:
+        objective.train()
+    found = np.concatenate(parts) if parts else np.zeros(0)
+    return RowResults(np.asarray(examples.rows), found, np.asarray(examples.targets, dtype=np.int64))

@@ -1,0 +1,41 @@
+"""What a training ran on: devices, versions, our own source. Recorded beside the plan, and compared when a run goes on."""
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import finetune
+from finetune import version
+from finetune.plan import memory
+from finetune.training.build import device_name
+
+PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
+
+
+def software() -> dict[str, str]:
+    """What a training ran: digests of our own source and of the list of installed packages with their versions, and the image that it ran
+    in, where FINETUNE_IMAGE names it. Recorded, not compared: what matters for equal bits is in the versions."""
+    source = sorted(Path(finetune.__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in source)).hexdigest()
+    installed = sorted({found.name for place in sys.path for found in Path(place).glob("*.dist-info")})
+    lock = hashlib.sha256("\n".join(installed).encode()).hexdigest()
+    image = os.environ.get("FINETUNE_IMAGE")
+    return {"code": f"sha256:{code}", "lock": f"sha256:{lock}", **({"image": image} if image else {})}
+
+
+def facts_of(accelerator: Accelerator) -> dict[str, Any]:
+    """What the bits depend on, beside plan and code."""
+    device = accelerator.device
+    return {
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "device": device_name(device),
+        "world_size": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "update_slice": memory.update_slice(device.type),
+    }

@@ -1,0 +1,95 @@
+"""What follows from the guard's verdict on a step: it is recorded, taken back with those before it, or the run ends."""
+
+from functools import partial
+
+from finetune.errors import FinetuneError, NotFiniteError, RunError
+from finetune.plan.plan import Plan
+from finetune.store.checkpoints.manifest import Checkpoint
+from finetune.training import blame, collectives, guard, incident, loop
+from finetune.training.agreement import same_checkpoint
+from finetune.training.recorder import Recorder
+from finetune.training.resolve import Resolved
+from finetune.training.saving import snapshot
+from finetune.training.state import TrainState
+
+
+class SpikeError(FinetuneError):
+    code = "spike"
+
+
+def judge_of(plan: Plan, recorder: Recorder) -> loop.Judge:
+    """The guard, with the run's past at hand."""
+    return partial(_judge, plan, recorder)
+
+
+def _judge(plan: Plan, recorder: Recorder, step: int, figures: dict[str, float]) -> guard.Verdict | None:
+    if plan.is_left_out(step):
+        return guard.without_rows(step)
+    return guard.judge(plan.recipe.guard, step, figures, recorder.window, recorder.amendments)
+
+
+def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: loop.StepReport) -> None:
+    """Does what the guard decided about a step, on every rank: all of them decided the same.
+
+    Raises NotFiniteError or SpikeError if the run has to end. The state is then the one before the step.
+    """
+    verdict = report.verdict
+    if verdict.is_amended:
+        return
+    if verdict.action == "warn":
+        recorder.spike(report)
+        return
+    # NaN in the weights spoils every later step too: skipping this one would not help.
+    if verdict.reason == "not_finite" and (error := blame.broken(state)):
+        recorder.refused(report)
+        raise error
+    is_over = _is_over(resolved.plan, state, recorder, report)
+    if is_over:
+        recorder.refused(report)
+    if recorder.is_writer:
+        _write_incident(resolved, recorder, report)
+    if is_over:
+        error = NotFiniteError if verdict.reason == "not_finite" else SpikeError
+        hint = f"look at those rows: `finetune replay {recorder.path} --steps {report.step} --inspect`"
+        raise error(blame.refusal(report), where=f"step {report.step}", hint=hint)
+
+
+def _is_over(plan: Plan, state: TrainState, recorder: Recorder, report: loop.StepReport) -> bool:
+    """Skips the step or rolls it back. True if the run has to end instead."""
+    verdict = report.verdict
+    if verdict.action == "stop":
+        return True
+    amendment = guard.amendment(plan.recipe.guard, report.step, verdict)
+    if verdict.action == "skip":
+        recorder.amend(amendment, report)
+        return False
+    return not _roll_back(plan, state, recorder, amendment, report)
+
+
+def _write_incident(resolved: Resolved, recorder: Recorder, report: loop.StepReport) -> None:
+    verdict = report.verdict
+    about = {"reason": verdict.reason, "message": blame.refusal(report), "action": verdict.action}
+    try:
+        incident.write(recorder.path, resolved, report, about)
+    except RunError as error:  # A full disk: the decision stands without the files.
+        recorder.progress.say(f"no bundle of step {report.step}: {error.message}")
+
+
+def _roll_back(
+    plan: Plan, state: TrainState, recorder: Recorder, amendment: guard.Amendment, report: loop.StepReport
+) -> bool:
+    """Moves the state to the newest checkpoint before an amendment; False where there is none."""
+    state.await_snapshot()
+    checkpoint = same_checkpoint(recorder.before(amendment), recorder.path, state.accelerator)
+    if checkpoint is None:
+        return False
+    recorder.roll_back(amendment, report, checkpoint)
+    collectives.wait_for_everyone(state.accelerator)  # the others read what rank 0 has written of it
+    go_back_to(checkpoint, plan, state, recorder)
+    return True
+
+
+def go_back_to(checkpoint: Checkpoint, plan: Plan, state: TrainState, recorder: Recorder) -> None:
+    """State and past become those of a checkpoint, on every rank."""
+    snapshot.read(state, plan, checkpoint)
+    recorder.recall(checkpoint)

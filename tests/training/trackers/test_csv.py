@@ -1,0 +1,80 @@
+"""`figures.csv` has a line a step, whatever ended the attempts before, and a training does not end for it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe.load import load
+from finetune.store.run import journal
+from finetune.store.run.directory import RunDirectory
+from finetune.training.recorder import Recorder
+from finetune.training.run import train as train_run
+
+CSV = {"csv": {}}
+
+
+def table(run: Path) -> list[dict[str, str]]:
+    with (run / "figures.csv").open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def test_the_table_has_the_figures_of_the_journal(recipe_file, train, tmp_path) -> None:
+    run = train(recipe_file(trackers=CSV), tmp_path / "run")
+    records = journal.read(run)
+    steps, lines = journal.steps(records), table(run)
+    assert [int(line["step"]) for line in lines] == [*steps] == [*range(1, 11)]
+    for line in lines:
+        record = steps[int(line["step"])]
+        assert all(float(line[name]) == record[name] for name in ("loss", "grad_norm", "learning_rate", "tokens"))
+    held_out = {int(line["step"]): float(line["held_out_loss"]) for line in lines if line["held_out_loss"]}
+    evaluated = {step: figures["loss"] for step, figures in journal.evaluations(records).items() if step}
+    assert held_out == evaluated and set(held_out) == {10}
+
+
+def test_a_line_every_so_many_steps_and_one_for_each_evaluated_step(recipe_file, train, tmp_path) -> None:
+    recipe = recipe_file(trackers={"csv": {"every": "4 steps"}}, evaluate={"every": "3 steps"})
+    assert [int(line["step"]) for line in table(train(recipe, tmp_path / "run"))] == [3, 4, 6, 8, 9, 10]
+
+
+def test_after_a_kill_no_step_has_two_lines(recipe_file, train, tmp_path, monkeypatch) -> None:
+    recipe, run = recipe_file(trackers=CSV), tmp_path / "run"
+    whole = table(train(recipe, tmp_path / "whole"))
+    record = Recorder.step
+
+    def die(self: Recorder, report: object) -> None:
+        record(self, report)
+        if self.past.newest_step == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "step", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, run)
+    monkeypatch.undo()
+    with (run / "figures.csv").open("a") as file:
+        file.write("8,5.9")  # a line that a kill cut short
+    train(recipe, run)
+    kept = [{**line, "seconds": ""} for line in table(run)]
+    assert kept == [{**line, "seconds": ""} for line in whole]
+
+
+def test_a_table_that_cannot_be_written_ends_no_training(recipe_file, train, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    train_run(load(recipe_file()), run, is_quiet=True, until=4)
+    (run / "figures.csv").mkdir()
+    train(recipe_file(trackers=CSV), run)
+    assert max(journal.steps(journal.read(run))) == 10
+    assert "tracker csv stopped: Is a directory; training goes on without it" in capsys.readouterr().err
+
+
+def test_a_run_may_be_resumed_with_a_tracker_that_it_did_not_begin_with(recipe_file, train, tmp_path) -> None:
+    run = tmp_path / "run"
+    train_run(load(recipe_file()), run, is_quiet=True, until=4)
+    plan_id = load_id(run)
+    train(recipe_file(trackers=CSV), run)
+    assert [int(line["step"]) for line in table(run)] == [*range(5, 11)]
+    assert load_id(run) == plan_id
+
+
+def load_id(run: Path) -> str:
+    return RunDirectory(run).plan()[0].plan_id
