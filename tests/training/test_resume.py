@@ -202,7 +202,7 @@ def test_a_run_of_older_row_rules_goes_on_and_says_what_they_lose(opened, tmp_pa
     with pytest.raises(DataError, match="the rendered text lacks `messages\\[1\\].thinking`"):
         opened(sections=sections)
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.training.resolve.ROW_RULES", 1)  # as the run began
+        patch.setattr("finetune.training.encoding.ROW_RULES", 1)  # as the run began
         plan, _, _ = opened(sections=sections)
     resumed, _, changes = opened(sections=sections)
     assert resumed == plan
