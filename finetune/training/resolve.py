@@ -83,12 +83,9 @@ def resolve(
     sources = draw.sources(recipe, TASKS[recipe.task.name].content, rows.train, rows.holdout)
     stages = draw.stages(recipe, earlier, stages)
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
-    train, train_counts, holdout, holdout_counts = _selected(recipe, rows, held_out)
-    if not all(train.sizes):
-        raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
+    train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
     counted = _counted(loaded, opened.directory)
     arranged, notes = arranged_like(recipe, opened.directory, like)
-    kept = {name: getattr(earlier, name) for name in KEPT} if earlier else {}
     plan = Plan(
         recipe=recipe,
         base=opened.pinned,
@@ -98,7 +95,7 @@ def resolve(
         counts=train_counts,
         holdout_counts=holdout_counts,
         sizes=train.sizes,
-        **_lengths(recipe, train.sizes, earlier),
+        **_course(recipe, train.sizes, earlier),
         total_parameters=counted.total,
         trainable_parameters=counted.trainable,
         row_rules=encoding.row_rules,
@@ -108,7 +105,6 @@ def resolve(
         arranged=arranged,
         date=encoding.day,
         keeps_fp32=keeps_fp32(recipe, like),
-        **kept,
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -116,10 +112,8 @@ def resolve(
         plan = draw.with_seen(plan, held_out, loaded.file)
     tokens = _micro_batch_tokens(plan, opened.config)
     found = (*encoding.notes, *counted.notes, *notes)
-    reached, template = counted.reached, encoding.template
-    return Resolved(
-        plan, opened.directory, opened.tokenizer, template, train, holdout, tokens, held_out, found, reached
-    )
+    base_of = opened.directory, opened.tokenizer, encoding.template
+    return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.reached)
 
 
 @dataclass(frozen=True)
@@ -158,13 +152,16 @@ def _read_rows(recipe: Recipe, encoding: Encoding, same: Plan | None, like: Plan
     return _Rows(train, read(recipe.data.holdout, same and same.holdout, encoding, like))
 
 
-def _selected(recipe: Recipe, rows: _Rows, held_out: HeldOut) -> tuple[Examples, Counts, Examples, Counts]:
-    """The examples to train on and the held-out ones, with what encoding found in each."""
+def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Examples, Counts, Examples, Counts]:
+    """The examples to train on and the held-out ones, with what encoding found in each. DataError where a source has none to train on."""
     pins, encoded = rows.train
-    train = select(encoded, [pin.rows for pin in pins], held_out.untrained, is_kept=False)
-    if isinstance(recipe.data.holdout, list):
+    train, counts = select(encoded, [pin.rows for pin in pins], held_out.untrained, is_kept=False)
+    if isinstance(loaded.recipe.data.holdout, list):
         pins, encoded = rows.holdout
-    return *train, *select(encoded, [pin.rows for pin in pins], held_out.evaluated, is_kept=True)
+    holdout, holdout_counts = select(encoded, [pin.rows for pin in pins], held_out.evaluated, is_kept=True)
+    if not all(train.sizes):
+        raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
+    return train, counts, holdout, holdout_counts
 
 
 def _counted(loaded: LoadedRecipe, directory: Path) -> Counted:
@@ -174,11 +171,12 @@ def _counted(loaded: LoadedRecipe, directory: Path) -> Counted:
         raise RecipeError([loaded.problem(error.where, error.message, error.hint)]) from None
 
 
-def _lengths(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dict[str, int]:
-    """Steps, and those of the warm-up."""
+def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dict[str, object]:
+    """The steps of a plan, those of its warm-up, and what a resume keeps of how the run came about."""
     orders, start = (earlier.earlier_orders, earlier.schedule_start) if earlier else ((), 0)
     steps = steps_of(recipe.train, order_of(recipe, sizes, orders))
-    return {"steps": steps, "warmup_steps": warmup_of(recipe, steps, start, orders)}
+    kept = {name: getattr(earlier, name) for name in KEPT} if earlier else {}
+    return {"steps": steps, "warmup_steps": warmup_of(recipe, steps, start, orders), **kept}
 
 
 def _micro_batch_tokens(plan: Plan, config: PretrainedConfig) -> int:

@@ -34,6 +34,7 @@ GRADE_SECTION = '''class GradeTask(TaskFacts):
     pipeline_tag: ClassVar = "text-classification"
     tags: ClassVar = ("grades",)
     prompt: ClassVar = '"…"'
+    figures: ClassVar = {"loss": "held-out squared distance"}
 
 
 Task = '''

@@ -55,7 +55,7 @@ def card(facts: Facts) -> str:
         f"# {_title(facts.plan)}",
         _summary(facts),
         "## Figures",
-        figures.shown(facts.figures, facts.manifest.step),
+        figures.shown(facts.figures, facts.manifest.step, facts.plan.recipe.task.figures),
         *(f"**{record.public_line(item.told(facts.plan.holdout_counts.rows))}.** {SEEN}" for item in facts.seen),
         "![Training and held-out loss over steps](training/loss.png)",
         "Every step and evaluation: [training/journal.jsonl](training/journal.jsonl).",
@@ -97,7 +97,7 @@ def _front_matter(facts: Facts) -> dict:
         **({"datasets": datasets} if datasets else {}),
         **(
             {"model-index": index}
-            if (index := figures.model_index(facts.figures, facts.manifest.step, _title(facts.plan)))
+            if (index := figures.model_index(facts.figures, facts.manifest.step, _title(facts.plan), recipe.task))
             else {}
         ),
         "tags": [

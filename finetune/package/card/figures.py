@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from finetune.plan.plan import Plan
+from finetune.recipe.schema import Task
 
 WITHIN = 1.96  # standard errors: the 95 % interval of a normal distribution
 INTERVALS = "In brackets the 95 % interval over rows like these, each with all its tokens."
@@ -31,17 +32,18 @@ def named(records: Iterable[Mapping], step: int) -> str:
     return f"mean of steps {', '.join(map(str, steps))}" if steps else f"step {step}"
 
 
-def shown(records: Sequence[Mapping], step: int) -> str:
-    """The sentences with numbers of a card, from the figures-only journal up to a step; `verify` compares the same words."""
+def shown(records: Sequence[Mapping], step: int, titles: Mapping[str, str]) -> str:
+    """The sentences with numbers of a card, from the figures-only journal up to a step; `verify` compares the same words.
+
+    `titles` are those of the task's figures.
+    """
     steps = [item for item in records if item["kind"] == "step"]
     evaluated = held_out(records)
     columns = [("base", evaluated.get(0)), (named(records, step), evaluated.get(step))]
-    rows = [
-        (name, *(_figure(found, key) for _, found in columns))
-        for name, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
-    ]
     has_intervals = any(found and "loss_stderr" in found for _, found in columns)
     counted = evaluated.get(step) or evaluated.get(0)
+    there = [(key, title) for key, title in titles.items() if counted and key in counted]
+    rows = [(title, *(_figure(found, key) for _, found in columns)) for key, title in there]
     rows_held_out = (
         f"On {number(counted['rows'])} held-out rows ({number(counted['tokens'])} tokens with a loss)."
         + (f" {INTERVALS}" if has_intervals else "")
@@ -63,7 +65,7 @@ def shown(records: Sequence[Mapping], step: int) -> str:
 def _figure(found: Mapping | None, key: str) -> str:
     if found is None:
         return "not evaluated"
-    if "loss_stderr" not in found or not isinstance(found["loss"], int | float):
+    if key not in ("loss", "perplexity") or "loss_stderr" not in found or not isinstance(found["loss"], int | float):
         return _rounded(found[key])
     ends = [found["loss"] + sign * WITHIN * found["loss_stderr"] for sign in (-1, 1)]
     if key == "perplexity":
@@ -113,18 +115,15 @@ def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[
     ]
 
 
-def model_index(records: Sequence[Mapping], step: int, name: str) -> list[dict]:
+def model_index(records: Sequence[Mapping], step: int, name: str, task: Task) -> list[dict]:
     """The front matter's `model-index` (https://huggingface.co/docs/hub/model-cards#evaluation-results); empty if nothing was evaluated."""
     evaluated = held_out(records)
     if step not in evaluated:
         return []
-    metrics = [
-        {"type": key, "name": title, "value": evaluated[step][key]}
-        for title, key in (("held-out loss (nats per token)", "loss"), ("held-out perplexity", "perplexity"))
-    ]
-    task = {"type": "text-generation", "name": "Text generation"}
+    metrics = [{"type": key, "name": title, "value": evaluated[step][key]} for key, title in task.figures.items()]
+    kind = {"type": task.pipeline_tag, "name": task.pipeline_tag.replace("-", " ").capitalize()}
     dataset = {"type": "held-out-rows", "name": f"{evaluated[step]['rows']} held-out rows"}
-    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
+    return [{"name": name, "results": [{"task": kind, "dataset": dataset, "metrics": metrics}]}]
 
 
 def number(value: int) -> str:

@@ -3,11 +3,14 @@
 What is done with rows is in `tasks/`, in the file of the task's name.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from finetune.recipe.schema.values import Section, members
+
+CROSS_ENTROPY = {"loss": "held-out loss (nats per token)", "perplexity": "held-out perplexity"}
 
 
 class TaskFacts(Section):
@@ -23,6 +26,9 @@ class TaskFacts(Section):
     """Of a model card."""
     prompt: ClassVar[str]
     """What the example on a model card gives to that pipeline, in Python."""
+
+    figures: ClassVar[Mapping[str, str]]
+    """What a model card calls each held-out figure; the score of the task has them by these names."""
 
     @property
     def template_file(self) -> str | None:
@@ -45,6 +51,7 @@ class ChatTask(TaskFacts):
     pipeline_tag: ClassVar = "text-generation"
     tags: ClassVar = ("conversational",)
     prompt: ClassVar = '[{"role": "user", "content": "…"}]'
+    figures: ClassVar = CROSS_ENTROPY
 
 
 class TextTask(TaskFacts):
@@ -60,6 +67,7 @@ class TextTask(TaskFacts):
     pipeline_tag: ClassVar = "text-generation"
     tags: ClassVar = ()
     prompt: ClassVar = '"…"'
+    figures: ClassVar = CROSS_ENTROPY
 
 
 Task = Annotated[ChatTask | TextTask, Field(discriminator="name")]

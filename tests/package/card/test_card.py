@@ -13,6 +13,7 @@ from finetune.package.card.card import Facts, card
 from finetune.plan.plan import Counts, PinnedBase, PinnedSource, Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import Recipe
+from finetune.recipe.schema.tasks import CROSS_ENTROPY
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.run import scan
 
@@ -211,9 +212,9 @@ def test_a_held_out_data_set_of_the_hub_has_its_result_in_the_hubs_own_form() ->
 
 def test_figures_have_intervals_where_the_record_has_errors() -> None:
     records = [*FIGURES[:-1], FIGURES[-1] | {"loss_stderr": 0.1}]
-    text = figures.shown(records, 2)
+    text = figures.shown(records, 2, CROSS_ENTROPY)
     assert "| held-out loss (nats per token) | 3.0000 | 2.0000 (1.8040 to 2.1960) |" in text
     assert "| held-out perplexity | 20.0855 | 7.3891 (6.0739 to 8.9890) |" in text and "95 % interval" in text
-    assert "interval" not in figures.shown(FIGURES, 2)
-    grown = figures.shown([*FIGURES[:-1], FIGURES[-1] | {"loss": "inf", "perplexity": "inf"}], 2)
+    assert "interval" not in figures.shown(FIGURES, 2, CROSS_ENTROPY)
+    grown = figures.shown([*FIGURES[:-1], FIGURES[-1] | {"loss": "inf", "perplexity": "inf"}], 2, CROSS_ENTROPY)
     assert "| 3.0000 | inf |" in grown
