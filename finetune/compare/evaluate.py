@@ -13,14 +13,14 @@ from finetune.errors import DataError, FinetuneError
 from finetune.model import attention, base, losses
 from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen
-from finetune.recipe.load import LoadedRecipe, load
+from finetune.recipe.load import load
 from finetune.store.checkpoints.refs import Ref, find, parse
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training.build import as_trained, check_packing, start_accelerator
 from finetune.training.evaluation import evaluate as evaluate_objective
 from finetune.training.opened import open_model, run_of
-from finetune.training.resolve import Resolved, resolve
+from finetune.training.resolve import Resolved, resolve, resolve_own
 from finetune.training.state import Objective
 
 
@@ -87,7 +87,7 @@ def _rows_of_run(text: str) -> Resolved:
             hint="give them with --recipe FILE",
         )
     plan, facts = RunDirectory(run).plan()
-    resolved = resolve(LoadedRecipe(plan.recipe, "", str(RunDirectory(run).plan_file), {}), plan, stand_in=_whole(ref))
+    resolved = resolve_own(plan, RunDirectory(run).plan_file, stand_in=_whole(ref))
     return replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])
 
 

@@ -165,25 +165,25 @@ class MicroBatches(Sequence):
             return
         if device.type != "cuda":
             for micro_batch in self:
-                yield replace(micro_batch, **_moved(_tensors_of(micro_batch), lambda tensor: tensor.to(device)))
+                yield replace(micro_batch, **moved(_tensors_of(micro_batch), lambda tensor: tensor.to(device)))
             return
         copying, computing = torch.Stream(device), torch.accelerator.current_stream(device)
         for micro_batch in self:
             with copying:
-                moved = _moved(
+                copied = moved(
                     _tensors_of(micro_batch), lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
                 )
             computing.wait_stream(copying)
-            _moved(moved, lambda tensor: tensor.record_stream(computing))  # otherwise its memory is reused too early
-            yield replace(micro_batch, **moved)
+            moved(copied, lambda tensor: tensor.record_stream(computing))  # otherwise its memory is reused too early
+            yield replace(micro_batch, **copied)
 
 
 def _tensors_of(micro_batch: MicroBatch) -> dict:
     return {"inputs": micro_batch.inputs, "places": micro_batch.places}
 
 
-def _moved(value: object, move: Callable[[torch.Tensor], object]) -> object:
+def moved(value: object, move: Callable[[torch.Tensor], object]) -> object:
     """Applies `move` to each tensor in nested dictionaries; everything else stays as it is."""
     if isinstance(value, dict):
-        return {name: _moved(each, move) for name, each in value.items()}
+        return {name: moved(each, move) for name, each in value.items()}
     return move(value) if isinstance(value, torch.Tensor) else value

@@ -69,12 +69,9 @@ def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequenc
             row["token_losses"] = [
                 [resolved.tokenizer.decode([token]), loss] for token, loss in zip(targets, losses, strict=True)
             ]
-    figures = {
-        name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
-    }
     verdict = {"verdict": report.verdict.message} if report.verdict else {}
     about = {"module_grad_norms": report.module_norms, "first_not_finite_activation": seen.not_finite}
-    return {"step": report.step, **figures, **verdict, **about, "rows": rows}
+    return {"step": report.step, **report.figures, **verdict, **about, "rows": rows}
 
 
 def marked(resolved: Resolved, tokens: Sequence[int], supervised: Sequence[bool]) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from finetune.errors import FinetuneError
 from finetune.store.run import row_losses
+from finetune.store.run.journal import is_number
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -72,10 +73,10 @@ def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> di
         found = {step: OF_ROWS[name]((row.loss for row in reader.rows(step)), default=None) for step in sorted(steps)}
     else:
         found = {step: record.get(name) for step, record in steps.items()}
-    values = {step: float(value) for step, value in found.items() if _is_number(value)}
+    values = {step: float(value) for step, value in found.items() if is_number(value)}
     if not values:
         known = sorted(
-            {name for record in steps.values() for name, value in record.items() if _is_number(value)} - {"step"}
+            {name for record in steps.values() for name, value in record.items() if is_number(value)} - {"step"}
         )
         hint = f"recorded are {', '.join(known)}, row_loss, row_loss_min and grad_norm/MODULE"
         raise PredicateError(f"`{comparison.quantity}` was not recorded", where=str(run), hint=hint)
@@ -100,7 +101,3 @@ def run_command(command: str, checkpoint: Path) -> bool | None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")

@@ -13,7 +13,6 @@ import torch
 from finetune.data.batches import Batches
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.model import base
-from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences, recorded
 from finetune.recipe.schema import Guard
 from finetune.store.checkpoints.manifest import Checkpoint
@@ -25,9 +24,9 @@ from finetune.training import collectives, guard, loop
 from finetune.training.build import build, start_accelerator
 from finetune.training.evaluation import batches
 from finetune.training.facts import facts_of
-from finetune.training.guard import Amendment
+from finetune.training.guard import Amendment, amendments
 from finetune.training.recorder import columns_of, figures_of
-from finetune.training.resolve import Resolved, resolve
+from finetune.training.resolve import Resolved, resolve_own
 from finetune.training.resume import stand_in
 from finetune.training.saving import snapshot
 from finetune.training.state import TrainState
@@ -72,11 +71,12 @@ class Rerun:
         self.first_difference: Difference | None = None
         """Of all steps repeated so far."""
         self.accelerator = start_accelerator(self.plan.recipe.train)
-        loaded = LoadedRecipe(self.plan.recipe, "", str(RunDirectory(run).plan_file), {"": 0})
         with collectives.rank_0_first(self.accelerator):
             self._stand_in = stand_in(run, self.plan)
             small_files = base.small_files_of(self._stand_in) if self._stand_in else None
-            self.resolved: Resolved = resolve(loaded, self.plan, is_to_load=True, stand_in=small_files)
+            self.resolved: Resolved = resolve_own(
+                self.plan, RunDirectory(run).plan_file, is_to_load=True, stand_in=small_files
+            )
             self._directory = self._stand_in or base.directory(self.plan.recipe.base, self.plan.base)
         self._state: TrainState | None = None
         self._loaded_step = 0
@@ -280,9 +280,7 @@ class Rerun:
     def _amendments(self) -> list[Amendment]:
         stored = self.store.checkpoints()
         carried = stored[-1].manifest.amendments if stored else []
-        recorded = [record for record in self.events if record.get("event") == "amended"]
-        found = [Amendment(**{name: each[name] for name in Amendment._fields}) for each in [*carried, *recorded]]
-        return sorted(dict.fromkeys(found))
+        return amendments(carried, self.events)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

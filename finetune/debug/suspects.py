@@ -9,7 +9,7 @@ import statistics
 import numpy as np
 import torch
 
-from finetune.data.batches import Batches
+from finetune.data.batches import Batches, moved
 from finetune.plan.plan import Plan
 from finetune.training.loop import StepReport
 from finetune.training.state import TrainState
@@ -87,10 +87,4 @@ def _gradient(state: TrainState, batches: Batches, ids: np.ndarray) -> list[torc
 
 def _alone(state: TrainState, batches: Batches, example: int) -> dict:
     inputs = batches.collate([batches.examples[example]])
-    return _moved(inputs, state.accelerator.device)
-
-
-def _moved(value: object, device: torch.device) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return {name: _moved(item, device) for name, item in value.items()} if isinstance(value, dict) else value
+    return moved(inputs, lambda tensor: tensor.to(state.accelerator.device))

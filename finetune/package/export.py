@@ -22,11 +22,11 @@ from finetune.package.attest import bom, licence, provenance, signing
 from finetune.package.card import figures, record
 from finetune.package.card.card import Facts, card, hub_base
 from finetune.package.proof import Check
-from finetune.package.verify.contents import files_of, sha256
+from finetune.package.verify.contents import CARD, files_of, sha256
 from finetune.package.verify.verify import folder_findings
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
-from finetune.recipe.load import LoadedRecipe, to_yaml
+from finetune.recipe.load import to_yaml
 from finetune.store.beside import staged
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
@@ -34,7 +34,7 @@ from finetune.store.durable import failures, rename, sync_tree
 from finetune.store.run import scan
 from finetune.store.run.directory import JOURNAL, RECIPE, RunDirectory
 from finetune.training.opened import Opened, open_model, open_tokenizer, run_of
-from finetune.training.resolve import resolve
+from finetune.training.resolve import resolve_own
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
@@ -136,7 +136,7 @@ def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
     if plan.stages is not None or plan.holdout_counts.rows == 0:
         return plan.seen
     try:
-        resolved = resolve(LoadedRecipe(plan.recipe, "", ref, {}), plan)
+        resolved = resolve_own(plan, ref)
     except FinetuneError as error:  # its rows are gone, and that is no reason to refuse the package
         return (Seen(by=lineage.THIS_RUN, rows=None, why=error.message),)
     return resolved.held_out.seen_by(lineage.stages(ref)).seen
@@ -215,14 +215,14 @@ def _write_record(facts: Facts, directory: Path) -> None:
     (training / RECIPE).write_text(record.recipe(facts.plan), encoding="utf-8")
     (training / JOURNAL).write_text(record.to_lines(facts.figures), encoding="utf-8")
     (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
-    (directory / "README.md").write_text(card(facts), encoding="utf-8")
+    (directory / CARD).write_text(card(facts), encoding="utf-8")
     if entries := figures.eval_results(facts.figures, facts.manifest.step, facts.plan):
         (directory / ".eval_results").mkdir()
         (directory / ".eval_results/held-out.yaml").write_text(to_yaml(entries), encoding="utf-8")
 
 
 def _write_bom(facts: Facts, architectures: list[str] | None, directory: Path) -> None:
-    files = {name: path for name, path in files_of(directory).items() if name != "README.md"}
+    files = {name: path for name, path in files_of(directory).items() if name != CARD}
     name = facts.plan.recipe.publish.repo if facts.plan.recipe.publish else facts.plan.plan_id
     value = bom.bom(facts, name, (architectures or ["unknown"])[0], files)
     (directory / bom.FILE).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

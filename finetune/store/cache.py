@@ -19,6 +19,7 @@ import blake3
 
 from finetune.errors import FinetuneError
 from finetune.store import lock
+from finetune.store.boot import boot_id
 from finetune.store.durable import sync_directory, sync_file
 
 SEAL, FOUND = "digests.json", "found.json"
@@ -26,7 +27,6 @@ UNFINISHED = ".building"
 KEPT_SECONDS = 7 * 24 * 3600  # for so long a killed build may be gone on with
 STAMPED_BYTES = 256 << 20  # up to here every use hashes the whole entry, in 0.04 s
 PIECE_BYTES = 4 << 20  # a piece at a time is shared by threads
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def root() -> Path:
@@ -70,11 +70,6 @@ def found(kind: str, facts: object, find: Callable[[], object]) -> object:
         (directory / FOUND).write_text(json.dumps(find()))
 
     return json.loads((built(kind, key, build) / FOUND).read_bytes())
-
-
-def boot_id() -> str | None:
-    """None where the system has no name for its boots."""
-    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else None
 
 
 def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:

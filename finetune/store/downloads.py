@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.errors import FinetuneError
 from finetune.store import cache
+from finetune.store.boot import boot_id
 from finetune.store.durable import HINTS
 
 PIECE_BYTES = 1 << 20
@@ -47,7 +48,7 @@ def refuse_damaged(files: Iterable[Path], kind: type[FinetuneError], where: str,
             rest = f" and {made_of_them}" if made_of_them else ""
             raise kind(message, where=where, hint=f"remove {place}{rest}, so that it is downloaded again")
 
-    cache.found("downloads", [facts, cache.boot_id()], find)
+    cache.found("downloads", [facts, boot_id()], find)
 
 
 def _state(blob: Path) -> list[int]:

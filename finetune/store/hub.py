@@ -1,6 +1,7 @@
 """What every file that asks the Hub needs: its client's errors, what each refusal means, and a word while it is silent."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -11,6 +12,8 @@ from types import ModuleType
 
 from finetune.store.rank import is_first
 
+NAME = r"[A-Za-z0-9][\w.-]*"
+HUB_ID = re.compile(rf"{NAME}/{NAME}")
 QUIET_SECONDS = 4.0
 LONGEST_PAUSE_SECONDS = 60.0
 LATER = "try again later: the fault is the Hub's or a proxy's"

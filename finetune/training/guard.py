@@ -6,7 +6,8 @@ against the plan is an `Amendment`, which the journal and every later manifest c
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from finetune.errors import counted
@@ -30,6 +31,13 @@ class Amendment(NamedTuple):
 
     def covers(self, step: int) -> bool:
         return self.first <= step <= self.last
+
+
+def amendments(carried: Iterable[Mapping], events: Iterable[Mapping]) -> list[Amendment]:
+    """What a manifest carries and what a journal's events say was decided, each once, by the first step."""
+    recorded = (record for record in events if record.get("event") == "amended")
+    found = (Amendment(**{name: each[name] for name in Amendment._fields}) for each in chain(carried, recorded))
+    return sorted(dict.fromkeys(found))
 
 
 class Verdict(NamedTuple):

@@ -46,14 +46,11 @@ def write(
 ) -> Path:
     """Writes the bundle of a step, anew where there is one; returns its folder. `about` says what is wrong with the step."""
     folder = RunDirectory(run).bundle(report.step)
-    figures = {
-        name: getattr(report, name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
-    }
     facts = {
         "step": report.step,
         **about,
         "command": f"finetune replay {run} --steps {report.step} --inspect",
-        "figures": figures,
+        "figures": report.figures,
         "module_grad_norms": report.module_norms,
         "plan_id": resolved.plan.plan_id,
         "environment": _environment(),

@@ -67,6 +67,12 @@ class StepReport:
     """What is wrong with the step."""
 
     @property
+    def figures(self) -> dict[str, float]:
+        """What the journal has of a step, and must be the same when it is run again."""
+        names = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def is_finished(self) -> bool:
         """Whether the state is at this step now: it was made, or left out. Else it is at the one before."""
         return self.verdict is None or self.verdict.action in ("warn", "skip")

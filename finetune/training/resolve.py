@@ -58,6 +58,11 @@ class Resolved:
         return base.Companions(self.base_directory, self.template)
 
 
+def resolve_own(plan: Plan, where: Path | str, *, is_to_load: bool = False, stand_in: Path | None = None) -> Resolved:
+    """The plan of a run once more, with its examples: its pins hold. `where` is what errors name. See `resolve`."""
+    return resolve(LoadedRecipe(plan.recipe, "", str(where), {"": 0}), plan, is_to_load, stand_in=stand_in)
+
+
 def resolve(
     loaded: LoadedRecipe,
     earlier: Plan | None = None,

@@ -38,11 +38,10 @@ class Past:
             if number % history_every(plan) == 0 and _counts(record):
                 entries.append(loss_entry(plan, record))
         self._losses = {entry["step"]: entry for entry in entries if entry["step"] % history_every(plan) == 0}
-        carried = [Amendment(**each) for each in last.manifest.amendments] if last else []
-        recorded = [_amendment(record) for record in events if record.get("event") == "amended"]
-        self.amendments = sorted(dict.fromkeys(carried + recorded))
+        carried = last.manifest.amendments if last else []
+        self.amendments = guard.amendments(carried, events)
         """What was decided against the plan, by the first step."""
-        self.is_abandoned = any(each.first <= step and each not in carried for each in recorded)
+        self.is_abandoned = any(each.first <= step for each in {*self.amendments} - {*guard.amendments(carried, ())})
         """Whether `last` is of a way that a rollback has given up."""
         self.evaluated = (evaluations_of(state) if state else {}) | journal.evaluations(events)
         """Held-out figures of each step that was evaluated."""
@@ -87,10 +86,6 @@ class Past:
 def _counts(record: dict) -> bool:
     """Whether a step moved the weights; the loss of one that was left out may be no number."""
     return "skipped" not in record
-
-
-def _amendment(record: dict) -> Amendment:
-    return Amendment(**{name: record[name] for name in Amendment._fields})
 
 
 def _state_of(checkpoint: Checkpoint) -> dict | None:

@@ -73,7 +73,7 @@ def test_a_large_entry_is_hashed_once_a_boot_and_after_every_write(hashed, monke
     assert hashed == ["file", "file"]
     boot = tmp_path / "boot_id"
     boot.write_text("another")
-    monkeypatch.setattr(cache, "BOOT_ID", boot)
+    monkeypatch.setattr("finetune.store.boot.BOOT_ID", boot)
     cache.built("kind", "key", refuse)
     assert hashed == ["file", "file", "file"]
     facts = (entry / "file").stat()

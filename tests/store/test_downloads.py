@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import BaseError
-from finetune.store import cache
 from finetune.store.downloads import refusal_of_disk, refuse_damaged
 
 CONTENT = b"weights" * 100_000
@@ -65,7 +64,7 @@ def test_a_file_is_read_once_a_boot_as_long_as_nobody_writes_to_it(snapshot, mon
     file = link(snapshot, hashlib.sha256(CONTENT).hexdigest(), CONTENT)
     boot = tmp_path / "boot_id"
     boot.write_text("first")
-    monkeypatch.setattr(cache, "BOOT_ID", boot)
+    monkeypatch.setattr("finetune.store.boot.BOOT_ID", boot)
     read = []
     monkeypatch.setattr("finetune.store.downloads._is_sound", lambda blob: read.append(blob) or True)
     for _ in range(2):

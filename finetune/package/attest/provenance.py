@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from finetune.data.heldout import lineage
 from finetune.package.card import record
 from finetune.package.card.card import Facts, hub_base
-from finetune.package.verify.contents import Finding, sha256
+from finetune.package.verify.contents import CARD, Finding, sha256
 from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 from finetune.store.checkpoints.manifest import MANIFEST
@@ -23,7 +23,7 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:finetune:package:v1"
 # People edit the card, the signature comes later, and the Hub writes the last one.
-NOT_SUBJECTS = (FILE, "README.md", "model.sig", ".gitattributes")
+NOT_SUBJECTS = (FILE, CARD, "model.sig", ".gitattributes")
 
 
 def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, str]) -> dict:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.errors import PackageError
-from finetune.package.verify.contents import Finding, files_of, sha256
+from finetune.package.verify.contents import CARD, Finding, files_of, sha256
 
 FILE = "model.sig"
 PREDICATE = "https://model_signing/signature/v1.0"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-IGNORED = (".git", ".gitattributes", ".github", ".gitignore", FILE, "README.md")
+IGNORED = (".git", ".gitattributes", ".github", ".gitignore", FILE, CARD)
 CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 

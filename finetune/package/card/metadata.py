@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from ruamel.yaml import YAML, YAMLError
 
+from finetune.store.hub import HUB_ID
+
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")  # ISO 639-1, -2 or -3; no regions
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 LICENCES = frozenset(

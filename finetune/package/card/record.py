@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune.plan.plan import Plan
 from finetune.recipe.load import to_yaml
 from finetune.store.run import journal
+from finetune.store.run.journal import is_number
 from finetune.store.run.scan import Scan
 
 EVENTS = ("evaluated", "committed")
@@ -70,11 +71,7 @@ def loss_curve(records: list[dict]) -> bytes:
 
 def _numbers(record: dict) -> dict:
     names = {name: record[name] for name in ("kind", "event", "skipped") if name in record}
-    return names | {key: value for key, value in record.items() if _is_number(value) and key not in LEFT_OUT}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+    return names | {key: value for key, value in record.items() if is_number(value) and key not in LEFT_OUT}
 
 
 def public(value: object) -> object:

@@ -10,8 +10,8 @@ from pathlib import Path
 from finetune.errors import PublishError
 from finetune.package.attest import provenance
 from finetune.package.card.notes import with_text_of
+from finetune.package.verify.contents import CARD
 
-CARD = "README.md"
 OURS = (provenance.FILE, "model.sig")
 """Not subjects of a provenance, and ours if there is one."""
 SHOWN = 5

@@ -14,9 +14,9 @@ from finetune.model.base import templates
 from finetune.model.base.remote_code import asked_by
 from finetune.package.verify.contents import Finding
 from finetune.package.verify.folder import PROCESSORS, Folder
+from finetune.store.hub import HUB_ID
 from finetune.store.tensors import Place
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")

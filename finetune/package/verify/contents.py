@@ -15,6 +15,7 @@ from typing import NamedTuple
 from finetune.plan.encodings import TOKENIZER_FILES
 from finetune.store.run.directory import JOURNAL, RECIPE
 
+CARD = "README.md"
 ALLOWED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -26,7 +27,7 @@ ALLOWED = (
     "chat_template.jinja",
     "chat_template.json",
     "*processor_config.json",
-    "README.md",
+    CARD,
     "LICEN[SC]E*",
     "NOTICE*",
     "provenance.intoto.jsonl",

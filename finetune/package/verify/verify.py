@@ -13,7 +13,7 @@ from finetune.package.attest import provenance, signing
 from finetune.package.card import figures, metadata
 from finetune.package.verify import contents
 from finetune.package.verify.checks import CHECKS
-from finetune.package.verify.contents import Finding
+from finetune.package.verify.contents import CARD, Finding
 from finetune.package.verify.folder import Folder
 from finetune.recipe.schema import tasks
 from finetune.store.checkpoints.refs import parse
@@ -21,7 +21,6 @@ from finetune.store.run.directory import JOURNAL, RECIPE
 
 HUB = "hub:"
 OURS = f"training/{RECIPE}"
-CARD = "README.md"
 FIGURES = f"training/{JOURNAL}"
 PROBE = "training/probe.json"
 DANGEROUS = ("unsafe", "suspicious")  # other words mean a waiting or failed scan

@@ -19,13 +19,13 @@ from finetune.plan.retention import Saved
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, read
 from finetune.store.checkpoints.store import Store
+from finetune.store.hub import HUB_ID
 from finetune.store.rank import is_first
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import PLAN, RunDirectory
 
-_NAME = r"[A-Za-z0-9][\w.-]*"
 _RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
-_HUB = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w./-]+))?")
+_HUB = re.compile(rf"(?P<repo>{HUB_ID.pattern})(@(?P<revision>[\w./-]+))?")
 _PACKAGE = re.compile(r"package:(?P<name>\w+(\.\w+)*)/(?P<file>.+\.gguf)")
 MOST_FOLDERS = 2000  # that a typing error is looked for among
 _FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, or package:NAME/FILE.gguf"

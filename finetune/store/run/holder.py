@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from finetune.store.boot import boot_id
 from finetune.store.strict_json import to_json
 
 _BYTES = 1024
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
@@ -98,7 +98,7 @@ def now() -> str:
 def _place() -> dict[str, str | None]:
     """None where the system does not tell."""
     return {
-        "boot_id": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else None,
+        "boot_id": boot_id(),
         "pid_namespace": os.readlink(_PID_NAMESPACE) if _PID_NAMESPACE.is_symlink() else None,
     }
 

@@ -181,6 +181,11 @@ def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
     return None
 
 
+def is_number(value: object) -> bool:
+    """Whether a field of a record is a figure; one that JSON has no number for is a word there."""
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+
+
 def _end_of(path: Path) -> tuple[bytes, int]:
     """The last lines of a file, about `END_BYTES`, and how many bytes are before them."""
     with path.open("rb") as file:

@@ -62,5 +62,5 @@ def test_a_process_of_another_user_is_not_taken_for_dead(monkeypatch, this_proce
 
 
 def test_where_the_system_has_no_boot_id_nobody_is_taken_for_dead(monkeypatch, tmp_path):
-    monkeypatch.setattr(holders, "_BOOT_ID", tmp_path / "none")
+    monkeypatch.setattr("finetune.store.boot.BOOT_ID", tmp_path / "none")
     assert not holders.is_dead_here(replace(holders.this_process("first", beat=None), pid=2**30))
