@@ -39,7 +39,7 @@ RUN if ! python3 -m pip --version; then \
     install --require-hashes --requirement others.txt; \
     find /opt/finetune -type d -name tests -prune -exec rm -rf {} +
 
-# A layer of its own: a new version of the package does not bring the gigabytes before it along.
+# A separate layer: a new version of the package does not rebuild the gigabytes before it.
 FROM dependencies AS package
 COPY pyproject.toml README.md LICENSE ./
 COPY finetune finetune

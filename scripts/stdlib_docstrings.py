@@ -18,7 +18,7 @@ INSTRUCTION = "Write the docstring of this Python function, in one sentence."
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "turtledemo", "site-packages"}
 LONGEST_CODE = 1000  # characters; about 350 tokens, so that the answer is not cut off at 512
 HOLDOUT_SHARE = 0.1  # of all rows; the held-out modules have about this many ...
-HOLDOUT_ROWS = 120  # ... of which so many are written: enough to compare models, quick to evaluate on two cores
+HOLDOUT_ROWS = 120  # ... and this many of them are written: enough to compare models, quick to evaluate on two cores
 MOST_EQUAL_ANSWERS = 2
 
 # The first words of a clean answer: it says what the function does ("Return ..."), not what it is ("A helper ...").
@@ -55,7 +55,7 @@ def answer_of(docstring: str) -> str | None:
 
 
 def does_something(body: list[ast.stmt]) -> bool:
-    """Whether code without its docstring is more than `pass`, `...` or a refusal: otherwise nobody could describe it."""
+    """Whether code without its docstring is more than `pass`, `...` or a refusal: otherwise there is nothing to describe."""
     return not all(isinstance(node, ast.Pass | ast.Raise) or ast.unparse(node) == "..." for node in body)
 
 
@@ -98,7 +98,7 @@ def held_out_modules(rows: list[dict]) -> set[str]:
 
 
 def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Train and held-out rows; an answer that both sides have is left out of the training rows."""
+    """Training and held-out rows; an answer on both sides is removed from the training rows."""
     modules = held_out_modules(rows)
     held_out = [row for row in rows if top_level(row) in modules]
     answers = {row["messages"][1]["content"] for row in held_out}

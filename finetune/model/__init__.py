@@ -1,1 +1,1 @@
-"""The model's parts: weights (`base`), what is trained (`adapter`), `optimizer`, `losses`, `attention`."""
+"""The parts of a model: base, adapters, optimizers, losses, attention."""

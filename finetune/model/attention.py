@@ -1,7 +1,6 @@
 """Attention within each row of a packed sequence: exact isolation, and no work on the blocks between rows.
 
-Registered with transformers under `PER_ROW`; `state` chooses it when the plan packs. Which kernel runs depends on device,
-precision and model alone, never on what else is installed, so that a plan is computed in one way (docs/gpu.md).
+The kernel must depend on device, precision and model alone, never on installed packages (docs/gpu.md).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How decoder layers run: what they keep for the backward pass, and whether they are compiled; `state` asks once."""
+"""Settings of decoder layers: activation checkpointing and compilation."""
 
 import os
 import re

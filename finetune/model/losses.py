@@ -1,4 +1,4 @@
-"""Summed cross-entropy of the supervised tokens, as `state` chooses it for a model and tasks are given it.
+"""Summed cross-entropy of the supervised tokens, in the form that fits a model.
 
 Shapes: B sequences, T positions, N supervised tokens, C tokens of a chunk, V vocabulary, D hidden size.
 """

@@ -1,7 +1,6 @@
-"""A base's model in small: every sort of layer it has, random weights, a thousandth of the size.
+"""A small model of a base's kind: every sort of layer, random weights, a thousandth of the size.
 
-What depends on the kind of a model alone (whether rows stay apart, whether an adapter goes on) is tried on it in a second, without the
-base's weights. Its numbers say nothing about the base.
+Use it to try properties of the kind in a second (do rows stay apart, does an adapter fit). Its numbers mean nothing for the base.
 """
 
 import re

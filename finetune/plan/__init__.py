@@ -1,1 +1,1 @@
-"""What will happen: the frozen plan, and what follows from it. Pure: nothing here reads or writes a run."""
+"""The frozen plan, and forecasts from it. Pure: nothing here reads or writes a run."""

@@ -1,6 +1,6 @@
-"""Which steps are evaluated, and which are committed: functions of the plan, the step, and the evaluations so far.
+"""The steps to evaluate and to commit: functions of the plan, the step, and the evaluations so far.
 
-All ranks ask here, and a resumed run asks as an uninterrupted one does, so they decide alike.
+All ranks, and a resumed run, must come to the same answer.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
-"""What decides which tokens a row becomes: files and settings, and their digests, for the plan and for the cache of encoded rows.
+"""The files and settings that decide a row's tokens, as digests for the plan and for the cache of encoded rows.
 
-The plan's is over files and settings, the same with every version of the libraries. The cache's is also over what these make of them.
+The plan's digest covers files and settings, so it is the same with every version of the libraries. The cache's also covers their results.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""What a plan will need: bytes of memory, of one checkpoint, of the whole run. Formulas, no measuring.
-
-`plan` prints the forecast; `plan` and `train` refuse a run that cannot fit on the disk.
-"""
+"""Forecasts of a plan: bytes of memory, of one checkpoint, of the whole run. Formulas; it must measure nothing."""
 
 import shutil
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,6 @@
-"""The memory that training needs at its peak, by what holds it: formulas over a plan and the shape of its model.
+"""The peak memory of a training, by part: formulas over a plan and the shape of its model.
 
-`estimate` shows them, and `resolve` chooses the size of micro-batches by them. `scripts/bench/forecast.py` holds them against
-real trainings.
+`scripts/bench/forecast.py` compares them with real trainings.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""How long the rest of a training takes: steps by their tokens, evaluations and saves by what those before them took.
-
-`run` makes one at its start and tells it what happens; `progress` shows it.
-"""
+"""The remaining time of a training: steps by their tokens, evaluations and saves by the times of earlier ones."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

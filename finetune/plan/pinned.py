@@ -1,4 +1,4 @@
-"""The records that a plan is made of: what exactly is trained on, and where it comes from."""
+"""The records of a plan: the exact base, rows, earlier runs and origin of a run."""
 
 from pydantic import BaseModel, ConfigDict
 

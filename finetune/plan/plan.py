@@ -1,6 +1,6 @@
-"""What will happen: a recipe with everything pinned and counted, frozen, hashed, and written to `plan.json`.
+"""The plan: a recipe with everything pinned and counted, frozen, hashed, and written to `plan.json`.
 
-`resolve` makes a plan; everything above reads it. On resume the plan in the run directory is the authority.
+On resume, the plan in the run directory is the authority.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Which checkpoints stay, and as what. Pure functions of steps and metrics; `pruning` does what they say.
+"""The checkpoints to keep, in full or as weights alone. Pure functions of steps and metrics.
 
-Two classes: full checkpoints can be resumed from; weights alone take a third of the bytes, and compare, average and package as well.
+You can resume from a full checkpoint. Weights alone take a third of the bytes; you can compare, average and package them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,9 +1,7 @@
-"""Which examples an update uses: a pure function of (seed, step), for any world size, with no state to store.
+"""The examples of an update: a pure function of (seed, step), for any world size, with no state to store.
 
-An epoch is a keyed permutation of the examples (a balanced Feistel network with cycle walking: Black & Rogaway 2002,
-"Ciphers with Arbitrary Finite Domains"), so seeking to any position costs the same. With several weighted sources the
-source of a position is a pure function too: an even interleaving in exact integer arithmetic. Used by `data/batches`,
-`resolve` and every tool that asks which rows made a step.
+An epoch is a keyed permutation of the examples (a balanced Feistel network with cycle walking: Black & Rogaway 2002, "Ciphers with
+Arbitrary Finite Domains"), so seeking to any position costs the same. Weighted sources are interleaved evenly, in integer arithmetic.
 """
 
 import hashlib

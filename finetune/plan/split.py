@@ -1,7 +1,7 @@
-"""Which rows are held out: a function of a row's content and of a seed, whatever file, order or company the row comes in.
+"""The held-out rows: a function of a row's content and a seed, independent of file, order and other rows.
 
-A row's place is its content, hashed and keyed by the seed; rows whose place is up to a threshold are held out. Rows that are added later
-leave the others where they are, and equal rows are on one side.
+A row's place is its content, hashed with the seed; rows up to a threshold are held out. New rows leave the others where they are, and
+equal rows are on one side.
 """
 
 import json

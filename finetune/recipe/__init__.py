@@ -1,1 +1,1 @@
-"""What a human writes: the schema, how a file is read and checked, and what a resume may change."""
+"""Recipes: their schema, reading and checking a file, and the rules for a resume."""

@@ -1,6 +1,6 @@
-"""Plain values to a checked `Recipe`, or to what is wrong with them in our own words; only `load` calls it.
+"""From plain values to a checked `Recipe`, or to all its problems in our own words.
 
-pydantic says what is wrong; the words, the user's own key in place of pydantic's location, and the nearest right key are made here.
+pydantic finds the problems. This file adds the words, your own key in place of pydantic's location, and the nearest right key.
 """
 
 import difflib

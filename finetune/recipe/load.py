@@ -1,4 +1,4 @@
-"""A recipe file to a checked `Recipe`, or to every problem it has, each with its line; `cli` and `resolve` call it."""
+"""From a recipe file to a checked `Recipe`, or to all its problems, each with its line."""
 
 import difflib
 import io

@@ -1,6 +1,6 @@
-"""The resume contract: what may differ between a recipe and the run that it resumes, what may not, and why.
+"""The resume contract: the keys and facts that may differ between a recipe and its run, and the reasons.
 
-`opening` decides by these tables, a plan's id stands for what they bind a run to, and docs/resume.md shows them.
+A plan's id covers the keys that bind a run, and docs/resume.md shows these tables.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,7 @@
-"""YAML text to nodes that know their line, and `--set` written into them; only `load` calls it.
+"""YAML text to nodes with line numbers, and `--set` written into them.
 
-YAML 1.2's core schema decides what a plain word is: `2e-4` is a number, only true and false are booleans, `no` is text.
-Anchors, aliases and tags are refused: an alias can make gigabytes of kilobytes, and a tag can name code.
+YAML 1.2's core schema decides the type of a plain word: `2e-4` is a number, only true and false are booleans, `no` is text. Anchors,
+aliases and tags are refused: an alias can turn kilobytes into gigabytes, and a tag can name code.
 """
 
 import re

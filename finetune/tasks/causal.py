@@ -1,7 +1,7 @@
-"""What all causal language modelling shares: collation, the loss with its rows, and the held-out figures.
+"""The shared parts of causal language modelling: collation, the loss with its rows, and the held-out figures.
 
 Shapes: R rows of a micro-batch, B sequences, T positions, N supervised tokens.
-Packed: B is 1 and the rows stand one behind the other. Padded: B is R, filled up on the right.
+Packed: B is 1 and the rows follow each other. Padded: B is R, filled up on the right.
 """
 
 import math

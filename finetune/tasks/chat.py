@@ -1,7 +1,6 @@
-"""Conversations to examples; the loss is on what the assistant says and on the token that ends its turn.
+"""Conversations to examples; the loss is on the assistant's text and on the token that ends its turn.
 
-Spans are found by rendering each conversation up to a turn and as a whole, so any template works whose renderings are prefixes of
-one another. What a row says and its text does not is refused.
+It renders each conversation up to a turn and as a whole, so every template works if its renderings are prefixes of one another.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -1,6 +1,6 @@
-"""What a row says, in one form for every file it can come from: two rows are equal when this is. It must never refuse a row.
+"""The content of a row, in one form for every file format: two rows are equal if this is. It must never refuse a row.
 
-Columns that a task does not read are not in it, and neither is anything that depends on a tokenizer or a template.
+It skips columns unknown to the task, and everything that depends on a tokenizer or a template.
 """
 
 

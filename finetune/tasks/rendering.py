@@ -1,6 +1,6 @@
-"""A conversation by a chat template: its text, and where in it the assistant speaks.
+"""Renders a conversation by its chat template: the text, and the spans of the assistant.
 
-A template is somebody's program: whatever it raises is one DataError. The day that it prints is the plan's.
+A template is somebody's program: any exception becomes a DataError. It prints the day of the plan.
 """
 
 import os

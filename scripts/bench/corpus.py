@@ -48,7 +48,7 @@ def fits(lengths: list[int], max_length: int) -> bool:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Send a number of tokens: the next piece of the library that has about so many (text that is cut may be read otherwise)."""
+    """Send a number of tokens: the next piece of the library with about that many (cut text may be tokenized differently)."""
     wanted = yield ""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = file.read_text(encoding="utf-8", errors="ignore")

@@ -2,7 +2,7 @@
 
     python scripts/bench/forecast.py --work DIRECTORY [--only memory,evaluation,time] [--json FILE] [--tiny]
 
-Every cell is a real `finetune train` in a process of its own. Memory is that process's VmHWM: all of it, staging buffers and
+Every cell is a real `finetune train` in a separate process. Memory is that process's VmHWM: all of it, staging buffers and
 the pages of the base's file included. Time is that from the forecast at step 20 to the last step's end, journalled, saves and
 evaluations included. `--tiny` runs one cell of each on a tiny model: whether it runs, not how right it is.
 """

@@ -26,7 +26,7 @@ FEW_KEPT, FEW_STEPS = 2, 1_000
 
 
 def store_of(run: Path, kept: int) -> Store:
-    """A run with so many checkpoints, of which only manifests are there."""
+    """A run whose checkpoints have only manifests."""
     records = tuple(TensorRecord(f"model.layers.{n}.weight", "F32", (0,), f"xxh3-128:{n:032x}") for n in range(TENSORS))
     files = {"model.safetensors": FileRecord(0, "blake3:" + "0" * 64, records)}
     for step in range(1, kept + 1):

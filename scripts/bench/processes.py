@@ -1,4 +1,4 @@
-"""A contestant as a process of its own: its environment, how long it took and what it held, and what others did meanwhile."""
+"""A contestant in a separate process: its environment, time and memory, and the load of other processes meanwhile."""
 
 import os
 import subprocess

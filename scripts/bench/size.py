@@ -13,7 +13,7 @@ from finetune.store.checkpoints import pruning
 
 TRAINER = "transformers' Trainer"
 WORK = Work(rows=1, tokens=32)
-PARTS_TRAINED = (12, 4)  # one in so many layers, the last ones; the embeddings stay as they are too
+PARTS_TRAINED = (12, 4)  # one layer in N, the last ones; the embeddings are frozen too
 SHARE_LIMIT, LORA_LIMIT = 0.2, 1.1
 
 
@@ -50,7 +50,7 @@ def _frozen(work: Path, shape: Shape, trained: int, saves: int, part: Part) -> N
 
 
 def _saved(work: Path, name: str, shape: Shape, adapter: dict, saves: int) -> tuple[Path, Path, Plan]:
-    """A run with a save at each of so many steps, its base and its plan."""
+    """A run with a save at each step, its base and its plan."""
     recipe, run = write_recipe(work / f"{name}.yaml", shape, WORK, adapter, keep=KEEP_ALL), work / name
     with opened(recipe, run) as training:
         for _ in range(saves):

@@ -73,7 +73,7 @@ class Times:
             "training time lost per save: the call, and how much longer the steps beside it took", "ms"
         )
         self.first: dict[str, float] = {}
-        """Blocked seconds of each one's first save, which makes its buffers; left out above."""
+        """Blocked seconds of each first save, which makes the buffers; not counted above."""
 
 
 def _measure(training: Training, contestants: dict[str, Contestant], rounds: int) -> Times:

@@ -44,7 +44,7 @@ MEDIUM = Shape(12, 512, 1408, 6144)  # 41,693,696 parameters: with two moments e
 
 
 class Work(NamedTuple):
-    """What an update does: so many rows of so many tokens."""
+    """The size of an update: rows, and tokens of each."""
 
     rows: int
     tokens: int

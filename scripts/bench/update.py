@@ -1,6 +1,6 @@
 """The update of all weights in fp32, as `finetune.training.loop` makes it, beside the least that it could cost.
 
-That is fused AdamW alone and one read of the gradients, which their norm needs. Gradients are made anew for every sample, in
+That is fused AdamW alone and one read of the gradients, which their norm needs. New gradients are made for every sample, in
 the sizes that a step leaves them in, and are gone after it.
 """
 

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--cuts", type=int, default=100)
-    parser.add_argument("--resumes", type=int, default=5, help="so many of the cuts are trained to the end")
+    parser.add_argument("--resumes", type=int, default=5, help="how many of the cuts to train to the end")
     parser.add_argument("--size", default="96M", help="of the image")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds between two cuts, at most")
     options = parser.parse_args()

@@ -66,7 +66,7 @@ except FinetuneError as error:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", default=",".join(FAULTS), help="signals and error names, with commas between them")
-    parser.add_argument("--stride", type=int, default=1, help="take every so many-th pair of call and fault")
+    parser.add_argument("--stride", type=int, default=1, help="take every N-th pair of call and fault")
     parser.add_argument("--real", action="store_true", help="in a training, at random calls")
     parser.add_argument("--recipe", type=Path, help="with --real: a recipe; without one a tiny one is made")
     parser.add_argument("--trials", type=int, default=24, help="with --real: how many trainings")

@@ -134,7 +134,7 @@ def attempt(name: str, seed: int, sound: Sound) -> tuple[bool, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a new directory")
-    parser.add_argument("--seeds", type=int, default=1, help="of each fault, at so many steps")
+    parser.add_argument("--seeds", type=int, default=1, help="how many steps to try for each fault")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(FAULTS))
     options = parser.parse_args()
     torch.set_num_threads(1)

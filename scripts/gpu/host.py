@@ -75,7 +75,7 @@ class Host:
         return done
 
     def start(self, command: Sequence[object], extra: Mapping[str, str] | None = None) -> subprocess.Popen:
-        """A process of a session of its own, so that all that it starts ends with it."""
+        """A process in its own session, so that its children end with it."""
         own = {
             "HF_HUB_OFFLINE": "1",
             "FINETUNE_CACHE": str(self.work / "cache"),

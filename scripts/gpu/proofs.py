@@ -79,7 +79,7 @@ def exact(host: Host, what: str, has_package: bool, **sections: dict) -> dict:
 
 
 def stopped(host: Host, **sections: dict) -> dict:
-    """SIGTERM in a step: 143, a commit, and after a resume the bits of a run that nobody stopped."""
+    """SIGTERM in a step: 143, a commit, and after a resume the bits of an uninterrupted run."""
     place = host.work / "sigterm"
     shutil.rmtree(place, ignore_errors=True)
     recipe = _mixed(host, place, 24, **sections)

@@ -1,6 +1,6 @@
 """Random models of known shapes, rows of bytes, and recipes over them: nothing is downloaded, and nothing learned means anything.
 
-`shapes.py FOLDER NAME [tiny]` makes a model, in a process of its own: its device memory is free again when it ends.
+`shapes.py FOLDER NAME [tiny]` makes a model in a separate process: its device memory is free again when it ends.
 """
 
 import json

@@ -11,7 +11,7 @@
 #SBATCH --exclusive # all CPUs of the host: a task gets one otherwise, and the ranks share it
 #SBATCH --mem=0 # and all its memory
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@180 # to this script, so many seconds before that: checkpoint.grace_seconds (120) and some
+#SBATCH --signal=B:USR1@180 # to this script, this many seconds before that: checkpoint.grace_seconds (120) and some
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=finetune-%j.log

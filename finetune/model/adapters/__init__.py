@@ -1,4 +1,4 @@
-"""What of the base is trained: everything, all but some tensors, or matrices beside it.
+"""The trained part of a model: all weights, all but some tensors, or matrices beside it.
 
 An adapter `x` of the recipe is the `MEMBER` of the file `x.py` here, and its section in `recipe/schema/adapters.py`.
 """

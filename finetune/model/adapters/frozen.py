@@ -1,4 +1,4 @@
-"""A full fine-tune in which some tensors stay as they are."""
+"""A full fine-tune with some frozen tensors."""
 
 import fnmatch
 

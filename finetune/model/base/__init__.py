@@ -1,7 +1,6 @@
-"""Where a base is and what exactly it is, pinned; its parts load it, and every other file asks here.
+"""Pins a base, finds it again, and loads it.
 
-A base is a model on the Hub, in a directory or in a package, or an adapter, which is merged onto the base that it names.
-`resolve` pins a base, `state` loads it, `package/export` loads it again.
+A base is a model on the Hub, in a directory or in a package, or an adapter, merged onto its own base.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What errors call a base and its files, and its JSON files read without trust."""
+"""The names of a base and its files in errors, and careful reading of its JSON files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which files make a checkpoint: what is downloaded, digested, and handed on to a base made from others; `base` calls it."""
+"""The files of a checkpoint: to download, to digest, and to copy into derived bases."""
 
 import json
 import os

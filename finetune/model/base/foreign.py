@@ -1,6 +1,6 @@
-"""Directories of other programs that are no models: what they are, and how to make a model of them; `base` calls it.
+"""Recognizes directories of other programs that are no models, and says how to make a model of them.
 
-Only names are looked at. What these programs write beside weights are pickles, and those are never read.
+It looks at names only. The files beside the weights are pickles, and must never be read.
 """
 
 from pathlib import Path

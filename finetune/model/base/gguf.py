@@ -1,4 +1,4 @@
-"""A base that is a GGUF file inside an installed Python package: found without importing it, converted; `base` calls it."""
+"""A base in a GGUF file of an installed Python package: found without importing the package, and converted."""
 
 import importlib.util
 from pathlib import Path

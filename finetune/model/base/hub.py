@@ -1,4 +1,4 @@
-"""A base on the Hub: its commit, its files, and what the Hub's refusals mean; `base` calls it."""
+"""A base on the Hub: its commit, its files, and errors with a hint for the Hub's refusals."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Whether two tokenizers make the same tokens; `evaluate` asks it of a checkpoint, `preflight` before there is one."""
+"""Whether two tokenizers make the same tokens."""
 
 from transformers import PreTrainedTokenizerBase
 

@@ -1,6 +1,6 @@
-"""A checkpoint's directory to its config, tokenizer and model: the one place that loads weights; `base` offers it.
+"""From a checkpoint's directory to its config, tokenizer and model: the one place that loads weights.
 
-No code from a checkpoint is ever run and no pickle is ever read: `auto_map` is refused, weights are safetensors only.
+It must run no code from a checkpoint and read no pickle: `auto_map` is refused, weights are safetensors only.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Where a base is now that a plan has pinned: under any name that leads to the same content."""
+"""Finds a pinned base again under any name with the same content."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Adapters in a directory, ours and other people's: put on a model as they are, or merged into it; `base` calls it.
+"""Adapters in a directory, ours and other people's: put on a model, or merged into it.
 
-Everything but the merge's own proof also works on the meta device, so `plan` refuses what `train` could not merge.
+Everything except the merge's own proof also works on the meta device, so a plan refuses an impossible merge before training.
 """
 
 import json

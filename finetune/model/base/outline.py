@@ -1,7 +1,7 @@
-"""What transformers makes of a checkpoint's files, without reading a weight: names, types, and what has no place in a model.
+"""The model that transformers makes from a checkpoint's files, without reading a weight: names, types, and unused tensors.
 
-Routers, their biases and state-space parameters are too sensitive for the 8 bits of bf16. Some are kept in fp32 by transformers, for its
-class of the model; others by whoever saved the base, in its files.
+Routers, their biases and state-space parameters are too sensitive for bf16. transformers keeps some in fp32 for its class; the
+authors of a base keep others, in its files.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Bases whose files hold weights in fewer bits than bf16.
-
-Trained weights are in bf16 or fp32, so such a base is read as the numbers that its files stand for, or refused.
-"""
+"""Bases whose files hold weights in fewer bits than bf16: read as the numbers they stand for, or refused."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec

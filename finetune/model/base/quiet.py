@@ -1,4 +1,4 @@
-"""Loading without the progress bars and notices of libraries, which would break up our own lines."""
+"""Loads without the progress bars and notices of libraries: they would break up our own lines."""
 
 import contextlib
 import io

@@ -1,8 +1,7 @@
-"""By which keys of a config a loader would run code that came with it. `model/base` asks before transformers sees a config,
-`package/checks` asks of every package.
+"""The config keys that make a loader run code.
 
-Known ways in: `auto_map`; `trust_remote_code` in a config, which overrode the caller (CVE-2026-5241); `_attn_implementation_internal` and kernels
-named as repositories, which are downloaded and run (CVE-2026-4372).
+Known ones: `auto_map`; `trust_remote_code` in a config, which overrode the caller (CVE-2026-5241); `_attn_implementation_internal` and
+kernels named as repositories, which are downloaded and run (CVE-2026-4372).
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Renders chat templates in a process with limits before anything else does; who loads or verifies one asks.
+"""Renders a new chat template in a process with limits, before anything else renders it.
 
-A template is a program by whoever made the base. The sandbox of transformers keeps it from files and code (CVE-2024-34359, CVE-2026-5760
-are of renderers that had none); seconds and memory it can still use up, so the first rendering has bounds of its own.
+A template is a program by the base's authors. The sandbox of transformers keeps it from files and code (CVE-2024-34359, CVE-2026-5760
+are of renderers without one), but not from using up time and memory.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How gradients become updates.
+"""Optimizers: they turn gradients into updates.
 
 An optimizer `x` of the recipe is the `MEMBER` of the file `x.py` here, and its facts in `recipe/schema/optimizers.py`.
 """

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); of weights in bf16 the updates are rounded up or down by chance."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with stochastic rounding for weights in bf16."""
 
 import torch
 

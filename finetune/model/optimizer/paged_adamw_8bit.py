@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits, which a full GPU moves to the host."""
+"""AdamW with moments of 8 bits; a full GPU moves them to the host."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""AdamW over weights in bf16, with moments in fp32 and updates that are rounded by chance.
+"""AdamW over weights in bf16, with moments in fp32 and stochastic rounding of updates.
 
-bf16 has 8 bits of precision: rounded to nearest, an update under 1/256 of its weight is lost, and most are. Rounded up with
-a probability of the part that does not fit, the weight is right in expectation (Gupta et al. 2015, arXiv 1502.02551).
+bf16 has 8 bits of precision: rounded to nearest, an update under 1/256 of its weight is lost, and most are. With stochastic rounding
+the weight is right in expectation (Gupta et al. 2015, arXiv 1502.02551).
 """
 
 from collections.abc import Callable

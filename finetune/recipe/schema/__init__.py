@@ -1,7 +1,6 @@
-"""What a human writes: one frozen pydantic model a section, one docstring a key.
+"""The schema of a recipe: one frozen pydantic model a section, one docstring a key.
 
-The keys, their error messages, the JSON Schema and `docs/recipe.md` all come from here. Nothing here imports torch,
-so that a typo is answered at once.
+Keys, error messages, the JSON Schema and `docs/recipe.md` all come from here. It must not import torch, so you see a typo at once.
 """
 
 from finetune.recipe.schema.adapters import Adapter, FrozenAdapter, LoraAdapter

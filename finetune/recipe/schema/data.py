@@ -1,4 +1,4 @@
-"""The section `data`: where rows come from, and which of them are held out."""
+"""The section `data`: sources of rows, and the held-out ones."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""The sections `package` and `publish`: what is made of a run afterwards."""
+"""The sections `package` and `publish`."""
 
 from typing import Literal
 

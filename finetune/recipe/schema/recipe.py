@@ -1,4 +1,4 @@
-"""The whole recipe, made of its sections."""
+"""The whole recipe: all sections together."""
 
 from pydantic import ValidationInfo, field_validator, model_validator
 

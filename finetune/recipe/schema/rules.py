@@ -1,7 +1,6 @@
-"""What sections of a recipe cannot do together, as far as they could be read.
+"""The combinations of sections that do not work.
 
-A rule looks at the sections that it concerns and returns what does not fit as `key: message`, or None. A section that is wrong
-by itself is None, and the rules about it are not asked.
+A rule looks at its sections and returns a problem as `key: message`, or None. It is skipped if one of its sections is invalid.
 """
 
 from dataclasses import dataclass

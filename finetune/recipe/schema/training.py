@@ -1,4 +1,4 @@
-"""The sections `train`, `evaluate`, `checkpoint` and `guard`: how a run goes."""
+"""The sections `train`, `evaluate`, `checkpoint` and `guard`."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What a key may hold beside plain types: cadences, counts and shares, pairs, Hub ids; each with its own complaint."""
+"""Types of values beyond plain ones: cadences, counts and shares, pairs, Hub ids; each with its own error message."""
 
 import re
 from typing import Annotated, Literal, get_args
