@@ -25,7 +25,6 @@ from finetune.training.build import build, start_accelerator
 from finetune.training.evaluation import batches
 from finetune.training.facts import facts_of
 from finetune.training.guard import Amendment, amendments
-from finetune.training.recorder import columns_of, figures_of
 from finetune.training.resolve import Resolved, resolve_own
 from finetune.training.resume import stand_in
 from finetune.training.saving import snapshot
@@ -220,7 +219,7 @@ class Rerun:
             torch.set_num_threads(self._world_of(step)["threads"])  # sums are divided among the threads
         report = loop.train_step(self._state, self.plan, self.batches_of(step), judge=self.judge)
         if not self.columns.rows(step):
-            self.unwritten[step] = columns_of(report)
+            self.unwritten[step] = report.columns
         if self.first_difference is None:
             self.first_difference = self.difference(report)
         return report
@@ -238,9 +237,9 @@ class Rerun:
 
     def difference(self, report: loop.StepReport) -> Difference | None:
         """The first quantity of a step that differs from its record; None also if there is no record."""
-        step, found = report.step, columns_of(report)
+        step, found = report.step, report.columns
         record = self.steps.get(step)
-        now = figures_of(report) | ({"skipped": report.verdict.reason} if report.verdict and record else {})
+        now = report.figures | ({"skipped": report.verdict.reason} if report.verdict and record else {})
         record = record or self.refused.get(step)
         if record is None:
             return None

@@ -20,6 +20,7 @@ from finetune.errors import DivergedError
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import Guard
+from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
 from finetune.training import guard
 from finetune.training.state import TrainState
 
@@ -71,6 +72,13 @@ class StepReport:
         """What the journal has of a step, and must be the same when it is run again."""
         names = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def columns(self) -> Columns:
+        """What is recorded beside the journal: the loss of every row, and the gradient norm of every group of modules."""
+        places = zip(self.examples.tolist(), self.rows.tolist(), self.row_losses, self.row_tokens, strict=True)
+        rows = [RowLoss(self.step, *place) for place in places]
+        return Columns(rows, [ModuleNorms(self.step, self.module_norms)])
 
     @property
     def is_finished(self) -> bool:

@@ -14,7 +14,7 @@ from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.run import journal as journals
 from finetune.store.run.lease import Lease
-from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
+from finetune.store.run.row_losses import Columns
 from finetune.training import collectives
 from finetune.training.guard import Amendment
 from finetune.training.loop import StepReport
@@ -85,7 +85,7 @@ class Recorder:
 
         Raises what went wrong in a save meanwhile.
         """
-        record = {"kind": "step", "step": report.step, **figures_of(report)}
+        record = {"kind": "step", "step": report.step, **report.figures}
         if report.verdict and report.verdict.is_refused:
             record["skipped"] = report.verdict.reason
         record |= {"seconds": round(report.seconds, 6), "await_seconds": round(report.await_seconds, 6)}
@@ -97,8 +97,8 @@ class Recorder:
         self.past.add(record)
         if self.pen:
             self.pen.journal.append(record)
-            self.pen.trackers.log(report.step, {**figures_of(report), "seconds": record["seconds"]})
-            self._columns.extend(columns_of(report))
+            self.pen.trackers.log(report.step, {**report.figures, "seconds": record["seconds"]})
+            self._columns.extend(report.columns)
             changed = journals.difference(earlier, record) if earlier else None
             if changed:
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
@@ -128,7 +128,7 @@ class Recorder:
         """A step that was not made, and ends the run."""
         verdict = report.verdict
         about = {"quantity": verdict.quantity, "message": verdict.message}
-        self.event(verdict.reason, step=report.step, **about, **figures_of(report))
+        self.event(verdict.reason, step=report.step, **about, **report.figures)
 
     def before(self, amendment: Amendment) -> Checkpoint | None:
         """The newest sound checkpoint that is not changed by a rollback, on rank 0, when all saves have ended."""
@@ -155,7 +155,7 @@ class Recorder:
 
     def _say_amendment(self, amendment: Amendment, report: StepReport, **more: object) -> None:
         verdict = report.verdict
-        about = {"quantity": verdict.quantity, "message": verdict.message, **figures_of(report)}
+        about = {"quantity": verdict.quantity, "message": verdict.message, **report.figures}
         self.event("amended", **amendment._asdict(), **more, **about)
         left_out = (
             f"step {amendment.first}"
@@ -242,15 +242,3 @@ class Recorder:
 def _wait(report: Report) -> None:
     with suppress(MissingReport):  # rank 0 says so, and gives the save up
         report.wait()
-
-
-def figures_of(report: StepReport) -> dict[str, float]:
-    """What the journal has of a step, and must be the same when it is run again."""
-    names = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
-    return {name: getattr(report, name) for name in names}
-
-
-def columns_of(report: StepReport) -> Columns:
-    places = zip(report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens, strict=True)
-    rows = [RowLoss(report.step, *place) for place in places]
-    return Columns(rows, [ModuleNorms(report.step, report.module_norms)])

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from finetune.data.example import Example
-from finetune.data.sources.open import fingerprint, located, open_source
-from finetune.errors import BaseError, CheckpointError, DataError, RunError, counted
+from finetune.data.sources.open import fingerprint
+from finetune.errors import BaseError, CheckpointError, RunError, counted
 from finetune.model import base
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
@@ -25,11 +24,9 @@ from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
-from finetune.tasks import TASKS
 from finetune.training.facts import facts_of, software
+from finetune.training.older_rows import losses_of_older_rules
 from finetune.training.resolve import Resolved, resolve
-
-FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rules lose
 
 
 class Opened(NamedTuple):
@@ -124,7 +121,7 @@ def _told(lines: dict[str, list[str]], earlier: Plan, resolved: Resolved) -> lis
         where = f"after step {extension['step']} (--schedule {extension['schedule']})"
         changes += [f"extended {where}: {line}" for line in lines["extended"]]
     if resolved.plan.row_rules < ROW_RULES:
-        changes += _losses_of_older_rules(resolved)
+        changes += losses_of_older_rules(resolved)
     return changes
 
 
@@ -177,35 +174,6 @@ def _is_moved(source: Source, was: Source, pin: PinnedSource) -> bool:
 def _under_the_name_of(source: Source, was: Source) -> Source:
     places.found(was.path, source.path, "data")
     return source.model_copy(update={"path": was.path})
-
-
-def _losses_of_older_rules(resolved: Resolved) -> list[str]:
-    """What the rules for rows that a run began with lose of its first rows, in one line; none where they lose nothing."""
-    plan, directory, tokenizer = resolved.plan, resolved.base_directory, resolved.tokenizer
-    stops, task = base.stop_tokens(directory, tokenizer), plan.recipe.task
-    rendering = {} if resolved.template is None else {"template": resolved.template}
-    old, new = (
-        TASKS[task.name].encoder(tokenizer, task, stops, rules, **rendering) for rules in (plan.row_rules, ROW_RULES)
-    )
-    seen, losses = 0, []
-    for source, pin in zip(plan.recipe.data.train, plan.train, strict=True):
-        before, after = (
-            open_source(located(source, pin), pin.revision, rules) for rules in (plan.row_rules, ROW_RULES)
-        )
-        for index in range(min(len(before), FIRST_ROWS)):
-            place, seen = before.where(index), seen + 1
-            try:
-                [was], [now] = old([before[index]], [place]), new([after[index]], [place])
-                if list(map(_values, was)) != list(map(_values, now)):
-                    losses.append(f"{place}: is another text, or learnt in other parts")
-            except DataError as error:
-                losses.append(f"{place}: {error.message}")
-    about = f"today's rules differ for {len(losses)} of the first {seen}: {losses[0] if losses else ''}"
-    return [f"rows are read by the rules that the run began with; {about}"] if losses else []
-
-
-def _values(example: Example) -> tuple[list[int], list[bool]]:
-    return example.tokens.tolist(), example.supervised.tolist()
 
 
 def with_same_micro_batches(opened: Opened, accelerator: Accelerator) -> Opened:
