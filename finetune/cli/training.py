@@ -74,10 +74,13 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 @where_it_is
 def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
-    for number in ending_signals():  # until `run` has something to save
+    # Nothing is trained yet, so a signal ends the process at once. `run` takes over when there is something to save.
+    for number in ending_signals():
         signal.signal(number, lambda received, frame: os._exit(128 + received))
+    # SIGUSR1 asks for a save. Its default action would kill a training that is only starting.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run = run or default_run(recipe)
+    # Typing errors and missing files are said here, seconds before torch is there.
     loaded = _looked_at(recipe, overrides, run)
     with importing():
         from finetune.data import unused
@@ -87,6 +90,7 @@ def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: boo
     def ask(resolved: "Resolved") -> None:
         for line in unused.warning(unused.lost(resolved.plan, resolved.train)):
             click.echo(line, err=True)
+        # Weeks of training are lost if the result cannot be packaged: a small model of the same kind is packaged first.
         refuse_unpackageable(resolved)
 
     with _published(loaded.recipe, run):
@@ -193,6 +197,7 @@ def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) 
     loaded = load(recipe, overrides)
     if run:
         refuse_other_directory(run)
+    # One process looks for all: several would all read the same files, and all say the same.
     if is_alone(os.environ) and not (run and RunDirectory(run).is_run):
         from finetune.data import preflight
 
@@ -209,7 +214,9 @@ def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
     from finetune.package.publish import queue
     from finetune.package.publish.rights import preflight
 
+    # A token without rights, or a name that is taken, shows now and not after the training.
     preflight(recipe)
+    # A process of its own: uploads are slow, and a Hub that is down must not stop the training.
     child = queue.start(run) if recipe.publish.milestones else None
     yield  # after a signal or an error the child is on its own: it publishes what is committed, and ends
     if child:

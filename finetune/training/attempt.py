@@ -35,6 +35,7 @@ def begin(
 ) -> Attempt:
     """`lease` is None on ranks that write nothing. RunError where checkpoints of another run lie in this one's place."""
     plan, accelerator, several = opened.resolved.plan, state.accelerator, state.accelerator.num_processes > 1
+    # Made by all ranks at the same point: the group's creation waits for every one.
     reports = Reports(accelerator.process_index, accelerator.num_processes) if several else None
     if lease is None:
         # The journal is read after rank 0 has put it right.
@@ -43,11 +44,13 @@ def begin(
     refuse_strangers(path, plan, opened.facts["run"])
     manifest = of_attempt(opened.facts, plan.plan_id, lease.attempt)
     saver = Saver(path, plan, opened.resolved.companions, manifest, progress.say, state)
+    # Damage is put right or passed over before anything else asks for the newest checkpoint.
     damages, past = saver.recover(), Past(path, plan, saver.last)
     while past.is_abandoned:  # A rollback gave this checkpoint up, and a kill came before it was removed.
         saver.give_up(saver.last.step)
         past = Past(path, plan, saver.last)
     run = RunDirectory(path)
+    # The plan is written before the first step, so whatever a kill leaves can be resumed.
     replace_file(run.recipe, recipe_text.encode())
     replace_file(run.plan_file, plan.dump(opened.facts))
     trackers = Tracked(Start(run, opened.facts["run"], plan, past.step), progress.say)

@@ -52,6 +52,7 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> tor
         base.DTYPES[recipe.train.precision],
         place,
     )
+    # The initial matrices depend on the recipe's seed alone, and not on what was drawn before.
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
     with adapters.taken_for_fp32(model, place.names):
         return adapters.apply(model, recipe.adapter)
@@ -70,6 +71,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     """The state at step 0."""
     recipe = plan.recipe
     model = trained_model(plan, base_directory, accelerator.device)
+    # Chunked logits save gigabytes, but only if they give this model's own loss. That is tried first.
     token_losses, reason = _fitting_loss(plan, model)
     if recipe.train.precision == "bf16" and adapters.is_adapter(model):
         adapters.store_frozen_as_bf16(model)

@@ -105,6 +105,7 @@ def spike(history: Sequence[float], value: float) -> float | None:
     window = history[-WINDOW:]
     if len(window) < ENOUGH:
         return None
+    # Median and absolute deviation: a spike in the window does not raise the bar for the next one.
     median = statistics.median(window)
     deviation = 1.4826 * statistics.median(abs(past - median) for past in window)
     distance = (value - median) / max(deviation, NOISE_FLOOR * abs(median), 1e-12)

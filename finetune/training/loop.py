@@ -103,6 +103,7 @@ def steps(
     caller ends, or has moved the state."""
     is_refused = False
     while state.step < until:
+        # One small reduce a step: a signal reaches one rank, and all must stop at the same step.
         agreed = agree(state.accelerator, wishes()._replace(refused=is_refused), state.step)
         if agreed.stop:
             return
@@ -120,8 +121,10 @@ def train_step(
     """One update, unless `judge` refuses it: then the weights stay as they are."""
     started = time.perf_counter()
     accelerator, examples, step = state.accelerator, batches.examples, state.step + 1
+    # A function of the step alone, so a resumed run needs no state of a data loader.
     ids = plan.examples_of(step)
     total = int(examples.targets[ids].sum())
+    # In fp64, so that the sum does not depend on how rows are spread over micro-batches and ranks.
     row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
     micro_batches = batches.of(ids)
     # on a CPU, torch.manual_seed takes most of a millisecond: it writes down who called, for devices that are not there
@@ -129,10 +132,13 @@ def train_step(
     # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
     weight = torch.full((), accelerator.num_processes / total, device=accelerator.device)
     for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
+        # By step and slot: dropout is the same wherever and how often this micro-batch runs.
         set_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
+        # Ranks exchange gradients once a step, with the last micro-batch.
         is_last = turn == len(micro_batches) or accelerator.num_processes == 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
             loss_sum, rows = state.objective(micro_batch.inputs)
+            # A rank with nothing left still runs: collectives wait for every rank. Its weight is zero.
             accelerator.backward(loss_sum, gradient=torch.zeros_like(weight) if micro_batch.is_idle else weight)
         if not micro_batch.is_idle:
             row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
@@ -142,11 +148,13 @@ def train_step(
     read = torch.cat([row_sums, total_norm, norms]).tolist()  # the one read of the device
     sums, grad_norm, of_modules = read[: len(ids)], read[len(ids)], read[len(ids) + 1 :]
     loss = math.fsum(sums) / total
+    # Before the update: a NaN that reaches the weights stays there.
     verdict = judge(step, {"loss": loss, "grad_norm": grad_norm})
     learning_rate, await_seconds = plan.learning_rate(step), 0.0
     if verdict and verdict.is_refused:
         state.optimizer.zero_grad()
     else:
+        # A save may still be copying the weights of the last step.
         await_seconds = state.await_snapshot()
         update(state, learning_rate, grad_norm, plan.recipe.optimizer.max_grad_norm)
     row_tokens = examples.targets[ids].tolist()
@@ -180,7 +188,8 @@ def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_n
         group["lr"] = learning_rate
     if excess > 1:
         state.strategy.clip(state, excess)
-    optimizer.step()  # not Accelerate's, which looks on the disk for a package at every step
+    # Not Accelerate's step, which looks on the disk for a package every time.
+    optimizer.step()
     optimizer.grad_scale = None
     optimizer.zero_grad()
 

@@ -91,8 +91,10 @@ class Recorder:
         record |= {"seconds": round(report.seconds, 6), "await_seconds": round(report.await_seconds, 6)}
         record |= {"attempt": self._attempt, "time": journals.now()}
         self._check_saves()
+        # Another process may have taken the run over: then nothing more may be written.
         if self.pen:
             self.pen.lease.check()
+        # After a kill, steps run again. They must give the same figures, or the resume was not exact.
         earlier = self.past.earlier(report.step)
         self.past.add(record)
         if self.pen:
@@ -132,6 +134,7 @@ class Recorder:
 
     def before(self, amendment: Amendment) -> Checkpoint | None:
         """The newest sound checkpoint that is not changed by a rollback, on rank 0, when all saves have ended."""
+        # Saves under way may end with a newer checkpoint than is there now.
         self._writer.finish()
         if not self.pen:
             return None
@@ -150,6 +153,7 @@ class Recorder:
         self._columns.write(self.path, self._attempt)
         self._columns = Columns()
         self._say_amendment(amendment, report, to=checkpoint.step)
+        # Durable before anything is removed: a resume then knows that these checkpoints were given up.
         self.pen.journal.sync()
         self.pen.saver.give_up(checkpoint.step + 1)
 
@@ -195,6 +199,7 @@ class Recorder:
     def is_save_due(self) -> bool:
         """Whether a cadence of minutes has come round, on the clock of the rank that writes."""
         minutes = [every.minutes for every in self.plan.recipe.checkpoint.every if every.minutes]
+        # One rank's clock decides: clocks differ, and the ranks agree in the next step.
         return self.is_writer and any(time.monotonic() - self.committed_at >= 60 * limit for limit in minutes)
 
     def commit(self, state: TrainState) -> None:
@@ -213,6 +218,7 @@ class Recorder:
         if not self.pen:
             self._writer.submit(step, 0, partial(_wait, report))
             return
+        # Taken off now: the next step adds to new ones while the save's thread writes these.
         columns, self._columns = self._columns, Columns()
         history, evaluated = self.past.trainer_state(step), dict(self.past.evaluated)
         amendments = [each._asdict() for each in self.amendments if each.first <= step]

@@ -79,6 +79,7 @@ def resolve(
     the day of a new plan, where it is not the clock's. `stand_in` has config and tokenizer of the base, which then is not needed.
     """
     recipe, like = loaded.recipe, earlier or like
+    # The rows of a run are pinned: its files are compared with these pins later, not looked at as new ones.
     is_same = like is not None and like.recipe.data == recipe.data
     if not is_same:
         preflight.check(loaded)
@@ -87,9 +88,11 @@ def resolve(
     rows = _read_rows(recipe, encoding, like if is_same else None, like)
     sources = draw.sources(recipe, TASKS[recipe.task.name].content, rows.train, rows.holdout)
     stages = draw.stages(recipe, earlier, stages)
+    # Which rows are held out is decided before any is counted: steps and epochs are about the others.
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
     counted = _counted(loaded, opened.directory)
+    # Some bases mix packed rows. That is tried on a small model of the same kind, before a weight is read.
     arranged, notes = arranged_like(recipe, opened.directory, like)
     plan = Plan(
         recipe=recipe,
@@ -105,6 +108,7 @@ def resolve(
         trainable_parameters=counted.trainable,
         row_rules=encoding.row_rules,
         split=held_out.split,
+        # An older plan has no digest here, and gets none: its id must stay what it is.
         held_out=held_out.digest if earlier is None or earlier.held_out else "",
         stages=stages,
         arranged=arranged,
@@ -132,9 +136,11 @@ class _Base:
 def _open_base(loaded: LoadedRecipe, like: Plan | None, stand_in: Path | None, is_to_load: bool) -> _Base:
     """Config and tokenizer of the base. RecipeError where it and the recipe cannot do together."""
     recipe = loaded.recipe
+    # A branch on the same base keeps the pin, so that a new commit on the Hub does not change it under way.
     pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
     directory = stand_in or base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
+        # The disk reads weights into memory while the CPU encodes rows.
         base.read_ahead(directory)
     config, tokenizer = base.load_config(directory), base.load_tokenizer(directory)
     if problems := _problems(loaded, config, tokenizer, pinned):
@@ -200,13 +206,15 @@ def device() -> memory.Device:
 
 
 def _refuse_change(earlier: Plan, plan: Plan) -> None:
+    # The id covers everything that decides what is trained, so equal ids need no further look.
     if earlier.plan_id == plan.plan_id:
         return
     old, new = earlier.model_dump(mode="json"), plan.model_dump(mode="json")
     changed = [
         f"{key}: {before} -> {after}" for key, before, after in differences(old, new) if not key.startswith("recipe.")
     ]
-    changed = [line for line in changed if not line.startswith("held_out: ")] or changed  # follows from the others
+    # The digest of held-out rows follows from the other lines. Alone, it is all there is to say.
+    changed = [line for line in changed if not line.startswith("held_out: ")] or changed
     raise RunError(
         "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),
         hint="restore the old files, or train on the new ones in a branch: `finetune branch RUN@STEP`",
@@ -220,9 +228,11 @@ def _problems(
     recipe, problems = loaded.recipe, []
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or 0
-    if 0 < longest < recipe.task.max_length:  # XLNet's -1 is no bound
+    # Beyond its positions a base gives nonsense or an index error. XLNet's -1 is no bound.
+    if 0 < longest < recipe.task.max_length:
         message = f"{recipe.task.max_length} is more than the base's {longest} positions"
         problems.append(loaded.problem("task.max_length", message))
+    # Ids beyond the embedding would be an index error in the middle of an epoch.
     if len(tokenizer) > text.vocab_size:
         message = f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
         problems.append(loaded.problem("base.checkpoint", message))

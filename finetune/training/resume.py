@@ -69,6 +69,7 @@ def open_plan(
     A recipe that asks for more epochs or steps extends the run. `schedule` is how its learning rate then goes on (see
     `Plan.extended`); where nothing is extended, it must be what the last extension was made with.
     """
+    # What this machine and these libraries are: compared with what the run began on, and said where it differs.
     now = facts_of(accelerator)
     if RunDirectory(path).is_run:
         return _open_again(loaded, path, now, schedule, today)
@@ -96,8 +97,10 @@ def _open_again(
         raise _idle_schedule(
             path, schedule, f"the recipe asks for the {counted(earlier.steps, 'step')} that the run has"
         )
+    # A full fine-tune has all weights in each checkpoint, so a base that is gone does not end the run.
     checkpoint = stand_in(path, earlier)
     small_files = base.small_files_of(checkpoint) if checkpoint else None
+    # At the old length first: what it trains on is compared with the plan, and only then extended.
     resolved = resolve(_with_length_of(earlier, loaded), earlier, True, today=today, stand_in=small_files)
     resolved = replace(resolved, stand_in=checkpoint)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
@@ -107,6 +110,7 @@ def _open_again(
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)
     changes = [*_told(lines, earlier, resolved), *_differences_told(facts, now)]
+    # Where base and data were found this time, so that the next resume looks there first.
     if moved := facts.get("places", {}) | places.moved():
         now["places"] = moved
     return Opened(resolved, now | {"run": facts["run"], "software": software()}, changes)

@@ -60,6 +60,7 @@ class TrainState:
     """What its user should know of how it trains."""
 
     def __post_init__(self):
+        # By layer and not by tensor: a spike shows in which layer it began, and a large model has thousands of tensors.
         names = [decoder_layers.module_of(name) for name in self.trainable]
         self.modules = list(dict.fromkeys(names))
         """Groups of modules whose gradients are measured, in the order of the model."""

@@ -139,6 +139,7 @@ class Saver:
         except FinetuneError as error:
             if not _is_passing(error):
                 raise
+            # The columns go with the next save, so the record has no hole.
             self._left_over, self.given_up = columns, error
             self._say(f"save of step {step} skipped: {error.message}; training goes on")
             journal.append(self._event("skipped_save", step=step, message=error.message))
@@ -166,7 +167,9 @@ class Saver:
         snapshots.write(save.snapshot, self._plan, self._companions, self.last, attempt)
         attempt.write_json("trainer_state.json", save.record.history())
         committed = self._store.commit(attempt, self._manifest_of(step, save.record), lease.check)
+        # The rename is on the disk: from here on a power cut loses nothing of this step.
         durable = time.monotonic()
+        # Past the page cache: what the disk really has. A linked file was read back when it was written.
         self._store.read_back(committed, attempt.files.keys() - attempt.linked)
         self.last = committed
         self._damaged.discard(committed.path.name)
@@ -182,6 +185,7 @@ class Saver:
         journal.append(self._event("committed", step=step, **figures))
 
     def _prune(self, save: Save, journal: Journal, lease: Lease) -> None:
+        # Whoever took the run over may resume from what would be removed here.
         lease.check()
         recipe = self._plan.recipe
         actions = pruning.due(self._store, recipe.checkpoint.keep, save.record.evaluated, self._damaged, recipe.publish)
@@ -193,6 +197,7 @@ class Saver:
             self._say(f"older checkpoints stay for now: {error}")
 
     def _check_room(self, snapshot: Snapshot) -> None:
+        # Asked before writing: a save that fills the disk also stops the journal.
         needed, free = round(SPARE * snapshots.stored_bytes(snapshot, self.last)), free_bytes(self._run)
         if needed > free:
             message = f"it needs {readable(needed)}, and the disk has {readable(free)} left"

@@ -80,10 +80,12 @@ class Live:
 
 def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapshot:
     """Begins a snapshot; `state.await_snapshot` ends the copying, and must come before anything writes weights."""
+    # One copy at a time: an update waits for `state.copy`, and knows of no other.
     state.await_snapshot()
     tensors, scalars = live.copied()
     state.copy = staging.take(tensors)
     config = adapters.config_of(state.model, plan) if adapters.is_adapter(state.model) else None
+    # Small, and written by the next forward, which nothing makes wait: copied at once.
     buffers = {name: tensor.detach().clone().cpu() for name, tensor in live.buffers.items()}
     return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
 
