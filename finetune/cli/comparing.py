@@ -1,13 +1,16 @@
 """`evaluate` and `generate`: how good models are, and what they answer."""
 
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, TypedDict, Unpack
 
 import click
 
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is
+
+if TYPE_CHECKING:
+    from finetune.compare.evaluate import Evaluated
 
 
 @click.command()
@@ -30,12 +33,18 @@ def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, .
     return Answer({"results": results}, "\n".join(map(_line, results)))
 
 
-def _line(result: dict) -> str:
+def _line(result: "Evaluated") -> str:
     """An evaluated model, for a reader."""
     line = f"{result['ref']}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
     if result["seen"]:
         line += f"  seen rows {'unknown' if result['seen_rows'] is None else result['seen_rows']}"
     return line if result["is_comparable"] else f"{line}  other held-out rows"
+
+
+class Sampling(TypedDict):
+    max_new_tokens: int
+    temperature: float
+    seed: int
 
 
 @click.command()
@@ -56,7 +65,7 @@ def _line(result: dict) -> str:
 @answers
 @where_it_is
 def generate(
-    refs: tuple[str, ...], prompts: tuple[str, ...], prompt_file: TextIO | None, **choices: int | float
+    refs: tuple[str, ...], prompts: tuple[str, ...], prompt_file: TextIO | None, **sampling: Unpack[Sampling]
 ) -> Answer:
     """Let models answer your prompts."""
     asked = [*prompts, *([prompt_file.read().strip()] if prompt_file else [])]
@@ -65,5 +74,5 @@ def generate(
     with importing():
         from finetune.compare.generate import generate as generate_answers
 
-    results = generate_answers(refs, asked, **choices)
+    results = generate_answers(refs, asked, **sampling)
     return Answer({"results": results}, "\n".join(f"--- {result['ref']}\n{result['text']}" for result in results))

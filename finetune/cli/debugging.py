@@ -1,6 +1,7 @@
 """`replay`, `bisect`, `diff` and `branch`: what a run did, when it went wrong, and how to go on from before."""
 
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import click
 
@@ -27,6 +28,12 @@ def replay(run: Path, steps: tuple[int, int], **choices: bool) -> Answer:
     return Answer(facts, replays.listing(facts), is_good=facts["identical"])
 
 
+class OtherPredicates(TypedDict):
+    bad_evaluation: str | None
+    bad_command: str | None
+    good: int | None
+
+
 @click.command()
 @RUN
 @click.option(
@@ -44,7 +51,7 @@ def replay(run: Path, steps: tuple[int, int], **choices: bool) -> Answer:
 @click.option("--good", type=click.IntRange(min=0), metavar="STEP", help="A known good step.")
 @answers
 @where_it_is
-def bisect(run: Path, bad: tuple[str, ...], **choices: str | int | None) -> Answer:
+def bisect(run: Path, bad: tuple[str, ...], **others: Unpack[OtherPredicates]) -> Answer:
     """Find the step at which a run went wrong, and the rows to blame."""
     with importing():
         from finetune.debug import bisect as bisection
@@ -53,7 +60,7 @@ def bisect(run: Path, bad: tuple[str, ...], **choices: str | int | None) -> Answ
     if len(steps) > 1 or len(comparisons) > 1:
         raise click.UsageError("give --bad once with a comparison, and once with a step")
     known = int(steps[0]) if steps else None
-    facts = bisection.bisect(run, comparisons[0] if comparisons else None, bad=known, **choices)
+    facts = bisection.bisect(run, comparisons[0] if comparisons else None, bad=known, **others)
     return Answer(facts, bisection.listing(facts), is_good=facts["first_bad_step"] is not None)
 
 
@@ -70,6 +77,15 @@ def diff(a: str, b: str, picture: Path | None) -> Answer:
 
     facts = comparison.diff(a, b, picture)
     return Answer(facts, comparison.listing(facts))
+
+
+class OtherWays(TypedDict):
+    """What is another way in a branch."""
+
+    overrides: tuple[str, ...]
+    skipped_rows: str | None
+    schedule: str
+    is_optimizer_reset: bool
 
 
 @click.command()
@@ -96,7 +112,9 @@ def diff(a: str, b: str, picture: Path | None) -> Answer:
     "--no-train", is_flag=True, help="Only make the run; train it with `finetune train DIR/recipe.yaml --run DIR`."
 )
 @where_it_is
-def branch(ref: str, run: Path | None, quiet: bool, until: int | None, no_train: bool, **choices: object) -> None:
+def branch(
+    ref: str, run: Path | None, quiet: bool, until: int | None, no_train: bool, **choices: Unpack[OtherWays]
+) -> None:
     """Start a new run from a step of another one, with other settings or without some rows."""
     with importing():
         from finetune.debug import branch as branches

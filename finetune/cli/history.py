@@ -1,6 +1,7 @@
 """`log`, `show`, `verify` and `prune`: what a run or a package holds, whether it is intact, and what may go."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +10,9 @@ from finetune.cli.importing import importing
 from finetune.cli.options import PATH, REF, RUN
 from finetune.errors import counted
 from finetune.store.run.directory import PINS
+
+if TYPE_CHECKING:
+    from finetune.store.run.shown import Verification
 
 
 @click.command()
@@ -45,9 +49,10 @@ def verify(ref: str, key: Path | None) -> Answer:
         with importing():
             from finetune.package.verify.verify import verify as verify_package
 
-        facts = verify_package(ref, key)
-        left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in facts["not_made"].items())
-        held = f"nothing wrong by {counted(len(facts['checks']), 'check')}: {', '.join(facts['checks'])}{left_out}"
+        report = verify_package(ref, key)
+        left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in report["not_made"].items())
+        held = f"nothing wrong by {counted(len(report['checks']), 'check')}: {', '.join(report['checks'])}{left_out}"
+        facts: Verification = report
     elif key:
         raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")
     else:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from typing import NoReturn
+from typing import NoReturn, NotRequired, TypedDict
 
 import click
 
@@ -30,6 +30,21 @@ COMMANDS = (
     *(machine.schema, machine.doctor),
 )
 MOST_ROWS = 1000  # bad ones that an error lists as JSON
+
+
+class BadRow(TypedDict):
+    where: str | None
+    message: str
+
+
+class ErrorReport(TypedDict):
+    """What an error is with `--json`, under the key `error`."""
+
+    code: str
+    message: str
+    where: str | None
+    hint: str | None
+    rows: NotRequired[list[BadRow]]
 
 
 @click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -102,12 +117,17 @@ def _report(error: FinetuneError) -> None:
     if not is_first(os.environ) and isinstance(error, RecipeError):  # all ranks meet it; one says so
         return
     if "--json" in sys.argv:
-        facts = {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
+        facts: ErrorReport = {
+            "code": error.code,
+            "message": error.message,
+            "where": error.where,
+            "hint": error.hint,
+        }
         if isinstance(error, DataError) and len(error.parts) > 1:
             facts["rows"] = [{"where": part.where, "message": part.message} for part in error.parts[:MOST_ROWS]]
         _print_error(facts)
     click.echo(str(error), err=True)
 
 
-def _print_error(facts: dict) -> None:
+def _print_error(facts: ErrorReport) -> None:
     click.echo(json.dumps({"error": facts}))

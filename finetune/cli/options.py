@@ -4,11 +4,13 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from finetune.store import places
 
+Command = Callable[..., Any]
 PATH = click.Path(path_type=Path)
 RECIPE = click.argument("recipe", type=PATH)
 REF = click.argument("ref")
@@ -26,7 +28,7 @@ def default_run(recipe: Path) -> Path:
     return Path(os.environ.get("FINETUNE_RUNS", "runs")) / recipe.stem
 
 
-def how_to_train(command: Callable) -> Callable:
+def how_to_train(command: Command) -> Command:
     """The options of `train` beside what is trained; `launch` hands them on."""
     schedule = click.option(
         "--schedule",
@@ -41,7 +43,7 @@ def how_to_train(command: Callable) -> Callable:
     return QUIET(UNTIL(schedule(take_over(command))))
 
 
-def where_it_is(command: Callable) -> Callable:
+def where_it_is(command: Command) -> Command:
     """The options of every command that opens a run: where its base and data are, if they were moved."""
 
     @functools.wraps(command)
@@ -58,7 +60,7 @@ def where_it_is(command: Callable) -> Callable:
     return base(data(with_places))
 
 
-class Steps(click.ParamType):
+class Steps(click.ParamType[tuple[int, int]]):
     """`437`, or `400..437`."""
 
     name = "steps"

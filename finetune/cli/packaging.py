@@ -1,6 +1,7 @@
 """`package` and `publish`: a checkpoint as a model that others can load, and where they find it."""
 
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import click
 
@@ -38,6 +39,12 @@ def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...],
     return Answer(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]))
 
 
+class Commit(TypedDict):
+    branch: str
+    tag: str | None
+    is_dry_run: bool
+
+
 @click.command()
 @click.argument("source", metavar="DIR|REF")
 @click.option("--to", "target", metavar="OWNER/NAME|folder:PATH", help="Default: publish.repo of the recipe of a REF.")
@@ -59,14 +66,14 @@ def publish(
     is_replacing: bool,
     has_milestones: bool,
     is_following: bool,
-    **choices: object,
+    **choices: Unpack[Commit],
 ) -> Answer:
     """Put a package on the Hub unchanged, in one commit, or not at all."""
     if has_milestones:
         from finetune.package.publish import queue
 
-        facts = queue.follow(Path(source), target, is_following, is_public, is_replacing)
-        return Answer(facts, f"{counted(len(facts['published']), 'milestone')} published")
+        caught_up = queue.follow(Path(source), target, is_following, is_public, is_replacing)
+        return Answer(caught_up, f"{counted(len(caught_up['published']), 'milestone')} published")
     with importing():
         from finetune.package.publish import publish as publishing
 

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -13,6 +13,7 @@ from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import NEW_RUN, OVERRIDE, PATH, RECIPE, default_run, how_to_train, where_it_is
 from finetune.hosts.signals import ending_signals
+from finetune.hosts.world import Flags
 from finetune.store import places
 from finetune.store.rank import is_alone, is_first
 from finetune.store.run.directory import RunDirectory
@@ -66,13 +67,21 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
     click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
 
 
+class HowToTrain(TypedDict):
+    until: int | None
+    schedule: str | None
+    take_over: bool
+
+
 @click.command()
 @RECIPE
 @OVERRIDE
 @NEW_RUN
 @how_to_train
 @where_it_is
-def train(recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: object) -> None:
+def train(
+    recipe: Path, overrides: tuple[str, ...], run: Path | None, quiet: bool, **choices: Unpack[HowToTrain]
+) -> None:
     """Train a recipe: start its run, or resume it where it stopped."""
     # Nothing is trained yet, so a signal ends the process at once. `run` takes over when there is something to save.
     for number in ending_signals():
@@ -128,7 +137,7 @@ def launch(
     schedule: str | None,
     take_over: bool,
     restarts: int,
-    **asked: object,
+    **asked: Unpack[Flags],
 ) -> None:
     """Train a recipe on all devices here, in a container or a job: signals reach every rank."""
     from finetune.hosts import launch as launching
@@ -139,6 +148,13 @@ def launch(
     arguments += places.arguments() + ["--quiet"] * quiet + ["--take-over"] * take_over
     arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
     launching.launch(asked, [*arguments, "--", str(recipe)], run, restarts, grace)
+
+
+class HowToRehearse(TypedDict):
+    steps: int
+    launcher: str
+    has_package: bool
+    is_kept: bool
 
 
 @click.command()
@@ -152,7 +168,7 @@ def launch(
 @click.option("--package/--no-package", "has_package", default=True, help="Whether to package the result as well.")
 @click.option("--keep", "is_kept", is_flag=True, help="Keep the scratch directory, <run>.rehearsal.")
 @answers
-def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, **choices: object) -> Answer:
+def rehearse(recipe: Path, overrides: tuple[str, ...], run: Path | None, **choices: Unpack[HowToRehearse]) -> Answer:
     """Prove here that a killed run resumes to the bit, and measure the cost of saves."""
     loaded = _looked_at(recipe, overrides)
     from finetune.debug.rehearse import rehearse as rehearsals
@@ -179,7 +195,7 @@ def health(run: Path | None, patience_seconds: float) -> Answer:
 
     runs = {run: 0.0} if run else looking.trainings(_run_of)
     each = [looking.look(run, patience_seconds, since) for run, since in runs.items()]
-    facts = {"ok": all(one["ok"] for one in each), "runs": each}
+    facts: looking.HealthReport = {"ok": all(one["ok"] for one in each), "runs": each}
     return Answer(facts, looking.listing(facts), is_good=facts["ok"])
 
 

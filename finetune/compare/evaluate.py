@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import TypedDict, cast
 
-import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from finetune.data.heldout import lineage
 from finetune.errors import DataError, FinetuneError
 from finetune.model import attention, base, losses
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen
 from finetune.recipe.load import load
@@ -24,9 +26,28 @@ from finetune.training.resolve import Resolved, resolve, resolve_own
 from finetune.training.state import Objective
 
 
+class SeenBy(TypedDict):
+    """`Seen`, as JSON."""
+
+    by: str
+    rows: int | None
+    why: str
+
+
+class Evaluated(TypedDict):
+    """A result of `evaluate --json`."""
+
+    ref: str
+    metrics: Metrics
+    seen_rows: int | None
+    """Held-out rows that whatever trained what the ref names had; None where that cannot be found out."""
+    seen: list[SeenBy]
+    is_comparable: bool
+
+
 def evaluate(
     texts: Sequence[str], recipe: Path | None, overrides: Sequence[str], is_seen_allowed: bool = False
-) -> list[dict]:
+) -> list[Evaluated]:
     """One {ref, metrics, seen_rows, seen, is_comparable} a ref. Rows come from `recipe`, or else from each ref's own run; figures are
     comparable where these are the rows of the first ref.
 
@@ -43,7 +64,7 @@ def evaluate(
             "ref": text,
             "metrics": _metrics(text, rows[text]),
             "seen_rows": seen[text].rows,
-            "seen": [item.model_dump() for item in seen[text].seen],
+            "seen": [cast(SeenBy, item.model_dump()) for item in seen[text].seen],
             "is_comparable": are_same_rows(rows[text].plan, rows[texts[0]].plan),
         }
         for text in texts
@@ -64,7 +85,7 @@ def _refuse_seen(text: str, seen: Sequence[Seen], resolved: Resolved) -> None:
         raise DataError(message, where=text, hint=hint)
 
 
-def of_model(model: torch.nn.Module, run: Path) -> dict[str, float]:
+def of_model(model: PreTrainedModel, run: Path) -> dict[str, float]:
     """Held-out figures of a live model on the rows of a run, one row in a sequence; empty where none are held out. It stays on the CPU."""
     resolved = _rows_of_run(str(run))
     if len(resolved.holdout) == 0:
@@ -119,10 +140,10 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
     return _figures(model, resolved, accelerator)
 
 
-def _figures(model: torch.nn.Module, resolved: Resolved, accelerator: Accelerator) -> dict[str, float]:
+def _figures(model: PreTrainedModel, resolved: Resolved, accelerator: Accelerator) -> dict[str, float]:
     recipe = resolved.plan.recipe
     token_losses, _ = losses.fitting(model)
     objective = accelerator.prepare_model(
         Objective(model, TASKS[recipe.task.name].loss, token_losses), evaluation_mode=True
     )
-    return evaluate_objective(resolved, accelerator, objective)
+    return evaluate_objective(resolved, accelerator, objective) or {}

@@ -1,6 +1,7 @@
 """Answers of models to prompts: the quickest look at the effect of a training."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,10 +11,19 @@ from finetune.tasks.rendering import Renderer
 from finetune.tasks.text import beginning
 from finetune.training.opened import open_model, open_tokenizer
 
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
+
+
+class Answer(TypedDict):
+    ref: str
+    prompt: str
+    text: str
+
 
 def generate(
     texts: Sequence[str], prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
-) -> list[dict]:
+) -> list[Answer]:
     """One {ref, prompt, text} for each ref and prompt; temperature 0 takes the likeliest token each time.
 
     With a chat template the prompt is a user's message; without one it is the beginning of a text.
@@ -31,14 +41,15 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
     # in fp32 a model of 14 billion parameters would take most of a large GPU
     opened = open_model(text, device=device, dtype=None if device.type == "cpu" else torch.bfloat16)
     tokenizer = open_tokenizer(opened)
-    model = opened.model.to(device)
+    model = opened.model
+    torch.nn.Module.to(model, device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers = []
     for prompt in prompts:
         ids = torch.tensor([_ids(tokenizer, prompt, opened.plan.date if opened.plan else None)], device=device)
         torch.manual_seed(seed)
         with torch.inference_mode(), explained("transformers cannot generate with it", text):
-            output = model.generate(
+            output = cast("GenerativePreTrainedModel", model).generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 **sampling,
@@ -46,7 +57,7 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
                 use_cache=True,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        answers.append(str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip())
     return answers
 
 

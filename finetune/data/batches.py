@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from finetune.data.example import Encoded, Example
 from finetune.plan.plan import Counts
 
 PIECE = 1 << 20  # examples
+Batch = dict[str, Any]
+"""What a task's `collate` makes for its own loss, which alone knows the keys: tensors, dictionaries of them, and lists for the host."""
 
 
 class Examples:
@@ -57,9 +60,14 @@ class Examples:
         return encoded[int(chosen[example - self._firsts[part]])]
 
 
-def _joined(parts: Sequence[tuple[Encoded, np.ndarray, int]], dtype: type, column: Callable) -> np.ndarray:
+def _joined(
+    parts: Sequence[tuple[Encoded, np.ndarray, int]],
+    dtype: type[np.integer],
+    column: "Callable[[Encoded, np.ndarray, int], np.ndarray]",
+) -> np.ndarray:
     """A column of the chosen examples of all parts, read a piece at a time."""
-    joined, place = np.empty(sum(len(chosen) for _, chosen, _ in parts), dtype), 0
+    joined: np.ndarray = np.empty(sum(len(chosen) for _, chosen, _ in parts), dtype)
+    place = 0
     for encoded, chosen, first_row in parts:
         for start in range(0, len(chosen), PIECE):
             some = chosen[start : start + PIECE]
@@ -74,8 +82,8 @@ def select(
     """The examples whose row is (or is not) in `held_out`, and their counts."""
     firsts = np.cumsum([0, *rows])
     parts, left_out = [], 0
-    for source, first in zip(encoded, firsts, strict=False):
-        parts.append((source, _chosen(source.rows, first, held_out, is_kept), int(first)))
+    for source, first in zip(encoded, firsts.tolist(), strict=False):
+        parts.append((source, _chosen(source.rows, first, held_out, is_kept), first))
         left_out += len(_chosen(source.left_out_rows, first, held_out, is_kept))
     examples = Examples(parts)
     counts = Counts(
@@ -93,7 +101,7 @@ def select(
 
 def _chosen(rows: np.ndarray, first: int, held_out: np.ndarray, is_kept: bool) -> np.ndarray:
     """Ids of the mapped `rows` that are (or are not) in `held_out`; a piece at a time, for 4 bytes a row instead of 60."""
-    dtype = np.int32 if len(rows) < 2**31 else np.int64
+    dtype: type[np.integer] = np.int32 if len(rows) < 2**31 else np.int64
     pieces = [
         (start + np.flatnonzero(np.isin(rows[start : start + PIECE] + first, held_out) == is_kept)).astype(dtype)
         for start in range(0, len(rows), PIECE)
@@ -109,7 +117,7 @@ class MicroBatch:
     """Which of the step's examples it holds."""
     is_idle: bool
     """It repeats another rank's work with weight 0, so that all ranks run the same number."""
-    inputs: dict
+    inputs: Batch
     places: torch.Tensor
     """`indices` as int64, to travel with the inputs: a list would make the device wait for the host."""
 
@@ -119,7 +127,7 @@ class Batches:
     examples: Examples
     arrange: Callable[[Sequence[int], int], list[list[int]]]
     """(lengths, budget) -> the slots, each a list of indices into the step: `pack.packed` or `pack.padded`."""
-    collate: Callable[[list[Example]], dict]
+    collate: Callable[[list[Example]], Batch]
     budget: int
     """Tokens of a micro-batch."""
     rank: int = 0
@@ -138,7 +146,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class MicroBatches(Sequence):
+class MicroBatches:
     """Arranged at once, collated one by one: memory never holds a large step as a whole."""
 
     batches: Batches
@@ -154,6 +162,9 @@ class MicroBatches(Sequence):
             raise IndexError(turn)
         return self.batches.collated(self.ids, self.slots, self.batches.rank + turn * self.batches.world_size)
 
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self.__getitem__, range(len(self)))
+
     def on(self, device: torch.device) -> Iterator[MicroBatch]:
         """Each with its tensors on the device, in turn.
 
@@ -165,25 +176,36 @@ class MicroBatches(Sequence):
             return
         if device.type != "cuda":
             for micro_batch in self:
-                yield replace(micro_batch, **moved(_tensors_of(micro_batch), lambda tensor: tensor.to(device)))
+                yield _moved(micro_batch, lambda tensor: tensor.to(device))
             return
         copying, computing = torch.Stream(device), torch.accelerator.current_stream(device)
         for micro_batch in self:
             with copying:
-                copied = moved(
-                    _tensors_of(micro_batch), lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
-                )
+                moved = _moved(micro_batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
             computing.wait_stream(copying)
-            moved(copied, lambda tensor: tensor.record_stream(computing))  # otherwise its memory is reused too early
-            yield replace(micro_batch, **copied)
+            for tensor in (moved.places, *tensors_of(moved.inputs)):
+                tensor.record_stream(computing)  # otherwise its memory is reused too early
+            yield moved
 
 
-def _tensors_of(micro_batch: MicroBatch) -> dict:
-    return {"inputs": micro_batch.inputs, "places": micro_batch.places}
+def _moved(micro_batch: MicroBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    return replace(micro_batch, inputs=each_tensor(micro_batch.inputs, move), places=move(micro_batch.places))
 
 
-def moved(value: object, move: Callable[[torch.Tensor], object]) -> object:
+def each_tensor(batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
     """Applies `move` to each tensor in nested dictionaries; everything else stays as it is."""
-    if isinstance(value, dict):
-        return {name: moved(each, move) for name, each in value.items()}
-    return move(value) if isinstance(value, torch.Tensor) else value
+
+    def moved(value: object) -> object:
+        if isinstance(value, dict):
+            return each_tensor(value, move)
+        return move(value) if isinstance(value, torch.Tensor) else value
+
+    return {name: moved(value) for name, value in batch.items()}
+
+
+def tensors_of(batch: Batch) -> Iterator[torch.Tensor]:
+    for value in batch.values():
+        if isinstance(value, dict):
+            yield from tensors_of(value)
+        elif isinstance(value, torch.Tensor):
+            yield value

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from finetune.data.conversation import FIELDS, Conversation
+from finetune.data.conversation import FIELDS, Conversation, Message, Tool
 from finetune.errors import DataError
 
 MESSAGE_COLUMNS = ("messages", "prompt", "completion")
@@ -45,7 +45,11 @@ def refuse_lost(
     """Raises DataError if the text lacks content of the row. Content of a learnt turn has to be in the span of that turn."""
     whole, learnt = _Text(text), dict(zip(conversation.turns, spans, strict=True))
     parts = {number: _Text(text[first:last]) for number, (first, last) in learnt.items()}
-    lost = [each.place for each in said(conversation) if not parts.get(each.message, whole).has(each.forms)]
+    lost = [
+        each.place
+        for each in said(conversation)
+        if not (whole if each.message is None else parts.get(each.message, whole)).has(each.forms)
+    ]
     used = ("messages",) if row.get("messages") is not None else ("prompt", "completion")
     for column in CONTENT_COLUMNS:
         if column in row and column not in (*used, "system", "tools"):
@@ -87,7 +91,7 @@ def _written(text: str) -> list[str]:
     return [text, in_json, json.dumps(text)[1:-1], json.dumps(in_json, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
 
 
-def _message(message: dict, place: str) -> Iterator[Said]:
+def _message(message: Message, place: str) -> Iterator[Said]:
     for field, value in message.items():
         if field == "tool_calls":
             for number, call in enumerate(value):
@@ -101,11 +105,11 @@ def _message(message: dict, place: str) -> Iterator[Said]:
             yield from _leaves(value, f"{place}.{field}", has_keys=False)
 
 
-def _without_identifiers(fields: dict) -> dict:
+def _without_identifiers(fields: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in fields.items() if name not in IDENTIFIERS}
 
 
-def _tool(tool: dict, place: str) -> Iterator[Said]:
+def _tool(tool: Tool, place: str) -> Iterator[Said]:
     """Names and descriptions of a tool and of its parameters. Types are skipped: a template may have its own words for them."""
     function = tool.get("function", tool)
     if not isinstance(function, dict):

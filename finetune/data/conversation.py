@@ -5,7 +5,7 @@ Needs neither torch nor a tokenizer, so rows can be checked before a base is ope
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
@@ -15,15 +15,19 @@ ROLES = ("system", "user", "assistant", "tool")
 """Every template is expected to know these roles; any other role has to appear in the template."""
 
 Row = Mapping[str, object]
+Message = dict[str, Any]
+"""A message as its row's JSON has it, with whatever fields it has there. Once checked, it has a `role` and a `content` that are text."""
+Tool = dict[str, Any]
+"""A function that may be called, as JSON schema describes it."""
 
 
 class Conversation(NamedTuple):
-    messages: list[dict]
+    messages: list[Message]
     places: list[str]
     """The place of each message in its row, like `messages[2]`."""
     turns: list[int]
     """Indices of the learnt messages."""
-    tools: list[dict] | None = None
+    tools: list[Tool] | None = None
 
 
 def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Conversation:
@@ -38,17 +42,17 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
         raise DataError("begins with an assistant turn, which answers nothing", where=where, hint="remove the turn")
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number >= given]
     if not turns:
-        message = "has no assistant turn, so there is nothing to learn from it"
+        reason = "has no assistant turn, so there is nothing to learn from it"
         roles = dict.fromkeys(each["role"] for each in messages)
         hint = "remove the row" if roles.keys() <= {*ROLES} else f"its roles are: {', '.join(roles)}"
-        raise DataError(message, where=where, hint=hint)
+        raise DataError(reason, where=where, hint=hint)
     if row_rules > 1:
         _refuse_bad_example(row, where)
         turns = [number for number in turns if _is_learnt(messages[number], places[number], where)]
         messages = [_plain(message, place, where) for message, place in zip(messages, places, strict=True)]
     if not turns:
-        message = "has no assistant turn to learn: each has `weight: 0` or `train: false`"
-        raise DataError(message, where=where, hint="remove the row")
+        reason = "has no assistant turn to learn: each has `weight: 0` or `train: false`"
+        raise DataError(reason, where=where, hint="remove the row")
     if not all(messages[number]["content"].strip() or messages[number].get("tool_calls") for number in turns):
         raise DataError("has an empty assistant turn", where=where, hint="remove the row")
     conversation = Conversation(messages, places, turns)
@@ -62,7 +66,7 @@ def _refuse_bad_example(row: Row, where: str) -> None:
         raise DataError("`label` is false: its completion shows what not to answer", where=where, hint=hint)
 
 
-def arguments_of(conversation: Conversation) -> list[dict]:
+def arguments_of(conversation: Conversation) -> list[dict[str, object]]:
     """The arguments of all tool calls."""
     calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
     return [call.get("function", call)["arguments"] for call in calls]
@@ -93,7 +97,7 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _parts(row: Row, where: str) -> list[tuple[str, list]]:
+def _parts(row: Row, where: str) -> list[tuple[str, list[Message]]]:
     """The columns with messages, each as a list."""
     if row.get("messages") is not None:
         return [("messages", _listed(row["messages"], "messages", where))]
@@ -112,7 +116,7 @@ def _parts(row: Row, where: str) -> list[tuple[str, list]]:
     return [(name, _listed(row[name], name, where, role)) for name, role in roles.items()]
 
 
-def _listed(value: object, column: str, where: str, role: str | None = None) -> list:
+def _listed(value: object, column: str, where: str, role: str | None = None) -> list[Message]:
     """Messages as they are; text is one message of `role`."""
     if role and isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -139,7 +143,7 @@ def _check(message: object, place: str, where: str, row_rules: int) -> None:
         raise DataError(f"`{place}` must have a `content` that is text", where=where, hint=hint)
 
 
-def _is_learnt(message: dict, place: str, where: str) -> bool:
+def _is_learnt(message: Message, place: str, where: str) -> bool:
     weight, train = message.get("weight"), message.get("train")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(f"`{place}.weight` must be 0 or 1, not {weight!r}", where=where)
@@ -148,7 +152,7 @@ def _is_learnt(message: dict, place: str, where: str) -> bool:
     return weight != 0 and train is not False
 
 
-def _plain(message: dict, place: str, where: str) -> dict:
+def _plain(message: Message, place: str, where: str) -> Message:
     """The message in the form of templates: without nulls, and with the arguments of tool calls as objects."""
     if message["role"] != "assistant" and message.get("train"):
         raise DataError(f"`{place}.train` asks to learn a {message['role']} message", where=where)
@@ -165,9 +169,10 @@ def _plain(message: dict, place: str, where: str) -> dict:
     return kept
 
 
-def _call(call: object, place: str, where: str) -> dict:
+def _call(call: object, place: str, where: str) -> dict[str, object]:
     """A tool call, as `{function: {name, arguments}}` or as `{name, arguments}`."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    given = call if isinstance(call, dict) else {}
+    function = given.get("function", given)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"`{place}` must have a `function` with a `name`", where=where)
     if isinstance(arguments := function.get("arguments"), str):
@@ -176,7 +181,7 @@ def _call(call: object, place: str, where: str) -> dict:
         message = f"`{place}.function.arguments` must be an object, or that as JSON text, not {kind_of(arguments)}"
         raise DataError(message, where=where)
     filled = {**function, "arguments": arguments or {}}
-    return {**call, "function": filled} if "function" in call else filled
+    return {**given, "function": filled} if "function" in given else filled
 
 
 def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversation:
@@ -191,7 +196,7 @@ def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversat
         ]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("`tools` must be a list of objects, or that as JSON text", where=where)
-    conversation = conversation._replace(tools=tools or None)
+    conversation = conversation._replace(tools=tools if tools and isinstance(tools, list) else None)
     if system is None or system == "":
         return conversation
     if not isinstance(system, str):

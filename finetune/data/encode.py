@@ -23,7 +23,7 @@ from typing import BinaryIO
 import blake3
 import numpy as np
 
-from finetune.data.example import Encoded, Example
+from finetune.data.example import Encoded, Example, Row, Rows
 from finetune.data.refusals import together
 from finetune.errors import DataError, FinetuneError
 from finetune.hosts.world import cores
@@ -40,26 +40,26 @@ MOST_COLUMNS = 1000  # of a source, kept by name
 CHARACTERS_AT_ONCE = 4 << 20  # in one call; each takes some 100 bytes of memory meanwhile
 
 # rows and their places in, the examples of each row out
-Encoder = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
+Encoder = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
 
 @dataclass(frozen=True)
 class Work:
     """A source, and the functions that encode it."""
 
-    rows: Sequence[dict]
+    rows: Rows
     where: Callable[[int], str]
     encoder: Encoder
-    content: Callable[[dict], object] = lambda row: row
+    content: Callable[[Row], object] = lambda row: row
     """The part of a row that identifies it: rows with equal content are the same row."""
 
 
 def encode(
-    rows: Sequence[dict],
+    rows: Rows,
     where: Callable[[int], str],
     encoder: Encoder,
     *key: str,
-    content: Callable[[dict], object] = lambda row: row,
+    content: Callable[[Row], object] = lambda row: row,
     reopen: Callable[[], Work] | None = None,
 ) -> Encoded:
     """The examples of `rows`, from the cache if the same content was encoded with the same settings before.
@@ -155,7 +155,8 @@ def _start_worker(reopen: Callable[[], Work]) -> None:
 
 
 def _end_with_parent() -> None:
-    parent_process().join()
+    if parent := parent_process():
+        parent.join()
     os._exit(1)  # the parent was killed, and the executor would wait forever
 
 
@@ -171,7 +172,9 @@ def _own_work() -> Work:
 
 def _write_shard(directory: Path, work: Work, ids: range) -> None:
     """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, `columns.json`, `numbers.npy` where examples have numbers, and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, numbers, left_out, lost, contents, columns, refused = [], [], [], [], [], {}, {}
+    examples, numbers, left_out, lost, contents = [], [], [], [], []
+    columns: dict[str, None] = {}
+    refused: dict[int, DataError] = {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
         for some, rows in _calls(work, ids, refused):
             contents += [content_of(work.content(row)) for row in rows]
@@ -199,7 +202,7 @@ def _write_shard(directory: Path, work: Work, ids: range) -> None:
     (directory / "columns.json").write_text(json.dumps([*columns][:MOST_COLUMNS]))
 
 
-def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[dict]]]:
+def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tuple[list[int], list[Row]]]:
     """Rows for one call of the encoder, with their numbers. Unreadable rows are added to `refused`."""
     some, rows, characters = [], [], 0
     for row in ids:
@@ -219,13 +222,13 @@ def _calls(work: Work, ids: range, refused: dict[int, DataError]) -> Iterator[tu
 
 def _characters(value: object) -> int:
     if isinstance(value, dict):
-        value = value.values()
+        value = list(value.values())
     elif not isinstance(value, list):
         return len(value) if isinstance(value, str) else 1
     return sum(map(_characters, value))
 
 
-def _encoded(work: Work, ids: Sequence[int], rows: list[dict], refused: dict[int, DataError]) -> list[list[Example]]:
+def _encoded(work: Work, ids: Sequence[int], rows: list[Row], refused: dict[int, DataError]) -> list[list[Example]]:
     """The examples of the rows. If any row is bad, none, and each bad row is added to `refused`."""
     places = [work.where(row) for row in ids]
     try:
@@ -250,14 +253,15 @@ def _examples(shard: Path) -> np.ndarray:
 def _join(directory: Path, shards: Sequence[Path]) -> None:
     """Writes the files of `Encoded` from those of its shards, with one shard in memory at a time."""
     sizes = np.array([len(_examples(shard)) for shard in shards])
-    for name, dtype in (("tokens", np.int32), ("supervised", np.bool_)):
+    kinds: tuple[tuple[str, type[np.generic]], ...] = (("tokens", np.int32), ("supervised", np.bool_))
+    for name, dtype in kinds:
         raw = [shard / f"{name}.raw" for shard in shards]
         with _array(directory / f"{name}.npy", dtype, sum(file.stat().st_size for file in raw)) as array:
             for file in raw:
                 with file.open("rb") as stream:
                     shutil.copyfileobj(stream, array, 1 << 20)
-    for column, name, dtype in ((1, "rows", np.int64), (2, "targets", np.int32), (3, "cut_tokens", np.int32)):
-        _write(directory / f"{name}.npy", dtype, sizes.sum(), (_examples(shard)[:, column] for shard in shards))
+    for column, name, kind in ((1, "rows", np.int64), (2, "targets", np.int32), (3, "cut_tokens", np.int32)):
+        _write(directory / f"{name}.npy", kind, sizes.sum(), (_examples(shard)[:, column] for shard in shards))
     _write(directory / "offsets.npy", np.int64, sizes.sum() + 1, _offsets(shards))
     for name in ("left_out", "lost", "contents"):
         np.save(directory / f"{name}.npy", np.concatenate([np.load(shard / f"{name}.npy") for shard in shards]))

@@ -2,9 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+Row = dict[str, object]
+"""A row of a source, by the names that a task has for its columns."""
+
+
+class Rows(Protocol):
+    """The rows of a source by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
 
 
 class Example(NamedTuple):

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable, Iterator
 
 from finetune.data import conversation, plain_text
+from finetune.data.example import Row
 from finetune.data.refusals import together
 from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
@@ -16,7 +17,7 @@ from finetune.recipe.schema import Source, Task
 FIRST_ROWS = 64
 MOST_ROWS = 20_000  # checked if one of the first is bad, to report the bad ones together
 # a kind of rows -> its fields, and the function that reads such a row
-FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], object]]] = {
+FORMS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], object]]] = {
     "conversation": (conversation.FIELDS, conversation.conversation_of),
     "text": (plain_text.FIELDS, plain_text.text_of),
 }

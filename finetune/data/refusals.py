@@ -16,7 +16,7 @@ def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
     kinds: dict[str, list[DataError]] = {}
     for error in errors:
         kinds.setdefault(error.message, []).append(error)
-    lines = []
+    lines: list[str] = []
     for message, [first, *others] in list(kinds.items())[:MOST_KINDS]:
         lines.append(f"{first.where}: {message}" if lines else message)
         if others:

@@ -1,5 +1,7 @@
 """Unused content of the sources: columns without a field, and supervised tokens beyond `task.max_length`."""
 
+from typing import TypedDict
+
 from finetune.data import preflight
 from finetune.data.batches import Examples
 from finetune.data.sources.files import listed
@@ -8,9 +10,28 @@ from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source
 
 
-def columns(plan: Plan, train: Examples, holdout: Examples) -> list[dict]:
+class IgnoredColumns(TypedDict):
+    source: str
+    columns: list[str]
+
+
+class Lost(TypedDict):
+    """What is cut away of the training sources, held-out rows included."""
+
+    source_rows: int
+    lost_rows: int
+    lost_supervised_tokens: int
+    source_supervised_tokens: int
+
+
+class Unused(Lost):
+    ignored_columns: list[IgnoredColumns]
+
+
+def columns(plan: Plan, train: Examples, holdout: Examples) -> list[IgnoredColumns]:
     """For each source, the columns without a field of the task that the recipe does not skip."""
-    recipe, found = plan.recipe, []
+    recipe = plan.recipe
+    found: list[IgnoredColumns] = []
     own = recipe.data.holdout if isinstance(recipe.data.holdout, list) else []
     sources = [*zip(recipe.data.train, plan.train, train.columns, strict=True)]
     sources += zip(own, plan.holdout, holdout.columns if own else (), strict=True)
@@ -29,8 +50,7 @@ def _of_first_rows(source: Source, pin: PinnedSource) -> list[str]:
     return [*dict.fromkeys(name for index in range(min(len(rows), count)) for name in rows[index])]
 
 
-def lost(plan: Plan, train: Examples) -> dict[str, int]:
-    """Tokens and rows cut from the training sources, held-out rows included."""
+def lost(plan: Plan, train: Examples) -> Lost:
     rows, tokens, of = train.lost()
     return {
         "source_rows": sum(pin.rows for pin in plan.train),
@@ -40,13 +60,13 @@ def lost(plan: Plan, train: Examples) -> dict[str, int]:
     }
 
 
-def lines(facts: dict) -> list[str]:
+def lines(facts: Unused) -> list[str]:
     """Lines for a reader: ignored columns, and a warning about cut tokens. Empty if everything is used."""
     said = [f"{'ignored':11}columns {listed(each['columns'])} of {each['source']}" for each in facts["ignored_columns"]]
     return [*said, *warning(facts)]
 
 
-def warning(facts: dict) -> list[str]:
+def warning(facts: Lost) -> list[str]:
     if not facts["lost_rows"]:
         return []
     rows, tokens, of = facts["source_rows"], facts["lost_supervised_tokens"], facts["source_supervised_tokens"]

@@ -7,6 +7,7 @@ first step that differs is the answer, and no row is to blame.
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypedDict
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from finetune.debug.reexecute import Rerun
 from finetune.debug.search import Found, NoAnswer, search_record, search_states
 from finetune.errors import RunError, counted
 from finetune.training import incident
+from finetune.training.incident import BundledRow
 from finetune.training.loop import StepReport
 
 SHOWN_ROWS = 5
@@ -37,6 +39,25 @@ class Culprit:
     """Share of the blame of each example."""
 
 
+class RowShare(TypedDict):
+    id: int
+    share: float
+
+
+class Bisection(TypedDict):
+    """What `bisect --json` prints. `first_bad_step` is None where there is none."""
+
+    first_bad_step: int | None
+    last_good_step: int | None
+    rows: list[RowShare]
+    evaluations: int
+    bundle: str | None
+    observed_step: int | None
+    predicate: str
+    cause: str | None
+    notes: list[str]
+
+
 def bisect(
     run: Path,
     bad_if: str | None = None,
@@ -45,7 +66,7 @@ def bisect(
     bad_command: str | None = None,
     good: int | None = None,
     bad: int | None = None,
-) -> dict:
+) -> Bisection:
     """The object of `bisect --json`; `first_bad_step` is None if there is none. Give one of the three predicates; without one,
     the step `bad` is explained."""
     given = [each for each in (bad_if, bad_evaluation, bad_command) if each is not None]
@@ -61,20 +82,33 @@ def bisect(
     for note in rerun.notes():
         rerun.say(note)
     try:
-        if not given:
+        if bad is not None and not given:
             if bad not in rerun.refused and bad not in rerun.steps:
                 raise PredicateError(f"step {bad} was not recorded", where=str(run))
             found = Found(bad, bad - 1)
-        elif bad_if:
+        elif comparison and bad_if:
             found = search_record(rerun, comparison, good, bad)
         else:
-            found = search_states(rerun, comparison or bad_command, good, bad)
+            found = search_states(rerun, comparison or given[0], good, bad)
     except NoAnswer as answer:
-        facts = {"first_bad_step": None, "last_good_step": None, "rows": [], "bundle": None}
-        facts["evaluations"] = answer.evaluations
-        return facts | {"observed_step": None, "predicate": text, "cause": None, "notes": [str(answer)]}
-    culprit = _culprit(rerun, found, comparison.quantity if bad_if else None if given else "loss")
+        return _no_answer(text, answer)
+    recorded = comparison.quantity if comparison and bad_if else None
+    culprit = _culprit(rerun, found, recorded if given else "loss")
     return _bundled(rerun, found, text, culprit)
+
+
+def _no_answer(predicate: str, answer: NoAnswer) -> Bisection:
+    return {
+        "first_bad_step": None,
+        "last_good_step": None,
+        "rows": [],
+        "bundle": None,
+        "evaluations": answer.evaluations,
+        "observed_step": None,
+        "predicate": predicate,
+        "cause": None,
+        "notes": [str(answer)],
+    }
 
 
 def _culprit(rerun: Rerun, found: Found, quantity: str | None) -> Culprit:
@@ -90,16 +124,16 @@ def _culprit(rerun: Rerun, found: Found, quantity: str | None) -> Culprit:
     shares: dict[int, float] = {}
     if not rerun.first_difference and cause == "update":
         shares = suspects.gradient_shares(rerun.state, rerun.plan, rerun.batches_of(step), step)
-    report = rerun.attempt() if not rerun.first_difference else None
-    if rerun.first_difference:
+    report = None if rerun.first_difference else rerun.attempt()
+    if report is None or rerun.first_difference:
         difference, probes = rerun.earliest_difference()
         found.evaluations += probes
         note = f"run again, {difference}: what happened is not in the recipe or its rows (hardware, an edited file, other code)"
         return Culprit(difference.step, "not reproduced", note)
-    return Culprit(step, cause, "", report, shares or suspects.shares_of(quantity, report))
+    return Culprit(step, cause, "", report, shares or suspects.shares_of(quantity or "loss", report))
 
 
-def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> dict:
+def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> Bisection:
     """The answer, with a bundle of the bad step; if no rows are to blame, the step runs as planned."""
     step, report, shares = culprit.step, culprit.report, culprit.shares
     notes = [*found.notes, *([culprit.note] if culprit.note else [])]
@@ -110,7 +144,7 @@ def _bundled(rerun: Rerun, found: Found, predicate: str, culprit: Culprit) -> di
         shares = _other_rows(rerun, report)
     rows = incident.rows_of(rerun.resolved, report)
     if shares:
-        shared = [{"row": row["row"], "share": shares[row["example"]], **row} for row in rows]
+        shared: list[BundledRow] = [{"row": row["row"], "share": shares[row["example"]], **row} for row in rows]
         rows = sorted(shared, key=lambda row: -row["share"])
     folder = None
     if rerun.accelerator.is_main_process:
@@ -167,7 +201,9 @@ def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:
 
 def _mean_loss(rerun: Rerun, batches: Batches, ids: np.ndarray) -> float:
     weights = batches.examples.targets[ids]
-    return float((np.array(suspects.row_losses(rerun.state, batches, ids)) * weights).sum() / weights.sum())
+    return float(
+        (np.asarray(suspects.row_losses(rerun.state, batches, ids), dtype=np.float64) * weights).sum() / weights.sum()
+    )
 
 
 def _usual_loss(rerun: Rerun, step: int) -> float:
@@ -193,7 +229,7 @@ def _deviation(rerun: Rerun, until: int) -> Culprit | None:
     return None
 
 
-def listing(facts: dict) -> str:
+def listing(facts: Bisection) -> str:
     """The same as lines of text."""
     lines = [f"note: {note}" for note in facts["notes"]]
     if facts["first_bad_step"] is None:
@@ -205,7 +241,7 @@ def listing(facts: dict) -> str:
         "deviation": "not as planned",
         "not reproduced": "not reproduced by its rows",
     }
-    head = f"first bad step: {step} ({why[facts['cause']]}); last good step: {facts['last_good_step']}"
+    head = f"first bad step: {step} ({why[facts['cause'] or 'rows']}); last good step: {facts['last_good_step']}"
     if facts["observed_step"] != step:
         head += f"; seen at step {facts['observed_step']}"
     rows = [f"  row {row['id']}: {row['share']:.1%}" for row in facts["rows"][:SHOWN_ROWS]]

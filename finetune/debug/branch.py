@@ -79,14 +79,17 @@ def branch(
         parent = Parent(ref=f"{origin.name}@{step}", run=facts["run"], step=step, digest=digest, plan_id=old.plan_id)
         plan = _plan(resolved, old, parent, choices)
         if not branch_directory.is_there(run, plan):
-            ours = {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8)}
-            facts = facts_of(accelerator) | ours
+            facts = {
+                **facts_of(accelerator),
+                "micro_batch_tokens": resolved.micro_batch_tokens,
+                "run": secrets.token_hex(8),
+            }
             with lease.acquire(run, secrets.token_hex(4)) as held:
                 is_reset = choices.is_optimizer_reset
                 made = branch_directory.Branch(run, origin, plan, facts, loaded.recipe, checkpoint, is_reset)
                 told = branch_directory.make(made, held)
             if not is_quiet:
-                told = [f"branched from {parent.ref}", *plan.parent.changes, *told]
+                told = [f"branched from {parent.ref}", *(plan.parent or parent).changes, *told]
             for line in told:
                 print(line, file=sys.stderr)
     collectives.wait_for_everyone(accelerator)
@@ -99,7 +102,7 @@ def branch(
 def _origin(ref: str) -> tuple[Path, int]:
     """The run and the step of a ref; the step need not be stored."""
     parsed = parse(ref)
-    if parsed.kind not in ("run", "base"):
+    if parsed.kind != "run" and parsed.kind != "base":
         raise CheckpointError(f"`{ref}` is not a step of a run", hint="name RUN@STEP, RUN@last or RUN@best")
     if isinstance(parsed.step, int):
         return parsed.run, parsed.step
@@ -197,7 +200,7 @@ def _course(new: Plan, old: Plan, step: int) -> list[str]:
 
 
 def _changes(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
-    return differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    return list(differences(old.model_dump(mode="json"), new.model_dump(mode="json")))
 
 
 def _skipped(resolved: Resolved, old: Plan, choices: Choices) -> tuple[list[int], list[str]]:

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune.errors import RunError
-from finetune.plan.plan import Plan, are_same_rows
+from finetune.plan.facts import Facts
+from finetune.plan.plan import Parent, Plan, are_same_rows
 from finetune.recipe.load import dumps
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Checkpoint, of_attempt
@@ -20,6 +21,7 @@ from finetune.store.durable import failures, replace_file
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import Lease
+from finetune.store.run.records import ParentRecord, Record
 from finetune.training import pins
 
 
@@ -30,10 +32,16 @@ class Branch:
     path: Path
     origin: Path
     plan: Plan
-    facts: dict
+    facts: Facts
     recipe: Recipe
     checkpoint: Checkpoint | None
     is_optimizer_reset: bool
+
+    @property
+    def parent(self) -> Parent:
+        if self.plan.parent is None:
+            raise ValueError("the plan is not that of a branch")
+        return self.plan.parent
 
     @cached_property
     def is_comparable(self) -> bool:
@@ -54,22 +62,23 @@ def make(branch: Branch, held: Lease) -> list[str]:
     """Makes the directory; a line reports it if the parent run is not writable. Raises RunError if the directory has checkpoints of
     another run."""
     run, plan, lines = branch.path, branch.plan, []
-    store, ours = Store(run), {"ref": plan.parent.ref, "digest": plan.parent.digest}
+    parent = branch.parent
+    store, ours = Store(run), {"ref": parent.ref, "digest": parent.digest}
     for left in store.checkpoints():  # of a branch whose making was interrupted
         if left.manifest.parent != ours:
             hint = "use another --run; if it is a run that lost its plan.json, restore that"
             raise RunError("has checkpoints of something else", where=str(run), hint=hint)
         store.remove(left)
     if branch.checkpoint:
-        lines = pins.pin(branch.origin, branch.checkpoint.step, f"branch-{branch.facts['run']}", plan.parent.ref)
+        lines = pins.pin(branch.origin, branch.checkpoint.step, f"branch-{branch.facts['run']}", parent.ref)
         store.pin(branch.checkpoint.step, "begin")  # replays of the branch start from here
-        _link(branch, store, held)
+        _link(branch, branch.checkpoint, store, held)
     RunDirectory(run).journal.unlink(missing_ok=True)
     writer = journal.Journal(run)
     for record in _past_of(branch):
         writer.append(record)
-    parent = {name: value for name, value in plan.parent.model_dump(mode="json").items() if name != "step"}
-    writer.append(journal.event("branched", held.attempt, step=plan.parent.step, **parent))
+    about = parent.model_dump(mode="json", exclude={"step"})
+    writer.append(journal.event("branched", held.attempt, step=parent.step, **about))
     writer.sync()
     writer.close()
     with failures(run, RunError):
@@ -78,10 +87,10 @@ def make(branch: Branch, held: Lease) -> list[str]:
     return lines
 
 
-def _link(branch: Branch, store: Store, held: Lease) -> None:
+def _link(branch: Branch, checkpoint: Checkpoint, store: Store, held: Lease) -> None:
     """The first checkpoint of the branch: without the optimizer if it is reset, and without held-out figures if other rows are held
     out."""
-    plan, checkpoint = branch.plan, branch.checkpoint
+    plan = branch.plan
     attempt = store.begin(checkpoint.step, held.attempt)
     left_out = {*(RESUME_FILES if branch.is_optimizer_reset else ()), *(() if branch.is_comparable else (HISTORY,))}
     for name, record in checkpoint.manifest.files.items():
@@ -92,9 +101,9 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
         attempt.write_json(HISTORY, without_evaluations(history))
     if branch.is_optimizer_reset:
         attempt.write_tensors("optimizer.safetensors", [], {})
-        record = {"step": checkpoint.step, "optimizer": plan.recipe.optimizer.name, "scalars": {}}
-        attempt.write_json("state.json", record)
-    parent = {"ref": plan.parent.ref, "digest": checkpoint.manifest.digest}
+        optimizer, scalars = plan.recipe.optimizer.name, dict[str, float]()
+        attempt.write_json("state.json", {"step": checkpoint.step, "optimizer": optimizer, "scalars": scalars})
+    parent: ParentRecord = {"ref": branch.parent.ref, "digest": checkpoint.manifest.digest}
     manifest = replace(
         of_attempt(branch.facts, plan.plan_id, held.attempt, checkpoint.step, parent),
         amendments=checkpoint.manifest.amendments,
@@ -104,10 +113,10 @@ def _link(branch: Branch, store: Store, held: Lease) -> None:
     store.commit(attempt, manifest, held.check)
 
 
-def _past_of(branch: Branch) -> Iterator[dict]:
+def _past_of(branch: Branch) -> Iterator[Record]:
     """The records of earlier steps, for the guard and the loss curve, and the evaluations."""
-    (events, trained), step = scan.read(branch.origin), branch.plan.parent.step
+    (events, trained), step = scan.read(branch.origin), branch.parent.step
     yield from (trained[number] for number in sorted(trained) if number <= step)
     if branch.is_comparable:
-        evaluated = journal.that_count(events, lambda record: record.get("event") == "evaluated")
+        evaluated = journal.that_count(events, lambda record: record["event"] == "evaluated")
         yield from (record for number, record in sorted(evaluated.items()) if number <= step)

@@ -7,11 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NotRequired
 
+import numpy as np
 import torch
 
 from finetune.errors import counted
+from finetune.store.run.records import StepFigures
 from finetune.training import incident
+from finetune.training.incident import BundledRow
 from finetune.training.loop import StepReport
 from finetune.training.resolve import Resolved
 from finetune.training.state import TrainState
@@ -56,7 +60,17 @@ def watched(state: TrainState) -> Iterator[Seen]:
             hook.remove()
 
 
-def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequence[Sequence[int]]) -> dict:
+class Inspection(StepFigures):
+    """A step for a reader: its figures, its gradient by module, and its rows, the one with the highest loss first."""
+
+    step: int
+    verdict: NotRequired[str]
+    module_grad_norms: dict[str, float]
+    first_not_finite_activation: str | None
+    rows: list[BundledRow]
+
+
+def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequence[Sequence[int]]) -> Inspection:
     """A step as an object: its figures, its gradient by module, and its rows, the highest loss first. `slots` are the
     micro-batches of this rank: it knows the tokens of their rows alone."""
     losses_of = _of_examples(report, seen, slots)
@@ -67,25 +81,30 @@ def described(resolved: Resolved, report: StepReport, seen: Seen, slots: Sequenc
         if losses is not None:
             targets = example.tokens[1:][example.supervised[1:]].tolist()
             row["token_losses"] = [
-                [resolved.tokenizer.decode([token]), loss] for token, loss in zip(targets, losses, strict=True)
+                (str(resolved.tokenizer.decode([token])), loss) for token, loss in zip(targets, losses, strict=True)
             ]
-    verdict = {"verdict": report.verdict.message} if report.verdict else {}
-    about = {"module_grad_norms": report.module_norms, "first_not_finite_activation": seen.not_finite}
-    return {"step": report.step, **report.figures, **verdict, **about, "rows": rows}
+    about: Inspection = {
+        "step": report.step,
+        **report.figures,
+        "module_grad_norms": report.module_norms,
+        "first_not_finite_activation": seen.not_finite,
+        "rows": rows,
+    }
+    return {**about, "verdict": report.verdict.message} if report.verdict else about
 
 
-def marked(resolved: Resolved, tokens: Sequence[int], supervised: Sequence[bool]) -> str:
+def marked(resolved: Resolved, tokens: np.ndarray, supervised: np.ndarray) -> str:
     """A row as text, its supervised parts in ⟦ ⟧."""
     stretches: list[tuple[bool, list[int]]] = []
     for token, is_supervised in zip(tokens.tolist(), supervised.tolist(), strict=True):
         if not stretches or stretches[-1][0] != is_supervised:
             stretches.append((is_supervised, []))
         stretches[-1][1].append(token)
-    texts = [(is_supervised, resolved.tokenizer.decode(stretch)) for is_supervised, stretch in stretches]
+    texts = [(is_supervised, str(resolved.tokenizer.decode(stretch))) for is_supervised, stretch in stretches]
     return "".join(f"⟦{text}⟧" if is_supervised else text for is_supervised, text in texts)
 
 
-def listing(facts: dict) -> str:
+def listing(facts: Inspection) -> str:
     """The same as text."""
     lines = [
         "step {step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}, learning rate {learning_rate:.3g}".format(
@@ -111,7 +130,7 @@ def listing(facts: dict) -> str:
 
 def _of_examples(report: StepReport, seen: Seen, slots: Sequence[Sequence[int]]) -> dict[int, list[float]]:
     """The losses of each example's supervised tokens; a micro-batch has them row after row."""
-    found = {}
+    found: dict[int, list[float]] = {}
     for indices, losses_N in zip(slots, seen.token_losses, strict=False):
         parts = losses_N.split([report.row_tokens[index] for index in indices])
         found |= {int(report.examples[index]): part.tolist() for index, part in zip(indices, parts, strict=True)}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from finetune.errors import FinetuneError
 from finetune.store.run import row_losses
 from finetune.store.run.journal import is_number
+from finetune.store.run.records import Record
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -53,20 +54,26 @@ class Comparison(NamedTuple):
 def parse(text: str) -> Comparison:
     match = _COMPARISON.fullmatch(text)
     hint = "write it like 'loss > 4', 'grad_norm/layers.3 > 1' or, over the mean of 20 steps, 'loss~20 > 4'"
-    try:
-        limit = float(match["limit"])
-    except (TypeError, ValueError):
-        raise PredicateError(f"`{text}` is not a comparison", hint=hint) from None
+    if match is None or (limit := _number(match["limit"])) is None:
+        raise PredicateError(f"`{text}` is not a comparison", hint=hint)
     span = int(match["span"] or 1)
     if span < 1:
         raise PredicateError(f"`{text}`: a mean is over one step or more", hint=hint)
     return Comparison(match["quantity"], span, match["operator"], limit)
 
 
-def recorded(run: Path, steps: Mapping[int, dict], comparison: Comparison) -> dict[int, float]:
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def recorded(run: Path, steps: Mapping[int, Record], comparison: Comparison) -> dict[int, float]:
     """The quantity by step, for every step with a record of it; smoothed ones are means over the steps up to it."""
     name, _, module = comparison.quantity.partition("/")
     reader = row_losses.Reader(run)
+    found: Mapping[int, object]
     if module:
         found = {step: reader.modules(step).get(module) if name == "grad_norm" else None for step in sorted(steps)}
     elif name in OF_ROWS:

@@ -13,6 +13,7 @@ import torch
 from finetune.data.batches import Batches
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.model import base
+from finetune.plan.facts import World
 from finetune.recipe.resume_rules import differences, recorded
 from finetune.recipe.schema import Guard
 from finetune.store.checkpoints.manifest import Checkpoint
@@ -79,15 +80,20 @@ class Rerun:
             self._directory = self._stand_in or base.directory(self.plan.recipe.base, self.plan.base)
         self._state: TrainState | None = None
         self._loaded_step = 0
-        self._worlds = {
+        self._worlds: dict[str, World] = {
             record["attempt"]: record["world"] for record in self.events if record.get("event") == "started"
         }
         self._batches: dict[int, Batches] = {}
 
     @property
-    def state(self) -> TrainState | None:
-        """None before the first `begin_at` or `go_to`."""
+    def state(self) -> TrainState:
+        """Where the first `begin_at` or `go_to` brought it."""
+        if self._state is None:
+            raise ValueError("nothing was run again yet")
         return self._state
+
+    def is_at(self, step: int) -> bool:
+        return self._state is not None and self._state.step == step
 
     def notes(self) -> list[str]:
         """A line for every recorded fact of the machine that differs here."""
@@ -152,20 +158,22 @@ class Rerun:
             nearest = self.nearest(begin)
             if not is_on_the_way(nearest.step if nearest else 0):
                 self.begin_at(nearest)
-        if say and self._state.step < step:
-            first = self._state.step + 1
+        if say and self.state.step < step:
+            first = self.state.step + 1
             say(f"running step {step} again" if first == step else f"running steps {first} to {step} again")
         self.go_to_from_here(step)
 
     def go_to_from_here(self, step: int) -> None:
         """Runs from the current step of the state."""
-        while self._state.step < step:
+        while self.state.step < step:
             self.advance()
 
     def earliest_difference(self) -> tuple[Difference, int]:
         """The first step that differs from its record, given one that does. The fault may have begun between earlier checkpoints: these
         stretches run again, the previous one first, then by halves. Also returns the number of stretches."""
         found, probes = self.first_difference, 0
+        if found is None:
+            raise ValueError("all that ran again was as it was recorded")
         stored, _ = self.sound_checkpoints()
         starts = sorted(stored) if self.plan.parent and self.plan.parent.step else [0, *sorted(stored)]
         sound, broken = -1, max(place for place, start in enumerate(starts) if start < found.step)
@@ -173,7 +181,7 @@ class Rerun:
             middle, probes = (sound + broken) // 2 if probes else broken - 1, probes + 1
             self.first_difference = None
             self.begin_at(stored.get(starts[middle]))
-            while self.first_difference is None and self._state.step < starts[middle + 1]:
+            while self.first_difference is None and self.state.step < starts[middle + 1]:
                 self.advance()
                 other = None if self.first_difference else self.stored_difference()
                 if other:  # after that step's figures, before the next step's
@@ -189,13 +197,13 @@ class Rerun:
 
     def stored_difference(self) -> Difference | None:
         """The first tensor that differs from the stored checkpoint of this step, to the bit; None without a checkpoint."""
-        step = self._state.step
+        step = self.state.step
         if not RunDirectory(self.run).checkpoint(step).is_dir():
             return None
         kept = self.store.find(step)
         if kept.manifest.kind != "full":
             return None
-        tensors, _ = snapshot.Live(self._state).copied()
+        tensors, _ = snapshot.Live(self.state).copied()
         stored = snapshot.stored_tensors(kept)
         for name, live in tensors.items():
             is_same = name in stored and torch.equal(_bits(live.detach().cpu()), _bits(stored[name]))
@@ -206,7 +214,7 @@ class Rerun:
     def advance(self) -> loop.StepReport:
         """Runs the next step as the run did, and compares it with the record. Raises NotFiniteError if it is NaN or infinite."""
         report = self.attempt()
-        if not report.is_finished:
+        if report.verdict and not report.is_finished:
             found = self.first_difference
             hint = f"in the run it could: {found}" if found else "the run ended here as well"
             raise NotFiniteError(f"cannot be made: {report.verdict.message}", where=f"step {report.step}", hint=hint)
@@ -214,10 +222,10 @@ class Rerun:
 
     def attempt(self) -> loop.StepReport:
         """The same, but without an update if the figures are NaN or infinite: then the state stays at its step."""
-        step = self._state.step + 1
+        step = self.state.step + 1
         if self.accelerator.device.type == "cpu":
             torch.set_num_threads(self._world_of(step)["threads"])  # sums are divided among the threads
-        report = loop.train_step(self._state, self.plan, self.batches_of(step), judge=self.judge)
+        report = loop.train_step(self.state, self.plan, self.batches_of(step), judge=self.judge)
         if not self.columns.rows(step):
             self.unwritten[step] = report.columns
         if self.first_difference is None:
@@ -238,9 +246,11 @@ class Rerun:
     def difference(self, report: loop.StepReport) -> Difference | None:
         """The first quantity of a step that differs from its record; None also if there is no record."""
         step, found = report.step, report.columns
-        record = self.steps.get(step)
-        now = report.figures | ({"skipped": report.verdict.reason} if report.verdict and record else {})
-        record = record or self.refused.get(step)
+        trained = self.steps.get(step)
+        now: dict[str, object] = {**report.figures}
+        if report.verdict and trained:
+            now["skipped"] = report.verdict.reason
+        record = trained or self.refused.get(step)
         if record is None:
             return None
         then = {name: record.get(name) for name in {**now, **({"skipped": 0} if "skipped" in record else {})}}
@@ -268,9 +278,10 @@ class Rerun:
             self._batches[budget] = batches(resolved, resolved.train, self.accelerator)
         return self._batches[budget]
 
-    def _world_of(self, step: int) -> dict:
+    def _world_of(self, step: int) -> World:
         """The machine facts of the attempt that recorded a step."""
-        return self._worlds.get(self.steps.get(step, {}).get("attempt"), self.facts)
+        record = self.steps.get(step)
+        return self._worlds.get(record["attempt"], self.facts) if record else self.facts
 
     def _newest_name(self, step: int) -> int:
         """The newest step up to `step` with a checkpoint directory, verified or not."""

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import NotRequired, TypedDict, cast
 
 from finetune.debug import inspection
+from finetune.debug.inspection import Inspection
 from finetune.debug.reexecute import Difference, Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.store.checkpoints.manifest import of_attempt
@@ -22,7 +24,26 @@ from finetune.training.saving.saver import Record, Saver
 from finetune.training.so_far import Past
 
 
-def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> dict:
+class DifferenceRecord(TypedDict):
+    step: int
+    quantity: str
+    recorded: object
+    replayed: object
+
+
+class Replay(TypedDict):
+    """What `replay --json` prints."""
+
+    steps: list[int]
+    identical: bool
+    first_difference: DifferenceRecord | None
+    notes: list[str]
+    inspected: NotRequired[list[Inspection]]
+    materialized: NotRequired[list[str]]
+    """Refs of the checkpoints that were made."""
+
+
+def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_materialized: bool = False) -> Replay:
     """The object of `replay --json`. Raises RunError if the run has no such steps."""
     rerun = Rerun(run)
     _refuse_missing(rerun, first, last)
@@ -42,10 +63,10 @@ def replay(run: Path, first: int, last: int, is_inspected: bool = False, is_mate
             break
         rerun.first_difference = rerun.first_difference or rerun.stored_difference()
     found = rerun.first_difference
-    facts = {
+    facts: Replay = {
         "steps": [first, last],
         "identical": found is None,
-        "first_difference": asdict(found) if found else None,
+        "first_difference": cast(DifferenceRecord, asdict(found)) if found else None,
         "notes": rerun.notes(),
     }
     if is_inspected:
@@ -105,7 +126,7 @@ class Committer:
         for number in range((before.step if before else 0) + 1, step + 1):
             past.add(rerun.steps[number])
         evaluated = {at: metrics for at, metrics in past.evaluated.items() if at <= step}
-        amendments = [each._asdict() for each in rerun.amendments if each.first <= step]
+        amendments = [each.record for each in rerun.amendments if each.first <= step]
         record = Record(
             metrics=evaluated.get(step, {}),
             columns=self._unwritten(step),
@@ -133,7 +154,7 @@ class Committer:
 def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
     """The recorded steps, and a refused last one."""
     newest = max(rerun.steps, default=0)
-    refused = {record["step"] for record in rerun.events if record.get("event") in ("not_finite", "spike")}
+    refused = {record["step"] for record in rerun.events if record["event"] in ("not_finite", "spike")}
     if last > max([newest, *refused]):
         raise RunError(f"has {counted(newest, 'step')}", where=str(rerun.run), hint=f"name steps from 1 to {newest}")
     if rerun.plan.parent and first <= rerun.plan.parent.step:
@@ -141,14 +162,14 @@ def _refuse_missing(rerun: Rerun, first: int, last: int) -> None:
         raise RunError(f"begins with step {rerun.plan.parent.step + 1}", where=str(rerun.run), hint=hint)
 
 
-def listing(facts: dict) -> str:
+def listing(facts: Replay) -> str:
     """The same as lines of text."""
     first, last = facts["steps"]
     what = f"step {first}" if first == last else f"steps {first} to {last}"
     lines = [inspection.listing(step) for step in facts.get("inspected", ())]
-    if facts["identical"]:
-        lines.append(f"{what}: as recorded, to the bit")
+    if found := facts["first_difference"]:
+        lines.append(f"not as recorded: {Difference(**found)}")
     else:
-        lines.append(f"not as recorded: {Difference(**facts['first_difference'])}")
+        lines.append(f"{what}: as recorded, to the bit")
     lines += [f"committed {ref}" for ref in facts.get("materialized", ())]
     return "\n".join(lines)

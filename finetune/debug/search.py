@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
@@ -21,6 +22,7 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.durable import failures
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import Record
 from finetune.training import collectives
 from finetune.training.evaluation import evaluate
 from finetune.training.saving import snapshot
@@ -48,7 +50,9 @@ class NoAnswer(Exception):
 
 def search_record(rerun: Rerun, comparison: Comparison, good: int | None, bad: int | None) -> Found:
     """The first bad step after a good one. Nothing is evaluated: the journal has every step."""
-    values = predicates.recorded(rerun.run, ChainMap(rerun.steps, rerun.refused), comparison)
+    # both are only read, and the steps one at a time
+    recorded = ChainMap(cast(dict[int, Record], rerun.steps), cast(dict[int, Record], rerun.refused))
+    values = predicates.recorded(rerun.run, recorded, comparison)
     steps = [step for step in sorted(values) if (good is None or step > good) and (bad is None or step <= bad)]
     is_bad = {step: comparison.holds(values[step]) for step in steps}
     if not any(is_bad.values()):
@@ -90,19 +94,20 @@ class States:
         """Whether the state after a step is bad; None if the command cannot tell. The rerun is at this step, unless it is stored."""
         rerun = self.rerun
         if isinstance(self._predicate, Comparison):
-            metrics = self._recorded(step)
-            if metrics is None:
-                if rerun.state is None or rerun.state.step != step:
+            quantity = self._predicate.quantity
+            metrics = journal.evaluations(rerun.events).get(step, {})
+            if quantity not in metrics:
+                if not rerun.is_at(step):
                     rerun.begin_at(checkpoint)
                 self.evaluations += 1
-                metrics = evaluate(rerun.resolved, rerun.accelerator, rerun.state.objective)
-            value = metrics.get(self._predicate.quantity)
+                metrics = evaluate(rerun.resolved, rerun.accelerator, rerun.state.objective) or {}
+            value = metrics.get(quantity)
             if value is None:
                 names = ", ".join(metrics)
-                raise PredicateError(f"an evaluation has no `{self._predicate.quantity}`", hint=f"it has {names}")
-            verdict = self._predicate.holds(float(value))
-            rerun.say(f"step {step}: {self._predicate.quantity} {float(value):.6g}, {'bad' if verdict else 'good'}")
-            return verdict
+                raise PredicateError(f"an evaluation has no `{quantity}`", hint=f"it has {names}")
+            is_bad = self._predicate.holds(float(value))
+            rerun.say(f"step {step}: {quantity} {float(value):.6g}, {'bad' if is_bad else 'good'}")
+            return is_bad
         self.evaluations += 1
         path = checkpoint.path if checkpoint else rerun.resolved.base_directory
         code = {None: 2, True: 1, False: 0}
@@ -111,10 +116,6 @@ class States:
         verdict = {2: None, 1: True, 0: False}[told]
         rerun.say(f"step {step}: {'the command cannot tell' if verdict is None else 'bad' if verdict else 'good'}")
         return verdict
-
-    def _recorded(self, step: int) -> dict | None:
-        found = journal.evaluations(self.rerun.events).get(step)
-        return found if found and self._predicate.quantity in found else None
 
     def write(self, previous: Checkpoint | None) -> Checkpoint:
         """The current state as a checkpoint, in a temporary directory on the run's disk, removed with this object."""
@@ -162,8 +163,9 @@ class States:
 
     def remove(self, checkpoint: Checkpoint | None) -> None:
         """Removes the files of `write`, and nothing else."""
-        is_ours = checkpoint is not None and self._scratch is not None and checkpoint.path.is_relative_to(self._scratch)
-        if is_ours and self.rerun.accelerator.is_main_process:
+        if checkpoint is None or self._scratch is None or not checkpoint.path.is_relative_to(self._scratch):
+            return
+        if self.rerun.accelerator.is_main_process:
             Store(self._scratch).remove(checkpoint)
 
     def close(self) -> None:

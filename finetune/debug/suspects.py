@@ -9,7 +9,7 @@ import statistics
 import numpy as np
 import torch
 
-from finetune.data.batches import Batches, moved
+from finetune.data.batches import Batch, Batches, each_tensor
 from finetune.plan.plan import Plan
 from finetune.training.loop import StepReport
 from finetune.training.state import TrainState
@@ -85,6 +85,6 @@ def _gradient(state: TrainState, batches: Batches, ids: np.ndarray) -> list[torc
     return sums
 
 
-def _alone(state: TrainState, batches: Batches, example: int) -> dict:
-    inputs = batches.collate([batches.examples[example]])
-    return moved(inputs, lambda tensor: tensor.to(state.accelerator.device))
+def _alone(state: TrainState, batches: Batches, example: int) -> Batch:
+    device = state.accelerator.device
+    return each_tensor(batches.collate([batches.examples[example]]), lambda tensor: tensor.to(device))

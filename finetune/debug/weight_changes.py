@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from safetensors import safe_open
@@ -25,6 +25,17 @@ PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_embedding_A")
 
 
+class ChangeRecord(TypedDict):
+    """A `Change`, as `diff --json` prints it."""
+
+    name: str
+    size: int
+    norm: float
+    change: float
+    relative: float
+    largest: float
+
+
 class Change(NamedTuple):
     """Of one tensor, from A to B; norms are 2-norms of all its numbers."""
 
@@ -37,6 +48,10 @@ class Change(NamedTuple):
     """`change / norm`."""
     largest: float
     """The largest change of one number."""
+
+    @property
+    def record(self) -> ChangeRecord:
+        return cast(ChangeRecord, self._asdict())
 
 
 @dataclass(frozen=True)
@@ -80,10 +95,16 @@ def changes(one: Weights, two: Weights) -> tuple[list[Change], dict[str, list[st
         if before is not None and after is not None and before.shape != after.shape:
             others["of another shape"].append(name)
             continue
-        difference = after - before if None not in (before, after) else after if before is None else -before
-        weight = below.read[name]().float() if is_adapter and name in below.read else before
-        found.append(_change(name, weight, difference))
+        weight = below.read[name]().float() if is_adapter and below and name in below.read else before
+        found.append(_change(name, weight, _difference(before, after)))
     return found, {kind: names for kind, names in others.items() if names}
+
+
+def _difference(before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor:
+    """From A to B; a side that has nothing adds nothing."""
+    if after is None:
+        return torch.empty(0) if before is None else -before
+    return after if before is None else after - before
 
 
 def by_module(found: Sequence[Change]) -> list[Change]:
@@ -170,7 +191,7 @@ def _products(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
     path = directory / ADAPTER
     with safe_open(path, "pt") as file:
         names = list(file.keys())
-    found = {}
+    found: dict[str, Callable[[], torch.Tensor]] = {}
     for name in names:
         factor = next((factor for factor in FACTORS if name.endswith(factor)), None)
         if factor:
@@ -181,7 +202,7 @@ def _products(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
     return found
 
 
-def _product(path: Path, a: str, b: str, config: dict) -> torch.Tensor:
+def _product(path: Path, a: str, b: str, config: dict[str, Any]) -> torch.Tensor:
     """(alpha / r) B A; of an embedding, transposed as its weight is."""
     left, right = _read(path, b).float(), _read(path, a).float()
     rank = right.shape[0]

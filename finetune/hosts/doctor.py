@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import TypedDict
 
 from finetune import version
 from finetune.plan.forecast import readable
@@ -25,12 +26,30 @@ PACKAGES = (
 )
 
 
-def facts() -> dict:
+class Machine(TypedDict):
+    """What `doctor --json` prints."""
+
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    device: str
+    devices: int
+    cores: int | None
+    threads: int
+    memory_bytes: int
+    cache: str
+    has_hard_links: bool
+    free_bytes: int
+    has_token: bool
+    warnings: list[str]
+
+
+def facts() -> Machine:
     """Versions, devices, memory, disk, and a list of warnings."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = {
+    found: Machine = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -43,23 +62,25 @@ def facts() -> dict:
         "has_hard_links": _has_hard_links(Path.cwd()),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "has_token": bool(os.environ.get("HF_TOKEN") or os.environ.get("HF_TOKEN_PATH")),
+        "warnings": [],
     }
-    return found | {"warnings": _warnings(found)}
+    return {**found, "warnings": _warnings(found)}
 
 
-def listing(found: dict) -> str:
+def listing(found: Machine) -> str:
     """The same for a reader."""
     lines = [
         f"{name:16}{value}"
         for name, value in found.items()
         if name not in ("packages", "warnings", "memory_bytes", "free_bytes")
     ]
-    lines += [f"{name:16}{readable(found[name])}" for name in ("memory_bytes", "free_bytes")]
+    sizes = (("memory_bytes", found["memory_bytes"]), ("free_bytes", found["free_bytes"]))
+    lines += [f"{name:16}{readable(size)}" for name, size in sizes]
     lines += [f"{name:16}{installed or 'not installed'}" for name, installed in found["packages"].items()]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in found["warnings"])])
 
 
-def _warnings(found: dict) -> list[str]:
+def _warnings(found: Machine) -> list[str]:
     warnings = []
     if found["device"] == "cpu" and shutil.which("nvidia-smi"):
         warnings.append(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypedDict
 
 import psutil
 
@@ -15,6 +16,7 @@ from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.store.run import holder as holders
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import Record
 
 SLOW = 10
 """A training that takes so many times what it usually takes is still slow, not hung."""
@@ -53,7 +55,27 @@ def _run_of_process(process: psutil.Process, run_of: Callable[[str, Sequence[str
     return None
 
 
-def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
+class Health(TypedDict):
+    """How a run is."""
+
+    run: str
+    ok: bool
+    state: str
+    step: int | None
+    quiet_seconds: float
+    limit_seconds: float | None
+    """How long it may be quiet."""
+    is_finished: bool
+
+
+class HealthReport(TypedDict):
+    """What `health --json` prints."""
+
+    ok: bool
+    runs: list[Health]
+
+
+def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
     """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well; or where its
     process is gone.
 
@@ -73,23 +95,31 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
     steps = [record["step"] for record in mine if record["kind"] == "step"]
     last = datetime.fromisoformat(mine[-1]["time"] if mine else holder.since)
     quiet_seconds = max(0.0, (datetime.now(UTC) - last).total_seconds())
-    facts = {"run": str(run), "step": steps[-1] if steps else None, "quiet_seconds": round(quiet_seconds, 1)}
-    facts["is_finished"] = False
+    facts: Health = {
+        "run": str(run),
+        "ok": True,
+        "state": "starting",
+        "step": steps[-1] if steps else None,
+        "quiet_seconds": round(quiet_seconds, 1),
+        "limit_seconds": None,
+        "is_finished": False,
+    }
     if holder.released is not None:
         end = RunDirectory(run).plan()[0].steps if RunDirectory(run).is_run else None
         step = max([stored, *steps], default=0)
-        return facts | {"step": step, "ok": True, "state": "ended", "limit_seconds": None, "is_finished": stored == end}
+        return {**facts, "step": step, "state": "ended", "is_finished": stored == end}
     is_dead = holders.is_dead_here(holder)
     is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it is told in whole seconds
     if since and (is_dead or (is_older and not holders.is_here(holder))):
-        return facts | {"step": None, "ok": True, "state": "starting", "limit_seconds": None}
+        return {**facts, "step": None}
     if is_dead:
-        return facts | {"ok": False, "state": "killed", "limit_seconds": None}
+        return {**facts, "ok": False, "state": "killed"}
     if not steps:
-        return facts | {"ok": True, "state": "starting", "limit_seconds": None}
+        return facts
     end = RunDirectory(run).plan()[0].steps
-    if any(record.get("event") == "committed" and record["step"] == end for record in mine):
-        return facts | {"ok": True, "state": "finished", "limit_seconds": None}
+    events = [record for record in mine if journal.is_event(record)]
+    if any(record["event"] == "committed" and record["step"] == end for record in events):
+        return {**facts, "state": "finished"}
     of_evaluations = _usual_pause(records, "evaluated")
     if not of_evaluations:  # they may be rare
         of_evaluations = _usual_pause(journal.newest_pair(run, "evaluated"), "evaluated")
@@ -98,10 +128,10 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> dict:
         limit, state = limit + STALL_SECONDS + sum(map(_bytes, saves)) / SLOWEST_DISK, "saving"
     if quiet_seconds > limit:
         state = "hung"
-    return facts | {"ok": state != "hung", "state": state, "limit_seconds": round(limit, 1)}
+    return {**facts, "ok": state != "hung", "state": state, "limit_seconds": round(limit, 1)}
 
 
-def listing(facts: dict) -> str:
+def listing(facts: HealthReport) -> str:
     """A line about each run."""
     return "\n".join(_line(**each) for each in facts["runs"]) or "nothing is trained here"
 
@@ -123,7 +153,7 @@ def _line(
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
 
 
-def _recent(run: Path) -> list[dict]:
+def _recent(run: Path) -> list[Record]:
     """The newest records: however many steps there are since the last commit, no more are needed."""
     counted = itertools.count(1)
     return journal.read_since(run, lambda record: next(counted) == RECENT_RECORDS)
@@ -150,11 +180,12 @@ def _bytes(save: Path) -> int:
         return 0
 
 
-def _usual_pause(records: Sequence[dict], wanted: str) -> float:
+def _usual_pause(records: Sequence[Record], wanted: str) -> float:
     """The median of the seconds between a step, or an event, and the record before, of the same attempt; 0 without any."""
     pauses = []
     for before, record in itertools.pairwise(records):
-        if record.get("event", "step") == wanted and before["attempt"] == record["attempt"]:
+        name = record["event"] if record["kind"] == "event" else "step"
+        if name == wanted and before["attempt"] == record["attempt"]:
             seconds = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
             pauses.append(seconds.total_seconds())
     return statistics.median(pauses) if pauses else 0.0

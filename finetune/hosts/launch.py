@@ -20,7 +20,7 @@ import psutil
 
 from finetune.errors import DivergedError, LostRankError
 from finetune.hosts.signals import ending_signals
-from finetune.hosts.world import TOLD, World, cores, devices_here, world_of
+from finetune.hosts.world import TOLD, Flags, World, cores, devices_here, world_of
 from finetune.store.run.directory import RunDirectory
 
 AFTER_A_CRASH_SECONDS = 5.0  # the other ranks have so long to see it themselves, and to say so
@@ -164,9 +164,7 @@ def _rank(world: World, local: int) -> dict[str, str]:
     }
 
 
-def launch(
-    asked: Mapping[str, object], arguments: Sequence[str], run: Path, restarts: int, grace_seconds: float
-) -> NoReturn:
+def launch(asked: Flags, arguments: Sequence[str], run: Path, restarts: int, grace_seconds: float) -> NoReturn:
     """Trains `run` with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error. A crash
     is begun again from the last commit, at most `restarts` times; an error that a user has to mend is not."""
     world = world_of(asked, os.environ, devices_here(os.environ))

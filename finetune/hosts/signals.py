@@ -26,7 +26,7 @@ class Signals:
     A thread hears them: the main one may stand in native code, and wait for a rank that does not come.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self.received_at = 0.0
         self.is_training = False

@@ -4,6 +4,10 @@ import io
 import os
 import select
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 AT_ONCE_BYTES = 512  # what POSIX has every pipe take as a whole once it is ready
 PATIENCE_MS = 1_000
@@ -18,7 +22,7 @@ class _Lasting(io.FileIO):
         self._ready.register(self, select.POLLOUT)
         self._patience_ms = PATIENCE_MS
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "Buffer", /) -> int:
         left = memoryview(data).cast("B")
         count = len(left)
         while left:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypedDict, cast
 
 from finetune.errors import FinetuneError
 
@@ -36,7 +37,17 @@ class World:
         return self.nodes * self.processes
 
 
-def world_of(asked: Mapping[str, object], environment: Mapping[str, str], devices: int) -> World | None:
+class Flags(TypedDict, total=False):
+    """What `launch` is told; None where nothing is said."""
+
+    processes: int | None
+    nodes: int | None
+    node: int | None
+    address: str | None
+    port: int | None
+
+
+def world_of(asked: Flags, environment: Mapping[str, str], devices: int) -> World | None:
     """Who trains together: what the flags say, else what the scheduler says, else a process for each device. None for a process that
     a launcher has started already, as one of its ranks.
 
@@ -51,7 +62,8 @@ def world_of(asked: Mapping[str, object], environment: Mapping[str, str], device
         refuse_half(environment)
     here = "no NVIDIA GPU here" if not devices else "one GPU here" if devices == 1 else f"{devices} GPUs here"
     world = found or World(max(devices, 1), here)
-    world = replace(world, **flags, **({"why": "as the flags say"} if flags else {}))
+    if flags:
+        world = replace(world, **cast(dict[str, Any], flags), why="as the flags say")
     if world.nodes > 1 and (world.port is None or world.address == "127.0.0.1"):
         hint = "give --master-addr and --master-port, the same on all hosts, and --node-rank"
         raise FinetuneError(f"{world.nodes} hosts have to know where to meet", where="--nnodes", hint=hint)

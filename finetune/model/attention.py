@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import cache
 from inspect import signature
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from finetune.errors import BaseError
 
@@ -57,10 +57,10 @@ def per_row(
         raise BaseError(message, where=type(module).__name__, hint=hint)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shape = Shape(scale, dropout, sliding_window, softcap)
-    if cu_seq_lens is not None and (dtype := _kernel_type(query, value, shape)):
+    if cu_seq_lens is not None and row_bounds is not None and (dtype := _kernel_type(query, value, shape)):
         longest = max(end - start for start, end in zip(row_bounds[:-1], row_bounds[1:], strict=True))
-        tensors = [_flat(tensor, dtype) for tensor in (query, key, value)]
-        output = _in_one_call(*tensors, cu_seq_lens, longest, shape)
+        flat_query, flat_key, flat_value = (_flat(tensor, dtype) for tensor in (query, key, value))
+        output = _in_one_call(flat_query, flat_key, flat_value, cu_seq_lens, longest, shape)
         return output[None, ..., : value.shape[-1]], None
     return _row_by_row(query, key, value, row_bounds or [0, query.shape[2]], shape), None
 
@@ -96,8 +96,10 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
         for tensor in (query, key, value)
     )
     window = (-1, 0) if shape.window is None else (shape.window - 1, 0)
-    groups = {"enable_gqa": query.shape[1] != key.shape[1]} if _has_word_for_groups(varlen_attn) else {}
-    return varlen_attn(
+    groups: dict[str, Any] = {}
+    if _has_word_for_groups(varlen_attn):
+        groups["enable_gqa"] = query.shape[1] != key.shape[1]
+    output = varlen_attn(
         query,
         key,
         value,
@@ -109,10 +111,11 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
         window_size=window,
         **groups,
     )
+    return output[0] if isinstance(output, tuple) else output
 
 
 @cache
-def _has_word_for_groups(kernel: Callable) -> bool:
+def _has_word_for_groups(kernel: Callable[..., object]) -> bool:
     """Whether the kernel wants to hear of fewer key heads; that of torch 2.11 takes them unasked."""
     return "enable_gqa" in signature(kernel).parameters
 
@@ -124,12 +127,11 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], sh
     sizes = [length * count for length, count in runs]
     # split, not slices: the gradient of a slice is a zero tensor of the whole length, once for every row
     parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        _attend(*(part.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for part in run_parts), shape)
-        .unflatten(0, (len(query), count))
-        .flatten(1, 2)
-        for (length, count), run_parts in zip(runs, parts, strict=True)
-    ]
+    outputs = []
+    for (length, count), run_parts in zip(runs, parts, strict=True):
+        rows = [part.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for part in run_parts]
+        attended = _attend(rows[0], rows[1], rows[2], shape)
+        outputs.append(attended.unflatten(0, (len(query), count)).flatten(1, 2))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).contiguous()
 
 
@@ -140,7 +142,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
         key, value = _repeated(key, value, query)
     is_cut = shape.window is not None and length > shape.window
     if shape.cap is not None:
-        return _capped(query, key, value, _mask(length, shape.window, query.device), shape).transpose(1, 2)
+        return _capped(query, key, value, _mask(length, shape.window, query.device), shape, shape.cap).transpose(1, 2)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -170,20 +172,20 @@ def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
     return seen if window is None else seen.triu(1 - window)
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape) -> Tensor:
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape, cap: float) -> Tensor:
     """Attention with soft-capped scores, which no kernel of torch has: all scores of a row are held."""
     key, value = _repeated(key, value, query)
-    scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / shape.cap)) * shape.cap
+    scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / cap)) * cap
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, shape.dropout) @ value
 
 
-def windows_of(model: torch.nn.Module, inputs: dict) -> set[int | None]:
+def windows_of(model: PreTrainedModel, inputs: dict[str, Any]) -> set[int | None]:
     """The windows that layers ask of attention, None for a layer without one. Some families put theirs into the mask alone, where
     `per_row` never sees it."""
     asked: set[int | None] = set()
 
-    def asking(module: torch.nn.Module, *tensors: Tensor, **settings: object) -> tuple[Tensor, None]:
+    def asking(module: torch.nn.Module, *tensors: Any, **settings: Any) -> tuple[Tensor, None]:
         asked.add(settings.get("sliding_window"))
         return per_row(module, *tensors, **settings)
 

@@ -3,17 +3,23 @@
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, FinetuneError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modules in
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
 
 
-def checkpoint_activations(model: torch.nn.Module) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Each decoder layer keeps its input alone, and runs again in the backward pass with the random numbers that it had."""
     inner = _transformers_model(model)
     # transformers 5.17 has the second name alone
@@ -34,7 +40,7 @@ def check_compiler() -> None:
         raise FinetuneError("there is no C++ compiler", where="train.compile", hint=hint)
 
 
-def compile_layers(model: torch.nn.Module) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """Compiles what decoder layers do beside attention: norms and feed-forward; layers share graphs, and so do lengths of more than one token.
 
     Attention depends on where rows begin: compiled with it, a layer would be compiled anew for every number of rows.
@@ -71,10 +77,11 @@ def kind_of(parameter: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(parameter)), "other")
 
 
-def reached(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """By kind of module: the base's parameters, tied ones once, and of these the ones that are trained or have an adapter on them."""
-    inner, found = _transformers_model(model), {}
-    special = {}
+    inner = _transformers_model(model)
+    found: dict[str, tuple[int, int]] = {}
+    special: dict[int, str] = {}
     for kind, module in (("head", inner.get_output_embeddings()), ("embeddings", inner.get_input_embeddings())):
         module = getattr(module, "base_layer", module)
         special |= {id(each): kind for each in module.parameters()} if module is not None else {}
@@ -84,13 +91,7 @@ def reached(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
         if isinstance(module, torch.nn.Embedding)
         for each in module.parameters()
     }
-    wrapped = {
-        id(each)
-        for module in model.modules()
-        if hasattr(module, "lora_A")
-        # peft wraps one tensor of a module of experts, or a layer with all that it has
-        for each in ([module.get_param()] if hasattr(module, "get_param") else module.base_layer.parameters())
-    }
+    wrapped = {id(each) for module in model.modules() if hasattr(module, "lora_A") for each in _wrapped_by(module)}
     for name, each in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -99,6 +100,11 @@ def reached(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
         is_reached = each.requires_grad or id(each) in wrapped
         found[kind] = (count + each.numel(), held + is_reached * each.numel())
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def _wrapped_by(module: Any) -> Iterable[torch.nn.Parameter]:
+    """What an adapter's module is beside: peft wraps one tensor of a module of experts, or a layer with all that it has."""
+    return [module.get_param()] if hasattr(module, "get_param") else module.base_layer.parameters()
 
 
 def missed(kinds: dict[str, tuple[int, int]]) -> str | None:
@@ -112,5 +118,6 @@ def missed(kinds: dict[str, tuple[int, int]]) -> str | None:
     return f"the adapter reaches {', '.join(told)}" if told else None
 
 
-def _transformers_model(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+def _transformers_model(model: PreTrainedModel) -> PreTrainedModel:
+    inner = cast("PeftModel", model).get_base_model() if hasattr(model, "peft_config") else model
+    return cast(PreTrainedModel, inner)

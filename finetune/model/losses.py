@@ -5,18 +5,26 @@ Shapes: B sequences, T positions, N supervised tokens, C tokens of a chunk, V vo
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from finetune.errors import explained, of_libraries
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Inputs = dict[str, Any]
+"""What a model's forward is given: tensors, and lists for the host."""
+# (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
+TokenLosses = Callable[[PreTrainedModel, Inputs, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_TOKENS = 512  # on two CPU cores 128 is 40 % slower: every chunk is one more pass over the gradient of the head
 
 
-def full(model: torch.nn.Module, inputs: dict, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def full(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Summed nats (fp32 scalar), and of each token (fp32, (N,)), from the model's own logits, all held at once: for any head.
 
     `positions_N` are the places among B * T whose next token is supervised, and `labels_N` is that token.
@@ -30,16 +38,18 @@ def full(model: torch.nn.Module, inputs: dict, positions_N: Tensor, labels_N: Te
     return losses_N.sum(), losses_N
 
 
-def chunked(model: torch.nn.Module, inputs: dict, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def chunked(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """The same from the decoder's output and the head's weight: never more than `CHUNK_TOKENS` rows of logits at once."""
     hidden_ND = decoder_of(model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     if len(positions_N) < len(hidden_ND):
         hidden_ND = hidden_ND.index_select(0, positions_N)
     head = head_of(model)
+    if head is None:
+        raise ValueError("the head of this model is not one linear layer")
     return LinearCrossEntropy.apply(hidden_ND, head.weight, head.bias, labels_N, head.scale, head.cap)
 
 
-def fitting(model: torch.nn.Module) -> tuple[Callable, str | None]:
+def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
     """`chunked`, or `full` and the reason, where the model's logits are not its linear head on its decoder's output."""
     head = head_of(model)
     if head is None:
@@ -63,7 +73,7 @@ def note(reason: str | None) -> str | None:
     return f"the loss holds the logits of a whole micro-batch: {reason}" if reason else None
 
 
-def takes_places(model: torch.nn.Module) -> bool:
+def takes_places(model: PreTrainedModel) -> bool:
     """Whether the model makes the logits of given places alone."""
     return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
 
@@ -77,7 +87,7 @@ class Head(NamedTuple):
     cap: float | None
 
 
-def head_of(model: torch.nn.Module) -> Head | None:
+def head_of(model: PreTrainedModel) -> Head | None:
     """The model's own head, if it is one linear layer; how its logits are scaled and capped is in its config."""
     layer = _unwrapped(model).get_output_embeddings()
     if type(layer) is not torch.nn.Linear:
@@ -87,13 +97,14 @@ def head_of(model: torch.nn.Module) -> Head | None:
     return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """What makes the hidden states that the head reads."""
-    return _unwrapped(model).get_decoder()
+    return cast(PreTrainedModel, _unwrapped(model).get_decoder())
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    inner = cast("PeftModel", model).get_base_model() if hasattr(model, "peft_config") else model
+    return cast(PreTrainedModel, inner)
 
 
 def _shaped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -112,7 +123,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -127,18 +138,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             head = Head(weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype), scale, cap)
             hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
             weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-            bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None
+            bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
             losses = []
             for start in range(0, len(labels_N), CHUNK_TOKENS):
                 chunk = slice(start, start + CHUNK_TOKENS)
                 hidden_CD = hidden_ND[chunk].to(dtype)
                 losses_C, logits_grad_CV = _chunk(hidden_CD, head, labels_N[chunk], any(ctx.needs_input_grad))
                 losses.append(losses_C)
-                if wants_hidden:
+                if logits_grad_CV is None:
+                    continue
+                if hidden_grad_ND is not None:
                     hidden_grad_ND[chunk] = logits_grad_CV @ head.weight
-                if wants_weight:
+                if weight_grad_VD is not None:
                     _add_product(weight_grad_VD, logits_grad_CV.T, hidden_CD)
-                if wants_bias:
+                if bias_grad_V is not None:
                     bias_grad_V += logits_grad_CV.sum(0, dtype=torch.float32)
                 del logits_grad_CV  # else it lives while the next chunk's is made
         losses_N = torch.cat(losses)
@@ -149,7 +162,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, sum_grad: Tensor, _: Tensor
+        ctx: Any, sum_grad: Tensor, _: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
         # in place: the gradient of a head may be the largest tensor of all, and nothing else reads it

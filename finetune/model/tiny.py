@@ -4,9 +4,10 @@ Use it to try properties of the kind in a second (do rows stay apart, does an ad
 """
 
 import re
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from finetune.errors import BaseError, explained
 
@@ -37,10 +38,12 @@ SIZES = {
     r"|(.*_)?embed_dim|dim_model_base": 32,
 }
 RULES = [(re.compile(pattern), size) for pattern, size in SIZES.items()]
+Facts = dict[str, Any]
+"""A config as JSON."""
 WAYS = 3  # to choose layers, see `_layers`
 
 
-def model_like(config: PretrainedConfig, max_length: int, **options: object) -> torch.nn.Module:
+def model_like(config: PretrainedConfig, max_length: int, **options: object) -> PreTrainedModel:
     """A small model of the kind of `config`, in fp32 and eval mode; options go to transformers. BaseError where none can be made.
 
     `max_length` is that of the rows that the base will see: what ends within them ends within the small model's.
@@ -55,7 +58,7 @@ def model_like(config: PretrainedConfig, max_length: int, **options: object) -> 
     raise tried[0]
 
 
-def _model(config: PretrainedConfig, options: dict) -> torch.nn.Module:
+def _model(config: PretrainedConfig, options: dict[str, object]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # not the type of the base's files: rounded to 8 bits, rows that stay apart differ as much as rows that are mixed
@@ -71,7 +74,7 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
     """A copy of a config in small; `way` is how layers are chosen."""
     facts = config.to_dict()
     parts = [name for name in type(config).sub_configs if isinstance(getattr(config, name, None), PretrainedConfig)]
-    changes: dict[str, object] = {name: shrunk(getattr(config, name), max_length, way) for name in parts}
+    changes: Facts = {name: shrunk(getattr(config, name), max_length, way) for name in parts}
     count = next((facts[name] for name in facts if LAYERS.fullmatch(name) and isinstance(facts[name], int)), 0)
     lists = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) == count > 1}
     apart = {int(layer): changed for layer, changed in (facts.get("per_layer_config") or {}).items()}
@@ -95,14 +98,15 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
     return type(config)(**kept_facts, **changes)
 
 
-def _not_grouped(facts: dict) -> dict:
+def _not_grouped(facts: Facts) -> Facts:
     heads = facts.get("num_attention_heads")
     return {"num_key_value_heads": min(heads, 4)} if heads and facts.get("num_key_value_heads") == heads else {}
 
 
-def _consistent(facts: dict, small: dict) -> dict:
+def _consistent(facts: Facts, small: Facts) -> Facts:
     """Sizes that families compute from others."""
-    found, hidden = {}, small.get("hidden_size")
+    found: Facts = {}
+    hidden: Any = small.get("hidden_size")
     if total := facts.get("attention_hidden_size"):
         found["attention_hidden_size"] = hidden * max(1, total // facts["hidden_size"])
         if facts.get("attention_head_dim"):
@@ -143,7 +147,7 @@ def _smaller(name: str, value: object, max_length: int) -> object:
     return min([value, *(size for pattern, size in RULES if pattern.fullmatch(name))][:2])
 
 
-def _layers(lists: list[list], count: int, way: int) -> list[int]:
+def _layers(lists: list[list[Any]], count: int, way: int) -> list[int]:
     """The layers that are kept: the first ones that together have every value of every list, the first few, or all."""
     if way == 2:
         return list(range(count))

@@ -4,21 +4,21 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import PackageError, explained
 from finetune.model import base
 from finetune.package import classes, probe, proof, reference, small_files, weights
 from finetune.package.proof import Check, Loader, Look
+from finetune.package.reference import FromBase, Recorded
 from finetune.training.opened import Opened
 
 
 class Assembled(NamedTuple):
-    model: torch.nn.Module
+    model: PreTrainedModel
     """In its packaged form."""
     checks: list[Check]
-    record: dict
+    record: Recorded
     """Its logits, as kept by `reference`."""
 
 
@@ -35,7 +35,7 @@ def assemble(
     `base_directory` has the files of the base's authors, with the weights if available. For random weights, the effect of merge and
     cast on the logits is not judged.
     """
-    recipe = opened.plan.recipe
+    recipe = opened.run_plan.recipe
     form, dtype = recipe.package.form, weights.dtype_of(recipe)
     told, hint = f"transformers cannot run it in {dtype}".replace("torch.", ""), "set package.dtype: fp32"
     with explained(told, "package", hint, PackageError):
@@ -49,13 +49,12 @@ def assemble(
     checks = [*proof.equal(trained, loaded, classes.surplus(model, directory, found.carried)), *converted.checks]
     checks.append(proof.stored_as(directory, found.types, base.STORED_DTYPES[dtype]))
     processors = [file.name for file in small_files.processors(directory)]
-    if found.carried or processors:
+    if base_directory and (found.carried or processors):
         checks.append(proof.carried(directory, base_directory, found.carried, processors))
-    from_base = {
+    from_base: FromBase = {
         "types": {name: kind for name, kind in sorted(found.types.items()) if kind != base.STORED_DTYPES[dtype]},
         "zeros": weights.zeros(found, base_directory),
         "processors": processors,
     }
-    return Assembled(
-        model, checks, reference.recorded(loaded.logits, base.STORED_DTYPES[dtype]) | {"from_base": from_base}
-    )
+    record = reference.recorded(loaded.logits, base.STORED_DTYPES[dtype])
+    return Assembled(model, checks, {**record, "from_base": from_base})

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from finetune.errors import PackageError
 from finetune.model.base import outline
@@ -12,13 +12,13 @@ from finetune.package.probe import declared_class
 from finetune.package.verify.contents import Finding
 
 
-def surplus(model: torch.nn.Module, directory: Path, carried: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:
+def surplus(model: PreTrainedModel, directory: Path, carried: Mapping[str, torch.Tensor]) -> dict[str, frozenset[str]]:
     """For each loading class, the names of carried tensors that it finds in the folder and does not want."""
     if not carried:
         return {}
     found = {type(model).__name__: outline.outline(type(model), model.config, carried).unexpected}
     declared = declared_class(directory)
-    if declared not in (None, type(model)):
+    if declared and declared is not type(model):
         config = AutoConfig.from_pretrained(directory)
         found[declared.__name__] = outline.outline(declared, config, carried).unexpected
     return found

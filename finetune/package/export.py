@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
-import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.heldout import lineage
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
@@ -20,10 +20,11 @@ from finetune.package import probe, proof, reference, weights
 from finetune.package.assembly import assemble
 from finetune.package.attest import bom, licence, provenance, signing
 from finetune.package.card import figures, record
-from finetune.package.card.card import Facts, card, hub_base
+from finetune.package.card.card import CheckReport, Facts, card, hub_base
 from finetune.package.proof import Check
 from finetune.package.verify.contents import CARD, files_of, sha256
 from finetune.package.verify.verify import folder_findings
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import to_yaml
@@ -44,8 +45,22 @@ class Average:
     """Further checkpoints in the mean of the weights."""
 
     steps: Sequence[int]
-    evaluate: Callable[[torch.nn.Module, Path], dict]
+    evaluate: Callable[[PreTrainedModel, Path], Metrics]
     """Held-out figures of a model on the rows of a run, empty if none are held out: a mean is never packaged unevaluated."""
+
+
+class PackagedFile(TypedDict):
+    name: str
+    bytes: int
+    digest: str
+
+
+class Packaged(TypedDict):
+    """What `package --json` prints."""
+
+    path: str
+    files: list[PackagedFile]
+    checks: list[CheckReport]
 
 
 def package(
@@ -55,7 +70,7 @@ def package(
     average: Average | None = None,
     load: proof.Loader | None = None,
     dtype: str | None = None,
-) -> dict:
+) -> Packaged:
     """Writes a checkpoint, or the mean of several, as a package, signed if you name a private key; returns {path, files: [{name, bytes, digest}], checks:
     [{name, message, …}]}.
     `dtype` takes the place of the recipe's `package.dtype`, also in the packaged recipe. `load` loads it back, by default in a fresh
@@ -67,7 +82,8 @@ def package(
     _refuse_existing(directory)
     opened = open_model(ref, is_as_trained=False)
     opened = _with_dtype(opened, dtype) if dtype else opened
-    recipe, plan, manifest = opened.plan.recipe, opened.plan, opened.checkpoint.manifest
+    plan, manifest = opened.run_plan, opened.run_checkpoint.manifest
+    recipe = plan.recipe
     _refuse_unnamed_base(plan, recipe.package.form)
     try:
         tokenizer = open_tokenizer(opened)
@@ -85,18 +101,17 @@ def package(
         stated["license"] if stated else None,
         tuple(map(licence.of_data, recipe.data.train, plan.train)),
     )
-    numbers, model, averaged = record.figures(scan.read(run), manifest.step), opened.model, []
+    numbers, model = record.figures(scan.read(run), manifest.step), opened.model
+    averaged: list[Manifest] = []
     if average:
         model, averaged, changes = _averaged(run, opened, tokenizer, average)
-        steps = [*(other.step for other in averaged), manifest.step]
-        numbers.append({"kind": "event", "event": "averaged", "step": manifest.step, "steps": steps})
-        numbers[-1] |= average.evaluate(model, run)
+        numbers.append(record.of_average([*averaged, manifest], average.evaluate(model, run)))
         checks += changes
     with _staged(directory) as staging:
         made = assemble(replace(opened, model=model), tokenizer, base_directory, staging, load or proof.load_back)
         checks += made.checks
         checks.append(Check("private", "no file names a folder of the machine it was made on"))
-        found = [check.to_dict() for check in checks]
+        found = [check.report for check in checks]
         named = recipe.package.dtype or recipe.train.precision
         facts = Facts(
             plan,
@@ -143,9 +158,10 @@ def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
 
 
 def _with_dtype(opened: Opened, dtype: str) -> Opened:
-    recipe = opened.plan.recipe
+    plan = opened.run_plan
+    recipe = plan.recipe
     changed = recipe.model_copy(update={"package": recipe.package.model_copy(update={"dtype": dtype})})
-    return replace(opened, plan=opened.plan.model_copy(update={"recipe": changed}))
+    return replace(opened, plan=plan.model_copy(update={"recipe": changed}))
 
 
 def checkpoint_of(ref: str) -> tuple[Path, int]:
@@ -155,11 +171,11 @@ def checkpoint_of(ref: str) -> tuple[Path, int]:
 
 def _averaged(
     run: Path, opened: Opened, tokenizer: PreTrainedTokenizerBase, average: Average
-) -> tuple[torch.nn.Module, list[Manifest], list[Check]]:
-    if opened.plan.recipe.package.form == "adapter":
+) -> tuple[PreTrainedModel, list[Manifest], list[Check]]:
+    if opened.run_plan.recipe.package.form == "adapter":
         message = "the mean of adapters is no adapter: the product of two means is not the mean of products"
         raise PackageError(message, where="package.form", hint="average with `package.form: merged`")
-    others = sorted(set(average.steps) - {opened.checkpoint.manifest.step})
+    others = sorted(set(average.steps) - {opened.run_checkpoint.step})
     if not others:
         raise PackageError("there is nothing to average with", where="--average", hint="name other steps of the run")
     return weights.mean([f"{run}@{step}" for step in others], opened, tokenizer)
@@ -175,7 +191,7 @@ def _refuse_wrong(directory: Path) -> None:
 def _run_of(ref: str) -> Path:
     """The run directory around a checkpoint; a package needs its plan and journal."""
     parsed = parse(ref)
-    run = run_of(parsed) if parsed.kind in ("run", "checkpoint") else None
+    run = run_of(parsed) if parsed.kind == "run" or parsed.kind == "checkpoint" else None
     if run is None:
         what = "is no folder that is here, and" if parsed.kind == "hub" else "is"
         hint = "name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run"
@@ -244,7 +260,7 @@ def refuse_private(directory: Path, places: list[Path]) -> None:
                 )
 
 
-def _files(directory: Path) -> list[dict]:
+def _files(directory: Path) -> list[PackagedFile]:
     """The files of the package, with the digests that the Hub also uses."""
     files = files_of(directory)
     return [

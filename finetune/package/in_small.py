@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from finetune.errors import AdapterError, BaseError, PackageError, explained
 from finetune.model import adapters, base, tiny
@@ -64,7 +64,7 @@ def _problem(resolved: Resolved, way: int) -> str | None:
     return f"{found[0].check}: {found[0].tensor or found[0].file} {found[0].message}" if found else None
 
 
-def _written_base(resolved: Resolved, way: int, directory: Path) -> torch.nn.Module:
+def _written_base(resolved: Resolved, way: int, directory: Path) -> PreTrainedModel:
     """A small base, by the class in its config, with the small files of the real one; loaded again like a real base."""
     config = base.load_config(resolved.base_directory)
     declared = declared_class(resolved.base_directory)
@@ -91,7 +91,7 @@ def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> Pretr
     return small
 
 
-def _with_adapter(model: torch.nn.Module, resolved: Resolved) -> torch.nn.Module:
+def _with_adapter(model: PreTrainedModel, resolved: Resolved) -> PreTrainedModel:
     try:
         return adapters.apply(model, resolved.plan.recipe.adapter).eval()
     except AdapterError:  # it names layers missing in the small model

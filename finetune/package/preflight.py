@@ -36,9 +36,10 @@ def refuse_unpackageable(resolved: Resolved) -> None:
         plan.encoding,
         *map(version, ("finetune", "transformers")),
     ]
-    problems = cache.found("packageable", facts, lambda: list(_problems(resolved)))
+    problems: list[str] = cache.found("packageable", facts, lambda: list(_problems(resolved)))
     try:
-        if small := cache.found("packageable in small", facts, lambda: in_small.problem(resolved)):
+        small: str | None = cache.found("packageable in small", facts, lambda: in_small.problem(resolved))
+        if small:
             problems = [*problems, small]
     except BaseError as error:
         told = f"whether this run can be packaged could not be tried in small: {error.message}"
@@ -63,8 +64,8 @@ def _problems(resolved: Resolved) -> Iterator[str]:
         (directory / "config.json").write_text(json.dumps(config))
         tokenizer = resolved.tokenizer
         small_files.write(directory, resolved.base_directory, tokenizer, resolved.base_directory)
-        if found := small_files.change_by_loading(directory, tokenizer):
-            yield f"tokenizer: {found}"
+        if change := small_files.change_by_loading(directory, tokenizer):
+            yield f"tokenizer: {change}"
         folder = Folder(directory)
         found = [*contents.findings(directory), *(item for name in BEFORE for item in CHECKS[name](folder))]
         for check, file, _, message in dict.fromkeys(found):

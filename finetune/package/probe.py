@@ -10,11 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypedDict, cast
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 QUESTION = [{"role": "user", "content": "What is a checkpoint good for?"}]
 TEXTS = (
@@ -29,12 +36,12 @@ DAY = datetime(2024, 7, 26)
 """The date for templates that print one: a package must compute the same on every day."""
 
 
-def logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """fp32 logits of a fixed batch, and of a rendered question if there is a chat template."""
     inputs = {"batch": batch(model.config)}
     if isinstance(tokenizer.chat_template, str):
         with on_the_day(tokenizer.chat_template):
-            rendered = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
+            rendered: Any = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")
         inputs["question"] = rendered["input_ids"]
     with torch.inference_mode():
         return {name: model(input_ids=ids, use_cache=False).logits.float() for name, ids in inputs.items()}
@@ -60,8 +67,39 @@ def batch(config: PreTrainedConfig) -> Tensor:
     return (torch.arange(SEQUENCES * length) * 2_654_435_761 % text.vocab_size).reshape(SEQUENCES, length)
 
 
-def facts(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Everything about model and tokenizer that must survive packaging, as JSON: bytes of every tensor, ids, template."""
+class TokenizerFacts(TypedDict):
+    size: int
+    special: dict[str, Any]
+    ids: list[list[int]]
+
+
+class TemplateFacts(TypedDict):
+    source: Any
+    rendered: Any
+
+
+class Facts(TypedDict):
+    """Everything about model and tokenizer that must survive packaging: bytes of every tensor, ids, template."""
+
+    weights: dict[str, str]
+    tied: list[list[str]]
+    tokenizer: TokenizerFacts
+    template: TemplateFacts
+    vocabulary: int
+
+
+Keys = dict[str, list[str]]
+"""What the files and a class do not have in common, by kind."""
+Declared = TypedDict("Declared", {"class": str, "keys": Keys, "apart": float, "largest": float})
+"""Of the class that the config declares: how far its logits are apart from the causal LM's, and the largest of these."""
+_Loading = TypedDict("_Loading", {"class": str, "keys": Keys, "declared": Declared | None})
+
+
+class LoadedFacts(Facts, _Loading):
+    """The same of a package, and how it was loaded."""
+
+
+def facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
     state = model.state_dict()
     by_place: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -85,29 +123,33 @@ def facts(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict:
 
 def digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
 
 
-def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], dict]:
+def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], LoadedFacts]:
     """Logits and facts of the model in a directory; with a base, the directory has an adapter of it.
 
     A model is loaded as a causal LM, and also by the class in its config if that differs.
     """
-    options = {"use_safetensors": True, "output_loading_info": True}
     if base:
         from peft import PeftModel
 
-        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-        model = PeftModel.from_pretrained(model, directory).eval()
+        model, info = _loaded(AutoModelForCausalLM, base, dtype=torch.float32)
+        model = cast(PreTrainedModel, PeftModel.from_pretrained(model, directory).eval())
     else:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, **options)
+        model, info = _loaded(AutoModelForCausalLM, directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     seen = logits(model, tokenizer)
-    found = {"keys": _keys(info), **facts(model, tokenizer), "class": type(model).__name__, "declared": None}
+    found: LoadedFacts = {
+        "keys": _keys(info),
+        **facts(model, tokenizer),
+        "class": type(model).__name__,
+        "declared": None,
+    }
     declared = None if base else declared_class(directory)
-    if declared not in (None, type(model)):
+    if declared and declared is not type(model):
         del model
-        model, info = declared.from_pretrained(directory, **options)
+        model, info = _loaded(declared, directory)
         other = logits(model, tokenizer)
         apart = max((seen[name] - other[name]).abs().max().item() for name in seen)
         largest = max(one.abs().max().item() for one in seen.values())
@@ -115,13 +157,22 @@ def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], 
     return seen, found
 
 
-def declared_class(directory: Path) -> type | None:
+def _loaded(
+    model_class: type[AutoModelForCausalLM] | type[PreTrainedModel], directory: Path, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of how its weights fit."""
+    # a pair, which the signature does not say
+    pair: Any = model_class.from_pretrained(directory, use_safetensors=True, output_loading_info=True, **options)
+    return pair
+
+
+def declared_class(directory: Path) -> type[PreTrainedModel] | None:
     """The class that a config declares; None if it declares none, or one unknown to this transformers."""
     named = json.loads(Path(directory, "config.json").read_bytes()).get("architectures") or [None]
     return getattr(transformers, str(named[0]), None)
 
 
-def _keys(info: dict) -> dict[str, list[str]]:
+def _keys(info: dict[str, Any]) -> Keys:
     return {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from finetune.errors import PackageError, counted
 from finetune.model.base import outline
 from finetune.model.base.quiet import quiet
 from finetune.package import probe
+from finetune.package.card.card import CheckReport
 from finetune.store.tensors import Place, read_header
 
 # Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; the cast to bf16 changes the
@@ -40,10 +42,11 @@ class Check:
 
     name: str
     message: str
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict:
-        return {"name": self.name, "message": self.message, **self.figures}
+    @property
+    def report(self) -> CheckReport:
+        return cast(CheckReport, {"name": self.name, "message": self.message, **self.figures})
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,16 @@ class Look:
     """The output of `probe` for a model."""
 
     logits: Logits
-    facts: dict
+    facts: probe.Facts
     """As read from JSON."""
+
+
+@dataclass(frozen=True)
+class LoadedLook:
+    """The same of a package that was loaded."""
+
+    logits: Logits
+    facts: probe.LoadedFacts
 
 
 def within(name: str, what: str, reference: Logits, other: Logits, bound: float) -> Check:
@@ -91,10 +102,10 @@ def drift(reference: Logits, other: Logits) -> dict[str, float]:
 
 
 # A package, and the base that it is an adapter of -> a look at it
-Loader = Callable[[Path, Path | None], Look]
+Loader = Callable[[Path, Path | None], LoadedLook]
 
 
-def load_back(directory: Path, base: Path | None) -> Look:
+def load_back(directory: Path, base: Path | None) -> LoadedLook:
     """Probes a package in a fresh process that shares nothing with this one."""
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROBE}
     with tempfile.TemporaryDirectory() as out:
@@ -103,34 +114,41 @@ def load_back(directory: Path, base: Path | None) -> Look:
             sys.executable,
             "-P",
             probe.__file__,
-            directory,
+            str(directory),
             out,
             str(torch.get_num_threads()),
-            *([base] if base else []),
+            *([str(base)] if base else []),
         ]
         result = subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
         if result.returncode:
             reason = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
             raise _failed("load", f"cannot be loaded in a fresh process: {reason}")
-        return Look(load_file(Path(out, "logits.safetensors")), json.loads(Path(out, "facts.json").read_bytes()))
+        return LoadedLook(load_file(Path(out, "logits.safetensors")), json.loads(Path(out, "facts.json").read_bytes()))
 
 
-def load_here(directory: Path, base: Path | None) -> Look:
+def load_here(directory: Path, base: Path | None) -> LoadedLook:
     """The same in this process, for many models in a row: seconds faster, but a warm process might hide a fault."""
     with quiet():
         logits, facts = probe.look(directory, base)
-    return Look(logits, json.loads(json.dumps(facts)))
+    return LoadedLook(logits, json.loads(json.dumps(facts)))
 
 
-def equal(trained: Look, loaded: Look, surplus: Mapping[str, Collection[str]]) -> list[Check]:
+def equal(trained: Look, loaded: LoadedLook, surplus: Mapping[str, Collection[str]]) -> list[Check]:
     """Checks that the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits.
 
     `surplus` are tensors from the base that a class of models may find in the package and not want.
     """
     _refuse_keys(loaded.facts["keys"], loaded.facts["class"], surplus)
-    for name in ("weights", "tied", "tokenizer", "template"):
-        if trained.facts[name] != loaded.facts[name]:
-            raise _failed(name, _difference(name, trained.facts[name], loaded.facts[name]))
+    was, now = trained.facts, loaded.facts
+    pairs: tuple[tuple[str, object, object], ...] = (
+        ("weights", was["weights"], now["weights"]),
+        ("tied", was["tied"], now["tied"]),
+        ("tokenizer", was["tokenizer"], now["tokenizer"]),
+        ("template", was["template"], now["template"]),
+    )
+    for name, one, two in pairs:
+        if one != two:
+            raise _failed(name, _difference(name, one, two))
     size, vocabulary = loaded.facts["tokenizer"]["size"], loaded.facts["vocabulary"]
     if size > vocabulary:
         raise _failed("vocabulary", f"the tokenizer has {size:,} tokens, the model only {vocabulary:,}")
@@ -167,7 +185,7 @@ def equal(trained: Look, loaded: Look, surplus: Mapping[str, Collection[str]]) -
     ]
 
 
-def _by_declared_class(found: dict | None, surplus: Mapping[str, Collection[str]]) -> list[Check]:
+def _by_declared_class(found: probe.Declared | None, surplus: Mapping[str, Collection[str]]) -> list[Check]:
     """Checks that the class of the config, if it is not the trained one, finds all its weights and computes the same."""
     if found is None:
         return []

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -26,7 +27,33 @@ EVERY, TOP = 8, 5
 TOLERANCES = {"F32": 1e-3, "BF16": 5e-2}
 
 
-def recorded(logits: Logits, dtype: str) -> dict:
+class Likeliest(TypedDict):
+    """The likeliest tokens at a position of a probe sequence, with their logits."""
+
+    row: int
+    position: int
+    tokens: list[int]
+    logits: list[float]
+
+
+class FromBase(TypedDict):
+    """What a package has from its base as it was there."""
+
+    types: dict[str, str]
+    """Of tensors that most others do not have."""
+    zeros: list[str]
+    processors: list[str]
+
+
+class Recorded(TypedDict):
+    dtype: str
+    day: str
+    sha256: dict[str, str]
+    likeliest: dict[str, list[Likeliest]]
+    from_base: NotRequired[FromBase]
+
+
+def recorded(logits: Logits, dtype: str) -> Recorded:
     """`dtype` is that of most weights, in safetensors' spelling."""
     return {
         "dtype": dtype,
@@ -56,7 +83,7 @@ def findings(directory: Path) -> Iterator[Finding]:
         yield Finding("logits", FILE, None, f"cannot be read: {error!r}")
 
 
-def _compared(name: str, said: list[dict], logits: torch.Tensor, tolerance: float) -> Iterator[Finding]:
+def _compared(name: str, said: list[Likeliest], logits: torch.Tensor, tolerance: float) -> Iterator[Finding]:
     largest = max(abs(value) for item in said for value in item["logits"])
     for item in said:
         now = logits[item["row"], item["position"], item["tokens"]]
@@ -67,8 +94,8 @@ def _compared(name: str, said: list[dict], logits: torch.Tensor, tolerance: floa
             return
 
 
-def _likeliest(logits: torch.Tensor) -> list[dict]:
-    found = []
+def _likeliest(logits: torch.Tensor) -> list[Likeliest]:
+    found: list[Likeliest] = []
     for row in range(logits.shape[0]):
         for position in range(EVERY - 1, logits.shape[1], EVERY):
             values, tokens = logits[row, position].topk(min(TOP, logits.shape[-1]))

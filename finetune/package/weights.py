@@ -5,12 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import PackageError
 from finetune.model import adapters, base
@@ -22,12 +23,15 @@ from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.training.opened import Opened, open_model
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 @dataclass(frozen=True)
 class Converted:
     """A model in its packaged form."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     logits: Logits
     checks: list[Check]
     """The distance of the logits from the trained ones after each change."""
@@ -60,7 +64,7 @@ def spelled(dtype: torch.dtype) -> str:
 
 
 def convert(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     form: str,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,27 +73,28 @@ def convert(
 ) -> Converted:
     """Works in place. `base_directory` has the base's files, if available: their fp32 tensors are stored in fp32 again."""
     trained = logits = probe.logits(model, tokenizer)
-    merge, cast = (math.inf, math.inf) if is_random else (proof.MERGE_BOUND, proof.CAST_BOUND)
-    checks, exact = [], {}
+    merge_bound, cast_bound = (math.inf, math.inf) if is_random else (proof.MERGE_BOUND, proof.CAST_BOUND)
+    checks: list[Check] = []
+    exact: dict[str, torch.Tensor] = {}
     if form == "merged" and adapters.is_adapter(model):
-        model = model.merge_and_unload()
+        model = cast("PeftModel", model).merge_and_unload()
         logits = probe.logits(model, tokenizer)
-        checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, merge))
+        checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, merge_bound))
     if dtype != torch.float32:
         if form == "adapter":
             _cast_adapter(model, dtype)
         else:
-            names = outline.stored_in_fp32(model, base_directory) if base_directory else ()
+            names = outline.stored_in_fp32(model, base_directory) if base_directory else frozenset()
             exact = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in names}
             model = as_loaded(model, dtype)
         logits = probe.logits(model, tokenizer)
-        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, cast))
+        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, cast_bound))
     return Converted(model, logits, checks, exact)
 
 
 def mean(
     texts: Sequence[str], opened: Opened, tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.nn.Module, list[Manifest], list[Check]]:
+) -> tuple[PreTrainedModel, list[Manifest], list[Check]]:
     """The mean in fp32 of the weights of `opened` and of the refs, adapters merged in first; and the manifests of the refs
     (Izmailov et al. 2018, arXiv 1803.05407; Wortsman et al. 2022, arXiv 2203.05482)."""
     first = convert(opened.model, "merged", torch.float32, tokenizer)
@@ -100,9 +105,9 @@ def mean(
         with torch.no_grad():
             for name, parameter in merged.model.named_parameters():
                 total[name].lerp_(parameter, 1 / count)
-        manifests.append(other.checkpoint.manifest)
+        manifests.append(other.run_checkpoint.manifest)
         checks += merged.checks
-    steps = ", ".join(str(manifest.step) for manifest in [*manifests, opened.checkpoint.manifest])
+    steps = ", ".join(str(manifest.step) for manifest in [*manifests, opened.run_checkpoint.manifest])
     return (
         first.model,
         manifests,
@@ -116,7 +121,7 @@ def unquantized(trained: Logits, packaged: Logits) -> Check:
     return proof.within("quantization", what, trained, packaged, proof.QUANTIZATION_BOUND)
 
 
-def as_loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model as transformers would load its weights in `dtype`; takes over the weights.
 
     Tensors that its class keeps in fp32 stay. Computed buffers (Falcon-H1's multipliers, Gemma's scale of embeddings) are computed
@@ -128,7 +133,7 @@ def as_loaded(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             if tensor.is_floating_point() and name not in kept:
                 tensor.data = tensor.data.to(dtype)
     with outline.quiet():
-        made = type(model).from_pretrained(
+        made: PreTrainedModel = type(model).from_pretrained(
             None,
             config=model.config,
             state_dict=model.state_dict(),
@@ -146,7 +151,7 @@ def _attention_of(config: PretrainedConfig) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if kind}
 
 
-def _cast_adapter(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def _cast_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """peft computes in fp32, from the values in the file."""
     with torch.no_grad():
         for tensor in adapters.weights(model).values():
@@ -162,12 +167,12 @@ def stored(converted: Converted, form: str, dtype: torch.dtype, base_directory: 
     own = {name: tensor for name, tensor in own.items() if name not in (model._keys_to_ignore_on_save or ())}
     tensors = outline.in_file_names(model, own, base_directory)
     names = outline.not_of(model, base_directory, tensors) if base_directory else []
-    return Stored(tensors, _read(base_directory, names) if names else {})
+    return Stored(tensors, _read(base_directory, names) if base_directory and names else {})
 
 
 def _read(directory: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Tensors of a model's files, mapped."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file, places in outline.headers_by_file(directory).items():
         wanted = [name for name in names if name in places]
         if unknown := [name for name in wanted if places[name].dtype not in outline.TYPES]:
@@ -189,18 +194,18 @@ def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, director
     if form == "adapter":
         tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        repo, revision = hub_base(opened.plan)
+        repo, revision = hub_base(opened.run_plan) or (None, None)
         if opened.checkpoint:
             config = json.loads((opened.checkpoint.path / "adapter_config.json").read_bytes())
         else:  # before the training
-            config = adapters.config_of(opened.model, opened.plan)
+            config = adapters.config_of(opened.model, opened.run_plan)
         _write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": repo, "revision": revision})
         return
     # The base's own config, as on the Hub: other programs read it, and may not know the output of a newer transformers.
     config = json.loads((opened.base_directory / "config.json").read_bytes())
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     _write_json(directory / "config.json", base.with_dtype(config, dtype))
-    _write_shards(found.tensors | found.carried, opened.plan.recipe.package.max_shard_bytes, directory)
+    _write_shards(found.tensors | found.carried, opened.run_plan.recipe.package.max_shard_bytes, directory)
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], limit: int, directory: Path) -> None:

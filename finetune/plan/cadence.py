@@ -6,6 +6,7 @@ All ranks, and a resumed run, must come to the same answer.
 from collections.abc import Mapping
 from math import ceil
 
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.plan.retention import Saved, best
 from finetune.recipe.schema import Every, Recipe
@@ -27,7 +28,7 @@ def is_saved(plan: Plan, step: int) -> bool:
     return any(_is_due(cadence, step) for cadence in saves(plan.recipe))
 
 
-def is_saved_as_best(plan: Plan, step: int, evaluated: Mapping[int, dict]) -> bool:
+def is_saved_as_best(plan: Plan, step: int, evaluated: Mapping[int, Metrics]) -> bool:
     """Whether a step is committed because its evaluation is the best so far: among the `keep.best` best, 1 unless the recipe says more.
 
     Later evaluations do not count, so a step that runs again after a kill is judged as it was the first time.
@@ -59,7 +60,7 @@ def saves_at_most(recipe: Recipe) -> list[Every]:
 def may_lose_best(recipe: Recipe) -> bool:
     """Whether a step may be evaluated as the best, and not be committed."""
     every = recipe.evaluate.every
-    if recipe.checkpoint.save_best or every is None:
+    if recipe.checkpoint.save_best or every is None or every.steps is None:
         return False
     return not any(each.steps and every.steps % each.steps == 0 for each in saves(recipe))
 

@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from finetune.errors import RunError, counted
 from finetune.plan import cadence, memory
 from finetune.plan.memory import Device, Shape, Work, state_bytes
 from finetune.plan.pace import mean_tokens
 from finetune.plan.plan import Plan
+from finetune.plan.shown import BaseFacts, Forecast, OfDevices, SourceFacts, Target, WithDevices
 from finetune.recipe.schema import Every, Publish
 
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end
@@ -59,7 +61,8 @@ def package_bytes(plan: Plan) -> int:
 
 def _multiples(plan: Plan, cadences: Iterable[Every | None]) -> set[int]:
     """The steps at which one of the cadences falls due."""
-    return {step for each in cadences if each for step in range(each.steps, plan.steps + 1, each.steps)}
+    steps = [each.steps for each in cadences if each and each.steps]
+    return {step for every in steps for step in range(every, plan.steps + 1, every)}
 
 
 def _small_bytes(plan: Plan, layers: int) -> int:
@@ -98,16 +101,15 @@ def refuse_small_disk(plan: Plan, run: Path) -> None:
         )
 
 
-def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) -> dict:
-    """The facts that `plan --json` prints; sizes in bytes, counts of all epochs unless named otherwise."""
+def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) -> Forecast:
     counts = plan.counts
     steps_per_epoch = plan.order.steps_per_epoch
     held = memory.parts(plan, shape, work, device)
     return {
         "plan_id": plan.plan_id,
-        "base": {"checkpoint": plan.recipe.base.checkpoint, **plan.base.model_dump()},
-        "train": [source.model_dump() for source in plan.train],
-        "holdout": [source.model_dump() for source in plan.holdout],
+        "base": cast(BaseFacts, {"checkpoint": plan.recipe.base.checkpoint, **plan.base.model_dump()}),
+        "train": [cast(SourceFacts, source.model_dump()) for source in plan.train],
+        "holdout": [cast(SourceFacts, source.model_dump()) for source in plan.holdout],
         "steps": plan.steps,
         "steps_per_epoch": steps_per_epoch,
         "rows": counts.rows,
@@ -152,19 +154,22 @@ def warnings(plan: Plan) -> list[str]:
     ]
 
 
-def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[dict]:
+def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[OfDevices]:
     """The memory of each of several GPUs, where each holds the whole model, and where they share it; without a weight."""
-    rows = []
+    rows: list[OfDevices] = []
     for world_size in DEVICES:
         device = Device(device_bytes, is_gpu=True, world_size=world_size)
-        sizes = {
-            "replicated": sum(memory.parts(plan, shape, work, device).values()),
-            "sharded": memory.sharded_bytes(plan, shape, work, device),
-        }
-        row = {"devices": world_size}
-        for name, size in sizes.items():
-            row |= {f"{name}_bytes": size, f"{name}_fits": memory.fits(size, device)}
-        rows.append(row)
+        replicated = sum(memory.parts(plan, shape, work, device).values())
+        sharded = memory.sharded_bytes(plan, shape, work, device)
+        rows.append(
+            {
+                "devices": world_size,
+                "replicated_bytes": replicated,
+                "replicated_fits": memory.fits(replicated, device),
+                "sharded_bytes": sharded,
+                "sharded_fits": memory.fits(sharded, device),
+            }
+        )
     return rows
 
 
@@ -174,19 +179,19 @@ def _copies(plan: Plan) -> int:
     return sum(pin.rows for pin in plan.train) - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
 
 
-def _target(publish: Publish | None) -> dict | None:
+def _target(publish: Publish | None) -> Target | None:
     return {"repo": publish.repo, "private": publish.private} if publish else None
 
 
-def table(facts: dict) -> str:
+def table(facts: Forecast) -> str:
     """The forecast for a reader."""
     base = facts["base"]
-    pin = base["revision"] or f"{base['digest'][:19]}…"
+    pin = base["revision"] or f"{(base['digest'] or '')[:19]}…"
     rows = [("base", f"{base['checkpoint']}  {pin}")]
-    for part in ("train", "holdout"):
+    for part, sources in (("train", facts["train"]), ("holdout", facts["holdout"])):
         rows += [
-            (part, f"{pin['name']}  {counted(pin['rows'], 'row')}  {pin['revision'] or pin['fingerprint'][:19] + '…'}")
-            for pin in facts[part]
+            (part, f"{one['name']}  {counted(one['rows'], 'row')}  {one['revision'] or one['fingerprint'][:19] + '…'}")
+            for one in sources
         ]
     share = facts["supervised_tokens_per_epoch"] / facts["tokens_per_epoch"]
     rows += [
@@ -235,7 +240,7 @@ def table(facts: dict) -> str:
     return "\n".join(lines)
 
 
-def _host_rows(facts: dict) -> list[tuple[str, str]]:
+def _host_rows(facts: Forecast) -> list[tuple[str, str]]:
     """What the host beside a GPU holds."""
     if not facts["host_memory"]:
         return []
@@ -253,16 +258,17 @@ def base_lines(notes: Sequence[str], kinds: dict[str, tuple[int, int]] | None) -
     return [reached, *(f"base: {note}" for note in notes)]
 
 
-def devices_table(facts: dict) -> str:
+def devices_table(facts: WithDevices) -> str:
     """The forecast for GPUs, for a reader."""
     card = readable(facts["device_memory_bytes"])
     lines = [f"devices    memory a device at {facts['micro_batch_tokens']:,} tokens a micro-batch, of {card} each"]
     lines.append(f"{'':11}{'replicated':>11}{'':8}{'sharded':>11}")
     for row in facts["devices"]:
-        cells = [
-            f"{readable(row[f'{name}_bytes']):>11}  {'fits' if row[f'{name}_fits'] else '-':6}"
-            for name in ("replicated", "sharded")
-        ]
+        pairs = (
+            (row["replicated_bytes"], row["replicated_fits"]),
+            (row["sharded_bytes"], row["sharded_fits"]),
+        )
+        cells = [f"{readable(size):>11}  {'fits' if fits else '-':6}" for size, fits in pairs]
         lines.append(f"{row['devices']:>7}    {''.join(cells)}".rstrip())
     return "\n".join(lines)
 

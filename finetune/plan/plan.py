@@ -5,11 +5,13 @@ On resume, the plan in the run directory is the authority.
 
 import json
 from collections.abc import Sequence
+from typing import Literal, TypedDict
 
 import blake3
 import numpy as np
 
 from finetune.plan import schedules
+from finetune.plan.facts import Facts
 from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
 from finetune.plan.row_order import Order
 from finetune.plan.split import Seen, Split
@@ -19,6 +21,15 @@ from finetune.recipe.schema import Recipe, Train, count_of
 SCHEMA = 1
 ROW_RULES = 2
 """By which rules a new run reads its rows: 1 trained on what a template showed of a row, 2 refuses a row that would lose something."""
+
+
+class Extension(TypedDict):
+    """How a run was last extended, as its journal has it."""
+
+    step: int
+    steps: list[int]
+    schedule: Literal["continue", "restart"]
+    plan_id: str
 
 
 class Plan(Pin):
@@ -90,8 +101,8 @@ class Plan(Pin):
         return frozenset({self.plan_id, *(segment.plan_id for segment in self.segments)})
 
     @property
-    def extension(self) -> dict[str, object] | None:
-        """How the run was last extended, as the journal has it; None when it never was."""
+    def extension(self) -> Extension | None:
+        """None when it never was."""
         if not self.segments:
             return None
         last = self.segments[-1]
@@ -163,7 +174,7 @@ class Plan(Pin):
             }
         )
 
-    def dump(self, facts: dict) -> bytes:
+    def dump(self, facts: Facts) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # what only an extended run or a branch has is left out of the others' plans
         optional = (
@@ -184,18 +195,22 @@ class Plan(Pin):
 
 def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOrder] = ()) -> Order:
     """The order of a recipe's examples, after the orders that branches had before it."""
-    sources, order = recipe.data.train, None
-    weights = None if sources[0].weight is None else tuple(source.weight for source in sources)
-    begins = [(0, 0), *((each.until, each.drawn) for each in earlier)]
-    keys = [*((each.seed, each.batch_size) for each in earlier), (recipe.train.seed, recipe.train.batch_size)]
-    for (seed, batch_size), (until, start) in zip(keys, begins, strict=True):
+    given = [source.weight for source in recipe.data.train if source.weight is not None]  # of all sources, or of none
+    weights = tuple(given) if given else None
+    begins = [(each.until, each.drawn) for each in earlier]
+    (seed, batch_size), *later = [
+        *((each.seed, each.batch_size) for each in earlier),
+        (recipe.train.seed, recipe.train.batch_size),
+    ]
+    order = Order(seed, batch_size, sizes, weights)
+    for (seed, batch_size), (until, start) in zip(later, begins, strict=True):
         order = Order(seed, batch_size, sizes, weights, order, until, start)
     return order
 
 
 def steps_of(train: Train, order: Order) -> int:
     """Updates in all; one never crosses an epoch's edge."""
-    return train.steps or order.last_step_of(train.epochs)
+    return train.steps or order.last_step_of(train.epochs or 0)
 
 
 def warmup_of(recipe: Recipe, steps: int, start: int = 0, earlier: Sequence[EarlierOrder] = ()) -> int:
@@ -210,7 +225,7 @@ def _on_curve(step: int, steps: int, earlier: Sequence[EarlierOrder], start: int
     A curve that began before a branch changed the batch size has the steps that were planned then: what was left of them is
     covered by the steps that are left now.
     """
-    at = step
+    at: float = step
     for change in reversed(earlier):
         if change.until <= start:
             break
@@ -222,8 +237,9 @@ def _on_curve(step: int, steps: int, earlier: Sequence[EarlierOrder], start: int
 
 def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:
     """`Plan.keeps_fp32` of a recipe; `like` is the plan of a run that it goes on with."""
-    is_as_before = like is not None and like.recipe.train.weights == "bf16"
-    return recipe.train.weights == "bf16" and (like.keeps_fp32 if is_as_before else True)
+    if like is not None and like.recipe.train.weights == "bf16":
+        return recipe.train.weights == "bf16" and like.keeps_fp32
+    return recipe.train.weights == "bf16"
 
 
 def are_same_rows(one: Plan, two: Plan) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple, Protocol
 
+from finetune.plan.facts import Metrics
 from finetune.recipe.schema import Every, Keep
 
 
@@ -19,7 +20,7 @@ class Committed(Protocol):
     @property
     def kind(self) -> str: ...
     @property
-    def metrics(self) -> Mapping[str, object]: ...
+    def metrics(self) -> Metrics: ...
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Saved:
     """A committed checkpoint as the rules see it."""
 
     step: int
-    metrics: dict[str, object]
+    metrics: Metrics
     is_full: bool = True
 
     @classmethod
-    def of(cls, item: Committed, evaluated: Mapping[int, dict]) -> "Saved":
+    def of(cls, item: Committed, evaluated: Mapping[int, Metrics]) -> "Saved":
         """With the figures of its manifest, or those that were computed later."""
         return cls(item.step, item.metrics or evaluated.get(item.step, {}), item.kind == "full")
 
@@ -54,15 +55,12 @@ def best(saved: Sequence[Saved], count: int) -> set[int]:
 
 
 def every(saved: Sequence[Saved], cadence: Every) -> set[int]:
-    return {item.step for item in saved if item.step % cadence.steps == 0}
+    """Those at the multiples of a cadence of steps."""
+    return {item.step for item in saved if cadence.steps and item.step % cadence.steps == 0}
 
 
-RULES: dict[str, Callable[[Sequence[Saved], int | Every], set[int]]] = {
-    "last": last,
-    "best": best,
-    "every": every,
-    "weights_every": every,
-}
+# of the checkpoints and a rule's own setting
+RULES: dict[str, Callable[..., set[int]]] = {"last": last, "best": best, "every": every, "weights_every": every}
 AS_WEIGHTS = {"weights_every"}  # the rules whose steps may be demoted
 
 

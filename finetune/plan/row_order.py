@@ -65,6 +65,12 @@ class Order:
     """... and the examples drawn by then: the next update begins at this position."""
 
     @property
+    def _earlier(self) -> "Order":
+        if self.before is None:
+            raise ValueError("nothing is before this order: it begins at position 0")
+        return self.before
+
+    @property
     def examples_per_epoch(self) -> int:
         return sum(self.sizes)
 
@@ -81,7 +87,7 @@ class Order:
     def positions_of(self, step: int) -> np.ndarray:
         """The positions of an update's examples, counted from the start of the run."""
         if step <= self.until:
-            return self.before.positions_of(step)
+            return self._earlier.positions_of(step)
         begun = -self.start % self.examples_per_epoch  # examples left in the epoch that `start` lies in
         steps_in_begun = -(-begun // self.batch_size)
         index = step - self.until - 1
@@ -112,7 +118,7 @@ class Order:
         rest = np.asarray(positions)
         examples, where = np.empty_like(rest), np.arange(len(rest))
         if (is_before := rest < self.start).any():
-            examples[is_before] = self.before.examples_at(rest[is_before])
+            examples[is_before] = self._earlier.examples_at(rest[is_before])
             rest, where = rest[~is_before], where[~is_before]
         first = 0
         for source, size in enumerate(self.sizes):
@@ -139,10 +145,10 @@ class Order:
     def _unseen(self, source: int, within: np.ndarray, epoch: int, begun_at: int) -> np.ndarray:
         """The same in an epoch that `before` began: what it left, in an order of this seed."""
         size = self.sizes[source]
-        if self.seed != self.before.seed:
+        if self.seed != self._earlier.seed:
             key = (self.seed, source, epoch, "left by", self.until)
             within = begun_at + permute(within - begun_at, size - begun_at, *key)
-        return self.before._members(source, epoch * size + within)
+        return self._earlier._members(source, epoch * size + within)
 
     def _draws(self, positions: np.ndarray, source: int) -> tuple[np.ndarray, np.ndarray]:
         """How many of the positions before each one belong to `source`, and which of them do themselves.

@@ -42,8 +42,9 @@ class Split(BaseModel):
         """Whether every row that this rule holds out, in whatever data, is held out by the other as well."""
         if other is None or self == other:
             return other is not None
-        has_thresholds = self.threshold is not None and other.threshold is not None
-        return has_thresholds and self.seed == other.seed and self.threshold <= other.threshold
+        if self.threshold is None or other.threshold is None:
+            return False
+        return self.seed == other.seed and self.threshold <= other.threshold
 
 
 def content_of(value: object) -> int:

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -64,7 +64,7 @@ _OTHER_TRAINERS = {
 
 def check(data: dict[str, Plain]) -> Recipe | list[Complaint]:
     """The recipe, or everything that is wrong with it; combinations are checked as far as their sections are right."""
-    sections: dict[str, object] = {}
+    sections: dict[str, Any] = {}
     try:
         return Recipe.model_validate(data, context=sections)
     except ValidationError as error:

@@ -68,7 +68,8 @@ def loads(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         except RecipeError as error:
             found += [(0, problem) for problem in error.problems]
     lines: dict[str, int] = {}
-    checked = check(plain(root, lines))
+    data = plain(root, lines)
+    checked = check(data if isinstance(data, dict) else {})
     if isinstance(checked, Recipe) and not found:
         return LoadedRecipe(checked, text, file, lines)
     if not isinstance(checked, Recipe):
@@ -86,7 +87,7 @@ def dumps(recipe: Recipe) -> str:
 def to_yaml(value: object) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # its class has None there
     yaml.allow_unicode = True
     yaml.width = 4096
     stream = io.StringIO()

@@ -83,12 +83,12 @@ def outcome(key: str, old: object, new: object) -> str:
 
 def binding(recipe: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """A dumped recipe without the keys that are taken on resume: what is left decides what is trained."""
-    bound = {}
+    bound: dict[str, object] = {}
     for name, value in recipe.items():
         rule = next((rule for rule in RECIPE if rule.covers(f"{prefix}{name}")), None)
-        if rule is None:  # a section that several rules share
+        if rule is None and isinstance(value, Mapping):  # a section that several rules share
             bound[name] = binding(value, f"{prefix}{name}.")
-        elif rule.on_resume != "taken":
+        elif rule and rule.on_resume != "taken":
             bound[name] = value
     return bound
 

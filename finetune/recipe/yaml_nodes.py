@@ -6,7 +6,7 @@ aliases and tags are refused: an alias can turn kilobytes into gigabytes, and a 
 
 import re
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -86,11 +86,17 @@ def override(root: Node, setting: str) -> list[tuple[int, Problem]]:
     for part in parents:
         node = _place(node, part, key, Node(0, {}))
     _place(node, last, key, document.root)
-    if document.root.value is None:
-        del node.value[last]
-    else:
-        node.value[last] = document.root
+    _put(node, last, document.root)
     return document.repeated
+
+
+def _put(node: Node, part: str | int, child: Node) -> None:
+    """A child that holds nothing takes the key away."""
+    holder = cast(dict[str | int, Node], node.value)  # or a list, whose parts are numbers: `_place` has looked
+    if child.value is None:
+        del holder[part]
+    else:
+        holder[part] = child
 
 
 def _place(node: Node, part: str | int, key: str, default: Node) -> Node:
@@ -121,7 +127,8 @@ class _Parser:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             self.refuse(line, f"is not YAML: {error.problem}")
         except YAMLError as error:  # a character that YAML forbids; ruamel.yaml gives its place as an offset
-            self.refuse(text.count("\n", 0, error.position) + 1, "is not YAML: holds a control character")
+            position = getattr(error, "position", 0)
+            self.refuse(text.count("\n", 0, position) + 1, "is not YAML: holds a control character")
         except (OverflowError, ValueError):  # ruamel.yaml gives an escape beyond Unicode, like "\UFFFFFFFF", to chr()
             self.refuse(1, "is not YAML: an escape names no character")
 
@@ -147,7 +154,7 @@ class _Parser:
         quotes = "write the plain value, or put it in quotes if it is text"
         if isinstance(event, AliasEvent) or event.anchor:
             self.refuse(line, "anchors (`&`) and aliases (`*`) are not allowed", quotes, key)
-        if event.tag is not None:
+        if getattr(event, "tag", None) is not None:
             self.refuse(line, "tags (`!`) are not allowed", quotes, key)
         if depth > MAX_DEPTH:
             self.refuse(line, f"is nested more than {MAX_DEPTH} levels deep")

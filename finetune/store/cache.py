@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar, cast
 
 import blake3
 
@@ -21,6 +22,8 @@ from finetune.errors import FinetuneError
 from finetune.store import lock
 from finetune.store.boot import boot_id
 from finetune.store.durable import sync_directory, sync_file
+
+FoundT = TypeVar("FoundT")
 
 SEAL, FOUND = "digests.json", "found.json"
 UNFINISHED = ".building"
@@ -62,14 +65,14 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     return entry
 
 
-def found(kind: str, facts: object, find: Callable[[], object]) -> object:
+def found(kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
     """What `find` returns, as JSON, for these facts (JSON as well): found out once and kept. What it raises is not."""
     key = blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def build(directory: Path) -> None:
         (directory / FOUND).write_text(json.dumps(find()))
 
-    return json.loads((built(kind, key, build) / FOUND).read_bytes())
+    return cast(FoundT, json.loads((built(kind, key, build) / FOUND).read_bytes()))
 
 
 def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:

@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from finetune.errors import FinetuneError
 from finetune.store import cache
 from finetune.store.boot import boot_id
 from finetune.store.durable import HINTS
+
+ErrorT = TypeVar("ErrorT", bound=FinetuneError)
 
 PIECE_BYTES = 1 << 20
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -71,7 +74,7 @@ def _is_sound(blob: tuple[str, str]) -> bool:
     return name in [one.hexdigest() for one in hashes]
 
 
-def refusal_of_disk(error: BaseException | None, kind: type[FinetuneError], where: str) -> FinetuneError | None:
+def refusal_of_disk(error: BaseException | None, kind: type[ErrorT], where: str) -> ErrorT | None:
     """The error about `where`, if it was a disk that a client of the Hub failed at, whatever the client made of it; else None.
 
     A permission may be a network's too; a disk's has a file's name, or comes from Rust, in which Xet's client is written.
@@ -81,7 +84,7 @@ def refusal_of_disk(error: BaseException | None, kind: type[FinetuneError], wher
         number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
         file = getattr(error, "filename", None)
         is_permission = number in (errno.EACCES, errno.EPERM) and (file or in_rust)
-        if is_permission or number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        if number and (is_permission or number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)):
             message = f"downloads cannot be kept: {os.strerror(number).lower()}{f': {file}' if file else ''}"
             return kind(message, where=where, hint=HINTS[number])
         error = error.__cause__ or error.__context__

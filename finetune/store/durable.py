@@ -193,4 +193,4 @@ def failures(path: Path, kind: type[FinetuneError] = CheckpointError, *, what: s
         yield
     except OSError as error:
         message = f"{what}: {(error.strerror or str(error)).lower()}"
-        raise kind(message, where=str(path), hint=HINTS.get(error.errno)) from error
+        raise kind(message, where=str(path), hint=HINTS.get(error.errno or 0)) from error

@@ -53,11 +53,10 @@ def http() -> ModuleType:
 
 def refusal(error: BaseException) -> Refusal:
     """What went wrong in a request, by the status that the Hub answered with; libraries wrap that error in others."""
-    answered = _answered(error)
-    if answered is None:
+    answered, status = _answered(error)
+    if answered is None or status is None:
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         return Refusal(f"the Hub cannot be reached: {reason}", None, None)
-    status = answered.response.status_code
     told = (getattr(answered, "server_message", None) or str(answered)).strip().partition("\n")[0]
     if status >= 500:
         return Refusal(f"the Hub is out of order: {told} ({status})", LATER, status)
@@ -65,11 +64,13 @@ def refusal(error: BaseException) -> Refusal:
     return Refusal(f"the Hub refuses: {told} ({status}, {meaning})", hint, status)
 
 
-def _answered(error: BaseException | None) -> BaseException | None:
-    """The error that has the Hub's answer: this one, or one that it was raised from."""
-    while error is not None and getattr(error, "response", None) is None:
+def _answered(error: BaseException | None) -> tuple[BaseException | None, int | None]:
+    """The error that has the Hub's answer, this one or one that it was raised from, and the answer's status."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return error, response.status_code
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return error
+    return None, None
 
 
 @contextmanager

@@ -70,8 +70,8 @@ def data(recorded: str) -> str | None:
 
 def around(recorded: str) -> Iterator[str]:
     """Names of what is there and may be it: the recorded one, where it was found before, and the same path under a folder above a run."""
-    match = _STEP.fullmatch(recorded)
-    path, step = PurePath(match["path"]), match["step"] or ""
+    name, step = _without_step(recorded)
+    path = PurePath(name)
     parts = [part for part in path.parts if part != path.anchor]
     tails = [PurePath(*parts[start:]) for start in range(len(parts) if path.is_absolute() else 1)]
     beside = (above / tail for run in _known.runs for above in run.parents for tail in tails)
@@ -91,7 +91,13 @@ def in_checkpoints(name: str) -> Iterator[str]:
 
 def is_there(name: str) -> bool:
     """Whether there is such a file or folder, or such a run of a ref like RUN@500."""
-    return os.path.exists(name) or os.path.exists(_STEP.fullmatch(name)["path"])
+    return os.path.exists(name) or os.path.exists(_without_step(name)[0])
+
+
+def _without_step(name: str) -> tuple[str, str]:
+    """The path of a ref like RUN@500, and its step with the sign before it; empty where it has none."""
+    match = _STEP.fullmatch(name)
+    return (match["path"], match["step"] or "") if match else (name, "")
 
 
 def found(recorded: str, place: str, what: str) -> str:

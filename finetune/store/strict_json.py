@@ -37,6 +37,6 @@ def strict(value: object) -> object:
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(next(key for place, key in enumerate(keys) if key in keys[:place]))
     return found

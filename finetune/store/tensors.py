@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, Place]:
         entries = from_json(header.decode())
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"the header is not valid JSON: {error}") from error
-    if not header.startswith(b"{"):
+    if not header.startswith(b"{") or not isinstance(entries, dict):
         raise _broken(path, "the header is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -5,21 +5,22 @@ Packed: B is 1 and the rows follow each other. Padded: B is R, filled up on the 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from finetune.data.batches import Batch
 from finetune.data.example import Example
+from finetune.model.losses import TokenLosses
+from finetune.plan.facts import Metrics
 from finetune.tasks.task import RowResults
 
-# (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
-TokenLosses = Callable[[torch.nn.Module, dict, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
-def collate_packed(examples: Sequence[Example]) -> dict:
+def collate_packed(examples: Sequence[Example]) -> Batch:
     """One sequence; positions restart with every row, and `row_bounds` and `cu_seq_lens` tell attention where rows begin."""
     lengths = [len(example.tokens) for example in examples]
     bounds = [0, *accumulate(lengths)]
@@ -34,7 +35,7 @@ def collate_packed(examples: Sequence[Example]) -> dict:
     return {"model_inputs": model_inputs, **_supervised(examples, tokens, bounds[:-1])}
 
 
-def collate_padded(examples: Sequence[Example]) -> dict:
+def collate_padded(examples: Sequence[Example]) -> Batch:
     """A sequence a row, filled up on the right, where a causal model never looks from a real token: no mask is needed."""
     longest = max(len(example.tokens) for example in examples)
     tokens = np.zeros((len(examples), longest), dtype=np.int64)
@@ -47,7 +48,7 @@ def collate_padded(examples: Sequence[Example]) -> dict:
     }
 
 
-def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequence[int]) -> dict:
+def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequence[int]) -> Batch:
     """Where, among all B * T places, a supervised token is predicted, and which one it is; `firsts` is where each row begins."""
     targets = [np.flatnonzero(example.supervised[1:]) for example in examples]
     positions = np.concatenate([target + first for target, first in zip(targets, firsts, strict=True)])
@@ -58,7 +59,7 @@ def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequenc
     }
 
 
-def loss(model: torch.nn.Module, batch: dict, token_losses: TokenLosses) -> tuple[Tensor, Tensor]:
+def loss(model: PreTrainedModel, batch: Batch, token_losses: TokenLosses) -> tuple[Tensor, Tensor]:
     """The summed loss in nats (fp32 scalar) and the sum of each row (fp32, shape (R,)); only the first is differentiable."""
     loss_sum, losses_N = token_losses(model, batch["model_inputs"], batch["positions_N"], batch["labels_N"])
     # split, not index_add: scattered sums are not deterministic on a GPU
@@ -66,7 +67,7 @@ def loss(model: torch.nn.Module, batch: dict, token_losses: TokenLosses) -> tupl
     return loss_sum, rows_R
 
 
-def score(results: RowResults) -> dict[str, float]:
+def score(results: RowResults) -> Metrics:
     """Held-out figures: mean loss in nats a supervised token, its standard error, and its perplexity.
 
     The error is that of a ratio of two sums over rows, drawn at random with all their tokens (Cochran, Sampling Techniques, 1977, section

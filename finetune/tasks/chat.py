@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.completeness import refuse_lost
 from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
-from finetune.data.example import Example
+from finetune.data.example import Example, Row
 from finetune.errors import DataError
 from finetune.model.base import templates
 from finetune.model.base.files import TEMPLATE
@@ -22,7 +22,7 @@ from finetune.tasks import causal, content
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
 from finetune.tasks.task import Task
 
-Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
+Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
 
 def encoder(
@@ -42,7 +42,7 @@ def encoder(
     renderer = Renderer(tokenizer, template, date)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
-    def render(row: dict, place: str) -> tuple[str, list[tuple[int, int]]]:
+    def render(row: Row, place: str) -> tuple[str, list[tuple[int, int]]]:
         conversation = conversation_of(row, place, row_rules)
         if row_rules == 1:
             _refuse_control_tokens(conversation, place, control, is_all=False)
@@ -53,7 +53,7 @@ def encoder(
         refuse_lost(conversation, row, text, spans, place)
         return text, spans
 
-    def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
+    def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
         rendered = [render(*pair) for pair in zip(rows, places, strict=True)]
         batch = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
         examples = []
@@ -84,16 +84,17 @@ def template_of(
         try:
             template = _template_in(task.template)
         except FileNotFoundError as error:
-            template = _copy_of(task.template, is_known)
-            if template is None:
+            copy = _copy_of(task.template, is_known)
+            if copy is None:
                 raise _unreadable(task.template, error) from None
+            template = copy
         except OSError as error:
             raise _unreadable(task.template, error) from None
         if problem := templates.problem(template):
             raise DataError(f"the template {problem}", where=task.template, hint="fix it, or use the base's own")
         return template
-    if template := templates.default(tokenizer.chat_template):
-        return template
+    if own := templates.default(tokenizer.chat_template):
+        return own
     if names := templates.names(tokenizer.chat_template):
         message = f"the base has several chat templates, and none is called `default`: {', '.join(names)}"
         raise DataError(message, hint="save one of them to a file, and name it with task.template: FILE")

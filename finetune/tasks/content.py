@@ -3,20 +3,23 @@
 It skips columns unknown to the task, and everything that depends on a tokenizer or a template.
 """
 
+from finetune.data.example import Row
 
-def of_chat(row: dict) -> object:
+
+def of_chat(row: Row) -> object:
     """The messages, those of `system`, `prompt` and `completion` too; keys without a value, which Parquet adds, do not count."""
     system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
-    if isinstance(row.get("messages"), list):
-        return _without_nulls([*system, *row["messages"]])
+    if isinstance(given := row.get("messages"), list):
+        return _without_nulls([*system, *given])
     parts = (("user", row.get("prompt")), ("assistant", row.get("completion")))
     messages = [[{"role": role, "content": part}] if isinstance(part, str) else part for role, part in parts]
-    if all(isinstance(part, list) for part in messages):
-        return _without_nulls([*system, *messages[0], *messages[1]])
-    return _without_nulls([row.get("messages"), *messages])
+    lists = [part for part in messages if isinstance(part, list)]
+    if len(lists) == len(messages):
+        return _without_nulls([*system, *lists[0], *lists[1]])
+    return _without_nulls([given, *messages])
 
 
-def of_text(row: dict) -> object:
+def of_text(row: Row) -> object:
     return row.get("text")
 
 

@@ -5,12 +5,12 @@ A template is somebody's program: any exception becomes a DataError. It prints t
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.data.conversation import Conversation
+from finetune.data.conversation import Conversation, Message, Tool
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,22 +34,26 @@ class Renderer(NamedTuple):
     """The day that a template which prints it is given, as YYYY-MM-DD; None is that of the clock."""
 
     def text(
-        self, messages: list[dict], place: str | None = None, tools: list | None = None, with_header: bool = False
+        self,
+        messages: list[Message],
+        place: str | None = None,
+        tools: Sequence[Tool] | None = None,
+        with_header: bool = False,
     ) -> str:
         """The text of some messages; `with_header` it ends with what an answer follows."""
         import jinja2
 
         try:
             with _on(self.date, self.template):
-                text = self.tokenizer.apply_chat_template(
+                text: Any = self.tokenizer.apply_chat_template(
                     messages,
-                    tools=tools,
+                    tools=None if tools is None else [*tools],
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=with_header,
                 )
             text.encode()  # half of a pair of surrogates, which JSON can spell, is no text for a tokenizer
-            return text
+            return str(text)
         except jinja2.TemplateError as error:
             if type(error) is jinja2.TemplateError:
                 message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"

@@ -3,11 +3,19 @@
 Its keys, and what is known of it without torch, are its section in `recipe/schema/tasks.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finetune.data.batches import Batch
+from finetune.data.encode import Encoder
+from finetune.data.example import Example, Row
+from finetune.model.losses import TokenLosses
+from finetune.plan.facts import Metrics
 
 
 class RowResults(NamedTuple):
@@ -23,19 +31,19 @@ class RowResults(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    encoder: Callable
+    encoder: Callable[..., Encoder]
     """(tokenizer, section, stop tokens, row rules, and how conversations are rendered) -> a function from rows and their places to the
     examples of each row. What the loss needs beside tokens, like a label, is in `Example.numbers`."""
-    content: Callable
+    content: Callable[[Row], object]
     """A row -> what it says, as JSON has it: by this it is held out, and found again in other files."""
-    collate_packed: Callable
-    collate_padded: Callable
+    collate_packed: Callable[[Sequence[Example]], Batch]
+    collate_padded: Callable[[Sequence[Example]], Batch]
     """Examples -> the arguments of `loss`, on the CPU."""
-    loss: Callable
+    loss: Callable[[PreTrainedModel, Batch, TokenLosses], tuple[Tensor, Tensor]]
     """(model, batch, token losses) -> loss sum and row sums. The sums are over what examples call supervised, and are divided by how many
     there are in a step."""
-    score: Callable
+    score: Callable[[RowResults], Metrics]
     """Row results -> held-out figures; of them `loss`, the lower the better, chooses the best checkpoint."""
-    template_of: Callable | None = None
+    template_of: Callable[..., str] | None = None
     """(tokenizer, section, whether a text is the one that is looked for) -> the chat template in force, where rows are conversations; their
     section has the key `template`."""

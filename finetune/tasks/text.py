@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.example import Example
+from finetune.data.example import Example, Row
 from finetune.data.plain_text import text_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
@@ -13,7 +13,7 @@ from finetune.recipe.schema import TextTask
 from finetune.tasks import causal, content
 from finetune.tasks.task import Task
 
-Encode = Callable[[Sequence[dict], Sequence[str]], list[list[Example]]]
+Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
 
 def encoder(
@@ -24,7 +24,7 @@ def encoder(
     if end is None:
         raise DataError("the base's tokenizer has no end-of-text token", hint="choose a base that has one")
 
-    def encode(rows: Sequence[dict], places: Sequence[str]) -> list[list[Example]]:
+    def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
         texts = [text_of(row, place) for row, place in zip(rows, places, strict=True)]
         batch = tokenizer(texts, return_special_tokens_mask=True)
         found = batch["input_ids"]

@@ -26,7 +26,7 @@ def same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelera
         if step and not accelerator.is_main_process:
             mine = Store(path).find(step)
         if mine and (mine is newest or not verify(mine.path)):
-            seen ^= int(mine.manifest.digest.rpartition(":")[2][:15], 16)
+            seen ^= int((mine.manifest.digest or "").rpartition(":")[2][:15], 16)
     collectives.wait_for_everyone(accelerator)
     digests = accelerator.gather(torch.tensor([seen], device=accelerator.device)).tolist()
     if len(set(digests)) > 1:

@@ -46,7 +46,8 @@ def begin(
     saver = Saver(path, plan, opened.resolved.companions, manifest, progress.say, state)
     # Damage is put right or passed over before anything else asks for the newest checkpoint.
     damages, past = saver.recover(), Past(path, plan, saver.last)
-    while past.is_abandoned:  # A rollback gave this checkpoint up, and a kill came before it was removed.
+    # A rollback gave this checkpoint up, and a kill came before it was removed.
+    while saver.last and past.is_abandoned:
         saver.give_up(saver.last.step)
         past = Past(path, plan, saver.last)
     run = RunDirectory(path)
@@ -56,7 +57,7 @@ def begin(
     trackers = Tracked(Start(run, opened.facts["run"], plan, past.step), progress.say)
     pen = Pen(lease, journals.Journal(path), saver, trackers)
     recorder = Recorder(path, plan, progress, past, reports, pen)
-    _write_down(recorder, manifest, opened.changes, damages)
+    _write_down(recorder, lease, manifest, opened.changes, saver.last, damages)
     _say_what_is_lost(recorder, past, damages)
     return Attempt(recorder, same_checkpoint(saver.last, path, accelerator))
 
@@ -73,8 +74,15 @@ def refuse_strangers(path: Path, plan: Plan, run: str) -> None:
             )
 
 
-def _write_down(recorder: Recorder, manifest: Manifest, changes: list[str], damages: list[Damage]) -> None:
-    plan, lease, last = recorder.plan, recorder.pen.lease, recorder.pen.saver.last
+def _write_down(
+    recorder: Recorder,
+    lease: Lease,
+    manifest: Manifest,
+    changes: list[str],
+    last: Checkpoint | None,
+    damages: list[Damage],
+) -> None:
+    plan = recorder.plan
     previous = str(lease.previous) if lease.previous else None  # a holder that died
     facts = {"plan_id": plan.plan_id, "changes": changes, "world": manifest.world, "previous": previous}
     recorder.event("started", step=recorder.last_step, **facts)

@@ -5,6 +5,7 @@ import math
 import torch
 
 from finetune.errors import NotFiniteError, counted
+from finetune.training.guard import Verdict
 from finetune.training.loop import StepReport
 from finetune.training.state import TrainState
 
@@ -24,9 +25,8 @@ def broken(state: TrainState) -> NotFiniteError | None:
     return None
 
 
-def refusal(report: StepReport) -> str:
+def refusal(report: StepReport, verdict: Verdict) -> str:
     """What is wrong with a step, and with which rows."""
-    verdict = report.verdict
     if verdict.reason == "spike":
         worst = max(range(len(report.rows)), key=report.row_losses.__getitem__)
         about = f"row {report.rows[worst]} has the highest loss, {report.row_losses[worst]:.4g}"

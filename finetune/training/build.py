@@ -1,11 +1,12 @@
 """A plan to the state at step 0: devices, model, loss and optimizer, with what was tried before they are trusted."""
 
 import platform
-from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import FinetuneError
@@ -39,7 +40,7 @@ def slow_numbers(precision: str) -> str | None:
     )
 
 
-def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> torch.nn.Module:
+def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> PreTrainedModel:
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     recipe = plan.recipe
     place = _place(recipe, base_directory, device)
@@ -82,18 +83,18 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     model.train()
     objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
     strategy = strategy_of(recipe.train)
-    objective, prepared = strategy.prepare(
+    wrapped, prepared = strategy.prepare(
         accelerator, objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
     )
     notes = tuple(filter(None, [losses.note(reason), slow_numbers(recipe.train.precision)]))
-    return TrainState(accelerator, objective, model, prepared, strategy, notes=notes)
+    return TrainState(accelerator, wrapped, model, prepared, strategy, notes=notes)
 
 
-def _fitting_loss(plan: Plan, model: torch.nn.Module) -> tuple[Callable, str | None]:
+def _fitting_loss(plan: Plan, model: PreTrainedModel) -> tuple[losses.TokenLosses, str | None]:
     """As `losses.fitting`, after `check_packing`. Both run the model, and would find the same at every start: of the same base, trained in
     the same way by the same code, they are asked once."""
     recipe, device = plan.recipe, next(model.parameters()).device
-    ours = [Path(module.__file__).read_text() for module in (attention, losses)]
+    ours = [Path(module.__file__ or "").read_text() for module in (attention, losses)]
     facts = {
         "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
         "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
@@ -123,13 +124,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
-def check_packing(model: torch.nn.Module, max_length: int) -> None:
+def check_packing(model: PreTrainedModel, max_length: int) -> None:
     """Runs two short rows packed and alone: a model that mixes them would train on the wrong thing, silently.
 
     So would one whose window does not reach our attention: short rows do not show that, so its layers are asked.
     """
     # tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does
-    rows = (torch.arange(1, 17) * 2_654_435_761 % model.get_input_embeddings().num_embeddings).reshape(2, 8)
+    count = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    rows = (torch.arange(1, 17) * 2_654_435_761 % count).reshape(2, 8)
     rows = rows.to(next(model.parameters()).device)
     bounds = [0, 8, 16]
     packed = {"position_ids": torch.arange(8, device=rows.device).repeat(2)[None], "row_bounds": bounds}

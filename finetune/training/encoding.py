@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +45,7 @@ class Encoding:
     """What was found out about templates that the base's user should know."""
 
     @property
-    def rendering(self) -> dict[str, object]:
+    def rendering(self) -> dict[str, Any]:
         """What the task's encoder is given by name."""
         if self.template is None:
             return {"row_rules": self.row_rules}
@@ -79,9 +80,9 @@ def read(
     known = {pin.name: pin for pin in (*like.train, *like.holdout)} if like else {}
     key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
     encoder = _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
+    held: Sequence[PinnedSource | None] = pins or [None] * len(sources)
     pairs = [
-        _read(source, pin, encoding, encoder, key=key, known=known)
-        for source, pin in zip(sources, pins or [None] * len(sources), strict=True)
+        _read(source, pin, encoding, encoder, key=key, known=known) for source, pin in zip(sources, held, strict=True)
     ]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
@@ -96,7 +97,7 @@ def _read(
     known: Mapping[str, PinnedSource],
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
-    place = located(source, earlier or known.get(source.path))
+    place = located(source, earlier or known.get(source.path or ""))
     rows = open_source(place, revision, encoding.row_rules)
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     # in memory, by each process that opens it
@@ -106,13 +107,13 @@ def _read(
     return pin, encode(rows, rows.where, encoder, *source_key(source, pin), key, content=content, reopen=again)
 
 
-def _portable(encoding: Encoding) -> tuple[Path, Task, dict[str, object]]:
+def _portable(encoding: Encoding) -> tuple[Path, Task, dict[str, Any]]:
     """What another process needs to encode alike; a tokenizer is opened there again."""
     return encoding.directory, encoding.task, encoding.rendering
 
 
 def _reopened(
-    directory: Path, task: Task, rendering: dict, source: Source, pin: PinnedSource, state: State | None
+    directory: Path, task: Task, rendering: dict[str, Any], source: Source, pin: PinnedSource, state: State | None
 ) -> Work:
     """What encodes a source, made again in a worker process."""
     rows = reopen_source(source, pin, state, rendering["row_rules"])
@@ -120,7 +121,7 @@ def _reopened(
     return Work(rows, rows.where, encoder, TASKS[task.name].content)
 
 
-def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict) -> Encoder:
+def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict[str, Any]) -> Encoder:
     return TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer), **rendering)
 
 
@@ -141,7 +142,7 @@ def template_and_encoding(
         return [(each, encodings.older_digest(task, directory, each, stops, row_rules)) for each in texts]
 
     def is_known(text: str) -> bool:
-        return like is not None and like.encoding in dict(map(reversed, pairs(text)))
+        return like is not None and like.encoding in [digest for _, digest in pairs(text)]
 
     template_of = TASKS[task.name].template_of
     found = pairs(template_of(tokenizer, task, is_known) if template_of else None)

@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 import finetune
 from finetune import version
 from finetune.plan import memory
+from finetune.plan.facts import Machine
 from finetune.training.build import device_name
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -29,7 +29,7 @@ def software() -> dict[str, str]:
     return {"code": f"sha256:{code}", "lock": f"sha256:{lock}", **({"image": image} if image else {})}
 
 
-def facts_of(accelerator: Accelerator) -> dict[str, Any]:
+def facts_of(accelerator: Accelerator) -> Machine:
     """What the bits depend on, beside plan and code."""
     device = accelerator.device
     return {

@@ -7,11 +7,11 @@ against the plan is an `Amendment`, which the journal and every later manifest c
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Literal, NamedTuple
 
 from finetune.errors import counted
 from finetune.recipe.schema import Guard
+from finetune.store.run.records import AmendmentRecord, EventRecord
 
 WINDOW = 128  # steps looked back on
 ENOUGH = 32  # steps before which nothing is called a spike
@@ -19,25 +19,42 @@ LIMIT = 8.0  # robust standard deviations; a window of Gaussian noise passes it 
 NOISE_FLOOR = 0.02  # of the median: a very quiet stretch does not turn small changes into spikes
 
 
+Action = Literal["skip", "rollback"]
+Reason = Literal["not_finite", "spike"]
+
+
 class Amendment(NamedTuple):
     """Steps that keep their number and their rows, and do not move the weights."""
 
     first: int
     last: int
-    action: Literal["skip", "rollback"]
-    reason: Literal["not_finite", "spike"]
+    action: Action
+    reason: Reason
     step: int
     """At which it was decided: `last`."""
+
+    @classmethod
+    def of(cls, record: AmendmentRecord | EventRecord) -> "Amendment":
+        return cls(record["first"], record["last"], record["action"], record["reason"], record["step"])
+
+    @property
+    def record(self) -> AmendmentRecord:
+        return {
+            "first": self.first,
+            "last": self.last,
+            "action": self.action,
+            "reason": self.reason,
+            "step": self.step,
+        }
 
     def covers(self, step: int) -> bool:
         return self.first <= step <= self.last
 
 
-def amendments(carried: Iterable[Mapping], events: Iterable[Mapping]) -> list[Amendment]:
+def amendments(carried: Iterable[AmendmentRecord], events: Iterable[EventRecord]) -> list[Amendment]:
     """What a manifest carries and what a journal's events say was decided, each once, by the first step."""
-    recorded = (record for record in events if record.get("event") == "amended")
-    found = (Amendment(**{name: each[name] for name in Amendment._fields}) for each in chain(carried, recorded))
-    return sorted(dict.fromkeys(found))
+    recorded = (record for record in events if record["event"] == "amended")
+    return sorted({*map(Amendment.of, carried), *map(Amendment.of, recorded)})
 
 
 class Verdict(NamedTuple):
@@ -78,7 +95,9 @@ def judge(
             return _bounded(
                 rule, Verdict(rule.not_finite, "not_finite", quantity, f"{quantity} is {value}"), amendments
             )
-    for quantity, value in figures.items() if rule.spike != "ignore" else ():
+    if rule.spike == "ignore":
+        return None
+    for quantity, value in figures.items():
         distance = spike(window(quantity, step), value)
         if distance is not None:
             message = f"{quantity} {value:.4g} lies {distance:.0f} deviations above the last steps"
@@ -96,8 +115,10 @@ def _bounded(rule: Guard, verdict: Verdict, amendments: Sequence[Amendment]) -> 
 
 def amendment(rule: Guard, step: int, verdict: Verdict) -> Amendment:
     """What a verdict to skip or to roll back does to the plan."""
-    span = rule.span if verdict.action == "rollback" else 1
-    return Amendment(max(1, step - span + 1), step, verdict.action, verdict.reason, step)
+    action: Action = "rollback" if verdict.action == "rollback" else "skip"
+    reason: Reason = "spike" if verdict.reason == "spike" else "not_finite"
+    span = rule.span if action == "rollback" else 1
+    return Amendment(max(1, step - span + 1), step, action, reason, step)
 
 
 def spike(history: Sequence[float], value: float) -> float | None:

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import psutil
 
@@ -23,15 +24,38 @@ from finetune.training.resolve import Resolved
 SHOWN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF")
 
 
-def rows_of(resolved: Resolved, report: StepReport) -> list[dict]:
-    """The rows of a step, the one with the highest loss first: ids, loss, lengths, and its tokens as text."""
+class BundledRow(TypedDict):
+    """A row of a step: ids, loss, lengths, and its tokens as text."""
+
+    row: int
+    share: NotRequired[float]
+    """How much of what is wrong with the step is its doing."""
+    example: int
+    loss: float
+    tokens: int
+    supervised_tokens: int
+    text: str
+    token_losses: NotRequired[list[tuple[str, float]]]
+    """Each learnt token and its loss, where the row was looked into."""
+
+
+def rows_of(resolved: Resolved, report: StepReport) -> list[BundledRow]:
+    """The rows of a step, the one with the highest loss first."""
     columns = (report.examples.tolist(), report.rows.tolist(), report.row_losses, report.row_tokens)
-    found = []
+    found: list[BundledRow] = []
     for example, row, loss, supervised in zip(*columns, strict=True):
         tokens = resolved.train[example].tokens
-        text = resolved.tokenizer.decode(tokens.tolist())
-        lengths = {"tokens": len(tokens), "supervised_tokens": supervised}
-        found.append({"row": row, "example": example, "loss": loss, **lengths, "text": text})
+        text = str(resolved.tokenizer.decode(tokens.tolist()))
+        found.append(
+            {
+                "row": row,
+                "example": example,
+                "loss": loss,
+                "tokens": len(tokens),
+                "supervised_tokens": supervised,
+                "text": text,
+            }
+        )
     return sorted(
         found, key=lambda entry: (entry["loss"] == entry["loss"], -entry["loss"])
     )  # what is no number comes first
@@ -42,7 +66,7 @@ def write(
     resolved: Resolved,
     report: StepReport,
     about: Mapping[str, object],
-    rows: Sequence[Mapping] | None = None,
+    rows: Sequence[BundledRow] | None = None,
 ) -> Path:
     """Writes the bundle of a step, anew where there is one; returns its folder. `about` says what is wrong with the step."""
     folder = RunDirectory(run).bundle(report.step)
@@ -65,7 +89,7 @@ def write(
     return folder
 
 
-def _environment() -> dict:
+def _environment() -> dict[str, object]:
     memory = psutil.virtual_memory()
     return {
         "python": platform.python_version(),

@@ -20,6 +20,7 @@ from finetune.errors import DivergedError
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import Guard
+from finetune.store.run.records import StepFigures
 from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
 from finetune.training import guard
 from finetune.training.state import TrainState
@@ -68,10 +69,15 @@ class StepReport:
     """What is wrong with the step."""
 
     @property
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> StepFigures:
         """What the journal has of a step, and must be the same when it is run again."""
-        names = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+        }
 
     @property
     def columns(self) -> Columns:

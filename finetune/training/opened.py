@@ -5,9 +5,10 @@ A checkpoint of a run is verified first, every byte. Nothing here trains; `state
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.model import base
 from finetune.model.base import templates
@@ -19,9 +20,19 @@ from finetune.store.run.directory import RunDirectory
 from finetune.training.encoding import in_force
 
 
+class _Settings(TypedDict, total=False):
+    """What `base.load_model` is told."""
+
+    dtype: torch.dtype
+    attention: str | None
+    quantization: str | None
+    products: torch.dtype
+    place: base.Place | None
+
+
 @dataclass(frozen=True)
 class Opened:
-    model: torch.nn.Module
+    model: PreTrainedModel
     """In eval mode, an adapter on its base, not merged; fp32, but of a run with bf16 weights these, if it is as trained."""
     directory: Path
     """Where tokenizer and generation config are."""
@@ -30,6 +41,20 @@ class Opened:
     """The plan of the run it comes from, if it comes from one."""
     checkpoint: Checkpoint | None
     """None for a base or a plain model."""
+
+    @property
+    def run_plan(self) -> Plan:
+        """The plan of what is known to come from a run."""
+        if self.plan is None:
+            raise ValueError("it comes from no run")
+        return self.plan
+
+    @property
+    def run_checkpoint(self) -> Checkpoint:
+        """The checkpoint that it is known to be."""
+        if self.checkpoint is None:
+            raise ValueError("it is no checkpoint")
+        return self.checkpoint
 
 
 def open_model(
@@ -44,16 +69,18 @@ def open_model(
 
     It is made on the device, or on the CPU. A `dtype` is that of its weights whatever they were trained in.
     """
-    asked = {"attention": attention, "place": base.Place(device) if device else None}
-    asked |= {"dtype": dtype} if dtype else {}
+    asked: _Settings = {"attention": attention, "place": base.Place(device) if device else None}
+    if dtype:
+        asked["dtype"] = dtype
     base.refuse_foreign(text)
     ref = parse(text)
     if ref.kind == "base":
         plan, _ = RunDirectory(ref.run).plan()
         directory = base.directory(plan.recipe.base, plan.base)
-        settings = _as_trained(plan.recipe) if is_as_trained else {}
-        return Opened(base.load_model(directory, **settings | asked), directory, directory, plan, None)
-    if ref.kind in ("run", "checkpoint"):
+        return Opened(
+            _loaded(directory, plan.recipe if is_as_trained else None, asked), directory, directory, plan, None
+        )
+    if ref.kind == "run" or ref.kind == "checkpoint":
         return _open_checkpoint(find(ref), asked, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
         return _open_adapter(ref.path, asked, None)
@@ -73,35 +100,45 @@ def open_tokenizer(opened: Opened) -> PreTrainedTokenizerBase:
 
 def run_of(ref: Ref) -> Path | None:
     """The run directory that a ref leads to, if any: its own, or the one a checkpoint directory lies in."""
-    if ref.run is not None:
+    if ref.kind == "run" or ref.kind == "base":
         return ref.run
     return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
-def _open_checkpoint(checkpoint: Checkpoint, asked: dict, is_as_trained: bool) -> Opened:
+def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bool) -> Opened:
     base.refuse_damaged(checkpoint.path)
     run = base.run_around(checkpoint.path)
     plan = RunDirectory(run).plan()[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
-    model = base.load_model(checkpoint.path, **(_as_trained(recipe) if recipe else {}) | asked)
+    model = _loaded(checkpoint.path, recipe, asked)
     directory = checkpoint.path
     if plan and not base.has_tokenizer(directory):  # older code left out some kinds
         directory = base.directory(plan.recipe.base, plan.base, with_weights=False)
     return Opened(model, directory, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, asked: dict, recipe: Recipe | None) -> Opened:
+def _open_adapter(path: Path, asked: _Settings, recipe: Recipe | None) -> Opened:
     """An adapter on its base: that of its run, or the one that a plain peft directory names. As `recipe` trained it, or in fp32."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
-    model = base.load_model(base_directory, **(_as_trained(recipe) if recipe else {}) | asked)
+    model = _loaded(base_directory, recipe, asked)
     model = base.attach(model, path, str(path))
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 
 
-def _as_trained(recipe: Recipe) -> dict:
+def _loaded(directory: Path, recipe: Recipe | None, asked: _Settings) -> PreTrainedModel:
+    """The model in a directory, with the weights as `recipe` trains them, or in fp32; what is asked for comes first."""
+    settings: _Settings = _as_trained(recipe) if recipe else {}
+    settings.update(asked)
+    return base.load_model(directory, **settings)
+
+
+def _as_trained(recipe: Recipe) -> _Settings:
     """What `base.load_model` is told so that the weights are those of training."""
-    dtypes = {"dtype": base.DTYPES[recipe.train.weights], "products": base.DTYPES[recipe.train.precision]}
-    return dtypes | {"quantization": recipe.base.quantization}
+    return {
+        "dtype": base.DTYPES[recipe.train.weights],
+        "products": base.DTYPES[recipe.train.precision],
+        "quantization": recipe.base.quantization,
+    }

@@ -21,10 +21,11 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
     if is_adapter:
         named = base.located(named, pinned, base.LOOK)
     path = _directory(named.checkpoint) if is_adapter or directory is None else directory.resolve()
-    run = base.run_around(path) if path and step_of(path.name) is not None else None
-    if run is None:
+    step = step_of(path.name) if path else None
+    run = base.run_around(path) if path and step is not None else None
+    if path is None or step is None or run is None:
         return []
-    lines = pin(run, step_of(path.name), f"base-{run_id}", named.checkpoint)
+    lines = pin(run, step, f"base-{run_id}", named.checkpoint)
     if is_adapter:
         below, pinned_below = base.beneath(path, named.checkpoint)
         lines += pin_base(below, pinned_below, run_id)

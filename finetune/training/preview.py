@@ -5,15 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data import unused
+from finetune.data.unused import Unused
 from finetune.model import base
 from finetune.plan import forecast
 from finetune.plan.memory import Work, shape_of
 from finetune.plan.pace import largest_step
+from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.lease import refuse_other_directory
 from finetune.training.build import slow_numbers
 from finetune.training.readiness import refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
+
+
+class PlanFacts(WithDevices, Unused):
+    """What `plan --json` prints."""
+
+    base_notes: list[str]
+    reached: dict[str, tuple[int, int]] | None
+    """By kind of module the base's parameters, and those that an adapter reaches."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Preview:
     run: Path
     is_of_devices: bool
     """Made for other machines: what this one lacks is no reason to refuse."""
-    facts: dict
+    facts: PlanFacts
 
     @property
     def text(self) -> str:
@@ -57,8 +67,7 @@ def preview(
     return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib))
 
 
-def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> dict:
-    """The facts that `plan --json` prints."""
+def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts:
     plan, here = resolved.plan, device()
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))

@@ -38,7 +38,7 @@ class Progress:
 
     def say_forecast(self, step: int) -> None:
         """How long the rest takes, unless --quiet."""
-        if not self._is_quiet:
+        if self.pace and not self._is_quiet:
             left = self.pace.left
             beside = f"{counted(left['evaluation'], 'evaluation')} and {counted(left['save'], 'save')} included"
             self.say(f"forecast at step {step}: {duration(self.pace.seconds_left)} left, {beside}")

@@ -7,16 +7,18 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from finetune.errors import CheckpointError
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.run import journal as journals
 from finetune.store.run.lease import Lease
+from finetune.store.run.records import Skipped, StepRecord
 from finetune.store.run.row_losses import Columns
 from finetune.training import collectives
-from finetune.training.guard import Amendment
+from finetune.training.guard import Amendment, Verdict
 from finetune.training.loop import StepReport
 from finetune.training.progress import Progress
 from finetune.training.saving.rank_reports import MissingReport, Report, Reports
@@ -85,11 +87,7 @@ class Recorder:
 
         Raises what went wrong in a save meanwhile.
         """
-        record = {"kind": "step", "step": report.step, **report.figures}
-        if report.verdict and report.verdict.is_refused:
-            record["skipped"] = report.verdict.reason
-        record |= {"seconds": round(report.seconds, 6), "await_seconds": round(report.await_seconds, 6)}
-        record |= {"attempt": self._attempt, "time": journals.now()}
+        record = self._record_of(report)
         self._check_saves()
         # Another process may have taken the run over: then nothing more may be written.
         if self.pen:
@@ -99,10 +97,10 @@ class Recorder:
         self.past.add(record)
         if self.pen:
             self.pen.journal.append(record)
-            self.pen.trackers.log(report.step, {**report.figures, "seconds": record["seconds"]})
+            told = cast(dict[str, float], {**report.figures, "seconds": record["seconds"]})
+            self.pen.trackers.log(report.step, told)
             self._columns.extend(report.columns)
-            changed = journals.difference(earlier, record) if earlier else None
-            if changed:
+            if earlier and (changed := journals.difference(earlier, record)):
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
                 self.progress.say(f"step {report.step} ran before and is not the same: {was}; exactness is lost")
                 self.event("not_exact", step=report.step, quantity=changed)
@@ -110,25 +108,37 @@ class Recorder:
             report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens, report.seconds
         )
 
+    def _record_of(self, report: StepReport) -> StepRecord:
+        verdict = report.verdict
+        skipped: Skipped = {"skipped": verdict.reason} if verdict and verdict.is_refused else {}
+        return {
+            "kind": "step",
+            "step": report.step,
+            **report.figures,
+            **skipped,
+            "seconds": round(report.seconds, 6),
+            "await_seconds": round(report.await_seconds, 6),
+            "attempt": self._attempt,
+            "time": journals.now(),
+        }
+
     @property
     def amendments(self) -> list[Amendment]:
         """The steps that are left out, as was decided so far."""
         return self.past.amendments
 
-    def amend(self, amendment: Amendment, report: StepReport) -> None:
+    def amend(self, amendment: Amendment, report: StepReport, verdict: Verdict) -> None:
         """A step is left out; before its record."""
         self.past.amend(amendment)
-        self._say_amendment(amendment, report)
+        self._say_amendment(amendment, report, verdict)
 
-    def spike(self, report: StepReport) -> None:
+    def spike(self, step: int, verdict: Verdict) -> None:
         """A step that is made, and is far from those before it."""
-        verdict = report.verdict
-        self.progress.say(f"spike at step {report.step}: {verdict.message}")
-        self.event("spike", step=report.step, quantity=verdict.quantity, message=verdict.message)
+        self.progress.say(f"spike at step {step}: {verdict.message}")
+        self.event("spike", step=step, quantity=verdict.quantity, message=verdict.message)
 
-    def refused(self, report: StepReport) -> None:
+    def refused(self, report: StepReport, verdict: Verdict) -> None:
         """A step that was not made, and ends the run."""
-        verdict = report.verdict
         about = {"quantity": verdict.quantity, "message": verdict.message}
         self.event(verdict.reason, step=report.step, **about, **report.figures)
 
@@ -146,21 +156,20 @@ class Recorder:
             return None
         return checkpoint
 
-    def roll_back(self, amendment: Amendment, report: StepReport, checkpoint: Checkpoint) -> None:
+    def roll_back(self, amendment: Amendment, report: StepReport, verdict: Verdict, checkpoint: Checkpoint) -> None:
         """The run goes on from a checkpoint. In this order: what is removed is known to be given up, whatever happens in between."""
         if not self.pen:
             return
         self._columns.write(self.path, self._attempt)
         self._columns = Columns()
-        self._say_amendment(amendment, report, to=checkpoint.step)
+        self._say_amendment(amendment, report, verdict, to=checkpoint.step)
         # Durable before anything is removed: a resume then knows that these checkpoints were given up.
         self.pen.journal.sync()
         self.pen.saver.give_up(checkpoint.step + 1)
 
-    def _say_amendment(self, amendment: Amendment, report: StepReport, **more: object) -> None:
-        verdict = report.verdict
+    def _say_amendment(self, amendment: Amendment, report: StepReport, verdict: Verdict, **more: object) -> None:
         about = {"quantity": verdict.quantity, "message": verdict.message, **report.figures}
-        self.event("amended", **amendment._asdict(), **more, **about)
+        self.event("amended", **amendment.record, **more, **about)
         left_out = (
             f"step {amendment.first}"
             if amendment.first == amendment.last
@@ -176,7 +185,7 @@ class Recorder:
             self.progress.say(f"the save of step {stalled} takes too long: does the disk hang? Training goes on")
             self.event("stalled_save", step=stalled)
 
-    def evaluated(self, step: int, metrics: dict) -> None:
+    def evaluated(self, step: int, metrics: Metrics) -> None:
         """Records the held-out figures of a step."""
         self.past.evaluated[step] = metrics
         self.event("evaluated", step=step, **metrics)
@@ -188,7 +197,7 @@ class Recorder:
         return step in self.past.evaluated
 
     @property
-    def evaluations(self) -> dict[int, dict]:
+    def evaluations(self) -> dict[int, Metrics]:
         """The held-out figures so far, by step; on every rank the same."""
         return self.past.evaluated
 
@@ -221,7 +230,7 @@ class Recorder:
         # Taken off now: the next step adds to new ones while the save's thread writes these.
         columns, self._columns = self._columns, Columns()
         history, evaluated = self.past.trainer_state(step), dict(self.past.evaluated)
-        amendments = [each._asdict() for each in self.amendments if each.first <= step]
+        amendments = [each.record for each in self.amendments if each.first <= step]
         record = Record(evaluated.get(step, {}), columns, history, evaluated, self.past.newest_step, waited, amendments)
         lease, journal, saver, _ = self.pen
         save = saver.begin(state, record)
@@ -245,6 +254,9 @@ class Recorder:
             self.pen.journal.close()
 
 
-def _wait(report: Report) -> None:
+def _wait(report: Report | None) -> None:
+    """For this rank's report; alone there is none."""
+    if report is None:
+        return
     with suppress(MissingReport):  # rank 0 says so, and gives the save up
         report.wait()

@@ -157,10 +157,10 @@ class _Rows(NamedTuple):
 
 def _read_rows(recipe: Recipe, encoding: Encoding, same: Plan | None, like: Plan | None) -> _Rows:
     """`same` is a plan with the same data, whose pins hold."""
-    train = read(recipe.data.train, same and same.train, encoding, like)
+    train = read(recipe.data.train, same.train if same else None, encoding, like)
     if not isinstance(recipe.data.holdout, list):
         return _Rows(train, ([], []))
-    return _Rows(train, read(recipe.data.holdout, same and same.holdout, encoding, like))
+    return _Rows(train, read(recipe.data.holdout, same.holdout if same else None, encoding, like))
 
 
 def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Examples, Counts, Examples, Counts]:
@@ -179,7 +179,7 @@ def _counted(loaded: LoadedRecipe, directory: Path) -> Counted:
     try:
         return count_parameters(loaded.recipe.adapter, directory)
     except AdapterError as error:
-        raise RecipeError([loaded.problem(error.where, error.message, error.hint)]) from None
+        raise RecipeError([loaded.problem(error.where or "", error.message, error.hint)]) from None
 
 
 def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dict[str, object]:

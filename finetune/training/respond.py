@@ -34,41 +34,41 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     Raises NotFiniteError or SpikeError if the run has to end. The state is then the one before the step.
     """
     verdict = report.verdict
-    if verdict.is_amended:
+    if verdict is None or verdict.is_amended:
         return
     if verdict.action == "warn":
-        recorder.spike(report)
+        recorder.spike(report.step, verdict)
         return
     # NaN in the weights spoils every later step too: skipping this one would not help.
     if verdict.reason == "not_finite" and (error := blame.broken(state)):
-        recorder.refused(report)
+        recorder.refused(report, verdict)
         raise error
-    is_over = _is_over(resolved.plan, state, recorder, report)
+    is_over = _is_over(resolved.plan, state, recorder, report, verdict)
     if is_over:
-        recorder.refused(report)
+        recorder.refused(report, verdict)
     if recorder.is_writer:
-        _write_incident(resolved, recorder, report)
+        _write_incident(resolved, recorder, report, verdict)
     if is_over:
-        error = NotFiniteError if verdict.reason == "not_finite" else SpikeError
+        kind = NotFiniteError if verdict.reason == "not_finite" else SpikeError
         hint = f"look at those rows: `finetune replay {recorder.path} --steps {report.step} --inspect`"
-        raise error(blame.refusal(report), where=f"step {report.step}", hint=hint)
+        raise kind(blame.refusal(report, verdict), where=f"step {report.step}", hint=hint)
 
 
-def _is_over(plan: Plan, state: TrainState, recorder: Recorder, report: loop.StepReport) -> bool:
+def _is_over(
+    plan: Plan, state: TrainState, recorder: Recorder, report: loop.StepReport, verdict: guard.Verdict
+) -> bool:
     """Skips the step or rolls it back. True if the run has to end instead."""
-    verdict = report.verdict
     if verdict.action == "stop":
         return True
     amendment = guard.amendment(plan.recipe.guard, report.step, verdict)
     if verdict.action == "skip":
-        recorder.amend(amendment, report)
+        recorder.amend(amendment, report, verdict)
         return False
-    return not _roll_back(plan, state, recorder, amendment, report)
+    return not _roll_back(plan, state, recorder, amendment, report, verdict)
 
 
-def _write_incident(resolved: Resolved, recorder: Recorder, report: loop.StepReport) -> None:
-    verdict = report.verdict
-    about = {"reason": verdict.reason, "message": blame.refusal(report), "action": verdict.action}
+def _write_incident(resolved: Resolved, recorder: Recorder, report: loop.StepReport, verdict: guard.Verdict) -> None:
+    about = {"reason": verdict.reason, "message": blame.refusal(report, verdict), "action": verdict.action}
     try:
         incident.write(recorder.path, resolved, report, about)
     except RunError as error:  # A full disk: the decision stands without the files.
@@ -76,14 +76,19 @@ def _write_incident(resolved: Resolved, recorder: Recorder, report: loop.StepRep
 
 
 def _roll_back(
-    plan: Plan, state: TrainState, recorder: Recorder, amendment: guard.Amendment, report: loop.StepReport
+    plan: Plan,
+    state: TrainState,
+    recorder: Recorder,
+    amendment: guard.Amendment,
+    report: loop.StepReport,
+    verdict: guard.Verdict,
 ) -> bool:
     """Moves the state to the newest checkpoint before an amendment; False where there is none."""
     state.await_snapshot()
     checkpoint = same_checkpoint(recorder.before(amendment), recorder.path, state.accelerator)
     if checkpoint is None:
         return False
-    recorder.roll_back(amendment, report, checkpoint)
+    recorder.roll_back(amendment, report, verdict, checkpoint)
     collectives.wait_for_everyone(state.accelerator)  # the others read what rank 0 has written of it
     go_back_to(checkpoint, plan, state, recorder)
     return True

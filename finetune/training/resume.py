@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from finetune.data.sources.open import fingerprint
 from finetune.errors import BaseError, CheckpointError, RunError, counted
 from finetune.model import base
+from finetune.plan.facts import Facts, Machine
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences, outcome, recorded, rule_of
@@ -33,7 +34,7 @@ class Opened(NamedTuple):
     """The plan of a run directory, ready to be trained."""
 
     resolved: Resolved
-    facts: dict[str, Any]
+    facts: Facts
     """What `plan.json` records beside the plan."""
     changes: list[str]
     """A line for everything that changed since the run was planned."""
@@ -76,13 +77,16 @@ def open_plan(
     if schedule:
         raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
     resolved = resolve(loaded, is_to_load=True, today=today)
-    now |= {"micro_batch_tokens": resolved.micro_batch_tokens, "run": secrets.token_hex(8), "software": software()}
-    return Opened(resolved, now, resolved.plan.seen_told)
+    facts: Facts = {
+        **now,
+        "micro_batch_tokens": resolved.micro_batch_tokens,
+        "run": secrets.token_hex(8),
+        "software": software(),
+    }
+    return Opened(resolved, facts, resolved.plan.seen_told)
 
 
-def _open_again(
-    loaded: LoadedRecipe, path: Path, now: dict[str, Any], schedule: str | None, today: date | None
-) -> Opened:
+def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | None, today: date | None) -> Opened:
     """As `open_plan`, of a run that exists; `now` are the facts of this machine."""
     earlier, facts = RunDirectory(path).plan()
     loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
@@ -110,10 +114,11 @@ def _open_again(
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)
     changes = [*_told(lines, earlier, resolved), *_differences_told(facts, now)]
+    renewed: Facts = {**now, "run": facts["run"], "software": software()}
     # Where base and data were found this time, so that the next resume looks there first.
     if moved := facts.get("places", {}) | places.moved():
-        now["places"] = moved
-    return Opened(resolved, now | {"run": facts["run"], "software": software()}, changes)
+        renewed["places"] = moved
+    return Opened(resolved, renewed, changes)
 
 
 def _told(lines: dict[str, list[str]], earlier: Plan, resolved: Resolved) -> list[str]:
@@ -129,7 +134,7 @@ def _told(lines: dict[str, list[str]], earlier: Plan, resolved: Resolved) -> lis
     return changes
 
 
-def _differences_told(facts: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differences_told(facts: Machine, now: Machine) -> list[str]:
     """A line for everything about the machine and its libraries that changed since the run was planned."""
     return [
         f"{name} changed: {old} -> {new}; bit equality may be lost"
@@ -176,7 +181,7 @@ def _is_moved(source: Source, was: Source, pin: PinnedSource) -> bool:
 
 
 def _under_the_name_of(source: Source, was: Source) -> Source:
-    places.found(was.path, source.path, "data")
+    places.found(was.place, source.place, "data")
     return source.model_copy(update={"path": was.path})
 
 

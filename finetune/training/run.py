@@ -126,7 +126,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 pace = recorder.progress.pace = ahead(plan, state.step, end)
                 continue
             recorder.step(report)
-            if report.agreed.renew:
+            if report.agreed.renew and recorder.reports:
                 recorder.reports.renew()
             is_due = report.step == end or cadence.is_saved(plan, report.step)
             is_saved = report.agreed.save or is_due
@@ -162,7 +162,8 @@ def _evaluate_and_record(
 ) -> None:
     """Held-out figures of the state. `is_foreseen`: the forecast of the end counts with this evaluation."""
     tell = recorder.progress.evaluation(state.step, len(resolved.holdout))
-    with recorder.progress.pace.aside("evaluation", is_foreseen):
+    pace = recorder.progress.pace
+    with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
         metrics = evaluate(resolved, state.accelerator, state.objective, wishes, tell)
     if metrics is None:  # A signal: the resume evaluates this step again.
         return

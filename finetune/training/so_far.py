@@ -5,15 +5,16 @@ evaluations, which are few, it knows all.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from finetune.plan.cadence import history_every
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
-from finetune.store.checkpoints.trainer_state import evaluations_of, loss_entry, losses_of, trainer_state
+from finetune.store.checkpoints.trainer_state import History, evaluations_of, loss_entry, losses_of, trainer_state
 from finetune.store.run import journal, scan
+from finetune.store.run.records import EventRecord, StepRecord
 from finetune.training import guard
 from finetune.training.guard import Amendment
 
@@ -48,14 +49,14 @@ class Past:
         self.newest_step = max(by_step, default=step)
         """The newest step that the journal has; those after `last` run again."""
         self.newest_committed = max(journal.that_count(events, _is_commit), default=step)
-        self.extended = {record["plan_id"] for record in events if record.get("event") == "extended"}
+        self.extended = {record["plan_id"] for record in events if record["event"] == "extended"}
         """What the journal says of extensions; those that `last` knows are left out perhaps."""
 
-    def earlier(self, step: int) -> dict | None:
+    def earlier(self, step: int) -> StepRecord | None:
         """The record of a step that ran before."""
         return self._steps.get(step)
 
-    def add(self, record: dict) -> None:
+    def add(self, record: StepRecord) -> None:
         """A step has ended."""
         step = record["step"]
         self._steps[step] = record
@@ -73,9 +74,9 @@ class Past:
         """A recorded quantity in the steps before a step, as many as tell a spike from noise; without those that were left out."""
         steps = range(max(1, before - guard.WINDOW), before)
         known = [self._steps[step] for step in steps if step in self._steps]
-        return [record[quantity] for record in known if _counts(record)]
+        return [record["loss"] if quantity == "loss" else record["grad_norm"] for record in known if _counts(record)]
 
-    def trainer_state(self, step: int) -> Callable[[], dict]:
+    def trainer_state(self, step: int) -> Callable[[], History]:
         """Makes it as it is after a step, the newest one: elsewhere, for it takes milliseconds."""
         losses = dict(self._losses)
         if step in self._steps and _counts(self._steps[step]):
@@ -83,28 +84,29 @@ class Past:
         return partial(trainer_state, self._plan, step, list(losses.values()), dict(self.evaluated), self._tokens)
 
 
-def _counts(record: dict) -> bool:
+def _counts(record: StepRecord) -> bool:
     """Whether a step moved the weights; the loss of one that was left out may be no number."""
     return "skipped" not in record
 
 
-def _state_of(checkpoint: Checkpoint) -> dict | None:
+def _state_of(checkpoint: Checkpoint) -> History | None:
     """Verified before, like all of a checkpoint that is resumed from."""
     path = checkpoint.path / "trainer_state.json"
     return json.loads(path.read_bytes()) if path.name in checkpoint.manifest.files else None
 
 
-def _since(run: Path, step: int) -> tuple[list[dict], dict[int, dict]] | None:
+def _since(run: Path, step: int) -> tuple[list[EventRecord], Mapping[int, StepRecord]] | None:
     """Events and steps of the journal from a window before a committed step on; None where steps after it may be recorded before that, by
     an attempt that was lost, so that all of it has to be read."""
     records = journal.end_since(run, lambda record: record["kind"] == "step" and record["step"] <= step - guard.WINDOW)
     if records is None:
         return None
-    commits = [record for record in records if _is_commit(record) and record["step"] == step]
+    events = [record for record in records if journal.is_event(record)]
+    commits = [record for record in events if _is_commit(record) and record["step"] == step]
     if not commits or commits[-1].get("newest_step") != step:
         return None
-    return [record for record in records if record["kind"] != "step"], journal.steps(records)
+    return events, journal.steps(records)
 
 
-def _is_commit(record: dict) -> bool:
-    return record.get("event") == "committed"
+def _is_commit(record: EventRecord) -> bool:
+    return record["event"] == "committed"

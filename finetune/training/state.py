@@ -5,22 +5,28 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import PreTrainedModel
 
+from finetune.data.batches import Batch
 from finetune.model import decoder_layers
+from finetune.model.losses import TokenLosses
 from finetune.recipe.schema import Train
 from finetune.training.saving.buffers import Copy
+
+Loss = Callable[[PreTrainedModel, Batch, TokenLosses], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Objective(torch.nn.Module):
     """The model with its loss inside, so that the forward that DDP or FSDP wraps is the one that is differentiated."""
 
-    def __init__(self, model: torch.nn.Module, loss: Callable, token_losses: Callable):
+    def __init__(self, model: PreTrainedModel, loss: Loss, token_losses: TokenLosses):
         super().__init__()
         self.model = model
         self._loss = loss
         self.token_losses = token_losses
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """A collated micro-batch -> summed loss (nats) and the sum of each row."""
         return self._loss(self.model, batch, self.token_losses)
 
@@ -33,7 +39,7 @@ class Strategy:
     start: Callable[[Train], Accelerator]
     """Devices, processes and precision."""
     prepare: Callable[
-        [Accelerator, torch.nn.Module, torch.optim.Optimizer], tuple[torch.nn.Module, torch.optim.Optimizer]
+        [Accelerator, torch.nn.Module, torch.optim.Optimizer], tuple[torch.nn.Module, AcceleratedOptimizer]
     ]
     """Objective and optimizer, wrapped for all ranks."""
     gradient_norms: Callable[["TrainState"], torch.Tensor]
@@ -49,9 +55,9 @@ class TrainState:
     accelerator: Accelerator
     objective: torch.nn.Module
     """The prepared (wrapped) objective; the only thing `loop` calls."""
-    model: torch.nn.Module
+    model: PreTrainedModel
     """The bare model inside it; the only thing snapshots read."""
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     strategy: Strategy
     step: int = 0
     copy: Copy | None = None
@@ -59,7 +65,7 @@ class TrainState:
     notes: tuple[str, ...] = ()
     """What its user should know of how it trains."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # By layer and not by tensor: a spike shows in which layer it began, and a large model has thousands of tensors.
         names = [decoder_layers.module_of(name) for name in self.trainable]
         self.modules = list(dict.fromkeys(names))

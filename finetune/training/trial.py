@@ -9,10 +9,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
@@ -36,6 +37,15 @@ class Trial:
     """What its user should know."""
 
 
+class _Counted(TypedDict):
+    """`Counted`, as JSON."""
+
+    total: int
+    trainable: int
+    reached: dict[str, tuple[int, int]] | None
+    notes: list[str]
+
+
 @dataclass(frozen=True)
 class Counted:
     total: int
@@ -49,12 +59,12 @@ class Counted:
 def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
     """Of a base with an adapter on it, without loading a weight; asked once. AdapterError where they do not fit."""
 
-    def count() -> dict:
+    def count() -> _Counted:
         model = base.empty_model(directory)
         skipped = adapters.skipped(model, settings)
         model = adapters.apply(model, settings)
         parameters, reached = list(model.parameters()), decoder_layers.reached(model) if settings else None
-        missed = decoder_layers.missed(reached) if settings and settings.is_peft else None
+        missed = decoder_layers.missed(reached) if reached and settings and settings.is_peft else None
         return {
             "total": sum(each.numel() for each in parameters),
             "trainable": sum(each.numel() for each in parameters if each.requires_grad),
@@ -66,12 +76,12 @@ def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
     ours = _text_of(adapters, decoder_layers)
     facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
     found = cache.found("counted", facts, count)
-    return Counted(**found | {"notes": tuple(found["notes"])})
+    return Counted(found["total"], found["trainable"], found["reached"], tuple(found["notes"]))
 
 
 def _text_of(*modules: ModuleType) -> list[str]:
     """The code of modules, and of all files of those that are packages."""
-    files = [Path(module.__file__) for module in modules]
+    files = [Path(module.__file__ or "") for module in modules]
     parts = [sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file] for file in files]
     return [part.read_text() for each in parts for part in each]
 
@@ -94,7 +104,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
     is_named = "packing" in task.model_fields_set
 
-    def compare() -> dict:
+    def compare() -> dict[str, str | None]:
         return _compared(base.load_config(directory), task.max_length)
 
     def train() -> str | None:
@@ -127,14 +137,15 @@ def _compared(config: PretrainedConfig, max_length: int) -> dict[str, str | None
     return {"small": None, **{way: _mixes(way, plain, config, max_length) for way in ("packed", "padded")}}
 
 
-def _rows(model: torch.nn.Module) -> list[Tensor]:
+def _rows(model: PreTrainedModel) -> list[Tensor]:
     """Rows of (1, T) tokens that all differ and lie all over the vocabulary, but not among its first ids, which are control tokens."""
-    count = min(model.get_input_embeddings().weight.shape[0], 256)
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    count = min(rows, 256)
     tokens = 3 + torch.arange(sum(LENGTHS)) * 2_654_435_761 % (count - 3)
     return [row[None] for row in tokens.split(LENGTHS)]
 
 
-def _refuse_other_way_round(model: torch.nn.Module) -> None:
+def _refuse_other_way_round(model: PreTrainedModel) -> None:
     """BaseError where a token's logits depend on what comes after it."""
     row = _rows(model)[0]
     before = _logits(model, input_ids=row)
@@ -144,7 +155,7 @@ def _refuse_other_way_round(model: torch.nn.Module) -> None:
         raise BaseError("is not causal: its tokens see those after them", where=type(model).__name__, hint=hint)
 
 
-def _mixes(way: str, plain: torch.nn.Module, config: PretrainedConfig, max_length: int) -> str | None:
+def _mixes(way: str, plain: PreTrainedModel, config: PretrainedConfig, max_length: int) -> str | None:
     """Why rows that come together in a way do not give what each gives alone; None where they do."""
     rows = _rows(plain)
     alone = torch.cat([_logits(plain, input_ids=row) for row in rows], dim=1)
@@ -171,7 +182,7 @@ def _packed(config: PretrainedConfig, max_length: int, rows: list[Tensor]) -> Te
     )
 
 
-def _padded(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
+def _padded(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     filled = torch.zeros(len(rows), max(LENGTHS), dtype=torch.long)
     for place, row in enumerate(rows):
         filled[place, : row.shape[1]] = row[0]
@@ -179,7 +190,7 @@ def _padded(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
     return torch.cat([logits[place : place + 1, : row.shape[1]] for place, row in enumerate(rows)], dim=1)
 
 
-def _logits(model: torch.nn.Module, **inputs: object) -> Tensor:
+def _logits(model: PreTrainedModel, **inputs: object) -> Tensor:
     with torch.inference_mode(), explained("transformers cannot run it", type(model).__name__):
         return model(**inputs, use_cache=False).logits
 
@@ -188,7 +199,7 @@ def _differs(one: Tensor, two: Tensor) -> bool:
     return one.shape != two.shape or not (one - two).norm() <= TOLERANCE * one.norm()
 
 
-def _train_once(model: torch.nn.Module, recipe: Recipe) -> str | None:
+def _train_once(model: PreTrainedModel, recipe: Recipe) -> str | None:
     """A loss of the first row, forward and backward, in the recipe's precision and with its adapter; what to say of that loss.
     BaseError where that fails."""
     try:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.example import Encoded
+from finetune.data.example import Encoded, Row
 from finetune.data.heldout import lineage
 from finetune.data.heldout.lineage import Contents, Found
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan import split as splits
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import Split
-from finetune.recipe.schema import Recipe, is_drawn
+from finetune.recipe.schema import Recipe, drawn_of, is_drawn
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,31 @@ class HeldOut:
 
 def held_out(recipe: Recipe, sources: Sources, earlier: Plan | None, origin: Stage | None) -> HeldOut:
     """`earlier` is the plan of a run to resume, `origin` the run that a new one continues. Raises DataError if a side has no rows."""
-    nothing = np.zeros(0, dtype=np.int64)
-    if not is_drawn(recipe.data):
+    nothing, share = np.zeros(0, dtype=np.int64), drawn_of(recipe.data)
+    if share is None:
         says = np.concatenate([np.zeros(0, dtype=np.uint64), *sources.holdout])
         return HeldOut(None, nothing, np.arange(len(says)), says, sources.contents)
-    split = earlier.split if earlier else _rule(recipe, sources, origin)
+    split = earlier.split if earlier else _rule(recipe, share, sources, origin)
     if split is None:
-        untrained = evaluated = splits.by_position(recipe.data.holdout, sources.rows, recipe.train.seed)
+        untrained = evaluated = splits.by_position(share, sources.rows, recipe.train.seed)
     else:
         untrained = splits.held_out_rows(split, sources.train)
         _, firsts = np.unique(_says(sources.train, untrained), return_index=True)
         evaluated = np.sort(untrained[firsts])
-    _refuse_empty_side(recipe.data.holdout, sources.rows, len(untrained), split, origin)
+    _refuse_empty_side(share, sources.rows, len(untrained), split, origin)
     return HeldOut(split, untrained, evaluated, _says(sources.train, evaluated), sources.contents)
 
 
-def _rule(recipe: Recipe, sources: Sources, origin: Stage | None) -> Split | None:
+def _rule(recipe: Recipe, share: int | str, sources: Sources, origin: Stage | None) -> Split | None:
     """The origin's rule, if it has one and the recipe asks for no other; None is the rule of older versions."""
-    data, seed = recipe.data, recipe.data.split_seed
-    if origin is None or origin.task != recipe.task.name or not is_drawn(origin.data):
-        return splits.draw(data.holdout, seed or 0, sources.train)
+    seed, before = recipe.data.split_seed, drawn_of(origin.data) if origin and origin.data else None
+    if origin is None or origin.task != recipe.task.name or before is None:
+        return splits.draw(share, seed or 0, sources.train)
     inherited = origin.split.seed if origin.split else None
-    is_asked_for = data.holdout == origin.data.holdout and seed in (None, inherited)
+    is_asked_for = share == before and seed in (None, inherited)
     if is_asked_for and lineage.has_rows_of(origin, sources.train, sources.contents):
         return origin.split or _older_rule(recipe, sources, origin)
-    return splits.draw(data.holdout, (inherited or 0) if seed is None else seed, sources.train)
+    return splits.draw(share, (inherited or 0) if seed is None else seed, sources.train)
 
 
 def _older_rule(recipe: Recipe, sources: Sources, origin: Stage) -> Split | None:
@@ -122,7 +122,7 @@ def _refuse_empty_side(
 def with_seen(plan: Plan, held_out: HeldOut, file: str) -> Plan:
     """The plan with its held-out rows that it or an earlier run trains on. Raises RunError if such rows are drawn, unless the recipe
     allows it. Rows of named sources, and rows drawn by an older version, are only counted."""
-    found = held_out.seen_by((lineage.stage_of(plan, lineage.THIS_RUN), *plan.stages)).seen
+    found = held_out.seen_by((lineage.stage_of(plan, lineage.THIS_RUN), *(plan.stages or ()))).seen
     trained_on = [item.told(len(held_out.says)) for item in found if item.rows]
     if trained_on and held_out.split and plan.recipe.data.seen == "refuse":
         hint = "keep data.holdout and data.split_seed of the run it goes on from, hold out other rows, or set data.seen: allow"
@@ -132,16 +132,16 @@ def with_seen(plan: Plan, held_out: HeldOut, file: str) -> Plan:
 
 def sources(
     recipe: Recipe,
-    content: Callable[[dict], object],
+    content: Callable[[Row], object],
     train: tuple[Sequence[PinnedSource], Sequence[Encoded]],
     holdout: tuple[Sequence[PinnedSource], Sequence[Encoded]],
 ) -> Sources:
     """The content of the rows of all sources; `train` and `holdout` are pins and examples of each."""
-    named = recipe.data.holdout if holdout[0] else ()
+    named = recipe.data.holdout if isinstance(recipe.data.holdout, list) and holdout[0] else ()
     keys = map(lineage.source_key, (*recipe.data.train, *named), (*train[0], *holdout[0]))
     known = dict(zip(keys, (each.contents for each in (*train[1], *holdout[1])), strict=True))
-    says = ([each.contents for each in side] for side in (train[1], holdout[1]))
-    return Sources(train[0], *says, Contents(recipe.task.name, content, known))
+    says, says_held_out = ([each.contents for each in side] for side in (train[1], holdout[1]))
+    return Sources(train[0], says, says_held_out, Contents(recipe.task.name, content, known))
 
 
 def stages(recipe: Recipe, earlier: Plan | None, given: tuple[Stage, ...] | None) -> tuple[Stage, ...] | None:
@@ -155,5 +155,5 @@ def origin(recipe: Recipe, like: Plan | None, stages: Sequence[Stage] | None) ->
     """The run whose held-out rows stay held out: the parent of a branch, or the last run behind the base that drew some."""
     if like is not None:
         return lineage.stage_of(like, "the run that it branches off")
-    drew = (stage for stage in stages or () if stage.task == recipe.task.name and is_drawn(stage.data))
-    return next(drew, None)
+    same = (stage for stage in stages or () if stage.task == recipe.task.name)
+    return next((stage for stage in same if stage.data and is_drawn(stage.data)), None)

@@ -12,11 +12,12 @@ from pathlib import Path
 import blake3
 import numpy as np
 
+from finetune.data.example import Row
 from finetune.data.sources.open import located, open_source
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan.plan import PinnedSource, Plan, Stage
 from finetune.plan.split import PIECE, Seen, Split, by_position, content_of, texts
-from finetune.recipe.schema import Source, is_drawn
+from finetune.recipe.schema import Source, drawn_of
 from finetune.store import cache
 from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.refs import find, parse, run_around
@@ -34,7 +35,7 @@ def stages(text: str) -> tuple[Stage, ...]:
     ref = parse(text)
     if ref.kind == "checkpoint":
         run, step = run_around(ref.path), read(ref.path).step
-    elif ref.kind in ("run", "base"):
+    elif ref.kind == "run" or ref.kind == "base":
         run, step = ref.run, ref.step if isinstance(ref.step, int) else find(ref).step
     else:
         return _of_package(ref.path) if ref.kind == "model" else ()
@@ -99,7 +100,7 @@ class Contents:
     """The content of the rows of sources, for one task: a hash of 64 bits a row, kept in the cache."""
 
     task: str
-    of: Callable[[dict], object]
+    of: Callable[[Row], object]
     """A row -> its content."""
     known: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
     """Of encoded sources."""
@@ -124,10 +125,12 @@ class Contents:
 
     def held_out(self, stage: Stage, split: Split | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All rows of a run, a piece at a time, with a mask of the held-out ones."""
+        if stage.data is None:
+            raise DataError("its plan is not to be found", where=stage.ref)
         pairs = zip(stage.data.train, stage.train, strict=True)
         sources = [self.of_source(*pair, stage.row_rules) for pair in pairs]
-        is_old = split is None and is_drawn(stage.data)
-        rows = by_position(stage.data.holdout, sum(map(len, sources)), stage.seed) if is_old else np.zeros(0, np.int64)
+        share = drawn_of(stage.data) if split is None else None
+        rows = np.zeros(0, np.int64) if share is None else by_position(share, sum(map(len, sources)), stage.seed)
         first = 0
         for contents in sources:
             for start in range(0, len(contents), PIECE):
@@ -195,9 +198,7 @@ def has_rows_of(stage: Stage, own: Sequence[np.ndarray], contents: Contents) -> 
 
 def named(stage: Stage, contents: Contents) -> Split:
     """The content of the rows that a run of an older version held out, without those it also trained on."""
-    held_out, trained = [], []
-    for piece, is_out in contents.held_out(stage, None):
-        held_out.append(piece[is_out])
-        trained.append(piece[~is_out])
-    held_out = np.concatenate(held_out)
+    pieces = list(contents.held_out(stage, None))
+    held_out = np.concatenate([piece[is_out] for piece, is_out in pieces])
+    trained = [piece[~is_out] for piece, is_out in pieces]
     return Split(seed=stage.seed, contents=texts(held_out[~np.isin(held_out, np.concatenate(trained))]))

@@ -16,13 +16,12 @@ from typing import Protocol, TextIO
 import numpy as np
 from pydantic_core import from_json
 
+from finetune.data.example import Row
 from finetune.data.refusals import together
 from finetune.data.sources.arrow import Kinds, has_json, with_json
 from finetune.errors import DataError, counted
 from finetune.plan.plan import ROW_RULES
 from finetune.store import strict_json
-
-Row = dict[str, object]
 
 SCAN_BYTES = 16 * 2**20
 SEPARATORS = {";": "`;`", "\t": "tabs", "|": "`|`"}  # other separators found in CSV files
@@ -32,8 +31,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Reader(Protocol):
     """Rows of one file, under the file's own column names."""
 
-    kinds: Kinds | None
-    """Arrow's types; None for other files. With Arrow a null may mean an absent field: all objects of a column have the same fields."""
+    @property
+    def kinds(self) -> Kinds | None:
+        """Arrow's types; None for other files. With Arrow a null may mean an absent field: all objects of a column have the same fields."""
 
     def __len__(self) -> int: ...
 
@@ -77,16 +77,18 @@ class JsonLines:
             raise DataError("is not UTF-8 text", where=f"{name}:1", hint=_encoding_hint(start))
         size = len(self._bytes)
         scans = (range(size)[start : start + SCAN_BYTES] for start in range(0, size, SCAN_BYTES))
-        newlines, found = [], 0
+        newlines, found, scanned = [], 0, 0
         for scan in scans:
+            scanned = scan.stop
             newlines.append(scan.start + np.flatnonzero(self._bytes[scan.start : scan.stop] == ord("\n")))
             found += len(newlines[-1])
             if most is not None and found >= most:
                 break
-        end = [] if self._bytes[-1] == ord("\n") or scan.stop < size else [size]
+        end = [] if self._bytes[-1] == ord("\n") or scanned < size else [size]
         self._edges = np.concatenate([[-1], *newlines, end]).astype(np.int64)  # line k is between edges k and k + 1
         firsts = self._bytes[self._edges[:-1] + 1]
-        blanks = [line for line in np.flatnonzero(np.isin(firsts, list(b" \t\r\n"))) if not self._line(line).strip()]
+        may_be = np.flatnonzero(np.isin(firsts, list(b" \t\r\n"))).tolist()
+        blanks = [line for line in may_be if not self._line(line).strip()]
         self._lines = (np.delete(np.arange(len(firsts)), blanks) if blanks else range(len(firsts)))[:most]
 
     def _line(self, line: int) -> bytes:
@@ -97,7 +99,7 @@ class JsonLines:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Row:
-        content = self._line(self._lines[index])
+        content = self._line(int(self._lines[index]))
         hint = 'each line holds one JSON object, like `{"text": "..."}`'
         if content.lstrip().startswith(b"["):
             hint += "; `jq -c '.[]'` makes lines of an array"
@@ -231,7 +233,7 @@ class Parquet:
             raise DataError(f"repeated column name among {listed(names)}", where=name)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._read_group = lru_cache(maxsize=2)(file.read_row_group)
+        self._read_group: Callable[[int], pyarrow.Table] = lru_cache(maxsize=2)(file.read_row_group)
         if most is not None and self._starts[-1]:
             first = next(file.iter_batches(batch_size=most))
             self._starts, self._read_group = np.array([0, len(first)]), lambda group: first

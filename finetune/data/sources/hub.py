@@ -21,7 +21,7 @@ def pin_dataset(source: Source) -> str:
 
     try:
         with hub.waiting(f"which commit the data set {source.dataset} is at"):
-            return HfApi().resolve_revision(source.dataset, repo_type="dataset", revision=source.revision).resolved
+            return HfApi().resolve_revision(source.place, repo_type="dataset", revision=source.revision).resolved
     except (hub.http().HTTPError, OSError, ValueError, RevisionResolutionError) as error:
         raise _hub_error(source, error) from error
 
@@ -58,7 +58,7 @@ def _load(source: Source, revision: str) -> "Dataset":
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    split, name = source.split or SPLIT, source.dataset.rpartition("/")[2]
+    split, name = source.split or SPLIT, source.place.rpartition("/")[2]
     made = Cache(
         repo_id=source.dataset,
         dataset_name=name,
@@ -72,7 +72,7 @@ def _load(source: Source, revision: str) -> "Dataset":
         rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
     if any(Path(file["filename"]).parent.name != revision for file in rows.cache_files):
         raise ConnectionError("without the Hub, `datasets` gives the revision it cached last, whatever was asked for")
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source.dataset, repo_type="dataset"))
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source.place, repo_type="dataset"))
     made_of_them = next((str(Path(file["filename"]).parent) for file in rows.cache_files), "")
     files = (folder / "snapshots" / revision).rglob("*")
     downloads.refuse_damaged(files, DataError, f"{source.dataset}@{revision}", made_of_them)
@@ -86,6 +86,7 @@ def _hub_error(source: Source, error: Exception) -> DataError:
 
     if refusal := downloads.refusal_of_disk(error, DataError, f"HF_HOME={constants.HF_HOME}"):
         return refusal
+    hint: str | None
     if "is a gated dataset" in str(error):  # DatasetNotFoundError hides the Hub's own error
         message, hint = "is gated", "ask for access at its page, then set HF_TOKEN"
     elif isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):

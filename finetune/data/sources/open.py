@@ -87,8 +87,8 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
             HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source, row_rules
         )
     else:
-        reader = reader_of(source.path, row_rules=row_rules)
-        rows = Rows(reader, source.path, fingerprint(source.path), source, row_rules)
+        reader = reader_of(source.place, row_rules=row_rules)
+        rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
     rows[0]  # refuses a source of the wrong shape before anything heavy happens
@@ -133,7 +133,7 @@ def _fingerprint(name: str, as_it_is: State) -> str:
 
 def first_rows(source: Source, count: int) -> Rows:
     """The first rows of a file, without reading the others."""
-    rows = Rows(reader_of(source.path, count), source.path, "", source, ROW_RULES)
+    rows = Rows(reader_of(source.place, count), source.place, "", source, ROW_RULES)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
     return rows
@@ -141,7 +141,8 @@ def first_rows(source: Source, count: int) -> Rows:
 
 def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
     """The same rows in a worker process, with the facts of the first one. Raises DataError if the file is no longer in `state`."""
-    reader = reader_of(source.path, row_rules=row_rules) if source.dataset is None else HubDataset(source, pin.revision)
+    is_file = source.dataset is None
+    reader = reader_of(source.place, row_rules=row_rules) if is_file else HubDataset(source, pin.revision or "")
     rows = Rows(reader, source.path or pin.name, pin.fingerprint, source, row_rules)
     if rows.state != state:
         raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")

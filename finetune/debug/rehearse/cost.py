@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from finetune.plan.facts import World
 from finetune.recipe.schema import Every
+from finetune.store.run.journal import is_event, is_step
+from finetune.store.run.records import EventRecord, Record
 
 SHARE = 0.01  # of the time, for checkpoints
 
@@ -30,7 +33,7 @@ class Cost:
 
     def share(self, every: Sequence[Every]) -> float:
         """The share of the time that a cadence costs; of several cadences, the shortest counts."""
-        seconds = min(item.steps * self.step_seconds if item.steps else item.minutes * 60 for item in every)
+        seconds = min(item.steps * self.step_seconds if item.steps else (item.minutes or 0) * 60 for item in every)
         return self.seconds / max(seconds, self.step_seconds)
 
     def smallest_interval(self) -> int:
@@ -40,17 +43,19 @@ class Cost:
         )
 
 
-def measure(journals: Iterable[Sequence[dict]], facts: dict) -> Cost:
+def measure(journals: Iterable[Sequence[Record]], facts: World) -> Cost:
     """From the records of several runs; one of them saved at every step. The first step and save of a process warm it up and do not count.
 
     Only a save before another step blocks one. Its wait for earlier saves is not counted: it came too soon after them.
     """
-    steps, saves, waits = [], [], []
+    steps: list[float] = []
+    saves: list[EventRecord] = []
+    waits: list[float] = []
     for records in journals:
         for attempt in dict.fromkeys(record["attempt"] for record in records):
             own = [record for record in records if record["attempt"] == attempt]
-            trained = [record for record in own if record["kind"] == "step"][1:]
-            committed = [record for record in own if record.get("event") == "committed"]
+            trained = [record for record in own if is_step(record)][1:]
+            committed = [record for record in own if is_event(record) and record["event"] == "committed"]
             saved_before = {record["step"] + 1 for record in committed}
             steps += [record["seconds"] for record in trained if record["step"] not in saved_before]
             saves += committed[1:]
@@ -65,8 +70,9 @@ def measure(journals: Iterable[Sequence[dict]], facts: dict) -> Cost:
     )
 
 
-def _has_free_core(facts: dict) -> bool:
+def _has_free_core(facts: World) -> bool:
     """Whether the trained processes leave a core of this machine to others."""
     is_on_cpu = facts["device"].startswith("cpu")
     used = facts["world_size"] * (facts["threads"] if is_on_cpu else 1)
-    return used < len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return used < own

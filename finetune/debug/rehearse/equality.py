@@ -1,6 +1,6 @@
 """Compares two runs of one plan, to the bit, and finds the first difference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -30,7 +30,10 @@ def _differences(whole: Path, resumed: Path, last: int) -> Iterator[Difference]:
     steps, records = journal.steps(journal.read(whole)), journal.read(resumed)
     for step in range(1, last + 1):
         # every record of a step, not only the last: steps before the kill must be the same as well
-        for record in [item for item in records if item["kind"] == "step" and item["step"] == step] or [{}]:
+        of_step: list[Mapping[str, object]] = [
+            item for item in records if item["kind"] == "step" and item["step"] == step
+        ]
+        for record in of_step or [{}]:
             if quantity := journal.difference(steps[step], record):
                 yield Difference(step, quantity, steps[step].get(quantity), record.get(quantity))
         for one, two in zip_longest(row_losses.read_rows(whole, step), row_losses.read_rows(resumed, step)):

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 from finetune.debug.rehearse.cost import SHARE, measure
 from finetune.debug.rehearse.equality import compared, first_difference
+from finetune.debug.rehearse.shown import Costs, DifferenceRecord, Outcome, PackageOutcome
 from finetune.debug.rehearse.trainings import TrainingError, Trainings, trainings_beside
 from finetune.errors import RunError, counted
 from finetune.plan import cadence, forecast, memory
@@ -59,7 +61,7 @@ class Rehearsal:
         return [*start, self.loaded.file, "--run", str(run), "--until", str(until), "--quiet", *settings]
 
 
-def rehearse(rehearsal: Rehearsal) -> dict:
+def rehearse(rehearsal: Rehearsal) -> Outcome:
     """The object of `rehearse --json`; `ok` says whether everything was equal and could be packaged.
 
     Raises RunError if the disk or the plan is too small, TrainingError if a training fails.
@@ -82,7 +84,7 @@ def rehearse(rehearsal: Rehearsal) -> dict:
             "steps": last,
             "resumed_from": committed,
             "killed_at": killed_at,
-            "first_difference": asdict(difference) if difference else None,
+            "first_difference": cast(DifferenceRecord, asdict(difference)) if difference else None,
             "compared": compared(whole, last),
             "package": package,
             **_costs(rehearsal, whole, resumed, last),
@@ -91,7 +93,7 @@ def rehearse(rehearsal: Rehearsal) -> dict:
         }
 
 
-def listing(facts: dict) -> str:
+def listing(facts: Outcome) -> str:
     """The same as text: the proof or the first difference, then the cost of a checkpoint."""
     checkpoint, smallest, package = facts["checkpoint"], facts["smallest_interval"], facts["package"]
     free = "on a free core" if checkpoint["has_free_core"] else "of the training's own cores"
@@ -127,7 +129,7 @@ def listing(facts: dict) -> str:
     return "\n".join(f"{name:12}{text}" for name, text in rows)
 
 
-def _verdict(facts: dict) -> tuple[str, str]:
+def _verdict(facts: Outcome) -> tuple[str, str]:
     last, first, found = facts["steps"], facts["resumed_from"], facts["first_difference"]
     if not found:
         return (
@@ -159,13 +161,15 @@ def _train_and_kill(rehearsal: Rehearsal, trainings: Trainings, run: Path) -> tu
     if process.returncode == 0:
         raise TrainingError("the training reached its end before it could be killed", hint="use more --steps")
     newest, _ = Store(run).newest_sound()  # the kill may have come before the journal recorded it
+    if newest is None:
+        raise TrainingError("the training was killed, and has no sound checkpoint", hint="use another disk")
     return _progress(run)[0], newest.step
 
 
 def _progress(run: Path) -> tuple[int, int]:
     """The last finished step and the last committed one."""
     records = journal.read(run)
-    committed = [record["step"] for record in records if record.get("event") == "committed"]
+    committed = [record["step"] for record in records if journal.is_event(record) and record["event"] == "committed"]
     return max(journal.steps(records), default=0), max(committed, default=0)
 
 
@@ -200,12 +204,12 @@ def _hand_over_evaluation(run: Path, other: Path) -> None:
     other.mkdir()
     target = journal.Journal(other)
     for record in journal.read(run):
-        if record.get("event") == "evaluated" and record["step"] == 0:
+        if journal.is_event(record) and record["event"] == "evaluated" and record["step"] == 0:
             target.append(record)
     target.close()
 
 
-def _package(trainings: Trainings, ref: str) -> dict:
+def _package(trainings: Trainings, ref: str) -> PackageOutcome:
     """The report of `finetune package`, with all of its checks. The package is removed with its directory."""
     _say("packaging")
     started = time.monotonic()
@@ -221,16 +225,21 @@ def _package(trainings: Trainings, ref: str) -> dict:
     }
 
 
-def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> dict:
+def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> Costs:
     """The times of a step and a checkpoint, the cadence they allow, and the disk space of the run."""
     plan, facts = RunDirectory(whole).plan()
     cost = measure([journal.read(run) for run in (whole, resumed)], facts)
     every, steps = cadence.saves_at_most(rehearsal.loaded.recipe), cost.smallest_interval()
     files = Store(whole).find(last).manifest.files
-    figures = asdict(cost)
     return {
-        "step_seconds": figures.pop("step_seconds"),
-        "checkpoint": {"bytes": sum(file.bytes for file in files.values()), **figures},
+        "step_seconds": cost.step_seconds,
+        "checkpoint": {
+            "bytes": sum(file.bytes for file in files.values()),
+            "blocked_seconds": cost.blocked_seconds,
+            "save_seconds": cost.save_seconds,
+            "cpu_seconds": cost.cpu_seconds,
+            "has_free_core": cost.has_free_core,
+        },
         "smallest_interval": {"steps": steps, "minutes": steps * cost.step_seconds / 60},
         "every": list(dict.fromkeys(map(str, every))),
         "share": cost.share(every),

@@ -35,9 +35,9 @@ class Trainings:
     def __init__(self, directory: Path, is_kept: bool):
         self.directory = directory
         self._is_kept = is_kept
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, command: Sequence[str], output: str = "log") -> subprocess.Popen:
+    def start(self, command: Sequence[str], output: str = "log") -> subprocess.Popen[bytes]:
         """Starts a process with stdout into the file `output`, and stderr into `log`."""
         with (self.directory / output).open("ab") as stdout, (self.directory / "log").open("ab") as stderr:
             try:
@@ -53,7 +53,7 @@ class Trainings:
 
     def refuse_failure(self) -> None:
         """Raises TrainingError if the last process has failed."""
-        code = self._process.poll()
+        code = self._process.poll() if self._process else None
         if code:
             lines = (self.directory / "log").read_text(errors="replace").splitlines()[-SHOWN_LINES:]
             error = TrainingError("\n  ".join([f"the training ended with exit code {code}:", *lines]))

@@ -7,45 +7,50 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
 from finetune.model.adapters.member import Member, quoted
 from finetune.plan.plan import Plan
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 NAME = "default"  # peft's name of the one adapter; it appears in parameter names
 ADAPTERS: dict[str, Member] = {name: import_module(f"{__name__}.{name}").MEMBER for name in SECTIONS}
 
 
-def apply(model: torch.nn.Module, settings: Adapter | None) -> torch.nn.Module:
+def apply(model: PreTrainedModel, settings: Adapter | None) -> PreTrainedModel:
     """The model to train; without an adapter section every parameter is."""
     return ADAPTERS[settings.name].put_on(model, settings) if settings else model
 
 
-def skipped(model: torch.nn.Module, settings: Adapter | None) -> str | None:
+def skipped(model: PreTrainedModel, settings: Adapter | None) -> str | None:
     """What an adapter passes over on the bare model, and why; None where it reaches all that it is to reach."""
     member = ADAPTERS[settings.name] if settings else None
     return member.skipped(model, settings) if member and member.skipped else None
 
 
-def is_adapter(model: torch.nn.Module) -> bool:
+def is_adapter(model: PreTrainedModel) -> bool:
     """Whether the model's checkpoints hold an adapter, not whole weights."""
     return hasattr(model, "peft_config")
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint stores, by the names that `from_pretrained` (or peft's) expects; tied ones once."""
     if is_adapter(model):
         import peft
 
-        return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        return peft.get_peft_model_state_dict(cast("PeftModel", model), save_embedding_layers=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
     """Copies a checkpoint's tensors into the model. A name too many or too few is an error."""
     with torch.no_grad():
         own = weights(model)
@@ -56,7 +61,7 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
             tensor.copy_(tensors[name])
 
 
-def store_frozen_as_bf16(model: torch.nn.Module) -> None:
+def store_frozen_as_bf16(model: PreTrainedModel) -> None:
     """Keeps the base's linear weights as autocast would cast them before every product: the same bits, half the memory.
 
     What stays is copied out of the base's file, which is mapped: one tensor would keep all pages that were read resident.
@@ -71,7 +76,7 @@ def store_frozen_as_bf16(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def linear_weights(model: torch.nn.Module) -> frozenset[str]:
+def linear_weights(model: PreTrainedModel) -> frozenset[str]:
     """The names of what `store_frozen_as_bf16` would take beneath an adapter, in a model that has none yet."""
     modules = {
         name: module
@@ -82,7 +87,7 @@ def linear_weights(model: torch.nn.Module) -> frozenset[str]:
 
 
 @contextmanager
-def taken_for_fp32(model: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
+def taken_for_fp32(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
     """While an adapter is put on: peft draws its matrices in fp32, and rounds them to the type of the layer that they are beside."""
     pairs = [(parameter, parameter.data) for name, parameter in model.named_parameters() if name in names]
     for parameter, tensor in pairs:
@@ -94,13 +99,13 @@ def taken_for_fp32(model: torch.nn.Module, names: Collection[str]) -> Iterator[N
             parameter.data = tensor
 
 
-def _is_tied(module: torch.nn.Linear, model: torch.nn.Module) -> bool:
+def _is_tied(module: torch.nn.Module, model: PreTrainedModel) -> bool:
     return module.weight is model.get_input_embeddings().weight
 
 
-def config_of(model: torch.nn.Module, plan: Plan) -> dict:
+def config_of(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
-    config = model.peft_config[NAME].to_dict()
+    config = cast("PeftModel", model).peft_config[NAME].to_dict()
     named = plan.recipe.base.origin or plan.recipe.base.checkpoint
     is_hub = plan.base.kind == "hub" or plan.recipe.base.origin
     config["base_model_name_or_path"] = named.partition("@")[0] if is_hub else Path(named).name

@@ -2,14 +2,14 @@
 
 import fnmatch
 
-import torch
+from transformers import PreTrainedModel
 
 from finetune.errors import AdapterError
 from finetune.model.adapters.member import Member, quoted
 from finetune.recipe.schema import FrozenAdapter
 
 
-def put_on(model: torch.nn.Module, settings: FrozenAdapter) -> torch.nn.Module:
+def put_on(model: PreTrainedModel, settings: FrozenAdapter) -> PreTrainedModel:
     """The model itself; parameters whose names match a pattern of `freeze` keep their values."""
     names = [name for name, _ in model.named_parameters()]
     missed = [pattern for pattern in settings.freeze if not fnmatch.filter(names, pattern)]

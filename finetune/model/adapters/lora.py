@@ -1,8 +1,10 @@
 """LoRA: peft's low-rank matrices beside frozen linear layers."""
 
 import warnings
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import AdapterError, explained, of_libraries
@@ -13,7 +15,7 @@ ALL = ["all-linear"]
 TARGETS_HINT = "name its layers in adapter.targets, or train without an adapter"
 
 
-def put_on(model: torch.nn.Module, settings: LoraAdapter, **options: object) -> torch.nn.Module:
+def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> PreTrainedModel:
     """The model with peft's LoRA matrices, fp32; only they are trained. Options go to peft's config."""
     import peft
 
@@ -32,7 +34,7 @@ def put_on(model: torch.nn.Module, settings: LoraAdapter, **options: object) -> 
         _refuse_unfit(settings.targets, unfit)
     config = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=cast(int, settings.alpha),  # whatever its type says, peft takes fractions
         lora_dropout=settings.dropout,
         target_modules="all-linear" if is_all else list(settings.targets),
         exclude_modules=sorted(unfit) or None,
@@ -44,10 +46,11 @@ def put_on(model: torch.nn.Module, settings: LoraAdapter, **options: object) -> 
         warnings.catch_warnings(action="ignore", category=FutureWarning),
         explained("peft cannot put an adapter on this base", "adapter", TARGETS_HINT, AdapterError),
     ):
-        return peft.get_peft_model(model, config)
+        # what peft's model has not itself, it has from the one in it
+        return cast(PreTrainedModel, peft.get_peft_model(model, config))
 
 
-def skipped(model: torch.nn.Module, settings: LoraAdapter) -> str | None:
+def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:
     """What `all-linear` passes over on the bare model, beside the head, and why; None where it takes every linear layer."""
     if settings.targets != ALL:
         return None
@@ -60,12 +63,13 @@ def skipped(model: torch.nn.Module, settings: LoraAdapter) -> str | None:
     return f"all-linear skips {', '.join(told)}" if told else None
 
 
-def _unfit(model: torch.nn.Module) -> dict[str, str]:
+def _unfit(model: PreTrainedModel) -> dict[str, str]:
     """Linear layers that LoRA must not wrap, by name, each with the reason."""
     import peft
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as peft_refuses
 
-    config, found = peft.LoraConfig(), {}
+    config = peft.LoraConfig()
+    found: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
@@ -86,7 +90,7 @@ def _unfit(model: torch.nn.Module) -> dict[str, str]:
     return found
 
 
-def _acts_as_linear(module: torch.nn.Module) -> bool:
+def _acts_as_linear(module: Any) -> bool:
     """Whether a layer maps (…, in) to (…, out). Some routers and grouped layers are linear by class alone."""
     kind = type(module)
     if kind.forward in (torch.nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith(

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Member:
-    put_on: Callable[[torch.nn.Module, Any], torch.nn.Module]
+    put_on: Callable[[PreTrainedModel, Any], PreTrainedModel]
     """(the loaded model, also on the meta device for counting; the section) -> the model to train. AdapterError where they do not fit."""
-    skipped: Callable[[torch.nn.Module, Any], str | None] | None = None
+    skipped: Callable[[PreTrainedModel, Any], str | None] | None = None
     """(the bare model, the section) -> which layers it passes over and why, for a user; None where it passes over none."""
 
 

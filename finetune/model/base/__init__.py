@@ -13,7 +13,7 @@ from pathlib import Path
 
 import blake3
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import files, foreign, gguf, hub, load, merge, outline
@@ -75,6 +75,8 @@ __all__ = [
     "tokenizer_files",
     "with_dtype",
 ]
+Settings = tuple[torch.dtype, str | None, str | None, torch.dtype, Place | None]
+"""What `load_model` is told of how a model is made, in its order."""
 MERGING = 1  # of `_write_merged`; part of the cache key
 
 
@@ -97,7 +99,7 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
     base = located(base, pinned, LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
-        return _merged(ref, pinned, with_weights)
+        return _merged(ref, pinned, pinned.beneath, with_weights)
     if ref.kind == "hub":
         patterns = files.FROM_HUB + (files.WEIGHTS if with_weights else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
@@ -128,7 +130,7 @@ def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
     return below, pinned
 
 
-def load_as_stored(path: Path, *settings: object) -> torch.nn.Module:
+def load_as_stored(path: Path, *settings: *Settings) -> PreTrainedModel:
     """As `load_model`; in bf16, what the files store in fp32 beside half precision stays in fp32."""
     model = empty_model(path)
     with outline.keeping(type(model), outline.stored_in_fp32(model, path)):
@@ -142,7 +144,7 @@ def lacking(path: Path) -> dict[str, list[str]]:
     return {"missing_keys": sorted(found.missing), "mismatched_keys": sorted(found.mismatched)}
 
 
-def attach(model: torch.nn.Module, path: Path, where: str) -> torch.nn.Module:
+def attach(model: PreTrainedModel, path: Path, where: str) -> PreTrainedModel:
     """The model with an adapter on it, not merged and not trainable."""
     with load.quiet():
         return merge.attach(model, path, where)
@@ -216,10 +218,17 @@ def _nearest_named(text: str) -> Iterator[None]:
 
 def _local(ref: Ref) -> Path:
     """The directory of a base that is neither on the Hub nor in a package."""
-    path = find(ref).path if ref.kind == "run" else ref.path
+    path = _path_here(ref)
     if path is None or not path.is_dir():
         raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
     return path
+
+
+def _path_here(ref: Ref) -> Path | None:
+    """Where a ref to a directory leads; None for what is not one."""
+    if ref.kind == "run":
+        return find(ref).path
+    return ref.path if ref.kind == "checkpoint" or ref.kind == "model" else None
 
 
 def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
@@ -240,13 +249,13 @@ def _converted(file: Path) -> Path:
     return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
 
 
-def _place(ref: Ref) -> Path:
-    """The directory or the file that a ref leads to; a Hub checkpoint whole, as it is now."""
+def _place(ref: Ref) -> Path | None:
+    """The directory or the file that a ref leads to, if it does; a Hub checkpoint whole, as it is now."""
     if ref.kind == "package":
         return gguf.find(ref)
     if ref.kind == "hub":
         return hub.download(ref.repo, hub.commit_of(ref.repo, ref.revision), files.FROM_HUB + files.WEIGHTS)
-    return find(ref).path if ref.kind == "run" else ref.path
+    return _path_here(ref)
 
 
 LOOK = Look(
@@ -295,7 +304,7 @@ def _explained(below: Base, where: str) -> Iterator[None]:
         raise BaseError(message, where=where, hint=hint) from None
 
 
-def _merged(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
+def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights: bool) -> Path:
     """An adapter merged onto what is beneath it, in fp32: done once, kept in the cache by the pins of both.
 
     Once it is there, the base beneath is not needed. Without weights, a directory with config and tokenizer alone.
@@ -306,7 +315,7 @@ def _merged(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
     def build(target: Path) -> None:
         below, _ = _named(path, ref.text)
         with _explained(below, ref.text):
-            source = directory(below, pinned.beneath, with_weights)
+            source = directory(below, pinned_below, with_weights)
         if with_weights:
             print(f"merging {ref.text} onto {below.checkpoint}, once", file=sys.stderr, flush=True)
         model = load_model(source) if with_weights else empty_model(source)
@@ -319,7 +328,7 @@ def _merged(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
     return cache.built("merged" if with_weights else "merged-configs", key, build)
 
 
-def _write_merged(model: torch.nn.Module, source: Path, adapter: Path, target: Path, where: str) -> None:
+def _write_merged(model: PreTrainedModel, source: Path, adapter: Path, target: Path, where: str) -> None:
     """Weights unless they are on the meta device, the small files, and the base's own config with what the adapter changed."""
     config = load.read_json(source / "config.json")
     section = config if "vocab_size" in config else config.get("text_config", config)

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import BaseError
 from finetune.store import downloads
 
+Json = dict[str, Any]
+"""What a JSON file of somebody else's holds: nothing is known of it but that it is an object."""
 
-def read_json(path: Path) -> dict:
+
+def read_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

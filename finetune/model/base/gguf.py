@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from finetune.errors import BaseError
-from finetune.store.checkpoints.refs import Ref
+from finetune.store.checkpoints.refs import PackageRef
 
 CONVERSION = 1  # of `convert`; part of the cache key
 
 
-def find(ref: Ref) -> Path:
-    """The file that a ref of the kind `package` names."""
+def find(ref: PackageRef) -> Path:
+    """The file that a ref names."""
     spec = importlib.util.find_spec(ref.repo.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         raise BaseError(f"no installed package is called `{ref.repo}`", where=ref.text, hint="install it with pip")

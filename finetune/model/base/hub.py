@@ -20,7 +20,7 @@ def commit_of(repo: str, revision: str | None) -> str:
         return huggingface_hub.HfApi().resolve_revision(repo, revision=revision).resolved
 
 
-def download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
+def download(repo: str, commit: str | None, patterns: tuple[str, ...]) -> Path:
     """The directory with the files of a commit that match, as the commit has them; what is there already is not downloaded again."""
     import huggingface_hub
 
@@ -33,7 +33,7 @@ def download(repo: str, commit: str, patterns: tuple[str, ...]) -> Path:
     return Path(path)
 
 
-def has_files(repo: str, commit: str, patterns: tuple[str, ...]) -> bool:
+def has_files(repo: str, commit: str | None, patterns: tuple[str, ...]) -> bool:
     """Whether a commit has files that match; offline, where nobody knows, True: loading finds out."""
     import huggingface_hub
     from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError

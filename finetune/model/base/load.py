@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -182,17 +182,17 @@ class Place(NamedTuple):
             return
         names, before = "|".join(map(re.escape, sorted(self.names))), model_class._get_dtype_plan
 
-        def planned(model: PreTrainedModel, dtype: torch.dtype) -> dict:
+        def planned(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
             for name, parameter in model.named_parameters():  # on the meta device; by their types memory is set aside
                 if name in self.names:
                     parameter.data = parameter.data.to(self.dtype)
             return {**before(model, dtype), f"^(?:{names})$": self.dtype}
 
-        model_class._get_dtype_plan = planned
+        model_class._get_dtype_plan = planned  # type: ignore[method-assign,assignment] # given back below
         try:
             yield
         finally:
-            model_class._get_dtype_plan = before
+            model_class._get_dtype_plan = before  # type: ignore[method-assign]
 
 
 def load_model(
@@ -202,7 +202,7 @@ def load_model(
     quantization: str | None = None,
     products: torch.dtype = torch.float32,
     place: Place | None = None,
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or one of another shape is an error.
 
     Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; they are quantized where the model is made.
@@ -214,11 +214,12 @@ def load_model(
     if quantization:
         check_quantization(path)
     check_weight_files(path)
-    is_placed = place is not None and place.device.type != "cpu"
-    device = {"device_map": {"": place.device if is_placed else "cpu"}} if is_placed or quantization else {}
-    reading = place.reading(type(empty_model(path))) if is_placed and place.names else contextlib.nullcontext()
+    placed = place if place is not None and place.device.type != "cpu" else None
+    device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
+    reading = placed.reading(type(empty_model(path))) if placed and placed.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # with `output_loading_info` it is a pair, which its signature does not say
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -229,11 +230,13 @@ def load_model(
             **device,
             **({"quantization_config": _nf4(products)} if quantization else {}),
         )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Iterable[object]] = loaded[1]
     refuse_lacking(path, {kind: _names(info[kind]) for kind in ("missing_keys", "mismatched_keys")})
     for module in model.modules():
         # else some CPUs repack quantized weights in the first evaluation, for good, and no gradient passes from then on
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 a plain attribute of bitsandbytes
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
     return model
 
@@ -265,7 +268,7 @@ def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def empty_model(path: Path) -> torch.nn.Module:
+def empty_model(path: Path) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory, for counting and for checking an adapter."""
     from transformers import AutoModelForCausalLM
 

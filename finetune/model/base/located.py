@@ -8,7 +8,7 @@ from finetune.errors import BaseError, CheckpointError
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 from finetune.store import places
-from finetune.store.checkpoints.refs import Ref, parse
+from finetune.store.checkpoints.refs import HubRef, Ref, parse
 from finetune.store.checkpoints.store import Store
 
 NAME_IT = "name the folder where it is now with --base PATH_OR_ID: equal content is the same base"
@@ -18,11 +18,10 @@ NAME_IT = "name the folder where it is now with --base PATH_OR_ID: equal content
 class Look:
     """How names are followed; the Hub is asked only about what the user names."""
 
-    place_of: Callable[[Ref], Path]
+    place_of: Callable[[Ref], Path | None]
     """The directory or the file that a ref leads to."""
     digest_of: Callable[[Path], str]
-    commit_of: Callable[[Ref], str]
-    """Of a ref to the Hub."""
+    commit_of: Callable[[HubRef], str]
 
     def place(self, name: str, is_given: bool = False) -> Path | None:
         try:
@@ -68,11 +67,9 @@ def _of_a_commit(base: Base, pinned: PinnedBase, look: Look) -> Base:
             places.say(f"base {base.checkpoint} is taken from {name}: {about}")
             return _named(base, name)
         if look.commit_of(ref) == pinned.revision:
-            return (
-                base
-                if ref.repo == parse(base.checkpoint).repo
-                else _named(base, places.found(base.checkpoint, ref.repo, "base"))
-            )
+            recorded = parse(base.checkpoint)
+            is_same_name = recorded.kind == "hub" and recorded.repo == ref.repo
+            return base if is_same_name else _named(base, places.found(base.checkpoint, ref.repo, "base"))
         others.append(name)
     _say_unused(others, base)
     return base

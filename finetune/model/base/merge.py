@@ -8,14 +8,19 @@ import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
+from finetune.model.base.damaged import Json
 from finetune.store.tensors import read_header
+
+if TYPE_CHECKING:
+    import peft
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -43,7 +48,7 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
-def read_config(directory: Path, where: str) -> dict:
+def read_config(directory: Path, where: str) -> Json:
     """The adapter's own config, if it is of a kind that can be merged; BaseError says why not."""
     import peft
 
@@ -83,8 +88,21 @@ def check_weights(directory: Path, where: str) -> None:
         raise BaseError(f"its {WEIGHTS} is damaged: {error.message}", where=where, hint="copy it again") from None
 
 
-def attach(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Module:
-    """The model with the adapter on it, not trainable, in eval mode. What the file has too much or too little is an error.
+class Unfit(Protocol):
+    """The names that are in the model or in the file alone, as torch lists them."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def attach(model: PreTrainedModel, directory: Path, where: str) -> PreTrainedModel:
+    """The model with the adapter on it, not trainable, in eval mode. What the file has too much or too little is an error."""
+    # what peft's model has not itself, it has from the one in it
+    return cast(PreTrainedModel, _adapted(model, directory, where))
+
+
+def _adapted(model: PreTrainedModel, directory: Path, where: str) -> "peft.PeftModel":
+    """The same as peft knows it.
 
     A vocabulary that was resized for the adapter is resized here too.
     """
@@ -114,7 +132,7 @@ def attach(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Modu
     return adapted.eval()
 
 
-def _load(adapted: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> NamedTuple:
+def _load(adapted: "peft.PeftModel", tensors: dict[str, torch.Tensor]) -> Unfit:
     """Puts them in by the names that they have. What another version saved is left to peft, which also renames what it takes for names of
     a family's old files: `shared_experts` of Laguna, which nothing then fits."""
     import peft
@@ -126,18 +144,18 @@ def _load(adapted: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> NamedTu
     return adapted.load_state_dict({places[name]: tensor for name, tensor in tensors.items()}, strict=False)
 
 
-def merge(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Module:
+def merge(model: PreTrainedModel, directory: Path, where: str) -> PreTrainedModel:
     """The model with the adapter merged into its fp32 weights; BaseError unless it still computes the same."""
-    adapted = attach(model, directory, where)
-    _untie_adapted(adapted.get_base_model())
-    before = _probe(adapted)
+    adapted = _adapted(model, directory, where)
+    _untie_adapted(cast(PreTrainedModel, adapted.get_base_model()))
+    before = _probe(cast(PreTrainedModel, adapted))
     with warnings.catch_warnings(action="ignore"):
         try:
-            merged = adapted.merge_and_unload(safe_merge=before is not None)
+            merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=before is not None)
         except (ValueError, RuntimeError) as error:
             raise BaseError(f"cannot be merged: {error}", where=where, hint=MERGE_YOURSELF) from None
-    if before is not None:
-        change = F.kl_div(_probe(merged), before, log_target=True, reduction="batchmean").item()
+    if before is not None and (after := _probe(merged)) is not None:
+        change = F.kl_div(after, before, log_target=True, reduction="batchmean").item()
         if not change <= MERGE_BOUND:
             message = f"merging changes the model by a mean KL of {change:.3g}; the bound is {MERGE_BOUND:g}"
             raise BaseError(message, where=where, hint=MERGE_YOURSELF)
@@ -147,7 +165,7 @@ def merge(model: torch.nn.Module, directory: Path, where: str) -> torch.nn.Modul
     return merged
 
 
-def _resize_vocabulary(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _resize_vocabulary(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
     """To as many rows as the adapter's own copy of the embeddings has, if it brings one; its values follow with the rest."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
@@ -159,7 +177,7 @@ def _resize_vocabulary(model: torch.nn.Module, tensors: dict[str, torch.Tensor])
                 return
 
 
-def _untie_adapted(model: torch.nn.Module) -> None:
+def _untie_adapted(model: PreTrainedModel) -> None:
     """Gives the head weights of its own where the adapter changes one end of tied embeddings: merged, it would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -168,14 +186,14 @@ def _untie_adapted(model: torch.nn.Module) -> None:
         return
     first, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
     if getattr(head, "weight", None) is first.weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = torch.nn.Parameter(cast(torch.Tensor, first.weight).detach().clone(), requires_grad=False)
 
 
-def _probe(model: torch.nn.Module) -> torch.Tensor | None:
+def _probe(model: PreTrainedModel) -> torch.Tensor | None:
     """Log-probabilities (T, V) at tokens from all over the vocabulary; None on the meta device."""
-    embeddings = model.get_input_embeddings()
-    if embeddings.weight.is_meta:
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
+    if weight.is_meta:
         return None
-    tokens = torch.linspace(0, len(embeddings.weight) - 1, PROBE_TOKENS).long()[None]
+    tokens = torch.linspace(0, len(weight) - 1, PROBE_TOKENS).long()[None]
     with torch.inference_mode():
         return F.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].double(), dim=-1)

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.model.base import quantized
+from finetune.model.base.damaged import Json
 from finetune.model.base.quiet import quiet
 from finetune.store.tensors import Place, read_header
 
@@ -45,7 +46,8 @@ def outline(
 ) -> Outline:
     """A model from these tensors, loaded in bf16. They may be on the meta device; its own are."""
     with quiet():
-        model, info = model_class.from_pretrained(
+        # with `output_loading_info` it is a pair, which its signature does not say
+        loaded: Any = model_class.from_pretrained(
             None,
             config=config,
             state_dict=dict(tensors),
@@ -54,11 +56,12 @@ def outline(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    names = (
+    model, info = loaded
+    missing, unexpected, mismatched = (
         frozenset(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
         for kind in ("missing", "unexpected", "mismatched")
     )
-    return Outline(model, *names)
+    return Outline(model, missing, unexpected, mismatched)
 
 
 def kept(model: PreTrainedModel) -> frozenset[str]:
@@ -84,7 +87,7 @@ def in_file_names(
     places = headers(path) if path else {}
     made = outline(type(model), model.config, on_meta(places)).model if places else model
     if not places:
-        made._weight_conversions = None  # not those of the checkpoint that it was loaded from
+        setattr(made, "_weight_conversions", None)  # noqa: B010 # not those of the checkpoint that it was loaded from
     found = revert_weight_conversion(made, dict(tensors))
     return {_spelled(name, model.base_model_prefix, places): tensor for name, tensor in found.items()}
 
@@ -142,7 +145,7 @@ def keeping(model_class: type[PreTrainedModel], names: frozenset[str]) -> Iterat
         model_class._keep_in_fp32_modules_strict = before
 
 
-def with_dtype(config: dict, dtype: torch.dtype) -> dict:
+def with_dtype(config: Json, dtype: torch.dtype) -> Json:
     """A config as JSON that says so of the weights, also in the sections of its parts, and no longer that they are quantized."""
     name = str(dtype).removeprefix("torch.")
     parts = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from finetune.errors import BaseError
+from finetune.model.base.damaged import Json
 from finetune.store.tensors import Place
 
 KEY = "quantization_config"
@@ -12,7 +13,7 @@ READ = ("mxfp4",)  # transformers makes bf16 of it to the bit: gpt-oss is publis
 HINT = "name the checkpoint that it was made from; base.quantization: nf4 quantizes that while it is read"
 
 
-def refuse(config: dict, where: str) -> None:
+def refuse(config: Json, where: str) -> None:
     """BaseError where the files of a config, as JSON, hold what cannot be read as numbers."""
     method = _method_of(config)
     if method not in (None, *READ):
@@ -34,7 +35,7 @@ def to_numbers(config: object) -> bool:
     return bool(said)
 
 
-def check_nf4(config: dict) -> None:
+def check_nf4(config: Json) -> None:
     """BaseError where a base cannot be quantized while it is read: it is so already, or what does it is not installed."""
     if method := _method_of(config):
         message, hint = f"`nf4` cannot be made of a base that is quantized already ({method})", "remove the key"
@@ -44,7 +45,7 @@ def check_nf4(config: dict) -> None:
         raise BaseError(message, where="base.quantization", hint=hint)
 
 
-def _method_of(config: dict) -> str | None:
+def _method_of(config: Json) -> str | None:
     for part in (config, config.get("text_config")):
         said = part.get(KEY) if isinstance(part, dict) else None
         if said:

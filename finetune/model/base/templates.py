@@ -47,7 +47,7 @@ def is_known_form(chat_template: object) -> bool:
 def default(chat_template: object) -> str | None:
     """Of what a tokenizer has, the template that a conversation is rendered with; None without one, or without one called `default`."""
     found = chat_template.get("default") if isinstance(chat_template, dict) else chat_template
-    return clean(found) if found else None
+    return clean(found) if isinstance(found, str) and found else None
 
 
 def others(chat_template: object) -> list[str]:

@@ -4,10 +4,11 @@ An optimizer `x` of the recipe is the `MEMBER` of the file `x.py` here, and its 
 """
 
 from importlib import import_module
+from typing import cast
 
 import torch
 
-from finetune.model.optimizer.member import Member, Trained
+from finetune.model.optimizer.member import Group, Member, Trained
 from finetune.recipe.schema import Optimizer, optimizers
 
 OPTIMIZERS: dict[str, Member] = {name: import_module(f"{__name__}.{name}").MEMBER for name in optimizers.OPTIMIZERS}
@@ -25,6 +26,7 @@ def build(model: torch.nn.Module, settings: Optimizer, seed: int) -> torch.optim
     matrices = [parameter for parameter in trainable if parameter.ndim > 1]
     others = [parameter for parameter in trainable if parameter.ndim <= 1]
     decays = ((matrices, settings.weight_decay), (others, 0.0))
-    groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
-    embeddings = frozenset(module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    groups: list[Group] = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    embeddings = frozenset(cast(torch.nn.Parameter, table.weight) for table in tables)
     return OPTIMIZERS[settings.name].build(Trained(groups, embeddings, seed), settings)

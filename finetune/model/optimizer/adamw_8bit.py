@@ -3,14 +3,13 @@
 The update is bitsandbytes' kernel; the state is our own, tensors alone, so that checkpoints store and restore it like any other.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch.optim.adamw import adamw
 
 from finetune.errors import FinetuneError
-from finetune.model.optimizer.member import Member, Trained
+from finetune.model.optimizer.member import Group, Member, Trained
 from finetune.recipe.schema import Optimizer
 
 BLOCK = 256  # values that share a scale, fixed in the kernel
@@ -22,7 +21,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(
         self,
-        groups: list[dict],
+        groups: list[Group],
         embeddings: frozenset[torch.nn.Parameter],
         *,
         betas: tuple[float, float],
@@ -39,7 +38,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._codes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # a closure is no way to train here
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
@@ -75,11 +74,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 slots[name] = paged
                 paged.copy_(found)
 
-    def _update_whole(self, parameters: list[torch.Tensor], group: dict) -> None:
+    def _update_whole(self, parameters: list[torch.Tensor], group: Group) -> None:
         slots = [self.state[parameter] for parameter in parameters]
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
             [slot["exp_avg"] for slot in slots],
             [slot["exp_avg_sq"] for slot in slots],
             [],
@@ -93,7 +92,7 @@ class AdamW8bit(torch.optim.Optimizer):
             eps=group["eps"],
         )
 
-    def _update_coded(self, parameter: torch.Tensor, group: dict) -> None:
+    def _update_coded(self, parameter: torch.Tensor, group: Group) -> None:
         slots = self.state[parameter]
         slots["step"] += 1
         signed, unsigned = self._codes_on(parameter.device)

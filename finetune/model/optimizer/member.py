@@ -1,18 +1,21 @@
 """What an optimizer of the recipe is made of here; its keys and its facts without torch are in `recipe/schema/optimizers.py`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from finetune.recipe.schema import Optimizer
 
+Group = dict[str, Any]
+"""A parameter group, as torch keeps it."""
+
 
 class Trained(NamedTuple):
     """What an optimizer updates."""
 
-    groups: Sequence[Mapping[str, object]]
+    groups: list[Group]
     """Parameter groups, with and without weight decay."""
     embeddings: frozenset[torch.nn.Parameter]
     """Parameters of the model that embed tokens."""

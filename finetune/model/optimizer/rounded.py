@@ -4,11 +4,10 @@ bf16 has 8 bits of precision: rounded to nearest, an update under 1/256 of its w
 the weight is right in expectation (Gupta et al. 2015, arXiv 1502.02551).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch.optim.adamw import adamw
 
+from finetune.model.optimizer.member import Group
 from finetune.plan.memory import update_slice
 from finetune.plan.row_order import derive
 
@@ -28,7 +27,7 @@ class RoundedAdamW(torch.optim.Optimizer):
     Parameters that are not in bf16 are updated as they are.
     """
 
-    def __init__(self, groups: list[dict], seed: int, *, betas: tuple[float, float], eps: float):
+    def __init__(self, groups: list[Group], seed: int, *, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
         self.grad_scale: torch.Tensor | None = None
         """Gradients are divided by it."""
@@ -39,7 +38,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         self._scratch: dict[torch.device, Scratch] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # a closure is no way to train here
         counters = [slots["step"] for slots in self.state.values()]
         if not counters or counters[0] is not self._counter:  # one read of the device, after a state was loaded
             self._updates = int(torch.stack(counters).max()) if counters else 0
@@ -49,10 +48,12 @@ class RoundedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is not None:
-                    self._update(parameter, group, derive(self._seed, "rounding", self._updates, number))
+                    self._update(
+                        parameter, parameter.grad, group, derive(self._seed, "rounding", self._updates, number)
+                    )
         self._counter = next((slots["step"] for slots in self.state.values()), None)
 
-    def _update(self, parameter: torch.Tensor, group: dict, seed: int) -> None:
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: Group, seed: int) -> None:
         slots = self.state[parameter]
         if not slots:
             slots["step"] = torch.zeros((), device=parameter.device)
@@ -60,9 +61,7 @@ class RoundedAdamW(torch.optim.Optimizer):
                 slots[name] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
         generator = torch.Generator(parameter.device).manual_seed(seed)
         size, scratch = update_slice(parameter.device.type), self._scratch_on(parameter.device)
-        flat = [
-            tensor.view(-1) for tensor in (parameter.detach(), parameter.grad, slots["exp_avg"], slots["exp_avg_sq"])
-        ]
+        flat = [tensor.view(-1) for tensor in (parameter.detach(), gradient, slots["exp_avg"], slots["exp_avg_sq"])]
         for weight, grad, first, second in zip(*(tensor.split(size) for tensor in flat), strict=True):
             updated = scratch.weight[: len(weight)].copy_(weight)
             adamw(

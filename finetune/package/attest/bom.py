@@ -10,7 +10,9 @@ from pathlib import Path
 
 from finetune.package.card import figures, record
 from finetune.package.card.card import LIMITS, Facts, hub_base, method
+from finetune.package.card.metadata import FrontMatter
 from finetune.package.verify.contents import sha256
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Source
 from finetune.store.run.directory import step_name
@@ -20,7 +22,7 @@ NAMESPACE = uuid.UUID("6f0d2a5e-3f0a-5c7e-9a55-0c2f2b1d7a10")  # ours, drawn onc
 METRICS = {"loss": "cross-entropy, nats per token", "perplexity": "perplexity"}
 
 
-def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -> dict:
+def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -> dict[str, object]:
     """The whole document. `files` are those of the package that the card does not change."""
     step = facts.manifest.step
     datasets = [
@@ -75,12 +77,12 @@ def _hyperparameters(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "steps", str(facts.plan.steps)
 
 
-def _file(name: str, path: Path) -> dict:
+def _file(name: str, path: Path) -> dict[str, object]:
     hashes = [{"alg": "SHA-256", "content": sha256(path)}]
     return {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": hashes}
 
 
-def _ancestor(facts: Facts) -> dict:
+def _ancestor(facts: Facts) -> dict[str, str]:
     hub, base = hub_base(facts.plan), facts.plan.base
     name = hub[0] if hub else record.public_name(facts.plan.recipe.base.checkpoint)
     version = (hub and hub[1]) or base.digest or "unknown"
@@ -95,8 +97,8 @@ def _described(pinned: PinnedSource) -> str:
     return f"{pinned.rows} rows, content {pinned.fingerprint}"
 
 
-def _metrics(facts: Facts) -> list[dict]:
-    found = figures.held_out(facts.figures).get(facts.manifest.step, {})
+def _metrics(facts: Facts) -> list[dict[str, str]]:
+    found: Metrics = figures.held_out(facts.figures).get(facts.manifest.step, {})
     return [
         {"type": title, "value": str(found[key]), "slice": "held-out rows"}
         for key, title in METRICS.items()
@@ -104,6 +106,6 @@ def _metrics(facts: Facts) -> list[dict]:
     ]
 
 
-def _licences(licence: Mapping[str, str] | None) -> dict:
+def _licences(licence: FrontMatter | None) -> dict[str, object]:
     """By name: the Hub's ids are not all SPDX's."""
     return {"licenses": [{"license": {"name": licence.get("license_name", licence["license"])}}]} if licence else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.errors import PackageError
 from finetune.package.card import metadata
+from finetune.package.card.metadata import FrontMatter
 from finetune.plan.plan import PinnedSource
 from finetune.recipe.schema import Base, Package, Source
 from finetune.store import hub
@@ -32,18 +33,22 @@ ASKS = {  # the first match counts
 }
 
 
-def of_base(base: Base, directory: Path | None) -> dict | None:
+Licence = FrontMatter
+"""Keys of a model card's front matter: `license` and those that go with it."""
+
+
+def of_base(base: Base, directory: Path | None) -> Licence | None:
     """The licence keys of a model card: `license`, the name and link of `other`, and the conditions of a gated base."""
     if base.checkpoint.startswith("package:"):  # a folder may be gone or moved, so its name is not looked up here
         ref = parse(base.checkpoint)
-        found = _of_gguf(ref.repo, ref.path)
+        found = _of_gguf(ref.repo, ref.path) if ref.kind == "package" else {}
     else:
         found = _of_card(directory) if directory else {}
     said = {key: found[key] for key in KEYS if isinstance(found.get(key), str)}
     return said | {key: found[key] for key in found if key.startswith(GATE)} if "license" in said else None
 
 
-def of_package(asked: Package, base: dict | None) -> dict | None:
+def of_package(asked: Package, base: Licence | None) -> Licence | None:
     """The licence keys of the package: the recipe's, or else the base's. Raises PackageError if the base's licence forbids it."""
     base_licence = base["license"] if base else None
     told = ASKS[next(pattern for pattern in ASKS if fnmatchcase(base_licence or "", pattern))]
@@ -65,9 +70,9 @@ def of_package(asked: Package, base: dict | None) -> dict | None:
     return {key: value for key, value in (base or {}).items() if key not in KEYS} | said
 
 
-def _is_renamed(asked: Package, base: dict) -> bool:
+def _is_renamed(asked: Package, base: Licence | None) -> bool:
     """Whether the name differs: `other` means nothing without it."""
-    return asked.license == "other" and asked.license_name != base.get("license_name")
+    return asked.license == "other" and asked.license_name != (base or {}).get("license_name")
 
 
 def of_data(source: Source, pinned: PinnedSource) -> str | None:
@@ -87,8 +92,8 @@ def of_data(source: Source, pinned: PinnedSource) -> str | None:
         OSError,
     ):  # the card then says that it is unknown
         return None
-    said = (metadata.read(Path(card).read_text(encoding="utf-8", errors="replace")) or {}).get("license")
-    return ", ".join(map(str, said)) if isinstance(said, list) else said
+    said: object = (metadata.read(Path(card).read_text(encoding="utf-8", errors="replace")) or {}).get("license")
+    return ", ".join(map(str, said)) if isinstance(said, list) else None if said is None else str(said)
 
 
 def texts(directory: Path) -> list[Path]:
@@ -96,13 +101,13 @@ def texts(directory: Path) -> list[Path]:
     return sorted(file for pattern in TEXTS for file in directory.glob(pattern) if file.is_file())
 
 
-def _of_card(directory: Path) -> dict:
+def _of_card(directory: Path) -> Licence:
     card = directory / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     return metadata.read(text) or {}  # an unreadable file states nothing
 
 
-def _of_gguf(package: str, file: Path) -> dict:
+def _of_gguf(package: str, file: Path) -> Licence:
     """`general.license` and related keys (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
     import gguf
 
@@ -110,7 +115,7 @@ def _of_gguf(package: str, file: Path) -> dict:
     if not carriers:
         return {}
     path = importlib.metadata.distribution(carriers[0]).locate_file(Path(*package.split("."), file))
-    fields = gguf.GGUFReader(path).fields
+    fields = gguf.GGUFReader(str(path)).fields
     names = {
         "license": "general.license",
         "license_name": "general.license.name",

@@ -6,6 +6,7 @@ It names every file by its hash. It must hold no time and no host: the same run 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypedDict
 
 from ruamel.yaml import YAML
 
@@ -26,7 +27,19 @@ BUILD_TYPE = "urn:finetune:package:v1"
 NOT_SUBJECTS = (FILE, CARD, "model.sig", ".gitattributes")
 
 
-def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, str]) -> dict:
+class Resource(TypedDict):
+    """What something was made of, as in-toto names it."""
+
+    name: str
+    uri: str
+    digest: dict[str, str]
+
+
+Statement = dict[str, Any]
+"""An in-toto statement, whose keys its schema has."""
+
+
+def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, str]) -> Statement:
     """The whole statement. `files` are those of the package, by name; `software` is the run's own record of it."""
     plan, manifest, made = facts.plan, facts.manifest, [*facts.averaged, facts.manifest]
     recipe = YAML(typ="safe", pure=True).load(record.recipe(plan))
@@ -64,7 +77,7 @@ def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, st
     }
 
 
-def to_line(value: dict) -> str:
+def to_line(value: Statement) -> str:
     return json.dumps(value, sort_keys=True) + "\n"
 
 
@@ -125,24 +138,26 @@ def _subjects(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
     return sorted((name, path) for name, path in files.items() if name not in NOT_SUBJECTS and path.is_file())
 
 
-def _base(plan: Plan) -> dict:
+def _base(plan: Plan) -> Resource:
     if (hub := hub_base(plan)) and hub[1]:
         return {"name": "base", "uri": f"hf://{hub[0]}@{hub[1]}", "digest": {"gitCommit": hub[1]}}
     name = record.public_name(plan.recipe.base.checkpoint)
     return {"name": "base", "uri": f"hf://{hub[0]}" if hub else f"local:{name}", "digest": _digest(plan.base.digest)}
 
 
-def _source(source: Source, pinned: PinnedSource) -> dict:
+def _source(source: Source, pinned: PinnedSource) -> Resource:
     if source.dataset:
-        digest = {"gitCommit": pinned.revision, **_digest(pinned.fingerprint)}
+        digest = {"gitCommit": pinned.revision or "", **_digest(pinned.fingerprint)}
         return {"name": "data", "uri": f"hf://datasets/{source.dataset}@{pinned.revision}", "digest": digest}
     return {"name": "data", "uri": f"local:{record.public_name(pinned.name)}", "digest": _digest(pinned.fingerprint)}
 
 
-def _software(recorded: Mapping[str, str], versions: Mapping[str, str]) -> list[dict]:
+def _software(recorded: Mapping[str, str], versions: Mapping[str, str]) -> list[Resource]:
     """Code, lock and image of the training. Only the digest of an image: its registry is private. Older runs have no record."""
     uris = {"code": f"pkg:pypi/finetune@{versions.get('finetune', 'unknown')}", "lock": "local:installed-packages"}
-    found = [{"name": one, "uri": uris[one], "digest": _digest(recorded[one])} for one in uris if one in recorded]
+    found: list[Resource] = [
+        {"name": one, "uri": uris[one], "digest": _digest(recorded[one])} for one in uris if one in recorded
+    ]
     name, _, digest = recorded.get("image", "").partition("@")
     if digest:
         found.append({"name": "image", "uri": f"local:{name.rpartition('/')[2]}", "digest": _digest(digest)})

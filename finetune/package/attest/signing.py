@@ -7,11 +7,16 @@ card, because people correct it. Needs `cryptography`, the extra `signing`.
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.errors import PackageError
 from finetune.package.verify.contents import CARD, Finding, files_of, sha256
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 FILE = "model.sig"
 PREDICATE = "https://model_signing/signature/v1.0"
@@ -23,7 +28,7 @@ CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 def sign(directory: Path, key: Path) -> None:
     """Writes model.sig. `key` is an elliptic-curve private key as PEM, without a password; otherwise raises PackageError."""
-    private = _loaded(key, is_private=True)
+    private = _private(key)
     payload = json.dumps(_statement(directory), sort_keys=True).encode()
     signature = private.sign(_encoded(payload), _algorithm(private.public_key(), key))
     bundle = {
@@ -66,7 +71,7 @@ def findings(directory: Path, key: Path | None) -> Iterator[Finding]:
 def _of_key(payload: bytes, signature: bytes, hint: object, key: Path) -> Iterator[Finding]:
     from cryptography.exceptions import InvalidSignature
 
-    public = _loaded(key, is_private=False)
+    public = _public(key)
     if hint != _hint(public):
         yield Finding("signature", FILE, None, "was made with another key")
         return
@@ -76,7 +81,7 @@ def _of_key(payload: bytes, signature: bytes, hint: object, key: Path) -> Iterat
         yield Finding("signature", FILE, None, "does not hold")
 
 
-def _statement(directory: Path) -> dict:
+def _statement(directory: Path) -> dict[str, object]:
     resources = _resources(directory)
     whole = hashlib.sha256(b"".join(bytes.fromhex(item["digest"]) for item in resources)).hexdigest()
     serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": list(IGNORED)}
@@ -88,7 +93,7 @@ def _statement(directory: Path) -> dict:
     }
 
 
-def _resources(directory: Path) -> list[dict]:
+def _resources(directory: Path) -> list[dict[str, str]]:
     files = sorted(files_of(directory).items())
     return [
         {"name": name, "algorithm": "sha256", "digest": sha256(path)}
@@ -102,40 +107,60 @@ def _encoded(payload: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
 
 
-def _loaded(path: Path, is_private: bool):  # noqa: ANN202 the extra may not be installed
-    try:
-        from cryptography.hazmat.primitives import serialization
-    except ImportError:
-        hint = "install the extra: pip install '.[signing]'"
-        raise PackageError("signatures need the package `cryptography`", where=str(path), hint=hint) from None
-    try:
-        content = path.read_bytes()
-        key = (
-            serialization.load_pem_private_key(content, password=None)
-            if is_private
-            else serialization.load_pem_public_key(content)
-        )
-    except (ValueError, TypeError, OSError) as error:
-        kind = "private" if is_private else "public"
-        hint = f"name a {kind} key on a P-256, P-384 or P-521 curve, as PEM, without a password"
-        raise PackageError(f"is no {kind} key: {error}", where=str(path), hint=hint) from None
-    _algorithm(key.public_key() if is_private else key, path)
+def _private(path: Path) -> "ec.EllipticCurvePrivateKey":
+    _need_cryptography(path)
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = _read(path, "private", lambda content: serialization.load_pem_private_key(content, password=None))
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise _of_no_curve(path)
+    _algorithm(key.public_key(), path)
     return key
 
 
-def _algorithm(public, path: Path):  # noqa: ANN001, ANN202 the extra may not be installed
+def _public(path: Path) -> "ec.EllipticCurvePublicKey":
+    _need_cryptography(path)
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = _read(path, "public", serialization.load_pem_public_key)
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise _of_no_curve(path)
+    _algorithm(key, path)
+    return key
+
+
+def _need_cryptography(path: Path) -> None:
+    if not find_spec("cryptography"):
+        hint = "install the extra: pip install '.[signing]'"
+        raise PackageError("signatures need the package `cryptography`", where=str(path), hint=hint)
+
+
+def _read(path: Path, kind: str, load: Callable[[bytes], object]) -> object:
+    try:
+        return load(path.read_bytes())
+    except (ValueError, TypeError, OSError) as error:
+        hint = f"name a {kind} key on a P-256, P-384 or P-521 curve, as PEM, without a password"
+        raise PackageError(f"is no {kind} key: {error}", where=str(path), hint=hint) from None
+
+
+def _of_no_curve(path: Path) -> PackageError:
+    hint = "make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
+    return PackageError("is no key on a P-256, P-384 or P-521 curve", where=str(path), hint=hint)
+
+
+def _algorithm(public: "ec.EllipticCurvePublicKey", path: Path) -> "ec.ECDSA":
     """ECDSA with the hash for the curve."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    name = getattr(getattr(public, "curve", None), "name", "")
-    if name not in CURVES:
-        hint = "make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
-        raise PackageError("is no key on a P-256, P-384 or P-521 curve", where=str(path), hint=hint)
-    return ec.ECDSA(getattr(hashes, CURVES[name])())
+    if public.curve.name not in CURVES:
+        raise _of_no_curve(path)
+    return ec.ECDSA(getattr(hashes, CURVES[public.curve.name])())
 
 
-def _hint(public) -> str:  # noqa: ANN001 the extra may not be installed
+def _hint(public: "ec.EllipticCurvePublicKey") -> str:
     """SHA-256 of the public key as PEM."""
     from cryptography.hazmat.primitives import serialization
 

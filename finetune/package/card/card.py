@@ -3,17 +3,20 @@
 A pure function of the run's record: it must hold no clock, no path, no host, no row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 from finetune.package.card import figures, record
+from finetune.package.card.metadata import FrontMatter
 from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked
-from finetune.plan.plan import PinnedSource, Plan, Stage
+from finetune.plan.plan import Parent, PinnedSource, Plan, Stage
 from finetune.plan.split import Seen
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import parse
+from finetune.store.run.records import Record
 
 LIMITS = (
     "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
@@ -22,19 +25,34 @@ LIMITS = (
 SEEN = "Held-out figures are better on such rows than on new ones."
 
 
+class CheckReport(TypedDict):
+    """Something that was found to hold of a package, with the figures that show it."""
+
+    name: str
+    message: str
+    max_difference: NotRequired[float]
+    mean_kl: NotRequired[float]
+    top1_agreement: NotRequired[float]
+    bound: NotRequired[float]
+    tensors: NotRequired[int]
+    tokens: NotRequired[int]
+    vocabulary: NotRequired[int]
+    positions: NotRequired[int]
+
+
 @dataclass(frozen=True)
 class Facts:
     """The input of a card."""
 
     plan: Plan
     manifest: Manifest
-    figures: Sequence[Mapping]
+    figures: Sequence[Record]
     """The figures-only journal up to the step."""
-    checks: Sequence[Mapping]
+    checks: Sequence[CheckReport]
     form: str
     """`merged` or `adapter`."""
     dtype: str
-    licence: Mapping[str, object] | None
+    licence: FrontMatter | None
     """Licence keys of the card; None if the base's licence is unknown and the recipe names none."""
     base_licence: str | None
     """The base's own statement."""
@@ -80,12 +98,12 @@ def card(facts: Facts) -> str:
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:
     """The Hub checkpoint under a run and its commit, if known; None for a base without a public name."""
-    if plan.base.kind == "hub":
-        return parse(plan.recipe.base.checkpoint).repo, plan.base.revision
+    if plan.base.kind == "hub" and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
+        return ref.repo, plan.base.revision
     return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
 
 
-def _front_matter(facts: Facts) -> dict:
+def _front_matter(facts: Facts) -> FrontMatter:
     recipe, hub = facts.plan.recipe, hub_base(facts.plan)
     datasets = list(dict.fromkeys(source.dataset for source in recipe.data.train if source.dataset))
     is_adapter = facts.form == "adapter"
@@ -240,14 +258,13 @@ def _lineage(facts: Facts) -> str:
         ("run", f"`{manifest.run}`"),
         ("checkpoint", f"step {manifest.step}, manifest `{manifest.digest}`"),
         *((f"averaged with step {other.step}", f"manifest `{other.digest}`") for other in facts.averaged),
-        *([("branched from", _branch(facts.plan))] if facts.plan.parent else []),
+        *([("branched from", _branch(facts.plan.parent))] if facts.plan.parent else []),
         ("checkpoint before it", f"`{parent['ref']}`, manifest `{parent['digest']}`" if parent else "none"),
     ]
     return figures.table(("", ""), rows)
 
 
-def _branch(plan: Plan) -> str:
-    parent = plan.parent
+def _branch(parent: Parent) -> str:
     digest = f", manifest `{parent.digest}`" if parent.digest else ""
     changes = "; ".join(record.public_line(line) for line in parent.changes)
     return f"`{parent.ref}`{digest}" + (f", with {changes}" if changes else "")

@@ -2,42 +2,47 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Task
+from finetune.store.run.journal import is_event, is_step
+from finetune.store.run.records import Record
 
 WITHIN = 1.96  # standard errors: the 95 % interval of a normal distribution
 INTERVALS = "In brackets the 95 % interval over rows like these, each with all its tokens."
 
 
-def held_out(records: Iterable[Mapping]) -> dict[int, Mapping]:
+def held_out(records: Iterable[Record]) -> dict[int, Metrics]:
     """Held-out figures by step; if a mean of steps has figures, they replace those of its last step."""
-    records = list(records)
-    found = {item["step"]: item for item in records if item.get("event") == "evaluated"}
-    for item in records:
-        if item.get("event") == "averaged":
+    events = [item for item in records if is_event(item)]
+    found = {item["step"]: item for item in events if item["event"] == "evaluated"}
+    for item in events:
+        if item["event"] == "averaged":
             found.pop(item["step"], None)
             found |= {item["step"]: item} if "loss" in item else {}
-    return found
+    return {step: cast(Metrics, item) for step, item in found.items()}
 
 
-def averaged(records: Iterable[Mapping]) -> list[int]:
+def averaged(records: Iterable[Record]) -> list[int]:
     """The steps in the mean of the packaged weights; empty for one step."""
-    return next((item["steps"] for item in records if item.get("event") == "averaged"), [])
+    events = (item for item in records if is_event(item))
+    return next((item["steps"] for item in events if item["event"] == "averaged"), [])
 
 
-def named(records: Iterable[Mapping], step: int) -> str:
+def named(records: Iterable[Record], step: int) -> str:
     """The packaged step, or the mean of several, in words."""
     steps = averaged(records)
     return f"mean of steps {', '.join(map(str, steps))}" if steps else f"step {step}"
 
 
-def shown(records: Sequence[Mapping], step: int, titles: Mapping[str, str]) -> str:
+def shown(records: Sequence[Record], step: int, titles: Mapping[str, str]) -> str:
     """The sentences with numbers of a card, from the figures-only journal up to a step; `verify` compares the same words.
 
     `titles` are those of the task's figures.
     """
-    steps = [item for item in records if item["kind"] == "step"]
+    steps = [item for item in records if is_step(item)]
     evaluated = held_out(records)
     columns = [("base", evaluated.get(0)), (named(records, step), evaluated.get(step))]
     has_intervals = any(found and "loss_stderr" in found for _, found in columns)
@@ -50,8 +55,8 @@ def shown(records: Sequence[Mapping], step: int, titles: Mapping[str, str]) -> s
         if counted
         else "No rows were held out."
     )
-    sums = [sum(item[key] for item in steps) for key in ("tokens", "supervised_tokens")]
-    seen = f"Trained for {number(len(steps))} steps on {number(sums[0])} tokens, of them {number(sums[1])} with a loss."
+    tokens, learnt = (sum(item["tokens"] for item in steps), sum(item["supervised_tokens"] for item in steps))
+    seen = f"Trained for {number(len(steps))} steps on {number(tokens)} tokens, of them {number(learnt)} with a loss."
     if left_out := [item for item in steps if "skipped" in item]:
         reasons = sorted({item["skipped"].replace("_", " ") for item in left_out})
         seen += f" The updates of {number(len(left_out))} steps were left out ({', '.join(reasons)})."
@@ -62,7 +67,7 @@ def shown(records: Sequence[Mapping], step: int, titles: Mapping[str, str]) -> s
     )
 
 
-def _figure(found: Mapping | None, key: str) -> str:
+def _figure(found: Metrics | None, key: str) -> str:
     if found is None:
         return "not evaluated"
     if key not in ("loss", "perplexity") or "loss_stderr" not in found or not isinstance(found["loss"], int | float):
@@ -77,18 +82,20 @@ def _rounded(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4f}"  # the journal spells NaN and infinity as text
 
 
-def eval_results(records: Sequence[Mapping], step: int, plan: Plan) -> list[dict]:
+def eval_results(records: Sequence[Record], step: int, plan: Plan) -> list[dict[str, Any]]:
     """Entries of `.eval_results` (https://huggingface.co/docs/hub/eval-results) if one Hub data set is held out; the Hub shows those of
     registered benchmarks."""
     evaluated = held_out(records)
     sources = plan.recipe.data.holdout
-    if step not in evaluated or not isinstance(sources, list) or len(sources) > 1 or not sources[0].dataset:
+    if step not in evaluated or not isinstance(sources, list) or len(sources) > 1:
+        return []
+    if (dataset := sources[0].dataset) is None:
         return []
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     (source,), (pinned,), found = sources, plan.holdout, evaluated[step]
     entry = EvalResultEntry(
-        dataset_id=source.dataset,
+        dataset_id=dataset,
         task_id=source.name or "default",
         value=found["loss"],
         dataset_revision=pinned.revision,
@@ -97,11 +104,11 @@ def eval_results(records: Sequence[Mapping], step: int, plan: Plan) -> list[dict
     return eval_result_entries_to_yaml([entry])
 
 
-def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[str, str]]:
+def cost(records: Sequence[Record], plan: Plan, world_size: int) -> list[tuple[str, str]]:
     """Rows of a table: tokens, operations and device hours. A token costs 6 operations for each trained weight and 4 for each
     frozen one (Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1; the gradient of a weight is a third of it)."""
-    steps = [item for item in records if item["kind"] == "step"]
-    tokens, seconds = (sum(item.get(key, 0) for item in steps) for key in ("tokens", "seconds"))
+    steps = [item for item in records if is_step(item)]
+    tokens, seconds = sum(item.get("tokens", 0) for item in steps), sum(item.get("seconds", 0.0) for item in steps)
     trained = plan.trainable_parameters
     operations = tokens * (6 * trained + 4 * (plan.total_parameters - trained))
     return [
@@ -115,7 +122,7 @@ def cost(records: Sequence[Mapping], plan: Plan, world_size: int) -> list[tuple[
     ]
 
 
-def model_index(records: Sequence[Mapping], step: int, name: str, task: Task) -> list[dict]:
+def model_index(records: Sequence[Record], step: int, name: str, task: Task) -> list[dict[str, object]]:
     """The front matter's `model-index` (https://huggingface.co/docs/hub/model-cards#evaluation-results); empty if nothing was evaluated."""
     evaluated = held_out(records)
     if step not in evaluated:
@@ -126,7 +133,7 @@ def model_index(records: Sequence[Mapping], step: int, name: str, task: Task) ->
     return [{"name": name, "results": [{"task": kind, "dataset": dataset, "metrics": metrics}]}]
 
 
-def number(value: int) -> str:
+def number(value: float) -> str:
     return f"{value:,}"
 
 

@@ -5,6 +5,7 @@ Rules: https://huggingface.co/docs/hub/model-cards, licences: https://huggingfac
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
@@ -100,7 +101,11 @@ LICENCES = frozenset(
 )
 
 
-def read(card: str) -> dict | None:
+FrontMatter = dict[str, Any]
+"""Keys of a card, whatever whoever wrote it put there."""
+
+
+def read(card: str) -> FrontMatter | None:
     """The front matter of a card; None if there is none, or it is not a map."""
     match = FRONT_MATTER.match(card)
     try:
@@ -135,5 +140,5 @@ def problems(card: str) -> Iterator[str]:
         yield "has tags that are not words"
 
 
-def _listed(value: object) -> list:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]

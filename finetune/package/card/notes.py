@@ -9,8 +9,11 @@ import re
 from dataclasses import dataclass, replace
 
 from finetune.package.card import metadata
+from finetune.package.card.metadata import FrontMatter
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import adapters, tasks
+from finetune.recipe.schema.adapters import AdapterFacts
+from finetune.recipe.schema.tasks import TaskFacts
 
 NOTES_BEGIN = "<!-- notes: what stands between these two lines stays when the card is written again -->"
 NOTES_END = "<!-- /notes -->"
@@ -21,7 +24,8 @@ KEYS = (
     *("datasets", "model-index", "tags"),
 )
 GATE = "extra_gated_"
-TAGS = {"finetune", *(tag for member in (*adapters.SECTIONS.values(), *tasks.SECTIONS.values()) for tag in member.tags)}
+_MEMBERS: tuple[type[AdapterFacts] | type[TaskFacts], ...] = (*adapters.SECTIONS.values(), *tasks.SECTIONS.values())
+TAGS = {"finetune", *(tag for member in _MEMBERS for tag in member.tags)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Parts:
     below: str
 
     @property
-    def keys(self) -> dict:
+    def keys(self) -> FrontMatter:
         return metadata.read(self.front) or {}
 
     @property
@@ -96,12 +100,12 @@ def _front(old: Parts, new: Parts) -> str:
     return f"---\n{to_yaml(now | ({'tags': tags} if tags else {}) | added)}---\n"
 
 
-def _would_lose(was: dict, now: dict) -> bool:
+def _would_lose(was: FrontMatter, now: FrontMatter) -> bool:
     """Whether a card is front matter alone, as the Hub makes it for a licence."""
     return any(now.get(key) != value for key, value in was.items())
 
 
-def _tags(keys: dict) -> list[str]:
+def _tags(keys: FrontMatter) -> list[str]:
     tags = keys.get("tags") or []
     return [tags] if isinstance(tags, str) else list(tags)
 

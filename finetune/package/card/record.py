@@ -6,13 +6,18 @@ Everything comes from the plan and the journal, so the same run gives the same b
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import cast
 
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.recipe.load import to_yaml
+from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.run import journal
 from finetune.store.run.journal import is_number
+from finetune.store.run.records import EventRecord, Record
 from finetune.store.run.scan import Scan
 
 EVENTS = ("evaluated", "committed")
@@ -34,27 +39,38 @@ def public_line(text: str) -> str:
     return re.sub(r"(?<![\w.:/])[/~][^\s'\"\]},]+", lambda match: Path(match[0]).name, text)
 
 
-def figures(found: Scan, step: int) -> list[dict]:
+def figures(found: Scan, step: int) -> list[Record]:
     """Steps, evaluations and commits up to a step, in order, with numbers alone; the last record of each counts."""
     kept = {(number, 0): _numbers(found.steps[number]) for number in found.steps if number <= step}
     for place, event in enumerate(EVENTS, 1):
-        of_event = journal.that_count(found.events, lambda record, event=event: record.get("event") == event)
+        of_event = journal.that_count(found.events, partial(_is_called, event))
         kept |= {(number, place): _numbers(record) for number, record in of_event.items() if number <= step}
     return [record for _, record in sorted(kept.items(), key=lambda item: item[0])]
 
 
-def to_lines(records: Iterable[dict]) -> str:
+def _is_called(name: str, record: EventRecord) -> bool:
+    return record["event"] == name
+
+
+def of_average(manifests: Sequence[Manifest], metrics: Metrics) -> Record:
+    """What is said of the mean of several checkpoints, the last of which has its place in the run."""
+    steps = [each.step for each in manifests]
+    return cast(Record, {"kind": "event", "event": "averaged", "step": steps[-1], "steps": steps, **metrics})
+
+
+def to_lines(records: Iterable[Record]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def loss_curve(records: list[dict]) -> bytes:
+def loss_curve(records: Sequence[Record]) -> bytes:
     """A PNG of training loss and held-out loss over steps; the same records give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    made = [record for record in records if record["kind"] == "step" and "skipped" not in record]
+    made = [record for record in records if journal.is_step(record) and "skipped" not in record]
     trained = [(record["step"], record["loss"]) for record in made]
-    held_out = [(record["step"], record["loss"]) for record in records if record.get("event") == "evaluated"]
+    events = [record for record in records if journal.is_event(record)]
+    held_out = [(record["step"], record["loss"]) for record in events if record["event"] == "evaluated"]
     with matplotlib.rc_context(matplotlib.rcParamsDefault | {"backend": matplotlib.rcParams["backend"]}):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
@@ -69,9 +85,11 @@ def loss_curve(records: list[dict]) -> bytes:
     return stream.getvalue()
 
 
-def _numbers(record: dict) -> dict:
-    names = {name: record[name] for name in ("kind", "event", "skipped") if name in record}
-    return names | {key: value for key, value in record.items() if is_number(value) and key not in LEFT_OUT}
+def _numbers(record: Record) -> Record:
+    """With its names and figures alone."""
+    names = {name: value for name, value in record.items() if name in ("kind", "event", "skipped")}
+    numbers = {key: value for key, value in record.items() if is_number(value) and key not in LEFT_OUT}
+    return cast(Record, names | numbers)
 
 
 def public(value: object) -> object:

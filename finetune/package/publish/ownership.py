@@ -38,7 +38,7 @@ def sort_out(
 ) -> Sorted:
     """`there` are the names in the target; the other arguments read their content. Only files about to change are read."""
     record = provenance.subjects(read(provenance.FILE)) if provenance.FILE in there else None
-    ours = {} if record is None else record | dict.fromkeys(OURS)
+    ours: dict[str, str | None] = {} if record is None else {**record, **dict.fromkeys(OURS)}
     edited = []
     if CARD in there and CARD not in files and ours:
         ours[CARD] = None

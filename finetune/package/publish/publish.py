@@ -11,7 +11,16 @@ from pathlib import Path
 from finetune.errors import CheckpointError, PackageError, PublishError, counted
 from finetune.package.attest import provenance
 from finetune.package.publish import ownership, rights, to_folder
-from finetune.package.publish.repository import Files, Repository, Stored, differences, digest, sha256_of, size_of
+from finetune.package.publish.repository import (
+    Files,
+    Repository,
+    Stored,
+    differences,
+    digest,
+    sha256_of,
+    size_of,
+)
+from finetune.package.publish.shown import Published
 from finetune.package.verify.contents import files_of
 from finetune.package.verify.verify import folder_findings
 from finetune.store.checkpoints.refs import parse
@@ -33,8 +42,8 @@ class Choices:
     """Whether people's changes may be overwritten; their additions stay."""
 
 
-def publish(directory: Path, target: str, choices: Choices) -> dict:
-    """{target, revision, uploaded_bytes, commits, files, …}, as `publish --json` prints it.
+def publish(directory: Path, target: str, choices: Choices) -> Published:
+    """Publishes a package, or says what that would change.
 
     Raises PublishError if the target is out of reach, refuses, or differs in the end; PackageError if the package must not go out.
     """
@@ -77,10 +86,11 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     if target is None and asked is None:
         hint = "use --to OWNER/NAME or --to folder:PATH, or set publish.repo in the recipe"
         raise PublishError("says not where to", where=source, hint=hint)
+    named, is_private = (asked.repo, asked.private) if asked else (None, True)
     directory = RunDirectory(run).package(step)
     if not directory.exists():
         export.package(f"{run}@{step}", directory)
-    return directory, target or asked.repo, not is_public if asked is None else asked.private and not is_public
+    return directory, target or named or "", is_private and not is_public
 
 
 def _kind_of(source: str) -> str | None:
@@ -90,20 +100,20 @@ def _kind_of(source: str) -> str | None:
         return None
 
 
-def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
+def _to_hub(package: dict[str, Path], name: str, choices: Choices) -> Published:
     repository = Repository(name, choices.is_private)
     user = repository.whoami()
     rights.refuse_no_right(user, name)
-    there = rights.refuse_visible(repository, choices.is_private, provenance.base_of(files))
+    there = rights.refuse_visible(repository, choices.is_private, provenance.base_of(package))
     branches = repository.branches() if there else {}
     head = branches.get(choices.branch)
     tree = repository.tree(head) if head else {}
-    found = _sorted_out(repository, head, tree, files)
+    found = _sorted_out(repository, head, tree, package)
     if not choices.is_replacing:
         ownership.refuse_edited(found, name)
     files = found.files
     changes = differences(tree, files, found.gone)
-    facts = {
+    facts: Published = {
         "target": name,
         "user": user["name"],
         "is_new": there is None,
@@ -117,9 +127,12 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
         },
         "overwritten": list(found.edited),
         "uploaded_bytes": sum(size_of(change) for change in changes.values() if change),
+        "revision": head,
+        "commits": 2 if changes else 0,
+        "is_dry_run": choices.is_dry_run,
     }
     if choices.is_dry_run:
-        return facts | {"revision": head, "commits": 2 if changes else 0, "is_dry_run": True}
+        return facts
     if there is None:
         repository.create(choices.is_private)
         head = None
@@ -132,7 +145,7 @@ def _to_hub(files: dict[str, Path], name: str, choices: Choices) -> dict:
         repository.remove_branch(staging)
     if choices.tag:
         repository.add_tag(choices.tag, revision)
-    return facts | {"revision": revision, "commits": repository.commits, "is_dry_run": False}
+    return {**facts, "revision": revision, "commits": repository.commits}
 
 
 def _sorted_out(repository: Repository, head: str | None, tree: Mapping[str, Stored], files: Files) -> ownership.Sorted:
@@ -140,8 +153,8 @@ def _sorted_out(repository: Repository, head: str | None, tree: Mapping[str, Sto
         tree.keys(),
         files,
         is_same=lambda name, content: tree[name].is_same(content),
-        read=lambda name: repository.read(head, name),
-        sha256_of=lambda name: tree[name].sha256 or sha256_of(repository.read(head, name)),
+        read=lambda name: repository.read(head or "", name),  # a tree has a head
+        sha256_of=lambda name: tree[name].sha256 or sha256_of(repository.read(head or "", name)),
     )
 
 
@@ -174,11 +187,11 @@ def _refuse_other(repository: Repository, revision: str, found: ownership.Sorted
         raise PublishError(message, where=repository.name, hint="publish again; if it stays so, report it")
 
 
-def listing(facts: dict) -> str:
+def listing(facts: Published) -> str:
     """The same as lines of text."""
-    kind = "" if facts["target"].startswith(to_folder.PREFIX) else f", {'private' if facts['private'] else 'public'}"
+    kind = f", {'private' if facts['private'] else 'public'}" if "private" in facts else ""
     lines = [f"{facts['target']}{kind}"]
-    lost = facts.get("overwritten", ())
+    lost = facts["overwritten"]
     lines += [
         f"  {what}: {name}" + (" (people's changes are overwritten)" if name in lost else "")
         for name, what in facts.get("changes", dict.fromkeys(lost, "changed")).items()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 from finetune.errors import FinetuneError, PublishError
 from finetune.package import export
@@ -18,7 +19,6 @@ from finetune.package.publish.publish import Choices, publish
 from finetune.package.publish.repository import CHECKPOINTS, Repository
 from finetune.package.publish.to_folder import PREFIX
 from finetune.package.verify.contents import sha256
-from finetune.recipe.schema import Publish
 from finetune.store import lock
 from finetune.store.beside import remove
 from finetune.store.checkpoints.store import Store, make_directory
@@ -29,7 +29,7 @@ from finetune.store.run.directory import RunDirectory, step_name
 LOOK_SECONDS = 2.0
 
 
-def start(run: Path) -> subprocess.Popen:
+def start(run: Path) -> subprocess.Popen[bytes]:
     """The process; its output goes to `publish.log`. It ends after its stdin, once nothing is left to publish."""
     make_directory(run)
     command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones", "--follow"]
@@ -40,9 +40,10 @@ def start(run: Path) -> subprocess.Popen:
         )
 
 
-def finish(child: subprocess.Popen, run: Path) -> None:
+def finish(child: subprocess.Popen[bytes], run: Path) -> None:
     """Lets it publish the rest. Raises PublishError if it could not."""
-    child.stdin.close()
+    if child.stdin:
+        child.stdin.close()
     if left := pending(run):
         print(f"publishing steps {left}", file=sys.stderr, flush=True)
     if child.wait():
@@ -50,9 +51,33 @@ def finish(child: subprocess.Popen, run: Path) -> None:
         raise PublishError(f"steps {pending(run)} are not published", where=str(run), hint=hint)
 
 
+class Figures(TypedDict):
+    tokens: int
+    loss: float
+    held_out_loss: NotRequired[float]
+    sha256: dict[str, str]
+    """Of the weights, by their files."""
+
+
+class Milestone(Figures):
+    """What is written down of one that is published."""
+
+    run: str
+    step: int
+    branch: str
+    revision: str | None
+
+
+class Milestones(TypedDict):
+    """What `publish --milestones --json` prints."""
+
+    published: list[Milestone]
+    pending: list[int]
+
+
 def follow(
     run: Path, target: str | None, is_following: bool, is_public: bool = False, is_replacing: bool = False
-) -> dict:
+) -> Milestones:
     """Publishes every committed and unpublished milestone; with `--follow`, also those committed until stdin ends. Returns
     {target, published: [{step, branch, revision}], pending}."""
     if target and target.startswith(PREFIX):
@@ -62,7 +87,8 @@ def follow(
         RunDirectory(run).plan()  # RunError if there is no run; with --follow it may not have begun yet
     if is_following:
         os.nice(19)  # the training comes first
-    published, is_last, store = [], not is_following, Store(run)
+    is_last, store = not is_following, Store(run)
+    published: list[Milestone] = []
     with _alone(run, is_following):
         while True:
             for step in pending(run, store):
@@ -98,24 +124,27 @@ def pending(run: Path, store: Store | None = None) -> list[int]:
     if not RunDirectory(run).is_run:  # the training has not begun yet
         return []
     asked = RunDirectory(run).plan()[0].recipe.publish
-    if asked is None or asked.milestones is None:
+    every = asked.milestones.steps if asked and asked.milestones else None
+    if every is None:
         return []
-    steps = [item.step for item in (store or Store(run)).summaries() if item.step % asked.milestones.steps == 0]
+    steps = [item.step for item in (store or Store(run)).summaries() if item.step % every == 0]
     published = _published(run)
     return [step for step in steps if step not in published]
 
 
-def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> dict:
+def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacing: bool) -> Milestone:
     """One milestone: packaged, published on its own branch, listed on main, and recorded last. After an earlier kill all of this
     repeats, and finished parts change nothing."""
-    asked: Publish = RunDirectory(run).plan()[0].recipe.publish
+    asked = RunDirectory(run).plan()[0].recipe.publish
+    if asked is None:
+        raise PublishError("its recipe does not say where to", where=str(run), hint="set publish.repo in the recipe")
     repository, name = target or asked.repo, step_name(step)
     package = RunDirectory(run).package(step)
     if not package.exists():
         export.package(f"{run}@{step}", package)
     is_private = asked.private and not is_public
     facts = publish(package, repository, Choices(branch=name, is_private=is_private, is_replacing=is_replacing))
-    record = {
+    record: Milestone = {
         "run": RunDirectory(run).plan()[1]["run"],
         "step": step,
         "branch": name,
@@ -129,21 +158,22 @@ def _push(run: Path, step: int, target: str | None, is_public: bool, is_replacin
     return record
 
 
-def _figures(run: Path, step: int, package: Path) -> dict:
+def _figures(run: Path, step: int, package: Path) -> Figures:
     events, steps = scan.read(run)
     evaluated = journal.evaluations(events).get(step, {})
-    return {
+    figures: Figures = {
         "tokens": sum(record["tokens"] for at, record in steps.items() if at <= step),
         "loss": steps[step]["loss"],
-        **({"held_out_loss": evaluated["loss"]} if evaluated else {}),
         "sha256": {path.name: sha256(path) for path in sorted(package.glob("*.safetensors"))},
     }
+    return {**figures, "held_out_loss": evaluated["loss"]} if evaluated else figures
 
 
-def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
+def _list(record: Milestone, repository: Repository, is_replacing: bool) -> None:
     """checkpoints.json on main: all milestones there, also those of other runs on their own branches."""
     head = repository.branches()["main"]
-    document, listed = {}, [record]
+    document: dict[str, Any] = {}
+    listed = [record]
     if CHECKPOINTS in repository.tree(head):
         try:
             document = {**json.loads(repository.read(head, CHECKPOINTS))}
@@ -159,11 +189,11 @@ def _list(record: dict, repository: Repository, is_replacing: bool) -> None:
     repository.commit("main", {CHECKPOINTS: content.encode()}, head, f"List step {record['step']}")
 
 
-def _published(run: Path) -> dict[int, dict]:
+def _published(run: Path) -> dict[int, Milestone]:
     """The records by step. An unreadable one is published again; this changes nothing on the Hub."""
-    found = {}
+    found: dict[int, Milestone] = {}
     for path in RunDirectory(run).publications():
         with suppress(ValueError, KeyError, TypeError):
-            record = json.loads(path.read_bytes())
+            record: Milestone = json.loads(path.read_bytes())
             found[record["step"]] = record
     return found

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -22,10 +23,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import GitRefs, RepoFile
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from finetune.errors import PublishError
+from finetune.package.publish.shown import Visibility
 from finetune.package.verify.contents import sha256
 from finetune.store import downloads, hub
 
@@ -79,14 +81,14 @@ class Repository:
         """Made by this object."""
         self._api = HfApi(library_name="finetune")
 
-    def whoami(self) -> dict:
+    def whoami(self) -> dict[str, Any]:
         """The owner of the token. Raises PublishError if there is none, or it is no longer valid."""
         return self._ask(self._api.whoami)
 
     def create(self, is_private: bool) -> None:
         self._ask(lambda: self._api.create_repo(self.name, private=is_private, exist_ok=True))
 
-    def facts(self) -> dict | None:
+    def facts(self) -> Visibility | None:
         """{private, gated}; None if there is no such repository."""
         try:
             info = self._ask(lambda: self._api.model_info(self.name))
@@ -126,9 +128,9 @@ class Repository:
 
     def download(self, revision: str, directory: Path) -> str:
         """Downloads all files of a revision, past every cache; returns its commit."""
-        commit = self._ask(lambda: self._api.model_info(self.name, revision=revision)).sha
+        commit = self._ask(lambda: self._api.model_info(self.name, revision=revision)).sha or revision
         for name in self.tree(commit):
-            self._ask(lambda name=name: self._fetch(commit, name, directory))
+            self._ask(partial(self._fetch, commit, name, directory))
         return commit
 
     def _fetch(self, commit: str, name: str, directory: Path) -> None:
@@ -163,7 +165,7 @@ class Repository:
             hint = "use another --tag, or delete that one on the Hub"
             raise PublishError(f"the tag {name} is at another commit, {there[:8]}", where=self.name, hint=hint)
 
-    def refuse_public(self, there: dict | None) -> None:
+    def refuse_public(self, there: Visibility | None) -> None:
         """Raises PublishError if the repository exists and is public; `there` is the result of `facts`."""
         if there and not there["private"]:
             hint = (
@@ -202,7 +204,7 @@ class Repository:
         if self.is_private:
             self.refuse_public(self.facts())
 
-    def _refs(self) -> object:
+    def _refs(self) -> GitRefs:
         return self._ask(lambda: self._api.list_repo_refs(self.name))
 
     @contextmanager

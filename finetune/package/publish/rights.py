@@ -1,9 +1,11 @@
 """Checks who may publish where, and who would see it. Ask before a training, before an upload, and right before a commit."""
 
 import sys
+from typing import Any
 
 from finetune.errors import PublishError
 from finetune.package.publish.repository import Repository, UnreachableError
+from finetune.package.publish.shown import Visibility
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.refs import parse
 
@@ -30,7 +32,7 @@ def preflight(recipe: Recipe) -> None:
         print(f"not known whether {asked.repo} can be published to: {reason}", file=sys.stderr, flush=True)
 
 
-def refuse_no_right(user: dict, name: str) -> None:
+def refuse_no_right(user: dict[str, Any], name: str) -> None:
     """Raises PublishError if the Hub's `whoami` shows that a token may not write to a repository."""
     token = user.get("auth", {}).get("accessToken") or {}
     owner, organisations = name.partition("/")[0], {one["name"]: one for one in user.get("orgs", [])}
@@ -48,7 +50,7 @@ def refuse_no_right(user: dict, name: str) -> None:
         raise PublishError(f"cannot be published to: {why}", where=name, hint=hint)
 
 
-def _is_granted(token: dict, owner: str, name: str) -> bool:
+def _is_granted(token: dict[str, Any], owner: str, name: str) -> bool:
     """Whether a fine-grained token may write to a repository; True if it does not say."""
     scopes = (token.get("fineGrained") or {}).get("scoped")
     if scopes is None:
@@ -57,7 +59,7 @@ def _is_granted(token: dict, owner: str, name: str) -> bool:
     return any("repo.write" in scope.get("permissions", ()) for scope in names)
 
 
-def refuse_visible(repository: Repository, is_private: bool, base: str | None) -> dict | None:
+def refuse_visible(repository: Repository, is_private: bool, base: str | None) -> Visibility | None:
     """The Hub's facts of a repository (None: it is not there). Raises PublishError if too many people could see the package.
 
     `base` is the Hub checkpoint under the package: a gated one must not become public.
@@ -66,7 +68,7 @@ def refuse_visible(repository: Repository, is_private: bool, base: str | None) -
     if is_private:
         repository.refuse_public(there)
     is_open = not is_private if there is None else not (there["private"] or there["gated"])
-    if base and is_open and (Repository(base).facts() or {}).get("gated"):
+    if base and is_open and (of_base := Repository(base).facts()) and of_base["gated"]:
         hint = "publish it privately, or make the repository yourself and gate it as the base is"
         raise PublishError(
             f"would be open to everybody, and its base {base} is gated", where=repository.name, hint=hint

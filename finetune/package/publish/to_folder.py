@@ -14,6 +14,7 @@ from finetune.errors import PublishError
 from finetune.package.attest import provenance
 from finetune.package.publish import ownership
 from finetune.package.publish.repository import Files, digest, sha256_of, size_of
+from finetune.package.publish.shown import Published
 from finetune.package.verify.contents import files_of
 from finetune.store.beside import staged, sweep
 from finetune.store.durable import failures, sync_directory, sync_tree
@@ -23,7 +24,7 @@ RENAME_EXCHANGE = 2  # of renameat2(2)
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replacing: bool = False) -> dict:
+def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replacing: bool = False) -> Published:
     """{target, revision, uploaded_bytes, commits, files, overwritten, is_dry_run}. Raises PublishError if something else is
     there, or the disk fails.
 
@@ -35,22 +36,28 @@ def publish(files: Mapping[str, Path], target: Path, is_dry_run: bool, is_replac
         found = _sorted_out(there, files)
         wanted: Files = found.files
         revision, total = digest(wanted), sum(map(size_of, wanted.values()))
-        facts = {"target": f"{PREFIX}{target}", "revision": revision, "is_dry_run": is_dry_run}
-        facts |= {"files": [{"name": name, "bytes": size_of(content)} for name, content in wanted.items()]}
-        facts |= {"overwritten": list(found.edited)}
+        facts: Published = {
+            "target": f"{PREFIX}{target}",
+            "revision": revision,
+            "is_dry_run": is_dry_run,
+            "files": [{"name": name, "bytes": size_of(content)} for name, content in wanted.items()],
+            "overwritten": list(found.edited),
+            "uploaded_bytes": total,
+            "commits": 1,
+        }
         if not is_dry_run and place.parent.is_dir():
             sweep(place)
         kept = {name: there[name] for name in sorted(there.keys() - wanted.keys() - {*found.gone})}
         whole = {**wanted, **kept}
         if there.keys() == whole.keys() and digest(there) == digest(whole):  # reads only files that may be equal
-            return facts | {"uploaded_bytes": 0, "commits": 0}
+            return {**facts, "uploaded_bytes": 0, "commits": 0}
         if os.path.lexists(place) and not _may_go(place):
             raise PublishError("has something else", where=str(target), hint="name a new folder, or remove this one")
         if not is_replacing:
             ownership.refuse_edited(found, str(target))
         if not is_dry_run:
             _replace(place, digest(there), wanted, kept)
-        return facts | {"uploaded_bytes": total, "commits": 1}
+        return facts
 
 
 def _files_in(directory: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from finetune.plan.encodings import TOKENIZER_FILES
 from finetune.store.run.directory import JOURNAL, RECIPE
+from finetune.store.run.shown import ProblemReport
 
 CARD = "README.md"
 ALLOWED = (
@@ -74,6 +75,10 @@ class Finding(NamedTuple):
     file: str
     tensor: str | None
     message: str
+
+    @property
+    def report(self) -> ProblemReport:
+        return {"check": self.check, "file": self.file, "tensor": self.tensor, "message": self.message}
 
 
 def files_of(directory: Path) -> dict[str, Path]:

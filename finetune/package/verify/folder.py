@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import CheckpointError
 from finetune.package.verify.contents import Finding
@@ -23,8 +24,8 @@ class Folder:
     broken: list[Finding] = field(default_factory=list)
 
     @cached_property
-    def configs(self) -> dict[str, dict]:
-        found = {}
+    def configs(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
         for name in sorted({path.name for pattern in CONFIGS for path in self.path.glob(pattern) if path.is_file()}):
             value = self.json(name, "config")
             if isinstance(value, dict):
@@ -34,7 +35,7 @@ class Folder:
         return found
 
     @cached_property
-    def from_base(self) -> dict | None:
+    def from_base(self) -> dict[str, Any] | None:
         """Tensors that our package has unchanged from its base (`FromBase`); None in other models, and in packages of older code."""
         value = self.json(RECORD, "config") if (self.path / RECORD).is_file() else None
         found = value.get("from_base") if isinstance(value, dict) else None
@@ -52,7 +53,7 @@ class Folder:
         return found
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         return self.configs.get("config.json", {})
 
     @property

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NotRequired
 
 from finetune.errors import BaseError, PackageError
 from finetune.package.attest import provenance, signing
@@ -18,6 +19,7 @@ from finetune.package.verify.folder import Folder
 from finetune.recipe.schema import tasks
 from finetune.store.checkpoints.refs import parse
 from finetune.store.run.directory import JOURNAL, RECIPE
+from finetune.store.run.shown import Verification
 
 HUB = "hub:"
 OURS = f"training/{RECIPE}"
@@ -27,7 +29,17 @@ DANGEROUS = ("unsafe", "suspicious")  # other words mean a waiting or failed sca
 OF_CONTENT = ("symlink", "runs", "pickle", "secret", "private")
 
 
-def verify(target: str, key: Path | None = None) -> dict:
+class Report(Verification):
+    """What `verify --json` prints of a package."""
+
+    checks: list[str]
+    """Names of those that were made."""
+    not_made: dict[str, str]
+    """Names of the others, and why."""
+    revision: NotRequired[str]
+
+
+def verify(target: str, key: Path | None = None) -> Report:
     """{ok, problems: [{check, file, tensor, message}], checks: [names of the checks made], not_made: {name: why}, revision}.
 
     If you give a public `key`, the signature has to match it.
@@ -38,22 +50,23 @@ def verify(target: str, key: Path | None = None) -> dict:
             facts = _of_folder(Path(folder), key, ("hub", "scan"), problems)
             if unscanned:
                 facts["not_made"]["scan"] = f"the Hub has not looked at {', '.join(unscanned[:3])} yet"
-            return facts | {"revision": revision}
+            return {**facts, "revision": revision}
     if not Path(target).is_dir():
         raise PackageError("is not a folder", where=target, hint="name a folder, or hub:OWNER/NAME@REVISION")
     return _of_folder(Path(target), key)
 
 
-def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), found: Sequence[Finding] = ()) -> dict:
+def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), found: Sequence[Finding] = ()) -> Report:
     """The checks of a folder. If they find nothing and there is a probe, the model runs as well."""
-    more, findings = folder_findings(directory, key)
-    made, findings, not_made = [*made, *more], [*found, *findings], {}
+    more, others = folder_findings(directory, key)
+    checks, findings = [*made, *more], [*found, *others]
+    not_made: dict[str, str] = {}
     if not findings and (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
         from finetune.package import classes  # with torch
 
         try:
             findings += classes.findings(directory)
-            made.append("class")
+            checks.append("class")
         except PackageError as error:
             not_made["class"] = error.message
     if (directory / PROBE).is_file() and not findings:
@@ -61,13 +74,13 @@ def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), foun
 
         try:
             findings += reference.findings(directory)
-            made += ["load", "logits"]
+            checks += ["load", "logits"]
         except BaseError as error:
             not_made["logits"] = f"the base cannot be had: {error.message}"
     elif findings:
         not_made["logits"] = "what has problems is not loaded"
-    problems = [finding._asdict() for finding in findings]
-    return {"ok": not problems, "problems": problems, "checks": made, "not_made": not_made}
+    problems = [finding.report for finding in findings]
+    return {"ok": not problems, "problems": problems, "checks": checks, "not_made": not_made}
 
 
 def folder_findings(directory: Path, key: Path | None = None) -> tuple[list[str], list[Finding]]:
@@ -117,6 +130,8 @@ def _fetched(name: str, directory: Path) -> tuple[str, list[Finding], list[str]]
     from finetune.package.publish.repository import Repository, differences
 
     ref = parse(name)
+    if ref.kind != "hub":
+        raise PackageError("is not a repository of the Hub", where=HUB + name, hint="name hub:OWNER/NAME@REVISION")
     repository = Repository(ref.repo)
     revision = repository.download(ref.revision or "main", directory)
     files = contents.files_of(directory)

@@ -5,7 +5,7 @@ Keys, error messages, the JSON Schema and `docs/recipe.md` all come from here. I
 
 from finetune.recipe.schema.adapters import Adapter, FrozenAdapter, LoraAdapter
 from finetune.recipe.schema.base import Base
-from finetune.recipe.schema.data import Data, Holdout, Source, is_drawn
+from finetune.recipe.schema.data import Data, Holdout, Source, drawn_of, is_drawn
 from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
@@ -36,5 +36,6 @@ __all__ = [
     "TextTask",
     "Train",
     "count_of",
+    "drawn_of",
     "is_drawn",
 ]

@@ -27,6 +27,11 @@ class Source(Section):
     skip: Names = []
     """Columns and fields of messages to skip, like `[reasoning_content]`. If the template drops content of a chat row, the row is refused, unless you name the content here."""
 
+    @property
+    def place(self) -> str:
+        """The file, or the data set."""
+        return self.path or self.dataset or ""
+
     @model_validator(mode="after")
     def _one_place(self) -> "Source":
         if (self.path is None) == (self.dataset is None):
@@ -62,4 +67,9 @@ def has_holdout(data: Data) -> bool:
 
 def is_drawn(data: Data) -> bool:
     """Whether held-out rows are drawn from the training sources."""
-    return not isinstance(data.holdout, list) and has_holdout(data)
+    return drawn_of(data) is not None
+
+
+def drawn_of(data: Data) -> int | str | None:
+    """The count or the share that is drawn from them; None where none is."""
+    return data.holdout if not isinstance(data.holdout, list) and has_holdout(data) else None

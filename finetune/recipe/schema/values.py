@@ -45,10 +45,10 @@ def _every_steps(value: object) -> object:
 
 def _share(value: object) -> object:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    is_share = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value)
-    if not is_count and not is_share:
+    share = value[:-1] if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value) else None
+    if not is_count and share is None:
         raise ValueError("must be a count like `200` or a share like `3%`")
-    if is_share and float(value[:-1]) > 100:
+    if share is not None and float(share) > 100:
         raise ValueError("must be at most 100%")
     return value
 

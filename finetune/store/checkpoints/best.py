@@ -4,11 +4,14 @@
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from finetune.plan.facts import Metrics
 from finetune.plan.retention import Saved, best
+from finetune.store.run.records import EventRecord
 
 
-def notes(commits: Sequence[Saved], evaluated: Mapping[int, dict], first: int) -> list[str]:
+def notes(commits: Sequence[Saved], evaluated: Mapping[int, Metrics], first: int) -> list[str]:
     """What to know before the best commit is used; nothing where all is well. `first` is the first step that the run could commit."""
     chosen = _best(commits)
     seen = _best([Saved(step, metrics) for step, metrics in evaluated.items() if step >= first])
@@ -24,11 +27,16 @@ def notes(commits: Sequence[Saved], evaluated: Mapping[int, dict], first: int) -
     return found
 
 
-def first_step(events: Sequence[Mapping]) -> int:
+class _Best(NamedTuple):
+    step: int
+    loss: float
+
+
+def first_step(events: Sequence[EventRecord]) -> int:
     """The first step that a run could commit, by its journal: a branch begins with one of another run."""
     return max([1, *(event["step"] for event in events if event.get("event") == "branched")])
 
 
-def _best(saved: Sequence[Saved]) -> Saved | None:
+def _best(saved: Sequence[Saved]) -> _Best | None:
     steps = best(saved, 1)
-    return next((item for item in saved if item.step in steps), None)
+    return next((_Best(item.step, item.loss) for item in saved if item.step in steps and item.loss is not None), None)

@@ -6,17 +6,17 @@ damaged manifest is never taken for a foreign or a newer one. `docs/` has the ke
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import blake3
 
 from finetune.errors import CheckpointError
-from finetune.recipe.resume_rules import recorded
+from finetune.plan.facts import Facts, Metrics, World, world_of
 from finetune.store.run.directory import step_of
+from finetune.store.run.records import AmendmentRecord, ParentRecord
 from finetune.store.strict_json import to_json
 from finetune.store.tensors import TensorRecord
 
@@ -56,16 +56,16 @@ class Manifest:
     run: str
     attempt: str
     step: int
-    parent: dict[str, str] | None
+    parent: ParentRecord | None
     plan_id: str
     kind: Literal["full", "weights"] = "full"
     """`weights` was demoted: optimizer and counters are gone."""
     demoted_from: str | None = None
     """Digest of the manifest it had while it was full, which later checkpoints name as their parent's."""
-    amendments: list[dict[str, object]] = field(default_factory=list)
-    metrics: dict[str, object] = field(default_factory=dict)
+    amendments: list[AmendmentRecord] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    world: dict[str, object] = field(default_factory=dict)
+    world: World = field(default_factory=World)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     files: dict[str, FileRecord] = field(default_factory=dict)
     digest: str | None = field(default=None, compare=False)
@@ -108,14 +108,16 @@ _KEYS = {item.name for item in fields(Manifest)}
 _REQUIRED = {"run", "attempt", "step", "parent", "plan_id", "files"}
 
 
-def of_attempt(
-    facts: Mapping[str, object], plan_id: str, attempt: str, step: int = 0, parent: dict[str, str] | None = None
-) -> Manifest:
+def of_attempt(facts: Facts, plan_id: str, attempt: str, step: int = 0, parent: ParentRecord | None = None) -> Manifest:
     """The manifest of an attempt at a run with these facts; what it says of a step is for its checkpoint to add."""
-    compared = recorded(facts)
-    versions = compared.pop("versions")
     return Manifest(
-        run=facts["run"], attempt=attempt, step=step, parent=parent, plan_id=plan_id, versions=versions, world=compared
+        run=facts["run"],
+        attempt=attempt,
+        step=step,
+        parent=parent,
+        plan_id=plan_id,
+        versions=facts["versions"],
+        world=world_of(facts),
     )
 
 
@@ -157,7 +159,7 @@ def _digest(data: bytes) -> str:
     return f"blake3:{blake3.blake3(data).hexdigest()}"
 
 
-def _file(entry: dict) -> FileRecord:
+def _file(entry: dict[str, Any]) -> FileRecord:
     tensors = entry.get("tensors", ())
     records = tuple(TensorRecord(item["name"], item["dtype"], tuple(item["shape"]), item["digest"]) for item in tensors)
     if sum(record.bytes for record in records) > entry["bytes"]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from finetune.errors import CheckpointError
+from finetune.plan.facts import Metrics
 from finetune.plan.retention import Saved, keep
 from finetune.recipe.schema import Keep, Publish
 from finetune.store.checkpoints.manifest import read
@@ -14,11 +15,26 @@ from finetune.store.run import lease, scan
 from finetune.store.run.directory import RunDirectory
 
 
+class Action(TypedDict):
+    ref: str
+    step: int
+    action: str
+    """`demote` or `remove`."""
+    bytes: int
+    """Those that become free."""
+
+
+class PinnedStep(TypedDict):
+    ref: str
+    step: int
+    pins: list[str]
+    """The files that say so."""
+
+
 class Pruned(NamedTuple):
-    actions: list[dict]
-    """Each has `ref`, `step`, `action` (`demote` or `remove`) and `bytes`, those that become free."""
-    pinned: list[dict]
-    """What the rules would take, were it not pinned: `ref`, `step`, and `pins`, the files that say so."""
+    actions: list[Action]
+    pinned: list[PinnedStep]
+    """What the rules would take, were it not pinned."""
 
 
 def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned:
@@ -42,7 +58,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned
         rules, pins = (store, rule, evaluated, damaged, plan.recipe.publish), RunDirectory(run).pinned()
         actions = due(*rules)
         held = {item.step for item, _ in due(*rules, are_pins_kept=False)} & pins.keys()
-        facts = [
+        facts: list[Action] = [
             {"ref": f"{run}@{item.step}", "step": item.step, "action": action, "bytes": _freed(item, action)}
             for item, action in actions
         ]
@@ -56,7 +72,7 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned
 def due(
     store: Store,
     rule: Keep,
-    evaluated: dict[int, dict],
+    evaluated: dict[int, Metrics],
     damaged: Collection[str],
     publish: Publish | None = None,
     are_pins_kept: bool = True,

@@ -32,21 +32,58 @@ _FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, o
 
 
 @dataclass(frozen=True)
-class Ref:
-    """A parsed ref. Which fields are set follows from the kind:
-
-    `run` (run, step), `base` (run: the run's own base, RUN@0), `checkpoint` and `model` (path), `hub` (repo, revision),
-    `package` (repo is the Python package, path the file inside it). `is_implied`: the text was a bare run, taken as @last.
-    """
-
-    kind: Literal["run", "base", "checkpoint", "model", "hub", "package"]
+class StepRef:
     text: str
-    run: Path | None = None
-    step: int | Literal["last", "best"] | None = None
-    path: Path | None = None
-    repo: str | None = None
-    revision: str | None = None
+    run: Path
+    step: int | Literal["last", "best"]
     is_implied: bool = False
+    """The text was a bare run, taken as @last."""
+    kind: Literal["run"] = "run"
+
+
+@dataclass(frozen=True)
+class OriginRef:
+    """RUN@0, a run's own base."""
+
+    text: str
+    run: Path
+    step: int = 0
+    kind: Literal["base"] = "base"
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    text: str
+    path: Path
+    kind: Literal["checkpoint"] = "checkpoint"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    text: str
+    path: Path
+    kind: Literal["model"] = "model"
+
+
+@dataclass(frozen=True)
+class HubRef:
+    text: str
+    repo: str
+    revision: str | None = None
+    kind: Literal["hub"] = "hub"
+
+
+@dataclass(frozen=True)
+class PackageRef:
+    text: str
+    repo: str
+    """The Python package."""
+    path: Path
+    """The file inside it."""
+    kind: Literal["package"] = "package"
+
+
+Ref = StepRef | OriginRef | CheckpointRef | ModelRef | HubRef | PackageRef
 
 
 def parse(text: str) -> Ref:
@@ -56,12 +93,12 @@ def parse(text: str) -> Ref:
     if match := _RUN.fullmatch(text):
         run, step = Path(match["run"]), match["step"]
         if step in ("last", "best"):
-            return Ref("run", text, run=run, step=step)
-        return Ref("run" if int(step) else "base", text, run=run, step=int(step))
+            return StepRef(text, run, "last" if step == "last" else "best")
+        return StepRef(text, run, int(step)) if int(step) else OriginRef(text, run)
     if match := _PACKAGE.fullmatch(text):
-        return Ref("package", text, repo=match["name"], path=Path(match["file"]))
+        return PackageRef(text, match["name"], Path(match["file"]))
     if match := _HUB.fullmatch(text):
-        return Ref("hub", text, repo=match["repo"], revision=match["revision"])
+        return HubRef(text, match["repo"], match["revision"])
     near = nearest_folder(text)
     hint = f"did you mean `{near}`?" if near else _FORMS
     raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=hint)
@@ -72,8 +109,9 @@ def nearest_folder(text: str) -> str | None:
     path = Path(text)
     parents = [path.parent] if path.parent.is_dir() else []
     if path.parent.parent.is_dir():
-        parents += difflib.get_close_matches(str(path.parent), map(str, _folders(path.parent.parent)), n=3)
-    names = [str(folder) for parent in parents for folder in _folders(Path(parent))]
+        beside = list(map(str, _folders(path.parent.parent)))
+        parents += map(Path, difflib.get_close_matches(str(path.parent), beside, n=3))
+    names = [str(folder) for parent in parents for folder in _folders(parent)]
     return next(iter(difflib.get_close_matches(str(path), names, n=1, cutoff=0.75)), None)
 
 
@@ -87,11 +125,11 @@ def _folders(directory: Path) -> list[Path]:
 def _directory(text: str) -> Ref:
     path = Path(text)
     if (path / MANIFEST).exists():
-        return Ref("checkpoint", text, path=path)
+        return CheckpointRef(text, path)
     if RunDirectory(path).is_run:
-        return Ref("run", text, run=path, step="last", is_implied=True)
+        return StepRef(text, path, "last", is_implied=True)
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-        return Ref("model", text, path=path)
+        return ModelRef(text, path)
     message = f"is no run, checkpoint or model: it has no {PLAN}, {MANIFEST}, config.json or adapter_config.json"
     raise CheckpointError(message, where=text, hint=_FORMS)
 

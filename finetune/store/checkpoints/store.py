@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.errors import CheckpointError
+from finetune.plan.facts import Metrics
 from finetune.store.checkpoints.attempt import Attempt
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, Manifest, ManifestError, read
 from finetune.store.checkpoints.verify import Damage, damage_of, verify
@@ -39,7 +40,7 @@ class Summary:
     path: Path
     step: int
     kind: str
-    metrics: dict[str, object]
+    metrics: Metrics
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Summary":
@@ -252,4 +253,4 @@ def _open(path: Path) -> Checkpoint | Unreadable:
     try:
         return read(path)
     except ManifestError as error:
-        return Unreadable(path, step_of(path.name), damage_of(error))
+        return Unreadable(path, step_of(path.name) or 0, damage_of(error))

@@ -5,23 +5,50 @@
 
 from collections.abc import Iterable
 from math import ceil
+from typing import TypedDict
 
 from finetune.plan.cadence import history_every
+from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.plan.retention import Saved, best
 from finetune.recipe.schema import Every
+from finetune.store.run.records import StepRecord
 
 HISTORY = "trainer_state.json"
 DEFAULT_CADENCE = 500  # Trainer's own, where the recipe has no cadence of steps
 
 
-def loss_entry(plan: Plan, record: dict) -> dict:
+Entry = dict[str, float]
+"""What the history has of a step: `epoch`, `step` and its figures; held-out ones are called `eval_…`."""
+
+
+class History(TypedDict):
+    """What `trainer_state.json` says."""
+
+    epoch: float
+    global_step: int
+    max_steps: int
+    num_train_epochs: int
+    train_batch_size: int
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+    num_input_tokens_seen: int
+    total_flos: float
+    best_metric: float | None
+    best_global_step: int | None
+    log_history: list[Entry]
+
+
+def loss_entry(plan: Plan, record: StepRecord) -> Entry:
     """The entry of a journal's record of a step."""
-    figures = {name: record[name] for name in ("loss", "grad_norm", "learning_rate")}
+    figures = {"loss": record["loss"], "grad_norm": record["grad_norm"], "learning_rate": record["learning_rate"]}
     return {"epoch": plan.order.epochs_after(record["step"]), "step": record["step"], **figures}
 
 
-def trainer_state(plan: Plan, step: int, losses: Iterable[dict], evaluated: dict[int, dict], tokens: int) -> dict:
+def trainer_state(
+    plan: Plan, step: int, losses: Iterable[Entry], evaluated: dict[int, Metrics], tokens: int
+) -> History:
     """The state at a step, of the entries of losses, the held-out figures by their steps, and the tokens of all steps so far."""
     order, entries = plan.order, [*losses]
     for at, metrics in evaluated.items():
@@ -48,21 +75,21 @@ def trainer_state(plan: Plan, step: int, losses: Iterable[dict], evaluated: dict
     }
 
 
-def losses_of(state: dict) -> list[dict]:
+def losses_of(state: History) -> list[Entry]:
     """The entries of losses."""
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def evaluations_of(state: dict) -> dict[int, dict]:
+def evaluations_of(state: History) -> dict[int, Metrics]:
     """The held-out figures, by their steps."""
     return {
-        entry["step"]: {name[5:]: value for name, value in entry.items() if name.startswith("eval_")}
+        int(entry["step"]): {name[5:]: value for name, value in entry.items() if name.startswith("eval_")}
         for entry in state["log_history"]
         if "eval_loss" in entry
     }
 
 
-def without_evaluations(state: dict) -> dict:
+def without_evaluations(state: History) -> History:
     """A state that knows of no held-out figures."""
     kept = [entry for entry in state["log_history"] if "eval_loss" not in entry]
     return state | {"log_history": kept, "best_metric": None, "best_global_step": None}

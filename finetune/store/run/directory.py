@@ -11,6 +11,7 @@ from finetune.errors import RunError
 from finetune.store import places
 
 if TYPE_CHECKING:
+    from finetune.plan.facts import Facts
     from finetune.plan.plan import Plan
 
 PLAN, JOURNAL, RECIPE, LEASE = "plan.json", "journal.jsonl", "recipe.yaml", "lease.json"
@@ -164,7 +165,7 @@ class RunDirectory:
         """The runs in the folder around it, itself among them."""
         return [path.parent for path in sorted(self.path.absolute().parent.glob(f"*/{PLAN}"))]
 
-    def plan(self) -> "tuple[Plan, dict]":
+    def plan(self) -> "tuple[Plan, Facts]":
         """The plan of the run, and the facts recorded beside it."""
         from finetune.plan.plan import SCHEMA, Plan  # a launcher asks for names alone, and starts without pydantic
 

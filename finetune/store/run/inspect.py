@@ -2,18 +2,22 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from finetune.errors import CheckpointError, RunError
+from finetune.plan.facts import Metrics
 from finetune.plan.forecast import readable
 from finetune.plan.plan import Plan, are_same_rows
 from finetune.plan.retention import Saved
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint
-from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.refs import CheckpointRef, StepRef, find, parse
 from finetune.store.checkpoints.store import Store, Summary
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import CHECKPOINTS, RunDirectory, step_of
+from finetune.store.run.records import EventRecord, StepRecord
+from finetune.store.run.shown import BranchLog, Commit, Description, Incident, ParentOfRun, ProblemReport, RunLog
 
 INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
 
@@ -25,7 +29,7 @@ MESSAGES = {
 }
 
 
-def log(run: Path) -> dict:
+def log(run: Path) -> RunLog:
     """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
     the same folder that branch off it, each with the same facts."""
     plan, facts = RunDirectory(run).plan()
@@ -35,11 +39,10 @@ def log(run: Path) -> dict:
     saved = [Saved.of(Summary.of(item), evaluated) for item in stored]
     return {
         "run": str(run),
-        "parent": plan.parent.model_dump(mode="json") if plan.parent else None,
+        "parent": cast(ParentOfRun, plan.parent.model_dump(mode="json")) if plan.parent else None,
         "steps": {"planned": plan.steps, "recorded": max(trained, default=0)},
         "checkpoints": [
-            _summary(run, item, trained.get(item.step, {}), evaluated.get(item.step, {}))
-            | {"pinned": item.step in pinned}
+            _summary(run, item, trained.get(item.step), evaluated.get(item.step, {}), item.step in pinned)
             for item in stored
         ],
         "incidents": [_incident(record) for record in events if record.get("event") in INCIDENTS],
@@ -49,12 +52,12 @@ def log(run: Path) -> dict:
     }
 
 
-def tree(facts: dict) -> str:
+def tree(facts: RunLog) -> str:
     """The same for a reader: a line for each checkpoint and incident, by step; a branch stands below the step that it begins with."""
     return "\n".join([f"{'':38}{'training loss':>14}{'held-out loss':>14}", *_lines(facts, "")])
 
 
-def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]:
+def _lines(facts: RunLog, margin: str, are_rows_others: bool = False) -> list[str]:
     """`are_rows_others`: its held-out figures are not about the rows that the figures above are about."""
     steps, parent = facts["steps"], facts["parent"]
     origin = (
@@ -62,11 +65,13 @@ def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]
     )
     lines = [f"{margin}{facts['run']}  ({steps['recorded']} of {steps['planned']} steps{origin})"]
     lines += [f"{margin}! {told}" for told in facts["seen"]]
-    entries = [(row["step"], 1, _checkpoint_line(row, are_rows_others)) for row in facts["checkpoints"]]
+    entries: list[tuple[int, int, str | BranchLog]] = [
+        (row["step"], 1, _checkpoint_line(row, are_rows_others)) for row in facts["checkpoints"]
+    ]
     entries += [
         (incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]
     ]
-    entries += [(branch["parent"]["step"], 2, branch) for branch in facts["branches"]]
+    entries += [(_parent_step(branch), 2, branch) for branch in facts["branches"]]
     entries.sort(key=lambda entry: entry[:2])
     entries += [(steps["recorded"], 3, f"! {note}") for note in facts["notes"]]
     for place, (_, _, entry) in enumerate(entries):
@@ -80,37 +85,41 @@ def _lines(facts: dict, margin: str, are_rows_others: bool = False) -> list[str]
     return lines if entries else [*lines, f"{margin}└─ no checkpoint yet"]
 
 
-def _checkpoint_line(row: dict, are_rows_others: bool) -> str:
+def _checkpoint_line(row: Commit, are_rows_others: bool) -> str:
     losses = (_figure(row["training_loss"]), _figure(row["metrics"].get("loss")))
     about = [*(["weights alone"] if row["kind"] == "weights" else []), *(["pinned"] if row["pinned"] else [])]
     about += ["other held-out rows"] if are_rows_others and "loss" in row["metrics"] else []
     return f"{row['ref']:35}{losses[0]:>14}{losses[1]:>14}  {', '.join(about)}".rstrip()
 
 
-def _incident(record: dict) -> dict:
+def _incident(record: EventRecord) -> Incident:
     kind = record["event"]
     message = record.get("message") or MESSAGES[kind].format(**{"quantity": "something"} | record)
     if kind == "amended":
         first, last = record["first"], record["last"]
         left_out = f"step {first}" if first == last else f"steps {first} to {last}"
         message = f"{message}; {left_out} left out"
-    step = record["step"] if "step" in record else step_of(record["file"].partition("/")[0])
+    step = record["step"] if "step" in record else step_of(record["file"].partition("/")[0]) or 0
     return {"step": step, "kind": kind, "message": message, "time": record["time"]}
 
 
-def _branches(run: Path, identity: str, origin: Plan) -> list[dict]:
+def _branches(run: Path, identity: str, origin: Plan) -> list[BranchLog]:
     """The runs beside this one that begin with a step of it, and whether held-out figures of both are about the same rows."""
-    found = []
+    found: list[BranchLog] = []
     for path in RunDirectory(run).neighbours():
         with suppress(RunError):  # another one's damage is no matter here
             plan, _ = RunDirectory(path).plan()
             if plan.parent and plan.parent.run == identity:
                 is_comparable = are_same_rows(plan, origin)
-                found.append(log(run.parent / path.name) | {"is_comparable": is_comparable})
-    return sorted(found, key=lambda facts: facts["parent"]["step"])
+                found.append({**log(run.parent / path.name), "is_comparable": is_comparable})
+    return sorted(found, key=_parent_step)
 
 
-def describe(text: str) -> dict:
+def _parent_step(branch: RunLog) -> int:
+    return branch["parent"]["step"] if branch["parent"] else 0
+
+
+def describe(text: str) -> Description:
     """What a checkpoint says of itself, as `show --json` prints it."""
     checkpoint = _checkpoint(text)
     manifest = checkpoint.manifest
@@ -135,7 +144,7 @@ def describe(text: str) -> dict:
     }
 
 
-def listing(facts: dict) -> str:
+def listing(facts: Description) -> str:
     """The same for a reader."""
     lines = [f"{name:10}{facts[name]}" for name in ("path", "step", "kind", "created", "plan_id", "digest")]
     lines.append(f"{'parent':10}{facts['parent']['ref'] if facts['parent'] else 'the base'}")
@@ -156,30 +165,38 @@ def is_model(text: str) -> bool:
     return any(path.glob("*config.json")) or any(path.glob("*.safetensors"))
 
 
-def problems(text: str) -> list[dict]:
+def problems(text: str) -> list[ProblemReport]:
     """Everything wrong with a checkpoint, or with every directory in a checkpoint's place of a run; files as in the run."""
     ref = parse(text)
-    if ref.kind not in ("run", "checkpoint"):
+    if not isinstance(ref, StepRef | CheckpointRef):
         raise CheckpointError(
             "is neither a run nor a checkpoint of one", where=text, hint="name RUN, RUN@STEP or a checkpoint directory"
         )
-    if ref.is_implied:
+    if isinstance(ref, StepRef) and ref.is_implied:
         store = Store(ref.run)
-        paths = sorted(item.path for item in [*store.checkpoints(), *store.unreadable()])
+        paths = sorted([*(item.path for item in store.checkpoints()), *(item.path for item in store.unreadable())])
         found = [(f"{CHECKPOINTS}/{path.name}/", damage) for path in paths for damage in verify(path)]
     else:
-        path = RunDirectory(ref.run).checkpoint(ref.step) if isinstance(ref.step, int) else find(ref).path
-        found = [("", damage) for damage in verify(path)]
+        found = [("", damage) for damage in verify(_place_of(ref))]
     return [
         {"check": d.check, "file": f"{prefix}{d.file}", "tensor": d.tensor, "message": d.message} for prefix, d in found
     ]
+
+
+def _place_of(ref: StepRef | CheckpointRef) -> Path:
+    """Where a checkpoint is, or should be: a damaged one cannot be opened."""
+    if isinstance(ref, StepRef) and isinstance(ref.step, int):
+        return RunDirectory(ref.run).checkpoint(ref.step)
+    return find(ref).path
 
 
 def _checkpoint(text: str) -> Checkpoint:
     return find(parse(text))
 
 
-def _summary(run: Path, checkpoint: Checkpoint, record: dict, evaluated: dict) -> dict:
+def _summary(
+    run: Path, checkpoint: Checkpoint, record: StepRecord | None, evaluated: Metrics, is_pinned: bool
+) -> Commit:
     return {
         "ref": f"{run}@{checkpoint.step}",
         "step": checkpoint.step,
@@ -187,8 +204,9 @@ def _summary(run: Path, checkpoint: Checkpoint, record: dict, evaluated: dict) -
         "kind": checkpoint.manifest.kind,
         "metrics": checkpoint.manifest.metrics or evaluated,
         "parent": checkpoint.manifest.parent,
-        "training_loss": record.get("loss"),
+        "training_loss": record["loss"] if record else None,
         "created": checkpoint.manifest.created,
+        "pinned": is_pinned,
     }
 
 

@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
+from typing import TypeGuard, TypeVar, cast
 
 from finetune.errors import RunError
+from finetune.plan.facts import Metrics
 from finetune.store.durable import failures, sync_directory
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import EventRecord, Record, StepRecord
 from finetune.store.strict_json import to_json
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 # What differs between two runs of one step, besides durations and rates.
 VOLATILE = frozenset({"time", "seconds", "attempt"})
@@ -47,7 +52,7 @@ class Journal:
             os.fsync(self._descriptor)
             sync_directory(run)
 
-    def append(self, record: dict[str, object]) -> None:
+    def append(self, record: Record) -> None:
         """One line; durable after the next `sync`."""
         with self._lock, failures(self.path, RunError):
             self._waiting += f"{to_json(record)}\n".encode()
@@ -80,16 +85,16 @@ class Journal:
         self._waiting = b""
 
 
-def event(name: str, attempt: str, **figures: object) -> dict[str, object]:
+def event(name: str, attempt: str, **figures: object) -> EventRecord:
     """The record of something that happened beside the steps, at this moment (UTC)."""
-    return {"kind": "event", "event": name, "attempt": attempt, "time": now(), **figures}
+    return cast(EventRecord, {"kind": "event", "event": name, "attempt": attempt, "time": now(), **figures})
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def read(run: Path) -> list[dict[str, object]]:
+def read(run: Path) -> list[Record]:
     """All records of a run, oldest first; a torn last line is left out, and a broken one before it is a RunError.
 
     The memory of it grows with the steps: `scan` reads runs of any length.
@@ -110,25 +115,24 @@ def broken(path: Path, number: int) -> RunError:
     return RunError("is not a record of a journal", where=f"{path}:{number}", hint=hint)
 
 
-def read_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]]:
+def read_since(run: Path, is_first: Callable[[Record], bool]) -> list[Record]:
     """The records from the newest that `is_first` on; all, where the end of the file has none."""
     found = end_since(run, is_first)
     return read(run) if found is None else found
 
 
-def end_since(run: Path, is_first: Callable[[dict], bool]) -> list[dict[str, object]] | None:
+def end_since(run: Path, is_first: Callable[[Record], bool]) -> list[Record] | None:
     """The same, or None where the end of the file has none. How long the journal is costs nothing."""
     path = RunDirectory(run).journal
     data, _ = _end_of(path) if path.exists() else (b"", 0)
-    records = [record_of(line) for line in data[: _sound_length(data)].splitlines()]
-    if None not in records:
-        for place in reversed(range(len(records))):
-            if is_first(records[place]):
-                return records[place:]
+    records = _all_of(data[: _sound_length(data)].splitlines())
+    for place in reversed(range(len(records))):
+        if is_first(records[place]):
+            return records[place:]
     return None
 
 
-def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
+def newest_pair(run: Path, name: str) -> list[Record]:
     """The record before the newest of an event, and that one, or nothing; a line at a time, however long the journal is."""
     path, sign = RunDirectory(run).journal, f'"event": "{name}"'.encode()
     before, found = b"", (b"", b"")
@@ -137,28 +141,43 @@ def newest_pair(run: Path, name: str) -> list[dict[str, object]]:
             if sign in line:
                 found = (before, line)
             before = line
-    records = [record_of(line) for line in found]
-    return [] if None in records else records
+    return _all_of(found)
 
 
-def steps(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
+def _all_of(lines: Iterable[bytes]) -> list[Record]:
+    """Their records; nothing where one of them is not a record."""
+    records = [record_of(line) for line in lines]
+    sound = [record for record in records if record is not None]
+    return sound if len(sound) == len(records) else []
+
+
+def steps(records: Iterable[Record]) -> dict[int, StepRecord]:
     """The record that counts for each step: its last one, for a step may have been run again after a crash. What a rollback has
     given up counts no more."""
-    return that_count(records, lambda record: record["kind"] == "step")
+    return _that_count(records, is_step)
 
 
-def evaluations(records: Iterable[dict[str, object]]) -> dict[int, dict[str, object]]:
+def evaluations(records: Iterable[Record]) -> dict[int, Metrics]:
     """The held-out figures of each step that was evaluated; also of one whose evaluation a signal cut short, and a resume made up."""
     about = {"kind", "event", "attempt", "time", "step"}
-    found = that_count(records, lambda record: record.get("event") == "evaluated")
+    found = that_count(records, lambda record: record["event"] == "evaluated")
     return {
-        step: {name: value for name, value in record.items() if name not in about} for step, record in found.items()
+        step: cast(Metrics, {name: value for name, value in record.items() if name not in about})
+        for step, record in found.items()
     }
 
 
-def that_count(records: Iterable[dict[str, object]], is_wanted: Callable[[dict], bool]) -> dict[int, dict[str, object]]:
-    """By step, the last of the wanted records that no later rollback gave up."""
-    found: dict[int, dict[str, object]] = {}
+def that_count(records: Iterable[Record], is_wanted: Callable[[EventRecord], bool]) -> dict[int, EventRecord]:
+    """By step, the last of the wanted events that no later rollback gave up."""
+
+    def is_one(record: Record) -> TypeGuard[EventRecord]:
+        return is_event(record) and is_wanted(record)
+
+    return _that_count(records, is_one)
+
+
+def _that_count(records: Iterable[Record], is_wanted: Callable[[Record], TypeGuard[RecordT]]) -> dict[int, RecordT]:
+    found: dict[int, RecordT] = {}
     for record in records:
         if is_wanted(record):
             found[record["step"]] = record
@@ -167,11 +186,19 @@ def that_count(records: Iterable[dict[str, object]], is_wanted: Callable[[dict],
     return found
 
 
-def is_rollback(record: Mapping[str, object]) -> bool:
-    return record.get("event") == "amended" and record["action"] == "rollback"
+def is_step(record: Record) -> TypeGuard[StepRecord]:
+    return record["kind"] == "step"
 
 
-def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
+def is_event(record: Record) -> TypeGuard[EventRecord]:
+    return record["kind"] == "event"
+
+
+def is_rollback(record: Record) -> TypeGuard[EventRecord]:
+    return is_event(record) and record["event"] == "amended" and record["action"] == "rollback"
+
+
+def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
     """The first field in which two records of one step differ, times and attempt aside; None when the step was exact."""
     for key in [*new, *(key for key in old if key not in new)]:
         if key in VOLATILE or key.endswith(_VOLATILE_ENDINGS):
@@ -181,7 +208,7 @@ def difference(old: dict[str, object], new: dict[str, object]) -> str | None:
     return None
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float | str]:
     """Whether a field of a record is a figure; one that JSON has no number for is a word there."""
     return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
 
@@ -207,9 +234,9 @@ def _sound_length(data: bytes) -> int:
     return end
 
 
-def record_of(line: bytes) -> dict[str, object] | None:
+def record_of(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "kind" in record else None
+    return cast(Record, record) if isinstance(record, dict) and "kind" in record else None

@@ -14,6 +14,7 @@ from finetune.errors import RunError
 from finetune.store.durable import failures, make_directory, replace_file
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import part_name, steps_of_part
+from finetune.store.run.records import EventRecord
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,7 +79,8 @@ def _mergeable(directory: Path, first: int, last: int, attempt: str) -> tuple[li
     A file is taken in while it holds fewer than twice as many steps as what it is merged into: so each record is written again a
     few times only, and of n saves about log2(n) files are left.
     """
-    known, merged, begun = parts(directory), [], first
+    known, begun = parts(directory), first
+    merged: list[Part] = []
     age = Ages(directory.parent)
     while True:
         before = [part for part in known if part.last == first - 1]
@@ -127,12 +129,12 @@ class Ages:
 class Reader:
     """The files of a directory, for many steps: of the last one, the group of rows around a step stays in memory."""
 
-    def __init__(self, directory: Path, rollbacks: Callable[[], Sequence[dict]]):
+    def __init__(self, directory: Path, rollbacks: Callable[[], Sequence[EventRecord]]):
         self._directory = directory
         self._rollbacks = rollbacks
         self._forget()
 
-    def of(self, step: int) -> list[dict]:
+    def of(self, step: int) -> list[dict[str, float]]:
         """The records of a step; empty where no file has them, or a rollback gave them up after all that have."""
         for _ in range(3):
             try:
@@ -148,7 +150,7 @@ class Reader:
         self._spans: dict[Path, list[tuple[int, int]]] = {}
         self._held: tuple[tuple[Path, tuple[int, ...]], pa.Table] | None = None
 
-    def _of(self, step: int) -> list[dict]:
+    def _of(self, step: int) -> list[dict[str, float]]:
         covering = tuple(part for part in self._parts if part.meets(step, step))
         given_up = [record["time"] for record in self._rollbacks() if record["to"] < step] if covering else []
         key = (covering, given_up[-1] if given_up else "")
@@ -164,7 +166,7 @@ class Reader:
         fresh = [part for part in covering if self._age(part)[1] >= after]
         return max(fresh, key=self._age, default=None)
 
-    def _read(self, path: Path, step: int) -> list[dict]:
+    def _read(self, path: Path, step: int) -> list[dict[str, float]]:
         import numpy as np
         import pyarrow.parquet as parquet
 

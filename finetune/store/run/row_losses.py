@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.store.run import journal, parts, scan
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import EventRecord
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,13 +54,12 @@ class Columns:
     def write(self, run: Path, attempt: str) -> None:
         """Into `rows/` and `modules/`, durably."""
         if self.rows:
-            columns = dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True))
-            parts.write(RunDirectory(run).rows, columns["step"], _table(columns), attempt)
+            rows = dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True))
+            parts.write(RunDirectory(run).rows, [item.step for item in self.rows], _table(rows), attempt)
         if self.modules:
-            names = self.modules[0].norms
-            columns = {"step": [item.step for item in self.modules]}
-            columns |= {name: [item.norms[name] for item in self.modules] for name in names}
-            parts.write(RunDirectory(run).modules, columns["step"], _table(columns), attempt)
+            steps = [item.step for item in self.modules]
+            norms = {name: [item.norms[name] for item in self.modules] for name in self.modules[0].norms}
+            parts.write(RunDirectory(run).modules, steps, _table({"step": steps, **norms}), attempt)
 
 
 def read_rows(run: Path, step: int) -> list[RowLoss]:
@@ -86,18 +86,21 @@ class Reader:
         )
 
     def rows(self, step: int) -> list[RowLoss]:
-        return [RowLoss(**item) for item in self._rows.of(step)]
+        return [
+            RowLoss(int(item["step"]), int(item["example"]), int(item["row"]), item["loss"], int(item["tokens"]))
+            for item in self._rows.of(step)
+        ]
 
     def modules(self, step: int) -> dict[str, float]:
         found = self._modules.of(step)
         return {name: value for item in found for name, value in item.items() if name != "step"}
 
     @cached_property
-    def _rollbacks(self) -> list[dict]:
+    def _rollbacks(self) -> list[EventRecord]:
         return [event for event in scan.events(self._run) if journal.is_rollback(event)]
 
 
-def _table(columns: Mapping[str, Sequence]) -> "pa.Table":
+def _table(columns: Mapping[str, Sequence[float]]) -> "pa.Table":
     import pyarrow as pa
 
     kinds = {int: (pa.int64(), "q"), float: (pa.float64(), "d")}

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 from finetune.errors import RunError
 from finetune.store.run.directory import RunDirectory
-from finetune.store.run.journal import broken, is_rollback, record_of
+from finetune.store.run.journal import broken, is_rollback, is_step, record_of
+from finetune.store.run.records import EventRecord, StepRecord
 
 _STEP_LINE = b'{"kind": "step", "step": '
 _ATTEMPT = b'"attempt": "'
 _LINE_BYTES = 4096  # read at once to find the end of a line; most have a tenth of it
 
 
-class Steps(Mapping[int, dict[str, object]]):
+class Steps(Mapping[int, StepRecord]):
     """The record that counts for each step, read from the file when it is asked for: in memory is where its line begins."""
 
     def __init__(self, path: Path, places: Mapping[int, int]):
@@ -29,7 +30,7 @@ class Steps(Mapping[int, dict[str, object]]):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._descriptor)
 
-    def __getitem__(self, step: int) -> dict[str, object]:
+    def __getitem__(self, step: int) -> StepRecord:
         place, line = self._places[step], b""
         while b"\n" not in line:
             more = os.pread(self._descriptor, _LINE_BYTES, place + len(line))
@@ -37,7 +38,7 @@ class Steps(Mapping[int, dict[str, object]]):
                 break
             line += more
         record = record_of(line.partition(b"\n")[0])
-        if record is None or record.get("step") != step:
+        if record is None or not is_step(record) or record["step"] != step:
             raise RunError(
                 f"the record of step {step} is damaged", where=str(self._path), hint="restore it from a copy"
             )
@@ -60,7 +61,7 @@ class Steps(Mapping[int, dict[str, object]]):
 class Scan(NamedTuple):
     """A whole journal, a line at a time."""
 
-    events: list[dict[str, object]]
+    events: list[EventRecord]
     """All that is not a step, oldest first."""
     steps: Steps
 
@@ -69,7 +70,7 @@ def read(run: Path) -> Scan:
     """What the journal has, in about a hundred bytes a step; a torn last line is left out. A broken line before it is a RunError, here or,
     in the middle of a step's line, when that step is asked for."""
     path = RunDirectory(run).journal
-    found: list[dict[str, object]] = []
+    found: list[EventRecord] = []
     places: dict[int, int] = {}
     place, torn = 0, None
     with path.open("rb") if path.exists() else BytesIO() as lines:
@@ -77,14 +78,14 @@ def read(run: Path) -> Scan:
             step, record = _step_of(line), None
             if step is None:
                 record = record_of(line) if line.endswith(b"\n") else None
-                step = record["step"] if record and record["kind"] == "step" else None
+                step = record["step"] if record and is_step(record) else None
             if step is None and record is None:
                 torn = torn or number
             elif torn:
                 raise broken(path, torn)
             elif step is not None:
                 places[step] = place
-            else:
+            elif record is not None and record["kind"] != "step":
                 found.append(record)
                 if is_rollback(record):
                     places = {each: where for each, where in places.items() if each < record["first"]}
@@ -92,7 +93,7 @@ def read(run: Path) -> Scan:
     return Scan(found, Steps(path, places))
 
 
-def events(run: Path) -> list[dict[str, object]]:
+def events(run: Path) -> list[EventRecord]:
     """All records that are not steps, oldest first."""
     return read(run).events
 

@@ -36,7 +36,8 @@ class Copy:
     def wait(self) -> float:
         """Returns when all is copied, and the live tensors may change; the seconds it took."""
         started = time.perf_counter()
-        self._filling.result()
+        if self._filling:
+            self._filling.result()
         return time.perf_counter() - started
 
     def release(self) -> None:
@@ -44,7 +45,8 @@ class Copy:
         self._staging.give_back(self.tensors)
 
     def release_when_done(self) -> None:
-        self._filling.add_done_callback(lambda _: self.release())
+        if self._filling:
+            self._filling.add_done_callback(lambda _: self.release())
 
     def _fill(self, live: dict[str, torch.Tensor], moment: torch.Event | None) -> None:
         self.tensors = self._staging.buffers(live)
@@ -104,7 +106,8 @@ def _made(live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _slabs(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors in groups that fit a slab, in their order."""
-    members, size = {}, 0
+    members: dict[str, torch.Tensor] = {}
+    size = 0
     for name, tensor in tensors.items():
         if members and size + _aligned(tensor) > SLAB_BYTES:
             yield members

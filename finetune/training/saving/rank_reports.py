@@ -47,7 +47,7 @@ class Report:
         self._group = group = reports.group
         # ranks exchange numbers, never pickles: the step, and 60 bits of the plan's digest
         self._own = torch.tensor([step, int(plan_id.rpartition(":")[2][:15], 16)])
-        self._under_way: list[tuple[int, torch.Tensor, dist.Work]] = []
+        self._under_way: list[tuple[int, torch.Tensor, dist.Work | None]] = []
         try:
             if reports.rank:
                 self._under_way.append((0, self._own, dist.isend(self._own, 0, group=group)))
@@ -63,7 +63,8 @@ class Report:
             raise MissingReport("a rank missed an earlier report")
         for rank, theirs, work in self._under_way:
             try:
-                work.wait()
+                if work:
+                    work.wait()
             except RuntimeError as error:  # gloo's timeouts and closed connections
                 self._break()
                 raise MissingReport(f"rank {rank} did not report within {REPORT_SECONDS:g} seconds") from error

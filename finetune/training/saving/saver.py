@@ -13,17 +13,20 @@ from blake3 import blake3
 
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.model.base import Companions
+from finetune.plan.facts import Metrics
 from finetune.plan.forecast import free_bytes, readable
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints import pruning
 from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.trainer_state import History
 from finetune.store.checkpoints.verify import Damage, is_as_recorded
 from finetune.store.durable import HINTS, replace_file
 from finetune.store.run import journal as journals
 from finetune.store.run.journal import FULL_DISK, Journal
 from finetune.store.run.lease import Lease
+from finetune.store.run.records import AmendmentRecord, EventRecord, ParentRecord
 from finetune.store.run.row_losses import Columns
 from finetune.training.resolve import device
 from finetune.training.saving import snapshot as snapshots
@@ -39,17 +42,17 @@ SPARE = 1.2  # times the bytes of a save must be free: journal and row losses gr
 class Record:
     """What a commit makes durable beside the state."""
 
-    metrics: dict
+    metrics: Metrics
     columns: Columns
-    history: Callable[[], dict]
+    history: Callable[[], History]
     """Makes what `trainer_state.json` says."""
-    evaluated: dict[int, dict]
+    evaluated: dict[int, Metrics]
     """Held-out figures of all steps, for retention."""
     newest_step: int
     """The newest step that the journal has, from an earlier attempt perhaps."""
     wait_seconds: float
     """Training waited so long for earlier saves."""
-    amendments: list[dict]
+    amendments: list[AmendmentRecord]
     """What was decided against the plan, up to this step."""
 
 
@@ -205,11 +208,18 @@ class Saver:
 
     def _manifest_of(self, step: int, record: Record) -> Manifest:
         last = self.last
-        parent = {"ref": f"{self._run.absolute().name}@{last.step}", "digest": last.manifest.digest} if last else None
-        facts = {"metrics": record.metrics, "amendments": record.amendments, "created": journals.now()}
-        return replace(self._manifest, step=step, parent=parent, **facts)
+        name = self._run.absolute().name
+        parent: ParentRecord | None = {"ref": f"{name}@{last.step}", "digest": last.manifest.digest} if last else None
+        return replace(
+            self._manifest,
+            step=step,
+            parent=parent,
+            metrics=record.metrics,
+            amendments=record.amendments,
+            created=journals.now(),
+        )
 
-    def _event(self, name: str, **figures: object) -> dict:
+    def _event(self, name: str, **figures: object) -> EventRecord:
         return journals.event(name, self._manifest.attempt, **figures)
 
     def _restore(self) -> bool:

@@ -8,6 +8,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -35,7 +36,7 @@ class Snapshot:
     """A state at one step: its tensors are being copied, and all else is here."""
 
     step: int
-    adapter_config: dict | None
+    adapter_config: dict[str, Any] | None
     """None where whole weights are trained."""
     copy: Copy
     """Trained weights as `weights/<name>`, moments as `moments/<name>`."""
@@ -140,7 +141,7 @@ def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by the names that `Live.copied` gives them."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in checkpoint.path.glob("*.safetensors"):
         kind = "moments" if path.name == "optimizer.safetensors" else "weights"
         found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
@@ -175,7 +176,7 @@ def _write_model(snapshot: Snapshot, weights: list[Tensor], previous: Checkpoint
         return
     attempt.write_tensors(TRAINED, weights, {"format": "pt"})
     earlier = previous.manifest.files.get(FROZEN) if previous else None
-    if earlier:
+    if previous and earlier:
         attempt.link(FROZEN, previous.path / FROZEN, earlier)
     else:
         attempt.write_tensors(FROZEN, _tensors(snapshot.frozen), {"format": "pt"})
@@ -185,15 +186,16 @@ def _write_model(snapshot: Snapshot, weights: list[Tensor], previous: Checkpoint
 
 
 def _write_or_link(name: str, content: bytes, previous: Checkpoint | None, attempt: Attempt) -> None:
+    record = previous.manifest.files.get(name) if previous else None
     earlier = previous.path / name if previous else None
     # compared, not trusted: a damaged copy is not handed on
-    if earlier and name in previous.manifest.files and earlier.is_file() and earlier.read_bytes() == content:
-        attempt.link(name, earlier, previous.manifest.files[name])
+    if record and earlier and earlier.is_file() and earlier.read_bytes() == content:
+        attempt.link(name, earlier, record)
     else:
         attempt.write_bytes(name, content)
 
 
-def _config(base_directory: Path, weights: str) -> dict:
+def _config(base_directory: Path, weights: str) -> dict[str, Any]:
     """The base's own config with the type of the weights that are really there, whatever the base's was."""
     config = json.loads((base_directory / "config.json").read_bytes())
     return base.with_dtype(config, base.DTYPES[weights])
@@ -206,14 +208,16 @@ def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:
             name.removeprefix(prefix),
             base.STORED_DTYPES[tensor.dtype],
             tuple(tensor.shape),
-            memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),
+            memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data),
         )
         for name, tensor in live.items()
         if name.startswith(prefix)
     ]
 
 
-def _restore_optimizer(state: TrainState, moments: dict, scalars: dict[str, float], checkpoint: Checkpoint) -> None:
+def _restore_optimizer(
+    state: TrainState, moments: dict[str, torch.Tensor], scalars: dict[str, float], checkpoint: Checkpoint
+) -> None:
     expected = set(moments) | set(scalars)
     state.optimizer.state.clear()
     for name, parameter in state.trainable.items():

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
@@ -28,9 +29,8 @@ def start(settings: Train) -> Accelerator:
     if settings.reproducibility == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a check for careless kernels that writes every buffer twice
-        )
+        # a check for careless kernels that writes every buffer twice
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 the module answers for it
     if not torch.accelerator.is_available():
         _keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
@@ -63,7 +63,7 @@ def _keep_freed_memory() -> None:
 
 def prepare(
     accelerator: Accelerator, objective: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
     """Both, wrapped by Accelerate."""
     with warnings.catch_warnings():  # Accelerate gives DDP an older name of an option, and each rank says so
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

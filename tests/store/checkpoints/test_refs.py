@@ -6,7 +6,7 @@ import pytest
 
 from finetune.errors import CheckpointError
 from finetune.store.checkpoints.manifest import Manifest
-from finetune.store.checkpoints.refs import Ref, find, parse
+from finetune.store.checkpoints.refs import CheckpointRef, HubRef, ModelRef, OriginRef, PackageRef, StepRef, find, parse
 from finetune.store.checkpoints.store import Store
 
 
@@ -25,15 +25,15 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "ref"),
     [
-        ("runs/a@100", Ref("run", "runs/a@100", run=Path("runs/a"), step=100)),
-        ("runs/a@last", Ref("run", "runs/a@last", run=Path("runs/a"), step="last")),
-        ("runs/none@best", Ref("run", "runs/none@best", run=Path("runs/none"), step="best")),
-        ("runs/a@0", Ref("base", "runs/a@0", run=Path("runs/a"), step=0)),
-        ("runs/a", Ref("run", "runs/a", run=Path("runs/a"), step="last", is_implied=True)),
-        ("runs/a/checkpoints/step-00000100", Ref("checkpoint", "runs/a/checkpoints/step-00000100", path=Path("runs/a/checkpoints/step-00000100"))),
-        ("owner/name", Ref("hub", "owner/name", repo="owner/name")),
-        ("owner/na-me.1@v2.0", Ref("hub", "owner/na-me.1@v2.0", repo="owner/na-me.1", revision="v2.0")),
-        ("package:some_pkg/a/b.gguf", Ref("package", "package:some_pkg/a/b.gguf", repo="some_pkg", path=Path("a/b.gguf"))),
+        ("runs/a@100", StepRef("runs/a@100", run=Path("runs/a"), step=100)),
+        ("runs/a@last", StepRef("runs/a@last", run=Path("runs/a"), step="last")),
+        ("runs/none@best", StepRef("runs/none@best", run=Path("runs/none"), step="best")),
+        ("runs/a@0", OriginRef("runs/a@0", run=Path("runs/a"), step=0)),
+        ("runs/a", StepRef("runs/a", run=Path("runs/a"), step="last", is_implied=True)),
+        ("runs/a/checkpoints/step-00000100", CheckpointRef("runs/a/checkpoints/step-00000100", path=Path("runs/a/checkpoints/step-00000100"))),
+        ("owner/name", HubRef("owner/name", repo="owner/name")),
+        ("owner/na-me.1@v2.0", HubRef("owner/na-me.1@v2.0", repo="owner/na-me.1", revision="v2.0")),
+        ("package:some_pkg/a/b.gguf", PackageRef("package:some_pkg/a/b.gguf", repo="some_pkg", path=Path("a/b.gguf"))),
     ],
 )  # fmt: skip
 def test_a_ref_is_read_as_what_it_names(run, text, ref):
@@ -43,7 +43,7 @@ def test_a_ref_is_read_as_what_it_names(run, text, ref):
 @pytest.mark.parametrize("marker", ["config.json", "adapter_config.json"])
 def test_a_directory_with_a_models_config_is_a_model(tmp_path, marker):
     (tmp_path / marker).write_text("{}")
-    assert parse(str(tmp_path)) == Ref("model", str(tmp_path), path=tmp_path)
+    assert parse(str(tmp_path)) == ModelRef(str(tmp_path), path=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "a", "./missing/dir", "a/b/c", "package:x/file.bin", "owner/name@", "/no/such"])

@@ -1,0 +1,35 @@
+"""What a run records beside its plan: the machine and the software it runs on, none of which decides what is trained."""
+
+from typing import NotRequired, TypedDict, cast
+
+from finetune.recipe.resume_rules import FACT_NAMES, recorded
+
+Metrics = dict[str, float]
+"""Held-out figures by name. One that is not finite is read back from a file as its name: "nan", "inf", "-inf"."""
+
+
+class World(TypedDict, total=False):
+    """The machine, as every manifest and every attempt names it. Older code did not write all of it down."""
+
+    device: str
+    world_size: int
+    threads: int
+    micro_batch_tokens: int
+    update_slice: int
+
+
+class Machine(World):
+    versions: dict[str, str]
+
+
+class Facts(Machine):
+    run: str
+    """The run's id."""
+    software: NotRequired[dict[str, str]]
+    places: NotRequired[dict[str, str]]
+    """Where base and data lay when they were not where the plan says."""
+
+
+def world_of(facts: Facts) -> World:
+    known = recorded(facts)
+    return cast(World, {name: known[name] for name in FACT_NAMES if name != "versions"})

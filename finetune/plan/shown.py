@@ -1,0 +1,83 @@
+"""What `plan` prints with `--json`, as far as it follows from the plan and this machine."""
+
+from typing import TypedDict
+
+
+class BaseFacts(TypedDict):
+    checkpoint: str
+    kind: str
+    revision: str | None
+    digest: str | None
+
+
+class SourceFacts(TypedDict):
+    name: str
+    revision: str | None
+    fingerprint: str
+    rows: int
+
+
+class GuardFacts(TypedDict):
+    spike: str
+    not_finite: str
+
+
+class Target(TypedDict):
+    repo: str
+    private: bool
+
+
+class Forecast(TypedDict):
+    """Sizes in bytes, counts of all epochs unless named otherwise."""
+
+    plan_id: str
+    base: BaseFacts
+    train: list[SourceFacts]
+    holdout: list[SourceFacts]
+    steps: int
+    steps_per_epoch: int
+    rows: int
+    examples: int
+    tokens: int
+    tokens_per_epoch: int
+    supervised_tokens_per_epoch: int
+    cut_rows: int
+    cut_tokens: int
+    left_out_rows: int
+    longest: int
+    holdout_rows: int
+    holdout_tokens: int
+    holdout_copies: int
+    split: dict[str, object] | None
+    seen: list[dict[str, object]]
+    notes: list[str]
+    total_parameters: int
+    trainable_parameters: int
+    micro_batch_tokens: int
+    memory_bytes: int
+    memory: dict[str, int]
+    machine_memory_bytes: int
+    host_memory: dict[str, int]
+    host_memory_bytes: int
+    host_bytes: int
+    checkpoint_bytes: int
+    run_bytes: int
+    free_bytes: int
+    guard: GuardFacts
+    publish: Target | None
+    warnings: list[str]
+
+
+class OfDevices(TypedDict):
+    """The memory of each of several GPUs, where each holds the whole model, and where they share it."""
+
+    devices: int
+    replicated_bytes: int
+    replicated_fits: bool
+    sharded_bytes: int
+    sharded_fits: bool
+
+
+class WithDevices(Forecast):
+    device_memory_bytes: int
+    devices: list[OfDevices]
