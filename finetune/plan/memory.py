@@ -5,12 +5,10 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from finetune.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from finetune.plan.shape import Shape
 
 FLOAT = 4  # bytes of fp32
 NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
@@ -45,56 +43,6 @@ class Device(NamedTuple):
     """Of a GPU: the memory of the host, which all its processes share."""
     processes: int = 1
     """Of the training, on that host."""
-
-
-class Shape(NamedTuple):
-    """What of a model's config decides the size of its activations."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    """Of one token, over all experts that it goes to."""
-    vocabulary: int
-    queries: int
-    """Heads times their size."""
-    keys: int
-    """Key-value heads times their size."""
-    is_tied: bool
-
-
-def shape_of(config: "PretrainedConfig") -> Shape:
-    """The shape in a transformers config, by the names its families use."""
-    text = config.get_text_config()
-
-    def size_of(*names: str) -> int:
-        """The first of these that the config has; where layers differ, the largest."""
-        return next((max(values) for name in names if (values := values_of(text, name))), 0)
-
-    hidden = size_of("hidden_size", "d_model") or 1
-    # without attention, states as wide as the model mix the tokens
-    heads = size_of("num_attention_heads", "num_heads") or 1
-    size = size_of("head_dim") or hidden // heads
-    experts = size_of("num_experts_per_tok")
-    wide = size_of("intermediate_size") or 4 * hidden
-    return Shape(
-        layers=size_of("num_hidden_layers", "num_blocks") or 1,
-        hidden=hidden,
-        intermediate=experts * (size_of("moe_intermediate_size") or wide) if experts else wide,
-        vocabulary=size_of("vocab_size"),
-        queries=heads * size,
-        keys=(size_of("num_key_value_heads") or heads) * size,
-        is_tied=bool(getattr(config, "tie_word_embeddings", False)),
-    )
-
-
-def values_of(config: "PretrainedConfig", name: str) -> list[int]:
-    """A size in a config, once, or once for each layer where layers differ; empty where the config has none."""
-    if name in (getattr(config, "per_layer_attributes", None) or ()):
-        found = [getattr(layer, name, None) for layer in config.per_layer_config]
-    else:
-        value = getattr(config, name, None)
-        found = list(value) if isinstance(value, list | tuple) else [value]
-    return [value for value in found if value]
 
 
 class Work(NamedTuple):

@@ -8,8 +8,9 @@ from finetune.data import unused
 from finetune.data.unused import Unused
 from finetune.model import base
 from finetune.plan import forecast
-from finetune.plan.memory import Work, shape_of
+from finetune.plan.memory import Work
 from finetune.plan.pace import largest_step
+from finetune.plan.shape import shape_of
 from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.lease import refuse_other_directory

@@ -22,6 +22,7 @@ from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.pinned import Counts
 from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of, warmup_of
+from finetune.plan.shape import shape_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
@@ -192,7 +193,7 @@ def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dic
 
 def _micro_batch_tokens(plan: Plan, config: PretrainedConfig) -> int:
     named = plan.recipe.train.micro_batch_tokens
-    return memory.micro_batch_tokens(plan, memory.shape_of(config), device()) if named == "auto" else named
+    return memory.micro_batch_tokens(plan, shape_of(config), device()) if named == "auto" else named
 
 
 def device() -> memory.Device:

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from finetune.model import base, losses
 from finetune.plan import forecast, memory
-from finetune.plan.memory import Device, Shape, Work
+from finetune.plan.memory import Device, Work
+from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import load
 from finetune.training.build import slow_numbers
 from finetune.training.resolve import resolve
@@ -66,7 +67,7 @@ def planned(recipe_file):
 
     def plan(**sections):
         resolved = resolve(load(recipe_file(**{"train": {"steps": 4, "batch_size": 6}} | sections)))
-        return resolved.plan, memory.shape_of(base.load_config(resolved.base_directory))
+        return resolved.plan, shape_of(base.load_config(resolved.base_directory))
 
     return plan
 
@@ -92,7 +93,7 @@ def test_chunks_of_logits_are_as_long_as_those_of_the_loss():
     ],
 )
 def test_a_shape_is_found_in_configs_without_attention_and_in_those_whose_layers_differ(kind, shape):
-    assert memory.shape_of(AutoConfig.for_model(kind)) == shape
+    assert shape_of(AutoConfig.for_model(kind)) == shape
 
 
 @pytest.mark.parametrize(("name", "parameters", "fits_from"), [("8B", 8_030_261_248, 4), ("70B", 70_553_706_496, None)])
