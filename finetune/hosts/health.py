@@ -169,7 +169,7 @@ def _saves(run: Path, stored: int, attempt: str) -> list[Path]:
     newest = [journal.newest_pair(run, name)[1:] for name in ("started", "committed")]
     known = {record["step"] for found in newest for record in found}
     read_back = [] if stored in known | {0} else [RunDirectory(run).checkpoint(stored)]
-    return [*RunDirectory(run).attempts_of(attempt), *read_back]
+    return [*RunDirectory(run).saves(attempt), *read_back]
 
 
 def _bytes(save: Path) -> int:

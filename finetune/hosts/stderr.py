@@ -4,6 +4,7 @@ import io
 import os
 import select
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ PATIENCE_MS = 1_000
 
 
 class _Lasting(io.FileIO):
-    """Where nobody takes what is written any more, or cannot take it now, it is lost, and the writer goes on."""
+    """Loses what nobody takes, so that the writer goes on. Errors are suppressed; for a reader that stalls, which gives none, we poll."""
 
     def __init__(self, descriptor: int):
         super().__init__(_own(descriptor), "w", closefd=False)
@@ -25,18 +26,10 @@ class _Lasting(io.FileIO):
     def write(self, data: "Buffer", /) -> int:
         left = memoryview(data).cast("B")
         count = len(left)
-        while left:
-            if not self._ready.poll(self._patience_ms):
-                self._patience_ms = 0  # once is enough, until somebody reads again
-                break
-            self._patience_ms = PATIENCE_MS
-            try:
-                written = super().write(left[:AT_ONCE_BYTES])
-            except OSError:
-                break
-            if not written:
-                break
-            left = left[written:]
+        with suppress(OSError):
+            while left and self._ready.poll(self._patience_ms):
+                left = left[super().write(left[:AT_ONCE_BYTES]) or len(left) :]
+        self._patience_ms = 0 if left else PATIENCE_MS  # we wait once, until somebody reads again
         return count
 
 

@@ -15,11 +15,12 @@ from finetune.hosts.launch import _outcome
 LAUNCH = """
 import sys
 from pathlib import Path
+import finetune.hosts.ranks
 from finetune.hosts import launch
 run, grace, restarts, processes, pause, ranks = sys.argv[1:]
 launch.sys.executable = ranks
 launch.BETWEEN_STARTS_SECONDS = float(pause)
-launch.AFTER_A_CRASH_SECONDS = 0.5
+finetune.hosts.ranks.AFTER_A_CRASH_SECONDS = 0.5
 launch.launch({"processes": int(processes)}, [], Path(run), int(restarts), float(grace))
 """
 

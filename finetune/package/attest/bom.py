@@ -1,6 +1,7 @@
 """A package as a bill of materials: CycloneDX 1.6, a machine-learning model with its files, data and ancestor; `export` writes it.
 
-Format: https://cyclonedx.org/docs/1.6/json/. It has no time in it, and its serial number is made of the run and the step.
+Format: https://cyclonedx.org/docs/1.6/json/. It has no time in it, and its serial number is made of the run and the step. It is written by
+hand: cyclonedx-python-lib 11 knows no `modelCard`, which is most of it; a test validates it by the library's schema.
 """
 
 import json

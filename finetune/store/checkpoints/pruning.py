@@ -9,7 +9,8 @@ from finetune.plan.facts import Metrics
 from finetune.plan.retention import Saved, keep
 from finetune.recipe.schema import Keep, Publish
 from finetune.store.checkpoints.manifest import read
-from finetune.store.checkpoints.store import RESUME_FILES, Store, Summary
+from finetune.store.checkpoints.store import RESUME_FILES, Store
+from finetune.store.checkpoints.stored import Summary
 from finetune.store.run import journal as journals
 from finetune.store.run import lease, scan
 from finetune.store.run.directory import RunDirectory

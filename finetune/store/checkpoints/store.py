@@ -9,42 +9,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.errors import CheckpointError
-from finetune.plan.facts import Metrics
 from finetune.store.checkpoints.attempt import Attempt
-from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, Manifest, ManifestError, read
-from finetune.store.checkpoints.verify import Damage, damage_of, verify
+from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, Manifest, read
+from finetune.store.checkpoints.stored import Summary, Unreadable, is_whole, opened
+from finetune.store.checkpoints.verify import Damage, verify
 from finetune.store.durable import durable, failures, make_directory, rename, replace_file, sync_directory
 from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.tensors import pieces
 
 RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A directory in a checkpoint's place whose manifest is damaged, foreign or from the future."""
-
-    path: Path
-    step: int
-    damage: Damage
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the keep rules have to know of a checkpoint."""
-
-    path: Path
-    step: int
-    kind: str
-    metrics: Metrics
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Summary":
-        return cls(checkpoint.path, checkpoint.step, checkpoint.manifest.kind, checkpoint.manifest.metrics)
 
 
 class Store:
@@ -117,7 +94,7 @@ class Store:
             sign = (status.st_ino, status.st_mtime_ns, status.st_size)
             known[name] = self._summaries.get(name, ((), None))
             if known[name][0] != sign:
-                item = _open(path)
+                item = opened(path)
                 known[name] = (sign, Summary.of(item) if isinstance(item, Checkpoint) else None)
         self._summaries = known
         return [summary for _, summary in known.values() if summary]
@@ -140,7 +117,7 @@ class Store:
         Only of those before a step, if one is given."""
         damages: list[Damage] = []
         for name in reversed(self._names()):  # a manifest at a time: there may be hundreds of older ones
-            item = _open(self.directory / name)
+            item = opened(self.directory / name)
             if before is not None and item.step >= before:
                 continue
             if isinstance(item, Unreadable) and item.damage.check in ("foreign", "future"):
@@ -217,7 +194,7 @@ class Store:
         for path in sorted(self._paths.trashed()):
             destination = self.directory / path.name.rpartition("-")[0]
             # what is whole was moved, and nothing of it deleted yet; a removal that is put back is removed again
-            if not destination.exists() and _is_whole(path):
+            if not destination.exists() and is_whole(path):
                 with failures(path):
                     rename(path, destination)
 
@@ -227,12 +204,12 @@ class Store:
         return [name for name in names if step_of(name) is not None]
 
     def _scan(self) -> list[Checkpoint | Unreadable]:
-        return [_open(self.directory / name) for name in self._names()]
+        return [opened(self.directory / name) for name in self._names()]
 
     def _refuse_sound(self, destination: Path) -> None:
         if not destination.exists():
             return
-        is_demoted = isinstance(there := _open(destination), Checkpoint) and there.manifest.kind != "full"
+        is_demoted = isinstance(there := opened(destination), Checkpoint) and there.manifest.kind != "full"
         if not is_demoted and {damage.check for damage in verify(destination)} <= {"extra", "foreign", "future"}:
             hint = "a committed checkpoint does not change: remove it first, or use another run directory"
             raise CheckpointError("this step is committed already", where=str(destination), hint=hint)
@@ -242,15 +219,3 @@ class Store:
         make_directory(trash.parent)
         os.rename(path, trash)
         return trash
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a directory, wherever it is, holds a checkpoint in which nothing is wrong."""
-    return {damage.check for damage in verify(path)} <= {"extra"}
-
-
-def _open(path: Path) -> Checkpoint | Unreadable:
-    try:
-        return read(path)
-    except ManifestError as error:
-        return Unreadable(path, step_of(path.name) or 0, damage_of(error))

@@ -137,8 +137,9 @@ class RunDirectory:
         """Where an attempt at the run writes a step before it is committed."""
         return self.attempts / f"{step_name(step)}-{attempt}-{token}"
 
-    def attempts_of(self, attempt: str) -> Iterator[Path]:
-        return self.attempts.glob(f"step-*-{attempt}-*")
+    def saves(self, attempt: str | None = None) -> Iterator[Path]:
+        """The saves under way, of one attempt at the run or of any."""
+        return self.attempts.glob(f"step-*-{attempt}-*" if attempt else "step-*")
 
     def pin(self, step: int, reason: str) -> Path:
         return self.pins / f"{step_name(step)}-{reason}"

@@ -12,7 +12,8 @@ from finetune.plan.retention import Saved
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint
 from finetune.store.checkpoints.refs import CheckpointRef, StepRef, find, parse
-from finetune.store.checkpoints.store import Store, Summary
+from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.stored import Summary
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import CHECKPOINTS, RunDirectory, step_of

@@ -67,11 +67,6 @@ def read_rows(run: Path, step: int) -> list[RowLoss]:
     return Reader(run).rows(step)
 
 
-def read_modules(run: Path, step: int) -> dict[str, float]:
-    """The gradient norms of a step's modules; empty where no file covers it."""
-    return Reader(run).modules(step)
-
-
 class Reader:
     """The columns of a run, for many steps: directories and journal are read once, and what is around the last step stays in memory.
 

@@ -293,7 +293,7 @@ def test_a_copy_of_a_checkpoint_is_one_wherever_it_is(store, tmp_path):
 
 def test_the_keep_rules_read_a_manifest_once_however_many_are_kept(store, monkeypatch):
     seen = []
-    monkeypatch.setattr("finetune.store.checkpoints.store.read", lambda path: seen.append(path.name) or read(path))
+    monkeypatch.setattr("finetune.store.checkpoints.stored.read", lambda path: seen.append(path.name) or read(path))
     for step in range(1, 31):
         attempt = store.begin(step, "a1")
         store.commit(attempt, manifest_of(step))

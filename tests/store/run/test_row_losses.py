@@ -8,7 +8,7 @@ import pytest
 
 from finetune.store.run import parts
 from finetune.store.run.journal import Journal
-from finetune.store.run.row_losses import Columns, ModuleNorms, Reader, RowLoss, read_modules, read_rows
+from finetune.store.run.row_losses import Columns, ModuleNorms, Reader, RowLoss, read_rows
 
 
 def row(step, example, loss=1.0):
@@ -34,10 +34,10 @@ def test_gradient_norms_of_modules_are_written_beside_them(tmp_path):
     (Columns([row(1, 5)], [norms(1, 0.1 + 0.2, 3.0)]) + Columns([row(2, 6)], [norms(2, math.nan, 1e-310)])).write(
         tmp_path, "a"
     )
-    assert read_modules(tmp_path, 1) == {"layers.0": 0.1 + 0.2, "layers.1": 3.0}
-    found = read_modules(tmp_path, 2)
+    assert Reader(tmp_path).modules(1) == {"layers.0": 0.1 + 0.2, "layers.1": 3.0}
+    found = Reader(tmp_path).modules(2)
     assert math.isnan(found["layers.0"]) and found["layers.1"] == 1e-310
-    assert read_modules(tmp_path, 3) == {}
+    assert Reader(tmp_path).modules(3) == {}
 
 
 def test_writing_them_loads_no_pandas_beside_a_training(tmp_path):
@@ -50,7 +50,7 @@ for step in (1, 2):
 sys.exit("pandas" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
-    assert read_modules(tmp_path, 1) == {"layers.0": 1.0}
+    assert Reader(tmp_path).modules(1) == {"layers.0": 1.0}
 
 
 def test_columns_without_a_step_write_nothing(tmp_path):
