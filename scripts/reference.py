@@ -7,6 +7,7 @@ words that the recipe's error messages use. `tests/test_docs.py` fails when eith
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -30,19 +31,20 @@ INTRODUCTION = """# Recipe
 <!-- scripts/docs writes this file from finetune/recipe/schema -->
 
 A recipe is one YAML file: you say what to train, on which rows, and how. This one is
-[{path}](../{path}). You find more in [recipes/](../recipes/).
+[{path}](../{path}).
+You find more in [recipes/](../recipes/).
 
 ```yaml
 {example}```
 
 You find every key below, in the order of the schema. `data.train[]` stands for each item of the
 list. If you use an unknown key, a repeated key, a wrong type, or keys that do not fit together, the
-recipe is refused. You see all mistakes at once, each with its line and the nearest right key. `2e-4`
-is a number. Only `true` and `false` are booleans. You cannot use anchors, aliases and tags.
+recipe is refused. You see all mistakes at once, each with its line and the nearest right key.
+`2e-4` is a number. Only `true` and `false` are booleans. You cannot use anchors, aliases and tags.
 
-With `--set KEY=VALUE` on the command line you override a key; it is checked in the same way. If your
-recipe has the first line as above, an editor with a YAML language server completes and checks keys
-while you type.
+With `--set KEY=VALUE` on the command line you override a key; it is checked in the same way. If
+your recipe has the first line as above, an editor with a YAML language server completes and checks
+keys while you type.
 """
 
 
@@ -82,12 +84,16 @@ def _is_section(annotation: object) -> bool:
 
 def _section(model: type[Section], key: str, field: FieldInfo) -> str:
     tag = _tag(model)
-    lines = [f"## {key}: {tag}" if tag else f"## {key}", "", f"{model.__doc__.strip()}{_presence(field)}", ""]
+    lines = [f"## {key}: {tag}" if tag else f"## {key}", "", _wrapped(model.__doc__.strip() + _presence(field)), ""]
     lines += ["| key | value | default | |", "|---|---|---|---|"]
     for name, item in model.model_fields.items():
         meaning = "Chooses this form of the section." if tag and name == "name" else item.description
         lines.append(f"| `{name}` | {_words(item.annotation, item.metadata)} | {_default(item)} | {meaning} |")
     return "\n".join([*lines, ""])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _tag(model: type[Section]) -> str | None:

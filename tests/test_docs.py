@@ -298,6 +298,23 @@ def test_links_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
+PROSE = [*PAGES, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"]
+BANNED = re.compile(
+    r"\b(so many|so long|so often|is no number|(is|are) told|made up by|nobody|whoever|anew|beneath|of its own|mend(s|ed|ing)?|"
+    r"left out|leav(e|es|ing) out)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.stem)
+def test_prose_is_wrapped_and_has_no_banned_phrase(page: Path) -> None:
+    """Tables and code are neither wrapped nor judged: they may quote what the code says."""
+    text = FENCE.sub("", page.read_text())
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "    "))]
+    assert [line for line in prose if len(line) > 100] == []
+    assert [line for line in prose if BANNED.search(re.sub(r"`[^`]*`", "", line))] == []
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)

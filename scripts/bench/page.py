@@ -166,7 +166,7 @@ def throughput(report: dict, titles: dict[str, str]) -> str:
             ]
             lines.append(f"| {' | '.join(columns)} |")
         judged = comparison.goals_of(contestants, cell)
-        lines += ["", *(f"{line(goal)}; rounds: {_spread(found, 2)}" for goal, found in judged)]
+        lines += ["", *(_wrapped(f"{line(goal)}; rounds: {_spread(found, 2)}", "  ") for goal, found in judged)]
     return "\n".join(lines)
 
 
@@ -213,8 +213,8 @@ def operators(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _spread(samples: list[float], digits: int) -> str:

@@ -17,4 +17,4 @@ class Trackers(Section):
     """Where the figures of a training also go. The journal has them all, whatever you choose here."""
 
     csv: CsvTracker | None = None
-    """Leave out to write no table."""
+    """Without this section no table is written."""
