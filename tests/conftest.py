@@ -10,6 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forks
+from tests.prices import (  # noqa: F401 - hooks
+    pytest_collection_finish,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share two cores with each other; equal results need equal threads
 
@@ -51,6 +61,23 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+STARTING = (
+    "package.proof",
+    "package.publish.queue",
+    "model.base.templates",
+    "debug.rehearse.trainings",
+    "debug.predicates",
+)
+
+
+@pytest.fixture(autouse=True)
+def _forks_of_ours() -> None:
+    """Modules of ours that start this Python get forks as well."""
+    for name in STARTING:
+        if module := sys.modules.get(f"finetune.{name}"):
+            module.subprocess = forks.Either
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -156,7 +183,7 @@ def recipe_file(tmp_path: Path, tiny_sections: dict):
 def finetune(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     """The command line in a process of its own, as a user runs it."""
     command = [sys.executable, "-m", "finetune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    return forks.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
 @pytest.fixture(name="finetune")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from finetune.errors import FinetuneError, NotFiniteError
 from finetune.store.cache import root
 from finetune.store.checkpoints.store import Store
 from finetune.training import loop
+from tests import forks
 from tests.stories.poison import poison, rows_with_marks
 
 ROWS, BATCH, STEPS = 480, 6, 60
@@ -199,7 +199,7 @@ def test_two_processes_find_the_same(wrecked, tiny_base, monkeypatch) -> None:
     monkeypatch.setenv("POISON", "20000")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command = [*launcher, "tests.stories.poison", "bisect", run, "--bad-evaluation", "loss > 8", "--json"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    result = forks.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout.splitlines()[-1])
     assert (facts["first_bad_step"], facts["rows"][0]["id"]) == (45, row)

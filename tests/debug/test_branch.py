@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.inspect import problems
+from tests import forks
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import _of_directories
 
@@ -226,7 +226,7 @@ def test_two_processes_branch_from_a_step_that_was_not_stored(recipe_file, tmp_p
     ]
 
     def both(*arguments: object) -> str:
-        result = subprocess.run(list(map(str, [*launcher, *arguments])), capture_output=True, text=True, timeout=240)
+        result = forks.run(list(map(str, [*launcher, *arguments])), capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

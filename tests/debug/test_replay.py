@@ -13,6 +13,7 @@ from finetune.store.checkpoints.pruning import prune
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import inspect, journal
+from tests import forks
 from tests.stories.same_run import assert_same_run
 
 SPARSE = {"every": "8 steps", "keep": {"last": 9}}
@@ -185,14 +186,13 @@ def test_fifty_random_steps_of_five_hundred_are_what_a_run_that_saves_every_step
 @pytest.mark.slow
 def test_a_run_that_was_killed_and_resumed_replays_whole(recipe_file, finetune, tmp_path) -> None:
     import signal
-    import subprocess
     import sys
     import time
 
     long = {"steps": 120, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
     recipe, run = recipe_file(train=long, checkpoint={"every": "10 steps", "keep": {"last": 99}}), tmp_path / "run"
     for wanted in (25, 70):
-        process = subprocess.Popen([sys.executable, "-m", "finetune", "train", recipe, "--run", run, "--quiet"])
+        process = forks.Popen([sys.executable, "-m", "finetune", "train", recipe, "--run", run, "--quiet"])
         deadline = time.monotonic() + 100
         while max(journal.steps(journal.read(run)), default=0) < wanted:
             assert time.monotonic() < deadline and process.poll() is None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.faults.training import command, committed, differences, is_saving, unsound, wait_until
+from tests import forks
 
 TRAIN = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,8 +47,8 @@ def stop_inside_a_save(pid: int, run: Path, launched: subprocess.Popen) -> None:
 def test_a_rank_that_is_killed_inside_a_save_leaves_no_trace(victim, recipe_file, tmp_path) -> None:
     recipe = recipe_file(train=TRAIN, checkpoint={"every": "4 steps", "keep": {"last": 3}})
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    subprocess.run(launcher(recipe, whole), check=True, capture_output=True, timeout=200)
-    with log.open("w") as file, subprocess.Popen(launcher(recipe, run), stdout=file, stderr=file) as launched:
+    forks.run(launcher(recipe, whole), check=True, capture_output=True, timeout=200)
+    with log.open("w") as file, forks.Popen(launcher(recipe, run), stdout=file, stderr=file) as launched:
         assert wait_until(lambda: len(committed(log.read_text())) >= 2, launched), log.read_text()
         processes = rank_processes(launched.pid)
         stop_inside_a_save(processes[0], run, launched)
@@ -55,6 +56,6 @@ def test_a_rank_that_is_killed_inside_a_save_leaves_no_trace(victim, recipe_file
         os.kill(processes[0], signal.SIGCONT)
         assert launched.wait(timeout=200) != 0
     assert unsound(run, log.read_text(), 3) == []
-    again = subprocess.run(launcher(recipe, run), capture_output=True, text=True, timeout=200)
+    again = forks.run(launcher(recipe, run), capture_output=True, text=True, timeout=200)
     assert again.returncode == 0 and "resumed from step " in again.stderr, again.stderr
     assert differences(whole, run) == []

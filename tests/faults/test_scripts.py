@@ -1,17 +1,18 @@
 """Short and long forms of the scripts in `scripts/faults`. A form that cannot run here (no root, no strace) skips itself and says why."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/faults"
 
 
 def run(name: str, *arguments: object, seconds: float = 280) -> None:
     command = [sys.executable, SCRIPTS / f"{name}.py", *arguments]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=seconds)
+    result = forks.run([str(word) for word in command], capture_output=True, text=True, timeout=seconds)
     for reason in ("cannot mount an image: ", "strace is not ", "ckpt-chaos is not installed"):
         if reason in result.stderr:
             pytest.skip(result.stderr.strip())

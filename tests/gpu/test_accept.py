@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "gpu"
 ITEMS = ("limits", "kernels", "waits/full", "small/finetune", "small/bare", "small/bare-liger")
 
@@ -15,7 +17,7 @@ ITEMS = ("limits", "kernels", "waits/full", "small/finetune", "small/bare", "sma
 def accept(place: Path, *arguments: object) -> subprocess.CompletedProcess:
     paths = ["--out", place / "out", "--work", place / "work"]
     command = [sys.executable, SCRIPTS / "accept.py", *arguments, *paths, "--tiny"]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+    return forks.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from finetune.hosts import health
 from finetune.recipe.load import load
 from finetune.store.run import journal, lease
 from finetune.training.run import train
+from tests import forks
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 
@@ -121,25 +122,25 @@ def test_a_save_is_given_the_time_of_the_slowest_disk(place, is_recorded, quiet_
 def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
     recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"}, checkpoint={"every": "99999 steps"})
     monkeypatch.setenv("FINETUNE_RUNS", str(tmp_path / "all"))
-    run, process = tmp_path / "all" / recipe.stem, subprocess.Popen([*FINETUNE, "train", recipe, "--quiet"])
+    run, process = tmp_path / "all" / recipe.stem, forks.Popen([*FINETUNE, "train", recipe, "--quiet"])
     ask = [*FINETUNE, "health", "--patience", "3", "--json"]
     try:
         while not run.exists() or max(journal.steps(journal.read(run)), default=0) < 3:
             assert process.poll() is None
             time.sleep(0.1)
-        (facts,) = of_run(subprocess.run(ask, capture_output=True), run)
+        (facts,) = of_run(forks.run(ask, capture_output=True), run)
         assert facts["state"] == "training"
         process.send_signal(signal.SIGSTOP)
         time.sleep(facts["limit_seconds"] + 1)
-        answer = subprocess.run(ask, capture_output=True)
+        answer = forks.run(ask, capture_output=True)
         (facts,) = of_run(answer, run)
         assert answer.returncode == 1 and facts["state"] == "hung", facts
-        line = subprocess.run([*FINETUNE, "health", str(run), "--patience", "3"], capture_output=True, text=True).stdout
+        line = forks.run([*FINETUNE, "health", str(run), "--patience", "3"], capture_output=True, text=True).stdout
         assert line.startswith(f"{run}: hung at step {facts['step']}, nothing recorded for "), line
     finally:
         process.kill()
         process.wait()
-    assert of_run(subprocess.run(ask, capture_output=True), run) == []
+    assert of_run(forks.run(ask, capture_output=True), run) == []
 
 
 def of_run(answer: subprocess.CompletedProcess, run: Path) -> list[dict]:
@@ -175,7 +176,7 @@ def test_what_a_killed_attempt_left_is_not_held_against_the_next_before_it_has_t
 def test_a_training_whose_process_is_gone_was_killed_and_another_may_be_about_to_take_it(finished) -> None:
     hold = f"lease.acquire(Path({str(finished)!r}), 'mine'); os.kill(os.getpid(), 9)"
     code = f"import os; from pathlib import Path; from finetune.store.run import lease; held = {hold}"
-    subprocess.run([sys.executable, "-c", code])
+    forks.run([sys.executable, "-c", code])
     as_if(finished, [(1, "step")] * 20)
     facts = health.look(finished, 300)
     assert (facts["ok"], facts["state"]) == (False, "killed")
@@ -192,7 +193,7 @@ def test_a_long_journal_is_not_read_as_a_whole_for_an_evaluation_at_its_start(fi
 
 
 def test_a_directory_that_is_no_run_is_an_error(tmp_path) -> None:
-    answer = subprocess.run([*FINETUNE, "health", tmp_path], capture_output=True, text=True)
+    answer = forks.run([*FINETUNE, "health", tmp_path], capture_output=True, text=True)
     assert answer.returncode == 1 and "nobody has trained there" in answer.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.store.run import journal
+from tests import forks
 
 FINETUNE = [sys.executable, "-m", "finetune"]
 WHAT = {"train": ["train"], "launch": ["launch", "--nproc-per-node", "2"]}
@@ -28,9 +29,7 @@ def is_whole(run: Path) -> bool:
 
 @pytest.mark.parametrize("what", EACH)
 def test_a_training_outlives_the_reader_of_what_it_says(what, recipe, tmp_path) -> None:
-    with subprocess.Popen(
-        [*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=subprocess.PIPE
-    ) as process:
+    with forks.Popen([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=subprocess.PIPE) as process:
         while b"committed step 5" not in process.stderr.readline():
             assert process.poll() is None
         process.stderr.close()
@@ -41,7 +40,7 @@ def test_a_training_outlives_the_reader_of_what_it_says(what, recipe, tmp_path) 
 @pytest.mark.parametrize("what", EACH)
 def test_a_training_whose_log_is_on_a_full_disk_goes_on(what, recipe, tmp_path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=full, timeout=200)
+        done = forks.run([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=full, timeout=200)
     assert done.returncode == 0 and is_whole(tmp_path / "run")
 
 
@@ -65,7 +64,7 @@ def test_no_file_of_a_run_takes_the_place_of_a_closed_stream(what, recipe, tmp_p
 
 def test_a_command_whose_data_nobody_takes_fails(tmp_path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*FINETUNE, "doctor", "--json"], stdout=full, stderr=subprocess.PIPE, timeout=100)
+        done = forks.run([*FINETUNE, "doctor", "--json"], stdout=full, stderr=subprocess.PIPE, timeout=100)
     assert done.returncode != 0
 
 
@@ -74,7 +73,7 @@ def test_a_command_whose_data_nobody_takes_fails(tmp_path) -> None:
 def test_a_training_whose_reader_stalls_goes_on(kind, what, recipe, tmp_path) -> None:
     """A pager, a log driver that blocks, a terminal behind a connection that sleeps."""
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()
-    with subprocess.Popen([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=writer) as process:
+    with forks.Popen([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=writer) as process:
         deadline = time.monotonic() + 200
         while max(journal.steps(journal.read(tmp_path / "run")), default=0) < 2:
             assert process.poll() is None and time.monotonic() < deadline

@@ -9,6 +9,8 @@ from pathlib import Path
 import hf_xet
 import pytest
 
+from tests import forks
+
 WEIGHTS = "model.safetensors"
 CHUNKS = "xet/xorbs/xorbs"
 NOBODY = 4321
@@ -33,7 +35,7 @@ def recipe(recipe_file, base, rows) -> Path:
 
 def fetch(recipe: Path, env: dict[str, str], *before: str) -> subprocess.CompletedProcess:
     command = [*before, sys.executable, "-m", "finetune", "fetch", str(recipe)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    return forks.Either.run(command, env=env, capture_output=True, text=True, timeout=100)
 
 
 def refusal(done: subprocess.CompletedProcess) -> tuple[str, str]:

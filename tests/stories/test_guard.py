@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.training import incident
 from finetune.training.respond import SpikeError
+from tests import forks
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import assert_same_run
 
@@ -167,7 +167,7 @@ def test_two_processes_decide_alike(value, guard, poisoned, train, tmp_path, tin
     monkeypatch.setenv("POISON", value)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command = [*launcher, "tests.stories.poison", "train", recipe, "--run", tmp_path / "two", "--quiet"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    result = forks.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     (first,), (second,) = (events(run, "amended") for run in (one, tmp_path / "two"))
     names = ("first", "last", "action", "step")

@@ -19,6 +19,7 @@ import yaml
 from finetune.hosts.world import TOLD
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from tests import forks
 from tests.stories.same_run import assert_same_run
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -60,7 +61,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
 def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file, tmp_path) -> None:
     recipe = recipe_file(train=SHORT)
     words = (recipe, "--run", tmp_path / "two", "--set", "train.seed=3", "--until", 8, "--quiet")
-    done = subprocess.run(launch(*words, ranks=2), capture_output=True, text=True, timeout=200)
+    done = forks.run(launch(*words, ranks=2), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and last_step(tmp_path / "two") == 8, done.stderr
     assert RunDirectory(tmp_path / "two").plan()[0].recipe.train.seed == 3
     first, *lines = done.stderr.splitlines()
@@ -74,7 +75,7 @@ def test_an_error_of_the_recipe_or_the_data_is_told_once_and_not_tried_again(rec
     gone = recipe_file("gone", data={"train": [{"path": str(tmp_path / "gone.jsonl")}]})
     wrong = recipe_file("wrong", train={"steps": 0})
     for recipe, code, message in ((wrong, 2, "train.steps"), (gone, 1, "gone.jsonl: no such file")):
-        done = subprocess.run(
+        done = forks.run(
             launch("--restarts", 3, recipe, "--run", tmp_path / "run"), capture_output=True, text=True, timeout=100
         )
         assert done.returncode == code and done.stderr.count(message) == 1, done.stderr
@@ -84,9 +85,7 @@ def test_an_error_of_the_recipe_or_the_data_is_told_once_and_not_tried_again(rec
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(recipe_file, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG | {"steps": 40}, checkpoint={"every": "4 steps"}), tmp_path / "killed"
-    whole = subprocess.run(
-        launch(recipe, "--run", tmp_path / "whole", ranks=2), capture_output=True, text=True, timeout=200
-    )
+    whole = forks.run(launch(recipe, "--run", tmp_path / "whole", ranks=2), capture_output=True, text=True, timeout=200)
     assert whole.returncode == 0, whole.stderr
     command = launch("--restarts", 3, recipe, "--run", run, ranks=2)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -105,7 +104,7 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(reci
 @pytest.mark.slow
 def test_a_crash_is_started_again_no_more_often_than_was_asked_for(recipe_file, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG), tmp_path / "run"
-    with subprocess.Popen(launch("--restarts", 1, recipe, "--run", run), stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(launch("--restarts", 1, recipe, "--run", run), stderr=subprocess.PIPE, text=True) as process:
         for _ in range(2):
             before = last_step(run)
             wait_for(lambda before=before: last_step(run) > before, process)
@@ -141,7 +140,7 @@ def undisturbed(tmp_path_factory, tiny_sections) -> Callable[[int], Path]:
         adapter = {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
         (place / "tiny.yaml").write_text(yaml.safe_dump(tiny_sections | {"adapter": adapter, "train": LONG}))
         words = launch(place / "tiny.yaml", "--run", place / "run", "--until", 60, "--quiet", ranks=ranks)
-        subprocess.run(words, check=True, capture_output=True, timeout=250)
+        forks.run(words, check=True, capture_output=True, timeout=250)
         return place / "run"
 
     return made
@@ -196,7 +195,7 @@ def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(
         stopped = last_step(run)
         assert committed(run)[-1] == stopped, f"{moment}: {said}"
         assert moment != "evaluation" or (stopped == 6 and 6 not in evaluated(run)), "it was over"
-        again = subprocess.run([*what, "--run", str(run), "--until", str(stopped + 2)], capture_output=True)
+        again = forks.run([*what, "--run", str(run), "--until", str(stopped + 2)], capture_output=True)
         assert again.returncode == 0, again.stderr.decode()
         resumed = [record for record in journal.read(run) if record.get("event") == "started"][-1]
         assert (resumed["step"], last_step(run)) == (stopped, stopped + 2)
@@ -206,7 +205,7 @@ def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(
 @pytest.mark.slow
 def test_a_signal_that_comes_twice_at_once_is_one_signal(recipe_file, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG), tmp_path / "run"
-    with subprocess.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: in_a_step(run), process)
         for one in (process.pid, *(rank.pid for rank in ranks_of(process))):  # as a scheduler that signals all
             os.kill(one, signal.SIGTERM)
@@ -217,7 +216,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_signal(recipe_file, tmp_path) 
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_they_commit(recipe_file, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG), tmp_path / "run"
-    with subprocess.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: in_a_step(run), process)
         ranks = ranks_of(process)
         process.kill()
@@ -228,7 +227,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_they_commit(recipe_
 @pytest.mark.slow
 def test_sigusr1_to_the_launcher_saves_and_the_training_goes_on(recipe_file, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG, checkpoint={"every": "9999 steps"}), tmp_path / "run"
-    with subprocess.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(launch(recipe, "--run", run, ranks=2), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: in_a_step(run), process)
         process.send_signal(signal.SIGUSR1)
         wait_for(lambda: committed(run) if (run / "checkpoints").exists() else False, process)

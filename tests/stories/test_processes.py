@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from finetune.store.run import journal, row_losses
+from tests import forks
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import free_port
 
@@ -22,7 +23,7 @@ LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens"
 
 
 def start(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, "-m", "finetune", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -89,7 +90,8 @@ def test_under_nohup_a_terminal_that_goes_away_ends_nothing(recipe_file, tmp_pat
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_commits_nothing(recipe_file, tmp_path) -> None:
-    process = start("train", recipe_file(), "--run", tmp_path / "run")
+    command = [sys.executable, "-m", "finetune", "train", str(recipe_file()), "--run", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)  # a fork would have trained before the signal comes
     time.sleep(1)
     process.terminate()
     process.communicate(timeout=60)
@@ -102,7 +104,7 @@ def test_a_signal_ends_a_rank_that_stands_in_native_code(recipe_file, tmp_path) 
     port = free_port()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "finetune", "train", recipe_file(), "--run", tmp_path / "run"]
-    with subprocess.Popen(command, env=os.environ | alone, stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(command, env=os.environ | alone, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 100
         while not is_open(port):
             assert process.poll() is None and time.monotonic() < deadline
@@ -134,7 +136,7 @@ def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tm
     recipe = recipe_file(train={"steps": 8, "batch_size": 9, "precision": "fp32", "micro_batch_tokens": 128})
     one, two = tmp_path / "one", tmp_path / "two"
     assert finetune("train", recipe, "--run", one).returncode == 0
-    result = subprocess.run(torchrun(2, recipe, two), capture_output=True, text=True, timeout=240)
+    result = forks.run(torchrun(2, recipe, two), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "finished at step 8" in result.stderr.splitlines()
     steps, others = journal.steps(journal.read(one)), journal.steps(journal.read(two))
@@ -150,7 +152,7 @@ def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tm
 def accelerate(recipe: Path, run: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "finetune", "train", str(recipe)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, "--run", str(run)], capture_output=True, text=True, timeout=240, env=environment)
+    return forks.run([*command, "--run", str(run)], capture_output=True, text=True, timeout=240, env=environment)
 
 
 def test_accelerate_launch_runs_the_same_program(recipe_file, tmp_path) -> None:
@@ -196,7 +198,7 @@ def test_a_finished_run_says_so_and_does_nothing(recipe_file, finetune, tmp_path
 def test_twenty_sigkills_leave_no_trace(recipe_file, tmp_path) -> None:
     recipe = recipe_file(train=LONG, checkpoint={"every": "10 steps", "keep": {"last": 2, "best": 1}})
     command = [sys.executable, ROOT / "scripts/faults/sigkill.py", recipe, "--kills", "20", "--work", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    result = forks.run(command, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "equal: every tensor" in result.stdout
 
@@ -208,9 +210,9 @@ def test_ranks_that_are_killed_together_leave_no_trace(ranks, recipe_file, tmp_p
     sections = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64}
     recipe = recipe_file(train=sections, checkpoint={"every": "5 steps"})
     whole, run = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(torchrun(ranks, recipe, whole), check=True, capture_output=True, timeout=240)
+    forks.run(torchrun(ranks, recipe, whole), check=True, capture_output=True, timeout=240)
     for step, is_saving in ((3, False), (14, True), (31, False), (47, True)):
-        process = subprocess.Popen(torchrun(ranks, recipe, run), stderr=subprocess.DEVNULL)
+        process = forks.Popen(torchrun(ranks, recipe, run), stderr=subprocess.DEVNULL)
         wait_for_step(run, step)
         if is_saving:
             wait_for_attempt(run)
@@ -220,7 +222,7 @@ def test_ranks_that_are_killed_together_leave_no_trace(ranks, recipe_file, tmp_p
         assert process.wait() == -signal.SIGKILL
         assert psutil.wait_procs(tree, timeout=60)[1] == []
         assert max(journal.steps(journal.read(run))) < 60
-    subprocess.run(torchrun(ranks, recipe, run), check=True, capture_output=True, timeout=240)
+    forks.run(torchrun(ranks, recipe, run), check=True, capture_output=True, timeout=240)
     assert_same_run(whole, run)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from finetune.recipe.load import load
 from finetune.training.run import train
+from tests import forks
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.writes import User
@@ -28,6 +29,7 @@ FORMS = {
 LOADED_BY_OTHERS = """
 import json, sys
 import torch
+from tests import forks
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +81,7 @@ def test_what_was_trained_is_what_others_load_from_the_hub(form, hub, recipe_fil
     clean = environment(hub, tmp_path / "elsewhere", HF_TOKEN=TOKEN)
     probe = run / "packages/step-00000006/training/probe.json"
     command = [sys.executable, "-c", LOADED_BY_OTHERS, "tiny/new", "v1", form, str(probe)]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
+    done = forks.run(command, env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"apart": 0.0, "template": True}
     row = json.loads((chat_data / "train.jsonl").read_text().splitlines()[3])["messages"][-1]["content"]
@@ -142,7 +144,7 @@ def published(hub: Hub) -> dict[str, list[int]]:
 def test_milestones_are_published_while_the_training_goes_on_and_caught_up_at_its_end(hub, milestones) -> None:
     env, command, run = milestones
     hub.fail("POST", "/commit/", 503, times=3)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    done = forks.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr + (run / "publish.log").read_text()
     assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
@@ -154,7 +156,7 @@ def test_milestones_are_published_while_the_training_goes_on_and_caught_up_at_it
 def test_a_hub_that_is_down_costs_the_training_nothing_and_is_caught_up_with_by_hand(hub, milestones) -> None:
     env, command, run = milestones
     hub.fail("POST|PUT", "", 500, times=10_000)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    done = forks.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 1 and "steps [4, 8, 12] are not published" in done.stderr
     assert "finished at step 12" in done.stderr and f"finetune publish {run} --milestones" in done.stderr
     hub.faults = []
@@ -168,7 +170,7 @@ def test_a_hub_that_is_down_costs_the_training_nothing_and_is_caught_up_with_by_
 def test_a_training_that_cannot_be_published_says_so_before_it_begins(hub, milestones) -> None:
     env, command, run = milestones
     hub.users["hf_" + "r" * 34] = User("tiny", "read")
-    done = subprocess.run(command, env=env | {"HF_TOKEN": "hf_" + "r" * 34}, capture_output=True, text=True, timeout=60)
+    done = forks.run(command, env=env | {"HF_TOKEN": "hf_" + "r" * 34}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and not run.exists()
     assert "tiny/new: cannot be published to: the token of tiny only reads\nhint: " in done.stderr
 
@@ -219,7 +221,7 @@ def test_a_queue_that_is_killed_again_and_again_publishes_everything_once_and_in
     env, run = unpublished
     command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones"]
     for method, path, skip, is_landed in KILLS:
-        child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child = forks.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         hub.faults = []
         hub.fail(method, path, None if is_landed else 503, skip=skip, is_landed=is_landed, call=child.kill)
         _, said = child.communicate(timeout=100)
@@ -230,7 +232,7 @@ def test_a_queue_that_is_killed_again_and_again_publishes_everything_once_and_in
         assert steps == [4, 8, 12][: len(steps)], "in order, and never half a list"
     hub.faults = []
     (run / "published/step-00000004.json").write_bytes(b"")  # a record that the disk has lost
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    done = forks.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}
     repo = hub.repos["model", "tiny/new"]
@@ -250,11 +252,11 @@ def test_two_processes_do_not_publish_a_run_at_once(hub, unpublished) -> None:
     env, run = unpublished
     command = [sys.executable, "-m", "finetune", "publish", str(run), "--milestones"]
     hub.fail("POST", "/commit/staging", None, seconds=15)
-    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    first = forks.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for(lambda: hub.seen("POST", "/commit/staging"))
     ((code, _, said),) = in_turn(env, ("publish", run, "--milestones"))
     assert code == 1 and f"{run}: another process is publishing its milestones\nhint: wait for it" in said
-    beside = subprocess.Popen([*command, "--follow"], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    beside = forks.Popen([*command, "--follow"], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert first.wait(100) == 0, first.stderr.read()
     assert beside.wait(100) == 0, beside.stderr.read()
     assert published(hub) == {"listed": [4, 8, 12], "branches": [4, 8, 12]}

@@ -18,6 +18,7 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses
 from finetune.training.saving import saver
+from tests import forks
 from tests.stories.test_processes import events, start, wait_for_step
 
 FROZEN = {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}
@@ -195,9 +196,7 @@ def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(how, said
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "silent.py"), str(recipe), str(tmp_path / "run"), how]
     root = Path(__file__).parents[2]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(root)}
-    )
+    result = forks.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(root)})
     assert result.returncode == 0, result.stderr
     assert f"save of step 100 skipped: {said}; training goes on" in result.stderr
     assert "finished at step 300" in result.stderr.splitlines()
@@ -232,7 +231,7 @@ def test_a_signal_to_one_rank_ends_all_with_the_last_step_committed_also_under_a
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--", str(tmp_path / "slow.py"), "train", str(recipe), "--run", str(run)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = forks.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for_step(run, 5)
     children = psutil.Process(process.pid).children(recursive=True)
     chosen = next(child for child in children if child.environ().get("RANK") == str(rank))
@@ -245,6 +244,7 @@ HUNG_DISK = """
 import os, torch
 from finetune import cli
 from finetune.training.saving import writer
+from tests import forks
 
 writer.STALL_SECONDS = 8.0
 fsync = os.fsync
@@ -267,7 +267,7 @@ def test_a_disk_that_hangs_ends_the_run_with_one_error_and_the_same_command_resu
     recipe, run = recipe_file(checkpoint={"every": "2 steps", "keep": {"last": 9}}), tmp_path / "run"
     command = [sys.executable, str(tmp_path / "hung.py"), "train", str(recipe), "--run", str(run), "--quiet"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    result = forks.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert result.returncode == 1, result.stderr
     assert "the save of step 4 has not ended for " in result.stderr and "Traceback" not in result.stderr
     assert steps_of(run) == [2]

@@ -16,6 +16,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+from tests import forks
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -80,7 +82,7 @@ class Workers:
         for rank, log in enumerate(self._logs):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {}
             with log.open("w") as file:
-                process = subprocess.Popen(
+                process = forks.Popen(
                     [sys.executable, "-m", "tests.stories.workers"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from finetune.errors import FinetuneError
 from finetune.store.run import journal
 from finetune.training import collectives
+from tests import forks
 from tests.stories.workers import free_port
 
 IMPATIENT = """
@@ -40,6 +41,7 @@ run.start_accelerator = impatient(run.start_accelerator)  # not earlier: to meet
 for owner, name in ((run, "open_plan"), (Saver, "recover"), (Writer, "make_room"), (Recorder, "finish")):
     setattr(owner, name, slowed(getattr(owner, name)))
 from finetune.cli import main
+from tests import forks
 main()
 """
 
@@ -48,7 +50,7 @@ def two_ranks(*command: object) -> list[subprocess.Popen]:
     """What torchrun starts; on a port that was free a moment ago."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        subprocess.Popen(
+        forks.Popen(
             [sys.executable, *map(str, command)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,

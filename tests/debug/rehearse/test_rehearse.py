@@ -14,6 +14,7 @@ from finetune.debug.rehearse.rehearse import Rehearsal, listing, rehearse
 from finetune.debug.rehearse.trainings import TrainingError
 from finetune.errors import RunError
 from finetune.recipe.load import load
+from tests import forks
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 # Starts a program with another setting, when it is the resumed one.
@@ -79,7 +80,7 @@ def test_sigterm_ends_the_trainings_and_leaves_no_directory(recipe_file, tmp_pat
         "--run",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = forks.Popen(command, stderr=subprocess.DEVNULL)
     lease = tmp_path / "run.rehearsal/resumed/lease.json"
     training = wait_for_pid(lease, process)
     process.terminate()

@@ -5,8 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from finetune.package.attest import provenance
 from finetune.package.attest.provenance import sha256
 from finetune.package.card.card import NOTES_BEGIN, NOTES_END
+from tests.forks import Popen
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.forks import Forks
@@ -58,9 +57,8 @@ def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def forks(hub: Hub, tmp_path: Path) -> Iterator[Forks]:
-    with closing(Forks(hub, tmp_path, TOKEN)) as forks:
-        yield forks
+def forks(hub: Hub, tmp_path: Path) -> Forks:
+    return Forks(hub, tmp_path, TOKEN)
 
 
 @pytest.fixture
@@ -405,7 +403,7 @@ def test_a_publish_by_xet_that_was_killed_is_finished_by_the_next_call(hub, xet,
     repo = hub.add("model", "tiny/new")
     repo.commit(OLD)
     command = [sys.executable, "-m", "finetune", "publish", str(package), "--to", "tiny/new"]
-    child = subprocess.Popen(command, env=xet, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    child = Popen(command, env=xet, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     hub.fail("POST", path, status, call=child.kill)
     _, said = child.communicate(timeout=60)
     assert child.returncode == -9, said.decode()

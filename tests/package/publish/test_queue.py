@@ -18,6 +18,7 @@ from finetune.package.publish import queue
 from finetune.store.checkpoints import manifest as manifests
 from finetune.store.checkpoints import store as stores
 from finetune.store.checkpoints.store import Store
+from tests.forks import Popen
 from tests.hub import Hub
 from tests.hub.client import environment
 from tests.hub.forks import Forks
@@ -32,7 +33,6 @@ def up(tmp_path_factory) -> Iterator[tuple[Hub, Forks]]:
     with Hub(seconds=1500) as hub:
         forks = Forks(hub, tmp_path_factory.mktemp("home"), TOKEN)
         yield hub, forks
-        forks.close()
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_a_hub_that_is_down_while_training_is_not_waited_for_and_is_caught_up_wi
     hub.users[TOKEN] = User("tiny")
     env, port = environment(hub, tmp_path, HF_TOKEN=TOKEN), int(hub.url.rpartition(":")[2])
     command = [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run), "--quiet"]
-    child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         wait_for((run / "publish.log").exists, child)  # the training has asked for its right to publish, and begins
         if outage == "refused":
