@@ -12,11 +12,11 @@ from finetune.plan.retention import Saved, best
 from finetune.recipe.schema import Every, Recipe
 
 HISTORY_ENTRIES = 1000
-"""Of the loss, at most so many are in a checkpoint's history: it is in every checkpoint, and the journal has all."""
+"""Most loss entries in a checkpoint's history: every checkpoint carries it, and the journal has them all."""
 
 
 def is_evaluated(plan: Plan, step: int, is_saved: bool) -> bool:
-    """Whether the weights after a step are evaluated: by the recipe's cadence, where they may be the best, and at both ends."""
+    """Whether to evaluate the weights after a step: by the recipe's cadence, if they may be the best, and at both ends."""
     recipe = plan.recipe
     is_at_an_end = step in (0, plan.steps)
     is_wanted = is_at_an_end or _is_due(recipe.evaluate.every, step) or (is_saved and recipe.checkpoint.keep.best)
@@ -24,14 +24,14 @@ def is_evaluated(plan: Plan, step: int, is_saved: bool) -> bool:
 
 
 def is_saved(plan: Plan, step: int) -> bool:
-    """Whether a step is committed, however its evaluation comes out."""
+    """Whether a step is committed, whatever its evaluation."""
     return any(_is_due(cadence, step) for cadence in saves(plan.recipe))
 
 
 def is_saved_as_best(plan: Plan, step: int, evaluated: Mapping[int, Metrics]) -> bool:
     """Whether a step is committed because its evaluation is the best so far: among the `keep.best` best, 1 unless the recipe says more.
 
-    Later evaluations do not count, so a step that runs again after a kill is judged as it was the first time.
+    Later evaluations do not count, so a repeated step after a kill gets the same answer as the first time.
     """
     rule = plan.recipe.checkpoint
     if not rule.save_best or step not in evaluated:
@@ -41,24 +41,24 @@ def is_saved_as_best(plan: Plan, step: int, evaluated: Mapping[int, Metrics]) ->
 
 
 def first_own_step(plan: Plan) -> int:
-    """The first step of the run that it can have a checkpoint of: a branch has one of the step that it begins with."""
+    """The first step that can have a checkpoint in this run: a branch has one of its parent's step."""
     return max(1, plan.parent.step) if plan.parent else 1
 
 
 def saves(recipe: Recipe) -> list[Every]:
-    """The cadences by which steps are committed."""
+    """The cadences of commits."""
     rule, milestones = recipe.checkpoint, recipe.publish.milestones if recipe.publish else None
     return [each for each in (*rule.every, rule.keep.every, rule.keep.weights_every, milestones) if each]
 
 
 def saves_at_most(recipe: Recipe) -> list[Every]:
-    """The same with that of evaluations, where each of them may turn out to be the best so far."""
+    """The same with the cadence of evaluations, if each may turn out to be the best so far."""
     every = recipe.evaluate.every
     return [*saves(recipe), *([every] if every and recipe.checkpoint.save_best else [])]
 
 
 def may_lose_best(recipe: Recipe) -> bool:
-    """Whether a step may be evaluated as the best, and not be committed."""
+    """Whether the best evaluated step may stay uncommitted."""
     every = recipe.evaluate.every
     if recipe.checkpoint.save_best or every is None or every.steps is None:
         return False
@@ -66,7 +66,7 @@ def may_lose_best(recipe: Recipe) -> bool:
 
 
 def history_every(plan: Plan) -> int:
-    """Every how many steps the loss is in the history: a power of two, so that a run that is extended needs none it left out."""
+    """Steps between loss entries of the history: a power of two, so an extended run never needs a skipped entry."""
     return 1 << (ceil(plan.steps / HISTORY_ENTRIES) - 1).bit_length()
 
 

@@ -17,7 +17,7 @@ from finetune.recipe.schema import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What the tokenizer classes of transformers read: a vocabulary, and how to read it. Without the first the others are only remarks.
+# What the tokenizer classes of transformers read: a vocabulary, and how to read it. Without the first, the others mean nothing.
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.*.json", "vocab.json", "vocab.txt", "*.model", "tokenizer.model.*", "tekken.json"),
     *("vocab-*.json", "byte_maps.json", "entity_vocab.json", "bpe.codes", "*.tokenizer"),
@@ -28,8 +28,8 @@ REMARKS = (
 )
 TOKENIZER_FILES = VOCABULARIES + REMARKS
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
-ARRANGEMENT = {"packing"}  # settings of a task that decide where a row's tokens go, and not which they are
-NOT_TOKENS = ARRANGEMENT | {"template"}  # of a template it is the text that counts, not where it was
+ARRANGEMENT = {"packing"}  # settings of a task for the place of a row's tokens; they do not change the tokens
+NOT_TOKENS = ARRANGEMENT | {"template"}  # only the text of a template counts, not its path
 # Plans of older code have digests by other rules, over these files.
 OLDER = "sha256:"
 OLDER_FILES = (
@@ -39,9 +39,9 @@ OLDER_FILES = (
 
 
 def digest(task: Task, files: Sequence[Path], template: str | None, stops: list[int], row_rules: int) -> str:
-    """Over the tokenizer's files, the chat template in force, stop tokens, the rules by which rows are read, and every setting of the task.
+    """Over the tokenizer's files, the chat template in force, stop tokens, the row rules, and every setting of the task.
 
-    Settings that have their default are left out, so that one that a later version adds does not change the digest of an older plan.
+    Skips settings at their default, so a setting added later does not change the digest of an older plan.
     """
     settings = task.model_dump(mode="json", exclude_defaults=True, exclude=NOT_TOKENS)
     total = blake3.blake3(json.dumps([settings, template, stops, row_rules], sort_keys=True).encode())
@@ -51,8 +51,8 @@ def digest(task: Task, files: Sequence[Path], template: str | None, stops: list[
 
 
 def key(encoding: str, task: Task, tokenizer: "PreTrainedTokenizerBase", date: str | None) -> str:
-    """Of encoded rows in the cache: the plan's digest, the whole section of the task, the date that templates are given, and what the
-    libraries make of the files.
+    """Of encoded rows in the cache: the plan's digest, the whole section of the task, the date for templates, and the results
+    of the libraries.
 
     Of the section the digest has no defaults, and that of an older plan only name and length: it must not change, and this may.
     """
@@ -74,7 +74,7 @@ def older_texts(template: str | None) -> list[str | None]:
 
 def older_digest(task: Task, directory: Path, template: str | None, stops: list[int], row_rules: int = 1) -> str:
     facts = [task.name, task.max_length, template or "", stops]
-    facts += [row_rules] if row_rules > 1 else []  # the first ones had no number
+    facts += [row_rules] if row_rules > 1 else []  # the first plans had no number
     total = hashlib.sha256(json.dumps(facts).encode())
     for name in OLDER_FILES:
         if (directory / name).is_file():

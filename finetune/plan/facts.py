@@ -1,4 +1,4 @@
-"""What a run records beside its plan: the machine and the software it runs on, none of which decides what is trained."""
+"""Facts recorded beside a plan: machine and software. None of them decides the training."""
 
 from typing import NotRequired, TypedDict, cast
 
@@ -27,7 +27,7 @@ class Facts(Machine):
     """The run's id."""
     software: NotRequired[dict[str, str]]
     places: NotRequired[dict[str, str]]
-    """Where base and data lay when they were not where the plan says."""
+    """The places of base and data, if they moved since the plan."""
 
 
 def world_of(facts: Facts) -> World:

@@ -14,31 +14,31 @@ from finetune.plan.shown import BaseFacts, Forecast, OfDevices, SourceFacts, Tar
 from finetune.recipe.schema import Every, Publish
 
 COMPANION_BYTES = 8 * 2**20  # tokenizer and configs, at the large end
-# beside tensors, as they were measured; numbers are of one each
-TENSOR_BYTES = 1_100  # records in the manifest, headers and counters of a tensor and its moments
+# of files beside tensors, as measured; each number is of one
+TENSOR_BYTES = 1_100  # of a tensor and its moments: records in the manifest, headers, counters
 ENTRY_BYTES = 140  # of the history of losses
 FILES, BLOCK_BYTES = 9, 4096
 STEP_BYTES, EVENT_BYTES = 330, 400  # of the journal
 ROW_BYTES, NORM_BYTES = 16, 9  # in Parquet
-LAYERS = 32  # of a base whose config is not at hand
-MATRICES = 7  # of a layer, about
+LAYERS = 32  # of a base without a config here
+MATRICES = 7  # of a layer, roughly
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
-CARD_BYTES = 80 * 2**30  # of a GPU where this machine has none
+CARD_BYTES = 80 * 2**30  # of a GPU, if this machine has none
 
 
 def shared_bytes(plan: Plan) -> int:
-    """What the first checkpoint writes and the later ones link to: frozen weights, tokenizer and configs."""
+    """Bytes written by the first checkpoint and linked by later ones: frozen weights, tokenizer and configs."""
     frozen = memory.stored_width(plan) * (plan.total_parameters - plan.trainable_parameters)
     return COMPANION_BYTES + (0 if memory.is_beside(plan) else frozen)
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """A first checkpoint, with all that it holds."""
+    """A whole first checkpoint."""
     return shared_bytes(plan) + state_bytes(plan)
 
 
 def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
-    """All that is on disk at once at the end, with one checkpoint being written and one milestone packaged; what is linked counts once."""
+    """Most disk space at once, with one checkpoint being written and one milestone packaged; linked files count once."""
     rule, publish = plan.recipe.checkpoint.keep, plan.recipe.publish
     is_evaluated = plan.holdout_counts.examples > 0
     for_good = _multiples(plan, [rule.every, publish.milestones if publish else None])
@@ -51,7 +51,7 @@ def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
 
 
 def package_bytes(plan: Plan) -> int:
-    """A package: the whole model, or the adapter alone, which is in fp32. Of a small adapter's checkpoints it is many times the size."""
+    """A package: the whole model, or the adapter alone in fp32. With a small adapter it is many times larger than a checkpoint."""
     asked = plan.recipe.package
     if asked.form == "adapter":
         return COMPANION_BYTES + memory.trained_bytes(plan)
@@ -66,7 +66,7 @@ def _multiples(plan: Plan, cadences: Iterable[Every | None]) -> set[int]:
 
 
 def _small_bytes(plan: Plan, layers: int) -> int:
-    """What is in every checkpoint beside tensors: its manifest and counters, names of tensors, the history of losses; files fill blocks."""
+    """Bytes of a checkpoint beside tensors: manifest, counters, names of tensors, history of losses; files fill blocks."""
     entries = min(plan.steps, cadence.HISTORY_ENTRIES) + _evaluations(plan)
     return _trained_tensors(plan, layers) * TENSOR_BYTES + entries * ENTRY_BYTES + FILES * BLOCK_BYTES
 
@@ -85,7 +85,7 @@ def _evaluations(plan: Plan) -> int:
 
 
 def _trained_tensors(plan: Plan, layers: int) -> int:
-    """About as many as are trained."""
+    """Number of trained tensors, roughly."""
     beside = plan.recipe.adapter.tensors_beside_a_matrix if plan.recipe.adapter else 0
     return MATRICES * beside * layers if beside else 12 * layers + 3
 
@@ -146,7 +146,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What the recipe asks for and may be regretted."""
+    """Warnings about settings you may regret."""
     if not cadence.may_lose_best(plan.recipe):
         return []
     return [
@@ -155,7 +155,7 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[OfDevices]:
-    """The memory of each of several GPUs, where each holds the whole model, and where they share it; without a weight."""
+    """The memory of each of several GPUs, with the whole model on each and with a shared one; computed without weights."""
     rows: list[OfDevices] = []
     for world_size in DEVICES:
         device = Device(device_bytes, is_gpu=True, world_size=world_size)
@@ -174,7 +174,7 @@ def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[
 
 
 def _copies(plan: Plan) -> int:
-    """Rows that are neither trained on nor evaluated, since they repeat a held-out one."""
+    """Rows neither trained on nor evaluated, because they repeat a held-out one."""
     is_by_content = plan.split is not None
     return sum(pin.rows for pin in plan.train) - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
 
@@ -241,7 +241,7 @@ def table(facts: Forecast) -> str:
 
 
 def _host_rows(facts: Forecast) -> list[tuple[str, str]]:
-    """What the host beside a GPU holds."""
+    """The memory of the host beside a GPU."""
     if not facts["host_memory"]:
         return []
     found = f"about {readable(facts['host_memory_bytes'])}; there are {readable(facts['host_bytes'])}"
@@ -249,7 +249,7 @@ def _host_rows(facts: Forecast) -> list[tuple[str, str]]:
 
 
 def base_lines(notes: Sequence[str], kinds: dict[str, tuple[int, int]] | None) -> list[str]:
-    """What was found out about the base, and how much of it an adapter reaches, by kind of module."""
+    """Notes about the base, and the share of it that an adapter reaches, by kind of module."""
     if not kinds:
         return [f"base: {note}" for note in notes]
     total, held = (sum(column) for column in zip(*kinds.values(), strict=True))

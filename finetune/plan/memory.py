@@ -12,12 +12,12 @@ from finetune.plan.shape import Shape
 
 FLOAT = 4  # bytes of fp32
 NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
-CHUNK_TOKENS = 512  # of `model.losses`: so many rows of logits exist at once
+CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
 HOST_PROCESS_BYTES = (
     4 * 2**30
 )  # of the host, for one that trains on a GPU: a guess, with CUDA's libraries and data; never measured
-CONTEXT_BYTES = 2**30  # what a GPU's libraries take beside tensors
+CONTEXT_BYTES = 2**30  # of a GPU's libraries, beside tensors
 # Holes that freed tensors leave between live ones, as a share of what a micro-batch needs. With glibc 13 % (bf16) and 22 % (fp32)
 # of a full fine-tune were seen, and 51 % and 63 to 150 % of LoRA, whose sums of products are short-lived tensors among those that stay: the same training
 # of 12 layers took 106 to 150 % in eight runs on one machine. Of a model of 42 M parameters with a small vocabulary it was 176 %. Not measured on a GPU.
@@ -25,7 +25,7 @@ SLACK, SLACK_OF_LORA, SLACK_OF_FP32_LORA = 0.2, 0.5, 1.1
 # Weights in bf16 that are updated at once, by kind of device, and the bytes that each takes meanwhile. A GPU waits a tenth of a
 # millisecond for its host to begin a slice; on a CPU a slice stays in the caches.
 UPDATE_SLICES, UPDATE_BYTES = {"cuda": 2**26}, 14
-MARGIN = 0.9  # of a device's memory may be forecast
+MARGIN = 0.9  # of a device's memory, at most, in a forecast
 # On a CPU no more pays: 4,096 tokens through three layers of SmolLM2's took 3.1, 3.0, 3.4 and 3.5 s in micro-batches of 512 to 4,096.
 CPU_TOKENS = 2048
 
@@ -34,7 +34,7 @@ LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.
 
 
 class Device(NamedTuple):
-    """What one process trains on."""
+    """The device of one process."""
 
     bytes: int
     is_gpu: bool = False
@@ -42,11 +42,11 @@ class Device(NamedTuple):
     host_bytes: int = 0
     """Of a GPU: the memory of the host, which all its processes share."""
     processes: int = 1
-    """Of the training, on that host."""
+    """Processes of the training on that host."""
 
 
 class Work(NamedTuple):
-    """How many tokens come together."""
+    """Tokens in one forward of a training and of an evaluation."""
 
     micro_batch: int
     step: int
@@ -73,7 +73,7 @@ def evaluation_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> di
 
 
 def _lasting(plan: Plan, shape: Shape, device: Device) -> dict[str, int]:
-    """What is there at any moment of a training that has saved."""
+    """Parts that exist at every moment after the first save."""
     return {
         "process": CONTEXT_BYTES if device.is_gpu else PROCESS_BYTES,
         "weights": trained_bytes(plan) + sum(_frozen(plan, shape).values()),
@@ -90,7 +90,7 @@ def _slack(plan: Plan, device: Device, passing: int) -> int:
 def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
     """In the forward and backward of a step, while the one before is saved."""
     share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
-    tokens = min(max(work.micro_batch, plan.counts.longest), work.step)  # a row that is longer stands alone
+    tokens = min(max(work.micro_batch, plan.counts.longest), work.step)  # a longer row is alone
     found = _lasting(plan, shape, device) | {
         "casts": _casts(plan, shape),
         "activations": tokens * _kept(plan, shape),
@@ -100,7 +100,7 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     found["slack"] = _slack(plan, device, forward)
     gradients = trained_bytes(plan)
     is_alone = work.step <= work.micro_batch * device.world_size
-    # those of the only micro-batch of a step are made while its activations go
+    # with one micro-batch, its activations are freed while gradients are made
     found["gradients"] = max(0, gradients - forward) if is_alone else gradients
     if device.world_size > 1:
         found["gradients"] += gradients  # the buckets in which ranks exchange them
@@ -108,7 +108,7 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
 
 
 def staging_sets(plan: Plan, device: Device) -> int:
-    """How many copies of the state saves may hold at once: two, or one where the host of a GPU has no room for two."""
+    """Copies of the state that saves may hold at once: two, or one if the host of a GPU has no room for two."""
     room = MARGIN * device.host_bytes - device.processes * HOST_PROCESS_BYTES
     return 1 if device.is_gpu and 2 * state_bytes(plan) > room else 2
 
@@ -130,24 +130,24 @@ def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
         return sum(found.values())
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
     layer = (plan.total_parameters - embeddings) // shape.layers
-    gathered = _width(plan) * (2 * layer + embeddings)  # the layer under way, the next one, and what lies around them
+    gathered = _width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
     shared = found["weights"] + found["moments"] + trained_bytes(plan)
     passing = gathered + found["activations"] + found["logits"]
     return found["process"] + round((1 + SLACK) * passing) + -(-shared // world_size)
 
 
 def state_bytes(plan: Plan) -> int:
-    """What every full checkpoint holds anew, and what a save stages: the trained weights and their moments."""
+    """Bytes newly written by every full checkpoint and staged by a save: trained weights and their moments."""
     return trained_bytes(plan) + _moments(plan)
 
 
 def update_slice(device_type: str) -> int:
-    """How many weights in bf16 are in fp32 at once in an update; also the order in which their random numbers are drawn."""
+    """Weights in bf16 that an update holds in fp32 at once. It also decides the order of their random numbers."""
     return UPDATE_SLICES.get(device_type, 2**20)
 
 
 def micro_batch_tokens(plan: Plan, shape: Shape, device: Device) -> int:
-    """What `auto` stands for: the longest example, doubled while the forecast fits and a step or, on a CPU, the caches have use for it."""
+    """The value of `auto`: the longest example, doubled while the forecast fits and a step or, on a CPU, the caches gain from it."""
     tokens = max(1, plan.counts.longest, plan.holdout_counts.longest)
     step = plan.recipe.train.batch_size * plan.counts.longest
     while tokens < step and (device.is_gpu or 2 * tokens <= CPU_TOKENS):
@@ -162,7 +162,7 @@ def fits(size: int, device: Device) -> bool:
 
 
 def machine_bytes() -> int:
-    """The memory of this machine, or what its container may use of it."""
+    """The memory of this machine, or the limit of its container."""
     limits = [int(text) for file in LIMITS if file.exists() and (text := file.read_text().strip()).isdigit()]
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
 
@@ -172,7 +172,7 @@ def _width(plan: Plan) -> int:
 
 
 def is_beside(plan: Plan) -> bool:
-    """Whether matrices beside the base are trained, and the base stays as it is."""
+    """Whether only matrices beside a frozen base are trained."""
     return plan.recipe.adapter is not None and plan.recipe.adapter.is_peft
 
 
@@ -192,13 +192,13 @@ def _moments(plan: Plan) -> int:
 
 
 def _scratch(plan: Plan, shape: Shape) -> int:
-    """What an update of weights in bf16 has room for: a slice, or the largest tensor where that is smaller."""
+    """Scratch bytes of an update of bf16 weights: for a slice, or for the largest tensor if that is smaller."""
     is_rounded = plan.recipe.train.weights == "bf16" and not is_beside(plan)
     return UPDATE_BYTES * min(update_slice("cuda"), shape.vocabulary * shape.hidden) if is_rounded else 0
 
 
 def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
-    """Bytes of frozen weights: linear layers, which lie beneath an adapter as products want them, and the rest."""
+    """Bytes of frozen weights: linear layers, stored under an adapter in the type of products, and the rest."""
     parameters = plan.total_parameters - plan.trainable_parameters
     if not is_beside(plan):
         return {"rest": stored_width(plan) * parameters}
@@ -217,7 +217,7 @@ def _casts(plan: Plan, shape: Shape) -> int:
 
 
 def _layer(plan: Plan, shape: Shape) -> int:
-    """Bytes a token of one gated decoder layer that is under way."""
+    """Bytes a token of one running gated decoder layer."""
     width, stored = _width(plan), stored_width(plan)
     # attention's inputs and outputs, and the gated layer's
     products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
@@ -229,7 +229,7 @@ def _layer(plan: Plan, shape: Shape) -> int:
 
 
 def _kept(plan: Plan, shape: Shape) -> int:
-    """Bytes a token that decoder layers keep for the backward pass, and one of them while it is under way."""
+    """Bytes a token kept by decoder layers for the backward pass, and by one of them while it runs."""
     layer = _layer(plan, shape)
     if plan.recipe.train.activation_checkpointing:
         return shape.layers * stored_width(plan) * shape.hidden + 2 * layer

@@ -11,15 +11,15 @@ from finetune.plan.plan import Plan
 from finetune.recipe.schema import Every
 
 FORECAST_AFTER_STEPS = 20
-COUNTED_STEPS = 1_000  # of more steps the mean is known well enough, and looking up their rows would take seconds
-FADING = 0.95  # a step counts so much less than the one after it
+COUNTED_STEPS = 1_000  # beyond this many steps the mean is good enough, and looking up their rows would take seconds
+FADING = 0.95  # weight of a step, relative to the next one
 
 
 class Pace:
-    """The speed of a training and what is left of it. Its first step is left out, for it also makes buffers."""
+    """The speed of a training and its remaining work. The first step does not count, because it also makes buffers."""
 
     def __init__(self, tokens: float, evaluations: int, saves: int, evaluation_tokens: int = 0):
-        """What is left to do; `evaluation_tokens` are those of one evaluation."""
+        """The remaining work; `evaluation_tokens` are those of one evaluation."""
         self.tokens = tokens
         self.left = {"evaluation": evaluations, "save": saves}
         self.evaluation_tokens = evaluation_tokens
@@ -42,17 +42,17 @@ class Pace:
 
     @contextmanager
     def aside(self, name: str, is_foreseen: bool = True) -> Iterator[None]:
-        """An evaluation or a save, between two steps; `is_foreseen` if it was counted among those left to do."""
+        """An evaluation or a save between two steps; `is_foreseen` if the remaining work included it."""
         started = self.clock()
         yield
         seconds = self.clock() - started
         self._taken[name].append(seconds)
         self._mark += seconds
-        if self.steps and is_foreseen:  # what comes before the first step was not counted
+        if self.steps and is_foreseen:  # anything before the first step was not counted
             self.left[name] = max(0, self.left[name] - 1)
 
     def seconds_of(self, name: str) -> float:
-        """Of one evaluation or save to come."""
+        """Seconds of one future evaluation or save."""
         taken = self._taken[name]
         if taken:
             return sum(taken) / len(taken)
@@ -82,7 +82,7 @@ class Pace:
 
 
 def ahead(plan: Plan, start: int, end: int) -> Pace:
-    """What there is to do after step `start`, up to step `end`; saves by the minute and of the best evaluation so far are not foreseen."""
+    """The work after step `start`, up to step `end`; without saves by the minute and of the best evaluation so far."""
     recipe = plan.recipe
     holdout = plan.holdout_counts
     saves = {end} | _multiples(cadence.saves(recipe), start, end)
@@ -93,21 +93,21 @@ def ahead(plan: Plan, start: int, end: int) -> Pace:
 
 
 def mean_tokens(plan: Plan, start: int, end: int) -> float:
-    """Tokens of the steps after `start` up to `end`, as they are on average."""
+    """Tokens of the steps after `start` up to `end`, by their average."""
     order = plan.order
     examples = order.drawn_after(end) - order.drawn_after(start)
     return plan.counts.tokens * examples / order.examples_per_epoch
 
 
 def tokens_of(plan: Plan, lengths: np.ndarray, start: int, end: int) -> float:
-    """The same, counted where they are not too many; `lengths` are the tokens of each example."""
+    """The same, counted exactly for few steps; `lengths` are the tokens of each example."""
     if end - start > COUNTED_STEPS:
         return mean_tokens(plan, start, end)
     return float(sum(lengths[plan.examples_of(step)].sum() for step in range(start + 1, end + 1)))
 
 
 def largest_step(plan: Plan, lengths: np.ndarray) -> int:
-    """Tokens of the largest step, of the first ones where there are many."""
+    """Tokens of the largest step; with many steps, only of the first ones."""
     return max(int(lengths[plan.examples_of(step)].sum()) for step in range(1, min(plan.steps, COUNTED_STEPS) + 1))
 
 

@@ -18,7 +18,7 @@ class PinnedBase(Pin):
     digest: str | None
     """`blake3:…` over the files of a local base."""
     beneath: "PinnedBase | None" = None
-    """What an adapter is merged onto."""
+    """The base of an adapter."""
 
 
 class PinnedSource(Pin):
@@ -30,7 +30,7 @@ class PinnedSource(Pin):
 
 
 class Counts(Pin):
-    """What encoding found in one set of rows."""
+    """Counts of one set of encoded rows."""
 
     rows: int
     examples: int
@@ -39,12 +39,12 @@ class Counts(Pin):
     cut_rows: int
     cut_tokens: int
     left_out_rows: int
-    """Rows whose supervised tokens all lie beyond `max_length`: nothing could be learnt from them."""
+    """Rows skipped because all their supervised tokens lie beyond `max_length`."""
     longest: int
 
 
 class Segment(Pin):
-    """An earlier plan of a run that was extended: it holds for the steps that were recorded before, also when they run again."""
+    """An earlier plan of an extended run: it holds for the steps recorded before, also if they run again."""
 
     until: int
     """The last of those steps."""
@@ -55,7 +55,7 @@ class Segment(Pin):
 
 
 class Parent(Pin):
-    """The checkpoint of another run that a branch begins with."""
+    """The checkpoint of another run at the start of a branch."""
 
     ref: str
     """`<name of the run>@<step>`."""
@@ -66,31 +66,31 @@ class Parent(Pin):
     """Of the checkpoint's manifest; None for the base, step 0."""
     plan_id: str
     changes: tuple[str, ...] = ()
-    """A line for every key of the recipe that is another one, and for what else was changed."""
+    """A line for every changed recipe key, and for other changes."""
 
 
 class EarlierOrder(Pin):
-    """What chose the examples of a branch's steps up to `until`, where the branch changed it."""
+    """The seed and batch size for a branch's steps up to `until`, if the branch changed them."""
 
     until: int
     drawn: int
-    """Examples that these steps drew: the next step goes on after them."""
+    """Examples drawn by these steps: the next step continues after them."""
     seed: int
     batch_size: int
     steps: int
-    """Of the whole plan that was left; the learning rate keeps its course over what was left of it."""
+    """Of the whole earlier plan; the learning rate covers the rest of its curve in the new steps."""
 
 
 class Stage(Pin):
-    """Another run whose training the weights went through before this one's: which rows they know from there."""
+    """An earlier run that trained the weights, with the rows they know from there."""
 
     ref: str
     """`<name of the run>@<step>`."""
     task: str | None = None
-    """None, like `data`, where the run's plan could not be found."""
+    """None, like `data`, if the run's plan could not be found."""
     data: Data | None = None
     train: tuple[PinnedSource, ...] = ()
     seed: int = 0
-    """`train.seed`, by which plans without a split drew their held-out rows."""
+    """`train.seed`: plans without a split drew their held-out rows by it."""
     row_rules: int = 1
     split: Split | None = None

@@ -20,7 +20,7 @@ from finetune.recipe.schema import Recipe, Train, count_of
 
 SCHEMA = 1
 ROW_RULES = 2
-"""By which rules a new run reads its rows: 1 trained on what a template showed of a row, 2 refuses a row that would lose something."""
+"""The row rules of a new run: 1 trained on whatever a template kept of a row, 2 refuses a row that would lose something."""
 
 
 class Extension(TypedDict):
@@ -46,43 +46,43 @@ class Plan(Pin):
     """Training examples of each source."""
     steps: int
     warmup_steps: int
-    """Of the curve that the learning rate is on after the segments."""
+    """Of the last curve of the learning rate, after the segments."""
     total_parameters: int
     trainable_parameters: int
     schedule_start: int = 0
-    """The step after which that curve begins."""
+    """That curve begins after this step."""
     segments: tuple[Segment, ...] = ()
     """Earlier plans of the run, oldest first; empty unless it was extended."""
     parent: Parent | None = None
-    """Where a branch comes from; its first step is the one after."""
+    """The origin of a branch; its first step is the next one."""
     earlier_orders: tuple[EarlierOrder, ...] = ()
     """Oldest first; empty unless a branch changed its seed or batch size after a step."""
     skipped_rows: tuple[int, ...] = ()
-    """Rows that a branch leaves out of its steps ..."""
+    """Rows that a branch skips ..."""
     skipped_examples: tuple[int, ...] = ()
-    """... and the examples that are made of them."""
+    """... and their examples."""
     date: str | None = None
-    """The day that the chat template is given, where it prints one (YYYY-MM-DD). Older plans have none."""
+    """The day for a chat template that prints one (YYYY-MM-DD). Older plans have none."""
     row_rules: int = 1
-    """See `ROW_RULES`: a run keeps those that it began with."""
+    """See `ROW_RULES`: a run keeps its first ones."""
     split: Split | None = None
-    """Which rows of the training sources are held out. None: sources of their own, no rows, or those that an older version drew by
+    """The rule of held-out rows in the training sources. None: separate sources, no rows, or rows drawn by an older version, by
     position and `train.seed`."""
     held_out: str = ""
-    """Digest of what the held-out rows say."""
+    """Digest of the content of the held-out rows."""
     stages: tuple[Stage, ...] | None = None
-    """The runs that trained the base, or what a branch begins with, the last one first. None: an older version did not note them."""
+    """The runs that trained the base or the parent of a branch, the last one first. None: an older version did not record them."""
     seen: tuple[Seen, ...] = ()
     """Held-out rows that these, or the run itself, train on."""
     arranged: str | None = None
-    """How rows come together (`padded`, `alone`) where that is not as the recipe says, since its base cannot pack them."""
+    """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
     keeps_fp32: bool = False
-    """Whether bf16 weights leave in fp32 what the base's files store so beside them; runs of older code rounded it."""
+    """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
 
     @property
     def plan_id(self) -> str:
-        """Digest of all that decides what is trained; two plans with one id train the same."""
-        # without defaults, so that a key that a later version adds does not change the id of an old plan
+        """Digest of everything that decides the training; two plans with one id train the same."""
+        # without defaults, so a key added later does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
         facts["recipe"] = binding(facts["recipe"])
         for name in ("stages", "seen"):  # known of other runs, of which the figures speak, not the training
@@ -92,17 +92,17 @@ class Plan(Pin):
 
     @property
     def arrangement(self) -> str:
-        """How rows come together: `packed` in one sequence, `padded` to one length, or each `alone`."""
+        """The arrangement of rows: `packed` in one sequence, `padded` to one length, or each `alone`."""
         return self.arranged or ("packed" if self.recipe.task.packing else "padded")
 
     @property
     def plan_ids(self) -> frozenset[str]:
-        """What checkpoints of the run may name as their plan: this one, and those it was before it was extended."""
+        """The plan ids that checkpoints of the run may have: this one, and those before each extension."""
         return frozenset({self.plan_id, *(segment.plan_id for segment in self.segments)})
 
     @property
     def extension(self) -> Extension | None:
-        """None when it never was."""
+        """None if it never was."""
         if not self.segments:
             return None
         last = self.segments[-1]
@@ -128,7 +128,7 @@ class Plan(Pin):
         return order_of(self.recipe, self.sizes, self.earlier_orders)
 
     def examples_of(self, step: int) -> np.ndarray:
-        """Example ids (int64) of update `step`. A step of which all are to be skipped has them, and is not made (`is_left_out`)."""
+        """Example ids (int64) of update `step`. If all are to be skipped, the step keeps them, and is not made (`is_left_out`)."""
         ids = self.order.examples_of(step)
         if not self.skipped_examples:
             return ids
@@ -150,10 +150,10 @@ class Plan(Pin):
         return schedules.learning_rate(peak, schedule, curve.warmup_steps, length - start, at - start, **own)
 
     def extended(self, train: Train, recorded: int, schedule: str) -> "Plan":
-        """This plan with the length that `train` asks for. The first `recorded` steps keep their learning rates for ever.
+        """This plan with the length in `train`. The first `recorded` steps keep their learning rates forever.
 
-        `continue` stretches the curve of the learning rate to the new end and goes on where it then is; `restart` begins
-        another one, warm-up included, with the first step that is not recorded. Rows do not depend on the length.
+        `continue` stretches the curve of the learning rate to the new end and continues there; `restart` begins
+        another one, warm-up included, with the first unrecorded step. Rows do not depend on the length.
         """
         earlier = Segment(
             until=recorded,
@@ -176,7 +176,7 @@ class Plan(Pin):
 
     def dump(self, facts: Facts) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
-        # what only an extended run or a branch has is left out of the others' plans
+        # fields of extended runs and branches are skipped in other plans
         optional = (
             "schedule_start",
             "segments",
@@ -194,7 +194,7 @@ class Plan(Pin):
 
 
 def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOrder] = ()) -> Order:
-    """The order of a recipe's examples, after the orders that branches had before it."""
+    """The order of a recipe's examples, after the earlier orders of branches."""
     given = [source.weight for source in recipe.data.train if source.weight is not None]  # of all sources, or of none
     weights = tuple(given) if given else None
     begins = [(each.until, each.drawn) for each in earlier]
@@ -209,7 +209,7 @@ def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOr
 
 
 def steps_of(train: Train, order: Order) -> int:
-    """Updates in all; one never crosses an epoch's edge."""
+    """Number of updates; none crosses the end of an epoch."""
     return train.steps or order.last_step_of(train.epochs or 0)
 
 
@@ -220,10 +220,9 @@ def warmup_of(recipe: Recipe, steps: int, start: int = 0, earlier: Sequence[Earl
 
 
 def _on_curve(step: int, steps: int, earlier: Sequence[EarlierOrder], start: int) -> tuple[float, int]:
-    """Where on its curve of the learning rate a step is, and the last step of that curve.
+    """The place of a step on its curve of the learning rate, and the last step of that curve.
 
-    A curve that began before a branch changed the batch size has the steps that were planned then: what was left of them is
-    covered by the steps that are left now.
+    A curve from before a branch changed the batch size keeps its planned length: the remaining steps cover the rest of it.
     """
     at: float = step
     for change in reversed(earlier):
