@@ -46,7 +46,7 @@ class Device(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Tokens in one forward of a training and of an evaluation."""
+    """Tokens of a micro-batch and of a step."""
 
     micro_batch: int
     step: int
