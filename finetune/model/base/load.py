@@ -4,7 +4,6 @@ It must run no code from a checkpoint and read no pickle: `auto_map` is refused,
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,21 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     BitsAndBytesConfig,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from finetune.errors import BaseError, CheckpointError, explained, of_libraries
-from finetune.model.base import quantized, templates
+from finetune.errors import BaseError, explained, of_libraries
+from finetune.model.base import quantized
 from finetune.model.base.damaged import damaged, name_of, read_json
-from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
-from finetune.model.base.remote_code import asked_by
-from finetune.store.tensors import read_header
+from finetune.model.base.tokenizer import refuse_remote_code
+from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 
-CONVERT = "convert it: load it in transformers once and call save_pretrained"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as recipes spell them
 STORED_DTYPES = {
     torch.float32: "F32",
@@ -37,7 +32,6 @@ STORED_DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }  # as safetensors spells them
-RELOAD = "download or copy its tokenizer's files again"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -50,7 +44,7 @@ def load_config(path: Path) -> PretrainedConfig:
         message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
         raise BaseError(message, where=name_of(path), hint=hint)
     raw = read_json(path / "config.json")
-    _refuse_remote_code(path)
+    refuse_remote_code(path)
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise damaged(path / "config.json", "`architectures` is not a list of names")
@@ -72,96 +66,6 @@ def load_config(path: Path) -> PretrainedConfig:
         return config
     except of_libraries() as error:
         raise damaged(path / "config.json", " ".join(str(error).split())) from None
-
-
-def _refuse_remote_code(path: Path) -> None:
-    """Configs are data: read as JSON, before a library reads more into them."""
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if (path / name).is_file() and (key := next(asked_by(read_json(path / name)), None)):
-            message = f"needs code of its own (`{key}` in {name}), which is never run"
-            raise BaseError(message, where=name_of(path), hint="choose a base that transformers knows")
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory that has the model's config beside it, by which transformers chooses its class.
-
-    Every command opens tokenizers here. Only a fast one tells which characters a token stands for.
-    """
-    _refuse_remote_code(path)
-    _refuse_unreadable_templates(path)
-    tokenizer = _tokenizer(
-        path.absolute()
-    )  # a relative path may look like a Hub id that transformers makes exceptions for
-    if not tokenizer.is_fast or not len(tokenizer):
-        raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=name_of(path))
-    with explained("its tokenizer cannot encode a text", name_of(path), RELOAD):
-        tokenizer("a", return_offsets_mapping=True)
-    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
-        message, hint = "has a tokenizer that skips merges at random", "set `dropout` to null in its tokenizer.json"
-        raise BaseError(message, where=name_of(path), hint=hint)
-    if not templates.is_known_form(tokenizer.chat_template):
-        raise damaged(path / "tokenizer_config.json", "its `chat_template` is neither text nor named texts")
-    for template in templates.texts(tokenizer.chat_template):
-        if problem := templates.problem(template):
-            hint = "choose another base, or fix the template: what renders it may not survive it"
-            raise BaseError(f"has a chat template that {problem}", where=name_of(path), hint=hint)
-    return tokenizer
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        if not isinstance(error, of_libraries()) and type(error) is not Exception:  # tokenizers raises bare ones
-            raise
-        if not has_tokenizer(path):
-            raise no_tokenizer(name_of(path), path) from None
-        if (path / "tokenizer.json").exists():
-            read_json(path / "tokenizer.json")  # tells what is wrong with a torn file
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BaseError(
-            f"its tokenizer cannot be loaded: {reason}",
-            where=name_of(path),
-            hint=RELOAD if (path / "tokenizer.json").exists() else "add its tokenizer.json",
-        ) from error
-
-
-def _refuse_unreadable_templates(path: Path) -> None:
-    for file in sorted(file for pattern in TEMPLATES for file in path.glob(pattern)):
-        try:
-            templates.decoded(file.read_bytes())
-        except ValueError as error:
-            raise BaseError(f"its {file.name} {error}", where=name_of(path), hint="save it as UTF-8") from None
-        except OSError as error:
-            raise damaged(file, str(error.strerror)) from None
-
-
-def no_tokenizer(where: str, directory: Path) -> BaseError:
-    """The error for a checkpoint that was saved without one, as Trainer does unless it is told of one."""
-    hint = f"copy tokenizer.json and tokenizer_config.json of the model that it was trained from into {directory}"
-    return BaseError("has no tokenizer", where=where, hint=hint)
-
-
-def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end generation, by tokenizer and generation config together."""
-    stops = {tokenizer.eos_token_id}
-    if (path / "generation_config.json").exists():
-        named = read_json(path / "generation_config.json").get("eos_token_id")
-        found = named if isinstance(named, list) else [named]
-        if not all(token is None or isinstance(token, int) for token in found):
-            reason = f"`eos_token_id` is {json.dumps(named)}, not an id or a list of ids"
-            raise damaged(path / "generation_config.json", reason)
-        stops.update(found)
-    return frozenset(stops - {None})
-
-
-def check_generation_config(path: Path) -> None:
-    """BaseError where transformers refuses it, as it would when it opens the model."""
-    if (path / "generation_config.json").is_file():
-        with quiet(), explained("its generation_config.json is refused", name_of(path), "correct or remove the file"):
-            GenerationConfig.from_pretrained(path)
 
 
 class Place(NamedTuple):
@@ -241,14 +145,6 @@ def load_model(
     return model
 
 
-def refuse_lacking(path: Path, names: dict[str, list[str]]) -> None:
-    """BaseError where weights of the config are in no file, or have another shape there; `names` are by the kind that transformers says."""
-    for kind, found in names.items():
-        if found:
-            wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(found[:3])}"
-            raise BaseError(wrong, where=name_of(path))
-
-
 def _names(keys: Iterable[object]) -> list[str]:
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
@@ -277,26 +173,3 @@ def empty_model(path: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     return model
-
-
-def check_weight_files(path: Path) -> None:
-    """Refuses pickles, torn files and missing shards before transformers meets them."""
-    index = path / "model.safetensors.index.json"
-    named = weight_files(index) if index.exists() else {"model.safetensors"}
-    if not list(path.glob("*.safetensors")):
-        raise BaseError("has no safetensors weights", where=name_of(path), hint=CONVERT)
-    for name in sorted(named):
-        if not (path / name).is_file():
-            raise BaseError(f"lacks its weight file {name}", where=name_of(path), hint="download or copy it again")
-        try:
-            quantized.refuse_types(read_header(path / name), name_of(path))
-        except CheckpointError as error:
-            raise damaged(path / name, error.message) from None
-
-
-def weight_files(index: Path) -> set[str]:
-    """The names in an index of shards."""
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise damaged(index, "it has no `weight_map`")
-    return {str(name) for name in named.values()}

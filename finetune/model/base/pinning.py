@@ -1,0 +1,239 @@
+"""Pins a base, and makes a directory of it that `from_pretrained` reads: downloaded, converted or merged if need be.
+
+A base is a model on the Hub, in a directory or in a package, or an adapter, merged onto its own base.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import blake3
+from transformers import PreTrainedModel
+
+from finetune.errors import BaseError, CheckpointError
+from finetune.model.base import files, foreign, gguf, hub, merge
+from finetune.model.base.foreign import refuse as refuse_foreign
+from finetune.model.base.load import empty_model, load_model
+from finetune.model.base.located import Look, located
+from finetune.model.base.merged import write_merged
+from finetune.model.base.quiet import quiet
+from finetune.model.base.weight_files import CONVERT
+from finetune.plan.plan import PinnedBase
+from finetune.recipe.schema import Base
+from finetune.store import cache, places
+from finetune.store.checkpoints.manifest import MANIFEST
+from finetune.store.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
+from finetune.store.checkpoints.verify import verify
+from finetune.store.run.directory import RunDirectory
+
+MERGING = 1  # of `write_merged`; part of the cache key
+
+
+def pin(base: Base) -> PinnedBase:
+    """What exactly the base is: the commit of a Hub id, a digest over the files of a local one; of an adapter, what is beneath too."""
+    try:
+        pinned, adapter = _pin_itself(base)
+    except PermissionError:
+        hint = f"let user {os.geteuid()} read it and all that is in it, or train as another one"
+        raise BaseError("may not be read", where=base.checkpoint, hint=hint) from None
+    if adapter is None:
+        return pinned
+    merge.check_weights(adapter, base.checkpoint)
+    _, below = beneath(adapter, base.checkpoint)
+    return PinnedBase(kind="adapter", revision=pinned.revision, digest=files.digest(adapter), beneath=below)
+
+
+def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
+    """A directory that `from_pretrained` reads, downloaded, converted or merged if need be; checked against the pin."""
+    base = located(base, pinned, LOOK)
+    ref = parse(base.checkpoint)
+    if pinned.beneath is not None:
+        return _merged(ref, pinned, pinned.beneath, with_weights)
+    if ref.kind == "hub":
+        patterns = files.FROM_HUB + (files.WEIGHTS if with_weights else ())
+        path = hub.download(ref.repo, pinned.revision, patterns)
+        if not with_weights and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
+            raise BaseError("has no safetensors weights", where=ref.repo, hint=CONVERT)
+        return path
+    if ref.kind == "package":
+        return _converted(gguf.find(ref))
+    path = _local(ref)
+    if not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
+        raise BaseError(known[0], where=ref.text, hint=known[1])
+    return path
+
+
+def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
+    """The base of an adapter: of one of our runs the run's own, at its pin; else the one that the adapter names, pinned now."""
+    below, pinned = _named(path, where)
+    if pinned is not None:
+        return below, pinned
+    if (given := places.bases()) and not places.is_there(below.checkpoint):
+        places.say(f"base {below.checkpoint} of {where} is taken from {given[0]}")
+        below = Base(checkpoint=given[0])
+    with _explained(below, where):
+        pinned, adapter = _pin_itself(below)
+    if adapter is not None:
+        message, hint = f"is an adapter on another adapter, `{below.checkpoint}`", merge.MERGE_YOURSELF
+        raise BaseError(message, where=where, hint=hint)
+    return below, pinned
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Reads every byte of a checkpoint of ours; CheckpointError names the first file that is not what was committed."""
+    if damages := [damage for damage in verify(checkpoint) if damage.check != "extra"]:
+        message = f"{damages[0].file}: {damages[0].message}"
+        raise CheckpointError(message, where=str(checkpoint), hint="use another checkpoint of the run")
+
+
+def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
+    """The pin of a base whatever is beneath it, and its directory if it is an adapter."""
+    refuse_foreign(base.checkpoint)
+    ref = parse(base.checkpoint)
+    if ref.kind == "hub":
+        with _nearest_named(base.checkpoint):
+            commit = hub.commit_of(ref.repo, base.revision or ref.revision)
+        is_adapter = merge.is_adapter(hub.download(ref.repo, commit, (merge.CONFIG, "config.json")))
+        return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
+    if base.revision is not None:
+        raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
+    if ref.kind == "package":  # the file, not what some version of transformers makes of it
+        return PinnedBase(kind="package", revision=None, digest=f"blake3:{files.file_digest(gguf.find(ref))}"), None
+    path = _local(ref)
+    if (path / MANIFEST).exists():
+        refuse_damaged(path)
+    pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path))
+    return pinned, path if merge.is_adapter(path) else None
+
+
+@contextmanager
+def _nearest_named(text: str) -> Iterator[None]:
+    """An error of the Hub about what is likely the name of a folder, with a letter wrong."""
+    try:
+        yield
+    except BaseError as error:
+        if near := nearest_folder(text):
+            message = f"is no folder here, and as a Hub id: {error.message}"
+            raise BaseError(message, where=text, hint=f"did you mean the folder `{near}`?") from None
+        raise
+
+
+def _local(ref: Ref) -> Path:
+    """The directory of a base that is neither on the Hub nor in a package."""
+    path = _path_here(ref)
+    if path is None or not path.is_dir():
+        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
+    return path
+
+
+def _path_here(ref: Ref) -> Path | None:
+    """Where a ref to a directory leads; None for what is not one."""
+    if ref.kind == "run":
+        return find(ref).path
+    return ref.path if ref.kind == "checkpoint" or ref.kind == "model" else None
+
+
+def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
+    if digest != pinned.digest:
+        raise BaseError(
+            "is not what it was when the run was planned", where=ref.text, hint="restore it, or start a new run"
+        )
+
+
+def _converted(file: Path) -> Path:
+    """A GGUF file as safetensors: converted once, kept in the cache by the file's digest."""
+
+    def convert(target: Path) -> None:
+        print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
+        with quiet():
+            gguf.convert(file, target)
+
+    return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
+
+
+def _place(ref: Ref) -> Path | None:
+    """The directory or the file that a ref leads to, if it does; a Hub checkpoint whole, as it is now."""
+    if ref.kind == "package":
+        return gguf.find(ref)
+    if ref.kind == "hub":
+        return hub.download(ref.repo, hub.commit_of(ref.repo, ref.revision), files.FROM_HUB + files.WEIGHTS)
+    return _path_here(ref)
+
+
+LOOK = Look(
+    place_of=_place,
+    digest_of=lambda place: files.digest(place) if place.is_dir() else f"blake3:{files.file_digest(place)}",
+    commit_of=lambda ref: hub.commit_of(ref.repo, ref.revision),
+)
+
+
+def _adapter(ref: Ref, commit: str | None) -> Path:
+    """The directory of an adapter, whole."""
+    if ref.kind == "hub":
+        return hub.download(ref.repo, commit, files.FROM_HUB + files.WEIGHTS)
+    return _local(ref)
+
+
+def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
+    """What an adapter says it lies on, with the pin if it is the base of a run of ours."""
+    is_ours = (path / MANIFEST).exists()
+    if is_ours and (run := run_around(path)):
+        plan, _ = RunDirectory(run).plan()
+        return plan.recipe.base, plan.base
+    config = merge.read_config(path, where)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if is_ours and not revision:  # it names what only its run can find
+        raise CheckpointError("is an adapter whose run directory is not around it", where=where)
+    if not name:
+        message, hint = (
+            "is an adapter that does not name its base",
+            f"set base_model_name_or_path in its {merge.CONFIG}",
+        )
+        raise BaseError(message, where=where, hint=hint)
+    return Base(checkpoint=name, revision=None if Path(name).is_dir() else revision), None
+
+
+@contextmanager
+def _explained(below: Base, where: str) -> Iterator[None]:
+    """An error of the base beneath says which adapter wanted it."""
+    try:
+        yield
+    except (BaseError, CheckpointError) as error:
+        message = f"is an adapter, and its base cannot be had: {error}".partition("\nhint: ")[0]
+        hint = (
+            f"set base_model_name_or_path in its {merge.CONFIG} to the Hub id or the directory of `{below.checkpoint}`"
+        )
+        raise BaseError(message, where=where, hint=hint) from None
+
+
+def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights: bool) -> Path:
+    """An adapter merged onto what is beneath it, in fp32: done once, kept in the cache by the pins of both.
+
+    Once it is there, the base beneath is not needed. Without weights, a directory with config and tokenizer alone.
+    """
+    path = _adapter(ref, pinned.revision)
+    _check_digest(ref, files.digest(path), pinned)
+
+    def build(target: Path) -> None:
+        below, _ = _named(path, ref.text)
+        with _explained(below, ref.text):
+            source = directory(below, pinned_below, with_weights)
+        if with_weights:
+            print(f"merging {ref.text} onto {below.checkpoint}, once", file=sys.stderr, flush=True)
+        model = load_model(source) if with_weights else empty_model(source)
+        with quiet():
+            model = merge.merge(model, path, ref.text)
+        write_merged(model, source, path, target, ref.text)
+
+    facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
+    key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"
+    return cache.built("merged" if with_weights else "merged-configs", key, build)
+
+
+def attach(model: PreTrainedModel, path: Path, where: str) -> PreTrainedModel:
+    """The model with an adapter on it, not merged and not trainable."""
+    with quiet():
+        return merge.attach(model, path, where)

@@ -1,0 +1,26 @@
+"""A model as its files store it: which weights they keep in fp32, and which they lack."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from finetune.model.base import outline
+from finetune.model.base.load import Place, empty_model, load_model
+
+Settings = tuple[torch.dtype, str | None, str | None, torch.dtype, Place | None]
+"""What `load_model` is told of how a model is made, in its order."""
+
+
+def load_as_stored(path: Path, *settings: *Settings) -> PreTrainedModel:
+    """As `load_model`; in bf16, what the files store in fp32 beside half precision stays in fp32."""
+    model = empty_model(path)
+    with outline.keeping(type(model), outline.stored_in_fp32(model, path)):
+        return load_model(path, *settings)
+
+
+def lacking(path: Path) -> dict[str, list[str]]:
+    """For `refuse_lacking`, from headers alone."""
+    model = empty_model(path)
+    found = outline.outline(type(model), model.config, outline.on_meta(outline.headers(path)))
+    return {"missing_keys": sorted(found.missing), "mismatched_keys": sorted(found.mismatched)}

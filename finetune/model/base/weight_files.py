@@ -1,0 +1,41 @@
+"""The weight files of a checkpoint, looked at before transformers meets them: pickles, torn files, missing shards and weights."""
+
+from pathlib import Path
+
+from finetune.errors import BaseError, CheckpointError
+from finetune.model.base import quantized
+from finetune.model.base.damaged import damaged, name_of, read_json
+from finetune.store.tensors import read_header
+
+CONVERT = "convert it: load it in transformers once and call save_pretrained"
+
+
+def check_weight_files(path: Path) -> None:
+    """Refuses pickles, torn files and missing shards before transformers meets them."""
+    index = path / "model.safetensors.index.json"
+    named = weight_files(index) if index.exists() else {"model.safetensors"}
+    if not list(path.glob("*.safetensors")):
+        raise BaseError("has no safetensors weights", where=name_of(path), hint=CONVERT)
+    for name in sorted(named):
+        if not (path / name).is_file():
+            raise BaseError(f"lacks its weight file {name}", where=name_of(path), hint="download or copy it again")
+        try:
+            quantized.refuse_types(read_header(path / name), name_of(path))
+        except CheckpointError as error:
+            raise damaged(path / name, error.message) from None
+
+
+def weight_files(index: Path) -> set[str]:
+    """The names in an index of shards."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise damaged(index, "it has no `weight_map`")
+    return {str(name) for name in named.values()}
+
+
+def refuse_lacking(path: Path, names: dict[str, list[str]]) -> None:
+    """BaseError where weights of the config are in no file, or have another shape there; `names` are by the kind that transformers says."""
+    for kind, found in names.items():
+        if found:
+            wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(found[:3])}"
+            raise BaseError(wrong, where=name_of(path))
