@@ -1,8 +1,5 @@
-"""Whether a training goes on or hangs: how long its journal has been quiet, beside what its own steps and evaluations
-took. `finetune health` asks, as the healthcheck of a container."""
+"""Whether a training goes on or hangs: how long it has recorded nothing, beside how long it says that it may be silent."""
 
-import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -12,15 +9,9 @@ from typing import TypedDict
 import psutil
 
 from finetune.errors import RunError, duration
-from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.store.run import holder as holders
-from finetune.store.run import journal
+from finetune.store.run import journal, silence
 from finetune.store.run.directory import RunDirectory
-from finetune.store.run.records import Record
-
-SLOW = 10
-"""A training that takes so many times what it usually takes is still slow, not hung."""
-RECENT_RECORDS = 1_000
 
 
 def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> dict[Path, float]:
@@ -89,46 +80,53 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
         raise RunError("is not a run directory: nobody has trained there", where=str(run), hint="name another one")
     if holder == holders.UNKNOWN:
         raise RunError("its lease.json cannot be read", where=str(run), hint="ask as the user who trains")
-    stored = _newest_stored(run)
-    records = _recent(run)
-    mine = [record for record in records if record["attempt"] == holder.attempt]
-    steps = [record["step"] for record in mine if record["kind"] == "step"]
-    last = datetime.fromisoformat(mine[-1]["time"] if mine else holder.since)
-    quiet_seconds = max(0.0, (datetime.now(UTC) - last).total_seconds())
+    last = silence.read(run)
+    mine = last if last and last.attempt == holder.attempt else None
+    moment = datetime.fromisoformat(mine.time if mine else holder.since)
+    quiet_seconds = max(0.0, (datetime.now(UTC) - moment).total_seconds())
     facts: Health = {
         "run": str(run),
         "ok": True,
         "state": "starting",
-        "step": steps[-1] if steps else None,
+        "step": mine.step if mine else None,
         "quiet_seconds": round(quiet_seconds, 1),
         "limit_seconds": None,
         "is_finished": False,
     }
     if holder.released is not None:
-        end = RunDirectory(run).plan()[0].steps if RunDirectory(run).is_run else None
-        step = max([stored, *steps], default=0)
-        return {**facts, "step": step, "state": "ended", "is_finished": stored == end}
+        step, is_finished = _end(run, mine)
+        return {**facts, "state": "ended", "step": step, "is_finished": is_finished}
     is_dead = holders.is_dead_here(holder)
     is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it is told in whole seconds
     if since and (is_dead or (is_older and not holders.is_here(holder))):
         return {**facts, "step": None}
     if is_dead:
         return {**facts, "ok": False, "state": "killed"}
-    if not steps:
+    if mine is None and _has_recorded(run, holder.attempt):
+        return {**facts, "state": "unknown"}
+    if mine is None or mine.step is None:
         return facts
-    end = RunDirectory(run).plan()[0].steps
-    events = [record for record in mine if journal.is_event(record)]
-    if any(record["event"] == "committed" and record["step"] == end for record in events):
+    if mine.committed == RunDirectory(run).plan()[0].steps:
         return {**facts, "state": "finished"}
-    of_evaluations = _usual_pause(records, "evaluated")
-    if not of_evaluations:  # they may be rare
-        of_evaluations = _usual_pause(journal.newest_pair(run, "evaluated"), "evaluated")
-    limit, state = max(patience_seconds, SLOW * max(_usual_pause(records, "step"), of_evaluations)), "training"
-    if quiet_seconds > limit and (saves := _saves(run, stored, holder.attempt)):
-        limit, state = limit + STALL_SECONDS + sum(map(_bytes, saves)) / SLOWEST_DISK, "saving"
+    limit, state = max(patience_seconds, mine.may_last_seconds), "training"
+    if quiet_seconds > limit and mine.save_seconds:
+        limit, state = limit + mine.save_seconds, "saving"
     if quiet_seconds > limit:
         state = "hung"
     return {**facts, "ok": state != "hung", "state": state, "limit_seconds": round(limit, 1)}
+
+
+def _end(run: Path, last: silence.Silence | None) -> tuple[int, bool]:
+    """At which step a training that has ended is, and whether that is the last one of its plan."""
+    stored = max(RunDirectory(run).stored_steps(), default=0)
+    end = RunDirectory(run).plan()[0].steps if RunDirectory(run).is_run else None
+    return max(stored, (last and last.step) or 0), stored == end
+
+
+def _has_recorded(run: Path, attempt: str) -> bool:
+    """Whether an attempt has begun, by code that did not write how long it may be silent."""
+    newest = journal.end_since(run, lambda record: True)
+    return bool(newest) and newest[-1]["attempt"] == attempt
 
 
 def listing(facts: HealthReport) -> str:
@@ -151,41 +149,3 @@ def _line(
     at = f" at step {step}" if step is not None else ""
     limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
     return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
-
-
-def _recent(run: Path) -> list[Record]:
-    """The newest records: however many steps there are since the last commit, no more are needed."""
-    counted = itertools.count(1)
-    return journal.read_since(run, lambda record: next(counted) == RECENT_RECORDS)
-
-
-def _newest_stored(run: Path) -> int:
-    """The step of the newest checkpoint; 0 without one."""
-    return max(RunDirectory(run).stored_steps(), default=0)
-
-
-def _saves(run: Path, stored: int, attempt: str) -> list[Path]:
-    """The directories that this attempt writes, or reads back: the journal has a save when both are done."""
-    newest = [journal.newest_pair(run, name)[1:] for name in ("started", "committed")]
-    known = {record["step"] for found in newest for record in found}
-    read_back = [] if stored in known | {0} else [RunDirectory(run).checkpoint(stored)]
-    return [*RunDirectory(run).saves(attempt), *read_back]
-
-
-def _bytes(save: Path) -> int:
-    """So far; 0 where it has ended meanwhile."""
-    try:
-        return sum(file.stat().st_size for file in save.iterdir())
-    except FileNotFoundError:
-        return 0
-
-
-def _usual_pause(records: Sequence[Record], wanted: str) -> float:
-    """The median of the seconds between a step, or an event, and the record before, of the same attempt; 0 without any."""
-    pauses = []
-    for before, record in itertools.pairwise(records):
-        name = record["event"] if record["kind"] == "event" else "step"
-        if name == wanted and before["attempt"] == record["attempt"]:
-            seconds = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
-            pauses.append(seconds.total_seconds())
-    return statistics.median(pauses) if pauses else 0.0

@@ -12,6 +12,7 @@ from finetune.store.durable import replace_file
 from finetune.store.run import journal as journals
 from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.run.lease import Lease
+from finetune.store.run.silence import Watch
 from finetune.training.agreement import same_checkpoint
 from finetune.training.progress import Progress
 from finetune.training.recorder import Pen, Recorder
@@ -55,7 +56,7 @@ def begin(
     replace_file(run.recipe, recipe_text.encode())
     replace_file(run.plan_file, plan.dump(opened.facts))
     trackers = Tracked(Start(run, opened.facts["run"], plan, past.step), progress.say)
-    pen = Pen(lease, journals.Journal(path), saver, trackers)
+    pen = Pen(lease, journals.Journal(path, Watch(path)), saver, trackers)
     recorder = Recorder(path, plan, progress, past, reports, pen)
     _write_down(recorder, lease, manifest, opened.changes, saver.last, damages)
     _say_what_is_lost(recorder, past, damages)

@@ -16,7 +16,7 @@ import yaml
 from finetune.errors import RunError
 from finetune.hosts import health
 from finetune.recipe.load import load
-from finetune.store.run import journal, lease
+from finetune.store.run import journal, lease, silence
 from finetune.training.run import train
 from tests import forks
 
@@ -38,9 +38,11 @@ def finished(finished_run, tmp_path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
-def as_if(run: Path, pauses: list[tuple[float, str]], step: int = 0) -> None:
-    """Makes it a training of this process without a checkpoint, whose journal has these: (seconds until the next, step or event)."""
+def as_if(run: Path, pauses: list[tuple[float, str]], step: int = 0) -> silence.Watch:
+    """Makes it a training of this process without a checkpoint, which has recorded these: (seconds until the next, step or event)."""
     shutil.rmtree(run / "checkpoints")
+    (run / "silence.json").unlink(missing_ok=True)
+    (run / "journal.jsonl").unlink()
     attempt = json.loads((run / "lease.json").read_text())["attempt"]
     moment = datetime.now(UTC) - timedelta(seconds=sum(seconds for seconds, _ in pauses))
     records = []
@@ -49,7 +51,11 @@ def as_if(run: Path, pauses: list[tuple[float, str]], step: int = 0) -> None:
         about = {"kind": "step"} if kind == "step" else {"kind": "event", "event": kind}
         records.append({**about, "step": step, "attempt": attempt, "time": moment.isoformat()})
         moment += timedelta(seconds=seconds)
+    watch = silence.Watch(run)
+    for record in records:
+        watch.hear(record)
     (run / "journal.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return watch
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,7 @@ def as_if(run: Path, pauses: list[tuple[float, str]], step: int = 0) -> None:
         ([(1, "started"), (20, "evaluated")] + [(2, "step")] * 30 + [(310, "step")], "hung"),
         ([(1, "started")] + [(100, "step")] * 5 + [(900, "step")], "training"),
         ([(1, "started")] + [(100, "step")] * 5 + [(1_100, "step")], "hung"),
-        ([(600, "started"), (1, "evaluated")] + [(1, "step")] * 1_500 + [(3_000, "step")], "training"),
+        ([(600, "started"), (1, "evaluated")] + [(1, "step")] * 300 + [(3_000, "step")], "training"),
         ([(100, "started")] + [(1, "step")] * 1_500 + [(900, "step"), (301, "step")], "hung"),
         ([(9_000, "started")], "starting"),
     ],
@@ -98,25 +104,33 @@ def test_a_training_whose_last_step_is_committed_may_take_its_time_to_publish(fi
         assert health.look(finished, 300)["state"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("place", "is_recorded", "quiet_seconds", "state"),
-    [
-        ("attempts/step-00000015-mine-12345678", False, 450, "saving"),
-        ("attempts/step-00000015-mine-12345678", False, 470, "hung"),
-        ("attempts/step-00000015-theirs-12345678", False, 310, "hung"),
-        ("checkpoints/step-00000015", False, 450, "saving"),
-        ("checkpoints/step-00000015", True, 310, "hung"),
-    ],
-    ids=["written", "written for too long", "left by an attempt before", "read back", "recorded"],
-)
-def test_a_save_is_given_the_time_of_the_slowest_disk(place, is_recorded, quiet_seconds, state, finished) -> None:
-    pauses = [(1, "step")] * 5 + [(1, "committed")] * is_recorded + [(1, "step")] * 1_500 + [(quiet_seconds, "step")]
+@pytest.mark.parametrize(("quiet_seconds", "state"), [(450, "saving"), (470, "hung")])
+def test_a_save_is_given_the_time_of_the_slowest_disk_until_it_is_over(quiet_seconds, state, finished) -> None:
     with lease.acquire(finished, "mine"):
-        as_if(finished, pauses, step=10)
-        (finished / place).mkdir(parents=True)
-        with (finished / place / "model.safetensors").open("wb") as file:
-            file.truncate(10**9)  # 100 seconds, and a minute
-        assert health.look(finished, 300)["state"] == state
+        watch = as_if(finished, [(1, "step")] * 5 + [(quiet_seconds, "step")], step=10)
+        with watch.saving(10**9):  # 100 seconds, and a minute
+            assert health.look(finished, 300)["state"] == state
+        assert health.look(finished, 300)["state"] == "hung"
+
+
+def test_an_attempt_knows_what_evaluations_took_in_the_attempt_before(finished) -> None:
+    with lease.acquire(finished, "first"):
+        as_if(finished, [(1, "started"), (600, "step"), (1, "evaluated")])
+    step = {"kind": "step", "step": 3, "attempt": "second", "time": datetime.now(UTC).isoformat()}
+    with lease.acquire(finished, "second"):
+        silence.Watch(finished).hear(step)
+        assert health.look(finished, 300)["limit_seconds"] == 6_000
+        (finished / "silence.json").unlink()  # the first attempt was of older code
+        silence.Watch(finished).hear(step)
+        assert health.look(finished, 300)["limit_seconds"] == 6_000
+
+
+def test_a_training_of_older_code_is_not_judged(finished) -> None:
+    with lease.acquire(finished, "mine"):
+        as_if(finished, [(1, "started"), (90_000, "step")])
+        (finished / "silence.json").unlink()
+        facts = health.look(finished, 300)
+    assert (facts["ok"], facts["state"], facts["limit_seconds"]) == (True, "unknown", None)
 
 
 def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
@@ -183,12 +197,10 @@ def test_a_training_whose_process_is_gone_was_killed_and_another_may_be_about_to
     assert health.look(finished, 300, since=time.time())["state"] == "starting"
 
 
-def test_a_long_journal_is_not_read_as_a_whole_for_an_evaluation_at_its_start(finished, monkeypatch) -> None:
-    monkeypatch.setattr(journal, "read", lambda run: pytest.fail("read as a whole"))
+def test_the_journal_is_not_read_to_judge_a_training(finished) -> None:
     with lease.acquire(finished, "mine"):
-        as_if(finished, [(600, "started"), (1, "evaluated")] + [(1, "step")] * 20_000 + [(3_000, "step")])
-        assert health.look(finished, 300)["limit_seconds"] == 6_000
-        (finished / "checkpoints" / "step-00009990").mkdir(parents=True)
+        as_if(finished, [(600, "started"), (1, "evaluated")] + [(1, "step")] * 300 + [(3_000, "step")])
+        (finished / "journal.jsonl").write_bytes(b"no record")
         assert health.look(finished, 300)["limit_seconds"] == 6_000
 
 

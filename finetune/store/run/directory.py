@@ -70,6 +70,10 @@ class RunDirectory:
         return self.path / "lock"
 
     @property
+    def silence(self) -> Path:
+        return self.path / "silence.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 

@@ -9,10 +9,11 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import TypeGuard, TypeVar, cast
+from typing import Protocol, TypeGuard, TypeVar, cast
 
 from finetune.errors import RunError
 from finetune.plan.facts import Metrics
@@ -31,14 +32,23 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 END_BYTES = 1 << 20  # more than a thousand records
 
 
+class Listener(Protocol):
+    """Hears of every record, and of what may keep the next one waiting."""
+
+    def hear(self, record: Mapping[str, object]) -> None: ...
+
+    def saving(self, count: int) -> AbstractContextManager[None]: ...
+
+
 class Journal:
     """The one writer of a run's journal. Records are `{"kind": "step", "step": k, …}` or `{"kind": "event", "event": …, …}`.
 
     While the disk is full, records wait in memory: a training need not end because a line does not fit. `sync` says so.
     """
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, listener: Listener | None = None):
         self.path = RunDirectory(run).journal
+        self._listener = listener
         self._waiting = b""
         self._lock = threading.Lock()  # the loop and the saves beside it both append
         with failures(self.path, RunError):
@@ -61,6 +71,12 @@ class Journal:
             except OSError as error:
                 if error.errno not in FULL_DISK:
                     raise
+            if self._listener:
+                self._listener.hear(record)
+
+    def saving(self, count: int) -> AbstractContextManager[None]:
+        """Around a save of so many bytes, for which steps may have to wait."""
+        return self._listener.saving(count) if self._listener else nullcontext()
 
     def sync(self) -> None:
         """Makes all appended records durable; before each manifest, so that no checkpoint is ahead of its journal."""
@@ -115,14 +131,8 @@ def broken(path: Path, number: int) -> RunError:
     return RunError("is not a record of a journal", where=f"{path}:{number}", hint=hint)
 
 
-def read_since(run: Path, is_first: Callable[[Record], bool]) -> list[Record]:
-    """The records from the newest that `is_first` on; all, where the end of the file has none."""
-    found = end_since(run, is_first)
-    return read(run) if found is None else found
-
-
 def end_since(run: Path, is_first: Callable[[Record], bool]) -> list[Record] | None:
-    """The same, or None where the end of the file has none. How long the journal is costs nothing."""
+    """The records from the newest that `is_first` on, or None if the end of the file has none. A long journal costs no more."""
     path = RunDirectory(run).journal
     data, _ = _end_of(path) if path.exists() else (b"", 0)
     records = _all_of(data[: _sound_length(data)].splitlines())

@@ -138,7 +138,8 @@ class Saver:
         try:
             if report:
                 report.wait()
-            self._make_durable(save, columns, journal, lease)
+            with journal.saving(snapshots.stored_bytes(save.snapshot, self.last)):
+                self._make_durable(save, columns, journal, lease)
         except FinetuneError as error:
             if not _is_passing(error):
                 raise

@@ -9,7 +9,7 @@ from finetune.store.run.directory import RunDirectory, part_name, step_name, ste
 ROOT = Path(__file__).parents[3]
 OWNER = ROOT / "finetune/store/run/directory.py"
 FIXTURE = ROOT / "tests/fixtures/run_before_rooms/runs/older"
-FILES = {"plan.json", "journal.jsonl", "recipe.yaml", "lease.json", "publish.log"}
+FILES = {"plan.json", "journal.jsonl", "recipe.yaml", "lease.json", "silence.json", "publish.log"}
 """Named nowhere else, as a whole or as a part of a path."""
 WORDS = {"lock", "checkpoints", "attempts", "trash", "pins", "rows", "modules", "debug", "packages", "published"}
 """Named nowhere else in a path; other things have these names too."""

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.errors import RunError
 from finetune.store.run import journal
-from finetune.store.run.journal import Journal, difference, read, read_since, steps
+from finetune.store.run.journal import Journal, difference, end_since, read, steps
 
 
 def step(number, **fields):
@@ -76,19 +76,19 @@ def test_the_end_of_a_journal_is_read_without_what_is_before(tmp_path, monkeypat
     written(tmp_path, step(2), step(1), *(step(number) for number in range(2, 5)))
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b"?" + path.read_bytes()[1:])  # a line that nobody may look at
-    assert read_since(tmp_path, is_step_2) == [step(2), step(3), step(4)]
+    assert end_since(tmp_path, is_step_2) == [step(2), step(3), step(4)]
     with path.open("ab") as file:
         file.write(b'{"kind": "st')
-    assert read_since(tmp_path, is_step_2) == [step(2), step(3), step(4)]
+    assert end_since(tmp_path, is_step_2) == [step(2), step(3), step(4)]
     written(tmp_path, step(5))
-    assert read_since(tmp_path, lambda record: record["step"] == 4) == [step(4), step(5)]
+    assert end_since(tmp_path, lambda record: record["step"] == 4) == [step(4), step(5)]
 
 
-def test_where_its_end_has_no_such_record_all_of_a_journal_is_read(tmp_path, monkeypatch):
+def test_where_its_end_has_no_such_record_the_end_of_a_journal_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "END_BYTES", 40)
-    assert read_since(tmp_path, is_step_2) == []
+    assert end_since(tmp_path, is_step_2) is None
     written(tmp_path, step(1), step(2), step(3), step(4))
-    assert read_since(tmp_path, is_step_2) == [step(number) for number in range(1, 5)]
+    assert end_since(tmp_path, is_step_2) is None
 
 
 def test_a_torn_line_longer_than_the_end_that_is_read_is_cut_off(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_torn_line_longer_than_the_end_that_is_read_is_cut_off(tmp_path, monke
     written(tmp_path, step(1), step(2))
     with (tmp_path / "journal.jsonl").open("ab") as file:
         file.write(b'{"kind": "event", "rows": [' + b"1, " * 100)
-    assert read_since(tmp_path, is_step_2) == [step(1), step(2)]
+    assert read(tmp_path) == [step(1), step(2)]
     written(tmp_path, step(3))
     assert read(tmp_path) == [step(1), step(2), step(3)]
 
