@@ -200,10 +200,8 @@ def _blamed(rerun: Rerun, step: int) -> tuple[int, str]:
 
 
 def _mean_loss(rerun: Rerun, batches: Batches, ids: np.ndarray) -> float:
-    weights = batches.examples.targets[ids]
-    return float(
-        (np.asarray(suspects.row_losses(rerun.state, batches, ids), dtype=np.float64) * weights).sum() / weights.sum()
-    )
+    losses, weights = np.asarray(suspects.row_losses(rerun.state, batches, ids)), batches.examples.targets[ids]
+    return float((losses * weights).sum() / weights.sum())
 
 
 def _usual_loss(rerun: Rerun, step: int) -> float:

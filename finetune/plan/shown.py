@@ -3,11 +3,17 @@
 from typing import TypedDict
 
 
-class BaseFacts(TypedDict):
-    checkpoint: str
+class PinFacts(TypedDict):
+    """`PinnedBase`."""
+
     kind: str
     revision: str | None
     digest: str | None
+    beneath: "PinFacts | None"
+
+
+class BaseFacts(PinFacts):
+    checkpoint: str
 
 
 class SourceFacts(TypedDict):

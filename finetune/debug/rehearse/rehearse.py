@@ -97,22 +97,15 @@ def listing(facts: Outcome) -> str:
     """The same as text: the proof or the first difference, then the cost of a checkpoint."""
     checkpoint, smallest, package = facts["checkpoint"], facts["smallest_interval"], facts["package"]
     free = "on a free core" if checkpoint["has_free_core"] else "of the training's own cores"
+    written = f"written, loaded back: {counted(len(package['checks']), 'check')}" if package else None
+    packaged = package["problem"] or written if package else None
     rows = [
         _verdict(facts),
         (
             "compared",
             "{steps:,} steps, {rows:,} row losses, {tensors:,} tensors, {files:,} files".format(**facts["compared"]),
         ),
-        *(
-            [
-                (
-                    "package",
-                    package["problem"] or f"written, loaded back: {counted(len(package['checks']), 'check')}",
-                )
-            ]
-            if package
-            else []
-        ),
+        *([("package", packaged)] if packaged else []),
         ("a step", f"{facts['step_seconds']:.3g} s"),
         (
             "checkpoint",

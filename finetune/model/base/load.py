@@ -122,7 +122,6 @@ def load_model(
     device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
     reading = placed.reading(type(empty_model(path))) if placed and placed.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
-        # with `output_loading_info` it is a pair, which its signature does not say
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -130,13 +129,12 @@ def load_model(
             attn_implementation=attention,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
-            output_loading_info=True,
+            output_loading_info=True,  # makes it a pair, which its signature does not say
             **device,
             **({"quantization_config": _nf4(products)} if quantization else {}),
         )
     model: PreTrainedModel = loaded[0]
-    info: dict[str, Iterable[object]] = loaded[1]
-    refuse_lacking(path, {kind: _names(info[kind]) for kind in ("missing_keys", "mismatched_keys")})
+    refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
     for module in model.modules():
         # else some CPUs repack quantized weights in the first evaluation, for good, and no gradient passes from then on
         if hasattr(module, "support_avx512bf16_for_cpu"):
