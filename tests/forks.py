@@ -393,6 +393,8 @@ def _read_again() -> None:
         return
     moved = [changed[name] for name in ("HF_HOME", "ENDPOINT") if name in changed]
     for module in [sys.modules[name] for name in sys.modules if name.startswith(OF_HUGGING_FACE)]:
+        if module is constants:
+            continue
         for name, value in list(vars(module).items()):
             if isinstance(value, (str, Path)):
                 for old, new in moved:
@@ -405,9 +407,9 @@ def _read_again() -> None:
     logging._tqdm_active = not constants.HF_HUB_DISABLE_PROGRESS_BARS
     said = os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS")
     is_off = None if said is None else said.upper() in ("1", "ON", "YES", "TRUE")
-    for module in (datasets.config, datasets.utils.tqdm):
-        module.HF_DATASETS_DISABLE_PROGRESS_BARS = is_off
-    datasets.utils.tqdm._hf_datasets_progress_bars_disabled = bool(is_off)
+    bars = sys.modules["datasets.utils.tqdm"]  # as an attribute it is a class
+    datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS = bars.HF_DATASETS_DISABLE_PROGRESS_BARS = is_off
+    bars._hf_datasets_progress_bars_disabled = bool(is_off)
 
 
 def _program(words: list[str]) -> None:
