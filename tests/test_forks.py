@@ -13,8 +13,8 @@ from tests import forks
 
 READ = """
 import json, pathlib, sys
-from tests.forks import OF_HUGGING_FACE, _import_all
-_import_all()
+from tests.forked import OF_HUGGING_FACE, import_all
+import_all()
 import huggingface_hub
 plain, found = (str, bool, int, float, type(None), pathlib.PurePath), {"endpoint": huggingface_hub.hf_api.api.endpoint}
 for name, module in list(sys.modules.items()):
