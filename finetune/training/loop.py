@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from finetune.data.batches import Batches
 from finetune.errors import DivergedError
@@ -126,29 +127,11 @@ def train_step(
 ) -> StepReport:
     """One update, unless `judge` refuses it: then the weights stay as they are."""
     started = time.perf_counter()
-    accelerator, examples, step = state.accelerator, batches.examples, state.step + 1
+    examples, step = batches.examples, state.step + 1
     # A function of the step alone, so a resumed run needs no state of a data loader.
     ids = plan.examples_of(step)
     total = int(examples.targets[ids].sum())
-    # In fp64, so that the sum does not depend on how rows are spread over micro-batches and ranks.
-    row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
-    micro_batches = batches.of(ids)
-    # on a CPU, torch.manual_seed takes most of a millisecond: it writes down who called, for devices that are not there
-    set_seed = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
-    # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
-    weight = torch.full((), accelerator.num_processes / total, device=accelerator.device)
-    for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
-        # By step and slot: dropout is the same wherever and how often this micro-batch runs.
-        set_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
-        # Ranks exchange gradients once a step, with the last micro-batch.
-        is_last = turn == len(micro_batches) or accelerator.num_processes == 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
-            loss_sum, rows = state.objective(micro_batch.inputs)
-            # A rank with nothing left still runs: collectives wait for every rank. Its weight is zero.
-            accelerator.backward(loss_sum, gradient=torch.zeros_like(weight) if micro_batch.is_idle else weight)
-        if not micro_batch.is_idle:
-            row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
-    row_sums = accelerator.reduce(row_sums, "sum")
+    row_sums = _backward(state, plan, batches, ids, total)
     norms = state.strategy.gradient_norms(state)
     total_norm = torch.linalg.vector_norm(norms).reshape(1)
     read = torch.cat([row_sums, total_norm, norms]).tolist()  # the one read of the device
@@ -184,6 +167,31 @@ def train_step(
     if report.is_finished:
         state.step = step
     return report
+
+
+def _backward(state: TrainState, plan: Plan, batches: Batches, ids: np.ndarray, total: int) -> Tensor:
+    """Gradients of the mean loss over the `total` supervised tokens of a step, on every rank; returns the summed loss of each of its
+    examples, fp64 (N,)."""
+    accelerator, step = state.accelerator, state.step + 1
+    # In fp64, so that the sum does not depend on how rows are spread over micro-batches and ranks.
+    row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
+    micro_batches = batches.of(ids)
+    # on a CPU, torch.manual_seed takes most of a millisecond: it writes down who called, for devices that are not there
+    set_seed = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
+    # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
+    weight = torch.full((), accelerator.num_processes / total, device=accelerator.device)
+    for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
+        # By step and slot: dropout is the same wherever and how often this micro-batch runs.
+        set_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
+        # Ranks exchange gradients once a step, with the last micro-batch.
+        is_last = turn == len(micro_batches) or accelerator.num_processes == 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
+            loss_sum, rows = state.objective(micro_batch.inputs)
+            # A rank with nothing left still runs: collectives wait for every rank. Its weight is zero.
+            accelerator.backward(loss_sum, gradient=torch.zeros_like(weight) if micro_batch.is_idle else weight)
+        if not micro_batch.is_idle:
+            row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
+    return accelerator.reduce(row_sums, "sum")
 
 
 def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:

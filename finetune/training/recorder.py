@@ -1,7 +1,4 @@
-"""A run directory that is being written: plan, journal, row losses, checkpoints. `run` tells it what happened.
-
-Rank 0 writes; the others' recorders only report to it, so that what a rank does never depends on which one it is.
-"""
+"""Writes a run directory. Rank 0 writes, and the others' recorders only report to it: what a rank does never depends on its number."""
 
 import time
 from contextlib import suppress
@@ -131,16 +128,6 @@ class Recorder:
         """A step is left out; before its record."""
         self.past.amend(amendment)
         self._say_amendment(amendment, report, verdict)
-
-    def spike(self, step: int, verdict: Verdict) -> None:
-        """A step that is made, and is far from those before it."""
-        self.progress.say(f"spike at step {step}: {verdict.message}")
-        self.event("spike", step=step, quantity=verdict.quantity, message=verdict.message)
-
-    def refused(self, report: StepReport, verdict: Verdict) -> None:
-        """A step that was not made, and ends the run."""
-        about = {"quantity": verdict.quantity, "message": verdict.message}
-        self.event(verdict.reason, step=report.step, **about, **report.figures)
 
     def before(self, amendment: Amendment) -> Checkpoint | None:
         """The newest sound checkpoint that is not changed by a rollback, on rank 0, when all saves have ended."""

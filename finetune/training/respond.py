@@ -37,21 +37,28 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     if verdict is None or verdict.is_amended:
         return
     if verdict.action == "warn":
-        recorder.spike(report.step, verdict)
+        recorder.progress.say(f"spike at step {report.step}: {verdict.message}")
+        recorder.event("spike", step=report.step, quantity=verdict.quantity, message=verdict.message)
         return
     # NaN in the weights spoils every later step too: skipping this one would not help.
     if verdict.reason == "not_finite" and (error := blame.broken(state)):
-        recorder.refused(report, verdict)
+        _record_refusal(recorder, report, verdict)
         raise error
     is_over = _is_over(resolved.plan, state, recorder, report, verdict)
     if is_over:
-        recorder.refused(report, verdict)
+        _record_refusal(recorder, report, verdict)
     if recorder.is_writer:
         _write_incident(resolved, recorder, report, verdict)
     if is_over:
         kind = NotFiniteError if verdict.reason == "not_finite" else SpikeError
         hint = f"look at those rows: `finetune replay {recorder.path} --steps {report.step} --inspect`"
         raise kind(blame.refusal(report, verdict), where=f"step {report.step}", hint=hint)
+
+
+def _record_refusal(recorder: Recorder, report: loop.StepReport, verdict: guard.Verdict) -> None:
+    """A step that was not made, and ends the run."""
+    about = {"quantity": verdict.quantity, "message": verdict.message}
+    recorder.event(verdict.reason, step=report.step, **about, **report.figures)
 
 
 def _is_over(
