@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.data import unused
 from finetune.data.unused import Unused
 from finetune.model import base
-from finetune.plan import forecast
+from finetune.plan import forecast, forecast_table
 from finetune.plan.memory import Work
 from finetune.plan.pace import largest_step
 from finetune.plan.shape import shape_of
@@ -39,8 +39,9 @@ class Preview:
     def text(self) -> str:
         """The facts for a reader."""
         facts, resolved = self.facts, self.resolved
-        lines = [forecast.table(facts), *forecast.base_lines(resolved.notes, resolved.reached), *unused.lines(facts)]
-        return "\n".join([*lines, "", forecast.devices_table(facts)] if self.is_of_devices else lines)
+        found = forecast_table.base_lines(resolved.notes, resolved.reached)
+        lines = [forecast_table.table(facts), *found, *unused.lines(facts)]
+        return "\n".join([*lines, "", forecast_table.devices_table(facts)] if self.is_of_devices else lines)
 
     def refuse_unready(self) -> None:
         """Raises what `train` would raise before its first step on this machine."""

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from finetune.model import base, losses
-from finetune.plan import forecast, memory
+from finetune.plan import forecast, forecast_table, memory
 from finetune.plan.memory import Device, Work
 from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import load
@@ -184,7 +184,7 @@ def test_the_table_says_what_the_host_of_a_gpu_holds(weightless, planned, tmp_pa
     plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None)
     device = CARD._replace(host_bytes=64 * 2**30)
     facts = forecast.forecast(plan, shape, Work(2048, 4096), device, tmp_path)
-    lines = forecast.table(facts).splitlines()
+    lines = forecast_table.table(facts).splitlines()
     assert "host       about 93.7 GiB; there are 64.0 GiB" in lines
     assert lines[-1].startswith("warning: the host has less memory than saves need")
 

@@ -1,0 +1,97 @@
+"""The forecast of a plan as text, for `plan`; it must add no fact of its own."""
+
+from collections.abc import Sequence
+
+from finetune.errors import counted
+from finetune.plan.forecast import readable
+from finetune.plan.shown import Forecast, WithDevices
+
+
+def table(facts: Forecast) -> str:
+    """The forecast for a reader."""
+    base = facts["base"]
+    pin = base["revision"] or f"{(base['digest'] or '')[:19]}…"
+    rows = [("base", f"{base['checkpoint']}  {pin}")]
+    for part, sources in (("train", facts["train"]), ("holdout", facts["holdout"])):
+        rows += [
+            (part, f"{one['name']}  {counted(one['rows'], 'row')}  {one['revision'] or one['fingerprint'][:19] + '…'}")
+            for one in sources
+        ]
+    share = facts["supervised_tokens_per_epoch"] / facts["tokens_per_epoch"]
+    rows += [
+        (
+            "rows",
+            f"{facts['rows']:,} to train on, {facts['holdout_rows']:,} held out ({counted(facts['holdout_tokens'], 'token')})",
+        ),
+        *(
+            [("", f"{facts['holdout_copies']:,} copies of held-out rows are in neither")]
+            if facts["holdout_copies"]
+            else []
+        ),
+        *(("", note) for note in facts["notes"]),
+        (
+            "tokens",
+            f"{facts['tokens_per_epoch']:,} an epoch, {facts['supervised_tokens_per_epoch']:,} supervised ({share:.0%})",
+        ),
+        (
+            "cut",
+            f"{counted(facts['cut_rows'], 'row')} by {counted(facts['cut_tokens'], 'token')}; the longest kept has {facts['longest']:,}",
+        ),
+        ("left out", f"{counted(facts['left_out_rows'], 'row')} with nothing to learn within task.max_length"),
+        ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
+        ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
+        ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
+        *(("", f"{readable(size):>10}  {name}") for name, size in facts["memory"].items() if size),
+        ("", f"at {facts['micro_batch_tokens']:,} tokens a micro-batch"),
+        *_host_rows(facts),
+        ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
+        ("disk", f"{readable(facts['free_bytes'])} free"),
+        ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
+        ("plan", facts["plan_id"]),
+    ]
+    if facts["publish"]:
+        rows.append(
+            ("publish", f"{facts['publish']['repo']}, {'private' if facts['publish']['private'] else 'public'}")
+        )
+    lines = [f"{name:11}{text}" for name, text in rows]
+    lines += [f"warning: {warning}" for warning in facts["warnings"]]
+    if facts["memory_bytes"] > facts["machine_memory_bytes"]:
+        lines.append(
+            "warning: the memory forecast is more than there is; lower train.micro_batch_tokens, or use adapter: {name: lora}"
+        )
+    if facts["host_memory_bytes"] > facts["host_bytes"]:
+        lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
+    return "\n".join(lines)
+
+
+def _host_rows(facts: Forecast) -> list[tuple[str, str]]:
+    """The memory of the host beside a GPU."""
+    if not facts["host_memory"]:
+        return []
+    found = f"about {readable(facts['host_memory_bytes'])}; there are {readable(facts['host_bytes'])}"
+    return [("host", found), *(("", f"{readable(size):>10}  {name}") for name, size in facts["host_memory"].items())]
+
+
+def base_lines(notes: Sequence[str], kinds: dict[str, tuple[int, int]] | None) -> list[str]:
+    """Notes about the base, and the share of it that an adapter reaches, by kind of module."""
+    if not kinds:
+        return [f"base: {note}" for note in notes]
+    total, held = (sum(column) for column in zip(*kinds.values(), strict=True))
+    shares = [f"{name} {held / count:.0%} of {count / total:.0%}" for name, (count, held) in kinds.items()]
+    reached = f"adapter: reaches {held / total:.0%} of the base's weights; by kind: {', '.join(shares)}"
+    return [reached, *(f"base: {note}" for note in notes)]
+
+
+def devices_table(facts: WithDevices) -> str:
+    """The forecast for GPUs, for a reader."""
+    card = readable(facts["device_memory_bytes"])
+    lines = [f"devices    memory a device at {facts['micro_batch_tokens']:,} tokens a micro-batch, of {card} each"]
+    lines.append(f"{'':11}{'replicated':>11}{'':8}{'sharded':>11}")
+    for row in facts["devices"]:
+        pairs = (
+            (row["replicated_bytes"], row["replicated_fits"]),
+            (row["sharded_bytes"], row["sharded_fits"]),
+        )
+        cells = [f"{readable(size):>11}  {'fits' if fits else '-':6}" for size, fits in pairs]
+        lines.append(f"{row['devices']:>7}    {''.join(cells)}".rstrip())
+    return "\n".join(lines)
