@@ -94,38 +94,46 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
         "is_finished": False,
     }
     if holder.released is not None:
-        step, is_finished = _end(run, mine)
-        return {**facts, "state": "ended", "step": step, "is_finished": is_finished}
+        return _ended(run, facts)
     is_dead = holders.is_dead_here(holder)
     is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it is told in whole seconds
     if since and (is_dead or (is_older and not holders.is_here(holder))):
         return {**facts, "step": None}
     if is_dead:
         return {**facts, "ok": False, "state": "killed"}
-    if mine is None and _has_recorded(run, holder.attempt):
-        return {**facts, "state": "unknown"}
-    if mine is None or mine.step is None:
+    if mine is None:
+        return {**facts, "state": "unknown"} if _has_recorded(run, holder.attempt) else facts
+    if mine.step is None:
         return facts
     if mine.committed == RunDirectory(run).plan()[0].steps:
         return {**facts, "state": "finished"}
-    limit, state = max(patience_seconds, mine.may_last_seconds), "training"
-    if quiet_seconds > limit and mine.save_seconds:
-        limit, state = limit + mine.save_seconds, "saving"
-    if quiet_seconds > limit:
-        state = "hung"
-    return {**facts, "ok": state != "hung", "state": state, "limit_seconds": round(limit, 1)}
+    return {**facts, **_judged(mine, quiet_seconds, patience_seconds)}
 
 
-def _end(run: Path, last: silence.Silence | None) -> tuple[int, bool]:
-    """At which step a training that has ended is, and whether that is the last one of its plan."""
+class _Judgement(TypedDict):
+    ok: bool
+    state: str
+    limit_seconds: float | None
+
+
+def _judged(said: silence.Silence, quiet_seconds: float, patience_seconds: float) -> _Judgement:
+    limit, state = max(patience_seconds, said.may_last_seconds), "training"
+    if quiet_seconds > limit and said.save_seconds:
+        limit, state = limit + said.save_seconds, "saving"
+    is_hung = quiet_seconds > limit
+    return {"ok": not is_hung, "state": "hung" if is_hung else state, "limit_seconds": round(limit, 1)}
+
+
+def _ended(run: Path, facts: Health) -> Health:
+    """Of a training that has ended: at which step it is, and whether that is the last one of its plan."""
     stored = max(RunDirectory(run).stored_steps(), default=0)
     end = RunDirectory(run).plan()[0].steps if RunDirectory(run).is_run else None
-    return max(stored, (last and last.step) or 0), stored == end
+    return {**facts, "state": "ended", "step": max(stored, facts["step"] or 0), "is_finished": stored == end}
 
 
 def _has_recorded(run: Path, attempt: str) -> bool:
     """Whether an attempt has begun, by code that did not write how long it may be silent."""
-    newest = journal.end_since(run, lambda record: True)
+    newest = journal.end_since(run, lambda record: True) or []
     return bool(newest) and newest[-1]["attempt"] == attempt
 
 

@@ -9,7 +9,7 @@ import statistics
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,6 +18,7 @@ from pathlib import Path
 from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import Record
 
 SLOW = 10
 """A training that takes so many times what it usually takes is still slow, not hung."""
@@ -67,42 +68,48 @@ class Watch:
         self._now = Silence("", "")
         self._lock = threading.Lock()  # saves are beside the steps
 
-    def hear(self, record: Mapping[str, object]) -> None:
-        kind = record.get("event", record["kind"])
-        if kind in self._pauses and self._now.attempt == record["attempt"]:
-            self._pauses[kind].append(_seconds(vars(self._now), record))
-        changes = {"attempt": record["attempt"], "time": record["time"]}
-        changes |= {"step": record["step"]} if kind == "step" else {}
-        changes |= {"committed": record["step"]} if kind == "committed" else {}
-        steps, evaluations = (statistics.median(pauses or [0.0]) for pauses in self._pauses.values())
-        limit = round(SLOW * max(steps, evaluations), 1)
-        self._write(**changes, may_last_seconds=limit, evaluation_seconds=round(evaluations, 3))
+    def hear(self, record: Record) -> None:
+        kind = record["event"] if record["kind"] == "event" else "step"
+        with self._lock:
+            now = replace(self._now, attempt=record["attempt"], time=record["time"])
+            if kind in self._pauses and self._now.attempt == now.attempt:
+                self._pauses[kind].append(_seconds(self._now.time, now.time))
+            if kind == "step":
+                now = replace(now, step=record["step"])
+            elif kind == "committed":
+                now = replace(now, committed=record["step"])
+            steps, evaluations = (statistics.median(pauses or [0.0]) for pauses in self._pauses.values())
+            limit = round(SLOW * max(steps, evaluations), 1)
+            self._write(replace(now, may_last_seconds=limit, evaluation_seconds=round(evaluations, 3)))
 
     @contextmanager
     def saving(self, count: int) -> Iterator[None]:
         """Around a save of so many bytes: the training may wait for it."""
-        self._write(save_seconds=round(STALL_SECONDS + count / SLOWEST_DISK, 1))
+        with self._lock:
+            self._write(replace(self._now, save_seconds=round(STALL_SECONDS + count / SLOWEST_DISK, 1)))
         try:
             yield
         finally:
-            self._write(save_seconds=0.0)
+            with self._lock:
+                self._write(replace(self._now, save_seconds=0.0))
 
-    def _write(self, **changes: object) -> None:
+    def _write(self, now: Silence) -> None:
         """In place, always the same number of bytes: a reader in the middle may see old and new digits, but no torn JSON."""
-        with self._lock, suppress(OSError):
-            self._now = replace(self._now, **changes)
+        self._now = now
+        with suppress(OSError):
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 weakref.finalize(self, os.close, self._descriptor)
-            os.pwrite(self._descriptor, f"{json.dumps(vars(self._now)):<{_BYTES - 1}}\n".encode(), 0)
+            os.pwrite(self._descriptor, f"{json.dumps(vars(now)):<{_BYTES - 1}}\n".encode(), 0)
 
 
 def _newest_evaluation(run: Path) -> float:
     """The pause before the newest evaluation of a run whose code did not write this file; 0 without any."""
     pair = journal.newest_pair(run, "evaluated")
-    return _seconds(*pair) if len(pair) == 2 and pair[0]["attempt"] == pair[1]["attempt"] else 0.0
+    if len(pair) < 2 or pair[0]["attempt"] != pair[1]["attempt"]:
+        return 0.0
+    return _seconds(pair[0]["time"], pair[1]["time"])
 
 
-def _seconds(before: Mapping[str, object], record: Mapping[str, object]) -> float:
-    pause = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
-    return pause.total_seconds()
+def _seconds(before: str, after: str) -> float:
+    return (datetime.fromisoformat(after) - datetime.fromisoformat(before)).total_seconds()
