@@ -125,7 +125,7 @@ def _end(run: Path, last: silence.Silence | None) -> tuple[int, bool]:
 
 def _has_recorded(run: Path, attempt: str) -> bool:
     """Whether an attempt has begun, by code that did not write how long it may be silent."""
-    newest = journal.end_since(run, lambda record: True)
+    newest = journal.end_since(run, lambda record: True) or []
     return bool(newest) and newest[-1]["attempt"] == attempt
 
 

@@ -9,15 +9,17 @@ import statistics
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import Record
 
 SLOW = 10
 """A training that takes so many times what it usually takes is still slow, not hung."""
@@ -41,6 +43,18 @@ class Silence:
     """The usual pause for an evaluation, which the next attempt has to know before it has made one."""
     save_seconds: float = 0.0
     """For so much longer while a save is under way, as the slowest disk takes for it; else 0."""
+
+
+class _Changes(TypedDict, total=False):
+    """Those of a `Silence`."""
+
+    attempt: str
+    time: str
+    step: int
+    committed: int
+    may_last_seconds: float
+    evaluation_seconds: float
+    save_seconds: float
 
 
 def read(run: Path) -> Silence | None:
@@ -67,16 +81,19 @@ class Watch:
         self._now = Silence("", "")
         self._lock = threading.Lock()  # saves are beside the steps
 
-    def hear(self, record: Mapping[str, object]) -> None:
-        kind = record.get("event", record["kind"])
+    def hear(self, record: Record) -> None:
+        kind = record["event"] if journal.is_event(record) else record["kind"]
         if kind in self._pauses and self._now.attempt == record["attempt"]:
-            self._pauses[kind].append(_seconds(vars(self._now), record))
-        changes = {"attempt": record["attempt"], "time": record["time"]}
-        changes |= {"step": record["step"]} if kind == "step" else {}
-        changes |= {"committed": record["step"]} if kind == "committed" else {}
+            self._pauses[kind].append(_seconds(self._now.time, record["time"]))
+        changes: _Changes = {"attempt": record["attempt"], "time": record["time"]}
+        if kind == "step":
+            changes["step"] = record["step"]
+        if kind == "committed":
+            changes["committed"] = record["step"]
         steps, evaluations = (statistics.median(pauses or [0.0]) for pauses in self._pauses.values())
-        limit = round(SLOW * max(steps, evaluations), 1)
-        self._write(**changes, may_last_seconds=limit, evaluation_seconds=round(evaluations, 3))
+        changes["may_last_seconds"] = round(SLOW * max(steps, evaluations), 1)
+        changes["evaluation_seconds"] = round(evaluations, 3)
+        self._write(**changes)
 
     @contextmanager
     def saving(self, count: int) -> Iterator[None]:
@@ -87,7 +104,7 @@ class Watch:
         finally:
             self._write(save_seconds=0.0)
 
-    def _write(self, **changes: object) -> None:
+    def _write(self, **changes: Unpack[_Changes]) -> None:
         """In place, always the same number of bytes: a reader in the middle may see old and new digits, but no torn JSON."""
         with self._lock, suppress(OSError):
             self._now = replace(self._now, **changes)
@@ -100,9 +117,9 @@ class Watch:
 def _newest_evaluation(run: Path) -> float:
     """The pause before the newest evaluation of a run whose code did not write this file; 0 without any."""
     pair = journal.newest_pair(run, "evaluated")
-    return _seconds(*pair) if len(pair) == 2 and pair[0]["attempt"] == pair[1]["attempt"] else 0.0
+    is_one = len(pair) == 2 and pair[0]["attempt"] == pair[1]["attempt"]
+    return _seconds(pair[0]["time"], pair[1]["time"]) if is_one else 0.0
 
 
-def _seconds(before: Mapping[str, object], record: Mapping[str, object]) -> float:
-    pause = datetime.fromisoformat(record["time"]) - datetime.fromisoformat(before["time"])
-    return pause.total_seconds()
+def _seconds(before: str, after: str) -> float:
+    return (datetime.fromisoformat(after) - datetime.fromisoformat(before)).total_seconds()
