@@ -1,7 +1,8 @@
-"""A package is the model that was trained, or it is not there. Each package here was loaded back by a fresh process."""
+"""A package is the model that was trained, or it is not there. Each package here was loaded back by another process."""
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,15 @@ def test_an_interrupted_package_leaves_no_folder(end, merged, tmp_path, monkeypa
     with pytest.raises(end):
         export.package(f"{merged.run}@best", tmp_path / "dist")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_is_loaded_by_a_new_interpreter(alone, tiny_base, monkeypatch) -> None:
+    """Elsewhere in these tests the process that loads is a fork of one that has imported more than it needs."""
+    forked = proof.load_back(alone.directory, tiny_base)
+    monkeypatch.setattr(proof, "subprocess", subprocess)
+    new = proof.load_back(alone.directory, tiny_base)
+    assert new.facts == forked.facts
+    assert all(torch.equal(new.logits[name], forked.logits[name]) for name in new.logits)
 
 
 def test_a_package_that_cannot_be_loaded_says_why(tmp_path) -> None:
