@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -241,6 +243,13 @@ def add(member: Mapping[str, Edit], tree: Path) -> None:
         file.write_text(text)
 
 
+def finetune(tree: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line of a tree, in a new interpreter: a fork would have the modules of ours."""
+    command = [sys.executable, "-m", "finetune", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(tree)}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=240)
+
+
 def contents(tree: Path) -> dict[str, str]:
     return {str(file.relative_to(tree)): file.read_text() for file in tree.rglob("*.py")}
 
@@ -277,12 +286,11 @@ def toy_recipe(tmp_path: Path, tiny_base: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, finetune, tmp_path) -> None:
+def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, tmp_path) -> None:
     recipe, run = tmp_path / "toy.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(toy_recipe))
-    options = {"cwd": tree, "env": os.environ | {"PYTHONPATH": str(tree)}}
     for until in (("--until", 4), ()):
-        done = finetune("train", recipe, "--run", run, *until, **options)
+        done = finetune(tree, "train", recipe, "--run", run, *until)
         assert done.returncode == 0, done.stderr
     assert "resumed from step 4" in done.stderr
 
@@ -306,12 +314,12 @@ def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, finetune
 
 
 @pytest.mark.slow
-def test_a_key_of_another_toy_is_refused_as_one_of_ours_is(tree, toy_recipe, finetune, tmp_path) -> None:
+def test_a_key_of_another_toy_is_refused_as_one_of_ours_is(tree, toy_recipe, tmp_path) -> None:
     recipe = tmp_path / "toy.yaml"
     optimizers = ({"schedule": "cosine", "decay": 0.5}, {"momentum": 0.5})
     for number, optimizer in enumerate(optimizers):
         toy_recipe["optimizer"] = {"name": "lion", "learning_rate": 0.01} | optimizer
         recipe.write_text(yaml.safe_dump(toy_recipe))
-        done = finetune("plan", recipe, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)})
+        done = finetune(tree, "plan", recipe)
         said = ("decay: has no meaning for `cosine`", "momentum: has no meaning for `lion`")[number]
         assert done.returncode == 2 and f"optimizer.{said}" in done.stderr
