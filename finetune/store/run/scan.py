@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from finetune.errors import RunError
 from finetune.store.run.directory import RunDirectory
-from finetune.store.run.journal import broken, is_rollback, is_step, record_of
-from finetune.store.run.records import EventRecord, StepRecord
+from finetune.store.run.journal import broken, record_of
+from finetune.store.run.records import EventRecord, StepRecord, is_rollback, is_step
 
 _STEP_LINE = b'{"kind": "step", "step": '
 _ATTEMPT = b'"attempt": "'
