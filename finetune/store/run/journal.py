@@ -1,7 +1,7 @@
-"""What happened in a run: `journal.jsonl`, one line a step or event; `columns` has what is finer than that.
+"""What happened in a run: `journal.jsonl`, one line a step or event.
 
-The holder of the run's lease appends; `log`, `replay`, `bisect` and resume read. A crash can tear only the last line, which is
-dropped when the journal is next opened for writing.
+Only the holder of the run's lease appends. A crash can tear only the last line, which is dropped when the journal is next opened for
+writing.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""The records of a run's journal, one a step or event: every key that may be in one. `journal` appends and reads them."""
+"""The records of a run's journal, one a step or event: every key that may be in one."""
 
 from typing import Literal, NotRequired, Required, TypedDict, TypeGuard
 

@@ -1,6 +1,6 @@
 """The journal of a run of any length, read a line at a time: in memory are its events, and of each step the place of its line.
 
-`log`, `replay`, `bisect` and resume ask for the few steps that they need. Nothing here writes.
+Nothing here writes.
 """
 
 import os
