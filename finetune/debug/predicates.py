@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from finetune.errors import FinetuneError
 from finetune.store.run import row_losses
-from finetune.store.run.journal import is_number
-from finetune.store.run.records import Record
+from finetune.store.run.records import Record, is_number
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -1,4 +1,4 @@
-"""Signals as wishes: which ask a training for its end, and how it hears them. `run` asks, `launch` hands them on."""
+"""Signals as wishes: which ask a training for its end, and how it hears them."""
 
 import os
 import signal

@@ -1,7 +1,4 @@
-"""Who trains together: by flags, the variables of a launcher or of a scheduler, else the devices here; and the cores of each.
-
-`launch` starts these processes; `state` and `cli` ask which of them this one is.
-"""
+"""Who trains together: by flags, the variables of a launcher or of a scheduler, else the devices here; and the cores of each."""
 
 import itertools
 import os

@@ -1,7 +1,4 @@
-"""Folders beside the one that they become, or that they were: locked as long as their maker lives, so that what a kill has left is known.
-
-`export`, `to_folder` and `queue` call it.
-"""
+"""Folders beside the one that they become, or that they were. Each is locked while its maker lives, so a sweep knows what a kill left."""
 
 import os
 import re

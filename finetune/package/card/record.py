@@ -16,8 +16,7 @@ from finetune.plan.plan import Plan
 from finetune.recipe.load import to_yaml
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.run import journal
-from finetune.store.run.journal import is_number
-from finetune.store.run.records import EventRecord, Record
+from finetune.store.run.records import EventRecord, Record, is_number
 from finetune.store.run.scan import Scan
 
 EVENTS = ("evaluated", "committed")

@@ -1,4 +1,4 @@
-"""A save under way: files that are hashed while they are written, synced, and in no checkpoint's place yet. `store` begins one."""
+"""A save under way: files that are hashed while they are written, synced, and in no checkpoint's place yet."""
 
 import errno
 import os

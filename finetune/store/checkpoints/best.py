@@ -1,7 +1,4 @@
-"""What the best commit of a run is worth: whether a better evaluation was not kept, and whether the base was better.
-
-`@best`, `log` and the end of a training say it in these words.
-"""
+"""What the best commit of a run is worth: whether a better evaluation was not kept, and whether the base was better."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

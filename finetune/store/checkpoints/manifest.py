@@ -1,4 +1,4 @@
-"""`manifest.json`: what makes a directory a checkpoint, and whether it still is one. `store` writes it last.
+"""`manifest.json`: what makes a directory a checkpoint, and is written last.
 
 One JSON object whose last line is the digest of all bytes before that line. Every later schema keeps that rule, so a torn or
 damaged manifest is never taken for a foreign or a newer one. `docs/` has the keys.

@@ -1,4 +1,4 @@
-"""Retention on the disk: demotes, then removes, what the keep rules leave out. `saver` calls it after each commit, `prune` by hand."""
+"""Retention on the disk: demotes, then removes, what the keep rules do not keep."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path

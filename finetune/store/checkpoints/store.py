@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: staged, committed by one rename, verified, removed. `saver` writes, everyone reads.
+"""The checkpoints of a run on disk: staged, committed by one rename, verified, removed.
 
 The protocol: every file is hashed while written and synced; the attempt's directory is synced; `manifest.json` is written and synced;
 the directory is synced again and renamed into `checkpoints/`; that rename, synced, is the commit. Whatever goes wrong before leaves

@@ -1,6 +1,7 @@
 """`trainer_state.json`: the history of a run in the form that transformers' Trainer writes, for the tools that read that.
 
-`saver` writes one into every checkpoint; `past` takes from it what a resumed run has to know of its first steps.
+A resumed run takes from it what it has to know of its first steps. A file of our own beside it would hold the same figures again in every
+checkpoint, and older checkpoints, which have this one alone, would still need this reader.
 """
 
 from collections.abc import Iterable

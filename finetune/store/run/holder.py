@@ -1,4 +1,4 @@
-"""Who holds a run: the record in `lease.json`, and whether its process is certainly dead; for `lease`."""
+"""Who holds a run: the record in `lease.json`, and whether its process is certainly dead."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What lies in run directories, read without torch: the commands `log`, `show` and `verify`."""
+"""What lies in run directories, read without torch."""
 
 from contextlib import suppress
 from pathlib import Path

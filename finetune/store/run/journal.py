@@ -1,7 +1,7 @@
-"""What happened in a run: `journal.jsonl`, one line a step or event; `columns` has what is finer than that.
+"""What happened in a run: `journal.jsonl`, one line a step or event.
 
-The holder of the run's lease appends; `log`, `replay`, `bisect` and resume read. A crash can tear only the last line, which is
-dropped when the journal is next opened for writing.
+Only the holder of the run's lease appends. A crash can tear only the last line, which is dropped when the journal is next opened for
+writing.
 """
 
 import errno
@@ -19,7 +19,7 @@ from finetune.errors import RunError
 from finetune.plan.facts import Metrics
 from finetune.store.durable import failures, sync_directory
 from finetune.store.run.directory import RunDirectory
-from finetune.store.run.records import EventRecord, Record, StepRecord
+from finetune.store.run.records import EventRecord, Record, StepRecord, is_event, is_rollback, is_step
 from finetune.store.strict_json import to_json
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -196,18 +196,6 @@ def _that_count(records: Iterable[Record], is_wanted: Callable[[Record], TypeGua
     return found
 
 
-def is_step(record: Record) -> TypeGuard[StepRecord]:
-    return record["kind"] == "step"
-
-
-def is_event(record: Record) -> TypeGuard[EventRecord]:
-    return record["kind"] == "event"
-
-
-def is_rollback(record: Record) -> TypeGuard[EventRecord]:
-    return is_event(record) and record["event"] == "amended" and record["action"] == "rollback"
-
-
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
     """The first field in which two records of one step differ, times and attempt aside; None when the step was exact."""
     for key in [*new, *(key for key in old if key not in new)]:
@@ -216,11 +204,6 @@ def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str | No
         if key not in old or key not in new or to_json(old[key]) != to_json(new[key]):
             return key
     return None
-
-
-def is_number(value: object) -> TypeGuard[float | str]:
-    """Whether a field of a record is a figure; one that JSON has no number for is a word there."""
-    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
 
 
 def _end_of(path: Path) -> tuple[bytes, int]:

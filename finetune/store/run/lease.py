@@ -1,4 +1,4 @@
-"""One writer a run. `run` holds the lease from before it reads the run directory until it has ended.
+"""One writer a run: it holds the lease from before it reads the run directory until it has ended.
 
 The kernel's lock is the truth: it goes with its process, however that dies, while a restarted container has the same pid and boot
 id again. Where the file system has no locks, the holder's heartbeat in `lease.json` decides, and who takes over has to say so.

@@ -1,6 +1,6 @@
-"""The records of a run's journal, one a step or event: every key that may be in one. `journal` appends and reads them."""
+"""The records of a run's journal, one a step or event: every key that may be in one."""
 
-from typing import Literal, NotRequired, Required, TypedDict
+from typing import Literal, NotRequired, Required, TypedDict, TypeGuard
 
 from finetune.plan.facts import World
 
@@ -95,3 +95,20 @@ class EventRecord(TypedDict, total=False):
 
 
 Record = StepRecord | EventRecord
+
+
+def is_step(record: Record) -> TypeGuard[StepRecord]:
+    return record["kind"] == "step"
+
+
+def is_event(record: Record) -> TypeGuard[EventRecord]:
+    return record["kind"] == "event"
+
+
+def is_rollback(record: Record) -> TypeGuard[EventRecord]:
+    return is_event(record) and record["event"] == "amended" and record["action"] == "rollback"
+
+
+def is_number(value: object) -> TypeGuard[float | str]:
+    """Whether a field of a record is a figure; one that JSON has no number for is a word there."""
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")

@@ -1,7 +1,7 @@
 """What a run records of each step beside its journal's line, in columns: the loss of every row, and the gradient norm of every
 group of modules.
 
-`saver` writes them before a commit, so no checkpoint is ahead of its record; `replay`, `bisect` and `show` read. `parts` has the files.
+They are written before a commit, so no checkpoint is ahead of its record.
 """
 
 from array import array

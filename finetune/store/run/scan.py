@@ -1,6 +1,6 @@
 """The journal of a run of any length, read a line at a time: in memory are its events, and of each step the place of its line.
 
-`log`, `replay`, `bisect` and resume ask for the few steps that they need. Nothing here writes.
+Nothing here writes.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from finetune.errors import RunError
 from finetune.store.run.directory import RunDirectory
-from finetune.store.run.journal import broken, is_rollback, is_step, record_of
-from finetune.store.run.records import EventRecord, StepRecord
+from finetune.store.run.journal import broken, record_of
+from finetune.store.run.records import EventRecord, StepRecord, is_rollback, is_step
 
 _STEP_LINE = b'{"kind": "step", "step": '
 _ATTEMPT = b'"attempt": "'
