@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Keeps the garbage collector out while modules are imported: a fifth of the time that torch and transformers take.
+    """Stops the garbage collector while modules are imported; it takes a fifth of the time of torch and transformers.
 
-    What they made stays until the end, so no later collection looks at it either. Where torch is imported already, nothing changes:
-    what a process did before this command is not to be kept.
+    Their objects stay until the process ends, so later collections skip them too. If torch is imported already, this does nothing:
+    an earlier command of the process may have left garbage, and that must not be kept.
     """
     if "torch" in sys.modules:
         yield

@@ -70,10 +70,9 @@ The casts of autocast (`aten::copy_`) are in both: weights are cast once a step.
 than the bare loop's. finetune makes the gradient of a chunk of logits from its log-probabilities in
 place, and autograd keeps both. Clipping is one multiplication inside the fused update.
 
-You wait longer for the start because finetune does more before the first step than a bare loop: the
-recipe, the plan and its digests, and the lease. Most cells were measured before the cache kept the
-findings about a base (packing keeps its rows apart, the needs of its loss). Their starts are longer
-than those of *start*, measured afterwards.
+The cells show longer starts than *start*, which was measured afterwards. Since then finetune
+imports without the garbage collector, and the cache keeps the findings about a base (packing keeps
+its rows apart, the needs of its loss). *start* ran beside other work, at a higher priority.
 """
 
 

@@ -65,7 +65,8 @@ def started(prepared: cells.Prepared, options: argparse.Namespace, measure: Call
                 of_cpu.add(name, run["cpu_seconds"])
     found = ratios(first_step_seconds, runs[OURS], runs[BARE])
     goal = Goal("start to first step, ours / bare loop, median of the rounds", median(found), 1.0, "x")
-    return Part([seconds, of_cpu], [goal], {"ratio of each round": ", ".join(f"{each:.2f}" for each in found)})
+    facts = {"ratio of each round": ", ".join(f"{each:.2f}" for each in found), "threads": options.threads}
+    return Part([seconds, of_cpu], [goal], facts)
 
 
 def resumed(work: Path, options: argparse.Namespace) -> Part:

@@ -4,7 +4,7 @@
     python scripts/bench/throughput.py --write docs/benchmarks.md --from FILE...
 
 throughput  tokens/s, peak memory, MFU and seconds to the first step of every contestant, and whether their losses agree
-start       from the start of a process to its first step, and resuming at positions 10, 2,000 and 2,000,000
+start       from the start of a process to its first step on three bases, and resuming at positions 10, 2,000 and 2,000,000
 overhead    what the loop and its journal add to the bare arithmetic of a tiny model
 update      clipping, AdamW and zeroing for the model's 134.5 M parameters, beside fused AdamW alone
 profile     the operators of one step, ours and a bare loop's
