@@ -77,7 +77,7 @@ def row_results(
                 if tell:
                     tell(first + len(ids) * (turn + 1) // len(micro_batches))
             # Each row is on one rank and zero on the others, so their sum is that row.
-            parts.append(accelerator.reduce(sums, "sum").cpu().numpy())
+            parts.append(np.asarray(accelerator.reduce(sums, "sum").tolist(), dtype=np.float64))
     finally:
         objective.train()
     found = np.concatenate(parts) if parts else np.zeros(0)
