@@ -1,11 +1,12 @@
-"""Finds the first bad step: recorded figures are looked up, states are evaluated by halves."""
+"""Finds the first bad step: recorded figures are looked up, states are evaluated by halves. Also finds the first that differs from its record."""
 
 from collections import ChainMap
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from finetune.debug import predicates
+from finetune.debug.against_record import Difference
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.reexecute import Rerun
 from finetune.debug.states import States
@@ -143,3 +144,31 @@ def _between(
         else:
             high = step
     return low, high, unknown
+
+
+def earliest_difference(rerun: Rerun) -> tuple[Difference, int]:
+    """The first step that differs from its record, given one that does. The fault may have begun between earlier checkpoints: these
+    stretches run again, the previous one first, then by halves. Also returns the number of stretches."""
+    found, probes = rerun.first_difference, 0
+    if found is None:
+        raise ValueError("all that ran again was as it was recorded")
+    stored, _ = rerun.sound_checkpoints()
+    starts = sorted(stored) if rerun.plan.parent and rerun.plan.parent.step else [0, *sorted(stored)]
+    sound, broken = -1, max(place for place, start in enumerate(starts) if start < found.step)
+    while broken - sound > 1:
+        middle, probes = (sound + broken) // 2 if probes else broken - 1, probes + 1
+        rerun.first_difference = None
+        rerun.begin_at(stored.get(starts[middle]))
+        while rerun.first_difference is None and rerun.state.step < starts[middle + 1]:
+            rerun.advance()
+            other = None if rerun.first_difference else rerun.stored_difference()
+            if other:  # after that step's figures, before the next step's
+                begun = min(other.step + 1, max(rerun.history.keys() | rerun.refused.keys()))
+                about = f"{other.quantity} where it begins" if begun > other.step else other.quantity
+                rerun.first_difference = replace(other, step=begun, quantity=about)
+        if rerun.first_difference:
+            broken, found = middle, rerun.first_difference
+        else:
+            sound = middle
+    rerun.first_difference = found
+    return found, probes
