@@ -101,3 +101,21 @@ def test_there_is_one_backward_and_one_optimizer_step() -> None:
     text = "\n".join(path.read_text() for path in FILES)
     assert text.count(".backward(") == 1
     assert text.count("optimizer.step()") == 1
+
+
+LONG = "Long because"
+
+
+def test_a_file_has_at_most_300_lines_and_above_250_says_why() -> None:
+    for path in FILES:
+        text = path.read_text()
+        lines = len(text.splitlines())
+        assert lines <= 300, f"{path}: {lines} lines"
+        assert lines <= 250 or LONG in ast.get_docstring(ast.parse(text)), f"{path}: {lines} lines, and no `{LONG} …`"
+
+
+def test_a_function_has_at_most_60_lines() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno}: {node.name}"

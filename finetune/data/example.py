@@ -1,6 +1,7 @@
 """An encoded row, and the encoded rows of a source."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,10 @@ class Example(NamedTuple):
     """The supervised ones of these."""
     numbers: tuple[float, ...] = ()
     """What the task's loss needs beside tokens, like a label; every example of a task has as many."""
+
+
+# rows and their places in, the examples of each row out
+Encoder = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
 
 class Encoded:

@@ -1,6 +1,6 @@
-"""Many refused rows or files as one error: each kind once, with its first places and its count."""
+"""The words of refusals: many refused rows or files are one error, with each kind once, its first places and its count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from finetune.errors import DataError
 
@@ -29,3 +29,11 @@ def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
     shown = [error for same in list(kinds.values())[:MOST_KINDS] for error in same]
     hints = dict.fromkeys(error.hint for error in shown if error.hint)
     return DataError("\n".join(lines), where=errors[0].where, hint="; ".join(hints) or None, parts=errors)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def listed(columns: Iterable[str]) -> str:
+    return ", ".join(f"`{column}`" for column in columns)

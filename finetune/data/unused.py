@@ -4,7 +4,7 @@ from typing import TypedDict
 
 from finetune.data import preflight
 from finetune.data.batches import Examples
-from finetune.data.sources.files import listed
+from finetune.data.refusals import listed
 from finetune.data.sources.open import first_rows, located, open_source
 from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source

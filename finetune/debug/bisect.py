@@ -15,7 +15,7 @@ from finetune.data.batches import Batches
 from finetune.debug import predicates, suspects
 from finetune.debug.predicates import PredicateError
 from finetune.debug.reexecute import Rerun
-from finetune.debug.search import Found, NoAnswer, search_record, search_states
+from finetune.debug.search import Found, NoAnswer, earliest_difference, search_record, search_states
 from finetune.errors import RunError, counted
 from finetune.training import incident
 from finetune.training.incident import BundledRow
@@ -126,7 +126,7 @@ def _culprit(rerun: Rerun, found: Found, quantity: str | None) -> Culprit:
         shares = suspects.gradient_shares(rerun.state, rerun.plan, rerun.batches_of(step), step)
     report = None if rerun.first_difference else rerun.attempt()
     if report is None or rerun.first_difference:
-        difference, probes = rerun.earliest_difference()
+        difference, probes = earliest_difference(rerun)
         found.evaluations += probes
         note = f"run again, {difference}: what happened is not in the recipe or its rows (hardware, an edited file, other code)"
         return Culprit(difference.step, "not reproduced", note)

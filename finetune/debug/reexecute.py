@@ -5,12 +5,14 @@ It must change nothing in the run.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from finetune.data.batches import Batches
+from finetune.debug import against_record
+from finetune.debug.against_record import Difference
 from finetune.errors import CheckpointError, NotFiniteError, RunError
 from finetune.model import base
 from finetune.plan.facts import World
@@ -32,19 +34,6 @@ from finetune.training.saving import snapshot
 from finetune.training.state import TrainState
 
 REFUSED = ("not_finite", "spike", "amended")  # events with the figures of a step
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference from the record; values as in the journal."""
-
-    step: int
-    quantity: str
-    recorded: object
-    replayed: object
-
-    def __str__(self) -> str:
-        return f"step {self.step}: {self.quantity} was {self.recorded!r} and is {self.replayed!r}"
 
 
 class Rerun:
@@ -168,48 +157,12 @@ class Rerun:
         while self.state.step < step:
             self.advance()
 
-    def earliest_difference(self) -> tuple[Difference, int]:
-        """The first step that differs from its record, given one that does. The fault may have begun between earlier checkpoints: these
-        stretches run again, the previous one first, then by halves. Also returns the number of stretches."""
-        found, probes = self.first_difference, 0
-        if found is None:
-            raise ValueError("all that ran again was as it was recorded")
-        stored, _ = self.sound_checkpoints()
-        starts = sorted(stored) if self.plan.parent and self.plan.parent.step else [0, *sorted(stored)]
-        sound, broken = -1, max(place for place, start in enumerate(starts) if start < found.step)
-        while broken - sound > 1:
-            middle, probes = (sound + broken) // 2 if probes else broken - 1, probes + 1
-            self.first_difference = None
-            self.begin_at(stored.get(starts[middle]))
-            while self.first_difference is None and self.state.step < starts[middle + 1]:
-                self.advance()
-                other = None if self.first_difference else self.stored_difference()
-                if other:  # after that step's figures, before the next step's
-                    begun = min(other.step + 1, max(self.history.keys() | self.refused.keys()))
-                    about = f"{other.quantity} where it begins" if begun > other.step else other.quantity
-                    self.first_difference = replace(other, step=begun, quantity=about)
-            if self.first_difference:
-                broken, found = middle, self.first_difference
-            else:
-                sound = middle
-        self.first_difference = found
-        return found, probes
-
     def stored_difference(self) -> Difference | None:
         """The first tensor that differs from the stored checkpoint of this step, to the bit; None without a checkpoint."""
         step = self.state.step
         if not RunDirectory(self.run).checkpoint(step).is_dir():
             return None
-        kept = self.store.find(step)
-        if kept.manifest.kind != "full":
-            return None
-        tensors, _ = snapshot.Live(self.state).copied()
-        stored = snapshot.stored_tensors(kept)
-        for name, live in tensors.items():
-            is_same = name in stored and torch.equal(_bits(live.detach().cpu()), _bits(stored[name]))
-            if not is_same:
-                return Difference(step, f"tensor {name}", "as stored", "another")
-        return None
+        return against_record.of_tensors(self.state, self.store.find(step))
 
     def advance(self) -> loop.StepReport:
         """Runs the next step as the run did, and compares it with the record. Raises NotFiniteError if it is NaN or infinite."""
@@ -229,7 +182,8 @@ class Rerun:
         if not self.columns.rows(step):
             self.unwritten[step] = report.columns
         if self.first_difference is None:
-            self.first_difference = self.difference(report)
+            record = self.steps.get(step) or self.refused.get(step)
+            self.first_difference = against_record.of_step(report, record, self.columns) if record else None
         return report
 
     def slots_of(self, step: int) -> list[list[int]]:
@@ -242,29 +196,6 @@ class Rerun:
         if self.plan.is_left_out(step):
             return guard.without_rows(step)
         return guard.judge(Guard(spike="ignore"), step, figures, lambda quantity, before: (), self.amendments)
-
-    def difference(self, report: loop.StepReport) -> Difference | None:
-        """The first quantity of a step that differs from its record; None also if there is no record."""
-        step, found = report.step, report.columns
-        trained = self.steps.get(step)
-        now: dict[str, object] = {**report.figures}
-        if report.verdict and trained:
-            now["skipped"] = report.verdict.reason
-        record = trained or self.refused.get(step)
-        if record is None:
-            return None
-        then = {name: record.get(name) for name in {**now, **({"skipped": 0} if "skipped" in record else {})}}
-        if quantity := journal.difference(then, now):
-            return Difference(step, quantity, then.get(quantity), now.get(quantity))
-        for one, two in zip(self.columns.rows(step), found.rows, strict=False):
-            if repr(one) != repr(two):
-                return Difference(
-                    step, f"loss of row {one.row}", one.loss, two.loss if one.row == two.row else f"row {two.row}"
-                )
-        for name, norm in self.columns.modules(step).items():
-            if repr(norm) != repr(report.module_norms.get(name)):
-                return Difference(step, f"gradient norm of {name}", norm, report.module_norms.get(name))
-        return None
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -291,7 +222,3 @@ class Rerun:
         stored = self.store.checkpoints()
         carried = stored[-1].manifest.amendments if stored else []
         return amendments(carried, self.events)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from finetune.debug import inspection
+from finetune.debug.against_record import Difference
 from finetune.debug.inspection import Inspection
-from finetune.debug.reexecute import Difference, Rerun
+from finetune.debug.reexecute import Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.store.checkpoints.manifest import of_attempt
 from finetune.store.run import journal as journals

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finetune.data.batches import Batch
-from finetune.data.encode import Encoder
-from finetune.data.example import Example, Row
+from finetune.data.example import Encoder, Example, Row
 from finetune.model.losses import TokenLosses
 from finetune.plan.facts import Metrics
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.encode import Encoder, Work, encode
-from finetune.data.example import Encoded
+from finetune.data.encode import encode
+from finetune.data.example import Encoded, Encoder
 from finetune.data.heldout.lineage import source_key
+from finetune.data.shards import Work
 from finetune.data.sources.hub import pin_dataset
 from finetune.data.sources.open import State, located, open_source, reopen_source
 from finetune.errors import DataError

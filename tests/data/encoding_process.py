@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data import encode as encoding
-from finetune.data.encode import Work, encode
+from finetune.data.encode import encode
 from finetune.data.example import Example
+from finetune.data.shards import Work
 from finetune.errors import DataError
 
 

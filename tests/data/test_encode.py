@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode as encode_module
+from finetune.data import shards
 from finetune.data.batches import Examples
 from finetune.data.encode import encode
 from finetune.data.example import Example
@@ -106,7 +107,7 @@ def test_other_content_or_other_settings_are_encoded_anew(monkeypatch):
     encoder = Counting()
     for key in (("content", "settings"), ("other content", "settings"), ("content", "other settings"), ("content",)):
         encode([row(3)], where, encoder, *key)
-    monkeypatch.setattr(encode_module, "VERSION", 0)
+    monkeypatch.setattr(shards, "VERSION", 0)
     encode([row(3)], where, encoder, "content", "settings")
     assert encoder.seen == 5
 
@@ -122,7 +123,7 @@ def test_the_arrays_are_mapped_not_read(own_cache):
 
 
 def test_rows_are_given_to_the_encoder_a_part_at_a_time_with_their_places(monkeypatch):
-    monkeypatch.setattr(encode_module, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(shards, "ROWS_AT_ONCE", 4)
     encoder = Counting()
     encoded = encode([row(2 + number) for number in range(10)], where, encoder, "content")
     assert encoder.places == [where(number) for number in range(10)]
@@ -163,7 +164,7 @@ class Unreadable(list):
 
 
 def test_all_bad_rows_are_told_at_once_whether_reading_or_encoding_refuses_them(monkeypatch):
-    monkeypatch.setattr(encode_module, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(shards, "ROWS_AT_ONCE", 3)
     rows = Unreadable([row(3), {"bad": "empty"}, None, row(2), row(2), {"bad": "long"}, {"bad": "empty"}, row(1)])
     with pytest.raises(DataError) as caught:
         encode(rows, where, Refusing(), "content")

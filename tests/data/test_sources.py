@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 from ruamel.yaml import YAML
 
-from finetune.data.sources import files
+from finetune.data.sources import text_files
 from finetune.data.sources.hub import pin_dataset
 from finetune.data.sources.open import Rows, open_source
 from finetune.errors import DataError
@@ -48,7 +48,7 @@ def test_json_lines_are_found_whatever_ends_and_separates_them(tmp_path):
 
 
 def test_json_lines_that_cross_the_edge_of_a_scan_stay_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SCAN_BYTES", 7)
+    monkeypatch.setattr(text_files, "SCAN_BYTES", 7)
     rows = rows_of(tmp_path / "rows.jsonl", "".join(f'{{"text": "{"x" * size}"}}\n' for size in range(30)))
     assert [len(rows[index]["text"]) for index in range(len(rows))] == list(range(30))
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from finetune.debug import search
+from finetune.debug import states
 from finetune.debug.bisect import bisect, listing
 from finetune.debug.predicates import PredicateError
 from finetune.errors import FinetuneError, NotFiniteError
@@ -244,7 +244,7 @@ def test_a_run_that_may_not_be_written_has_its_answer_all_the_same(spiked, capsy
     assert (facts["first_bad_step"], facts["bundle"]) == (45, None)
     assert f"{run}/debug cannot be written (Not a directory): states are written to " in capsys.readouterr().err
     (run / "debug").unlink()
-    monkeypatch.setattr(search, "free_bytes", lambda place: 0 if place == run / "debug" else 1 << 40)
+    monkeypatch.setattr(states, "free_bytes", lambda place: 0 if place == run / "debug" else 1 << 40)
     assert bisect(run, bad_command=command, good=43)["first_bad_step"] == 45
     assert f"{run}/debug cannot be written (No space left on device): " in capsys.readouterr().err
     assert not list(root().glob("bisect-*"))

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data.sources.files import Row, first_line
+from finetune.data.example import Row
+from finetune.data.refusals import first_line
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 from finetune.store import downloads, hub

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from finetune.data.example import Row
+from finetune.data.refusals import listed
 from finetune.data.sources.arrow import without_nulls
-from finetune.data.sources.files import Reader, Row, listed, reader_of
+from finetune.data.sources.files import Reader, reader_of
 from finetune.data.sources.hub import SPLIT, HubDataset, pin_dataset
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES, PinnedSource
