@@ -20,7 +20,8 @@ from finetune.debug.reexecute import Rerun
 from finetune.debug.replay import materialize
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.model import base
-from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
+from finetune.plan.curve import warmup_of
+from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
