@@ -20,7 +20,8 @@ from finetune.package import probe, proof, reference, weights
 from finetune.package.assembly import assemble
 from finetune.package.attest import bom, licence, provenance, signing
 from finetune.package.card import figures, record
-from finetune.package.card.card import CheckReport, Facts, card, hub_base
+from finetune.package.card.card import card
+from finetune.package.card.facts import CheckReport, Facts, hub_base
 from finetune.package.proof import Check
 from finetune.package.verify.contents import CARD, files_of, sha256
 from finetune.package.verify.verify import folder_findings

@@ -22,7 +22,7 @@ from finetune.errors import PackageError, counted
 from finetune.model.base import outline
 from finetune.model.base.quiet import quiet
 from finetune.package import probe
-from finetune.package.card.card import CheckReport
+from finetune.package.card.facts import CheckReport
 from finetune.store.tensors import Place, read_header
 
 # Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; the cast to bf16 changes the

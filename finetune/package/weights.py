@@ -17,7 +17,7 @@ from finetune.errors import PackageError
 from finetune.model import adapters, base
 from finetune.model.base import outline
 from finetune.package import probe, proof
-from finetune.package.card.card import hub_base
+from finetune.package.card.facts import hub_base
 from finetune.package.proof import Check, Logits
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Manifest
