@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from finetune.errors import PackageError
-from finetune.package import bounds, export, proof, weights
+from finetune.package import bounds, export, proof, refusals, weights
 from finetune.package.attest import licence
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
@@ -119,9 +119,9 @@ def test_nothing_private_is_in_a_package(merged, full, alone, tiny_base, chat_da
 
 def test_a_folder_of_this_machine_is_refused_by_name(tmp_path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/somebody/models/tiny"}))
-    export.refuse_private(tmp_path, [Path("/elsewhere/models/tiny")])
+    refusals.refuse_private(tmp_path, [Path("/elsewhere/models/tiny")])
     with pytest.raises(PackageError, match="private: tokenizer_config.json names /home/somebody/models"):
-        export.refuse_private(tmp_path, [Path("/home/somebody/models/tiny")])
+        refusals.refuse_private(tmp_path, [Path("/home/somebody/models/tiny")])
 
 
 def test_the_same_run_gives_the_same_bytes(merged) -> None:
