@@ -84,7 +84,7 @@ def verify(ref: str, key: Path | None) -> Answer:
 @answers
 def prune(run: Path, dry_run: bool, **keep: int | None) -> Answer:
     """Apply the keep rules of a run now, or other rules."""
-    from finetune.plan.forecast import readable
+    from finetune.plan.disk import readable
     from finetune.store.checkpoints.pruning import prune as prune_run
 
     actions, pinned = prune_run(run, keep, dry_run)

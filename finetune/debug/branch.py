@@ -1,7 +1,4 @@
-"""A new run from any step of another one, with other keys, or without some rows.
-
-The checkpoint is linked, not copied. `Plan.parent` records the origin; from there on a branch is a run like any other.
-"""
+"""A new run from any step of another one, with other keys, or without some rows. The checkpoint is linked, not copied."""
 
 import json
 import re
@@ -20,7 +17,8 @@ from finetune.debug.reexecute import Rerun
 from finetune.debug.replay import materialize
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.model import base
-from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of, warmup_of
+from finetune.plan.curve import warmup_of
+from finetune.plan.plan import EarlierOrder, Parent, Plan, order_of, steps_of
 from finetune.recipe.load import LoadedRecipe, dumps, loads
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe

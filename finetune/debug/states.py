@@ -13,7 +13,7 @@ from finetune.debug import predicates
 from finetune.debug.predicates import Comparison, PredicateError
 from finetune.debug.reexecute import Rerun
 from finetune.errors import RunError
-from finetune.plan.forecast import checkpoint_bytes, free_bytes
+from finetune.plan.disk import checkpoint_bytes, free_bytes
 from finetune.store import cache
 from finetune.store.checkpoints.manifest import Checkpoint, of_attempt
 from finetune.store.checkpoints.store import Store

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from finetune import version
-from finetune.plan.forecast import readable
+from finetune.plan.disk import readable
 from finetune.plan.memory import machine_bytes
 from finetune.store import cache
 

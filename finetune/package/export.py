@@ -16,28 +16,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.data.heldout import lineage
 from finetune.errors import BaseError, CheckpointError, DataError, FinetuneError, PackageError
 from finetune.model import base
-from finetune.package import probe, proof, reference, weights
+from finetune.package import documents, probe, proof, reference, refusals, weights
 from finetune.package.assembly import assemble
-from finetune.package.attest import bom, licence, provenance, signing
-from finetune.package.card import figures, record
-from finetune.package.card.card import CheckReport, Facts, card, hub_base
+from finetune.package.attest import licence, signing
+from finetune.package.card import record
+from finetune.package.card.facts import CheckReport, Facts
+from finetune.package.card.metadata import FrontMatter
 from finetune.package.proof import Check
-from finetune.package.verify.contents import CARD, files_of, sha256
-from finetune.package.verify.verify import folder_findings
+from finetune.package.verify.contents import files_of, sha256
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
-from finetune.recipe.load import to_yaml
 from finetune.store.beside import staged
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.durable import failures, rename, sync_tree
 from finetune.store.run import scan
-from finetune.store.run.directory import JOURNAL, RECIPE, RunDirectory
-from finetune.training.opened import Opened, open_model, open_tokenizer, run_of
+from finetune.training.opened import Opened, open_model, open_tokenizer
 from finetune.training.resolve import resolve_own
-
-TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -78,29 +74,19 @@ def package(
 
     Raises PackageError with the name of the failed check; then no folder is left.
     """
-    run = _run_of(ref)
-    _refuse_existing(directory)
+    run = refusals.run_of_ref(ref)
+    refusals.refuse_existing(directory)
     opened = open_model(ref, is_as_trained=False)
     opened = _with_dtype(opened, dtype) if dtype else opened
     plan, manifest = opened.run_plan, opened.run_checkpoint.manifest
     recipe = plan.recipe
-    _refuse_unnamed_base(plan, recipe.package.form)
-    try:
-        tokenizer = open_tokenizer(opened)
-    except DataError as error:
-        raise PackageError(f"encoding: {error.message}", where=ref, hint=error.hint) from None
+    refusals.refuse_unnamed_base(plan, recipe.package.form)
+    tokenizer = _tokenizer_of(opened, ref)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
     if recipe.base.quantization:
-        quantized = open_model(ref).model
-        checks.append(weights.unquantized(probe.logits(quantized, tokenizer), probe.logits(opened.model, tokenizer)))
-        del quantized
+        checks.append(_unquantized(ref, opened.model, tokenizer))
     base_directory = _base_directory(plan)
-    stated = licence.of_base(recipe.base, base_directory)
-    licences = (
-        licence.of_package(recipe.package, stated),
-        stated["license"] if stated else None,
-        tuple(map(licence.of_data, recipe.data.train, plan.train)),
-    )
+    licences = _licences(plan, base_directory)
     numbers, model = record.figures(scan.read(run), manifest.step), opened.model
     averaged: list[Manifest] = []
     if average:
@@ -109,33 +95,50 @@ def package(
         checks += changes
     with _staged(directory) as staging:
         made = assemble(replace(opened, model=model), tokenizer, base_directory, staging, load or proof.load_back)
-        checks += made.checks
-        checks.append(Check("private", "no file names a folder of the machine it was made on"))
+        checks += [*made.checks, Check("private", "no file names a folder of the machine it was made on")]
         found = [check.report for check in checks]
-        named = recipe.package.dtype or recipe.train.precision
         facts = Facts(
             plan,
             manifest,
             numbers,
             found,
             recipe.package.form,
-            named,
+            recipe.package.dtype or recipe.train.precision,
             *licences,
             averaged,
             _stages(manifest, ref),
             _seen(plan, ref),
         )
-        _write_record(facts, staging)
+        documents.write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
-        _write_bom(facts, made.model.config.architectures, staging)
-        statement = provenance.statement(facts, files_of(staging), RunDirectory(run).plan()[1].get("software", {}))
-        (staging / provenance.FILE).write_text(provenance.to_line(statement), encoding="utf-8")
+        documents.write_attestations(facts, made.model.config.architectures, run, staging)
         if key:
             signing.sign(staging, key)
-        _refuse_wrong(staging)
-        refuse_private(staging, [run, opened.base_directory, directory])
+        refusals.refuse_wrong(staging)
+        refusals.refuse_private(staging, [run, opened.base_directory, directory])
         files = _files(staging)
     return {"path": str(directory), "files": files, "checks": found}
+
+
+def _tokenizer_of(opened: Opened, ref: str) -> PreTrainedTokenizerBase:
+    try:
+        return open_tokenizer(opened)
+    except DataError as error:
+        raise PackageError(f"encoding: {error.message}", where=ref, hint=error.hint) from None
+
+
+def _unquantized(ref: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Compares a model with the one over the quantized base, as it was trained."""
+    return weights.unquantized(probe.logits(open_model(ref).model, tokenizer), probe.logits(model, tokenizer))
+
+
+def _licences(plan: Plan, base_directory: Path | None) -> tuple[FrontMatter | None, str | None, tuple[str | None, ...]]:
+    """Of the package, of its base, and of each source of training rows."""
+    recipe = plan.recipe
+    stated = licence.of_base(recipe.base, base_directory)
+    of_package = licence.of_package(recipe.package, stated)
+    of_data = tuple(map(licence.of_data, recipe.data.train, plan.train))
+    return of_package, stated["license"] if stated else None, of_data
 
 
 def _stages(manifest: Manifest, ref: str) -> tuple[Stage, ...]:
@@ -166,7 +169,7 @@ def _with_dtype(opened: Opened, dtype: str) -> Opened:
 
 def checkpoint_of(ref: str) -> tuple[Path, int]:
     """The run and the step of a ref. Raises PackageError if it is no checkpoint of a run."""
-    return _run_of(ref), find(parse(ref)).step
+    return refusals.run_of_ref(ref), find(parse(ref)).step
 
 
 def _averaged(
@@ -181,41 +184,6 @@ def _averaged(
     return weights.mean([f"{run}@{step}" for step in others], opened, tokenizer)
 
 
-def _refuse_wrong(directory: Path) -> None:
-    """Runs the checks of `verify` on the folder before it is a package."""
-    for check, file, tensor, message in folder_findings(directory)[1]:
-        told = ": ".join(filter(None, (file, tensor, message)))
-        raise PackageError(f"{check}: {told}", where="package", hint="fix its cause; nothing was written")
-
-
-def _run_of(ref: str) -> Path:
-    """The run directory around a checkpoint; a package needs its plan and journal."""
-    parsed = parse(ref)
-    run = run_of(parsed) if parsed.kind == "run" or parsed.kind == "checkpoint" else None
-    if run is None:
-        what = "is no folder that is here, and" if parsed.kind == "hub" else "is"
-        hint = "name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run"
-        raise PackageError(f"{what} not a checkpoint of a run", where=ref, hint=hint)
-    return run
-
-
-def _refuse_existing(directory: Path) -> None:
-    with failures(directory, PackageError, what="cannot be read"):
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise PackageError(
-                "is there already", where=str(directory), hint="name a new directory, or remove this one"
-            )
-
-
-def _refuse_unnamed_base(plan: Plan, form: str) -> None:
-    if form == "adapter" and hub_base(plan) is None:
-        raise PackageError(
-            "an adapter of a local base would name a base that others do not have",
-            where="package.form",
-            hint="set base.origin to the Hub checkpoint it is equal to, or use `merged`",
-        )
-
-
 def _base_directory(plan: Plan) -> Path | None:
     """The files of the base's authors, without weights if these are unavailable. None if the base of a full fine-tune is gone: the
     card then says that the licence is unknown, and `proof` finds missing untrained weights."""
@@ -223,41 +191,6 @@ def _base_directory(plan: Plan) -> Path | None:
         with suppress(BaseError, CheckpointError):
             return base.directory(plan.recipe.base, plan.base, has_weights)
     return None
-
-
-def _write_record(facts: Facts, directory: Path) -> None:
-    training = directory / "training"
-    training.mkdir()
-    (training / RECIPE).write_text(record.recipe(facts.plan), encoding="utf-8")
-    (training / JOURNAL).write_text(record.to_lines(facts.figures), encoding="utf-8")
-    (training / "loss.png").write_bytes(record.loss_curve(facts.figures))
-    (directory / CARD).write_text(card(facts), encoding="utf-8")
-    if entries := figures.eval_results(facts.figures, facts.manifest.step, facts.plan):
-        (directory / ".eval_results").mkdir()
-        (directory / ".eval_results/held-out.yaml").write_text(to_yaml(entries), encoding="utf-8")
-
-
-def _write_bom(facts: Facts, architectures: list[str] | None, directory: Path) -> None:
-    files = {name: path for name, path in files_of(directory).items() if name != CARD}
-    name = facts.plan.recipe.publish.repo if facts.plan.recipe.publish else facts.plan.plan_id
-    value = bom.bom(facts, name, (architectures or ["unknown"])[0], files)
-    (directory / bom.FILE).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def refuse_private(directory: Path, places: list[Path]) -> None:
-    """Refuses a folder of this machine: it reveals its user and layout, and means nothing to others."""
-    private = {str(place.absolute().parent) for place in places} | {str(Path.home()), str(Path.cwd())}
-    private = {place for place in private if place.count("/") > 1}  # `/` and `/root` are everywhere
-    for file in sorted(file for file in directory.rglob("*") if file.suffix in TEXT_FILES):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for place in sorted(private):
-            if place in text:
-                message = f"private: {file.relative_to(directory)} names {place}"
-                raise PackageError(
-                    message,
-                    where="package",
-                    hint="remove it there, or move the file it comes from; nothing was written",
-                )
 
 
 def _files(directory: Path) -> list[PackagedFile]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 import xxhash
 from safetensors.torch import load_file
 
@@ -22,14 +21,9 @@ from finetune.errors import PackageError, counted
 from finetune.model.base import outline
 from finetune.model.base.quiet import quiet
 from finetune.package import probe
-from finetune.package.card.card import CheckReport
+from finetune.package.card.facts import CheckReport
 from finetune.store.tensors import Place, read_header
 
-# Mean nats of Kullback-Leibler divergence a token. Merging in fp32 only changes the order of sums; the cast to bf16 changes the
-# weights, and arithmetic too. Measured with LoRA on SmolLM2-135M, whose batch here is noise: 2e-11 and 3e-3.
-MERGE_BOUND = 1e-5
-CAST_BOUND = 2e-2
-QUANTIZATION_BOUND = 2.0  # 0.56 for nf4 of the same model, without an adapter: noise reacts more strongly than text
 # Of the largest logit: the class of a model with images may also take sums in another order.
 CLASS_TOLERANCE = 1e-3
 Logits = dict[str, torch.Tensor]
@@ -66,41 +60,6 @@ class LoadedLook:
     facts: probe.LoadedFacts
 
 
-def within(name: str, what: str, reference: Logits, other: Logits, bound: float) -> Check:
-    """A bounded change of the logits: mean divergence of the next token's distribution from the reference's."""
-    figures = drift(reference, other) | {"bound": bound}
-    if not figures["mean_kl"] <= bound:
-        hint = "set package.dtype: fp32" if name == "cast" else "report it: the adapter does not merge"
-        raise _failed(
-            name, f"{what} changes the model by a mean KL of {figures['mean_kl']:.3g}; the bound is {bound:g}", hint
-        )
-    message = (
-        f"{what} changes logits by at most {figures['max_difference']:.3g}, mean KL {figures['mean_kl']:.2g} (bound {bound:g}), "
-        f"same likeliest token at {figures['top1_agreement']:.2%} of positions"
-    )
-    return Check(name, message, figures)
-
-
-def drift(reference: Logits, other: Logits) -> dict[str, float]:
-    """Largest difference of a logit, mean KL divergence in nats, and the share of positions with the same likeliest token."""
-    changes, divergence, same, positions = [], 0.0, 0, 0
-    for name in reference:
-        for before, after in zip(
-            reference[name], other[name], strict=True
-        ):  # (T, V) at a time: fp64 of a whole batch is large
-            changes.append((before - after).abs().max())
-            logs = [F.log_softmax(one.double(), dim=-1) for one in (before, after)]
-            divergence += F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
-            same += int((before.argmax(-1) == after.argmax(-1)).sum())
-            positions += len(before)
-    # tensors: Python's max() loses a NaN
-    return {
-        "max_difference": torch.stack(changes).max().item(),
-        "mean_kl": divergence / positions,
-        "top1_agreement": same / positions,
-    }
-
-
 # A package, and the base that it is an adapter of -> a look at it
 Loader = Callable[[Path, Path | None], LoadedLook]
 
@@ -122,7 +81,7 @@ def load_back(directory: Path, base: Path | None) -> LoadedLook:
         result = subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
         if result.returncode:
             reason = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
-            raise _failed("load", f"cannot be loaded in a fresh process: {reason}")
+            raise failed("load", f"cannot be loaded in a fresh process: {reason}")
         return LoadedLook(load_file(Path(out, "logits.safetensors")), json.loads(Path(out, "facts.json").read_bytes()))
 
 
@@ -148,14 +107,14 @@ def equal(trained: Look, loaded: LoadedLook, surplus: Mapping[str, Collection[st
     )
     for name, one, two in pairs:
         if one != two:
-            raise _failed(name, _difference(name, one, two))
+            raise failed(name, _difference(name, one, two))
     size, vocabulary = loaded.facts["tokenizer"]["size"], loaded.facts["vocabulary"]
     if size > vocabulary:
-        raise _failed("vocabulary", f"the tokenizer has {size:,} tokens, the model only {vocabulary:,}")
+        raise failed("vocabulary", f"the tokenizer has {size:,} tokens, the model only {vocabulary:,}")
     for name, logits in trained.logits.items():
         if not torch.equal(logits, loaded.logits[name]):
             largest = (logits - loaded.logits[name]).abs().max().item()
-            raise _failed("logits", f"a fresh process computes logits that differ by up to {largest:.3g}")
+            raise failed("logits", f"a fresh process computes logits that differ by up to {largest:.3g}")
     tensors, positions = (
         len(loaded.facts["weights"]),
         sum(one.shape[0] * one.shape[1] for one in loaded.logits.values()),
@@ -191,7 +150,7 @@ def _by_declared_class(found: probe.Declared | None, surplus: Mapping[str, Colle
         return []
     _refuse_keys(found["keys"], found["class"], surplus)
     if not found["apart"] <= CLASS_TOLERANCE * max(found["largest"], 1.0):
-        raise _failed(
+        raise failed(
             "class", f"{found['class']}, which the config declares, computes logits {found['apart']:.3g} apart"
         )
     message = f"{found['class']}, which the config declares, has all its weights and computes the same of text"
@@ -203,7 +162,7 @@ def _refuse_keys(keys: Mapping[str, list[str]], name: str, surplus: Mapping[str,
     wrong += [key for key in keys["unexpected_keys"] if key not in surplus.get(name, ())]
     if wrong:
         message = f"{len(wrong)} weights of {name} are missing, surplus or of another shape: {', '.join(wrong[:3])}"
-        raise _failed("keys", message)
+        raise failed("keys", message)
 
 
 def stored_as(directory: Path, types: Mapping[str, str], dtype: str) -> Check:
@@ -213,7 +172,7 @@ def stored_as(directory: Path, types: Mapping[str, str], dtype: str) -> Check:
     wrong = [f"{name} is {place.dtype}" for name, place in places if place.dtype != types.get(name)]
     wrong += sorted({name for name in names if names.count(name) > 1}) + sorted(types.keys() - set(names))
     if wrong:
-        raise _failed("dtype", f"weights must be of their types, each stored once: {', '.join(wrong[:3])}")
+        raise failed("dtype", f"weights must be of their types, each stored once: {', '.join(wrong[:3])}")
     others = [name for name in names if types[name] != dtype]
     message = f"all {len(names)} stored tensors are {dtype}"
     if others:
@@ -227,11 +186,11 @@ def carried(directory: Path, base: Path, names: Collection[str], files: Collecti
     """Checks that untrained tensors and files of the base are in the package, byte for byte."""
     for file in files:
         if (directory / file).read_bytes() != (base / file).read_bytes():
-            raise _failed("base", f"{file} is not as it is in the base")
+            raise failed("base", f"{file} is not as it is in the base")
     here, there = _places(directory), _places(base)
     for name in names:
         if _digest(*here[name]) != _digest(*there[name]):
-            raise _failed("base", f"{name} is not as it is in the base")
+            raise failed("base", f"{name} is not as it is in the base")
     what = [f"{len(names)} tensors ({', '.join(parts_of(names))})"] * bool(names) + sorted(files)
     return Check("base", f"not trained, and as in the base to the byte: {', '.join(what)}", {"tensors": len(names)})
 
@@ -261,5 +220,5 @@ def _difference(name: str, trained: object, loaded: object) -> str:
     return f"{loaded} is not {trained}, as trained"
 
 
-def _failed(check: str, message: str, hint: str = "package it again; if it fails again, report it") -> PackageError:
+def failed(check: str, message: str, hint: str = "package it again; if it fails again, report it") -> PackageError:
     return PackageError(f"{check}: {message}", where="package", hint=f"{hint}; nothing was written")

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from finetune.errors import PackageError
 from finetune.model import adapters, base
 from finetune.model.base import outline
-from finetune.package import probe, proof
-from finetune.package.card.card import hub_base
+from finetune.package import bounds, probe
+from finetune.package.card.facts import hub_base
 from finetune.package.proof import Check, Logits
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Manifest
@@ -73,13 +73,13 @@ def convert(
 ) -> Converted:
     """Works in place. `base_directory` has the base's files, if available: their fp32 tensors are stored in fp32 again."""
     trained = logits = probe.logits(model, tokenizer)
-    merge_bound, cast_bound = (math.inf, math.inf) if is_random else (proof.MERGE_BOUND, proof.CAST_BOUND)
+    merge_bound, cast_bound = (math.inf, math.inf) if is_random else (bounds.MERGE_BOUND, bounds.CAST_BOUND)
     checks: list[Check] = []
     exact: dict[str, torch.Tensor] = {}
     if form == "merged" and adapters.is_adapter(model):
         model = cast("PeftModel", model).merge_and_unload()
         logits = probe.logits(model, tokenizer)
-        checks.append(proof.within("merge", "merging the adapter in fp32", trained, logits, merge_bound))
+        checks.append(bounds.within("merge", "merging the adapter in fp32", trained, logits, merge_bound))
     if dtype != torch.float32:
         if form == "adapter":
             _cast_adapter(model, dtype)
@@ -88,7 +88,7 @@ def convert(
             exact = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in names}
             model = as_loaded(model, dtype)
         logits = probe.logits(model, tokenizer)
-        checks.append(proof.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, cast_bound))
+        checks.append(bounds.within("cast", f"the cast to {dtype}".replace("torch.", ""), trained, logits, cast_bound))
     return Converted(model, logits, checks, exact)
 
 
@@ -118,7 +118,7 @@ def mean(
 def unquantized(trained: Logits, packaged: Logits) -> Check:
     """The distance between the adapter on the original base and on the quantized base of the training."""
     what = "the base itself, in place of the quantized one under the adapter"
-    return proof.within("quantization", what, trained, packaged, proof.QUANTIZATION_BOUND)
+    return bounds.within("quantization", what, trained, packaged, bounds.QUANTIZATION_BOUND)
 
 
 def as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

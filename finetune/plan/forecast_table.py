@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from finetune.errors import counted
-from finetune.plan.forecast import readable
+from finetune.plan.disk import readable
 from finetune.plan.shown import Forecast, WithDevices
 
 

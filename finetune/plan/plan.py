@@ -11,12 +11,13 @@ import blake3
 import numpy as np
 
 from finetune.plan import schedules
+from finetune.plan.curve import on_curve, warmup_of
 from finetune.plan.facts import Facts
 from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
 from finetune.plan.row_order import Order
 from finetune.plan.split import Seen, Split
 from finetune.recipe.resume_rules import binding
-from finetune.recipe.schema import Recipe, Train, count_of
+from finetune.recipe.schema import Recipe, Train
 
 SCHEMA = 1
 ROW_RULES = 2
@@ -144,7 +145,7 @@ class Plan(Pin):
         segment = next((segment for segment in self.segments if step <= segment.until), None)
         curve = segment or self
         changes = [each for each in self.earlier_orders if segment is None or each.until < segment.until]
-        at, length = _on_curve(step, curve.steps, changes, curve.schedule_start)
+        at, length = on_curve(step, curve.steps, changes, curve.schedule_start)
         start = curve.schedule_start
         peak, schedule, own = optimizer.learning_rate, optimizer.schedule, optimizer.schedule_settings
         return schedules.learning_rate(peak, schedule, curve.warmup_steps, length - start, at - start, **own)
@@ -211,27 +212,6 @@ def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOr
 def steps_of(train: Train, order: Order) -> int:
     """Number of updates; none crosses the end of an epoch."""
     return train.steps or order.last_step_of(train.epochs or 0)
-
-
-def warmup_of(recipe: Recipe, steps: int, start: int = 0, earlier: Sequence[EarlierOrder] = ()) -> int:
-    """Steps of warm-up in the curve from step `start` to the plan's end; a share counts on the curve's own length."""
-    length = _on_curve(steps, steps, earlier, start)[1] - start
-    return min(length, count_of(recipe.optimizer.warmup, length))
-
-
-def _on_curve(step: int, steps: int, earlier: Sequence[EarlierOrder], start: int) -> tuple[float, int]:
-    """The place of a step on its curve of the learning rate, and the last step of that curve.
-
-    A curve from before a branch changed the batch size keeps its planned length: the remaining steps cover the rest of it.
-    """
-    at: float = step
-    for change in reversed(earlier):
-        if change.until <= start:
-            break
-        if at > change.until and steps != change.steps:
-            at = change.until + (at - change.until) * (change.steps - change.until) / (steps - change.until)
-        steps = change.steps
-    return at, steps
 
 
 def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:

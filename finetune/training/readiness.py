@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune import version
 from finetune.errors import RunError
 from finetune.model import base, decoder_layers, optimizer
-from finetune.plan import forecast
+from finetune.plan import disk
 from finetune.store import cache
 from finetune.training.resolve import Resolved
 
@@ -24,7 +24,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     if recipe.train.compile:
         decoder_layers.check_compiler()
     _refuse_place(run)
-    forecast.refuse_small_disk(resolved.plan, run)
+    disk.refuse_small_disk(resolved.plan, run)
 
 
 def refuse_unfit_base(resolved: Resolved) -> None:

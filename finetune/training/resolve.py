@@ -20,8 +20,9 @@ from finetune.data.heldout.draw import HeldOut
 from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
+from finetune.plan.curve import warmup_of
 from finetune.plan.pinned import Counts
-from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of, warmup_of
+from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of
 from finetune.plan.shape import shape_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from finetune.errors import PackageError
-from finetune.package import export, proof, weights
+from finetune.package import bounds, export, proof, refusals, weights
 from finetune.package.attest import licence
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
@@ -29,7 +29,7 @@ def test_a_merged_adapter_is_the_trained_model(merged) -> None:
     model = AutoModelForCausalLM.from_pretrained(merged.directory)
     assert model.dtype == torch.float32
     assert torch.allclose(logits(model), logits(open_model(f"{merged.run}@best").model), atol=1e-4)
-    assert merged.check("merge")["mean_kl"] <= merged.check("merge")["bound"] == proof.MERGE_BOUND
+    assert merged.check("merge")["mean_kl"] <= merged.check("merge")["bound"] == bounds.MERGE_BOUND
     assert merged.check("logits")["max_difference"] == 0.0
     assert "cast" not in [check["name"] for check in merged.facts["checks"]]
 
@@ -119,9 +119,9 @@ def test_nothing_private_is_in_a_package(merged, full, alone, tiny_base, chat_da
 
 def test_a_folder_of_this_machine_is_refused_by_name(tmp_path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/somebody/models/tiny"}))
-    export.refuse_private(tmp_path, [Path("/elsewhere/models/tiny")])
+    refusals.refuse_private(tmp_path, [Path("/elsewhere/models/tiny")])
     with pytest.raises(PackageError, match="private: tokenizer_config.json names /home/somebody/models"):
-        export.refuse_private(tmp_path, [Path("/home/somebody/models/tiny")])
+        refusals.refuse_private(tmp_path, [Path("/home/somebody/models/tiny")])
 
 
 def test_the_same_run_gives_the_same_bytes(merged) -> None:
@@ -189,10 +189,10 @@ def test_too_large_a_change_is_refused() -> None:
     reference = {"batch": torch.zeros(1, 2, 5)}
     changed = {"batch": torch.tensor([[[0.0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]])}
     with pytest.raises(PackageError, match="cast: the cast changes the model by a mean KL of 0.0"):
-        proof.within("cast", "the cast", reference, changed, proof.CAST_BOUND)
+        bounds.within("cast", "the cast", reference, changed, bounds.CAST_BOUND)
     nan = {"batch": torch.full((1, 2, 5), torch.nan)}
     with pytest.raises(PackageError, match="mean KL of nan"):
-        proof.within("cast", "the cast", reference, nan, proof.CAST_BOUND)
+        bounds.within("cast", "the cast", reference, nan, bounds.CAST_BOUND)
 
 
 def test_the_licence_is_read_from_the_card_of_the_base(tmp_path) -> None:

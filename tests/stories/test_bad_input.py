@@ -126,7 +126,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_loses_nothing_that_was_committed(refuse, recipe_file, train, small_disk, monkeypatch) -> None:
-    monkeypatch.setattr("finetune.plan.forecast.COMPANION_BYTES", 0)
+    monkeypatch.setattr("finetune.plan.disk.COMPANION_BYTES", 0)
     recipe = recipe_file(adapter={"name": "lora", "rank": 4}, checkpoint={"every": "4 steps", "keep": {"last": 100}})
     filler = small_disk / "filler"
     filler.write_bytes(bytes(1_950_000))

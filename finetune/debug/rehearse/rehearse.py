@@ -18,8 +18,8 @@ from finetune.debug.rehearse.equality import compared, first_difference
 from finetune.debug.rehearse.shown import Costs, DifferenceRecord, Outcome, PackageOutcome
 from finetune.debug.rehearse.trainings import TrainingError, Trainings, trainings_beside
 from finetune.errors import RunError, counted
-from finetune.plan import cadence, forecast, memory
-from finetune.plan.forecast import readable
+from finetune.plan import cadence, disk, memory
+from finetune.plan.disk import readable
 from finetune.plan.plan import Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints.store import Store
@@ -181,9 +181,9 @@ def _refuse(rehearsal: Rehearsal, plan: Plan, directory: Path) -> None:
         raise RunError(
             f"the plan has {counted(plan.steps, 'step')}, and a rehearsal needs {2 * rehearsal.steps}", hint=hint
         )
-    checkpoint = forecast.checkpoint_bytes(plan)
+    checkpoint = disk.checkpoint_bytes(plan)
     package = memory.FLOAT * plan.total_parameters if rehearsal.has_package else 0
-    needed, free = 2 * checkpoint + max(checkpoint, package), forecast.free_bytes(directory)
+    needed, free = 2 * checkpoint + max(checkpoint, package), disk.free_bytes(directory)
     if needed > free:
         raise RunError(
             f"a rehearsal needs {readable(needed)}, and the disk has {readable(free)} left",
@@ -236,8 +236,8 @@ def _costs(rehearsal: Rehearsal, whole: Path, resumed: Path, last: int) -> Costs
         "smallest_interval": {"steps": steps, "minutes": steps * cost.step_seconds / 60},
         "every": list(dict.fromkeys(map(str, every))),
         "share": cost.share(every),
-        "run_bytes": forecast.run_bytes(plan.model_copy(update={"recipe": rehearsal.loaded.recipe})),
-        "free_bytes": forecast.free_bytes(rehearsal.run),
+        "run_bytes": disk.run_bytes(plan.model_copy(update={"recipe": rehearsal.loaded.recipe})),
+        "free_bytes": disk.free_bytes(rehearsal.run),
     }
 
 

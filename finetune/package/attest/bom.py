@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune.package.card import figures, record
-from finetune.package.card.card import LIMITS, Facts, hub_base, method
+from finetune.package.card.card import LIMITS
+from finetune.package.card.facts import Facts, hub_base, method
 from finetune.package.card.metadata import FrontMatter
 from finetune.package.verify.contents import sha256
 from finetune.plan.facts import Metrics

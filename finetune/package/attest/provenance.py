@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from finetune.data.heldout import lineage
 from finetune.package.card import record
-from finetune.package.card.card import Facts, hub_base
+from finetune.package.card.facts import Facts, hub_base
 from finetune.package.verify.contents import CARD, Finding, sha256
 from finetune.plan.plan import PinnedSource, Plan
 from finetune.recipe.schema import Source

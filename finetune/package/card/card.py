@@ -3,67 +3,19 @@
 A pure function of the run's record: it must hold no clock, no path, no host, no row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NotRequired, TypedDict
-
 from finetune.package.card import figures, record
+from finetune.package.card.facts import Facts, hub_base, method
 from finetune.package.card.metadata import FrontMatter
 from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked
-from finetune.plan.plan import Parent, PinnedSource, Plan, Stage
-from finetune.plan.split import Seen
+from finetune.plan.plan import Parent, PinnedSource, Plan
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
-from finetune.store.checkpoints.manifest import Manifest
-from finetune.store.checkpoints.refs import parse
-from finetune.store.run.records import Record
 
 LIMITS = (
     "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
     "other languages, what it knows, whether it is safe or fair, and what the base brought with it."
 )
 SEEN = "Held-out figures are better on such rows than on new ones."
-
-
-class CheckReport(TypedDict):
-    """Something that was found to hold of a package, with the figures that show it."""
-
-    name: str
-    message: str
-    max_difference: NotRequired[float]
-    mean_kl: NotRequired[float]
-    top1_agreement: NotRequired[float]
-    bound: NotRequired[float]
-    tensors: NotRequired[int]
-    tokens: NotRequired[int]
-    vocabulary: NotRequired[int]
-    positions: NotRequired[int]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The input of a card."""
-
-    plan: Plan
-    manifest: Manifest
-    figures: Sequence[Record]
-    """The figures-only journal up to the step."""
-    checks: Sequence[CheckReport]
-    form: str
-    """`merged` or `adapter`."""
-    dtype: str
-    licence: FrontMatter | None
-    """Licence keys of the card; None if the base's licence is unknown and the recipe names none."""
-    base_licence: str | None
-    """The base's own statement."""
-    data_licences: Sequence[str | None]
-    """The licence of each source of training rows, if its card states one."""
-    averaged: Sequence[Manifest] = ()
-    """The other checkpoints in the weights."""
-    stages: Sequence[Stage] = ()
-    """The run and those before it, in the form that `lineage` reads from the package."""
-    seen: Sequence[Seen] = ()
-    """Held-out rows that this or an earlier run trained on, or may have."""
 
 
 def card(facts: Facts) -> str:
@@ -94,13 +46,6 @@ def card(facts: Facts) -> str:
         f"{NOTES_BEGIN}\n{NOTES_END}",
     ]
     return marked("\n\n".join(parts) + "\n")
-
-
-def hub_base(plan: Plan) -> tuple[str, str | None] | None:
-    """The Hub checkpoint under a run and its commit, if known; None for a base without a public name."""
-    if plan.base.kind == "hub" and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
-        return ref.repo, plan.base.revision
-    return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
 
 
 def _front_matter(facts: Facts) -> FrontMatter:
@@ -268,7 +213,3 @@ def _branch(parent: Parent) -> str:
     digest = f", manifest `{parent.digest}`" if parent.digest else ""
     changes = "; ".join(record.public_line(line) for line in parent.changes)
     return f"`{parent.ref}`{digest}" + (f", with {changes}" if changes else "")
-
-
-def method(plan: Plan) -> str:
-    return plan.recipe.adapter.title if plan.recipe.adapter else "full fine-tuning"

@@ -11,16 +11,9 @@ from pathlib import Path
 from finetune.errors import CheckpointError, PackageError, PublishError, counted
 from finetune.package.attest import provenance
 from finetune.package.publish import ownership, rights, to_folder
-from finetune.package.publish.repository import (
-    Files,
-    Repository,
-    Stored,
-    differences,
-    digest,
-    sha256_of,
-    size_of,
-)
+from finetune.package.publish.repository import Repository
 from finetune.package.publish.shown import Published
+from finetune.package.publish.trees import Files, Stored, differences, digest, sha256_of, size_of
 from finetune.package.verify.contents import files_of
 from finetune.package.verify.verify import folder_findings
 from finetune.store.checkpoints.refs import parse

@@ -1,16 +1,14 @@
-"""Writes to a repository of the Hub: its trees, and commits that land once or not at all.
+"""Reads and writes a repository of the Hub, in commits that land once or not at all.
 
 Requests are retried if that can help. If the reply to a commit is lost, its tree identifies it, so no commit is made twice
 (https://huggingface.co/docs/huggingface_hub/package_reference/hf_api, `create_commit`).
 """
 
-import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +26,7 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from finetune.errors import PublishError
 from finetune.package.publish.shown import Visibility
-from finetune.package.verify.contents import sha256
+from finetune.package.publish.trees import Files, Stored, differences
 from finetune.store import downloads, hub
 
 CHECKPOINTS = "checkpoints.json"
@@ -39,35 +37,6 @@ PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # a commit lock is 409;
 AGAIN = "try again: what was uploaded is not uploaded twice"
 HTTPError, RequestError = hub.http().HTTPError, hub.http().RequestError
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A file of a tree, as the Hub describes it."""
-
-    size: int
-    oid: str
-    """Of the git blob."""
-    sha256: str | None
-    """Of the content, if LFS or Xet stores it."""
-
-    def is_same(self, content: Path | bytes) -> bool:
-        if size_of(content) != self.size:
-            return False
-        if self.sha256:
-            return sha256_of(content) == self.sha256
-        content = content if isinstance(content, bytes) else content.read_bytes()  # files kept by git itself are small
-        return hashlib.sha1(b"blob %d\0%s" % (self.size, content)).hexdigest() == self.oid
-
-
-Tree = Mapping[str, Stored]
-Files = Mapping[str, Path | bytes]
-
-
-def differences(tree: Tree, files: Files, gone: Collection[str] = ()) -> dict[str, Path | bytes | None]:
-    """The changes that give a tree these files and remove the old ones; None means remove."""
-    changed = {name: content for name, content in files.items() if name not in tree or not tree[name].is_same(content)}
-    return changed | dict.fromkeys(name for name in gone if name in tree)
 
 
 class Repository:
@@ -277,19 +246,3 @@ def _asked_wait(error: Exception) -> float | None:
 def _reason(error: Exception) -> str:
     told = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return told.strip().partition("\n")[0]
-
-
-def digest(files: Files) -> str:
-    """SHA-256 over names and contents, so the same package has the same staging branch."""
-    whole = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        whole.update(f"{name}\0{sha256_of(content)}\n".encode())
-    return whole.hexdigest()
-
-
-def size_of(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def sha256_of(content: Path | bytes) -> str:
-    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)

@@ -13,8 +13,8 @@ from pathlib import Path
 from finetune.errors import PublishError
 from finetune.package.attest import provenance
 from finetune.package.publish import ownership
-from finetune.package.publish.repository import Files, digest, sha256_of, size_of
 from finetune.package.publish.shown import Published
+from finetune.package.publish.trees import Files, digest, sha256_of, size_of
 from finetune.package.verify.contents import files_of
 from finetune.store.beside import staged, sweep
 from finetune.store.durable import failures, sync_directory, sync_tree

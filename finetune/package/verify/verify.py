@@ -127,7 +127,8 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
 def _fetched(name: str, directory: Path) -> tuple[str, list[Finding], list[str]]:
     """Downloads a revision, past every cache, and compares each file with its hash on the Hub. Also reports the findings of the Hub's
     own scanners; they may not have seen all files yet."""
-    from finetune.package.publish.repository import Repository, differences
+    from finetune.package.publish.repository import Repository
+    from finetune.package.publish.trees import differences
 
     ref = parse(name)
     if ref.kind != "hub":

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import cast
 
 from finetune.errors import CheckpointError, RunError
+from finetune.plan.disk import readable
 from finetune.plan.facts import Metrics
-from finetune.plan.forecast import readable
 from finetune.plan.plan import Plan, are_same_rows
 from finetune.plan.retention import Saved
 from finetune.store.checkpoints import best

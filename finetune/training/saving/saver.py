@@ -13,8 +13,8 @@ from blake3 import blake3
 
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.model.base import Companions
+from finetune.plan.disk import free_bytes, readable
 from finetune.plan.facts import Metrics
-from finetune.plan.forecast import free_bytes, readable
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints import pruning

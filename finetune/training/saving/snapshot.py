@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import CheckpointError
 from finetune.model import adapters, base
-from finetune.plan import forecast
+from finetune.plan import disk
 from finetune.plan.plan import Plan
 from finetune.store import tensors as safetensors
 from finetune.store.checkpoints.manifest import FileRecord
@@ -166,7 +166,7 @@ def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
 
 def stored_bytes(snapshot: Snapshot, previous: Checkpoint | None) -> int:
     """What a commit of the snapshot adds to the disk; what the first one shares with later ones at the large end."""
-    shared = 0 if previous else forecast.COMPANION_BYTES + sum(tensor.nbytes for tensor in snapshot.frozen.values())
+    shared = 0 if previous else disk.COMPANION_BYTES + sum(tensor.nbytes for tensor in snapshot.frozen.values())
     return snapshot.copy.bytes + shared
 
 

@@ -106,7 +106,7 @@ def wait_for_pid(lease: Path, process: subprocess.Popen) -> int:
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_trained(recipe_file, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("finetune.plan.forecast.free_bytes", lambda directory: 2**20)
+    monkeypatch.setattr("finetune.plan.disk.free_bytes", lambda directory: 2**20)
     with pytest.raises(RunError, match="a rehearsal needs 24.[0-9] MiB, and the disk has 1.0 MiB left"):
         rehearse(Rehearsal(load(recipe_file()), (), tmp_path / "run"))
     assert not list(tmp_path.glob("run*"))

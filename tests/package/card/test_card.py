@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from finetune.package.card import figures, record
-from finetune.package.card.card import Facts, card
+from finetune.package.card.card import card
+from finetune.package.card.facts import Facts
 from finetune.plan.plan import Counts, PinnedBase, PinnedSource, Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import Recipe

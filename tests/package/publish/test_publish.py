@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from finetune.package.attest import provenance
 from finetune.package.attest.provenance import sha256
-from finetune.package.card.card import NOTES_BEGIN, NOTES_END
+from finetune.package.card.notes import NOTES_BEGIN, NOTES_END
 from tests.forks import Popen
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn

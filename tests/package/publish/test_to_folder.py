@@ -15,7 +15,7 @@ import pytest
 
 from finetune.errors import PublishError
 from finetune.package.attest import provenance
-from finetune.package.card.card import NOTES_BEGIN, NOTES_END
+from finetune.package.card.notes import NOTES_BEGIN, NOTES_END
 from finetune.package.publish import to_folder
 from finetune.package.verify.contents import files_of
 

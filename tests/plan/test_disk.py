@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.plan import forecast
+from finetune.plan import disk
+from finetune.plan.memory import state_bytes
 from finetune.recipe.load import load
 from finetune.recipe.schema import Every
 from finetune.store.run.directory import RunDirectory
@@ -23,7 +24,7 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
     kept = {"every": "1 step", "keep": {"every": "1 step", "last": 1}}
     recipe = recipe_file(train=TRAIN, evaluate={"every": "4 steps"}, checkpoint=kept)
     run = train(recipe, tmp_path / "run")
-    expected = forecast.run_bytes(RunDirectory(run).plan()[0], layers=2) - forecast.COMPANION_BYTES
+    expected = disk.run_bytes(RunDirectory(run).plan()[0], layers=2) - disk.COMPANION_BYTES
     assert taken(run) < expected < 2 * taken(run)
 
 
@@ -41,11 +42,11 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
 )
 def test_checkpoints_that_stay_are_counted(sections, count, recipe_file, monkeypatch) -> None:
     for name in ("_small_bytes", "_history_bytes"):
-        monkeypatch.setattr(forecast, name, lambda plan, layers: 0)
+        monkeypatch.setattr(disk, name, lambda plan, layers: 0)
     made = resolve(load(recipe_file(train=TRAIN, **{"checkpoint": {}} | sections), ())).plan
-    whole = forecast.run_bytes(made) - forecast.shared_bytes(made)
-    packaged = forecast.package_bytes(made) if "publish" in sections else 0
-    assert whole == count * forecast.state_bytes(made) + packaged
+    whole = disk.run_bytes(made) - disk.shared_bytes(made)
+    packaged = disk.package_bytes(made) if "publish" in sections else 0
+    assert whole == count * state_bytes(made) + packaged
 
 
 def test_a_milestone_of_an_adapter_takes_the_room_of_the_whole_model_while_it_is_published(recipe_file) -> None:
@@ -53,5 +54,5 @@ def test_a_milestone_of_an_adapter_takes_the_room_of_the_whole_model_while_it_is
     made = resolve(load(recipe_file(train=TRAIN, checkpoint=kept, publish={"repo": "a/b"}), ())).plan
     following = made.recipe.publish.model_copy(update={"milestones": Every(steps=4)})
     with_milestones = made.model_copy(update={"recipe": made.recipe.model_copy(update={"publish": following})})
-    more = forecast.run_bytes(with_milestones) - forecast.run_bytes(made)
-    assert more == forecast.COMPANION_BYTES + 4 * made.total_parameters > 4 * forecast.state_bytes(made)
+    more = disk.run_bytes(with_milestones) - disk.run_bytes(made)
+    assert more == disk.COMPANION_BYTES + 4 * made.total_parameters > 4 * state_bytes(made)

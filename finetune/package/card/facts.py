@@ -1,0 +1,64 @@
+"""What a card is made from, and how it and the attestations name the base and the method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
+
+from finetune.package.card.metadata import FrontMatter
+from finetune.plan.plan import Plan, Stage
+from finetune.plan.split import Seen
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.refs import parse
+from finetune.store.run.records import Record
+
+
+class CheckReport(TypedDict):
+    """Something that was found to hold of a package, with the figures that show it."""
+
+    name: str
+    message: str
+    max_difference: NotRequired[float]
+    mean_kl: NotRequired[float]
+    top1_agreement: NotRequired[float]
+    bound: NotRequired[float]
+    tensors: NotRequired[int]
+    tokens: NotRequired[int]
+    vocabulary: NotRequired[int]
+    positions: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The input of a card."""
+
+    plan: Plan
+    manifest: Manifest
+    figures: Sequence[Record]
+    """The figures-only journal up to the step."""
+    checks: Sequence[CheckReport]
+    form: str
+    """`merged` or `adapter`."""
+    dtype: str
+    licence: FrontMatter | None
+    """Licence keys of the card; None if the base's licence is unknown and the recipe names none."""
+    base_licence: str | None
+    """The base's own statement."""
+    data_licences: Sequence[str | None]
+    """The licence of each source of training rows, if its card states one."""
+    averaged: Sequence[Manifest] = ()
+    """The other checkpoints in the weights."""
+    stages: Sequence[Stage] = ()
+    """The run and those before it, in the form that `lineage` reads from the package."""
+    seen: Sequence[Seen] = ()
+    """Held-out rows that this or an earlier run trained on, or may have."""
+
+
+def hub_base(plan: Plan) -> tuple[str, str | None] | None:
+    """The Hub checkpoint under a run and its commit, if known; None for a base without a public name."""
+    if plan.base.kind == "hub" and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
+        return ref.repo, plan.base.revision
+    return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
+
+
+def method(plan: Plan) -> str:
+    return plan.recipe.adapter.title if plan.recipe.adapter else "full fine-tuning"
