@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,12 +87,15 @@ def test_columns_that_no_field_takes_are_the_ignored_ones(recipe_file) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "train", "launch"])
-def test_a_missing_file_is_told_before_torch_is_imported(command, finetune, recipe_file, tmp_path) -> None:
+def test_a_missing_file_is_told_before_torch_is_imported(command, recipe_file, tmp_path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('torch is imported')")
     recipe = recipe_file(data={"train": [{"path": "nowhere.jsonl"}]})
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    said = finetune(command, recipe, "--run", tmp_path / "run", env=os.environ | {"PYTHONPATH": paths})
+    # a new interpreter: a fork would have torch already
+    words = [sys.executable, "-m", "finetune", command, recipe, "--run", tmp_path / "run"]
+    env = os.environ | {"PYTHONPATH": paths}
+    said = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
     assert (said.returncode, said.stderr) == (
         1,
         "nowhere.jsonl: no such file\nhint: a path is seen from the working directory\n",
