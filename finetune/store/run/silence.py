@@ -7,7 +7,6 @@ import json
 import os
 import statistics
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,7 +57,6 @@ class Watch:
 
     def __init__(self, run: Path):
         self._path = RunDirectory(run).silence
-        self._descriptor: int | None = None
         before = read(run)
         evaluation = before.evaluation_seconds if before else _newest_evaluation(run)
         self._pauses = {
@@ -97,10 +95,12 @@ class Watch:
         """In place, always the same number of bytes: a reader in the middle may see old and new digits, but no torn JSON."""
         self._now = now
         with suppress(OSError):
-            if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                weakref.finalize(self, os.close, self._descriptor)
-            os.pwrite(self._descriptor, f"{json.dumps(vars(now)):<{_BYTES - 1}}\n".encode(), 0)
+            # Opened each time, some microseconds a step: nothing stays open on a disk that is to be unmounted.
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                os.pwrite(descriptor, f"{json.dumps(vars(now)):<{_BYTES - 1}}\n".encode(), 0)
+            finally:
+                os.close(descriptor)
 
 
 def _newest_evaluation(run: Path) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from finetune.package.publish import queue
 from finetune.store.checkpoints import manifest as manifests
-from finetune.store.checkpoints import store as stores
+from finetune.store.checkpoints import stored
 from finetune.store.checkpoints.store import Store
 from tests.forks import Popen
 from tests.hub import Hub
@@ -215,7 +215,7 @@ def test_milestones_of_other_runs_and_what_people_added_to_the_list_stay(hub, fo
 
 def test_looking_for_milestones_again_reads_no_manifest_again(whole, monkeypatch) -> None:
     store, reads = Store(whole), []
-    monkeypatch.setattr(stores, "read", lambda path: reads.append(path) or manifests.read(path))
+    monkeypatch.setattr(stored, "read", lambda path: reads.append(path) or manifests.read(path))
     assert [queue.pending(whole, store) for _ in range(3)] == [list(STEPS)] * 3
     assert len(reads) == len(store.summaries())
 
