@@ -103,7 +103,7 @@ def _rows_of_run(text: str) -> Resolved:
     run = run_of(ref)
     if run is None:
         raise FinetuneError(
-            "is not part of a run, so it has no held-out rows of its own",
+            "is not part of a run, so it has no held-out rows",
             where=text,
             hint="give them with --recipe FILE",
         )
@@ -132,7 +132,7 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
         raise FinetuneError(
             "has another tokenizer than the rows were encoded with",
             where=text,
-            hint="evaluate it with a recipe of its own",
+            hint="evaluate it with its own recipe",
         )
     if is_packed:
         with as_trained(recipe.train, accelerator.device):

@@ -77,7 +77,9 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
     """
     holder = holders.read(RunDirectory(run).lease)
     if holder is None:
-        raise RunError("is not a run directory: nobody has trained there", where=str(run), hint="name another one")
+        raise RunError(
+            "is not a run directory: no training was ever started there", where=str(run), hint="name another one"
+        )
     if holder == holders.UNKNOWN:
         raise RunError("its lease.json cannot be read", where=str(run), hint="ask as the user who trains")
     last = silence.read(run)
@@ -96,7 +98,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
     if holder.released is not None:
         return _ended(run, facts)
     is_dead = holders.is_dead_here(holder)
-    is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it is told in whole seconds
+    is_older = datetime.fromisoformat(holder.since).timestamp() + 1 < since  # it has whole seconds
     if since and (is_dead or (is_older and not holders.is_here(holder))):
         return {**facts, "step": None}
     if is_dead:

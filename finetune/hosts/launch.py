@@ -25,12 +25,12 @@ from finetune.hosts.world import Flags, World, devices_here, world_of
 BETWEEN_STARTS_SECONDS = 2.0
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
 PASSING = (LostRankError.code, DivergedError.code)
-"""Errors that nobody has to mend: from the last commit on it may go well."""
+"""Errors that need no fix: a restart from the last commit may go well."""
 
 
 def launch(asked: Flags, arguments: Sequence[str], run: Path, restarts: int, grace_seconds: float) -> NoReturn:
     """Trains `run` with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error. A crash
-    is begun again from the last commit, at most `restarts` times; an error that a user has to mend is not."""
+    is begun again from the last commit, at most `restarts` times; an error that you have to fix is not."""
     world = world_of(asked, os.environ, devices_here(os.environ))
     ranks, strangers = Ranks(run, grace_seconds), _children()  # a shell may have started some before it became this
     if sys.platform == "linux":

@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune.hosts.world import TOLD, World, cores
 from finetune.store.run.directory import RunDirectory
 
-AFTER_A_CRASH_SECONDS = 5.0  # the other ranks have so long to see it themselves, and to say so
+AFTER_A_CRASH_SECONDS = 5.0  # for the other ranks to see it themselves, and to say so
 BETWEEN_LOOKS_SECONDS = 0.5
 SET_PDEATHSIG = 1  # of prctl(2)
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -35,7 +35,7 @@ class World:
 
 
 class Flags(TypedDict, total=False):
-    """What `launch` is told; None where nothing is said."""
+    """The flags of `launch`; None where one is not given."""
 
     processes: int | None
     nodes: int | None

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     scale: float
     dropout: float
     window: int | None
-    """A token sees itself and so many less one before it."""
+    """A token sees itself and the window less one before it."""
     cap: float | None
     """Scores become cap * tanh(score / cap)."""
 

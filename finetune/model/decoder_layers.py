@@ -43,7 +43,7 @@ def check_compiler() -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compiles what decoder layers do beside attention: norms and feed-forward; layers share graphs, and so do lengths of more than one token.
 
-    Attention depends on where rows begin: compiled with it, a layer would be compiled anew for every number of rows.
+    Attention depends on where rows begin: compiled with it, a layer would be compiled again for every number of rows.
     """
     check_compiler()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

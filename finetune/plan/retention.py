@@ -44,7 +44,7 @@ class Saved:
 
 
 def last(saved: Sequence[Saved], count: int) -> set[int]:
-    """The newest so many that can be resumed from."""
+    """The newest `count` that can be resumed from."""
     return set(sorted(item.step for item in saved if item.is_full)[-count:])
 
 

@@ -109,7 +109,7 @@ def _complaint(details: ErrorDetails, data: Plain) -> Complaint:
 
 
 def _key(location: tuple[str | int, ...], data: Plain) -> str:
-    """A dotted key; the names of variants that pydantic adds, and the index of an item that stands without its list, are left out."""
+    """A dotted key; the names of variants that pydantic adds, and the index of an item that stands without its list, are skipped."""
     key = ""
     for depth, part in enumerate(location):
         if location[:depth] in _TAGGED:

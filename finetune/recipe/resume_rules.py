@@ -12,7 +12,7 @@ class Rule(NamedTuple):
     """Dotted names; a section stands for all keys in it."""
     on_resume: str
     """`taken`: the recipe's value holds from now on. `extended`: a larger one extends the run. `refused`: the run keeps its own.
-    `said`: a fact that is compared and recorded anew."""
+    `said`: a fact that is compared, and recorded again."""
     why: str
 
     def covers(self, key: str) -> bool:
@@ -66,7 +66,7 @@ UNRECORDED = {"update_slice": 2**20}
 
 
 def recorded(facts: Mapping[str, object]) -> dict[str, object]:
-    """The facts of a run that are compared, of whatever age its record is; None for one that nobody knows."""
+    """The facts of a run that are compared, of whatever age its record is; None for an unknown one."""
     return {name: facts.get(name, UNRECORDED.get(name)) for name in FACT_NAMES}
 
 

@@ -27,7 +27,7 @@ FoundT = TypeVar("FoundT")
 
 SEAL, FOUND = "digests.json", "found.json"
 UNFINISHED = ".building"
-KEPT_SECONDS = 7 * 24 * 3600  # for so long a killed build may be gone on with
+KEPT_SECONDS = 7 * 24 * 3600  # how long a killed build can be continued
 STAMPED_BYTES = 256 << 20  # up to here every use hashes the whole entry, in 0.04 s
 PIECE_BYTES = 4 << 20  # a piece at a time is shared by threads
 
@@ -126,7 +126,7 @@ def _alone(entry: Path) -> Iterator[Path]:
     """A directory in which nobody else builds; waits for another process of this user that makes the same entry.
 
     The kernel's lock on the directory ends with its process; over a network it may hold on one host only, so each host has its own.
-    Where the file system has no locks, each build has a directory of its own.
+    Where the file system has no locks, each build has its own directory.
     """
     unfinished = entry.with_name(f"{entry.name}.{os.getuid()}-{platform.node()}{UNFINISHED}")
     while True:

@@ -22,7 +22,7 @@ def same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelera
     step = collectives.of_rank_0(accelerator, newest.step if newest else 0)
     mine, held = newest, holder.read(RunDirectory(path).lease)
     seen = int(held.token[:15], 16) if held else 0  # only the directory that rank 0 holds has this one
-    with suppress(CheckpointError):  # the ranks must not part here: what was not seen is told below
+    with suppress(CheckpointError):  # the ranks must not part here: the error comes below
         if step and not accelerator.is_main_process:
             mine = Store(path).find(step)
         if mine and (mine is newest or not verify(mine.path)):

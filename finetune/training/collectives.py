@@ -85,12 +85,12 @@ def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 def refuse_other_ways() -> None:
-    """FinetuneError where Accelerate was told to train in a way that no recipe asks for: it would, and nobody would know."""
+    """FinetuneError where Accelerate is set to train in a way that no recipe asks for: it would, silently."""
     asked = [name for name, (_, off) in OTHER_WAYS.items() if os.environ.get(name, "").lower() not in off]
     if asked:
         what = " and ".join(OTHER_WAYS[name][0] for name in asked)
         hint = f"unset {', '.join(asked)}, or change the launcher's flags or configuration file that set it"
-        raise FinetuneError(f"Accelerate is told to use {what}", where="environment", hint=hint)
+        raise FinetuneError(f"Accelerate is set to use {what}", where="environment", hint=hint)
 
 
 def declared() -> int:

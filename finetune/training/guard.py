@@ -58,7 +58,7 @@ def amendments(carried: Iterable[AmendmentRecord], events: Iterable[EventRecord]
 
 
 class Verdict(NamedTuple):
-    """What is wrong with a step, and what follows: it is told alone, not made, taken back with those before it, or the run ends."""
+    """What is wrong with a step, and what follows: only a warning, no update, a rollback, or the end of the run."""
 
     action: Literal["warn", "skip", "rollback", "stop"]
     reason: Literal["not_finite", "spike", "skipped_rows"]
@@ -85,7 +85,7 @@ def judge(
     window: Callable[[str, int], Sequence[float]],
     amendments: Sequence[Amendment],
 ) -> Verdict | None:
-    """The verdict on a step; None where nothing is wrong. `window` gives a quantity in the steps before one, skipped ones left out."""
+    """The verdict on a step; None where nothing is wrong. `window` gives a quantity in the steps before one, without skipped ones."""
     for amendment in amendments:
         if amendment.covers(step):
             message = f"skipped, as was decided at step {amendment.step}"
@@ -106,7 +106,7 @@ def judge(
 
 
 def _bounded(rule: Guard, verdict: Verdict, amendments: Sequence[Amendment]) -> Verdict:
-    """A run that goes wrong again and again is not mended by leaving steps out."""
+    """A run that goes wrong again and again is not fixed by skipping steps."""
     if verdict.action in ("skip", "rollback") and len(amendments) >= rule.limit:
         message = f"{verdict.message}, and {counted(len(amendments), 'time')} before this run was amended already (guard.limit)"
         return verdict._replace(action="stop", message=message)

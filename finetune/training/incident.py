@@ -56,9 +56,7 @@ def rows_of(resolved: Resolved, report: StepReport) -> list[BundledRow]:
                 "text": text,
             }
         )
-    return sorted(
-        found, key=lambda entry: (entry["loss"] == entry["loss"], -entry["loss"])
-    )  # what is no number comes first
+    return sorted(found, key=lambda entry: (entry["loss"] == entry["loss"], -entry["loss"]))  # NaN comes first
 
 
 def write(
@@ -68,7 +66,7 @@ def write(
     about: Mapping[str, object],
     rows: Sequence[BundledRow] | None = None,
 ) -> Path:
-    """Writes the bundle of a step, anew where there is one; returns its folder. `about` says what is wrong with the step."""
+    """Writes the bundle of a step, over an older one; returns its folder. `about` says what is wrong with the step."""
     folder = RunDirectory(run).bundle(report.step)
     facts = {
         "step": report.step,

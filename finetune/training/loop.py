@@ -1,4 +1,4 @@
-"""The only backward and the only optimizer step. A generator: whoever iterates logs, saves, evaluates and stops.
+"""The only backward and the only optimizer step. A generator: its consumer logs, saves, evaluates and stops.
 
 `run.execute` is the everyday consumer. Order, schedule and seeds are functions of the step, so a loop that starts at
 step 400 does what one that came from step 0 does.
@@ -89,7 +89,7 @@ class StepReport:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the state is at this step now: it was made, or left out. Else it is at the one before."""
+        """Whether the state is at this step now: it was made, or skipped. Else it is at the one before."""
         return self.verdict is None or self.verdict.action in ("warn", "skip")
 
 

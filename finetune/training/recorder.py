@@ -121,11 +121,11 @@ class Recorder:
 
     @property
     def amendments(self) -> list[Amendment]:
-        """The steps that are left out, as was decided so far."""
+        """The steps that the guard skips, as decided so far."""
         return self.past.amendments
 
     def amend(self, amendment: Amendment, report: StepReport, verdict: Verdict) -> None:
-        """A step is left out; before its record."""
+        """A step is skipped; before its record."""
         self.past.amend(amendment)
         self._say_amendment(amendment, report, verdict)
 
@@ -157,13 +157,13 @@ class Recorder:
     def _say_amendment(self, amendment: Amendment, report: StepReport, verdict: Verdict, **more: object) -> None:
         about = {"quantity": verdict.quantity, "message": verdict.message, **report.figures}
         self.event("amended", **amendment.record, **more, **about)
-        left_out = (
+        skipped = (
             f"step {amendment.first}"
             if amendment.first == amendment.last
             else f"steps {amendment.first} to {amendment.last}"
         )
         back = f"back to step {more['to']}, " if more else ""
-        self.progress.say(f"{verdict.reason} at step {report.step}: {verdict.message}; {back}{left_out} left out")
+        self.progress.say(f"{verdict.reason} at step {report.step}: {verdict.message}; {back}{skipped} skipped")
 
     def _check_saves(self) -> None:
         stalled = self._writer.check()

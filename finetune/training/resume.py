@@ -42,7 +42,7 @@ class Opened(NamedTuple):
 
 def stand_in(run: Path, plan: Plan) -> Path | None:
     """The newest checkpoint of a run that trains whole weights, where its base cannot be had: it has all that a resume needs. None where
-    the base is there, or nothing stands in for it: then whoever loads the base says why."""
+    the base is there, or nothing stands in for it: then loading the base says why."""
     adapter = plan.recipe.adapter
     if (adapter and adapter.is_peft) or places.bases():
         return None

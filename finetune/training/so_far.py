@@ -50,7 +50,7 @@ class Past:
         """The newest step that the journal has; those after `last` run again."""
         self.newest_committed = max(journal.that_count(events, _is_commit), default=step)
         self.extended = {record["plan_id"] for record in events if record["event"] == "extended"}
-        """What the journal says of extensions; those that `last` knows are left out perhaps."""
+        """What the journal says of extensions; those that `last` knows may be missing."""
 
     def earlier(self, step: int) -> StepRecord | None:
         """The record of a step that ran before."""
@@ -67,11 +67,11 @@ class Past:
             self._losses[step] = loss_entry(self._plan, record)
 
     def amend(self, amendment: Amendment) -> None:
-        """A step is left out."""
+        """A step is skipped."""
         self.amendments = sorted([*self.amendments, amendment])
 
     def window(self, quantity: str, before: int) -> list[float]:
-        """A recorded quantity in the steps before a step, as many as tell a spike from noise; without those that were left out."""
+        """A recorded quantity in the steps before a step, as many as tell a spike from noise; without skipped ones."""
         steps = range(max(1, before - guard.WINDOW), before)
         known = [self._steps[step] for step in steps if step in self._steps]
         return [record["loss"] if quantity == "loss" else record["grad_norm"] for record in known if _counts(record)]
@@ -85,7 +85,7 @@ class Past:
 
 
 def _counts(record: StepRecord) -> bool:
-    """Whether a step moved the weights; the loss of one that was left out may be no number."""
+    """Whether a step moved the weights; the loss of a skipped one may be NaN."""
     return "skipped" not in record
 
 

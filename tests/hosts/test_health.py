@@ -206,7 +206,7 @@ def test_the_journal_is_not_read_to_judge_a_training(finished) -> None:
 
 def test_a_directory_that_is_no_run_is_an_error(tmp_path) -> None:
     answer = forks.run([*FINETUNE, "health", tmp_path], capture_output=True, text=True)
-    assert answer.returncode == 1 and "nobody has trained there" in answer.stderr
+    assert answer.returncode == 1 and "no training was ever started there" in answer.stderr
 
 
 def test_a_lease_that_says_nothing_is_an_error(finished) -> None:

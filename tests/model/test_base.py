@@ -101,7 +101,7 @@ def test_code_of_a_checkpoint_is_refused_and_never_run(copied, read):
     auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     edit(copied / "config.json", auto_map=auto_map)
     assert refusal(read, copied) == (
-        "base: needs code of its own (`auto_map` in config.json), which is never run\nhint: choose a base that transformers knows"
+        "base: needs its own code (`auto_map` in config.json), which is never run\nhint: choose a base that transformers knows"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a guard does to a real training: updates that are left out, runs that go back, and what is kept of them."""
+"""What a guard does to a real training: updates that are skipped, runs that go back, and what is kept of them."""
 
 import json
 import math
@@ -123,7 +123,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
     run = train(recipe, tmp_path / "run")
     (event,) = events(run, "amended")
     assert (event["first"], event["last"], event["to"], event["action"]) == (39, 45, 30, "rollback")
-    assert "back to step 30, steps 39 to 45 left out" in capfd.readouterr().err
+    assert "back to step 30, steps 39 to 45 skipped" in capfd.readouterr().err
     records = journal.read(run)
     counted = journal.steps(records)
     assert [step for step, record in counted.items() if "skipped" in record] == list(range(39, 46))

@@ -112,7 +112,7 @@ def test_accelerate_launch_is_known_by_its_command(words, after) -> None:
 def test_what_accelerate_would_do_beside_the_recipe_is_refused(variable, monkeypatch) -> None:
     name, value = variable.split("=")
     monkeypatch.setenv(name, value)
-    with pytest.raises(FinetuneError, match="Accelerate is told to use") as caught:
+    with pytest.raises(FinetuneError, match="Accelerate is set to use") as caught:
         collectives.refuse_other_ways()
     assert f"unset {name}" in caught.value.hint
 

@@ -93,7 +93,7 @@ def _hub_error(source: Source, error: Exception) -> DataError:
     elif isinstance(error, RevisionNotFoundError) or isinstance(error.__cause__, RevisionNotFoundError):
         message, hint = (
             f"has no revision `{source.revision}`",
-            "correct `revision`, or leave it out for the main branch",
+            "correct `revision`, or remove it for the main branch",
         )
     elif isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
         message, hint = "no such data set on the Hub", "check its name; a private or gated one needs `hf auth login`"

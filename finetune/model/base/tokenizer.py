@@ -19,7 +19,7 @@ def refuse_remote_code(path: Path) -> None:
     """Configs are data: read as JSON, before a library reads more into them."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if (path / name).is_file() and (key := next(asked_by(read_json(path / name)), None)):
-            message = f"needs code of its own (`{key}` in {name}), which is never run"
+            message = f"needs its own code (`{key}` in {name}), which is never run"
             raise BaseError(message, where=name_of(path), hint="choose a base that transformers knows")
 
 

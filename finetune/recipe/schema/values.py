@@ -13,7 +13,7 @@ class Section(BaseModel):
 
 
 class Every(BaseModel):
-    """A cadence: so many steps, or so many minutes."""
+    """A cadence in steps or in minutes."""
 
     model_config = ConfigDict(frozen=True)
     steps: int | None = None

@@ -41,7 +41,7 @@ class Pruned(NamedTuple):
 def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned:
     """Applies the run's keep rules by hand, with those of `changes` that are not None; a dry run only says what would happen.
 
-    The newest sound checkpoint always stays; damaged ones count for nothing, and stay for whoever wants to look at them.
+    The newest sound checkpoint always stays; damaged ones count for nothing, and stay so that you can look at them.
     """
     plan, _ = RunDirectory(run).plan()
     cadences = {"every", "weights_every"}
@@ -78,7 +78,7 @@ def due(
     publish: Publish | None = None,
     are_pins_kept: bool = True,
 ) -> list[tuple[Summary, str]]:
-    """What the rules leave out, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
+    """What the rules do not keep, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
     checkpoints stay, and milestones that are published, or will be."""
     sound = [item for item in store.summaries() if item.path.name not in damaged]
     saved = [Saved.of(item, evaluated) for item in sound]
@@ -91,7 +91,7 @@ def due(
 
 
 def apply(store: Store, actions: list[tuple[Summary, str]], record: Callable[[str, int], None]) -> None:
-    """Does what `due` found; `record` is told each event once it has happened."""
+    """Does what `due` found; `record` gets each event once it has happened."""
     for item, action in actions:
         if action == "demote":
             store.demote(read(item.path))

@@ -98,8 +98,8 @@ def _incident(record: EventRecord) -> Incident:
     message = record.get("message") or MESSAGES[kind].format(**{"quantity": "something"} | record)
     if kind == "amended":
         first, last = record["first"], record["last"]
-        left_out = f"step {first}" if first == last else f"steps {first} to {last}"
-        message = f"{message}; {left_out} left out"
+        skipped = f"step {first}" if first == last else f"steps {first} to {last}"
+        message = f"{message}; {skipped} skipped"
     step = record["step"] if "step" in record else step_of(record["file"].partition("/")[0]) or 0
     return {"step": step, "kind": kind, "message": message, "time": record["time"]}
 

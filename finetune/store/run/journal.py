@@ -75,7 +75,7 @@ class Journal:
                 self._listener.hear(record)
 
     def saving(self, count: int) -> AbstractContextManager[None]:
-        """Around a save of so many bytes, for which steps may have to wait."""
+        """Around a save of `count` bytes, for which steps may have to wait."""
         return self._listener.saving(count) if self._listener else nullcontext()
 
     def sync(self) -> None:
@@ -111,7 +111,7 @@ def now() -> str:
 
 
 def read(run: Path) -> list[Record]:
-    """All records of a run, oldest first; a torn last line is left out, and a broken one before it is a RunError.
+    """All records of a run, oldest first; a torn last line is skipped, and a broken one before it is a RunError.
 
     The memory of it grows with the steps: `scan` reads runs of any length.
     """

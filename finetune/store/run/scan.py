@@ -67,7 +67,7 @@ class Scan(NamedTuple):
 
 
 def read(run: Path) -> Scan:
-    """What the journal has, in about a hundred bytes a step; a torn last line is left out. A broken line before it is a RunError, here or,
+    """What the journal has, in about a hundred bytes a step; a torn last line is skipped. A broken line before it is a RunError, here or,
     in the middle of a step's line, when that step is asked for."""
     path = RunDirectory(run).journal
     found: list[EventRecord] = []

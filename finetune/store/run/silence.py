@@ -1,6 +1,6 @@
 """How long a training may be silent, in `silence.json`: its own steps, evaluations and saves tell, and it writes that down.
 
-Whoever asks whether it hangs compares one number with the clock. The file is not synced: it is about a process that lives.
+To tell a hung training, `health` compares one number with the clock. The file is not synced: it is about a process that lives.
 """
 
 import json
@@ -20,7 +20,7 @@ from finetune.store.run.directory import RunDirectory
 from finetune.store.run.records import Record
 
 SLOW = 10
-"""A training that takes so many times what it usually takes is still slow, not hung."""
+"""Up to this many times its usual time, a training is slow and not hung."""
 RECENT = 100  # pauses that say what is usual
 _BYTES = 512
 
@@ -82,7 +82,7 @@ class Watch:
 
     @contextmanager
     def saving(self, count: int) -> Iterator[None]:
-        """Around a save of so many bytes: the training may wait for it."""
+        """Around a save of `count` bytes: the training may wait for it."""
         with self._lock:
             self._write(replace(self._now, save_seconds=round(STALL_SECONDS + count / SLOWEST_DISK, 1)))
         try:

@@ -1,6 +1,6 @@
 """Before a checkpoint is committed, every rank says that it is at that step of that plan. `recorder` begins a report on all ranks.
 
-Over a gloo group of its own with a timeout, beside training: a rank that is stuck costs a checkpoint, not the training.
+Over a separate gloo group with a timeout, beside training: a rank that is stuck costs a checkpoint, not the training.
 """
 
 from datetime import timedelta
@@ -26,7 +26,7 @@ class Reports:
         self.renew()
 
     def renew(self) -> None:
-        """Makes the group anew; all ranks call it at the same step's edge."""
+        """Makes a new group; all ranks call it at the same step's edge."""
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=REPORT_SECONDS))
         self.is_broken = False  # set when a report was missed: gloo has then closed the group's connections
 

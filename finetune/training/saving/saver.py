@@ -51,7 +51,7 @@ class Record:
     newest_step: int
     """The newest step that the journal has, from an earlier attempt perhaps."""
     wait_seconds: float
-    """Training waited so long for earlier saves."""
+    """How long training waited for earlier saves."""
     amendments: list[AmendmentRecord]
     """What was decided against the plan, up to this step."""
 
@@ -189,7 +189,7 @@ class Saver:
         journal.append(self._event("committed", step=step, **figures))
 
     def _prune(self, save: Save, journal: Journal, lease: Lease) -> None:
-        # Whoever took the run over may resume from what would be removed here.
+        # Another process may have taken the run over, and resume from what would be removed here.
         lease.check()
         recipe = self._plan.recipe
         actions = pruning.due(self._store, recipe.checkpoint.keep, save.record.evaluated, self._damaged, recipe.publish)

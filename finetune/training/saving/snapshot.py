@@ -153,7 +153,7 @@ class _OtherWeightsError(Exception):
 
 
 def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
-    """Writes the frozen weights of a checkpoint anew from the base's, if they are what its manifest speaks of."""
+    """Rewrites the frozen weights of a checkpoint from the base's, if they are what its manifest speaks of."""
     record = checkpoint.manifest.files[FROZEN]
     path = checkpoint.path / FROZEN
     with suppress(_OtherWeightsError), failures(path), replacing(path) as file:

@@ -19,7 +19,7 @@ from finetune.training import collectives
 from finetune.training.state import Strategy, TrainState
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-SUMMED_AT_ONCE = 1 << 20  # numbers: the sum of so many squares in fp32 is off by 1 in 10^6
+SUMMED_AT_ONCE = 1 << 20  # numbers: the sum of this many squares in fp32 is off by 1 in 10^6
 
 
 def start(settings: Train) -> Accelerator:

@@ -44,4 +44,4 @@ def test_what_went_wrong_stands_at_its_step(recipe_file, train, tmp_path, monkey
     )
     facts = log(train(recipe, tmp_path / "run"))
     assert [(incident["step"], incident["kind"]) for incident in facts["incidents"]] == [(5, "amended")]
-    assert "! step 5: loss is nan; step 5 left out" in tree(facts)
+    assert "! step 5: loss is nan; step 5 skipped" in tree(facts)
