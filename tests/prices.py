@@ -55,5 +55,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section(f"the {SHOWN} dearest tests, in CPU seconds")
     for name, seconds in _costs.most_common(SHOWN):
         terminalreporter.line(f"{seconds:7.1f} {name}")
-    everything = spent() + sum(_workers)
+    # workers that have ended are in `spent` already, as children
+    everything = max(spent(), sum(_workers))
     terminalreporter.line(f"{sum(_costs.values()):7.1f} all {len(_costs)} tests; {everything:.1f} with imports")
