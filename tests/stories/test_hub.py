@@ -68,7 +68,7 @@ def test_what_cannot_be_had_from_the_hub_is_one_clear_error(hub, online, base, r
     no_data = "no such data set on the Hub\nhint: check its name; a private or gated one needs `hf auth login`"
     no_split = """cannot be loaded: Unknown split "gone". Should be one of ['train']
 hint: check `name`, `split` and `revision` in the recipe"""
-    moved = "hint: correct `revision`, or leave it out for the main branch"
+    moved = "hint: correct `revision`, or remove it for the main branch"
     for name, status in (("tiny/unpaid", 402), ("tiny/down", 503)):
         hub.add("model", name).commit(small)
         hub.add("dataset", name).commit({"train.jsonl": b'{"text": "a"}\n'})
