@@ -20,7 +20,7 @@ HOST_PROCESS_BYTES = (
 CONTEXT_BYTES = 2**30  # of a GPU's libraries, beside tensors
 # Holes that freed tensors leave between live ones, as a share of what a micro-batch needs. With glibc 13 % (bf16) and 22 % (fp32)
 # of a full fine-tune were seen, and 51 % and 63 to 150 % of LoRA, whose sums of products are short-lived tensors among those that stay: the same training
-# of 12 layers took 106 to 150 % in eight runs on one machine. Of a model of 42 M parameters with a small vocabulary it was 176 %. Not measured on a GPU.
+# of 12 layers took 106 to 150 % in four runs on one machine. Of a model of 42 M parameters with a small vocabulary it was 176 %. Not measured on a GPU.
 SLACK, SLACK_OF_LORA, SLACK_OF_FP32_LORA = 0.2, 0.5, 1.1
 # Weights in bf16 that are updated at once, by kind of device, and the bytes that each takes meanwhile. A GPU waits a tenth of a
 # millisecond for its host to begin a slice; on a CPU a slice stays in the caches.
