@@ -10,6 +10,7 @@ from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
 from finetune.training.recorder import Recorder
 from finetune.training.run import train as train_run
+from finetune.training.trackers.csv import Table
 
 CSV = {"csv": {}}
 
@@ -56,6 +57,20 @@ def test_after_a_kill_no_step_has_two_lines(recipe_file, train, tmp_path, monkey
     train(recipe, run)
     kept = [{**line, "seconds": ""} for line in table(run)]
     assert kept == [{**line, "seconds": ""} for line in whole]
+
+
+def test_a_killed_step_that_was_evaluated_has_its_line_and_a_rollback_leaves_one_line_a_step(tmp_path) -> None:
+    path = tmp_path / "figures.csv"
+    first = Table(path, 1, 0)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": step / 2})
+    first.log(3, {"held_out_loss": 7.0})  # and a kill: nothing is finished
+    assert [(line["step"], line["held_out_loss"]) for line in table(tmp_path)] == [("1", ""), ("2", ""), ("3", "7.0")]
+    again = Table(path, 1, 3)
+    again.log(4, {"loss": 9.0})
+    again.log(2, {"loss": 0.25})  # rolled back to step 1
+    again.log(3, {"loss": 0.5})
+    assert [(line["step"], line["loss"]) for line in table(tmp_path)] == [("1", "0.5"), ("2", "0.25"), ("3", "0.5")]
 
 
 def test_a_table_that_cannot_be_written_ends_no_training(recipe_file, train, tmp_path, capsys) -> None:
