@@ -27,6 +27,7 @@ FoundT = TypeVar("FoundT")
 
 SEAL, FOUND = "digests.json", "found.json"
 UNFINISHED = ".building"
+QUIET_SECONDS, BETWEEN_LOOKS_SECONDS = 4.0, 0.02
 KEPT_SECONDS = 7 * 24 * 3600  # how long a killed build can be continued
 STAMPED_BYTES = 256 << 20  # up to here every use hashes the whole entry, in 0.04 s
 PIECE_BYTES = 4 << 20  # a piece at a time is shared by threads
@@ -147,11 +148,14 @@ def _alone(entry: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int, directory: Path) -> bool:
-    """Waits for the lock; False where the file system has none."""
-    try:
-        return lock.take(descriptor)
-    except BlockingIOError:
-        print(f"waiting for another process that makes {directory.stem}", file=sys.stderr, flush=True)
+    """Waits for the lock, and says so once that takes seconds: ranks meet here for a moment. False where the file system has none."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < QUIET_SECONDS:
+        try:
+            return lock.take(descriptor)
+        except BlockingIOError:
+            time.sleep(BETWEEN_LOOKS_SECONDS)
+    print(f"waiting for another process that makes {directory.stem}", file=sys.stderr, flush=True)
     return lock.take(descriptor, is_waiting=True)
 
 

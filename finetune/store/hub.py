@@ -94,3 +94,16 @@ def waiting(what: str) -> Iterator[None]:
         is_over.set()
         if speaker.ident:
             speaker.join()
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Keeps the client's warnings out of our own lines, where what it remarks on is no news; errors still raise."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

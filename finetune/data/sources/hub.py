@@ -70,7 +70,8 @@ def _load(source: Source, revision: str) -> "Dataset":
     if Path(made.cache_dir).is_dir():
         rows = made.as_dataset(split=split)
     else:
-        rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
+        with hub.without_remarks():  # on a data set without a card
+            rows = load_dataset(source.dataset, source.name, split=split, revision=revision)
     if any(Path(file["filename"]).parent.name != revision for file in rows.cache_files):
         raise ConnectionError("without the Hub, `datasets` gives the revision it cached last, whatever was asked for")
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source.place, repo_type="dataset"))

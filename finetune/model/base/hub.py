@@ -40,6 +40,7 @@ def has_files(repo: str, commit: str | None, patterns: tuple[str, ...]) -> bool:
 
     with (
         _errors(repo, commit),
+        hub.without_remarks(),
         contextlib.suppress(DryRunError, LocalEntryNotFoundError),
         hub.waiting(f"what {repo} has"),
     ):
