@@ -25,8 +25,6 @@ print(json.dumps(found))
 DIFFERENT = {  # in every process
     "transformers.utils.hub.SESSION_ID",
     "transformers.models.auto.tokenization_auto.model_type",
-    "datasets.config.__HF_DATASETS_DISABLE_PROGRESS_BARS",
-    "datasets.config.HUB_DATASETS_URL",
 }
 
 

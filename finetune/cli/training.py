@@ -207,7 +207,7 @@ def _run_of(command: str, arguments: Sequence[str]) -> Path | None:
 
 
 def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) -> "LoadedRecipe":
-    """The recipe, with a look at its data before torch is imported. A run that exists has pins of its own."""
+    """The recipe, with a look at its data before torch is imported. A run that exists has its own pins."""
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
@@ -232,7 +232,7 @@ def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
 
     # A token without rights, or a name that is taken, shows now and not after the training.
     preflight(recipe)
-    # A process of its own: uploads are slow, and a Hub that is down must not stop the training.
+    # A separate process: uploads are slow, and a Hub that is down must not stop the training.
     child = queue.start(run) if recipe.publish.milestones else None
     yield  # after a signal or an error the child is on its own: it publishes what is committed, and ends
     if child:
