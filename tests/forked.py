@@ -239,6 +239,7 @@ def _read_again() -> None:
     datasets.config.HF_DATASETS_OFFLINE = constants.HF_HUB_OFFLINE
     logging._tqdm_active = not constants.HF_HUB_DISABLE_PROGRESS_BARS
     said = os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS")
+    vars(datasets.config)["__HF_DATASETS_DISABLE_PROGRESS_BARS"] = said
     is_off = None if said is None else said.upper() in ("1", "ON", "YES", "TRUE")
     bars = sys.modules["datasets.utils.tqdm"]  # as an attribute it is a class
     datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS = bars.HF_DATASETS_DISABLE_PROGRESS_BARS = is_off
