@@ -19,6 +19,7 @@ from finetune.errors import DataError
 from finetune.model import base
 from finetune.model.base import templates
 from finetune.plan import encodings
+from finetune.plan.pinned import Counts
 from finetune.plan.plan import ROW_RULES, PinnedSource, Plan
 from finetune.recipe.schema import Recipe, Source, Task
 from finetune.tasks import TASKS
@@ -42,8 +43,16 @@ class Encoding:
     """`Plan.date`."""
     given_day: str | None
     """The day that the template is given."""
-    notes: tuple[str, ...]
+    templates: tuple[str, ...]
     """What was found out about templates that the base's user should know."""
+
+    def notes(self, counts: Counts) -> list[str]:
+        """What to know of templates, and the price of several examples a conversation."""
+        if self.template is None or counts.examples <= counts.rows:
+            return [*self.templates]
+        learnt = counts.supervised_tokens / counts.tokens
+        cost = f"{counts.rows:,} rows make {counts.examples:,} examples, one for each learnt turn, with {learnt:.0%} of their tokens learnt"
+        return [*self.templates, f"the chat template renders a turn differently once others follow, so {cost}"]
 
     @property
     def rendering(self) -> dict[str, Any]:
