@@ -43,6 +43,7 @@ def refuse_lost(
     conversation: Conversation, row: Mapping[str, object], text: str, spans: Sequence[tuple[int, int]], where: str
 ) -> None:
     """Raises DataError if the text lacks content of the row. Content of a learnt turn has to be in the span of that turn."""
+    # Content of a learnt turn outside its span would be read, but never learnt.
     whole, learnt = _Text(text), dict(zip(conversation.turns, spans, strict=True))
     parts = {number: _Text(text[first:last]) for number, (first, last) in learnt.items()}
     lost = [
@@ -73,6 +74,7 @@ class _Text:
         self._dense: str | None = None
 
     def has(self, forms: Sequence[str]) -> bool:
+        # Most texts are there as they are, and the dense text costs a copy of all of it.
         if any(form.strip() in self._text for form in forms):
             return True
         if self._dense is None:
@@ -81,12 +83,14 @@ class _Text:
 
 
 def _dense(text: str) -> str:
+    # Templates trim, indent and break lines.
     return "".join(text.split())
 
 
 def _written(text: str) -> list[str]:
     """The ways a template may write a text: as it is, in JSON, in JSON within JSON, and as Python does."""
     text = text.strip()
+    # JSON escapes quotes and line ends; tool calls often have JSON as text within JSON.
     in_json = json.dumps(text, ensure_ascii=False)[1:-1]
     return [text, in_json, json.dumps(text)[1:-1], json.dumps(in_json, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
 
@@ -96,6 +100,7 @@ def _message(message: Message, place: str) -> Iterator[Said]:
         if field == "tool_calls":
             for number, call in enumerate(value):
                 called = f"{place}.tool_calls[{number}]"
+                # Rows have calls both ways: within `function`, and bare.
                 function = call.get("function", call)
                 others = {name: call[name] for name in call if name not in ("function", "name", "arguments")}
                 yield from _leaves(function["name"], f"{called}.function.name")
@@ -143,6 +148,7 @@ def _leaves(value: object, place: str, has_keys: bool = True) -> Iterator[Said]:
     elif isinstance(value, str):
         yield Said(place, (value,))
     elif value is not None:
+        # `true` in JSON is `True` in Python, and templates write either.
         yield Said(place, (json.dumps(value, default=str), str(value)))
 
 
