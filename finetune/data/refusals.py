@@ -12,6 +12,7 @@ def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
     """One error for one or several, in their order, kept as its `parts`. `seen` is the number of checked rows."""
     if len(errors) == 1:
         [only] = errors
+        # With its part: the caller may join it with the refusals of other shards.
         return DataError(only.message, where=only.where, hint=only.hint, parts=errors)
     kinds: dict[str, list[DataError]] = {}
     for error in errors:
