@@ -52,15 +52,18 @@ def per_row(
     `cu_seq_lens` is `row_bounds` as int32 on the device, for the kernel that reads it there. Without bounds each sequence
     is one row. BaseError when the model's attention has a part that is unknown here.
     """
+    # Sinks (gpt-oss) and position biases (T5): to ignore them would train another model, silently.
     if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
         message, hint = f"its attention takes {unknown[0]}, which packing does not know", "set task.packing: false"
         raise BaseError(message, where=type(module).__name__, hint=hint)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shape = Shape(scale, dropout, sliding_window, softcap)
     if cu_seq_lens is not None and row_bounds is not None and (dtype := _kernel_type(query, value, shape)):
+        # From the host's list: to read a tensor of the device would wait for it.
         longest = max(end - start for start, end in zip(row_bounds[:-1], row_bounds[1:], strict=True))
         flat_query, flat_key, flat_value = (_flat(tensor, dtype) for tensor in (query, key, value))
         output = _in_one_call(flat_query, flat_key, flat_value, cu_seq_lens, longest, shape)
+        # Without the zeros that filled up the head size.
         return output[None, ..., : value.shape[-1]], None
     return _row_by_row(query, key, value, row_bounds or [0, query.shape[2]], shape), None
 
@@ -95,6 +98,7 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
         tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
         for tensor in (query, key, value)
     )
+    # The kernel counts tokens to the left and right of a token; -1 sets no bound.
     window = (-1, 0) if shape.window is None else (shape.window - 1, 0)
     groups: dict[str, Any] = {}
     if _has_word_for_groups(varlen_attn):
@@ -140,6 +144,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
     length = query.shape[2]
     if query.shape[1] != key.shape[1] and not _takes_groups(query):
         key, value = _repeated(key, value, query)
+    # A row within its window needs no mask, and is faster without one.
     is_cut = shape.window is not None and length > shape.window
     if shape.cap is not None:
         return _capped(query, key, value, _mask(length, shape.window, query.device), shape, shape.cap).transpose(1, 2)
@@ -169,6 +174,7 @@ def _repeated(key: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, Tensor
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys (columns) a query (row) sees."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    # A window counts the token itself, too.
     return seen if window is None else seen.triu(1 - window)
 
 
@@ -176,6 +182,7 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shap
     """Attention with soft-capped scores, which no kernel of torch has: all scores of a row are held."""
     key, value = _repeated(key, value, query)
     scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / cap)) * cap
+    # Softmax in fp32, as in Gemma 2's own attention.
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, shape.dropout) @ value
 
@@ -193,6 +200,7 @@ def windows_of(model: PreTrainedModel, inputs: dict[str, Any]) -> set[int | None
     model.set_attn_implementation(_ASKING)
     with torch.inference_mode():
         model(**inputs, use_cache=False)
+    # The model is trained after this, with the real attention.
     model.set_attn_implementation(PER_ROW)
     return asked
 
