@@ -59,6 +59,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 def module_of(parameter: str) -> str:
     """The group of modules that a parameter's figures are recorded under: `layers.3`, or `embed_tokens` beside the layers."""
     parts = [part for part in parameter.split(".")[:-1] if not part.startswith("lora_") and part not in PEFT_PARTS]
+    # By the first number: experts within a layer have numbers, too.
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbered[0] - 1 : numbered[0] + 1]) if numbered else parts[-1]
 
@@ -83,6 +84,7 @@ def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     special: dict[int, str] = {}
     for kind, module in (("head", inner.get_output_embeddings()), ("embeddings", inner.get_input_embeddings())):
+        # peft wraps a trained head or embedding.
         module = getattr(module, "base_layer", module)
         special |= {id(each): kind for each in module.parameters()} if module is not None else {}
     special |= {
