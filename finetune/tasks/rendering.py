@@ -70,6 +70,7 @@ class Renderer(NamedTuple):
             before = self.text(messages[:number], place, conversation.tools, with_header=True)
             is_last = number + 1 == len(messages)
             through = text if is_last else self.text(messages[: number + 1], place, conversation.tools)
+            # Prefixes give the spans. If a later turn changes an earlier one, they would mark the wrong tokens.
             if not text.startswith(through):
                 message = "the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart"
                 raise DataError(message, where=place, hint=TEMPLATE_HINT)
@@ -92,6 +93,7 @@ def _on(day: str | None, template: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # transformers shares the compiled template: others must get the clock's day again.
         globals_of.pop("strftime_now", None)
 
 
@@ -105,6 +107,7 @@ def dates(
     if earlier is None:
         day = (like.date if like else None) or now
         return day, day
+    # One rank says it for all.
     if earlier.date is None and os.environ.get("RANK", "0") == "0":
         said = f"the chat template prints the date, and this run's plan has none: rows are rendered with {now}"
         print(said, file=sys.stderr, flush=True)
