@@ -26,8 +26,10 @@ def encoder(
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
         texts = [text_of(row, place) for row, place in zip(rows, places, strict=True)]
+        # All texts in one call: a fast tokenizer spreads them over its threads.
         batch = tokenizer(texts, return_special_tokens_mask=True)
         found = batch["input_ids"]
+        # A run of older rules keeps its doubled tokens: its resume must train on the same ones.
         if row_rules > 1:
             found = [_once(*pair) for pair in zip(found, batch["special_tokens_mask"], strict=True)]
         # some tokenizers end every text themselves
