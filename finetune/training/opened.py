@@ -84,6 +84,7 @@ def open_model(
         return _open_checkpoint(find(ref), asked, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
         return _open_adapter(ref.path, asked, None)
+    # Pinned like the base of a recipe, so that config and weights come from one commit of the Hub.
     named = Base(checkpoint=text)
     directory = base.directory(named, base.pin(named))
     return Opened(base.load_model(directory, **asked), directory, directory, None, None)
@@ -106,7 +107,9 @@ def run_of(ref: Ref) -> Path | None:
 
 
 def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bool) -> Opened:
+    # Before loading: a flipped bit gives numbers that look right.
     base.refuse_damaged(checkpoint.path)
+    # A checkpoint copied out of its run has no plan beside it.
     run = base.run_around(checkpoint.path)
     plan = RunDirectory(run).plan()[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
@@ -124,6 +127,7 @@ def _open_adapter(path: Path, asked: _Settings, recipe: Recipe | None) -> Opened
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
     model = _loaded(base_directory, recipe, asked)
+    # Not merged: merging rounds, so the figures would not be those of training.
     model = base.attach(model, path, str(path))
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 
