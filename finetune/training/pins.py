@@ -26,6 +26,7 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
     if path is None or step is None or run is None:
         return []
     lines = pin(run, step, f"base-{run_id}", named.checkpoint)
+    # An adapter is of no use once its base is pruned.
     if is_adapter:
         below, pinned_below = base.beneath(path, named.checkpoint)
         lines += pin_base(below, pinned_below, run_id)
@@ -36,6 +37,7 @@ def pin(run: Path, step: int, reason: str, name: str) -> list[str]:
     """Pins a checkpoint in its run, or returns a line that says why it could not be; `name` is what the line calls it."""
     store = Store(run)
     try:
+        # Asked first: a run that you may only read is fine once it is pinned.
         if not store.is_pinned(step, reason):
             store.pin(step, reason)
     except CheckpointError as error:
