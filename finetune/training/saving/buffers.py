@@ -81,6 +81,7 @@ class Staging:
 
     def give_back(self, buffers: dict[str, torch.Tensor]) -> None:
         if buffers:
+            # Threads share the list: the writer's gives back, the copier's takes. Both calls are atomic.
             self._free.append(buffers)
 
     def buffers(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,4 +155,5 @@ def _queue_on_device(
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    # As bytes, because numpy has no bfloat16.
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
