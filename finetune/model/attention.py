@@ -23,12 +23,12 @@ KERNEL_CAPABILITY = (8, 0)  # Ampere; older GPUs take bf16 in autocast and have 
 
 
 class Shape(NamedTuple):
-    """What a model asks of attention beside causality."""
+    """A model's settings of attention, beside causality."""
 
     scale: float
     dropout: float
     window: int | None
-    """A token sees itself and the window less one before it."""
+    """A token sees itself and the `window - 1` tokens before it."""
     cap: float | None
     """Scores become cap * tanh(score / cap)."""
 
@@ -47,10 +47,10 @@ def per_row(
     softcap: float | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of (B, heads, T, head size) in the rows that `row_bounds` delimits; returns (B, T, heads, head size).
+    """Causal attention of (B, heads, T, head size) within the rows of `row_bounds`; returns (B, T, heads, head size).
 
-    `cu_seq_lens` is `row_bounds` as int32 on the device, for the kernel that reads it there. Without bounds each sequence
-    is one row. BaseError when the model's attention has a part that is unknown here.
+    `cu_seq_lens` is `row_bounds` as int32 on the device, for the GPU's kernel. Without bounds each sequence
+    is one row. BaseError if the model's attention has an unknown part.
     """
     # Sinks (gpt-oss) and position biases (T5): to ignore them would train another model, silently.
     if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
@@ -69,7 +69,7 @@ def per_row(
 
 
 def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | None:
-    """The type in which one variable-length kernel computes all rows; None where there is no such kernel."""
+    """The type of the variable-length kernel for all rows; None if there is no such kernel."""
     dtype, is_cuda = _product_type(query), query.device.type == "cuda"
     has_kernel = is_cuda and dtype in (torch.bfloat16, torch.float16) and _capability(query) >= KERNEL_CAPABILITY
     fits = shape.cap is None and not shape.dropout and max(query.shape[-1], value.shape[-1]) <= KERNEL_HEAD_SIZE
@@ -77,7 +77,7 @@ def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | No
 
 
 def _product_type(tensor: Tensor) -> torch.dtype:
-    """The type in which products of it are computed."""
+    """The type of its products."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -92,7 +92,7 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, longest: int, shape: Shape) -> Tensor:
-    """(T, heads, size) by torch's variable-length FlashAttention; sizes are filled up with zeros to a multiple of 8, which it needs."""
+    """(T, heads, size) by torch's variable-length FlashAttention; zeros fill sizes up to a multiple of 8, as it needs."""
     size = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
     query, key, value = (
         tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
@@ -120,12 +120,12 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
 
 @cache
 def _has_word_for_groups(kernel: Callable[..., object]) -> bool:
-    """Whether the kernel wants to hear of fewer key heads; that of torch 2.11 takes them unasked."""
+    """Whether the kernel has the option for fewer key heads; torch 2.11 handles them without one."""
     return "enable_gqa" in signature(kernel).parameters
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], shape: Shape) -> Tensor:
-    """A call for each run of rows of one length, which packing puts side by side: many short rows are then few calls."""
+    """One call for neighboring rows of one length: packing puts these side by side, so many short rows are few calls."""
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     runs = [(length, len(list(rows))) for length, rows in groupby(lengths)]
     sizes = [length * count for length, count in runs]
@@ -161,7 +161,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
 
 
 def _takes_groups(query: Tensor) -> bool:
-    """Whether a fused kernel takes fewer key heads than queries. The one for fp32 on CUDA does not: all scores of a row would be held."""
+    """Whether a fused kernel takes fewer key heads than queries. The one for fp32 on CUDA does not, and all scores of a row would be in memory."""
     return query.device.type != "cuda" or _product_type(query) != torch.float32
 
 
@@ -179,7 +179,7 @@ def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape, cap: float) -> Tensor:
-    """Attention with soft-capped scores, which no kernel of torch has: all scores of a row are held."""
+    """Attention with soft-capped scores. torch has no kernel for it, so all scores of a row are in memory."""
     key, value = _repeated(key, value, query)
     scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / cap)) * cap
     # Softmax in fp32, as in Gemma 2's own attention.
@@ -188,7 +188,7 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shap
 
 
 def windows_of(model: PreTrainedModel, inputs: dict[str, Any]) -> set[int | None]:
-    """The windows that layers ask of attention, None for a layer without one. Some families put theirs into the mask alone, where
+    """The windows of all layers, None for a layer without one. Some families put theirs into the mask alone, and
     `per_row` never sees it."""
     asked: set[int | None] = set()
 
