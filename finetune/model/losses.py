@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Inputs = dict[str, Any]
-"""What a model's forward is given: tensors, and lists for the host."""
+"""The arguments of a model's forward: tensors, and lists for the host."""
 # (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
 TokenLosses = Callable[[PreTrainedModel, Inputs, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_TOKENS = 512  # on two CPU cores 128 is 40 % slower: every chunk is one more pass over the gradient of the head
 
 
 def full(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed nats (fp32 scalar), and of each token (fp32, (N,)), from the model's own logits, all held at once: for any head.
+    """Summed nats (fp32 scalar), and of each token (fp32, (N,)), from the model's own logits, all in memory at once: for any head.
 
     `positions_N` are the places among B * T whose next token is supervised, and `labels_N` is that token.
     """
@@ -51,7 +51,7 @@ def chunked(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_
 
 
 def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
-    """`chunked`, or `full` and the reason, where the model's logits are not its linear head on its decoder's output."""
+    """`chunked`, or `full` and the reason if the model's logits are not its linear head on its decoder's output."""
     head = head_of(model)
     if head is None:
         return full, "its head is not one linear layer"
@@ -70,12 +70,12 @@ def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
 
 
 def note(reason: str | None) -> str | None:
-    """What a user should know of the loss that `fitting` chose for a reason."""
+    """A line for the user about the reason of `fitting`; None without one."""
     return f"the loss holds the logits of a whole micro-batch: {reason}" if reason else None
 
 
 def takes_places(model: PreTrainedModel) -> bool:
-    """Whether the model makes the logits of given places alone."""
+    """Whether the model can compute the logits of given places alone."""
     return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
 
 
@@ -101,7 +101,7 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """What makes the hidden states that the head reads."""
+    """The module before the head: it computes the hidden states."""
     return cast(PreTrainedModel, _unwrapped(model).get_decoder())
 
 
@@ -119,7 +119,7 @@ def _shaped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
 class LinearCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy in one, chunk by chunk; the gradients are made in the forward pass, while a chunk's logits exist.
 
-    That takes the three matrix products of the plain way, and of the logits only C x V. The sum alone is differentiable, so
+    It takes three matrix products, as the plain way does, and memory for only C x V logits. The sum alone is differentiable, so
     all tokens have one incoming gradient, which the backward pass multiplies in. Products are in autocast's type or the
     hidden states' own, everything else is in fp32. As in Liger's fused kernel (Hsu et al. 2024, arXiv 2410.10989).
     """
