@@ -21,7 +21,7 @@ from finetune.tasks.task import RowResults
 
 
 def collate_packed(examples: Sequence[Example]) -> Batch:
-    """One sequence; positions restart with every row, and `row_bounds` and `cu_seq_lens` tell attention where rows begin."""
+    """One sequence; positions restart with every row, and attention finds the rows by `row_bounds` and `cu_seq_lens`."""
     lengths = [len(example.tokens) for example in examples]
     bounds = [0, *accumulate(lengths)]
     positions = np.concatenate([np.arange(length) for length in lengths])
@@ -37,7 +37,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
 
 
 def collate_padded(examples: Sequence[Example]) -> Batch:
-    """A sequence a row, filled up on the right, where a causal model never looks from a real token: no mask is needed."""
+    """A sequence a row, filled up on the right. It needs no mask: in a causal model no real token sees what is on its right."""
     longest = max(len(example.tokens) for example in examples)
     tokens = np.zeros((len(examples), longest), dtype=np.int64)
     for row, example in enumerate(examples):
@@ -50,7 +50,7 @@ def collate_padded(examples: Sequence[Example]) -> Batch:
 
 
 def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequence[int]) -> Batch:
-    """Where, among all B * T places, a supervised token is predicted, and which one it is; `firsts` is where each row begins."""
+    """The places among B * T that predict a supervised token, and these tokens; `firsts` are the places where rows begin."""
     # The mask is shifted by one: position t predicts token t + 1, and nothing predicts the first token.
     targets = [np.flatnonzero(example.supervised[1:]) for example in examples]
     positions = np.concatenate([target + first for target, first in zip(targets, firsts, strict=True)])
