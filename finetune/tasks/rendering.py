@@ -1,6 +1,6 @@
 """Renders a conversation by its chat template: the text, and the spans of the assistant.
 
-A template is somebody's program: any exception becomes a DataError. It prints the day of the plan.
+A template is another author's program: any exception becomes a DataError. It prints the day of the plan.
 """
 
 import os
@@ -31,7 +31,7 @@ class Renderer(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     template: str
     date: str | None = None
-    """The day that a template which prints it is given, as YYYY-MM-DD; None is that of the clock."""
+    """The day for a template that prints one, as YYYY-MM-DD; None is today."""
 
     def text(
         self,
@@ -40,7 +40,7 @@ class Renderer(NamedTuple):
         tools: Sequence[Tool] | None = None,
         with_header: bool = False,
     ) -> str:
-        """The text of some messages; `with_header` it ends with what an answer follows."""
+        """The text of some messages; with `with_header` it ends with the header of the next answer."""
         import jinja2
 
         try:
@@ -83,7 +83,7 @@ class Renderer(NamedTuple):
 
 @contextmanager
 def _on(day: str | None, template: str) -> Iterator[None]:
-    """What is rendered within prints this day; None leaves the clock's."""
+    """Within it, templates print this day; None is today."""
     if day is None:
         yield
         return
@@ -100,7 +100,7 @@ def _on(day: str | None, template: str) -> Iterator[None]:
 def dates(
     template: str | None, earlier: "Plan | None", like: "Plan | None", today: date | None
 ) -> tuple[str | None, str | None]:
-    """The day in a plan and the one that its template is given: None where it prints none. A plan of older code has none, and says so."""
+    """The day in a plan and the day for its template; None if the template prints none. Prints a line if an older plan has no day."""
     if template is None or not prints_date(template):
         return None, None
     now = (today or date.today()).isoformat()
@@ -139,7 +139,7 @@ def _failure(error: Exception, place: str | None) -> DataError:
 
 
 def _no_header(text: str, before: str, bare: str, field: str, place: str) -> DataError:
-    """What a model is asked with is not what the assistant's turn begins with: it would be trained on another beginning."""
+    """The prompt ends in another way than the assistant's turn begins: the model would learn another beginning."""
     if text.startswith(bare) and before.startswith(bare):
         prompt, turn = before[len(bare) :], text[len(bare) :]
         said = f"asks for an answer with {prompt[-SHOWN:]!r}, and begins the turn `{field}` with {turn[:SHOWN]!r}"
