@@ -43,7 +43,7 @@ def lost_rank(error: RuntimeError) -> LostRankError | None:
     if dist.is_initialized():
         return LostRankError(f"lost another rank: {reason}", where=where)
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    hint = "is that host 0 as this one calls it, with a port that is free there, and was every host started?"
+    hint = "check that --master-addr reaches host 0, that its port is free, and that every host was started"
     return LostRankError(f"cannot meet the others at {place}: {reason}", where=where, hint=hint)
 
 
