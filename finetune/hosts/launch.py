@@ -90,7 +90,7 @@ def _reap(seconds: float, strangers: Set[int]) -> None:
         while _children() - strangers:
             os.waitpid(-1, 0)
     except (ChildProcessError, TimeoutError):
-        pass  # nobody is left, or no time
+        pass  # no process is left, or no time
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 

@@ -125,7 +125,7 @@ def _has_word_for_groups(kernel: Callable[..., object]) -> bool:
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], shape: Shape) -> Tensor:
-    """One call for neighboring rows of one length: packing puts these side by side, so many short rows are few calls."""
+    """One call for neighboring rows of one length: packing puts these side by side, and many short rows become few calls."""
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     runs = [(length, len(list(rows))) for length, rows in groupby(lengths)]
     sizes = [length * count for length, count in runs]

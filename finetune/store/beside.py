@@ -22,7 +22,7 @@ def staged(target: Path) -> Iterator[Path]:
     held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(BlockingIOError):  # by a sweep that looks at it
-            lock.take(held)  # where there are no locks nobody sweeps
+            lock.take(held)  # without locks, `sweep` removes nothing
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -121,7 +121,7 @@ def prints_date(template: str) -> bool:
     try:
         tree = _compiled(template).environment.parse(template)
     except jinja2.TemplateError:
-        return False  # whoever renders it says what is wrong
+        return False  # rendering it reports the error
     return any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name))
 
 

@@ -29,7 +29,7 @@ OTHER_WAYS = {
 }
 """What Accelerate would do on its own where its launcher, its configuration file or a variable left over asks for it, and the values that
 ask for nothing."""
-OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has a class of its own
+OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has its own class
 
 
 def lost_rank(error: RuntimeError) -> LostRankError | None:
@@ -97,8 +97,8 @@ def refuse_other_ways() -> None:
 
 
 def declared() -> int:
-    """How many processes a launcher says that it has started. `accelerate launch` says it to nobody where it starts one alone: on CPUs,
-    whatever it was asked for."""
+    """The number of processes a launcher says it started. `accelerate launch` sets no variable if it starts only one: on CPUs it does
+    that whatever you ask for."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     parents = []

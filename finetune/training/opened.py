@@ -21,7 +21,7 @@ from finetune.training.encoding import in_force
 
 
 class _Settings(TypedDict, total=False):
-    """What `base.load_model` is told."""
+    """Arguments of `base.load_model`."""
 
     dtype: torch.dtype
     attention: str | None
@@ -117,7 +117,7 @@ def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bo
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
     model = _loaded(checkpoint.path, recipe, asked)
     directory = checkpoint.path
-    if plan and not base.has_tokenizer(directory):  # older code left out some kinds
+    if plan and not base.has_tokenizer(directory):  # older code saved only some kinds
         directory = base.directory(plan.recipe.base, plan.base, with_weights=False)
     return Opened(model, directory, checkpoint.path, plan, checkpoint)
 
@@ -140,7 +140,7 @@ def _loaded(directory: Path, recipe: Recipe | None, asked: _Settings) -> PreTrai
 
 
 def _as_trained(recipe: Recipe) -> _Settings:
-    """What `base.load_model` is told so that the weights are those of training."""
+    """The arguments of `base.load_model` for the weights of training."""
     return {
         "dtype": base.DTYPES[recipe.train.weights],
         "products": base.DTYPES[recipe.train.precision],

@@ -12,8 +12,8 @@ from finetune.store.run.directory import step_of
 
 
 def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | None = None) -> list[str]:
-    """Pins the checkpoint that a base is, if it lies in a run, for the run `run_id`; of an adapter also what is beneath it. `directory` is
-    where a base was found that is no adapter.
+    """Pins a base for the run `run_id` if it is a checkpoint of another run; for an adapter, its base as well. `directory` is
+    the place of a base that is not an adapter.
 
     Returns a line for each that could not be pinned: its run may not be written. Nothing else is wrong then, but it may be pruned.
     """

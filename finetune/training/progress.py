@@ -31,7 +31,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A message on its own line, also with --quiet."""
         if not self._is_silent:
-            with self._lock:  # the writer of checkpoints has a thread of its own
+            with self._lock:  # the writer of checkpoints has its own thread
                 self._clear()
                 sys.stderr.write(f"{message}\n")
                 # A pipe is buffered in blocks, and a kill would lose the last messages.

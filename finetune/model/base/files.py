@@ -90,7 +90,7 @@ def read_ahead(directory: Path) -> None:
     """Asks the system to read the weights into memory while rows are encoded. On a thread: the call may block for the disk."""
 
     def read() -> None:
-        with suppress(OSError):  # whoever reads them in earnest says what is wrong
+        with suppress(OSError):  # the real read reports the error
             for file in _matching(directory, WEIGHTS):
                 with file.open("rb") as opened:
                     for start in range(0, file.stat().st_size, AHEAD_BYTES):

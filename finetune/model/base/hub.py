@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.errors import BaseError
 from finetune.store import downloads, hub
 
-# `*` matches `/` too: leave out exports in folders, and Mistral's second copy of its weights.
+# `*` matches `/` too: skip exports in folders, and Mistral's second copy of its weights.
 OTHER_FILES = ("*/*", "consolidated*")
 
 

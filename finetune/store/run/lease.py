@@ -58,7 +58,7 @@ class Lease:
         if now is not None and now.token == self._holder.token:
             return
         if now in (None, UNKNOWN) and self._holder.beat is None:
-            return  # somebody removed or damaged the file: it names nobody else, and the lock is ours
+            return  # the file is gone or damaged: it names no other process, and the lock is ours
         taker = now or f"nobody: somebody removed {LEASE}"
         hint = "what this process had not committed is lost; wait for the other one, or use another --run directory"
         raise RunError(f"was taken over by {taker}", where=str(self.run), hint=hint)
@@ -209,7 +209,7 @@ def _write_released(descriptor: int, holder: Holder) -> None:
         holders.write(descriptor, replace(holder, released=holders.now()))
         if (
             holder.beat is not None
-        ):  # other hosts look; under a lock nobody does, and a disk that hangs must not hold the process
+        ):  # only for other hosts; under a lock none looks, and a hung disk must not block the process
             os.fsync(descriptor)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from finetune.errors import CheckpointError
 
-SLAB_BYTES = 2**30  # of page-locked memory are made at once; a larger tensor has a slab of its own
+SLAB_BYTES = 2**30  # of page-locked memory at once; a larger tensor has its own slab
 ALIGNMENT = 64  # bytes
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
@@ -124,7 +124,7 @@ def _aligned(tensor: torch.Tensor) -> int:
 
 
 def _page_locked(size: int) -> torch.Tensor:
-    """So many bytes of the host that a GPU writes to by itself; torch's own would be rounded up to a power of two. Never run on a GPU."""
+    """Page-locked bytes of the host, for a GPU's copies. torch would round the size up to a power of two. Never run on a GPU."""
     memory, runtime = np.empty(size, dtype=np.uint8), torch.cuda.cudart()
     address = memory.ctypes.data
     if error := int(runtime.cudaHostRegister(address, size, PORTABLE)):
