@@ -45,9 +45,8 @@ class HashedFile:
         self.bytes = 0
         self.tensors: tuple[TensorRecord, ...] = ()
         self._descriptor = descriptor
-        self._buffer = memoryview(
-            mmap.mmap(-1, BUFFER_BYTES)
-        )  # mapped, so it begins with a page, as direct writes must
+        # Mapped, so that it begins with a page: direct writes need that.
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
         self._filled = 0
         self._blake3 = blake3.blake3()
 

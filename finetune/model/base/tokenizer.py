@@ -30,9 +30,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     refuse_remote_code(path)
     _refuse_unreadable_templates(path)
-    tokenizer = _tokenizer(
-        path.absolute()
-    )  # a relative path may look like a Hub id that transformers makes exceptions for
+    # A relative path may look like a Hub id with an exception in transformers.
+    tokenizer = _tokenizer(path.absolute())
     if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=name_of(path))
     with explained("its tokenizer cannot encode a text", name_of(path), RELOAD):

@@ -207,9 +207,8 @@ def _last_heartbeat(run: Path, descriptor: int) -> str:
 def _write_released(descriptor: int, holder: Holder) -> None:
     with suppress(OSError):  # the next process finds a dead holder instead, and may ask for --take-over
         holders.write(descriptor, replace(holder, released=holders.now()))
-        if (
-            holder.beat is not None
-        ):  # only for other hosts; under a lock none looks, and a hung disk must not block the process
+        # Only for other hosts. Under a lock none looks, and a hung disk must not block the process.
+        if holder.beat is not None:
             os.fsync(descriptor)
 
 

@@ -64,9 +64,8 @@ class Staging:
 
     def __init__(self) -> None:
         self._free: list[dict[str, torch.Tensor]] = []
-        self._copier = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="copier"
-        )  # starting a thread costs milliseconds
+        # Kept, because starting a thread costs milliseconds.
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copier")
 
     def take(self, live: dict[str, torch.Tensor]) -> Copy:
         """Begins to copy, and returns at once."""
