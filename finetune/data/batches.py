@@ -159,6 +159,7 @@ class MicroBatches:
     """Of all ranks."""
 
     def __len__(self) -> int:
+        # Rounded up: in the last turn, a rank without a slot runs an idle one.
         return -(-len(self.slots) // self.batches.world_size)
 
     def __getitem__(self, turn: int) -> MicroBatch:
@@ -186,6 +187,7 @@ class MicroBatches:
         copying, computing = torch.Stream(device), torch.accelerator.current_stream(device)
         for micro_batch in self:
             with copying:
+                # From ordinary memory, the host would wait for the copy.
                 moved = _moved(micro_batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
             # The device waits for the copy, the host goes on.
             computing.wait_stream(copying)
