@@ -51,6 +51,7 @@ def refuse_lost(
         for each in said(conversation)
         if not (whole if each.message is None else parts.get(each.message, whole)).has(each.forms)
     ]
+    # Only these are rendered. A `prompt` beside `messages` has to be in their text, or it is lost.
     used = ("messages",) if row.get("messages") is not None else ("prompt", "completion")
     for column in CONTENT_COLUMNS:
         if column in row and column not in (*used, "system", "tools"):
@@ -106,6 +107,7 @@ def _message(message: Message, place: str) -> Iterator[Said]:
                 yield from _leaves(function["name"], f"{called}.function.name")
                 yield from _leaves(function["arguments"], f"{called}.function.arguments")
                 yield from _leaves(_without_identifiers(others), called, has_keys=False)
+        # Ids only link a call to its result, and templates rarely print them.
         elif field not in IDENTIFIERS:
             yield from _leaves(value, f"{place}.{field}", has_keys=False)
 
