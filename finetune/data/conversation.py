@@ -103,6 +103,7 @@ def kind_of(value: object) -> str:
 
 def _parts(row: Row, where: str) -> list[tuple[str, list[Message]]]:
     """The columns with messages, each as a list."""
+    # Parquet gives every row all columns, so a null counts as absent.
     if row.get("messages") is not None:
         return [("messages", _listed(row["messages"], "messages", where))]
     missing = [name for name in ("prompt", "completion") if row.get(name) is None]
@@ -217,6 +218,7 @@ def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversat
             places=["system", *conversation.places],
             turns=[number + 1 for number in conversation.turns],
         )
+    # Some data sets repeat the system message in a column.
     if first["content"].strip() != system.strip():
         raise DataError("has a `system` column and another system message", where=where, hint="keep one of them")
     return conversation
