@@ -19,6 +19,7 @@ def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
         kinds.setdefault(error.message, []).append(error)
     lines: list[str] = []
     for message, [first, *others] in list(kinds.items())[:MOST_KINDS]:
+        # The first place is the `where` of the error itself.
         lines.append(f"{first.where}: {message}" if lines else message)
         if others:
             more = f" and {len(others) - MOST_PLACES:,} more" if len(others) > MOST_PLACES else ""
