@@ -66,6 +66,7 @@ def write(directory: Path, work: Work, ids: range) -> None:
         for some, rows in _calls(work, ids, refused):
             contents += [content_of(work.content(row)) for row in rows]
             columns |= dict.fromkeys(column for row in rows for column in row)
+            # With a bad row `_encoded` returns nothing. This shard is refused below.
             for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
                 # Nothing predicts the first token of an example, so its mask does not count.
                 kept = [example for example in encoded if example.supervised[1:].any()]
