@@ -74,6 +74,7 @@ def open_model(
         asked["dtype"] = dtype
     base.refuse_foreign(text)
     ref = parse(text)
+    # RUN@0 is not stored: it is the base that the plan pins.
     if ref.kind == "base":
         plan, _ = RunDirectory(ref.run).plan()
         directory = base.directory(plan.recipe.base, plan.base)
