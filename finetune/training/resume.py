@@ -92,6 +92,7 @@ def open_plan(
 def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | None, today: date | None) -> Opened:
     """As `open_plan`, of a run that exists; `now` are the facts of this machine."""
     earlier, facts = RunDirectory(path).plan()
+    # First: a base or a file that only moved is no change of the recipe.
     loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
     lines = _sorted_out(earlier, loaded.recipe)
     # Before anything is resolved: that may download and encode for hours.
