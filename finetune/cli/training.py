@@ -1,4 +1,4 @@
-"""`plan`, `fetch`, `train`, `launch`, `rehearse` and `health`: from a recipe to a run, and whether it goes on."""
+"""The commands `plan`, `fetch`, `train`, `launch`, `rehearse` and `health`: from a recipe to a run, and its health."""
 
 import contextlib
 import os
@@ -205,7 +205,7 @@ def health(run: Path | None, patience_seconds: float) -> Answer:
 
 
 def _run_of(command: str, arguments: Sequence[str]) -> Path | None:
-    """Where `train` or `launch` trains when it is given these arguments; None where it ends at once, as with --help."""
+    """The run of `train` or `launch` with these arguments; None if it ends at once, as with --help."""
     asked = {"train": train, "launch": launch}[command]
     # Resilient: click then neither prints --help and exits, nor refuses a missing argument.
     given = asked.make_context(command, [*arguments], resilient_parsing=True).params
@@ -213,7 +213,7 @@ def _run_of(command: str, arguments: Sequence[str]) -> Path | None:
 
 
 def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) -> "LoadedRecipe":
-    """The recipe, with a look at its data before torch is imported. A run that exists has its own pins."""
+    """Loads the recipe, and checks its data before torch is imported. An existing run has its own pins."""
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
@@ -229,7 +229,7 @@ def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) 
 
 @contextlib.contextmanager
 def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
-    """Checks before a training that it can be published, and has its milestones published beside it, by rank 0."""
+    """Checks before a training that it can be published, and publishes its milestones meanwhile, on rank 0."""
     if recipe.publish is None or not is_first(os.environ):
         yield
         return
