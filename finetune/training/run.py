@@ -1,6 +1,6 @@
-"""The everyday consumer of the loop: iterates it, evaluates, commits, and stops when asked.
+"""The usual consumer of the loop: iterates it, evaluates, commits, and stops on request.
 
-What all ranks do together (evaluate, save, stop) is a function of the step, or they agree on it first.
+All ranks must evaluate, save and stop together: each is a function of the step, or they agree on it first.
 """
 
 import math
@@ -47,10 +47,10 @@ def train(
     take_over: bool = False,
     ask: Callable[[Resolved], None] | None = None,
 ) -> None:
-    """Starts the run at `path`, or resumes it, and returns when it is finished, or step `until` is committed.
+    """Starts the run at `path`, or resumes it. Returns when it is finished, or step `until` is committed.
 
-    `schedule` is how the learning rate of a run that is extended goes on; `take_over` takes a lease whose heartbeat has stopped; `ask` may
-    refuse what was resolved, before a new run writes anything. Raises Stopped after a signal, when the last finished step is committed.
+    `schedule` continues the learning rate of an extended run; `take_over` takes a lease without a heartbeat; `ask` may refuse the
+    resolved recipe before a new run writes anything. Raises Stopped after a signal, once the last finished step is committed.
     """
     with Signals() as signals:
         # Before the lease: a process must know its rank first, because rank 0 alone takes the lease.
@@ -93,7 +93,7 @@ def _open(
     schedule: str | None,
     ask: Callable[[Resolved], None] | None,
 ) -> tuple[Opened, Path]:
-    """The run's plan on every rank, and where its base lies. Rank 0 goes first: it downloads and encodes, the others find it done."""
+    """The run's plan on every rank, and the directory of its base. Rank 0 goes first: it downloads and encodes for the others."""
     is_writer = accelerator.is_main_process
     # Ranks may start on both sides of midnight, and a template may print the day.
     today = date.fromordinal(collectives.of_rank_0(accelerator, date.today().toordinal()))
@@ -112,9 +112,9 @@ def _open(
 
 
 def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: Signals, until: int | None) -> bool:
-    """From the state's step to the plan's end, to step `until`, or to a signal: iterate, record, evaluate, commit.
+    """Iterates, records, evaluates and commits from the state's step to the plan's end, to step `until`, or to a signal.
 
-    Returns whether all of that is done, and the last step evaluated if it has to be.
+    Returns whether it reached the end, with the last step evaluated if that is due.
     """
     plan = resolved.plan
     end = min(plan.steps, until or plan.steps)
@@ -171,7 +171,7 @@ def _evaluate_and_record(
     wishes: Callable[[], loop.Wishes],
     is_foreseen: bool,
 ) -> None:
-    """Held-out figures of the state. `is_foreseen`: the forecast of the end counts with this evaluation."""
+    """Evaluates the state and records the figures. `is_foreseen`: the forecast of the end includes this evaluation."""
     tell = recorder.progress.evaluation(state.step, len(resolved.holdout))
     pace = recorder.progress.pace
     with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
@@ -193,7 +193,7 @@ def _wishes(signals: Signals, recorder: Recorder) -> loop.Wishes:
 
 
 def _say_finished(state: TrainState, recorder: Recorder, first: int) -> None:
-    """Also what to know before `@best` is used; all saves have ended."""
+    """Also prints warnings about `@best`. Call it after the last save."""
     if state.step >= first and recorder.is_writer:
         evaluated = recorder.evaluations
         committed = [Saved.of(checkpoint, evaluated) for checkpoint in Store(recorder.path).summaries()]
