@@ -40,11 +40,13 @@ def said(conversation: Conversation) -> Iterator[Said]:
 
 
 def refuse_lost(
-    conversation: Conversation, row: Mapping[str, object], text: str, spans: Sequence[tuple[int, int]], where: str
+    conversation: Conversation, row: Mapping[str, object], texts: Sequence[str], learnt: Mapping[int, str], where: str
 ) -> None:
-    """Raises DataError if the text lacks content of the row. Content of a learnt turn has to be in the span of that turn."""
-    whole, learnt = _Text(text), dict(zip(conversation.turns, spans, strict=True))
-    parts = {number: _Text(text[first:last]) for number, (first, last) in learnt.items()}
+    """Raises DataError if content of the row is in none of the texts. That of a learnt turn has to be in what is learnt of that turn.
+
+    `learnt` has it by the number of the message.
+    """
+    whole, parts = _Text("\0".join(texts)), {number: _Text(text) for number, text in learnt.items()}
     lost = [
         each.place
         for each in said(conversation)

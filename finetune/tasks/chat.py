@@ -1,28 +1,39 @@
 """Conversations to examples; the loss is on the assistant's text and on the token that ends its turn.
 
-It renders each conversation up to a turn and as a whole, so every template works if its renderings are prefixes of one another.
+A conversation is one example, or one for each learnt turn: see `turns`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+import os
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.completeness import refuse_lost
-from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.data.example import Example, Row
 from finetune.errors import DataError
-from finetune.model.base import templates
-from finetune.model.base.files import TEMPLATE
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
-from finetune.store import places
 from finetune.tasks import causal, content
+from finetune.tasks.chat_rows import ChatRows
+from finetune.tasks.chat_template import template_of
+from finetune.tasks.reasons import reasons_of, tolerant
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
-from finetune.tasks.task import Task
+from finetune.tasks.task import Encode, Explain, Explained, Task
+from finetune.tasks.turns import Rendered
 
-Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
+
+class _Tokens(NamedTuple):
+    """One example before it is cut."""
+
+    ids: np.ndarray
+    """int32, (T,)."""
+    starts: np.ndarray
+    ends: np.ndarray
+    """The characters that each token stands for, int64, (T,)."""
+    supervised: np.ndarray
+    """bool, (T,)."""
 
 
 def encoder(
@@ -33,145 +44,96 @@ def encoder(
     template: str | None = None,
     date: str | None = None,
 ) -> Encode:
-    """A function from rows and their places to the one example of each row.
+    """A function from rows and their places to the examples of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
     `date` is what a template that prints it is given.
     """
-    template = template or template_of(tokenizer, task)
-    renderer = Renderer(tokenizer, template, date)
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-    def render(row: Row, place: str) -> tuple[str, list[tuple[int, int]]]:
-        conversation = conversation_of(row, place, row_rules)
-        if row_rules == 1:
-            _refuse_control_tokens(conversation, place, control, is_all=False)
-            return renderer.spans(conversation, place)
-        _refuse_roles(conversation, template, place)
-        _refuse_control_tokens(conversation, place, control)
-        text, spans = _render_calls(renderer, conversation, place)
-        refuse_lost(conversation, row, text, spans, place)
-        return text, spans
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date)
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
-        rendered = [render(*pair) for pair in zip(rows, places, strict=True)]
-        batch = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        examples = []
-        for number, (text, spans) in enumerate(rendered):
-            tokens = np.array(batch["input_ids"][number], dtype=np.int32)
-            supervised = np.zeros(len(tokens), dtype=bool)
-            starts, ends = np.array(batch["offset_mapping"][number], dtype=np.int64).reshape(-1, 2).T
-            for first, last in spans:
-                # a token that header and answer share counts, or the answer's first word would never be learnt
-                turn = np.flatnonzero((ends > first) & (starts < last))
-                turn = turn[: _without_trailing_space(turn, starts, ends, text)]
-                if not len(turn) or tokens[turn[-1]] not in stop_tokens:
-                    raise _no_stop_token(tokenizer, tokens[turn[-1:]], stop_tokens, places[number])
-                supervised[turn] = True
-            cut = max(0, len(tokens) - task.max_length)
-            lost = int(supervised[max(1, task.max_length) :].sum())  # the first token of a row is never predicted
-            examples.append([Example(tokens[: task.max_length], supervised[: task.max_length], cut, lost)])
-        return examples
+        texts = [rows_of.rendered(*pair) for pair in zip(rows, places, strict=True)]
+        found = iter(_tokens(tokenizer, rows_of, stop_tokens, texts, places))
+        return [[_example(next(found), task.max_length) for _ in each] for each in texts]
 
     return encode
 
 
-def template_of(
-    tokenizer: PreTrainedTokenizerBase, task: ChatTask, is_known: Callable[[str], bool] = lambda text: False
-) -> str:
-    """The chat template in force: the recipe's file, or the base's own. Of a file that is gone, a copy elsewhere that `is_known`."""
-    if task.template is not None:
-        try:
-            template = _template_in(task.template)
-        except FileNotFoundError as error:
-            copy = _copy_of(task.template, is_known)
-            if copy is None:
-                raise _unreadable(task.template, error) from None
-            template = copy
-        except OSError as error:
-            raise _unreadable(task.template, error) from None
-        if problem := templates.problem(template):
-            raise DataError(f"the template {problem}", where=task.template, hint="fix it, or use the base's own")
-        return template
-    if own := templates.default(tokenizer.chat_template):
-        return own
-    if names := templates.names(tokenizer.chat_template):
-        message = f"the base has several chat templates, and none is called `default`: {', '.join(names)}"
-        raise DataError(message, hint="save one of them to a file, and name it with task.template: FILE")
-    raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
+def explainer(
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChatTask,
+    stop_tokens: Collection[int],
+    row_rules: int = ROW_RULES,
+    template: str | None = None,
+    date: str | None = None,
+) -> Explain:
+    """A function from a row and its place to its examples before they are cut, each token with the reason why it is learnt or not."""
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date)
+
+    def explain(row: Row, place: str) -> list[Explained]:
+        texts = rows_of.rendered(row, place)
+        conversation = rows_of.conversation(row, place)
+        through = tolerant(partial(rows_of.through, conversation))
+        found = _tokens(tokenizer, rows_of, stop_tokens, [texts], [place])
+        explained = []
+        for one, tokens in zip(texts, found, strict=True):
+            offsets = np.stack([tokens.starts, tokens.ends], axis=1)
+            reasons = reasons_of(conversation, one, through, offsets, tokens.supervised, task.learn)
+            kept = min(len(tokens.ids), task.max_length)
+            explained.append(Explained(one.text, tokens.ids, offsets, tokens.supervised, reasons, kept))
+        return explained
+
+    return explain
 
 
-def _template_in(name: str) -> str:
-    try:
-        return templates.decoded(Path(name).read_bytes())
-    except ValueError as error:
-        raise DataError(f"the template {error}", where=name, hint="save it as UTF-8") from None
+def _rows(
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChatTask,
+    stop_tokens: Collection[int],
+    row_rules: int,
+    template: str | None,
+    date: str | None,
+) -> ChatRows:
+    renderer = Renderer(tokenizer, template or template_of(tokenizer, task), date)
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    stops = [text for token in sorted(stop_tokens) if (text := str(tokenizer.decode([token])))]
+    return ChatRows(task, renderer, stops, control, row_rules)
 
 
-def _copy_of(name: str, is_known: Callable[[str], bool]) -> str | None:
-    """The text of a template file that was moved, or that the checkpoints of its run alone still have."""
-    for place in (*places.around(name), *places.in_checkpoints(TEMPLATE)):
-        if Path(place).is_file() and is_known(text := _template_in(place)):
-            places.found(name, place, "template")
-            return text
-    return None
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    rows_of: ChatRows,
+    stop_tokens: Collection[int],
+    texts: Sequence[Sequence[Rendered]],
+    places: Sequence[str],
+) -> Iterator[_Tokens]:
+    """All examples of all rows, encoded in one call."""
+    pairs = [(one, place) for each, place in zip(texts, places, strict=True) for one in each]
+    batch = tokenizer([one.text for one, _ in pairs], add_special_tokens=False, return_offsets_mapping=True)
+    before = None
+    for number, (one, place) in enumerate(pairs):
+        ids = np.array(batch["input_ids"][number], dtype=np.int32)
+        starts, ends = np.array(batch["offset_mapping"][number], dtype=np.int64).reshape(-1, 2).T
+        supervised = np.zeros(len(ids), dtype=bool)
+        for first, last in one.spans:
+            # a token that header and answer share counts, or the answer's first word would never be learnt
+            turn = np.flatnonzero((ends > first) & (starts < last))
+            turn = turn[: _without_trailing_space(turn, starts, ends, one.text)]
+            if not len(turn) or ids[turn[-1]] not in stop_tokens:
+                raise _no_stop_token(tokenizer, ids[turn[-1:]], stop_tokens, place)
+            supervised[turn] = True
+        if rows_of.task.learn == "all":
+            # What two examples of a row have in common is learnt once.
+            shared = os.path.commonprefix([one.text, before[0]]) if before and before[1] == place else ""
+            supervised |= ends > len(shared)
+        before = one.text, place
+        yield _Tokens(ids, starts, ends, supervised)
 
 
-def _unreadable(name: str, error: OSError) -> DataError:
-    return DataError(f"cannot be read: {error.strerror}", where=name, hint="task.template names a file")
-
-
-def _refuse_roles(conversation: Conversation, template: str, place: str) -> None:
-    """A role that the template does not know is written as it stands, or not at all."""
-    for message, field in zip(conversation.messages, conversation.places, strict=True):
-        role = message["role"]
-        if role not in ROLES and not any(f"{quote}{role}{quote}" in template for quote in "\"'"):
-            hint = f"rename it to one of {', '.join(ROLES)}"
-            raise DataError(
-                f"`{field}.role` is `{role}`, which the chat template does not name", where=place, hint=hint
-            )
-
-
-def _refuse_control_tokens(conversation: Conversation, place: str, control: Sequence[str], is_all: bool = True) -> None:
-    """Text that spells a control token would become that token, and end or forge a turn; in contents, or wherever there is text."""
-    named = [(f"{message['role']} message", message.get("content")) for message in conversation.messages]
-    if is_all:
-        for message, field in zip(conversation.messages, conversation.places, strict=True):
-            named += [(f"`{field}.{name}`", value) for name, value in message.items() if name != "content"]
-        named.append(("`tools`", conversation.tools))
-    for name, value in named:
-        for text in _strings(value):
-            if token := next((token for token in control if token in text), None):
-                said = name if name.startswith("`") else f"a {name}"
-                raise DataError(f"{said} spells the control token `{token}`", where=place, hint="remove or respell it")
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield name
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _render_calls(renderer: Renderer, conversation: Conversation, place: str) -> tuple[str, list[tuple[int, int]]]:
-    """Text and spans, with the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
-    texts = with_text_arguments(conversation)
-    if texts is None:
-        return renderer.spans(conversation, place)
-    try:
-        rendered = renderer.spans(conversation, place)
-    except DataError as error:
-        try:
-            return renderer.spans(texts, place)
-        except DataError:
-            raise error from None
-    is_python = any(str(arguments) in rendered[0] for arguments in arguments_of(conversation) if arguments)
-    return renderer.spans(texts, place) if is_python else rendered
+def _example(tokens: _Tokens, max_length: int) -> Example:
+    cut = max(0, len(tokens.ids) - max_length)
+    lost = int(tokens.supervised[max(1, max_length) :].sum())  # the first token of a row is never predicted
+    return Example(tokens.ids[:max_length], tokens.supervised[:max_length], cut, lost)
 
 
 def _without_trailing_space(turn: np.ndarray, starts: np.ndarray, ends: np.ndarray, text: str) -> int:
@@ -190,10 +152,17 @@ def _no_stop_token(
     return DataError(
         f"the chat template ends the assistant's turn with `{ending}`, not with a stop token ({stops}): the tuned model would not stop",
         where=place,
-        hint=TEMPLATE_HINT,
+        hint=f"name the token that ends a turn with task.stop, or {TEMPLATE_HINT}",
     )
 
 
 TASK = Task(
-    encoder, content.of_chat, causal.collate_packed, causal.collate_padded, causal.loss, causal.score, template_of
+    encoder,
+    content.of_chat,
+    causal.collate_packed,
+    causal.collate_padded,
+    causal.loss,
+    causal.score,
+    template_of,
+    explainer,
 )

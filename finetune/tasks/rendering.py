@@ -1,16 +1,16 @@
-"""Renders a conversation by its chat template: the text, and the spans of the assistant.
+"""Renders messages by a chat template.
 
 A template is somebody's program: any exception becomes a DataError. It prints the day of the plan.
 """
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.data.conversation import Conversation, Message, Tool
+from finetune.data.conversation import Message, Tool
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 # What a template raises by itself; `raise_exception` in it raises a TemplateError of jinja2.
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
-SHOWN = 40  # characters of a text in a message
 
 
 class Renderer(NamedTuple):
@@ -41,43 +40,50 @@ class Renderer(NamedTuple):
         with_header: bool = False,
     ) -> str:
         """The text of some messages; `with_header` it ends with what an answer follows."""
-        import jinja2
-
-        try:
-            with _on(self.date, self.template):
-                text: Any = self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=None if tools is None else [*tools],
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=with_header,
-                )
+        with _failures(place), _on(self.date, self.template):
+            text: Any = self.tokenizer.apply_chat_template(
+                messages,
+                tools=None if tools is None else [*tools],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=with_header,
+            )
             text.encode()  # half of a pair of surrogates, which JSON can spell, is no text for a tokenizer
             return str(text)
-        except jinja2.TemplateError as error:
-            if type(error) is jinja2.TemplateError:
-                message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"
-                raise DataError(message, where=place, hint=hint) from None
-            raise _failure(error, place) from error
-        except FAILURES as error:
-            raise _failure(error, place) from error
 
-    def spans(self, conversation: Conversation, place: str) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and the span in characters of each assistant turn to learn, from after its header to its end."""
-        messages, spans = conversation.messages, []
-        text = self.text(messages, place, conversation.tools)
-        for number in conversation.turns:
-            before = self.text(messages[:number], place, conversation.tools, with_header=True)
-            is_last = number + 1 == len(messages)
-            through = text if is_last else self.text(messages[: number + 1], place, conversation.tools)
-            if not text.startswith(through):
-                message = "the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart"
-                raise DataError(message, where=place, hint=TEMPLATE_HINT)
-            if not text.startswith(before):
-                bare = self.text(messages[:number], place, conversation.tools)
-                raise _no_header(text, before, bare, conversation.places[number], place)
-            spans.append((len(before), len(through)))
-        return text, spans
+    def marks(
+        self, messages: list[Message], place: str | None = None, tools: Sequence[Tool] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what of it the template marks with `{% generation %}`, in characters."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _failures(place), _on(self.date, self.template):
+            special: Mapping[str, Any] = self.tokenizer.special_tokens_map
+            found: Any = render_jinja_template(
+                [messages],
+                tools=None if tools is None else [*tools],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **special,
+            )
+        [text], [marks] = found
+        return text, marks
+
+
+@contextmanager
+def _failures(place: str | None) -> Iterator[None]:
+    """Whatever a template raises is a DataError."""
+    import jinja2
+
+    try:
+        yield
+    except jinja2.TemplateError as error:
+        if type(error) is jinja2.TemplateError:
+            message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"
+            raise DataError(message, where=place, hint=hint) from None
+        raise _failure(error, place) from error
+    except FAILURES as error:
+        raise _failure(error, place) from error
 
 
 @contextmanager
@@ -133,16 +139,3 @@ def _failure(error: Exception, place: str | None) -> DataError:
     cause = f"{type(error).__name__}: {said}" if said else type(error).__name__
     hint = f"look at what this row has that others have not, or {TEMPLATE_HINT}"
     return DataError(f"the chat template fails on the row: {cause}", where=place, hint=hint)
-
-
-def _no_header(text: str, before: str, bare: str, field: str, place: str) -> DataError:
-    """What a model is asked with is not what the assistant's turn begins with: it would be trained on another beginning."""
-    if text.startswith(bare) and before.startswith(bare):
-        prompt, turn = before[len(bare) :], text[len(bare) :]
-        said = f"asks for an answer with {prompt[-SHOWN:]!r}, and begins the turn `{field}` with {turn[:SHOWN]!r}"
-    else:
-        same = len(os.path.commonprefix([text, before]))
-        said = f"renders what is before `{field}` in another way once that is there: {before[same:][:SHOWN]!r} becomes {text[same:][:SHOWN]!r}"
-    return DataError(
-        f"the chat template {said}, so assistant tokens cannot be told apart", where=place, hint=TEMPLATE_HINT
-    )

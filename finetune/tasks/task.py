@@ -28,6 +28,31 @@ class RowResults(NamedTuple):
     """Supervised tokens of each example, int64 (N,)."""
 
 
+Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
+"""Rows and their places -> the examples of each row."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One example of a row before it is cut to `max_length`, with the reason for the mask of each token."""
+
+    text: str
+    tokens: np.ndarray
+    """Token ids, int32, (T,)."""
+    offsets: np.ndarray
+    """The characters that each token stands for, int64, (T, 2)."""
+    supervised: np.ndarray
+    """Whether its loss counts, bool, (T,)."""
+    reasons: list[str]
+    """Why, a sentence a token."""
+    kept: int
+    """Tokens that are left after the cut."""
+
+
+Explain = Callable[[Row, str], list[Explained]]
+"""A row and its place -> its examples, explained."""
+
+
 @dataclass(frozen=True)
 class Task:
     encoder: Callable[..., Encoder]
@@ -46,3 +71,6 @@ class Task:
     template_of: Callable[..., str] | None = None
     """(tokenizer, section, whether a text is the one that is looked for) -> the chat template in force, where rows are conversations; their
     section has the key `template`."""
+    explainer: Callable[..., Explain] | None = None
+    """The arguments of `encoder` -> a function that says of each token why it is learnt or not, for people who look at rows. None: the mask
+    of an example says it all."""

@@ -123,7 +123,9 @@ def _reopened(
 
 
 def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict[str, Any]) -> Encoder:
-    return TASKS[task.name].encoder(tokenizer, task, base.stop_tokens(directory, tokenizer), **rendering)
+    return TASKS[task.name].encoder(
+        tokenizer, task, base.stop_tokens(directory, tokenizer, task.stop_names), **rendering
+    )
 
 
 def template_and_encoding(
@@ -134,7 +136,7 @@ def template_and_encoding(
     like: Plan | None = None,
 ) -> tuple[str | None, str]:
     """The chat template in force, and a digest over what decides which tokens a row becomes, by the rules of a plan that exists."""
-    stops = sorted(base.stop_tokens(directory, tokenizer))
+    stops = sorted(base.stop_tokens(directory, tokenizer, task.stop_names))
 
     def pairs(text: str | None) -> list[tuple[str | None, str]]:
         if like is None or not encodings.is_older(like.encoding):

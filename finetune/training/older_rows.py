@@ -14,7 +14,8 @@ FIRST_ROWS = 64  # of each source are looked at on resume, to say what older rul
 def losses_of_older_rules(resolved: Resolved) -> list[str]:
     """What the rules for rows that a run began with lose of its first rows, in one line; none where they lose nothing."""
     plan, directory, tokenizer = resolved.plan, resolved.base_directory, resolved.tokenizer
-    stops, task = base.stop_tokens(directory, tokenizer), plan.recipe.task
+    task = plan.recipe.task
+    stops = base.stop_tokens(directory, tokenizer, task.stop_names)
     rendering = {} if resolved.template is None else {"template": resolved.template}
     old, new = (
         TASKS[task.name].encoder(tokenizer, task, stops, rules, **rendering) for rules in (plan.row_rules, ROW_RULES)

@@ -57,7 +57,8 @@ class Resolved:
 
     @property
     def companions(self) -> base.Companions:
-        return base.Companions(self.base_directory, self.template)
+        stops = base.named_stops(self.tokenizer, self.plan.recipe.task.stop_names)
+        return base.Companions(self.base_directory, self.template, tuple(stops))
 
 
 def resolve_own(plan: Plan, where: Path | str, *, is_to_load: bool = False, stand_in: Path | None = None) -> Resolved:

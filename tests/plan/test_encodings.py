@@ -114,6 +114,12 @@ def test_each_setting_of_a_task_is_in_the_digest_or_changes_no_token(section, tm
     before, _ = key_of(tiny_base, section(name=name))
     (tmp_path / "own.jinja").write_text("{# own #}" + CHATML)
     values = {"max_length": 9, "packing": False, "template": str(tmp_path / "own.jinja")}
+    values |= {
+        "template_variables": {"mode": "brief"},
+        "stop": ["<|endoftext|>"],
+        "learn": "all",
+        "system": "Be brief.",
+    }
     assert section.model_fields.keys() - {"name"} <= values.keys(), "give the new setting another value here"
     for setting in section.model_fields.keys() - {"name"}:
         after, _ = key_of(tiny_base, section(name=name, **{setting: values[setting]}))
@@ -129,11 +135,11 @@ def test_each_setting_of_a_task_is_in_the_digest_or_changes_no_token(section, tm
 
 def test_a_setting_that_a_later_version_adds_is_in_the_digest_and_leaves_older_plans_as_they_are(tiny_base):
     class Later(ChatTask):
-        learn: Literal["assistant", "all"] = "assistant"
+        tone: Literal["plain", "kind"] = "plain"
 
     before, _ = key_of(tiny_base)
     assert key_of(tiny_base, Later(name="chat"))[0] == before
-    assert key_of(tiny_base, Later(name="chat", learn="all"))[0] != before
+    assert key_of(tiny_base, Later(name="chat", tone="kind"))[0] != before
 
 
 def test_a_template_counts_by_its_text_and_not_by_its_place(tiny_base, tmp_path):
@@ -163,13 +169,13 @@ def test_the_whole_section_of_a_task_is_in_the_key_of_its_rows_also_where_an_old
     """Else a recipe would train on rows that another one had encoded."""
 
     class Later(ChatTask):
-        learn: Literal["assistant", "all"] = "assistant"
+        tone: Literal["plain", "kind"] = "plain"
 
     def older(task: ChatTask) -> tuple[str, str]:
         digest = encodings.older_digest(task, tiny_base, CHATML, [2])
         return digest, encodings.key(digest, task, tiny_tokenizer, None)
 
-    one, other = older(Later(name="chat")), older(Later(name="chat", learn="all"))
+    one, other = older(Later(name="chat")), older(Later(name="chat", tone="kind"))
     assert one[0] == other[0] and one[1] != other[1]
     assert older(CHAT)[1] != one[1], "also a setting that has its default"
     assert older(ChatTask(name="chat", packing=False)) == older(CHAT), "it changes no token"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from finetune.errors import DataError
+from finetune.model.base import named
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.chat import encoder
 from tests.conftest import CHATML
@@ -24,11 +25,6 @@ DEFAULT_SYSTEM = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LATER_TURNS_CHANGE_EARLIER_ONES = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and not loop.last %}{{ 'cut' }}{% else %}{{ message['content'] }}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 WITHOUT_STOP_TOKEN = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -40,6 +36,8 @@ STRICT = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 HINT = "\nhint: give a chat template of your own with task.template: FILE"
+
+STOP_HINT = "\nhint: name the token that ends a turn with task.stop, or give a chat template of your own with task.template: FILE"
 
 
 def turns(*contents, roles=("user", "assistant")):
@@ -215,14 +213,14 @@ def test_any_token_that_ends_generation_may_end_a_turn(learnt, tiny_tokenizer):
 def test_a_template_without_a_stop_token_is_refused(encoded):
     assert complaint(encoded, {"messages": turns("ask", "!")}, WITHOUT_STOP_TOKEN) == (
         "data.jsonl:1: the chat template ends the assistant's turn with `!`, not with a stop token (`<|im_end|>`): "
-        "the tuned model would not stop" + HINT
+        "the tuned model would not stop" + STOP_HINT
     )
 
 
 def test_a_base_without_a_stop_token_is_refused(encoded):
     assert complaint(encoded, {"messages": turns("ask", "answer")}, stop_tokens=set()) == (
         "data.jsonl:1: the chat template ends the assistant's turn with `<|im_end|>`, not with a stop token (none): "
-        "the tuned model would not stop" + HINT
+        "the tuned model would not stop" + STOP_HINT
     )
 
 
@@ -231,15 +229,6 @@ def test_a_template_that_drops_what_the_assistant_says_is_refused(encoded):
     assert complaint(encoded, {"messages": turns("ask", "answer")}, template) == (
         "data.jsonl:1: the rendered text lacks `messages[0].content`, `messages[1].content`\n"
         "hint: use a template that shows it, with task.template: FILE"
-    )
-
-
-def test_a_template_whose_renderings_are_not_prefixes_is_refused(encoded, learnt):
-    assert learnt({"messages": turns("ask", "answer")}, LATER_TURNS_CHANGE_EARLIER_ONES) == ["answer<|im_end|>"]
-    row = {"messages": turns("ask", "answer", "more", "another")}
-    assert complaint(encoded, row, LATER_TURNS_CHANGE_EARLIER_ONES) == (
-        "data.jsonl:1: the chat template renders a turn differently once others follow, so assistant tokens cannot be told apart"
-        + HINT
     )
 
 
@@ -260,7 +249,8 @@ def test_a_template_file_that_is_not_there_is_named(tiny_tokenizer, tmp_path):
     file = str(tmp_path / "missing.jinja")
     with pytest.raises(DataError) as caught:
         encoder(tiny_tokenizer, ChatTask(name="chat", template=file), set())
-    assert str(caught.value) == f"{file}: cannot be read: No such file or directory\nhint: task.template names a file"
+    hint = f"task.template names a file, or one of: {', '.join(named.NAMES)}"
+    assert str(caught.value) == f"{file}: cannot be read: No such file or directory\nhint: {hint}"
 
 
 def test_a_base_without_a_template_is_refused(encoded, tiny_tokenizer):
@@ -578,7 +568,9 @@ def test_several_templates_without_a_default_are_refused_by_name(encoded, tiny_t
         encoded({"prompt": "it was", "completion": "said"}, tokenizer=tokenizer)
     assert str(caught.value) == (
         "the base has several chat templates, and none is called `default`: rag, tool_use\n"
-        "hint: save one of them to a file, and name it with task.template: FILE"
+        "hint: choose one with task.template: base:rag"
     )
+    own = encoder(tokenizer, ChatTask(name="chat", template="base:rag"), {tokenizer.eos_token_id})
+    assert own([{"prompt": "it was", "completion": "said"}], ["row 1"])
     tokenizer.chat_template["default"] = CHATML
     assert len(encoded({"prompt": "it was", "completion": "said"}, tokenizer=tokenizer).tokens)

@@ -7,7 +7,6 @@ import torch
 
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import _ids
-from finetune.data.conversation import conversation_of
 from finetune.errors import DataError
 from finetune.recipe.load import load
 from finetune.store.run.directory import RunDirectory
@@ -122,36 +121,6 @@ def test_whatever_a_template_raises_is_one_error_with_its_cause(tiny_tokenizer, 
     said, hint = str(caught.value).split("\n")
     assert said.startswith(f"data.jsonl:7: the chat template fails on the row: {cause}")
     assert hint.startswith("hint: look at what this row has that others have not")
-
-
-def spans(tokenizer, template, row=ROW):
-    return Renderer(tokenizer, template).spans(conversation_of(row, "row 1"), "row 1")
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (
-            CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"),
-            "asks for an answer with '<|im_start|>assistant\\n<think>\\n', and begins the turn `messages[1]` with "
-            "'<|im_start|>assistant\\nsaid<|im_end|>\\n'",
-        ),
-        (
-            CHATML.replace("{% for", "{{ '[' + messages | length | string + ']' }}{% for", 1),
-            "renders what is before `messages[1]` in another way once that is there: '1]<|im_start|>user\\nit was<|im_end|>\\n"
-            "<|im' becomes '2]<|im_start|>user\\nit was<|im_end|>\\n<|im'",
-        ),
-    ],
-)
-def test_a_turn_that_no_other_follows_is_refused_for_its_true_reason(tiny_tokenizer, template, said):
-    with pytest.raises(DataError) as caught:
-        spans(tiny_tokenizer, template)
-    assert caught.value.message == f"the chat template {said}, so assistant tokens cannot be told apart"
-
-
-def test_a_template_without_its_header_in_front_of_an_answer_is_no_problem(tiny_tokenizer):
-    text, [(first, last)] = spans(tiny_tokenizer, CHATML)
-    assert text[first:last] == "said<|im_end|>\n"
 
 
 def test_rows_of_a_dated_template_are_encoded_again_on_another_day(dated, later):

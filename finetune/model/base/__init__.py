@@ -17,7 +17,7 @@ from finetune.model.base.outline import with_dtype
 from finetune.model.base.pinning import LOOK, attach, beneath, directory, pin, refuse_damaged
 from finetune.model.base.small_files import small_files_of, tokenizer_directory
 from finetune.model.base.stored import lacking, load_as_stored
-from finetune.model.base.tokenizer import check_generation_config, load_tokenizer, stop_tokens
+from finetune.model.base.tokenizer import check_generation_config, load_tokenizer, named_stops, stop_tokens
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 from finetune.store.checkpoints.refs import run_around
 
@@ -49,6 +49,7 @@ __all__ = [
     "refuse_lacking",
     "run_around",
     "small_files_of",
+    "named_stops",
     "stop_tokens",
     "tokenizer_directory",
     "tokenizer_files",

@@ -14,6 +14,7 @@ import blake3
 
 from finetune.plan.encodings import TOKENIZER_FILES, VOCABULARIES
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 CONFIG = "config.json"
@@ -71,6 +72,8 @@ class Companions:
     """Of the base, or of a checkpoint."""
     template: str | None
     """None leaves the template that is there."""
+    stops: tuple[int, ...] = ()
+    """Ids of tokens that end generation as well; the generation config gets them."""
 
     def contents(self, with_config: bool) -> dict[str, bytes]:
         """By name. transformers chooses a tokenizer's class by the model's config, and an adapter has none: `with_config` adds the base's."""
@@ -78,11 +81,22 @@ class Companions:
         found = {file.name: file.read_bytes() for file in files if file.is_file()}
         if self.template is not None:
             found[TEMPLATE] = self.template.encode()
+        if self.stops:
+            found[GENERATION] = self._generation(found.get(GENERATION))
         if with_config:
             config = json.loads((self.directory / CONFIG).read_bytes())
             kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a place on one machine
             found[CONFIG] = f"{json.dumps(kept, indent=2)}\n".encode()
         return found
+
+    def _generation(self, own: bytes | None) -> bytes:
+        """The generation config with `stops`; without one of its own, what transformers would read in the model's config."""
+        config = json.loads((self.directory / CONFIG).read_bytes())
+        settings = json.loads(own) if own else {key: config[key] for key in SPECIAL_IDS if config.get(key) is not None}
+        ends = settings.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends += [stop for stop in self.stops if stop not in ends]
+        return f"{json.dumps({**settings, 'eos_token_id': ends}, indent=2)}\n".encode()
 
 
 def read_ahead(directory: Path) -> None:

@@ -44,9 +44,10 @@ def is_known_form(chat_template: object) -> bool:
     return all(isinstance(text, str) for text in found)
 
 
-def default(chat_template: object) -> str | None:
-    """Of what a tokenizer has, the template that a conversation is rendered with; None without one, or without one called `default`."""
-    found = chat_template.get("default") if isinstance(chat_template, dict) else chat_template
+def default(chat_template: object, name: str = "default") -> str | None:
+    """Of what a tokenizer has, the template that a conversation is rendered with; None without one, or without one of that name."""
+    is_named = isinstance(chat_template, dict) or name != "default"
+    found = chat_template.get(name) if isinstance(chat_template, dict) else None if is_named else chat_template
     return clean(found) if isinstance(found, str) and found else None
 
 

@@ -1,11 +1,12 @@
 """The tokenizer of a checkpoint, and the small files beside it that name code or end generation."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetune.errors import BaseError, explained, of_libraries
+from finetune.errors import BaseError, DataError, explained, of_libraries
 from finetune.model.base import templates
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.files import TEMPLATES, has_tokenizer
@@ -85,14 +86,28 @@ def no_tokenizer(where: str, directory: Path) -> BaseError:
     return BaseError("has no tokenizer", where=where, hint=hint)
 
 
-def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end generation, by tokenizer and generation config together."""
-    stops = {tokenizer.eos_token_id}
+def named_stops(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[int]:
+    """The ids of the tokens that a recipe's `task.stop` names. DataError for a text that is not one token."""
+    found = []
+    for name in names:
+        ids = tokenizer.encode(name, add_special_tokens=False)
+        known = tokenizer.get_vocab().get(name, ids[0] if len(ids) == 1 else None)
+        if known is None:
+            special = ", ".join(f"`{token}`" for token in tokenizer.all_special_tokens) or "none"
+            message = f"`{name}` is not one token of the base's tokenizer"
+            raise DataError(message, where="task.stop", hint=f"its special tokens are {special}")
+        found.append(known)
+    return found
+
+
+def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, named: Sequence[str] = ()) -> frozenset[int]:
+    """Ids that end generation, by tokenizer and generation config together, and the `named` tokens."""
+    stops = {tokenizer.eos_token_id, *named_stops(tokenizer, named)}
     if (path / "generation_config.json").exists():
-        named = read_json(path / "generation_config.json").get("eos_token_id")
-        found = named if isinstance(named, list) else [named]
+        ends = read_json(path / "generation_config.json").get("eos_token_id")
+        found = ends if isinstance(ends, list) else [ends]
         if not all(token is None or isinstance(token, int) for token in found):
-            reason = f"`eos_token_id` is {json.dumps(named)}, not an id or a list of ids"
+            reason = f"`eos_token_id` is {json.dumps(ends)}, not an id or a list of ids"
             raise damaged(path / "generation_config.json", reason)
         stops.update(found)
     return frozenset(stops - {None})

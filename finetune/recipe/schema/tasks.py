@@ -6,11 +6,14 @@ What is done with rows is in `tasks/`, in the file of the task's name.
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
-from finetune.recipe.schema.values import Section, members
+from finetune.recipe.schema.values import Names, Section, Variable, members
 
 CROSS_ENTROPY = {"loss": "held-out loss (nats per token)", "perplexity": "held-out perplexity"}
+
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+"""What a template is given of the row and the tokenizer."""
 
 
 class TaskFacts(Section):
@@ -35,6 +38,11 @@ class TaskFacts(Section):
         """The file of the key `template`, which tasks about conversations have."""
         return getattr(self, "template", None)
 
+    @property
+    def stop_names(self) -> list[str]:
+        """The tokens of the key `stop`, which tasks about conversations have."""
+        return getattr(self, "stop", [])
+
 
 class ChatTask(TaskFacts):
     """Conversations; the loss is on assistant tokens only."""
@@ -45,7 +53,23 @@ class ChatTask(TaskFacts):
     packing: bool = True
     """Packs several rows into one sequence and keeps them apart exactly; changes speed, not the loss."""
     template: str | None = None
-    """A file with a chat template (Jinja) to use in place of the base's own."""
+    """The chat template: a built-in one (`chatml`, `llama3`, `mistral`, `gemma`, `alpaca`, `zephyr`, `plain`, …), a file (Jinja), or `base:NAME` for one of several that the base has. Default: the base's own."""
+    template_variables: dict[str, Variable] = {}
+    """Values for the template's own switches, like `{enable_thinking: false}`. They travel with the template into checkpoints and packages."""
+    stop: Names = []
+    """Tokens that end the assistant's turn, if the base's end token is another, like `<|im_end|>`. Checkpoints and packages stop there, too."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """`assistant`: learn every assistant turn; `last`: the last one of a row; `all`: every token, the prompt included."""
+    system: str | None = None
+    """A system message for each row that has none."""
+
+    @field_validator("template_variables")
+    @classmethod
+    def _are_names(cls, variables: dict[str, Variable]) -> dict[str, Variable]:
+        for name in variables:
+            if not name.isidentifier() or name in RESERVED:
+                raise ValueError(f"`{name}` is no name for a template's switch")
+        return variables
 
     row_form: ClassVar = "conversation"
     pipeline_tag: ClassVar = "text-generation"

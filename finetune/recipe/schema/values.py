@@ -71,6 +71,12 @@ def _hub_id(value: object) -> object:
     return value
 
 
+def _scalar(value: object) -> object:
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError("must be text, a number, `true`, `false` or null")
+    return value
+
+
 def _listed(value: object) -> object:
     return value if isinstance(value, list | tuple) or value is None else [value]
 
@@ -101,6 +107,10 @@ Names = Annotated[list[str], BeforeValidator(_listed)]
 """One name, or a list of names."""
 Cadences = Annotated[list[Cadence], BeforeValidator(_listed)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_pair)]
+
+
+Variable = Annotated[bool | int | float | str | None, Field(union_mode="left_to_right"), BeforeValidator(_scalar)]
+"""A value of a template's variable."""
 
 
 def members(family: object) -> dict[str, type]:

@@ -1,0 +1,157 @@
+"""From a chat row to the texts of its examples. Refuses a row whose text would lose or forge something, by turn and field."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from finetune.data.completeness import refuse_lost
+from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
+from finetune.data.example import Row
+from finetune.errors import DataError
+from finetune.recipe.schema import ChatTask
+from finetune.tasks.rendering import Renderer
+from finetune.tasks.turns import Rendered, rendered
+
+AS_IT_COMES = ("'type': 'text'", '"type": "text"')
+"""What a template writes that prints a list of parts as it comes."""
+
+
+@dataclass(frozen=True)
+class ChatRows:
+    """What turns rows into texts."""
+
+    task: ChatTask
+    renderer: Renderer
+    stops: Sequence[str]
+    """The texts of tokens that end generation."""
+    control: Sequence[str]
+    """The texts of the tokenizer's control tokens."""
+    row_rules: int
+
+    def conversation(self, row: Row, place: str) -> Conversation:
+        """The conversation of a row, with what the recipe adds and learns. Raises DataError for a bad row."""
+        conversation = conversation_of(row, place, self.row_rules)
+        if self.task.system is not None and conversation.messages[0]["role"] != "system":
+            message = {"role": "system", "content": self.task.system}
+            conversation = conversation._replace(
+                messages=[message, *conversation.messages],
+                places=["task.system", *conversation.places],
+                turns=[number + 1 for number in conversation.turns],
+            )
+        if self.row_rules > 1:
+            _refuse_roles(conversation, self.renderer.template, place)
+        _refuse_control_tokens(conversation, place, self.control, is_all=self.row_rules > 1)
+        return conversation._replace(turns=conversation.turns[-1:]) if self.task.learn == "last" else conversation
+
+    def rendered(self, row: Row, place: str) -> list[Rendered]:
+        """The texts of a row's examples."""
+        conversation = self.conversation(row, place)
+        if self.row_rules == 1:
+            return rendered(self.renderer, conversation, self.stops, place)
+        try:
+            return self._complete(conversation, conversation, row, place)
+        except DataError as error:
+            # Some templates read contents only as lists of parts.
+            try:
+                found = self._complete(_with_parts(conversation), conversation, row, place)
+            except DataError:
+                raise error from None
+            if any(sign in one.text for sign in AS_IT_COMES for one in found):
+                raise
+            return found
+
+    def _complete(self, given: Conversation, conversation: Conversation, row: Row, place: str) -> list[Rendered]:
+        """The texts of what the template is given. Raises DataError if they lack content of the conversation."""
+        found = self._rendered(given, place)
+        learnt = {
+            number: each.text[first:last]
+            for each in found
+            for number, (first, last) in zip(each.turns, each.spans, strict=True)
+        }
+        if len(found) > 1:  # nothing is learnt from what no turn follows
+            end = conversation.turns[-1] + 1
+            conversation = conversation._replace(messages=conversation.messages[:end], places=conversation.places[:end])
+        texts = [each.text for each in found]
+        try:
+            refuse_lost(conversation, row, texts, learnt, place)
+        except DataError:
+            if not (before := self._once_written(given, place)):
+                raise
+            refuse_lost(conversation, row, [*texts, *before], learnt, place)
+        return found
+
+    def _once_written(self, conversation: Conversation, place: str) -> list[str]:
+        """Turns that are not learnt, as they were when they were the last: where a template drops their thoughts later, the model is not
+        given them either."""
+        given = range(conversation.turns[-1])
+        unlearnt = [
+            number
+            for number in given
+            if conversation.messages[number]["role"] == "assistant" and number not in conversation.turns
+        ]
+        return [self.through(conversation, number, place) for number in unlearnt]
+
+    def through(self, conversation: Conversation, number: int, place: str | None = None) -> str:
+        """The text of a conversation up to and with a message."""
+        return self.renderer.text(conversation.messages[: number + 1], place, conversation.tools)
+
+    def _rendered(self, conversation: Conversation, place: str) -> list[Rendered]:
+        """With the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
+        texts = with_text_arguments(conversation)
+        if texts is None:
+            return rendered(self.renderer, conversation, self.stops, place)
+        try:
+            found = rendered(self.renderer, conversation, self.stops, place)
+        except DataError as error:
+            try:
+                return rendered(self.renderer, texts, self.stops, place)
+            except DataError:
+                raise error from None
+        arguments = [str(each) for each in arguments_of(conversation) if each]
+        is_python = any(each in one.text for each in arguments for one in found)
+        return rendered(self.renderer, texts, self.stops, place) if is_python else found
+
+
+def _with_parts(conversation: Conversation) -> Conversation:
+    """The same conversation with each content as a list of one part."""
+    parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if message.get("content") else message
+        for message in conversation.messages
+    ]
+    return conversation._replace(messages=parts)
+
+
+def _refuse_roles(conversation: Conversation, template: str, place: str) -> None:
+    """A role that the template does not know is written as it stands, or not at all."""
+    for message, field in zip(conversation.messages, conversation.places, strict=True):
+        role = message["role"]
+        if role not in ROLES and not any(f"{quote}{role}{quote}" in template for quote in "\"'"):
+            hint = f"rename it to one of {', '.join(ROLES)}"
+            raise DataError(
+                f"`{field}.role` is `{role}`, which the chat template does not name", where=place, hint=hint
+            )
+
+
+def _refuse_control_tokens(conversation: Conversation, place: str, control: Sequence[str], is_all: bool = True) -> None:
+    """Text that spells a control token would become that token, and end or forge a turn; in contents, or wherever there is text."""
+    named = [(f"{message['role']} message", message.get("content")) for message in conversation.messages]
+    if is_all:
+        for message, field in zip(conversation.messages, conversation.places, strict=True):
+            named += [(f"`{field}.{name}`", value) for name, value in message.items() if name != "content"]
+        named.append(("`tools`", conversation.tools))
+    for name, value in named:
+        for text in _strings(value):
+            if token := next((token for token in control if token in text), None):
+                said = name if name.startswith("`") else f"a {name}"
+                raise DataError(f"{said} spells the control token `{token}`", where=place, hint="remove or respell it")
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)

@@ -1,0 +1,159 @@
+"""The examples of a conversation: one with all its turns where the template allows it, else one for each learnt turn.
+
+A learnt turn always follows exactly what the model is given when it is asked for that turn. This is found by rendering, never by a
+model's name.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from finetune.data.conversation import Conversation, Message
+from finetune.errors import DataError
+from finetune.tasks.generation_marks import has_marks, refuse_other
+from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
+
+SHOWN = 40  # characters of a text in a message
+# How templates mark a thought or a channel -> what closes it.
+PAIRS = (
+    (re.compile(r"<([A-Za-z_][\w.:-]*)>"), "</{}>"),
+    (re.compile(r"<\|begin_of_(\w+)\|>"), "<|end_of_{}|>"),
+    (re.compile(r"<\|(\w+)>"), "<{}|>"),
+    (re.compile(r"\[([A-Z_]+)\]"), "[/{}]"),
+    (re.compile(r"◁(\w+)▷"), "◁/{}▷"),
+)
+CLOSING = re.compile(r"</[\w.:-]+>|<\|end_of_\w+\|>|<\w+\|>|\[/[A-Z_]+\]|◁/\w+▷")
+UNFINISHED = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*$")
+THOUGHT_HINT = "give the turn a thought, turn thinking off with task.template_variables, or name another task.template"
+
+
+class Rendered(NamedTuple):
+    """The text of one example."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """What the model learns to write, in characters: from the end of what it is given to its stop token."""
+    turns: list[int]
+    """The number of the message of each span."""
+
+
+class _Answer(NamedTuple):
+    number: int
+    text: str
+    """The conversation up to the end of this turn, as it is while the turn is the last one."""
+    start: int
+    """Where the turn begins, after the generation prompt."""
+
+
+def rendered(renderer: Renderer, conversation: Conversation, stops: Sequence[str], place: str) -> list[Rendered]:
+    """The texts of the learnt turns. `stops` are the tokens that end generation."""
+    whole = renderer.text(conversation.messages, place, conversation.tools)
+    answers = [_answer(renderer, conversation, number, stops, place) for number in conversation.turns]
+    if one := _in_one(whole, answers, stops):
+        return [one]
+    return [Rendered(each.text, [(each.start, len(each.text))], [each.number]) for each in answers]
+
+
+def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> Rendered | None:
+    """The whole conversation, if each turn stands in it as it does when the model writes it."""
+    last = answers[-1].text
+    text = (
+        last if last.startswith(whole) else whole
+    )  # longer by the stop token that another role's turn would begin with
+    spans = []
+    for answer in answers:
+        # Some templates end the text, not the turn: only what comes before the model stops has to be the same.
+        ways = (len(answer.text), _first_stop(answer, stops))
+        end = next((way for way in ways if way and text.startswith(answer.text[:way])), None)
+        if end is None:
+            return None
+        spans.append((answer.start, end))
+    return Rendered(text, spans, [answer.number for answer in answers])
+
+
+def _first_stop(answer: _Answer, stops: Sequence[str]) -> int | None:
+    """The end of the turn's first stop token, if only stop tokens and blanks follow it."""
+    found = [(answer.text.find(stop, answer.start), stop) for stop in stops]
+    ends = [at + len(stop) for at, stop in found if at >= 0]
+    if not ends:
+        return None
+    after = answer.text[min(ends) :]
+    for stop in stops:
+        after = after.replace(stop, "")
+    return None if after.strip() else min(ends)
+
+
+def _answer(renderer: Renderer, conversation: Conversation, number: int, stops: Sequence[str], place: str) -> _Answer:
+    messages, tools = conversation.messages, conversation.tools
+    prompt = renderer.text(messages[:number], place, tools, with_header=True)
+    through = renderer.text(messages[: number + 1], place, tools)
+    text = through
+    if not through.startswith(prompt):
+        bare = renderer.text(messages[:number], place, tools)
+        text = prompt + _written(prompt, through, bare, conversation.places[number], place)
+    if has_marks(renderer.template):
+        field = conversation.places[number]
+        refuse_other(renderer, messages[: number + 1], tools, written=text[len(prompt) :], field=field, place=place)
+    if not text.rstrip().endswith(tuple(stops)):
+        text += _next_role(renderer, conversation, number, through, stops)
+    return _Answer(number, text, len(prompt))
+
+
+def _written(prompt: str, through: str, bare: str, field: str, place: str) -> str:
+    """What the model writes after a generation prompt that is not how its turn begins once it is there.
+
+    `bare` is the conversation before the turn, without a generation prompt.
+    """
+    header, same = len(os.path.commonprefix([prompt, bare])), len(os.path.commonprefix([prompt, through]))
+    if same < header:  # what is before the turn changed as well: the model is given it as it was
+        asked = prompt[header:]
+        at = through.rfind(asked) if asked.strip() else -1
+        if at < 0:
+            said = f"{prompt[same:][:SHOWN]!r} becomes {through[same:][:SHOWN]!r}"
+            raise _cannot(f"renders what is before `{field}` in another way once that is there: {said}", place)
+        return through[at + len(asked) :]
+    if unfinished := UNFINISHED.search(prompt, header, same):
+        same = unfinished.start()
+    more, written = prompt[same:], through[same:]
+    if more.strip() and not _is_closed(more, written):
+        said = f"asks for an answer with {prompt[header:][-SHOWN:]!r}, and begins the turn `{field}` with {through[header:][:SHOWN]!r}"
+        raise _cannot(said, place, THOUGHT_HINT)
+    return written
+
+
+def _is_closed(more: str, written: str) -> bool:
+    """Whether what a generation prompt has beyond the turn is a thought that ends before the answer."""
+    text, is_marked = more + written, bool(CLOSING.search(more))
+    for opening, closing in PAIRS:
+        for found in opening.finditer(more):
+            is_marked = True
+            if closing.format(found[1]) not in text[found.end() :]:
+                return False
+    return is_marked
+
+
+def _next_role(renderer: Renderer, conversation: Conversation, number: int, through: str, stops: Sequence[str]) -> str:
+    """The stop token that the next message begins with, for templates whose turns end there; empty if it begins otherwise."""
+    messages = conversation.messages
+    followed = messages[number + 1] if number + 1 < len(messages) else _reply_to(messages[number])
+    try:
+        longer = renderer.text([*messages[: number + 1], followed], None, conversation.tools)
+    except DataError:  # it may not follow: then nothing does
+        return ""
+    after = longer[len(through) :] if longer.startswith(through) else ""
+    stop = next((stop for stop in stops if after.lstrip().startswith(stop)), "")
+    return after[: len(after) - len(after.lstrip())] + stop if stop else ""
+
+
+def _reply_to(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return {"role": "user", "content": "?"}
+    call = calls[0]
+    named = {"name": call.get("function", call)["name"]}
+    return {"role": "tool", "content": "?", **named, **({"tool_call_id": call["id"]} if "id" in call else {})}
+
+
+def _cannot(said: str, place: str, hint: str = TEMPLATE_HINT) -> DataError:
+    return DataError(f"the chat template {said}, so assistant tokens cannot be told apart", where=place, hint=hint)
