@@ -97,7 +97,10 @@ def learnt(row: dict[str, Any]) -> list[int]:
 def losses(row: dict[str, Any], texts: list[str], segments: dict[int, list[str]]) -> list[str]:
     """Fields of the row of which a piece is in no text; or, of a learnt turn, not in what is learnt (or asked with) there."""
     lost = []
+    last = max(segments, default=-1)
     for number, message in enumerate(row["messages"]):
+        if number > last and len(segments) == len(texts):
+            break  # nothing is learnt behind it, and it is in an example only where one has the whole conversation
         where = segments.get(number, texts)
         for field, piece in _pieces(message):
             if not any(_is_in(piece, text) for text in where):
@@ -151,8 +154,11 @@ def _turn(specimen: Specimen, messages: list[Message], tools: list[Any] | None, 
 def _behind(specimen: Specimen, prompt: str, through: str) -> str | None:
     """What follows the prompt in a text that begins with it, but for blanks or an empty thought at the end of the prompt."""
     same = _common(specimen, prompt, through)
-    added = prompt[len(same) :]
-    return None if added.strip() and not CLOSED_THOUGHT.fullmatch(added) else through[len(same) :]
+    added, rest = prompt[len(same) :], through[len(same) :]
+    if added.strip() and not CLOSED_THOUGHT.fullmatch(added):
+        return None
+    is_within = same.rfind("<think>") > same.rfind("</think>") or same.rstrip().endswith("<|channel>thought")
+    return None if is_within and added.strip() else rest  # what the prompt closes, the turn goes on with
 
 
 def _next_token(specimen: Specimen, messages: list[Message], tools: list[Any] | None, number: int, through: str) -> str:
