@@ -1,0 +1,38 @@
+"""Every template of the zoo with every kind of row, through the encoder of the task `chat`."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.data.example import Example
+from finetune.errors import DataError
+from finetune.recipe.schema import ChatTask
+from finetune.tasks.chat import TASK
+from tests.zoo import oracle
+from tests.zoo.catalog import ZOO, Specimen
+from tests.zoo.judge import Verdict, judged
+from tests.zoo.rows import ROWS
+
+
+def encode(specimen: Specimen, row: dict[str, Any]) -> list[Example]:
+    """The examples of a row, as a training would have them."""
+    if specimen.variables and "template_variables" not in ChatTask.model_fields:
+        raise DataError("`task.template_variables` is not there yet")
+    variables = {"template_variables": specimen.variables} if specimen.variables else {}
+    task = ChatTask(name="chat", max_length=100_000, **variables)
+    encoder = TASK.encoder(specimen.tokenizer_with_template, task, specimen.stop_ids, date=oracle.DAY)
+    return encoder([row], ["row 1"])[0]
+
+
+def cells(names: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[tuple[str, str, Verdict]]:
+    for name in names or ZOO:
+        for kind in kinds or ROWS:
+            yield name, kind, judged(ZOO[name], ROWS[kind], encode)
+
+
+def counts(verdicts: list[Verdict]) -> Counter[str]:
+    found = Counter(verdict.state for verdict in verdicts)
+    refused = [verdict for verdict in verdicts if verdict.state == "refused"]
+    found["refused, though it could be learnt"] = sum(verdict.is_possible for verdict in refused)
+    found["refused, without turn or field"] = sum(not verdict.is_named for verdict in refused)
+    return found
