@@ -11,7 +11,13 @@ from pydantic import BeforeValidator, WithJsonSchema
 _NAME = re.compile(r'[^{}\[\]."]+')
 _ITEM = re.compile(r"\[(-?\d{1,9})\]")
 _QUOTED = re.compile(r'\["([^"{}]+)"\]')
-HINT = "write a field as `{name}`, `{name.field}` or `{name[0]}`, and a brace as `{{` or `}}`"
+_HINT = "write a field as `{name}`, `{name.field}` or `{name[0]}`, and a brace as `{{` or `}}`"
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be read; its text says where in the pattern."""
+
+    hint = _HINT
 
 
 class Field(NamedTuple):
@@ -30,7 +36,7 @@ Parts = tuple[str | Field, ...]
 
 
 def parsed(pattern: str) -> Parts:
-    """The texts and fields of a pattern, in its order. Raises ValueError that names what is wrong."""
+    """The texts and fields of a pattern, in its order. Raises PatternError."""
     parts: list[str | Field] = []
     place, text = 0, ""
     while place < len(pattern):
@@ -38,7 +44,7 @@ def parsed(pattern: str) -> Parts:
             text += pattern[place]
             place += 2
         elif pattern[place] == "}":
-            raise ValueError(f"has a `}}` without `{{` at character {place + 1}; {HINT}")
+            raise PatternError(f"has a `}}` without `{{` at character {place + 1}")
         elif pattern[place] == "{":
             field, place = _field(pattern, place)
             parts += [text, field] if text else [field]
@@ -57,7 +63,7 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
     """The field whose `{` is at `start`, and the place after its `}`."""
     end = pattern.find("}", start)
     if end < 0:
-        raise ValueError(f"has a `{{` without `}}` at character {start + 1}; {HINT}")
+        raise PatternError(f"has a `{{` without `}}` at character {start + 1}")
     inside = pattern[start + 1 : end]
     path: list[str | int] = []
     place = 0
@@ -67,11 +73,11 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
         item = _ITEM.match(inside, place) if path else None
         found = name or item or _QUOTED.match(inside, place)
         if found is None or (found is name and found[0] != found[0].strip()):
-            raise ValueError(f"has a field `{{{inside[:60]}}}` that cannot be read; {HINT}")
+            raise PatternError(f"has a field `{{{inside[:60]}}}` that cannot be read")
         path.append(int(found[1]) if found is item else found[0] if found is name else found[1])
         place = found.end()
     if not path:
-        raise ValueError(f"has an empty field `{{}}` at character {start + 1}; {HINT}")
+        raise PatternError(f"has an empty field `{{}}` at character {start + 1}")
     return Field(inside, tuple(path)), end + 1
 
 
