@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
@@ -38,7 +39,7 @@ def join(directory: Path, shards: Sequence[Path]) -> None:
                     shutil.copyfileobj(stream, whole, 1 << 20)
 
 
-def read(directory: Path) -> Iterator[BadRow]:
+def read(directory: Path) -> Generator[BadRow, None, None]:
     """The bad rows of a shard or of a source."""
     if (directory / FILE).exists():
         with (directory / FILE).open() as file:
@@ -46,11 +47,12 @@ def read(directory: Path) -> Iterator[BadRow]:
 
 
 def first(directory: Path) -> list[BadRow]:
-    return list(islice(read(directory), SHOWN))
+    with closing(read(directory)) as rows:
+        return list(islice(rows, SHOWN))
 
 
 def count(directory: Path) -> int:
-    return sum(1 for _ in (directory / FILE).open("rb")) if (directory / FILE).exists() else 0
+    return sum(1 for _ in read(directory))
 
 
 def refuse_most(shards: Sequence[Path], rows: int) -> None:

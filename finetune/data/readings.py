@@ -37,14 +37,16 @@ class Readings(TypedDict):
 def readings(plan: Plan, train: Examples, holdout: Examples) -> Readings:
     own = plan.recipe.data.holdout if isinstance(plan.recipe.data.holdout, list) else []
     pairs = [*zip(plan.recipe.data.train, plan.train, strict=True), *zip(own, plan.holdout, strict=True)]
-    bad = [*train.bad_rows, *(holdout.bad_rows if own else [])]
-    listed = zip(pairs, bad, strict=True)
-    return {
-        "formats": [_format(source, pin, plan) for source, pin in pairs] if plan.row_rules > 1 else [],
-        "bad_rows": [
-            {"source": pin.name, "bad_rows": count, "first": first} for (_, pin), (count, first) in listed if count
-        ],
-    }
+    found: Readings = {"formats": [], "bad_rows": []}
+    for (source, pin), (count, first) in zip(pairs, [*train.bad_rows, *(holdout.bad_rows if own else [])], strict=True):
+        rows = _opened(source, pin, plan, is_whole=count > 0)
+        if rows.choice:
+            found["formats"].append({"source": pin.name, "format": rows.choice.name, "first_row": _first_row(rows)})
+        if count:
+            # the cache has the places of the file that was encoded, which may have moved since
+            named: list[BadRow] = [{**bad, "where": rows.where(bad["row"])} for bad in first]
+            found["bad_rows"].append({"source": pin.name, "bad_rows": count, "first": named})
+    return found
 
 
 def lines(facts: Readings) -> Iterator[str]:
@@ -58,19 +60,17 @@ def lines(facts: Readings) -> Iterator[str]:
             yield f"{'':11}and {more:,} more"
 
 
-def _format(source: Source, pin: PinnedSource, plan: Plan) -> Format:
-    rows, form = _opened(source, pin, plan), plan.recipe.task.row_form
-    first = next((row for row, _ in rows.first_readable()), {})
-    text = json.dumps(shortened(first), ensure_ascii=False, default=str)
-    text = text if len(text) <= SHOWN_LINE else f"{text[:SHOWN_LINE]}…"
-    return {"source": pin.name, "format": rows.choice.name if rows.choice else form, "first_row": text}
-
-
-def _opened(source: Source, pin: PinnedSource, plan: Plan) -> Rows:
+def _opened(source: Source, pin: PinnedSource, plan: Plan, is_whole: bool) -> Rows:
     place, form = located(source, pin), plan.recipe.task.row_form
-    if place.path is not None:
+    if place.path is not None and not is_whole and plan.row_rules > 1:
         return first_rows(place, FIRST_ROWS, form)
     return open_source(place, pin.revision, plan.row_rules, form, skips_bad=True)
+
+
+def _first_row(rows: Rows) -> str:
+    first = next((row for row, _ in rows.first_readable()), {})
+    text = json.dumps(shortened(first), ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN_LINE else f"{text[:SHOWN_LINE]}…"
 
 
 def shortened(value: object) -> object:
