@@ -87,9 +87,8 @@ def _shape_problems(loaded: LoadedRecipe, key: str, source: Source) -> Iterator[
             yield loaded.problem(f"{key}.{column}", f"{task.name} rows have no `{column}`")
         if column in source.columns:
             yield loaded.problem(f"{key}.{column}", f"`columns.{column}` makes it as well; give one")
-        for field in fields(pattern):
-            if field.column in source.skip:
-                yield loaded.problem(f"{key}.skip", f"skips `{field.column}`, which the pattern `{column}` reads")
+        for used in sorted({used for field in fields(pattern) for used in field.columns} & {*source.skip}):
+            yield loaded.problem(f"{key}.skip", f"skips `{used}`, which the pattern `{column}` reads")
 
 
 def _fields(task: Task) -> tuple[str, ...]:

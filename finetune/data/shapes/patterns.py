@@ -9,13 +9,13 @@ from finetune.data.conversation import kind_of
 from finetune.data.example import Row
 from finetune.data.shapes.shape import Shape, json_of, replaced
 from finetune.errors import DataError
-from finetune.recipe.schema.patterns import Field, Parts, parsed
+from finetune.recipe.schema.patterns import ByColumn, Field, Parts, parsed
 
 
 def shape_of(patterns: Mapping[str, str], form: str) -> Shape:
     """The shape that patterns make: by the name of a canonical column, its pattern."""
     parts = {column: parsed(pattern) for column, pattern in patterns.items()}
-    used = {part.column for some in parts.values() for part in some if isinstance(part, Field)}
+    used = {column for some in parts.values() for part in some if isinstance(part, Field) for column in part.columns}
 
     def canonical(row: Row, where: str) -> Row:
         made: Row = {column: filled(some, column, row, where) for column, some in parts.items()}
@@ -32,10 +32,21 @@ def filled(parts: Parts, column: str, row: Row, where: str) -> str:
 def _value(field: Field, column: str, row: Row, where: str) -> str:
     value: object = row
     reached = ""
-    for step in field.path:
+    for each in field.path:
+        step = _key(each, row, field, column, where) if isinstance(each, ByColumn) else each
         value = _stepped(value, step, reached, field, column, where)
         reached += f"[{step}]" if isinstance(step, int) else f".{step}" if reached else step
     return written(value, f"`{field.text}` of the pattern `{column}`", where)
+
+
+def _key(by: ByColumn, row: Row, field: Field, column: str, where: str) -> str | int:
+    """The number of an item, or the name of a field, that a column has. Text of digits is a number: labels are often written so."""
+    key = _stepped(row, by.column, "", field, column, where)
+    if isinstance(key, str) and key.isdecimal() and len(key) < 10:
+        return int(key)
+    if isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool)):
+        return key
+    raise _refusal(f"`{by.column}` is {kind_of(key)}, not the number of an item", field, column, where)
 
 
 def _stepped(value: object, step: str | int, reached: str, field: Field, column: str, where: str) -> object:

@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, WithJsonSchema
 _NAME = re.compile(r'[^{}\[\]."]+')
 _ITEM = re.compile(r"\[(-?\d{1,9})\]")
 _QUOTED = re.compile(r'\["([^"{}]+)"\]')
-_HINT = "write a field as `{name}`, `{name.field}` or `{name[0]}`, and a brace as `{{` or `}}`"
+_BY_COLUMN = re.compile(r'\[([^{}\[\]."\d\s-][^{}\[\]."]*)\]')
+_HINT = "write a field as `{name}`, `{name.field}`, `{name[0]}` or `{name[column]}`, and a brace as `{{` or `}}`"
 
 
 class PatternError(ValueError):
@@ -20,16 +21,26 @@ class PatternError(ValueError):
     hint = _HINT
 
 
+class ByColumn(NamedTuple):
+    """The item whose number, or the field whose name, a column of the row has."""
+
+    column: str
+
+
+Step = str | int | ByColumn
+
+
 class Field(NamedTuple):
     """A value of a row: a column, then names of fields and numbers of items."""
 
     text: str
     """As the pattern writes it, without the braces."""
-    path: tuple[str | int, ...]
+    path: tuple[Step, ...]
 
     @property
-    def column(self) -> str:
-        return str(self.path[0])
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads."""
+        return (str(self.path[0]), *(step.column for step in self.path if isinstance(step, ByColumn)))
 
 
 Parts = tuple[str | Field, ...]
@@ -65,20 +76,30 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
     if end < 0:
         raise PatternError(f"has a `{{` without `}}` at character {start + 1}")
     inside = pattern[start + 1 : end]
-    path: list[str | int] = []
+    path: list[Step] = []
     place = 0
     while place < len(inside):
-        is_after_dot = bool(path) and inside[place] == "."
-        name = _NAME.match(inside, place + is_after_dot) if is_after_dot or not path else None
-        item = _ITEM.match(inside, place) if path else None
-        found = name or item or _QUOTED.match(inside, place)
-        if found is None or (found is name and found[0] != found[0].strip()):
+        step, end_of_step = _step(inside, place, is_first=not path)
+        if step is None:
             raise PatternError(f"has a field `{{{inside[:60]}}}` that cannot be read")
-        path.append(int(found[1]) if found is item else found[0] if found is name else found[1])
-        place = found.end()
+        path.append(step)
+        place = end_of_step
     if not path:
         raise PatternError(f"has an empty field `{{}}` at character {start + 1}")
     return Field(inside, tuple(path)), end + 1
+
+
+def _step(inside: str, place: int, is_first: bool) -> tuple[Step | None, int]:
+    """The step at a place of a field, and where it ends; None if there is none."""
+    if quoted := _QUOTED.match(inside, place):
+        return quoted[1], quoted.end()
+    if not is_first and (item := _ITEM.match(inside, place)):
+        return int(item[1]), item.end()
+    if not is_first and (named := _BY_COLUMN.match(inside, place)):
+        return ByColumn(named[1]), named.end()
+    is_after_dot = not is_first and inside[place] == "."
+    name = _NAME.match(inside, place + is_after_dot) if is_first or is_after_dot else None
+    return (name[0], name.end()) if name and name[0] == name[0].strip() else (None, place)
 
 
 def _pattern(value: object) -> object:

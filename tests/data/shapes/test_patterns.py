@@ -17,6 +17,10 @@ ROW = {
     "score": 0.1,
     "odd name-1": "odd",
     "a.b": "dotted",
+    "list of all": ["one", "two", "three"],
+    "label": "1",
+    "number": 2,
+    "key": "text",
     "nothing": None,
     "empty": "",
     "list": [],
@@ -36,6 +40,7 @@ ROW = {
         ("{meta.title}: {meta.tags[1]}", "Ages: b"),
         ("{pairs[1][0]}={pairs[1][1]}", "b=2.5"),
         ("{is_good} {score}", "true 0.1"),
+        ("{list of all[label]}, {list of all[number]}, {answers[key][0]}", "two, three, Ada"),
         ("{odd name-1}", "odd"),
         ('{["a.b"]} {answers["text"][0]}', "dotted Ada"),
         ("{{question}} {{}} {{{question}}}", "{question} {} {who?}"),
@@ -65,6 +70,9 @@ def test_a_pattern_is_filled_with_the_values_of_a_row(pattern, text) -> None:
         ("{nothing.x}", "`nothing` is null, not an object"),
         ("{answers}", "`answers` of the pattern `prompt` is an object, not text or a number\nhint: name an item"),
         ("{answers.text}", "is a list, not text or a number"),
+        ("{list of all[nothing]}", "`nothing` is null, not the number of an item"),
+        ("{list of all[other]}", "no column `other`, there is"),
+        ("{list of all[key]}", "`list of all` is a list, not an object"),
         ("{nan}", "`nan` of the pattern `prompt` is NaN, not text or a number"),
         ("{infinite}", "is infinite"),
         ("{bytes}", "is bytes, not text or a number"),
@@ -83,7 +91,9 @@ def test_a_value_that_is_not_there_is_refused_by_row_and_field(pattern, message)
         ("a}", "has a `}` without `{` at character 2"),
         ("{}", "has an empty field `{}` at character 1"),
         ("{a..b}", "has a field `{a..b}` that cannot be read"),
-        ("{a[x]}", "has a field `{a[x]}` that cannot be read"),
+        ("{a[ x]}", "has a field `{a[ x]}` that cannot be read"),
+        ("{a[]}", "has a field `{a[]}` that cannot be read"),
+        ("{[x]}", "has a field `{[x]}` that cannot be read"),
         ("{a[1:2]}", "has a field `{a[1:2]}` that cannot be read"),
         ("{[0]}", "has a field `{[0]}` that cannot be read"),
         ("{ a }", "has a field `{ a }` that cannot be read"),
@@ -102,7 +112,10 @@ def test_a_bad_pattern_is_a_problem_of_the_recipe_with_its_line(recipe_file, pat
     [problem] = caught.value.problems
     assert (problem.key, problem.where[-13:-3]) == ("data.train[0].prompt", "/tiny.yaml")
     assert problem.message.startswith(message) or problem.message.endswith(message)
-    assert problem.hint == "write a field as `{name}`, `{name.field}` or `{name[0]}`, and a brace as `{{` or `}}`"
+    assert (
+        problem.hint
+        == "write a field as `{name}`, `{name.field}`, `{name[0]}` or `{name[column]}`, and a brace as `{{` or `}}`"
+    )
 
 
 @pytest.mark.parametrize(
