@@ -48,6 +48,9 @@ class Encoded:
     `contents` (uint64, an entry a row) is a hash of the row's content. `columns` are those of all rows; None in older entries.
     """
 
+    said = ""
+    """How the source was read, for `plan`."""
+
     def __init__(self, directory: Path):
         def mapped(name: str) -> np.ndarray:
             return np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray)  # slices of a memmap are slow

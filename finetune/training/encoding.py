@@ -14,7 +14,7 @@ from finetune.data.example import Encoded, Encoder
 from finetune.data.heldout.lineage import source_key
 from finetune.data.shards import Work
 from finetune.data.sources.hub import pin_dataset
-from finetune.data.sources.open import State, located, open_source, reopen_source
+from finetune.data.sources.open import State, located, open_source, reopen_source, said
 from finetune.errors import DataError
 from finetune.model import base
 from finetune.model.base import templates
@@ -101,11 +101,11 @@ def _read(
     place = located(source, earlier or known.get(source.path or ""))
     rows = open_source(place, revision, encoding.row_rules)
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
-    # in memory, by each process that opens it
-    is_held = place.path is not None and place.path.lower().endswith(".csv")
-    again = None if is_held else partial(_reopened, *_portable(encoding), place, pin, rows.state)
+    again = partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
-    return pin, encode(rows, rows.where, encoder, *source_key(source, pin), key, content=content, reopen=again)
+    encoded = encode(rows, rows.where, encoder, *source_key(source, pin), key, content=content, reopen=again)
+    encoded.said = said(rows)
+    return pin, encoded
 
 
 def _portable(encoding: Encoding) -> tuple[Path, Task, dict[str, Any]]:

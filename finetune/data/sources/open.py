@@ -1,4 +1,4 @@
-"""Rows of one source by position: a JSON Lines, Parquet or CSV file, or a Hub data set at a pinned revision.
+"""Rows of one source by position: of local files, or of a Hub data set at a pinned revision.
 
 A row is a plain dict of columns, renamed by the recipe's `columns`. A bad row raises a DataError with its place, like
 `data/train.jsonl:12`.
@@ -6,22 +6,26 @@ A row is a plain dict of columns, renamed by the recipe's `columns`. A bad row r
 
 import json
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from blake3 import blake3
 
 from finetune.data.example import Row
 from finetune.data.refusals import listed
+from finetune.data.sources import fingerprints, paths
 from finetune.data.sources.arrow import without_nulls
-from finetune.data.sources.files import Reader, reader_of
+from finetune.data.sources.files import ENDINGS, Reader, kind_of, reader_of
+from finetune.data.sources.fingerprints import State
 from finetune.data.sources.hub import SPLIT, HubDataset, pin_dataset
+from finetune.data.sources.hub_files import hub_files
+from finetune.data.sources.kept import Chosen, kept
+from finetune.data.sources.many import Joined
+from finetune.data.sources.opened import Reading, reading_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES, PinnedSource
 from finetune.recipe.schema import Source
 from finetune.store import places
-
-State = tuple[int, ...]
 
 
 class Rows:
@@ -73,9 +77,19 @@ class Rows:
             for item in value
         ]
 
+    @property
+    def about(self) -> str:
+        """What was read and how, for `plan`."""
+        return self._reader.about
+
     def where(self, index: int) -> str:
         """The place of row `index` for messages: the line of a file, or the row, from 0, of a Parquet file or data set."""
         return self._reader.where(index)
+
+
+def said(rows: Rows) -> str:
+    """What `plan` says of a source: the files, their format, and the rows kept."""
+    return rows.about
 
 
 def open_source(source: Source, revision: str | None = None, row_rules: int = ROW_RULES) -> Rows:
@@ -84,17 +98,60 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
         if Path(source.dataset).exists():  # `datasets` would load the local path instead, whatever the pin
             raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
         pin = revision or pin_dataset(source)
-        identity = json.dumps([source.dataset, pin, source.name, source.split or SPLIT]).encode()
-        rows = Rows(
-            HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source, row_rules
-        )
+        content = _of_dataset(source, pin)
+        rows = Rows(_reader(source, pin, content, row_rules), source.dataset, content, source, row_rules)
     else:
-        reader = reader_of(source.place, row_rules=row_rules)
-        rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules)
+        state = state_of(source.place)
+        _refuse_unreadable(source.place)
+        content = fingerprint(source.place) or ""
+        rows = Rows(_reader(source, None, content, row_rules), source.place, content, source, row_rules)
+        _refuse_changed(rows, state)
     if len(rows) == 0:
-        raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
+        kept_none = " that `where` keeps" if source.where else ""
+        raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
     rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
+
+
+def _reader(source: Source, revision: str | None, content: str, row_rules: int) -> Reader:
+    """The rows that a recipe chooses of a source with this content."""
+    reading = reading_of(source, row_rules)
+    key = f"{content}\n{reading.row}\n{row_rules}"
+    if source.dataset is not None:
+        revision = revision or ""
+        reader: Reader = hub_files(source, revision, reading, key) if source.files else HubDataset(source, revision)
+    else:
+        reader = _local(source.place, reading, key, source.take if source.where is None else None)
+    return kept(reader, source.where, source.take, key)
+
+
+def _local(path: str, reading: Reading, key: str | None, most: int | None) -> Reader:
+    """The rows of a path, of all or of the first `most`; `key` names contents and reading."""
+    files = paths.files_of(path, ENDINGS)
+    if files.is_one:
+        return reader_of(path, most, reading)
+    return Joined(files.names, partial(_opened, reading), key, most, len(files.unread))
+
+
+def _opened(reading: Reading, name: str, most: int | None) -> Reader:
+    return reader_of(name, most, reading)
+
+
+def _of_dataset(source: Source, pin: str) -> str:
+    identity = [source.dataset, pin, source.name, source.split or SPLIT, *([source.files] if source.files else [])]
+    return f"blake3:{blake3(json.dumps(identity).encode()).hexdigest()}"
+
+
+def _refuse_unreadable(path: str) -> None:
+    """A file of one's own is refused by its reader; here those that a folder or a glob names, before they are hashed."""
+    for name in paths.files_of(path, ENDINGS).names:
+        if not os.path.isfile(name) or not os.access(name, os.R_OK):
+            reader_of(name)
+
+
+def _refuse_changed(rows: Rows, state: State | None) -> None:
+    if rows.state != state:
+        raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")
 
 
 def located(source: Source, pin: PinnedSource | None) -> Source:
@@ -110,51 +167,64 @@ def located(source: Source, pin: PinnedSource | None) -> Source:
             raise DataError(f"has other content than {source.path} had", where=given, hint=hint)
         return source.model_copy(update={"path": places.found(source.path, given, "data")})
     for name in places.around(source.path):
-        if os.path.isfile(name) and fingerprint(name) == pin.fingerprint:
+        if _has_content(name, pin):
             is_there = name == source.path
             return source if is_there else source.model_copy(update={"path": places.found(source.path, name, "data")})
-    if not os.path.exists(source.path):
+    if not places.is_there(source.path):
         hint = "name the file where it is now with --data OLD=NEW: equal content is the same data"
         raise DataError("is not here any more", where=source.path, hint=hint)
     return source
 
 
+def _has_content(name: str, pin: PinnedSource) -> bool:
+    try:
+        return fingerprint(name) == pin.fingerprint
+    except DataError:  # of a folder that has something else
+        return False
+
+
 def fingerprint(name: str) -> str | None:
-    """`blake3:…` of a file's content, read once in a process until the file changes; None if there is no file."""
-    state = state_of(name)
-    return _fingerprint(name, state) if state and os.path.isfile(name) and os.access(name, os.R_OK) else None
+    """`blake3:…` of the content of a path, read once in a process until a file changes; None if nothing readable is there."""
+    if not places.is_there(name):
+        return None
+    files = paths.files_of(name, ENDINGS)
+    if not all(os.path.isfile(each) and os.access(each, os.R_OK) for each in files.names):
+        return None
+    return _fingerprint(files.names, state_of(name))
 
 
-@lru_cache(maxsize=256)
-def _fingerprint(name: str, as_it_is: State) -> str:
-    digest = blake3(max_threads=blake3.AUTO)
-    if as_it_is[2]:  # an empty file cannot be mapped
-        digest.update_mmap(name)
-    return f"blake3:{digest.hexdigest()}"
+@lru_cache(maxsize=64)
+def _fingerprint(names: tuple[str, ...], as_it_is: State | None) -> str:
+    return fingerprints.of_files(names, [kind_of(name) for name in names])
 
 
 def first_rows(source: Source, count: int) -> Rows:
-    """The first rows of a file, without reading the others."""
-    rows = Rows(reader_of(source.place, count), source.place, "", source, ROW_RULES)
+    """The first rows of a file, without reading the others unless `where` has to."""
+    most = count if source.take is None else min(count, source.take)
+    if source.where is None:
+        reader = _local(source.place, reading_of(source), None, most)
+    else:
+        _refuse_unreadable(source.place)
+        every = _reader(source, None, fingerprint(source.place) or "", ROW_RULES)
+        reader = Chosen(every, range(min(len(every), most)), "")
+    rows = Rows(reader, source.place, "", source, ROW_RULES)
     if len(rows) == 0:
-        raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
+        kept_none = " that `where` keeps" if source.where else ""
+        raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
     return rows
 
 
 def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
-    """The same rows in a worker process, with the facts of the first one. Raises DataError if the file is no longer in `state`."""
-    is_file = source.dataset is None
-    reader = reader_of(source.place, row_rules=row_rules) if is_file else HubDataset(source, pin.revision or "")
+    """The same rows in a worker process, with the facts of the first one. Raises DataError if a file is no longer in `state`."""
+    reader = _reader(source, pin.revision, pin.fingerprint, row_rules)
     rows = Rows(reader, source.path or pin.name, pin.fingerprint, source, row_rules)
-    if rows.state != state:
-        raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")
+    _refuse_changed(rows, state)
     return rows
 
 
 def state_of(name: str) -> State | None:
-    """Facts that change when a file does: device, inode, size and times. None if there is no file."""
-    try:
-        status = os.stat(name)
-    except OSError:
+    """Facts that change when a file of a path does. None if there is no file."""
+    if not places.is_there(name):
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    files = paths.files_of(name, ENDINGS)
+    return fingerprints.state_of_file(name) if files.is_one else fingerprints.state_of_files(files.names)
