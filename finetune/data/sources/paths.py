@@ -52,7 +52,8 @@ def of_one_kind(path: str, names: Sequence[str], endings: dict[str, str]) -> Fil
         raise DataError(f"has no file of rows{others}", where=path, hint=hint)
     if len(found) > 1:
         listed = ", ".join(counted(count, f"{kind} file") for kind, count in sorted(found.items()))
-        ending = ending_of(known[0])
+        usual = found.most_common(1)[0][0]
+        ending = next(ending_of(name) for name in known if endings[ending_of(name)] == usual)
         hint = f"name those of one kind, like `{PurePath(path) / ('**/*' + ending) if os.path.isdir(path) else '*' + ending}`"
         raise DataError(f"has files of several kinds: {listed}", where=path, hint=hint)
     return Files(tuple(known), unread)
