@@ -49,6 +49,8 @@ class Dialect:
 
 def dialect_of(start: bytes, is_whole: bool, name: str) -> Dialect:
     """That of a file which begins with these bytes. Raises DataError where several fit."""
+    if len(start) > 8 and not (any(start[1:32:2]) and any(start[:32:2])):  # UTF-16 without a mark also reads as UTF-8
+        raise DataError("is not UTF-8 text", where=f"{name}:1", hint=encoding_hint(start))
     text = _decoded(start, is_whole, name)
     usual = "\t" if ending_of(name) == ".tsv" else ","
     for quote in ('"', "'"):
