@@ -31,6 +31,7 @@ from tests.conftest import chat_row
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+ROWS_PAGES = [ROOT / "docs" / name for name in ("data.md", "sources.md")]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LAUNCHERS = ("accelerate", "torchrun")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -322,7 +323,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_documented_refusals_of_data_are_those_of_the_code() -> None:
-    section = (ROOT / "docs/data.md").read_text().partition("## What is refused")[2]
+    section = "\n".join(page.read_text().partition("## What is refused")[2] for page in ROWS_PAGES)
     cells = [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.startswith("| ")]
     quoted = re.findall(r"(`+)(.+?)(?<!`)\1(?!`)", "\n".join(cells))
     documented = {text.strip() for _, text in quoted}
