@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -203,3 +204,24 @@ def train():
         return run
 
     return train
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory: pytest.TempPathFactory):
+    """Trains a recipe once a session, and copies the run to each test that asks for it under the same name.
+
+    `patched` tells apart trainings of one recipe under different patches.
+    """
+    from finetune.recipe.load import load
+    from finetune.training.run import train as train_run
+
+    made: dict[tuple, Path] = {}
+
+    def train_once(recipe: Path, run: Path, *overrides: str, patched: object = None) -> Path:
+        key = (recipe.read_text(), run.name, overrides, patched)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("trained") / run.name
+            train_run(load(recipe, overrides), made[key], is_quiet=True)
+        return shutil.copytree(made[key], run)
+
+    return train_once

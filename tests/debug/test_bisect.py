@@ -21,20 +21,25 @@ ROWS, BATCH, STEPS = 480, 6, 60
 MOST = math.ceil(math.log2(6)) + math.ceil(math.log2(10)) + 2  # evaluations, of 6 checkpoints 10 steps apart
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("rows")
+
+
 @pytest.fixture
-def poisoned(recipe_file, tmp_path, monkeypatch, tiny_tokenizer):
+def poisoned(recipe_file, data, monkeypatch, tiny_tokenizer):
     """A function that writes a recipe of 60 steps with marked rows in some; returns it and the rows by step."""
 
     def poisoned(value, steps, **sections):
         poison(monkeypatch, tiny_tokenizer, value)
-        rows = rows_with_marks(tmp_path / "rows.jsonl", ROWS, BATCH, steps)
-        rows_with_marks(tmp_path / "holdout.jsonl", 12, BATCH, [])
+        rows = rows_with_marks(data / f"rows{steps}.jsonl", ROWS, BATCH, steps)
+        rows_with_marks(data / "holdout.jsonl", 12, BATCH, [])
         train = {"steps": STEPS, "batch_size": BATCH, "precision": "fp32", "micro_batch_tokens": 256}
         parts = {
             "task": {"name": "text", "max_length": 64},
             "data": {
-                name: [{"path": str(tmp_path / f"{file}.jsonl")}]
-                for name, file in (("train", "rows"), ("holdout", "holdout"))
+                name: [{"path": str(data / f"{file}.jsonl")}]
+                for name, file in (("train", f"rows{steps}"), ("holdout", "holdout"))
             },
             "train": train,
             "checkpoint": {"every": "10 steps", "keep": {"last": 9}},
@@ -47,10 +52,10 @@ def poisoned(recipe_file, tmp_path, monkeypatch, tiny_tokenizer):
 
 
 @pytest.fixture
-def spiked(poisoned, train, tmp_path):
+def spiked(poisoned, train_once, tmp_path):
     """A run in which the loss of one row, in step 45, is 30 times what it should be; and that row."""
     recipe, rows = poisoned(30.0, [45])
-    return train(recipe, tmp_path / "run"), rows[45]
+    return train_once(recipe, tmp_path / "run", patched=30.0), rows[45]
 
 
 def test_a_row_with_a_high_loss_is_found_with_its_step(spiked) -> None:
@@ -80,11 +85,17 @@ def test_a_loss_that_ended_the_run_is_found(poisoned, train, tmp_path) -> None:
 
 
 @pytest.fixture
-def wrecked(poisoned, train, tmp_path):
+def wrecked(poisoned, train_once, tmp_path):
     """A run with a row in step 45 whose gradient wrecks the weights for good; and that row."""
     optimizer = {"name": "sgd", "learning_rate": 1e-2, "max_grad_norm": 1e9, "schedule": "constant", "warmup": 0}
     recipe, rows = poisoned(20000.0, [45], optimizer=optimizer, adapter=None)
-    return train(recipe, tmp_path / "run"), rows[45]
+    return train_once(recipe, tmp_path / "run", patched=20000.0), rows[45]
+
+
+@pytest.fixture
+def sound(poisoned, train_once, tmp_path):
+    """A run in which nothing is wrong."""
+    return train_once(poisoned(1.0, [])[0], tmp_path / "run", patched=1.0)
 
 
 def test_a_state_that_went_bad_is_found_between_two_checkpoints(wrecked) -> None:
@@ -112,20 +123,18 @@ sys.exit(125 if step in {skipped} else int(step >= {first}))
 
 
 @pytest.mark.parametrize(("first", "skipped"), [(23, set()), (41, set()), (60, set()), (1, set()), (23, {25, 20, 30})])
-def test_a_command_decides_as_in_git_bisect(first, skipped, poisoned, train, tmp_path) -> None:
-    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+def test_a_command_decides_as_in_git_bisect(first, skipped, sound, tmp_path) -> None:
     script = tmp_path / "check.py"
     script.write_text(CHECK.format(first=first, skipped=skipped))
-    facts = bisect(run, bad_command=f"{sys.executable} {script} {{checkpoint}}")
+    facts = bisect(sound, bad_command=f"{sys.executable} {script} {{checkpoint}}")
     assert facts["first_bad_step"] == first
     assert facts["evaluations"] <= MOST + 2 * len(skipped)
     assert any("could not tell" in note for note in facts["notes"]) == bool(skipped)
 
 
-def test_a_command_may_end_the_search(poisoned, train, tmp_path) -> None:
-    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+def test_a_command_may_end_the_search(sound) -> None:
     with pytest.raises(FinetuneError, match="ends the search"):
-        bisect(run, bad_command=f"{sys.executable} -c 'raise SystemExit(200)'")
+        bisect(sound, bad_command=f"{sys.executable} -c 'raise SystemExit(200)'")
 
 
 @pytest.mark.parametrize("fault", ["once", "from then on"])
@@ -222,13 +231,12 @@ def test_a_search_is_bounded_by_what_was_made(wrecked) -> None:
         bisect(wrecked[0], bad_evaluation="loss > 8", bad=1000)
 
 
-def test_a_command_finds_the_plan_beside_every_state(poisoned, train, tmp_path) -> None:
-    run = train(poisoned(1.0, [])[0], tmp_path / "run")
+def test_a_command_finds_the_plan_beside_every_state(sound, tmp_path) -> None:
     script = tmp_path / "check.py"
     script.write_text(
         "import sys, pathlib; sys.exit(0 if (pathlib.Path(sys.argv[1]).parents[1] / 'plan.json').exists() else 1)"
     )
-    facts = bisect(run, bad_command=f"{sys.executable} {script} {{checkpoint}}", good=42, bad=50)
+    facts = bisect(sound, bad_command=f"{sys.executable} {script} {{checkpoint}}", good=42, bad=50)
     assert facts["first_bad_step"] == 50  # which is given: every state between is good
 
 
