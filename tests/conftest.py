@@ -1,5 +1,8 @@
 """Tiny random models and data, made here: no test needs a network or a download. Sockets beyond loopback are blocked."""
 
+import functools
+import gc
+import importlib.metadata
 import json
 import os
 import shutil
@@ -23,6 +26,9 @@ from tests.prices import (  # noqa: F401 - hooks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share two cores with each other; equal results need equal threads
+
+# every training asks two dozen times, and each answer is parsed out of a file
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -50,6 +56,13 @@ WORDS = [
     "of",
     "it",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """What was imported stays: the garbage collector need not walk through these millions of objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
