@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,30 @@ def library(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tracer(library, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A process that traces each recipe it is told, and where it says what went wrong."""
+    said = tmp_path_factory.mktemp("tracer") / "stderr"
+    command = [sys.executable, HERE / "traced_step.py", library]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with said.open("w") as stderr, subprocess.Popen(command, stderr=stderr, **pipes) as process:
+        yield process, said
+
+
 @pytest.fixture
-def traced(library, recipe_file):
+def traced(tracer, recipe_file):
     """A function that traces two steps of a recipe and what a snapshot after them reads."""
 
     def traced(**sections) -> dict:
         train = {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 64}
         optimizer = {"learning_rate": 0.01, "max_grad_norm": 0.5}
         recipe = recipe_file(**{"train": train, "optimizer": optimizer} | sections)
-        command = [sys.executable, HERE / "traced_step.py", library, recipe]
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-        assert result.returncode == 0, result.stderr[-4000:]
-        return json.loads(result.stdout.splitlines()[-1])
+        process, said = tracer
+        print(recipe, file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        assert line.strip(), said.read_text()[-4000:]
+        return json.loads(line)
 
     return traced
 
