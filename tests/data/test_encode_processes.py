@@ -78,7 +78,7 @@ def test_the_same_bad_rows_are_told_however_many_processes_find_them(encoded, tm
     assert not list((tmp_path / "two/encoded").iterdir())
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_after_a_kill_only_what_was_not_finished_is_encoded(start, encoded, tmp_path, workers):
     process = start(hangs_at=50, workers=workers)
     wait_until(lambda: (tmp_path / "cache.log").exists() and any(first == 48 for _, first, _ in calls(tmp_path)))
