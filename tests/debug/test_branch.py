@@ -20,7 +20,7 @@ from tests.conftest import chat_row
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import _of_directories
 
-TRAIN = {"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+TRAIN = {"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 512}
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def epoch_run(recipe_file, train_once, tmp_path, rows_of_an_epoch):
     """28 rows in 7 steps of 4, stopped after step 3."""
     recipe = recipe_file(
         data={"train": [{"path": str(rows_of_an_epoch)}]},
-        train={"epochs": 1, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 128},
+        train={"epochs": 1, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 512},
         checkpoint={"every": "3 steps", "keep": {"last": 9}},
     )
     return train_once(recipe, tmp_path / "run")

@@ -103,7 +103,9 @@ def test_a_checkpoint_of_bf16_weights_is_evaluated_as_it_was_in_training(name, w
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_recipe, train_once, tmp_path):
     plain = train_once(write_recipe("plain", adapter=adapter), tmp_path / "plain")
-    saver = train_once(write_recipe("saver", adapter=adapter, train={"activation_checkpointing": True}), tmp_path / "run")
+    saver = train_once(
+        write_recipe("saver", adapter=adapter, train={"activation_checkpointing": True}), tmp_path / "run"
+    )
     assert_same_run(plain, saver)
 
 
