@@ -34,9 +34,10 @@ class Verdict(NamedTuple):
 
 
 def judged(specimen: Specimen, row: dict[str, Any], encode: Encode) -> Verdict:
+    given, row = row, oracle.plain(row)
     possible, reasons = oracle.readings(specimen, row)
     try:
-        examples = encode(specimen, row)
+        examples = encode(specimen, given)
     except FinetuneError as error:
         message = " ".join(str(error).split())
         return Verdict("refused", message, bool(possible), bool(NAMED.search(message)))
@@ -82,7 +83,8 @@ def _of_form(
         if specimen.has_marks and not wrong:
             wrong += _of_marks(specimen, reading, example, turns, has_all="weight" not in str(row["messages"]))
         segments |= {turn.number: [turn.answers[-1]] for turn in turns}
-    return wrong + [f"no example has {each}" for each in oracle.losses(row, texts, segments)]
+    once = oracle.once_written(specimen, row, reading)
+    return wrong + [f"no example has {each}" for each in oracle.losses(row, texts, segments, once)]
 
 
 def _of_turns(specimen: Specimen, example: Encoded, text: str, turns: list[oracle.Turn]) -> list[str]:

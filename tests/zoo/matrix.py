@@ -11,7 +11,7 @@ from finetune.tasks.chat import TASK
 from tests.zoo import oracle
 from tests.zoo.catalog import ZOO, Specimen
 from tests.zoo.judge import Verdict, judged
-from tests.zoo.rows import ROWS
+from tests.zoo.rows import MORE, ROWS
 
 
 def encode(specimen: Specimen, row: dict[str, Any]) -> list[Example]:
@@ -27,7 +27,7 @@ def encode(specimen: Specimen, row: dict[str, Any]) -> list[Example]:
 def cells(names: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[tuple[str, str, Verdict]]:
     for name in names or ZOO:
         for kind in kinds or ROWS:
-            yield name, kind, judged(ZOO[name], ROWS[kind], encode)
+            yield name, kind, judged(ZOO[name], (ROWS | MORE)[kind], encode)
 
 
 def counts(verdicts: list[Verdict]) -> Counter[str]:
