@@ -262,24 +262,25 @@ def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> s
 
 
 NOTE = 160  # characters
-PACKAGED = "Then it packages one bf16 training by LoRA and one in\nfull in fp32, verifies them, and loads them by the class in the config."
+PACKAGED = "Then it\npackages one bf16 training by LoRA and one in full in fp32, verifies them, and loads them by the\nclass in the config."
 UNPACKAGED = "They were not packaged for this table."
 INTRODUCTION = """# Models
 
 <!-- scripts/families writes this file -->
 
-Look up your base here by the `model_type` in its config. `scripts/families` makes a tiny random
-model of each of the {types} causal types of transformers {version}. It trains each by LoRA
-(`all-linear`) and in full, packed and padded, in fp32 and bf16, for two steps. The losses equal
-those of each row alone in plain transformers. {packaged}
+Look up your base here by the `model_type` in its config. You see what you can train, and how. We
+found out with `scripts/families`. It makes a tiny random model of each of the {types} causal types of
+transformers {version}. It trains each by LoRA (`all-linear`) and in full, packed and padded, in fp32
+and bf16, for two steps. The losses equal those of each row alone in plain transformers. {packaged}
 
 | column | meaning |
 |---|---|
-| rows | the way rows come together if your recipe does not set `task.packing`: `packed`, `padded`, or `alone` |
-| LoRA, full | `yes`: you can train it this way; `in part`: some combinations work; `no` or `-`: refused in one line, the note |
+| rows | the way your rows come together if your recipe does not set `task.packing`: `packed`, `padded`, or `alone` |
+| LoRA, full | `yes`: you can train your base this way; `in part`: some combinations work; `no` or `-`: you get a refusal of one line, the note |
 | ways | how many of the tried combinations trained: of eight, or with `--few` of two |
 
 A small model shows you how a family works, and no more: we trained nothing here at its real size.
+To try your own type, or another version of transformers, run `scripts/families.py TYPE`.
 """
 
 

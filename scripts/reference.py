@@ -123,6 +123,8 @@ def _words(annotation: object, metadata: list[object]) -> str:
         return " or ".join(f"`{word}`" for word in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_words(item, metadata) for item in arguments)
+    if origin is dict and arguments[1] is not str:
+        return f"names, each with {_words(arguments[1], [])}"
     if origin is list:
         listed = _words(arguments[0], [])
         return f"{listed}, or a list of such" if _validators_of(metadata) else f"a list of {listed}"

@@ -1,4 +1,4 @@
-"""`plan`, `fetch`, `train`, `launch`, `rehearse` and `health`: from a recipe to a run, and whether it goes on."""
+"""The commands `plan`, `fetch`, `train`, `launch`, `rehearse` and `health`: from a recipe to a run, and its health."""
 
 import contextlib
 import os
@@ -48,6 +48,7 @@ def plan(
         from finetune.package.publish import rights
         from finetune.training import preview
 
+    # A missing right shows in seconds, and encoding the rows may take hours.
     rights.preflight(loaded.recipe)
     found = preview.preview(loaded, run or default_run(recipe), refuse_unpackageable, has_devices, device_gib)
     return Answer(found.facts, found.text, refuse=found.refuse_unready)
@@ -63,6 +64,7 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
         from finetune.model import base
         from finetune.training.resolve import resolve
 
+    # This also downloads the data sets and encodes them, which `train` could not do without a network.
     resolved = resolve(loaded)
     click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
 
@@ -143,10 +145,12 @@ def launch(
     from finetune.hosts import launch as launching
 
     run = run or default_run(recipe)
+    # Mistakes in the recipe show once here, and not once from every rank.
     grace = _looked_at(recipe, overrides, run).recipe.checkpoint.grace_seconds
     arguments = [*(f"--set={override}" for override in overrides), f"--run={run}"]
     arguments += places.arguments() + ["--quiet"] * quiet + ["--take-over"] * take_over
     arguments += [f"--{name}={value}" for name, value in (("until", until), ("schedule", schedule)) if value]
+    # `--`, because the recipe's file name may begin with a dash.
     launching.launch(asked, [*arguments, "--", str(recipe)], run, restarts, grace)
 
 
@@ -193,6 +197,7 @@ def health(run: Path | None, patience_seconds: float) -> Answer:
     """Tell a hung training from a slow one; without RUN, check all trainings here."""
     from finetune.hosts import health as looking
 
+    # 0: a run that you name is judged by its records alone.
     runs = {run: 0.0} if run else looking.trainings(_run_of)
     each = [looking.look(run, patience_seconds, since) for run, since in runs.items()]
     facts: looking.HealthReport = {"ok": all(one["ok"] for one in each), "runs": each}
@@ -200,14 +205,15 @@ def health(run: Path | None, patience_seconds: float) -> Answer:
 
 
 def _run_of(command: str, arguments: Sequence[str]) -> Path | None:
-    """Where `train` or `launch` trains when it is given these arguments; None where it ends at once, as with --help."""
+    """The run of `train` or `launch` with these arguments; None if it ends at once, as with --help."""
     asked = {"train": train, "launch": launch}[command]
+    # Resilient: click then neither prints --help and exits, nor refuses a missing argument.
     given = asked.make_context(command, [*arguments], resilient_parsing=True).params
     return given["run"] or (default_run(given["recipe"]) if given["recipe"] else None)
 
 
 def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) -> "LoadedRecipe":
-    """The recipe, with a look at its data before torch is imported. A run that exists has its own pins."""
+    """Loads the recipe, and checks its data before torch is imported. An existing run has its own pins."""
     from finetune.recipe.load import load
 
     loaded = load(recipe, overrides)
@@ -223,7 +229,7 @@ def _looked_at(recipe: Path, overrides: Sequence[str], run: Path | None = None) 
 
 @contextlib.contextmanager
 def _published(recipe: "Recipe", run: Path) -> Iterator[None]:
-    """Checks before a training that it can be published, and has its milestones published beside it, by rank 0."""
+    """Checks before a training that it can be published, and publishes its milestones meanwhile, on rank 0."""
     if recipe.publish is None or not is_first(os.environ):
         yield
         return

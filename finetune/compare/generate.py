@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.errors import explained
+from finetune.model import base
 from finetune.tasks.rendering import Renderer
 from finetune.tasks.text import beginning
 from finetune.training.opened import open_model, open_tokenizer
@@ -44,6 +45,10 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
     model = opened.model
     torch.nn.Module.to(model, device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    # of an adapter's checkpoint, too: its model has the base's generation config
+    stops = sorted(
+        base.stop_tokens(opened.directory, tokenizer, opened.plan.recipe.task.stop_names if opened.plan else ())
+    )
     answers = []
     for prompt in prompts:
         ids = torch.tensor([_ids(tokenizer, prompt, opened.plan.date if opened.plan else None)], device=device)
@@ -55,6 +60,7 @@ def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature
                 **sampling,
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
+                eos_token_id=stops or None,
                 pad_token_id=tokenizer.eos_token_id,
             )
         answers.append(str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip())

@@ -55,6 +55,7 @@ class Examples:
         return [encoded.columns for encoded, _, _ in self._parts]
 
     def __getitem__(self, example: int) -> Example:
+        # From the right: an empty source begins where the next one does, and has no example.
         part = bisect_right(self._firsts, example) - 1
         encoded, chosen, _ = self._parts[part]
         return encoded[int(chosen[example - self._firsts[part]])]
@@ -82,6 +83,7 @@ def select(
     """The examples whose row is (or is not) in `held_out`, and their counts."""
     firsts = np.cumsum([0, *rows])
     parts, left_out = [], 0
+    # `firsts` has one entry more: the number of all rows.
     for source, first in zip(encoded, firsts.tolist(), strict=False):
         parts.append((source, _chosen(source.rows, first, held_out, is_kept), first))
         left_out += len(_chosen(source.left_out_rows, first, held_out, is_kept))
@@ -135,11 +137,13 @@ class Batches:
 
     def of(self, ids: np.ndarray) -> "MicroBatches":
         """The micro-batches of these examples that this rank runs: slots rank, rank + world size, and so on."""
+        # Every rank arranges the whole step, so that all agree on the slots without a message.
         slots = self.arrange(self.examples.lengths[ids].tolist(), self.budget)
         return MicroBatches(self, ids, slots)
 
     def collated(self, ids: np.ndarray, slots: list[list[int]], slot: int) -> MicroBatch:
         is_idle = slot >= len(slots)
+        # Any slot will do for an idle rank; the first one always exists.
         indices = slots[0 if is_idle else slot]
         inputs = self.collate([self.examples[example] for example in ids[indices].tolist()])
         return MicroBatch(slot, indices, is_idle, inputs, torch.from_numpy(np.array(indices, dtype=np.int64)))
@@ -155,6 +159,7 @@ class MicroBatches:
     """Of all ranks."""
 
     def __len__(self) -> int:
+        # Rounded up: in the last turn, a rank without a slot runs an idle one.
         return -(-len(self.slots) // self.batches.world_size)
 
     def __getitem__(self, turn: int) -> MicroBatch:
@@ -174,6 +179,7 @@ class MicroBatches:
         if device.type == "cpu":
             yield from self
             return
+        # Pinned memory and the streams below are CUDA's.
         if device.type != "cuda":
             for micro_batch in self:
                 yield _moved(micro_batch, lambda tensor: tensor.to(device))
@@ -181,7 +187,9 @@ class MicroBatches:
         copying, computing = torch.Stream(device), torch.accelerator.current_stream(device)
         for micro_batch in self:
             with copying:
+                # From ordinary memory, the host would wait for the copy.
                 moved = _moved(micro_batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            # The device waits for the copy, the host goes on.
             computing.wait_stream(copying)
             for tensor in (moved.places, *tensors_of(moved.inputs)):
                 tensor.record_stream(computing)  # otherwise its memory is reused too early

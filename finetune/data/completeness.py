@@ -52,6 +52,7 @@ def refuse_lost(
         for each in said(conversation)
         if not (whole if each.message is None else parts.get(each.message, whole)).has(each.forms)
     ]
+    # Only these are rendered. A `prompt` beside `messages` has to be in their text, or it is lost.
     used = ("messages",) if row.get("messages") is not None else ("prompt", "completion")
     for column in CONTENT_COLUMNS:
         if column in row and column not in (*used, "system", "tools"):
@@ -75,6 +76,7 @@ class _Text:
         self._dense: str | None = None
 
     def has(self, forms: Sequence[str]) -> bool:
+        # Most texts are there as they are, and the dense text costs a copy of all of it.
         if any(form.strip() in self._text for form in forms):
             return True
         if self._dense is None:
@@ -83,12 +85,14 @@ class _Text:
 
 
 def _dense(text: str) -> str:
+    # Templates trim, indent and break lines.
     return "".join(text.split())
 
 
 def _written(text: str) -> list[str]:
     """The ways a template may write a text: as it is, in JSON, in JSON within JSON, and as Python does."""
     text = text.strip()
+    # JSON escapes quotes and line ends; tool calls often have JSON as text within JSON.
     in_json = json.dumps(text, ensure_ascii=False)[1:-1]
     return [text, in_json, json.dumps(text)[1:-1], json.dumps(in_json, ensure_ascii=False)[1:-1], repr(text)[1:-1]]
 
@@ -98,11 +102,13 @@ def _message(message: Message, place: str) -> Iterator[Said]:
         if field == "tool_calls":
             for number, call in enumerate(value):
                 called = f"{place}.tool_calls[{number}]"
+                # Rows have calls both ways: within `function`, and bare.
                 function = call.get("function", call)
                 others = {name: call[name] for name in call if name not in ("function", "name", "arguments")}
                 yield from _leaves(function["name"], f"{called}.function.name")
                 yield from _leaves(function["arguments"], f"{called}.function.arguments")
                 yield from _leaves(_without_identifiers(others), called, has_keys=False)
+        # Ids only link a call to its result, and templates rarely print them.
         elif field not in IDENTIFIERS:
             yield from _leaves(value, f"{place}.{field}", has_keys=False)
 
@@ -145,6 +151,7 @@ def _leaves(value: object, place: str, has_keys: bool = True) -> Iterator[Said]:
     elif isinstance(value, str):
         yield Said(place, (value,))
     elif value is not None:
+        # `true` in JSON is `True` in Python, and templates write either.
         yield Said(place, (json.dumps(value, default=str), str(value)))
 
 

@@ -37,6 +37,7 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
     places = [f"{column}[{number}]" for column, part in parts for number in range(len(part))]
     for message, place in zip(messages, places, strict=True):
         _check(message, place, where, row_rules)
+    # Assistant messages of `prompt` are context: only those of `completion` are learnt.
     given = len(parts[0][1]) if len(parts) > 1 else 0
     if messages[0]["role"] == "assistant":
         raise DataError("begins with an assistant turn, which answers nothing", where=where, hint="remove the turn")
@@ -46,6 +47,7 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
         roles = dict.fromkeys(each["role"] for each in messages)
         hint = "remove the row" if roles.keys() <= {*ROLES} else f"its roles are: {', '.join(roles)}"
         raise DataError(reason, where=where, hint=hint)
+    # A run of older rules reads its rows as it always did, or its resume would train on others.
     if row_rules > 1:
         _refuse_bad_example(row, where)
         turns = [number for number in turns if _is_learnt(messages[number], places[number], where)]
@@ -53,6 +55,7 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
     if not turns:
         reason = "has no assistant turn to learn: each has `weight: 0` or `train: false`"
         raise DataError(reason, where=where, hint="remove the row")
+    # A turn that only calls tools has no text.
     if not all(messages[number]["content"].strip() or messages[number].get("tool_calls") for number in turns):
         raise DataError("has an empty assistant turn", where=where, hint="remove the row")
     conversation = Conversation(messages, places, turns)
@@ -90,6 +93,7 @@ def kind_of(value: object) -> str:
     """The kind of a value, in words for a message."""
     if value is None:
         return "null"
+    # pandas writes NaN where a text is missing.
     if isinstance(value, float) and value != value:
         return "NaN"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", bytes: "bytes"}
@@ -99,6 +103,7 @@ def kind_of(value: object) -> str:
 
 def _parts(row: Row, where: str) -> list[tuple[str, list[Message]]]:
     """The columns with messages, each as a list."""
+    # Parquet gives every row all columns, so a null counts as absent.
     if row.get("messages") is not None:
         return [("messages", _listed(row["messages"], "messages", where))]
     missing = [name for name in ("prompt", "completion") if row.get(name) is None]
@@ -145,6 +150,7 @@ def _check(message: object, place: str, where: str, row_rules: int) -> None:
 
 def _is_learnt(message: Message, place: str, where: str) -> bool:
     weight, train = message.get("weight"), message.get("train")
+    # In Python True equals 1, and would pass for a weight.
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(f"`{place}.weight` must be 0 or 1, not {weight!r}", where=where)
     if train is not None and not isinstance(train, bool):
@@ -156,7 +162,9 @@ def _plain(message: Message, place: str, where: str) -> Message:
     """The message in the form of templates: without nulls, and with the arguments of tool calls as objects."""
     if message["role"] != "assistant" and message.get("train"):
         raise DataError(f"`{place}.train` asks to learn a {message['role']} message", where=where)
+    # Parquet gives each message the fields of all messages, so null means absent.
     kept = {name: value for name, value in message.items() if value is not None and name not in ("weight", "train")}
+    # Templates read `content` of every message.
     kept.setdefault("content", "")
     if not kept.get("tool_calls"):
         kept.pop("tool_calls", None)
@@ -175,6 +183,7 @@ def _call(call: object, place: str, where: str) -> dict[str, object]:
     function = given.get("function", given)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"`{place}` must have a `function` with a `name`", where=where)
+    # APIs return arguments as JSON text, and templates want objects.
     if isinstance(arguments := function.get("arguments"), str):
         arguments = _from_json(arguments or "{}", f"{place}.function.arguments", where)
     if arguments is not None and not isinstance(arguments, dict):
@@ -187,6 +196,7 @@ def _call(call: object, place: str, where: str) -> dict[str, object]:
 def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversation:
     """Adds the `system` column as the first message, and the `tools` column."""
     tools, system = row.get("tools"), row.get("system")
+    # Data sets often keep tools as text: a Parquet column has one type, and schemas differ.
     if isinstance(tools, str) and tools:
         tools = _from_json(tools, "tools", where)
     if isinstance(tools, list):
@@ -208,6 +218,7 @@ def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversat
             places=["system", *conversation.places],
             turns=[number + 1 for number in conversation.turns],
         )
+    # Some data sets repeat the system message in a column.
     if first["content"].strip() != system.strip():
         raise DataError("has a `system` column and another system message", where=where, hint="keep one of them")
     return conversation
@@ -216,5 +227,6 @@ def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversat
 def _from_json(text: str, place: str, where: str) -> object:
     try:
         return json.loads(text)
+    # Deeply nested JSON exhausts Python's stack.
     except (ValueError, RecursionError):
         raise DataError(f"`{place}` is text that is not JSON: `{text[:40]}`", where=where) from None

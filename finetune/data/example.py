@@ -55,6 +55,7 @@ class Encoded:
         self.tokens, self.supervised, self.offsets = mapped("tokens"), mapped("supervised"), mapped("offsets")
         self.rows, self.targets, self.cut_tokens = mapped("rows"), mapped("targets"), mapped("cut_tokens")
         self.left_out_rows = mapped("left_out")
+        # An older entry of the cache lacks some of these files.
         has_lost = (directory / "lost.npy").exists()
         self.lost = mapped("lost") if has_lost else np.zeros((0, 2), dtype=np.int64)
         self.contents = mapped("contents")

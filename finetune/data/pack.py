@@ -14,9 +14,8 @@ def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
     `budget` is in tokens; an example longer than the budget gets its own micro-batch.
     """
     bins: list[list[int]] = []
-    rooms: list[
-        tuple[int, int]
-    ] = []  # (tokens left, bin), sorted: the first that fits is the fullest, and of equals the oldest
+    # (tokens left, bin), sorted: the first that fits is the fullest, and of equals the oldest.
+    rooms: list[tuple[int, int]] = []
     for index in _longest_first(lengths):
         place = bisect_left(rooms, (lengths[index],))
         if place < len(rooms):

@@ -30,6 +30,7 @@ def check(loaded: LoadedRecipe) -> None:
     if problems:
         raise RecipeError(problems)
     refused: list[DataError] = []
+    # Hub data sets are not opened here: that would need the network and heavy imports.
     for source in sources.values():
         if source.path is not None:
             try:
@@ -73,6 +74,7 @@ def _fields(task: Task) -> tuple[str, ...]:
 
 
 def _look(source: Source, task: Task) -> None:
+    # A few rows first: a good file costs milliseconds.
     if _refused(first_rows(source, FIRST_ROWS), task):
         rows = first_rows(source, MOST_ROWS)
         raise together(_refused(rows, task), len(rows))

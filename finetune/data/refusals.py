@@ -12,12 +12,14 @@ def together(errors: Sequence[DataError], seen: int | None = None) -> DataError:
     """One error for one or several, in their order, kept as its `parts`. `seen` is the number of checked rows."""
     if len(errors) == 1:
         [only] = errors
+        # With its part: the caller may join it with the refusals of other shards.
         return DataError(only.message, where=only.where, hint=only.hint, parts=errors)
     kinds: dict[str, list[DataError]] = {}
     for error in errors:
         kinds.setdefault(error.message, []).append(error)
     lines: list[str] = []
     for message, [first, *others] in list(kinds.items())[:MOST_KINDS]:
+        # The first place is the `where` of the error itself.
         lines.append(f"{first.where}: {message}" if lines else message)
         if others:
             more = f" and {len(others) - MOST_PLACES:,} more" if len(others) > MOST_PLACES else ""

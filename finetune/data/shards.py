@@ -66,7 +66,9 @@ def write(directory: Path, work: Work, ids: range) -> None:
         for some, rows in _calls(work, ids, refused):
             contents += [content_of(work.content(row)) for row in rows]
             columns |= dict.fromkeys(column for row in rows for column in row)
+            # With a bad row `_encoded` returns nothing. This shard is refused below.
             for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
+                # Nothing predicts the first token of an example, so its mask does not count.
                 kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
                     left_out.append(row)
@@ -86,6 +88,7 @@ def write(directory: Path, work: Work, ids: range) -> None:
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
     np.save(directory / "lost.npy", np.array(lost, dtype=np.int64).reshape(-1, 2))
     np.save(directory / "contents.npy", np.array(contents, dtype=np.uint64))
+    # Bounded: rows of free-form JSON may have a new key each.
     (directory / "columns.json").write_text(json.dumps([*columns][:MOST_COLUMNS]))
 
 

@@ -37,6 +37,7 @@ def columns(plan: Plan, train: Examples, holdout: Examples) -> list[IgnoredColum
     sources += zip(own, plan.holdout, holdout.columns if own else (), strict=True)
     for source, pin, seen in sources:
         named = _of_first_rows(source, pin) if seen is None else seen
+        # Columns that `skip` names are a decision; only the others are worth a line.
         if ignored := preflight.ignored_columns(source, named, recipe.task):
             found.append({"source": pin.name, "columns": ignored})
     return found
@@ -46,6 +47,7 @@ def _of_first_rows(source: Source, pin: PinnedSource) -> list[str]:
     """For rows encoded by older code: it kept no columns."""
     count = preflight.FIRST_ROWS
     place = located(source, pin)
+    # For its first rows, a file is not read to the end.
     rows = open_source(place, pin.revision) if place.path is None else first_rows(place, count)
     return [*dict.fromkeys(name for index in range(min(len(rows), count)) for name in rows[index])]
 

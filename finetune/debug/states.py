@@ -72,9 +72,8 @@ class States:
         store = Store(self._scratch)
         if rerun.accelerator.is_main_process:
             with failures(self._scratch, RunError):
-                shutil.copy(
-                    RunDirectory(rerun.run).plan_file, self._scratch
-                )  # a command may look for it, as beside any checkpoint
+                # Commands expect the plan beside a checkpoint.
+                shutil.copy(RunDirectory(rerun.run).plan_file, self._scratch)
             state = rerun.state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")

@@ -1,4 +1,4 @@
-"""A look at this machine for `finetune doctor`: what is there, and what would go wrong."""
+"""Inspects this machine for `finetune doctor`: its parts, and problems you would meet."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Whether a training goes on or hangs: how long it has recorded nothing, beside how long it says that it may be silent."""
+"""Tells a hung training from a running one: compares the time since its last record with its own bound on silence."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,9 +15,8 @@ from finetune.store.run.directory import RunDirectory
 
 
 def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> dict[Path, float]:
-    """The runs that processes here train, and since when (the epoch's seconds) the newest of these processes does; `run_of` tells a run from
-    a command, `train` or `launch`, and its arguments. RunError where somebody else trains, and nobody beside them: a relative path cannot
-    be told then."""
+    """The runs trained by processes here, each with the start (seconds of the epoch) of its newest process. `run_of` finds the run of
+    a command, `train` or `launch`, and its arguments. RunError if only other users train: their relative paths cannot be resolved."""
     found: dict[Path, float] = {}
     strangers = []
     for process in psutil.process_iter():
@@ -47,7 +46,7 @@ def _run_of_process(process: psutil.Process, run_of: Callable[[str, Sequence[str
 
 
 class Health(TypedDict):
-    """How a run is."""
+    """The state of a run."""
 
     run: str
     ok: bool
@@ -55,7 +54,7 @@ class Health(TypedDict):
     step: int | None
     quiet_seconds: float
     limit_seconds: float | None
-    """How long it may be quiet."""
+    """Seconds it may be silent."""
     is_finished: bool
 
 
@@ -67,13 +66,13 @@ class HealthReport(TypedDict):
 
 
 def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
-    """How a run is: `ok` is False where nothing was recorded for `patience_seconds`, and for SLOW times the usual pause as well; or where its
-    process is gone.
+    """The state of a run. `ok` is False if its process is gone, or if it recorded nothing for `patience_seconds` and for SLOW times its
+    usual pause.
 
-    While a save is under way it may be quiet for as much longer as the slowest disk takes: it may wait for it. Before its first step a
-    training is not judged, for a download or an encoding may take hours; nor is one whose last step is committed. A training that runs
-    only `since` then has not taken the run yet, where the holder is dead or older: what is there is of one that was killed. RunError
-    where there is no run, or its journal is damaged.
+    During a save the bound grows by the time of the slowest disk, because training may wait for it. A living training is `ok`
+    before its first step (a download or an encoding may take hours) and after the commit of its last. If the holder is dead or began before
+    `since`, a new process has not taken the run yet, and the records are those of a killed one. RunError if there is no run, or its
+    journal is damaged.
     """
     holder = holders.read(RunDirectory(run).lease)
     if holder is None:
@@ -127,14 +126,14 @@ def _judged(said: silence.Silence, quiet_seconds: float, patience_seconds: float
 
 
 def _ended(run: Path, facts: Health) -> Health:
-    """Of a training that has ended: at which step it is, and whether that is the last one of its plan."""
+    """The step of an ended training, and whether it is the last one of its plan."""
     stored = max(RunDirectory(run).stored_steps(), default=0)
     end = RunDirectory(run).plan()[0].steps if RunDirectory(run).is_run else None
     return {**facts, "state": "ended", "step": max(stored, facts["step"] or 0), "is_finished": stored == end}
 
 
 def _has_recorded(run: Path, attempt: str) -> bool:
-    """Whether an attempt has begun, by code that did not write how long it may be silent."""
+    """Whether an attempt by older code has begun: it wrote no bound on silence."""
     newest = journal.end_since(run, lambda record: True) or []
     return bool(newest) and newest[-1]["attempt"] == attempt
 

@@ -1,7 +1,7 @@
-"""The process that a container or a scheduler starts: it starts the ranks of a training, hands on every signal, and answers with their code.
+"""The process for containers and schedulers: starts the ranks of a training, forwards every signal, and returns their exit code.
 
-Neither `accelerate launch` nor torchrun's agent is in between: the one dies on SIGTERM as PID 1 or leaves its training behind, the other
-signals twice, does not know SIGUSR1, and hides the ranks' exit code. Both still start a training, for those who use them (docs/resume.md).
+It uses neither `accelerate launch` nor torchrun's agent. The first dies on SIGTERM as PID 1, or leaves its training behind. The second
+signals twice, ignores SIGUSR1, and hides the ranks' exit code. You can still start a training with both (docs/resume.md).
 """
 
 import ctypes
@@ -25,12 +25,12 @@ from finetune.hosts.world import Flags, World, devices_here, world_of
 BETWEEN_STARTS_SECONDS = 2.0
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
 PASSING = (LostRankError.code, DivergedError.code)
-"""Errors that need no fix: a restart from the last commit may go well."""
+"""Errors without a fix by you: a restart from the last commit may succeed."""
 
 
 def launch(asked: Flags, arguments: Sequence[str], run: Path, restarts: int, grace_seconds: float) -> NoReturn:
-    """Trains `run` with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error. A crash
-    is begun again from the last commit, at most `restarts` times; an error that you have to fix is not."""
+    """Trains `run` with `finetune train ARGUMENTS` and ends as the ranks do: 0, 143, 130 or 129 after a signal, 1 or 2 after an error.
+    Restarts a crash from the last commit, at most `restarts` times, but not an error you have to fix."""
     world = world_of(asked, os.environ, devices_here(os.environ))
     ranks, strangers = Ranks(run, grace_seconds), _children()  # a shell may have started some before it became this
     if sys.platform == "linux":
@@ -63,8 +63,8 @@ def launch(asked: Flags, arguments: Sequence[str], run: Path, restarts: int, gra
 
 
 def _outcome(codes: Mapping[int, int], others: Set[int], stopped_by: int | None) -> tuple[int, int]:
-    """One rank and its exit code for all: the first that crashed or had to be killed, but not one of `others`, which failed for it, if there
-    is another; else one that followed the signal, or ended well."""
+    """The rank whose exit code counts for all: the first that crashed or was killed, preferably none of `others`, which failed because
+    of it; else one that followed the signal, or ended well."""
     asked = 128 + stopped_by if stopped_by is not None else None
     exits = {rank: 128 - code if code < 0 else code for rank, code in codes.items()}
     failed = [rank for rank, code in exits.items() if code not in (0, asked)]
@@ -83,14 +83,14 @@ def _children() -> set[int]:
 
 
 def _reap(seconds: float, strangers: Set[int]) -> None:
-    """Waits for what the ranks left behind, such as the process that publishes milestones: the end of PID 1 would end it."""
+    """Waits for processes the ranks left behind, such as the publisher of milestones: they end with PID 1."""
     signal.signal(signal.SIGALRM, _end)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))  # 0 would be no limit
     try:
         while _children() - strangers:
             os.waitpid(-1, 0)
     except (ChildProcessError, TimeoutError):
-        pass  # nobody is left, or no time
+        pass  # no process is left, or no time
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""The ranks of a training on this host: started, signalled once each, waited for, and killed where they do not end."""
+"""The ranks of a training on this host: starts them, signals each once, waits for them, and kills those that do not end."""
 
 import ctypes
 import os
@@ -17,11 +17,11 @@ BETWEEN_LOOKS_SECONDS = 0.5
 SET_PDEATHSIG = 1  # of prctl(2)
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_OTHER_LAUNCHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
-"""How variables begin that torch or Accelerate would believe as well."""
+"""Prefixes of other variables that torch or Accelerate obey."""
 
 
 class Ranks:
-    """The processes of this host, alive or ended; and the signal that asked for the end, if one did."""
+    """The processes of this host, alive or ended, and the signal that ended them, if any."""
 
     def __init__(self, run: Path, grace_seconds: float):
         self.run = run
@@ -30,15 +30,15 @@ class Ranks:
         self.codes: dict[int, int] = {}
         """Exit code by local rank, in the order of their ends; negative for a signal."""
         self.killed: set[int] = set()
-        """Local ranks that were killed here, after a crash or at the end of their grace."""
+        """Local ranks killed here, after a crash or at the end of their grace."""
         self._ranks: dict[int, int] = {}
         """Local rank by pid."""
         self._writer: int | None = None
-        """The pid of rank 0, where it is one of these."""
+        """The pid of rank 0, if it is on this host."""
         self._told: dict[int, int] = {}
-        """Where to read what a local rank tells."""
+        """The pipe with the error codes of each local rank."""
         self._deadline: float | None = None
-        """On the clock `time.monotonic`: when what is alive is killed, a save under way or not; None until something asks for the end."""
+        """When to kill the living ranks, even during a save, on the clock `time.monotonic`; None until the end is asked for."""
 
     def start(self, world: World | None, command: Sequence[str]) -> None:
         self.codes, self.killed, self._ranks, self._writer = {}, set(), {}, None
@@ -65,7 +65,7 @@ class Ranks:
             self._send(self.stopped_by)
 
     def told(self) -> dict[int, str]:
-        """The codes of the errors that ranks have told, when all have ended."""
+        """The codes of the errors reported by ranks, after all have ended."""
         return {local: code for local, told in self._told.items() if (code := _read(told))}
 
     @property
@@ -74,18 +74,18 @@ class Ranks:
 
     @property
     def seconds_left(self) -> float:
-        """Of the grace; all of it where it has not begun."""
+        """Seconds left of the grace; all of it if it has not begun."""
         return self.grace_seconds if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def forward(self, number: int, frame: object = None) -> None:
-        """Once to each; after a wish to end they have their grace."""
+        """Sends it once to each rank. A signal to end starts their grace."""
         if number != signal.SIGUSR1 and self.stopped_by is None:
             self.stopped_by = number
             self._begin_grace(self.grace_seconds)
         self._send(number)
 
     def kill(self, *_: object) -> None:
-        """What is alive; after a crash once the save under way is done, or the grace is over."""
+        """Kills the living ranks; after a crash it first waits for the running save, or for the end of the grace."""
         may_save = self.stopped_by is None and self._writer in self.alive
         if may_save and self.seconds_left and any(RunDirectory(self.run).saves()):
             signal.setitimer(signal.ITIMER_REAL, BETWEEN_LOOKS_SECONDS)
@@ -94,7 +94,7 @@ class Ranks:
         self._send(signal.SIGKILL)
 
     def wait(self) -> None:
-        """Until every rank has ended, reaping orphans as well. One that crashed takes the others with it: they wait for it in vain."""
+        """Returns when every rank has ended; reaps orphans as well. A crashed rank ends the others: they would wait for it in vain."""
         while self.alive:
             pid, status = os.waitpid(-1, 0)
             if pid not in self._ranks:
@@ -127,15 +127,15 @@ def _read(told: int) -> str:
 
 
 def _begin_rank() -> None:
-    """In a rank, before it is a Python: a launcher that is killed takes it along, and it commits first; a wish for a save that comes before
-    there is anything to save is none."""
+    """Runs in a rank before Python starts. A killed launcher sends the rank SIGTERM, so it commits first. An early SIGUSR1 is ignored:
+    there is nothing to save yet."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _rank(world: World, local: int) -> dict[str, str]:
-    """The variables that torch reads."""
+    """The variables torch reads."""
     threads = max(1, cores() // world.processes)
     return {
         "RANK": str(world.node * world.processes + local),

@@ -1,4 +1,4 @@
-"""Signals as wishes: which ask a training for its end, and how it hears them."""
+"""Turns signals into wishes of a training: to end, or to save."""
 
 import os
 import signal
@@ -14,16 +14,16 @@ STOPPING = "stopping: what is under way is finished and committed; a second sign
 
 
 def ending_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a training for its end: SIGHUP as well, which is a terminal that went away, unless `nohup` has it ignored."""
+    """The signals that end a training. SIGHUP, a closed terminal, is one of them unless `nohup` ignores it."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT) if is_ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGHUP as a wish: before training they end the process, in training the loop asks; a second one ends at once, but what
-    comes within two seconds is the first one again, from a launcher and a scheduler that both sent it. SIGUSR1 wishes for a save at the next step's edge.
+    """SIGTERM, SIGINT and SIGHUP end the process before training; in training the loop asks for them, and a second one ends it at once. A
+    repetition within two seconds counts as one: launcher and scheduler may both send it. SIGUSR1 asks for a save at the next step's edge.
 
-    A thread hears them: the main one may stand in native code, and wait for a rank that does not come.
+    A thread reads them, because the main one may wait in native code for a lost rank.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Signals:
         self.is_training = False
         self.is_save_wished = False
         self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
-        """What shows progress takes this over, so that no message is glued to its line."""
+        """Progress replaces it, so that no message sticks to its line."""
 
     def __enter__(self) -> "Signals":
         self._ending = ending_signals()
@@ -52,7 +52,7 @@ class Signals:
         self._thread.join()
 
     def _hear(self, heard: int) -> None:
-        """Each signal is a byte in a pipe; its end is the end of this thread."""
+        """Each signal is a byte in a pipe; closing the pipe ends this thread."""
         while numbers := os.read(heard, 100):
             for number in numbers:
                 if number == signal.SIGUSR1:

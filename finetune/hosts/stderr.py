@@ -1,4 +1,4 @@
-"""Stdin, stdout and stderr as a process of weeks finds them: closed, on a disk that fills up, with a reader that goes away or stalls."""
+"""Stdin, stdout and stderr of a process that runs for weeks: closed, on a full disk, or with a reader that is gone or stalls."""
 
 import io
 import os
@@ -15,7 +15,7 @@ PATIENCE_MS = 1_000
 
 
 class _Lasting(io.FileIO):
-    """Loses what nobody takes, so that the writer goes on. Errors are suppressed; for a reader that stalls, which gives none, we poll."""
+    """Drops unread output, so that the writer goes on. Suppresses errors; polls, because a stalled reader raises none."""
 
     def __init__(self, descriptor: int):
         super().__init__(_own(descriptor), "w", closefd=False)
@@ -34,7 +34,7 @@ class _Lasting(io.FileIO):
 
 
 def _own(descriptor: int) -> int:
-    """Of a terminal another description: it may be ready for less than a line, and one that does not block is not shared with a shell."""
+    """Opens a terminal again: it may have room for less than a line, so writes must not block, and the shell's own descriptor must stay as it is."""
     try:
         return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:  # it is none, or has no name in this container
@@ -42,9 +42,9 @@ def _own(descriptor: int) -> int:
 
 
 def secure() -> None:
-    """A failing stderr ends no process, and no file of a run gets the number of one of the three, which native code may write to.
+    """A failing stderr ends no process. No file of a run gets one of the three descriptors, because native code may write to them.
 
-    stdout is as it was: it carries data, and a command whose data nobody takes has failed.
+    stdout stays as it is: it carries data, and a command fails if its data cannot be written.
     """
     for descriptor in range(3):
         try:

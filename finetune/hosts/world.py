@@ -1,4 +1,4 @@
-"""Who trains together: by flags, the variables of a launcher or of a scheduler, else the devices here; and the cores of each."""
+"""Which processes train together: by flags, the variables of a launcher or scheduler, else the devices here; and their cores."""
 
 import itertools
 import os
@@ -13,13 +13,13 @@ from finetune.errors import FinetuneError
 PORTS = range(20_000, 30_000)
 NO_STEP = 0xFFFFFFFA  # the least of Slurm's numbers for what srun has not started: an interactive shell, a batch script
 TOLD = "FINETUNE_TOLD"
-"""The descriptor of the pipe into which a rank writes the code of the error with which it failed, if it was no crash. A pipe, for a disk may be full."""
+"""The descriptor of the pipe for a rank's error code, if it did not crash. A pipe, because a disk may be full."""
 OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training: `processes` on each of `nodes` hosts, of which this is number `node`; they meet at `address`."""
+    """The processes of a training: `processes` on each of `nodes` hosts, this is number `node`, and they meet at `address`."""
 
     processes: int
     why: str
@@ -27,7 +27,7 @@ class World:
     node: int = 0
     address: str = "127.0.0.1"
     port: int | None = None
-    """Where rank 0 listens; None on one host, where a free one is taken."""
+    """The port of rank 0; None on one host: it takes a free one."""
 
     @property
     def size(self) -> int:
@@ -35,7 +35,7 @@ class World:
 
 
 class Flags(TypedDict, total=False):
-    """The flags of `launch`; None where one is not given."""
+    """The flags of `launch`; None for one you do not give."""
 
     processes: int | None
     nodes: int | None
@@ -45,10 +45,10 @@ class Flags(TypedDict, total=False):
 
 
 def world_of(asked: Flags, environment: Mapping[str, str], devices: int) -> World | None:
-    """Who trains together: what the flags say, else what the scheduler says, else a process for each device. None for a process that
-    a launcher has started already, as one of its ranks.
+    """Which processes train together: by the flags, else by the scheduler, else one for each device. None if this process is already
+    a launcher's rank.
 
-    FinetuneError where the flags or the environment say half of what several hosts need.
+    FinetuneError if the flags or the environment have only half of what several hosts need.
     """
     flags = {key: value for key, value in asked.items() if value is not None}
     if not flags and all(name in environment for name in OF_LAUNCHER):
@@ -74,7 +74,7 @@ def world_of(asked: Flags, environment: Mapping[str, str], devices: int) -> Worl
 
 
 def refuse_half(environment: Mapping[str, str]) -> None:
-    """FinetuneError for variables of a launcher that leave open which of its processes this is."""
+    """FinetuneError if a launcher's variables do not tell which of its processes this is."""
     found = [name for name in OF_LAUNCHER if name in environment]
     if 0 < len(found) < len(OF_LAUNCHER) and environment.get("WORLD_SIZE") != "1":
         hint = "a launcher sets RANK, LOCAL_RANK and WORLD_SIZE: unset them, or use `finetune launch` and its flags"
@@ -82,7 +82,7 @@ def refuse_half(environment: Mapping[str, str]) -> None:
 
 
 def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
-    """What Kubernetes' training operator (PET_…) or Slurm says of several hosts or tasks."""
+    """Several hosts or tasks, by Kubernetes' training operator (PET_…) or Slurm."""
     try:
         if "PET_NNODES" in environment:
             each = environment.get("PET_NPROC_PER_NODE", "auto")
@@ -120,7 +120,7 @@ def _of_scheduler(environment: Mapping[str, str], devices: int) -> World | None:
 
 
 def _of_range(hosts: str) -> int:
-    """Kubernetes says `2`, or `2:2`."""
+    """Reads Kubernetes' `2` or `2:2`."""
     fewest, _, most = hosts.partition(":")
     if most not in ("", fewest):
         hint = "ask for a fixed number: a run has the same processes all the time"
@@ -137,7 +137,7 @@ def first_host(listed: str) -> str:
 
 
 def devices_here(environment: Mapping[str, str], place: Path = Path("/dev")) -> int:
-    """NVIDIA's devices as the driver shows them, or as many as CUDA_VISIBLE_DEVICES lets through; torch is not imported for it."""
+    """The number of NVIDIA devices by the driver, or by CUDA_VISIBLE_DEVICES; without importing torch."""
     found = len([path for path in place.glob("nvidia*") if path.name[6:].isdecimal()])
     if "CUDA_VISIBLE_DEVICES" not in environment:
         return found
@@ -148,14 +148,14 @@ def devices_here(environment: Mapping[str, str], place: Path = Path("/dev")) -> 
 
 
 def prepare_allocator(environment: MutableMapping[str, str], place: Path = Path("/dev")) -> None:
-    """Lets torch's blocks of device memory grow in place, unless the user has said how: packed micro-batches differ in length, and every new
-    length leaves a hole otherwise. Bits do not change. Torch reads it once, when it is imported."""
+    """Lets torch's blocks of device memory grow in place, unless the user set the variable. Packed micro-batches differ in length, and
+    every new length would leave a hole. Bits do not change. torch reads the variable once, on import."""
     if devices_here(environment, place) and "PYTORCH_CUDA_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def cores(quotas: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores that this process may use: by its affinity, and by the quota of its container (cgroups of either version)."""
+    """The cores this process may use: by its affinity, and by the quota of its container (cgroups of either version)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     words = _words(quotas / "cpu.max") or [
         *_words(quotas / "cpu/cpu.cfs_quota_us"),

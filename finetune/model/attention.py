@@ -23,12 +23,12 @@ KERNEL_CAPABILITY = (8, 0)  # Ampere; older GPUs take bf16 in autocast and have 
 
 
 class Shape(NamedTuple):
-    """What a model asks of attention beside causality."""
+    """A model's settings of attention, beside causality."""
 
     scale: float
     dropout: float
     window: int | None
-    """A token sees itself and the window less one before it."""
+    """A token sees itself and the `window - 1` tokens before it."""
     cap: float | None
     """Scores become cap * tanh(score / cap)."""
 
@@ -47,26 +47,29 @@ def per_row(
     softcap: float | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of (B, heads, T, head size) in the rows that `row_bounds` delimits; returns (B, T, heads, head size).
+    """Causal attention of (B, heads, T, head size) within the rows of `row_bounds`; returns (B, T, heads, head size).
 
-    `cu_seq_lens` is `row_bounds` as int32 on the device, for the kernel that reads it there. Without bounds each sequence
-    is one row. BaseError when the model's attention has a part that is unknown here.
+    `cu_seq_lens` is `row_bounds` as int32 on the device, for the GPU's kernel. Without bounds each sequence
+    is one row. BaseError if the model's attention has an unknown part.
     """
+    # Sinks (gpt-oss) and position biases (T5): to ignore them would train another model, silently.
     if unknown := [name for name in ("s_aux", "position_bias") if others.get(name) is not None]:
         message, hint = f"its attention takes {unknown[0]}, which packing does not know", "set task.packing: false"
         raise BaseError(message, where=type(module).__name__, hint=hint)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shape = Shape(scale, dropout, sliding_window, softcap)
     if cu_seq_lens is not None and row_bounds is not None and (dtype := _kernel_type(query, value, shape)):
+        # From the host's list: to read a tensor of the device would wait for it.
         longest = max(end - start for start, end in zip(row_bounds[:-1], row_bounds[1:], strict=True))
         flat_query, flat_key, flat_value = (_flat(tensor, dtype) for tensor in (query, key, value))
         output = _in_one_call(flat_query, flat_key, flat_value, cu_seq_lens, longest, shape)
+        # Without the zeros that filled up the head size.
         return output[None, ..., : value.shape[-1]], None
     return _row_by_row(query, key, value, row_bounds or [0, query.shape[2]], shape), None
 
 
 def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | None:
-    """The type in which one variable-length kernel computes all rows; None where there is no such kernel."""
+    """The type of the variable-length kernel for all rows; None if there is no such kernel."""
     dtype, is_cuda = _product_type(query), query.device.type == "cuda"
     has_kernel = is_cuda and dtype in (torch.bfloat16, torch.float16) and _capability(query) >= KERNEL_CAPABILITY
     fits = shape.cap is None and not shape.dropout and max(query.shape[-1], value.shape[-1]) <= KERNEL_HEAD_SIZE
@@ -74,7 +77,7 @@ def _kernel_type(query: Tensor, value: Tensor, shape: Shape) -> torch.dtype | No
 
 
 def _product_type(tensor: Tensor) -> torch.dtype:
-    """The type in which products of it are computed."""
+    """The type of its products."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -89,12 +92,13 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, longest: int, shape: Shape) -> Tensor:
-    """(T, heads, size) by torch's variable-length FlashAttention; sizes are filled up with zeros to a multiple of 8, which it needs."""
+    """(T, heads, size) by torch's variable-length FlashAttention; zeros fill sizes up to a multiple of 8, as it needs."""
     size = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
     query, key, value = (
         tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
         for tensor in (query, key, value)
     )
+    # The kernel counts tokens to the left and right of a token; -1 sets no bound.
     window = (-1, 0) if shape.window is None else (shape.window - 1, 0)
     groups: dict[str, Any] = {}
     if _has_word_for_groups(varlen_attn):
@@ -116,12 +120,12 @@ def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor,
 
 @cache
 def _has_word_for_groups(kernel: Callable[..., object]) -> bool:
-    """Whether the kernel wants to hear of fewer key heads; that of torch 2.11 takes them unasked."""
+    """Whether the kernel has the option for fewer key heads; torch 2.11 handles them without one."""
     return "enable_gqa" in signature(kernel).parameters
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], shape: Shape) -> Tensor:
-    """A call for each run of rows of one length, which packing puts side by side: many short rows are then few calls."""
+    """One call for neighboring rows of one length: packing puts these side by side, and many short rows become few calls."""
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     runs = [(length, len(list(rows))) for length, rows in groupby(lengths)]
     sizes = [length * count for length, count in runs]
@@ -140,6 +144,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
     length = query.shape[2]
     if query.shape[1] != key.shape[1] and not _takes_groups(query):
         key, value = _repeated(key, value, query)
+    # A row within its window needs no mask, and is faster without one.
     is_cut = shape.window is not None and length > shape.window
     if shape.cap is not None:
         return _capped(query, key, value, _mask(length, shape.window, query.device), shape, shape.cap).transpose(1, 2)
@@ -156,7 +161,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
 
 
 def _takes_groups(query: Tensor) -> bool:
-    """Whether a fused kernel takes fewer key heads than queries. The one for fp32 on CUDA does not: all scores of a row would be held."""
+    """Whether a fused kernel takes fewer key heads than queries. The one for fp32 on CUDA does not, and all scores of a row would be in memory."""
     return query.device.type != "cuda" or _product_type(query) != torch.float32
 
 
@@ -169,19 +174,21 @@ def _repeated(key: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, Tensor
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys (columns) a query (row) sees."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    # A window counts the token itself, too.
     return seen if window is None else seen.triu(1 - window)
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, shape: Shape, cap: float) -> Tensor:
-    """Attention with soft-capped scores, which no kernel of torch has: all scores of a row are held."""
+    """Attention with soft-capped scores. torch has no kernel for it, so all scores of a row are in memory."""
     key, value = _repeated(key, value, query)
     scores = torch.tanh(query @ key.transpose(2, 3) * (shape.scale / cap)) * cap
+    # Softmax in fp32, as in Gemma 2's own attention.
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, shape.dropout) @ value
 
 
 def windows_of(model: PreTrainedModel, inputs: dict[str, Any]) -> set[int | None]:
-    """The windows that layers ask of attention, None for a layer without one. Some families put theirs into the mask alone, where
+    """The windows of all layers, None for a layer without one. Some families put theirs into the mask alone, and
     `per_row` never sees it."""
     asked: set[int | None] = set()
 
@@ -193,6 +200,7 @@ def windows_of(model: PreTrainedModel, inputs: dict[str, Any]) -> set[int | None
     model.set_attn_implementation(_ASKING)
     with torch.inference_mode():
         model(**inputs, use_cache=False)
+    # The model is trained after this, with the real attention.
     model.set_attn_implementation(PER_ROW)
     return asked
 

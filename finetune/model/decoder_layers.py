@@ -20,7 +20,7 @@ COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names anot
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Each decoder layer keeps its input alone, and runs again in the backward pass with the random numbers that it had."""
+    """Each decoder layer keeps only its input, and runs again in the backward pass with the same random numbers."""
     inner = _transformers_model(model)
     # transformers 5.17 has the second name alone
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
@@ -34,16 +34,16 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def check_compiler() -> None:
-    """FinetuneError where there is none."""
+    """FinetuneError if there is no C++ compiler."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
         hint = "install g++, or set train.compile: false"
         raise FinetuneError("there is no C++ compiler", where="train.compile", hint=hint)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles what decoder layers do beside attention: norms and feed-forward; layers share graphs, and so do lengths of more than one token.
+    """Compiles norms and feed-forward of decoder layers. Layers share graphs, and so do lengths of more than one token.
 
-    Attention depends on where rows begin: compiled with it, a layer would be compiled again for every number of rows.
+    It skips attention, which depends on the bounds of rows: it would be compiled again for every number of rows.
     """
     check_compiler()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -57,8 +57,9 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def module_of(parameter: str) -> str:
-    """The group of modules that a parameter's figures are recorded under: `layers.3`, or `embed_tokens` beside the layers."""
+    """The group of modules of a parameter's figures: `layers.3`, or `embed_tokens` beside the layers."""
     parts = [part for part in parameter.split(".")[:-1] if not part.startswith("lora_") and part not in PEFT_PARTS]
+    # By the first number: experts within a layer have numbers, too.
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbered[0] - 1 : numbered[0] + 1]) if numbered else parts[-1]
 
@@ -73,16 +74,17 @@ KINDS = {
 
 
 def kind_of(parameter: str) -> str:
-    """Which kind of module a parameter of a layer belongs to, by its name."""
+    """The kind of a layer's parameter, by its name."""
     return next((kind for kind, pattern in KINDS.items() if pattern.search(parameter)), "other")
 
 
 def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """By kind of module: the base's parameters, tied ones once, and of these the ones that are trained or have an adapter on them."""
+    """By kind of module: the number of the base's parameters, tied ones once, and how many are trained or have an adapter."""
     inner = _transformers_model(model)
     found: dict[str, tuple[int, int]] = {}
     special: dict[int, str] = {}
     for kind, module in (("head", inner.get_output_embeddings()), ("embeddings", inner.get_input_embeddings())):
+        # peft wraps a trained head or embedding.
         module = getattr(module, "base_layer", module)
         special |= {id(each): kind for each in module.parameters()} if module is not None else {}
     special |= {
@@ -103,12 +105,12 @@ def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def _wrapped_by(module: Any) -> Iterable[torch.nn.Parameter]:
-    """What an adapter's module is beside: peft wraps one tensor of a module of experts, or a layer with all that it has."""
+    """The parameters under an adapter's module: peft wraps one tensor of a module of experts, or a whole layer."""
     return [module.get_param()] if hasattr(module, "get_param") else module.base_layer.parameters()
 
 
 def missed(kinds: dict[str, tuple[int, int]]) -> str | None:
-    """A line for a user whose adapter leaves most of a kind of layer as it is, as `all-linear` does where experts are no linear layers."""
+    """A line for a user whose adapter misses most of a kind of layer, as `all-linear` misses experts that are not linear layers."""
     total = sum(count for count, _ in kinds.values())
     told = [
         f"{held / count:.0%} of {kind} ({count / total:.0%} of the base)"

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Inputs = dict[str, Any]
-"""What a model's forward is given: tensors, and lists for the host."""
+"""The arguments of a model's forward: tensors, and lists for the host."""
 # (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
 TokenLosses = Callable[[PreTrainedModel, Inputs, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_TOKENS = 512  # on two CPU cores 128 is 40 % slower: every chunk is one more pass over the gradient of the head
 
 
 def full(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed nats (fp32 scalar), and of each token (fp32, (N,)), from the model's own logits, all held at once: for any head.
+    """Summed nats (fp32 scalar), and of each token (fp32, (N,)), from the model's own logits, all in memory at once: for any head.
 
     `positions_N` are the places among B * T whose next token is supervised, and `labels_N` is that token.
     """
@@ -41,6 +41,7 @@ def full(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: 
 def chunked(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """The same from the decoder's output and the head's weight: never more than `CHUNK_TOKENS` rows of logits at once."""
     hidden_ND = decoder_of(model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    # Where every token is supervised, the selection would only copy all hidden states.
     if len(positions_N) < len(hidden_ND):
         hidden_ND = hidden_ND.index_select(0, positions_N)
     head = head_of(model)
@@ -50,7 +51,7 @@ def chunked(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_
 
 
 def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
-    """`chunked`, or `full` and the reason, where the model's logits are not its linear head on its decoder's output."""
+    """`chunked`, or `full` and the reason if the model's logits are not its linear head on its decoder's output."""
     head = head_of(model)
     if head is None:
         return full, "its head is not one linear layer"
@@ -69,12 +70,12 @@ def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
 
 
 def note(reason: str | None) -> str | None:
-    """What a user should know of the loss that `fitting` chose for a reason."""
+    """A line for the user about the reason of `fitting`; None without one."""
     return f"the loss holds the logits of a whole micro-batch: {reason}" if reason else None
 
 
 def takes_places(model: PreTrainedModel) -> bool:
-    """Whether the model makes the logits of given places alone."""
+    """Whether the model can compute the logits of given places alone."""
     return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
 
 
@@ -90,15 +91,17 @@ class Head(NamedTuple):
 def head_of(model: PreTrainedModel) -> Head | None:
     """The model's own head, if it is one linear layer; how its logits are scaled and capped is in its config."""
     layer = _unwrapped(model).get_output_embeddings()
+    # A subclass, like a quantized layer, computes something else with its weight.
     if type(layer) is not torch.nn.Linear:
         return None
     config = model.config.get_text_config()
+    # Cohere multiplies by logit_scale, Granite divides by logits_scaling.
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """What makes the hidden states that the head reads."""
+    """The module before the head: it computes the hidden states."""
     return cast(PreTrainedModel, _unwrapped(model).get_decoder())
 
 
@@ -116,7 +119,7 @@ def _shaped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
 class LinearCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy in one, chunk by chunk; the gradients are made in the forward pass, while a chunk's logits exist.
 
-    That takes the three matrix products of the plain way, and of the logits only C x V. The sum alone is differentiable, so
+    It takes three matrix products, as the plain way does, and memory for only C x V logits. The sum alone is differentiable, so
     all tokens have one incoming gradient, which the backward pass multiplies in. Products are in autocast's type or the
     hidden states' own, everything else is in fp32. As in Liger's fused kernel (Hsu et al. 2024, arXiv 2410.10989).
     """
@@ -134,15 +137,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        # Cast by hand: autocast may cast the head again for every chunk.
         with torch.autocast(device, enabled=False):
             head = Head(weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype), scale, cap)
             hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+            # In fp32, because a sum over many chunks would lose digits in bf16.
             weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
             bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
             losses = []
             for start in range(0, len(labels_N), CHUNK_TOKENS):
                 chunk = slice(start, start + CHUNK_TOKENS)
                 hidden_CD = hidden_ND[chunk].to(dtype)
+                # An evaluation wants no gradients, which are two of the three products.
                 losses_C, logits_grad_CV = _chunk(hidden_CD, head, labels_N[chunk], any(ctx.needs_input_grad))
                 losses.append(losses_C)
                 if logits_grad_CV is None:
@@ -173,14 +179,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _chunk(hidden_CD: Tensor, head: Head, labels_C: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Nats of each token, and the gradient of their sum with respect to the bare product, in its own type."""
     product_CV = F.linear(hidden_CD, head.weight, head.bias)
+    # In fp32, as in transformers' own loss.
     logits_CV = _shaped(product_CV.float(), head.scale, head.cap)
     log_probabilities_CV = F.log_softmax(logits_CV, dim=-1)
     losses_C = -log_probabilities_CV.gather(1, labels_C[:, None])[:, 0]
     if not wants_grad:
         return losses_C, None
     grad_CV = log_probabilities_CV.exp_()  # in place: such a tensor is hundreds of megabytes
+    # The gradient of cross-entropy by its logits: the probabilities, less 1 at the label.
     grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
     if head.cap is not None:
+        # The derivative of cap * tanh(x / cap) by x.
         grad_CV.mul_(1 - (logits_CV / head.cap) ** 2)
     if head.scale != 1.0:
         grad_CV.mul_(head.scale)

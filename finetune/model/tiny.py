@@ -44,9 +44,9 @@ WAYS = 3  # to choose layers, see `_layers`
 
 
 def model_like(config: PretrainedConfig, max_length: int, **options: object) -> PreTrainedModel:
-    """A small model of the kind of `config`, in fp32 and eval mode; options go to transformers. BaseError where none can be made.
+    """A small model of the kind of `config`, in fp32 and eval mode; options go to transformers. BaseError if none can be made.
 
-    `max_length` is that of the rows that the base will see: what ends within them ends within the small model's.
+    `max_length` is the longest row of the training. A limit within it (a window, a chunk) is also within the small model's rows.
     """
     tried = []
     for way in range(WAYS):
@@ -71,7 +71,7 @@ def _model(config: PretrainedConfig, options: dict[str, object]) -> PreTrainedMo
 
 
 def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> PretrainedConfig:
-    """A copy of a config in small; `way` is how layers are chosen."""
+    """A small copy of a config; `way` says how to choose layers."""
     facts = config.to_dict()
     parts = [name for name in type(config).sub_configs if isinstance(getattr(config, name, None), PretrainedConfig)]
     changes: Facts = {name: shrunk(getattr(config, name), max_length, way) for name in parts}
@@ -104,7 +104,7 @@ def _not_grouped(facts: Facts) -> Facts:
 
 
 def _consistent(facts: Facts, small: Facts) -> Facts:
-    """Sizes that families compute from others."""
+    """Sizes computed by families from others."""
     found: Facts = {}
     hidden: Any = small.get("hidden_size")
     if total := facts.get("attention_hidden_size"):
@@ -148,7 +148,7 @@ def _smaller(name: str, value: object, max_length: int) -> object:
 
 
 def _layers(lists: list[list[Any]], count: int, way: int) -> list[int]:
-    """The layers that are kept: the first ones that together have every value of every list, the first few, or all."""
+    """The layers to keep: the first ones with every value of every list, the first few, or all."""
     if way == 2:
         return list(range(count))
     if way == 1:

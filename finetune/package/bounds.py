@@ -31,9 +31,8 @@ def drift(reference: Logits, other: Logits) -> dict[str, float]:
     """Largest difference of a logit, mean KL divergence in nats, and the share of positions with the same likeliest token."""
     changes, divergence, same, positions = [], 0.0, 0, 0
     for name in reference:
-        for before, after in zip(
-            reference[name], other[name], strict=True
-        ):  # (T, V) at a time: fp64 of a whole batch is large
+        # One (T, V) at a time: fp64 of a whole batch is large.
+        for before, after in zip(reference[name], other[name], strict=True):
             changes.append((before - after).abs().max())
             logs = [F.log_softmax(one.double(), dim=-1) for one in (before, after)]
             divergence += F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()

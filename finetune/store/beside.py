@@ -1,4 +1,4 @@
-"""Folders beside the one that they become, or that they were. Each is locked while its maker lives, so a sweep knows what a kill left."""
+"""Temporary folders beside their target. Each is locked while its maker lives, so a sweep knows those of killed processes."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from finetune.store.durable import make_directory
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, gone in the end unless it was renamed. What earlier calls for this target left goes first."""
+    """A new folder beside the target, removed at the end unless it was renamed. First removes leftovers for this target."""
     make_directory(target.parent)
     sweep(target)
     staging = _beside(target)
@@ -22,7 +22,7 @@ def staged(target: Path) -> Iterator[Path]:
     held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(BlockingIOError):  # by a sweep that looks at it
-            lock.take(held)  # where there are no locks nobody sweeps
+            lock.take(held)  # without locks, `sweep` removes nothing
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -30,7 +30,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def sweep(target: Path) -> None:
-    """Removes folders of `staged` and `remove` that nobody holds: a kill has left them."""
+    """Removes unlocked folders of `staged` and `remove`: a kill has left them."""
     for path in list(target.parent.iterdir()):
         if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}", path.name):
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError):  # gone, or not ours
@@ -38,7 +38,7 @@ def sweep(target: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Takes a folder from its place by one call, and then deletes it: a kill in between leaves no half of it there."""
+    """Renames a folder away in one call, then deletes it: a kill in between leaves no half of it in place."""
     doomed = _beside(directory)
     os.rename(directory, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

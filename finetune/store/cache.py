@@ -1,7 +1,7 @@
 """Things made once and shared between runs (converted bases, encoded rows), keyed by their content.
 
-An entry is built in a directory beside it, synced, and renamed into place, so a half-made one is never seen. Whoever wants the same
-entry meanwhile waits. What a killed build had finished, in sealed parts, stays for a week: the next build goes on from there.
+An entry is built in a directory beside it, synced, and renamed into place, so a half-made one is never seen. Other
+processes that want the entry wait. Sealed parts of a killed build stay for a week: the next build continues from them.
 """
 
 import json
@@ -43,7 +43,7 @@ def root() -> Path:
 def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     """The directory `root()/kind/key`, made by `build(directory)` unless it is there and sound; see `_is_verified`.
 
-    `directory` may hold sealed parts (see `part`) of a build that was killed; no directory in it gets into the entry.
+    `directory` may hold sealed parts (see `part`) of a killed build; its subdirectories do not become part of the entry.
     """
     entry = root() / kind / key
     if _is_verified(entry):
@@ -67,7 +67,7 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
 
 
 def found(kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
-    """What `find` returns, as JSON, for these facts (JSON as well): found out once and kept. What it raises is not."""
+    """The result of `find`, as JSON, for these facts (also JSON): computed once and kept. Errors are not kept."""
     key = blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def build(directory: Path) -> None:
@@ -77,7 +77,7 @@ def found(kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
 
 
 def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The sealed directory `name` of an entry that is being built, made unless an earlier build left it, sound."""
+    """The sealed directory `name` of an entry under construction; makes it unless an earlier build left it intact."""
     made = directory / name
     if is_sound(made):
         return made
@@ -89,7 +89,7 @@ def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
 
 
 def is_sound(entry: Path) -> bool:
-    """Whether the directory holds every byte that it was sealed with."""
+    """Whether the directory still holds every byte of its seal."""
     try:
         digests = json.loads((entry / SEAL).read_bytes())
         return all(_digest(entry / name) == digest for name, digest in digests.items())
@@ -98,8 +98,8 @@ def is_sound(entry: Path) -> bool:
 
 
 def _is_verified(entry: Path) -> bool:
-    """Whether the entry is sound. Every byte is hashed, but those of a large entry once a boot: as long as its files then have the same
-    inodes, sizes and times, nobody has written to them. What rots on the disk in between is found after the next boot.
+    """Whether the entry is intact. Hashes every byte, of a large entry only once a boot: while its files keep their inodes, sizes and
+    times, no process has written to them. So it notices later bit rot only after the next boot.
     """
     try:
         files = {file.name: file.stat() for file in sorted(entry.iterdir())}
@@ -124,10 +124,10 @@ def _is_verified(entry: Path) -> bool:
 
 @contextmanager
 def _alone(entry: Path) -> Iterator[Path]:
-    """A directory in which nobody else builds; waits for another process of this user that makes the same entry.
+    """A directory for this build alone; waits for another process of this user that builds the same entry.
 
-    The kernel's lock on the directory ends with its process; over a network it may hold on one host only, so each host has its own.
-    Where the file system has no locks, each build has its own directory.
+    The kernel's lock on the directory ends with its process. Over a network it may hold on one host only, so each host has its own
+    directory. Without locks in the file system, each build has its own.
     """
     unfinished = entry.with_name(f"{entry.name}.{os.getuid()}-{platform.node()}{UNFINISHED}")
     while True:
@@ -148,7 +148,7 @@ def _alone(entry: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int, directory: Path) -> bool:
-    """Waits for the lock, and says so once that takes seconds: ranks meet here for a moment. False where the file system has none."""
+    """Waits for the lock, with a message after some seconds: ranks meet here for a moment. False if the file system has none."""
     begin = time.monotonic()
     while time.monotonic() - begin < QUIET_SECONDS:
         try:
@@ -167,7 +167,7 @@ def _is_same(descriptor: int, path: Path) -> bool:
 
 
 def _make(unfinished: Path, build: Callable[[Path], None]) -> None:
-    """Builds and seals what was not sealed already, and leaves nothing else; of a failed build its parts."""
+    """Builds and seals the entry, and removes everything else; keeps the parts of a failed build."""
     if not is_sound(unfinished):
         _clear(unfinished)
         try:
@@ -208,7 +208,7 @@ def _remove(directory: Path) -> None:
 
 
 def _sweep(kind: Path) -> None:
-    """Removes what killed builds left long ago; a build that lives holds its lock."""
+    """Removes old leftovers of killed builds; a running build holds its lock."""
     for unfinished in kind.glob(f"*{UNFINISHED}"):
         with suppress(FileNotFoundError, PermissionError, BlockingIOError):
             if time.time() - unfinished.stat().st_mtime > KEPT_SECONDS:
@@ -221,7 +221,7 @@ def _sweep(kind: Path) -> None:
 
 
 def _seal(directory: Path) -> None:
-    """Writes down what the entry holds, and makes it durable and readable for whoever shares the cache."""
+    """Records the content of the entry, and makes it durable, and readable for all users of the cache."""
     files = [file for file in sorted(directory.iterdir()) if file.is_file()]
     (directory / SEAL).write_text(json.dumps({file.name: _digest(file) for file in files}))
     for file in [*files, directory / SEAL]:
@@ -232,7 +232,7 @@ def _seal(directory: Path) -> None:
 
 
 def _digest(file: Path) -> str:
-    """Read, not mapped: a disk's error would kill the process."""
+    """Reads, and does not map: a disk error in mapped memory would kill the process."""
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
     with file.open("rb", buffering=0) as stream:
         while piece := stream.read(PIECE_BYTES):

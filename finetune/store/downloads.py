@@ -1,5 +1,5 @@
-"""What came from the Hub: whether it is what the commit has, and what the disk says that cannot keep it; for bases, data sets
-and packages that are verified."""
+"""Compares downloads from the Hub with their commit, and explains errors of a disk; for bases, data sets and
+verified packages."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ PULL = "fetch it with `git lfs pull`"
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether Git wrote the address of a large file in place of its content, as it does where Git LFS is not installed."""
+    """Whether Git wrote the address of a large file in place of its content, as it does without Git LFS."""
     try:
         with file.open("rb") as opened:
             return opened.read(len(POINTER)) == POINTER
@@ -33,11 +33,11 @@ def is_pointer(file: Path) -> bool:
 
 
 def refuse_damaged(files: Iterable[Path], kind: type[FinetuneError], where: str, made_of_them: str = "") -> None:
-    """An error of `kind` where a file of the Hub's cache has not the hash that the commit names; the Hub's client does not look at it.
+    """An error of `kind` if a file of the Hub's cache differs from the commit's hash; the Hub's client does not check.
 
-    All are read once a boot, as long as nobody writes to them. The cache calls a large file by its SHA-256, another one by git's SHA-1,
-    and may keep it elsewhere under another hash (https://huggingface.co/docs/hub/local-cache). Where a disk has no symbolic links, or
-    a file was removed, nothing tells.
+    Reads each file once a boot, unless it changes. The cache names a large file by its SHA-256 and others by git's SHA-1, and may
+    keep it elsewhere under another hash (https://huggingface.co/docs/hub/local-cache). It cannot tell if the disk has no symbolic
+    links, or if a file was removed.
     """
     blobs = sorted((file.readlink().name, str(file.resolve())) for file in files if file.is_symlink() and file.exists())
     facts = [[*blob, *_state(Path(blob[1]))] for blob in blobs]
@@ -60,7 +60,7 @@ def _state(blob: Path) -> list[int]:
 
 
 def _is_sound(blob: tuple[str, str]) -> bool:
-    """Whether the file has the hash that is its name, told by the number of digits; another name is none."""
+    """Whether the file has the hash in its name; the number of digits tells which kind. Other names pass."""
     name, place = blob
     header = b"blob %d\0" % Path(place).stat().st_size
     sha1 = partial(hashlib.sha1, usedforsecurity=False)
@@ -75,9 +75,9 @@ def _is_sound(blob: tuple[str, str]) -> bool:
 
 
 def refusal_of_disk(error: BaseException | None, kind: type[ErrorT], where: str) -> ErrorT | None:
-    """The error about `where`, if it was a disk that a client of the Hub failed at, whatever the client made of it; else None.
+    """The error about `where`, if a disk made a client of the Hub fail, whatever error the client raised; else None.
 
-    A permission may be a network's too; a disk's has a file's name, or comes from Rust, in which Xet's client is written.
+    A network may refuse permission, too. A disk's error has a file name, or comes from Rust, as in Xet's client.
     """
     while error is not None:
         in_rust = re.search(r"\(os error (\d+)\)", str(error))

@@ -35,19 +35,18 @@ O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
 class HashedFile:
-    """A file under way; what is written passes through the digest, so nothing is read twice.
+    """A file under construction. It hashes bytes as they are written, so none is read twice.
 
-    Whole buffers go past the page cache: to copy 1.6 GB into it took 2.3 to 5.1 s of a core (ext4, two cores), which a training beside
-    the save lost; past it 0.1 s. And what is read back then comes from the disk. A file system that cannot do that takes them as usual.
+    Whole buffers bypass the page cache: copying 1.6 GB into it took 2.3 to 5.1 s of a core (ext4, two cores), and training lost them;
+    bypassing it took 0.1 s. Reading back then comes from the disk. File systems without direct writes get normal ones.
     """
 
     def __init__(self, descriptor: int):
         self.bytes = 0
         self.tensors: tuple[TensorRecord, ...] = ()
         self._descriptor = descriptor
-        self._buffer = memoryview(
-            mmap.mmap(-1, BUFFER_BYTES)
-        )  # mapped, so it begins with a page, as direct writes must
+        # Mapped, so that it begins with a page: direct writes need that.
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
         self._filled = 0
         self._blake3 = blake3.blake3()
 
@@ -87,7 +86,7 @@ class HashedFile:
         self._filled = 0
 
     def _set_direct(self, is_direct: bool) -> bool:
-        """Whether that changed anything."""
+        """Returns whether it changed anything."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         wanted = flags | O_DIRECT if is_direct else flags & ~O_DIRECT
         if wanted != flags:
@@ -99,7 +98,7 @@ class HashedFile:
 
 @contextmanager
 def durable(path: Path) -> Iterator[HashedFile]:
-    """A new file, synced before it is closed. It is read-only for everybody within the umask, and only this descriptor writes it."""
+    """A new file, synced before it is closed. It is read-only, within the umask, and only this descriptor writes it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
     try:
         file = HashedFile(descriptor)
@@ -110,7 +109,7 @@ def durable(path: Path) -> Iterator[HashedFile]:
 
 
 def open_uncached(path: Path) -> int:
-    """A descriptor whose reads come from the disk, not from the page cache, where the file system can do that."""
+    """A descriptor that reads from the disk, not from the page cache, if the file system can do that."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
     except OSError as error:
@@ -136,13 +135,13 @@ def replacing(path: Path) -> Iterator[HashedFile]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """The same of what is there as a whole."""
+    """The same with the whole content at once."""
     with replacing(path) as file:
         file.write(data)
 
 
 def rename(path: Path, destination: Path) -> None:
-    """Gives a file or folder another name, which is still there after a power cut; or it has its old name, and an OSError is raised."""
+    """Renames a file or folder durably. On an OSError it has its old name."""
     os.rename(path, destination)
     try:
         sync_directory(destination.parent)
@@ -152,7 +151,7 @@ def rename(path: Path, destination: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """`mkdir -p` whose directory is still there after a power cut, also if a killed process made it and had no time to sync."""
+    """A durable `mkdir -p`, also if a killed process made the directory without a sync."""
     if not path.is_dir():
         make_directory(path.parent)
         try:
@@ -165,7 +164,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Makes the bytes of a file that something else wrote durable."""
+    """Makes the bytes of another writer's file durable."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -188,7 +187,7 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def failures(path: Path, kind: type[FinetuneError] = CheckpointError, *, what: str = "cannot write") -> Iterator[None]:
-    """Turns whatever the disk answers into one clear error about `path`; the OSError stays its `__cause__`."""
+    """Turns any error of the disk into one clear error about `path`; the OSError stays its `__cause__`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What every file that asks the Hub needs: its client's errors, what each refusal means, and a word while it is silent."""
+"""Shared code for requests to the Hub: its client's errors, the meaning of each refusal, and a message while it is silent."""
 
 import os
 import re
@@ -36,23 +36,23 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why the Hub did not do what it was asked."""
+    """Why a request to the Hub failed."""
 
     message: str
     hint: str | None
-    """None where the Hub did not answer at all."""
+    """None if the Hub did not answer."""
     status: int | None
 
 
 def http() -> ModuleType:
-    """The HTTP library of `huggingface_hub`, whose errors it lets through: httpx2 from its version 2 on, httpx before."""
+    """The HTTP library of `huggingface_hub`, which passes its errors on: httpx2 since version 2, httpx before."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return sys.modules[HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
 
 
 def refusal(error: BaseException) -> Refusal:
-    """What went wrong in a request, by the status that the Hub answered with; libraries wrap that error in others."""
+    """Why a request failed, by the status of the Hub's answer; libraries wrap that error in others."""
     answered, status = _answered(error)
     if answered is None or status is None:
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
@@ -65,7 +65,7 @@ def refusal(error: BaseException) -> Refusal:
 
 
 def _answered(error: BaseException | None) -> tuple[BaseException | None, int | None]:
-    """The error that has the Hub's answer, this one or one that it was raised from, and the answer's status."""
+    """The error with the Hub's answer (this one, or one of its causes), and the status."""
     while error is not None:
         if (response := getattr(error, "response", None)) is not None:
             return error, response.status_code
@@ -75,7 +75,7 @@ def _answered(error: BaseException | None) -> tuple[BaseException | None, int | 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Says what is waited for once the Hub has taken a few seconds, and again after twice as long each time."""
+    """Prints a message after a few seconds without the Hub's answer, and again after twice as long each time."""
     is_over, begin = threading.Event(), time.monotonic()
 
     def say() -> None:
@@ -98,7 +98,7 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """Keeps the client's warnings out of our own lines, where what it remarks on is no news; errors still raise."""
+    """Silences expected warnings of the client, to keep our own lines whole; errors still raise."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

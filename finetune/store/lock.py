@@ -1,7 +1,7 @@
-"""The kernel's lock on an open file or folder, which ends with its process, however that dies.
+"""The kernel's lock on an open file or folder. It ends with its process, however that dies.
 
-Not the library `filelock`: it opens, and empties, a file of its own, while folders and files with content are locked here. And where
-there are no locks it takes a file for one, which a killed process leaves behind.
+The library `filelock` does not fit: it opens and empties its own file, and we lock folders and files with content. Without locks in
+the file system it uses a file as a lock, and a killed process leaves that behind.
 """
 
 import errno
@@ -11,9 +11,9 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def take(descriptor: int, is_waiting: bool = False) -> bool:
-    """Whether the lock is ours now, until the descriptor and its copies are closed; False where the file system has no locks.
+    """Takes the lock until the descriptor and its copies are closed; False if the file system has no locks.
 
-    BlockingIOError where another process holds it, unless this one is to wait.
+    BlockingIOError if another process holds it, unless this one waits.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))

@@ -1,7 +1,7 @@
 """Where to look for a run's base and data when they are not where the run was planned.
 
-First what the user names (`--base`, `--data OLD=NEW`), then where an earlier resume found them, then the folders above the run. A place
-counts only if its content is the recorded one: who asks has to compare.
+First the user's places (`--base`, `--data OLD=NEW`), then those of an earlier resume, then the folders above the run. A place
+counts only if it has the recorded content: the caller must compare.
 """
 
 import os
@@ -19,12 +19,12 @@ _STEP = re.compile(r"(?P<path>.+?)(?P<step>@(?:\d{1,8}|last|best))?")
 
 @dataclass
 class _Known:
-    """What this process was told, and has found out; by the name that a plan has."""
+    """The user's places and those found so far, by the name in the plan."""
 
     bases: tuple[str, ...] = ()
     data: dict[str, str] = field(default_factory=dict)
     runs: dict[Path, Path] = field(default_factory=dict)
-    """With where each has its checkpoints."""
+    """The directory of checkpoints of each run."""
     earlier: dict[str, str] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
 
@@ -34,7 +34,7 @@ _known = _Known()
 
 @contextmanager
 def named(bases: Sequence[str], data: Mapping[str, str]) -> Iterator[None]:
-    """Within it, these places are looked at first."""
+    """Within it, searches these places first."""
     before = _known.bases, _known.data
     _known.bases, _known.data = tuple(bases), dict(data)
     try:
@@ -44,7 +44,7 @@ def named(bases: Sequence[str], data: Mapping[str, str]) -> Iterator[None]:
 
 
 def opened(run: Path, checkpoints: Path, places: Mapping[str, str]) -> None:
-    """A run is being read: places near it, and those that it has recorded, are looked at."""
+    """Reading a run: also search near it, and its recorded places."""
     _known.runs.setdefault(run.absolute(), checkpoints.absolute())
     _known.earlier.update(places)
 
@@ -54,12 +54,12 @@ def bases() -> tuple[str, ...]:
 
 
 def arguments() -> list[str]:
-    """What the user named, for a process that does the work."""
+    """The user's places as arguments, for the process that does the work."""
     return [*(f"--base={name}" for name in _known.bases), *(f"--data={old}={new}" for old, new in _known.data.items())]
 
 
 def data(recorded: str) -> str | None:
-    """What `--data` says of a file: by its own name, or by that of a folder above it."""
+    """The place of a file by `--data`: by its own name, or by that of a folder above it."""
     for old, new in _known.data.items():
         if PurePath(recorded) == PurePath(old):
             return new
@@ -69,7 +69,7 @@ def data(recorded: str) -> str | None:
 
 
 def around(recorded: str) -> Iterator[str]:
-    """Names of what is there and may be it: the recorded one, where it was found before, and the same path under a folder above a run."""
+    """Existing candidates: the recorded name, earlier places, and the same path under a folder above a run."""
     name, step = _without_step(recorded)
     path = PurePath(name)
     parts = [part for part in path.parts if part != path.anchor]
@@ -84,24 +84,24 @@ def around(recorded: str) -> Iterator[str]:
 
 
 def in_checkpoints(name: str) -> Iterator[str]:
-    """The file of this name in each checkpoint of the runs that are being read, newest first."""
+    """The file of this name in each checkpoint of the runs being read, newest first."""
     for checkpoints in reversed(_known.runs.values()):
         yield from sorted(map(str, checkpoints.glob(f"*/{name}")), reverse=True)
 
 
 def is_there(name: str) -> bool:
-    """Whether there is such a file or folder, or such a run of a ref like RUN@500."""
+    """Whether this file or folder exists, or the run of a ref like RUN@500."""
     return os.path.exists(name) or os.path.exists(_without_step(name)[0])
 
 
 def _without_step(name: str) -> tuple[str, str]:
-    """The path of a ref like RUN@500, and its step with the sign before it; empty where it has none."""
+    """The path of a ref like RUN@500, and its step with the sign before it; empty if it has none."""
     match = _STEP.fullmatch(name)
     return (match["path"], match["step"] or "") if match else (name, "")
 
 
 def found(recorded: str, place: str, what: str) -> str:
-    """The place, written down and said once: the content is that of the recorded name."""
+    """Records the place, and prints it once: it has the content of the recorded name."""
     if _known.found.get(recorded) != place:
         _known.found[recorded] = place
         say(f"{what} {recorded} is now {place}: equal content")
@@ -109,7 +109,7 @@ def found(recorded: str, place: str, what: str) -> str:
 
 
 def moved() -> dict[str, str]:
-    """By recorded name, where each thing is that is not there any more."""
+    """The new place of each moved file or folder, by recorded name."""
     return {old: os.path.abspath(new) if os.path.exists(new) else new for old, new in _known.found.items()}
 
 

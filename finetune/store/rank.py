@@ -1,4 +1,4 @@
-"""Which rank this process is, by what its launcher set: what all ranks know, one of them says."""
+"""The rank of this process, by its launcher's variables: one rank prints for all."""
 
 from collections.abc import Mapping
 

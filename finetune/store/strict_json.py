@@ -1,4 +1,4 @@
-"""JSON without its traps: what is read repeats no key, and what is written has no number that JSON lacks."""
+"""JSON without its traps: reading refuses repeated keys, and writing turns NaN and infinity into strings."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from math import isfinite
 
 
 class RepeatedKeyError(ValueError):
-    """Of a repeated key only the last value would stay."""
+    """Refuses a repeated key: Python keeps only its last value."""
 
     def __init__(self, key: str):
         self.key = key
@@ -14,7 +14,7 @@ class RepeatedKeyError(ValueError):
 
 
 def from_json(text: str | bytes) -> object:
-    """ValueError where it is not JSON, or an object in it has a key twice."""
+    """ValueError if it is not JSON, or an object has a key twice."""
     return json.loads(text, object_pairs_hook=_without_repeats)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files: a writer that streams and hashes, and a reader of headers that believes nothing.
+"""Safetensors files: a writer that streams and hashes, and a reader of headers that checks everything.
 
 The safetensors library writes without syncing and leaves mode 0600; here `store` owns the file and this module only its bytes.
 The format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without holes
@@ -45,7 +45,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What a manifest says of a tensor. The records of a file are in the order of its bytes."""
+    """The manifest's record of a tensor. The records of a file are in the order of its bytes."""
 
     name: str
     dtype: str
@@ -58,7 +58,7 @@ class TensorRecord:
 
 
 class Place(NamedTuple):
-    """Where a header says that a tensor is; `start` and `end` count from the beginning of the file."""
+    """The place of a tensor by a header; `start` and `end` count from the beginning of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -112,7 +112,7 @@ def _header(tensors: Sequence[Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def read_header(path: Path) -> dict[str, Place]:
-    """Where each tensor of a file is, after every rule of the format was checked; a CheckpointError names the rule that broke."""
+    """The place of each tensor of a file. Checks every rule of the format; a CheckpointError names a broken one."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -141,9 +141,9 @@ def read_header(path: Path) -> dict[str, Place]:
 
 
 def damaged(path: Path, size: int, records: Sequence[TensorRecord]) -> list[str]:
-    """The names of the tensors whose bytes are not those that were written into this file of `size` bytes.
+    """The names of tensors with other bytes than their records; the file has `size` bytes.
 
-    Their places are derived from the records, for the file's own header may be what is damaged.
+    Their places follow from the records, because the file's own header may be damaged.
     """
     names = []
     with path.open("rb", buffering=0) as file:

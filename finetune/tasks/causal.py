@@ -21,10 +21,11 @@ from finetune.tasks.task import RowResults
 
 
 def collate_packed(examples: Sequence[Example]) -> Batch:
-    """One sequence; positions restart with every row, and `row_bounds` and `cu_seq_lens` tell attention where rows begin."""
+    """One sequence; positions restart with every row, and attention finds the rows by `row_bounds` and `cu_seq_lens`."""
     lengths = [len(example.tokens) for example in examples]
     bounds = [0, *accumulate(lengths)]
     positions = np.concatenate([np.arange(length) for length in lengths])
+    # Embeddings want int64. The cache has int32, for half the disk.
     tokens = np.concatenate([example.tokens for example in examples], dtype=np.int64)
     model_inputs = {
         "input_ids": torch.from_numpy(tokens[None]),
@@ -36,7 +37,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
 
 
 def collate_padded(examples: Sequence[Example]) -> Batch:
-    """A sequence a row, filled up on the right, where a causal model never looks from a real token: no mask is needed."""
+    """A sequence a row, filled up on the right. It needs no mask: in a causal model no real token sees what is on its right."""
     longest = max(len(example.tokens) for example in examples)
     tokens = np.zeros((len(examples), longest), dtype=np.int64)
     for row, example in enumerate(examples):
@@ -49,7 +50,8 @@ def collate_padded(examples: Sequence[Example]) -> Batch:
 
 
 def _supervised(examples: Sequence[Example], tokens: np.ndarray, firsts: Sequence[int]) -> Batch:
-    """Where, among all B * T places, a supervised token is predicted, and which one it is; `firsts` is where each row begins."""
+    """The places among B * T that predict a supervised token, and these tokens; `firsts` are the places where rows begin."""
+    # The mask is shifted by one: position t predicts token t + 1, and nothing predicts the first token.
     targets = [np.flatnonzero(example.supervised[1:]) for example in examples]
     positions = np.concatenate([target + first for target, first in zip(targets, firsts, strict=True)])
     return {
@@ -73,10 +75,13 @@ def score(results: RowResults) -> Metrics:
     The error is that of a ratio of two sums over rows, drawn at random with all their tokens (Cochran, Sampling Techniques, 1977, section
     6.4; for evaluations: Miller 2024, arXiv 2411.00640); one row has none.
     """
+    # As Python floats, for `fsum`: its sum does not depend on the order of rows.
     row_sums, row_tokens = results.sums.tolist(), results.tokens
     rows, tokens = len(row_sums), int(row_tokens.sum())
     mean = math.fsum(row_sums) / tokens
+    # exp(710) overflows.
     figures = {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "rows": rows, "tokens": tokens}
+    # With one row there is no spread to estimate an error from.
     if rows > 1 and math.isfinite(mean):
         deviations = np.array(row_sums) - mean * row_tokens
         figures["loss_stderr"] = math.sqrt(rows / (rows - 1) * math.fsum(deviations**2)) / tokens

@@ -16,6 +16,7 @@ def of_chat(row: Row) -> object:
     lists = [part for part in messages if isinstance(part, list)]
     if len(lists) == len(messages):
         return _without_nulls([*system, *lists[0], *lists[1]])
+    # A bad row has a content, too. Encoding refuses it later, and names its place.
     return _without_nulls([given, *messages])
 
 

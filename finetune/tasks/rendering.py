@@ -1,6 +1,6 @@
 """Renders messages by a chat template.
 
-A template is somebody's program: any exception becomes a DataError. It prints the day of the plan.
+A template is another author's program: any exception becomes a DataError. It prints the day of the plan.
 """
 
 import os
@@ -30,7 +30,7 @@ class Renderer(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     template: str
     date: str | None = None
-    """The day that a template which prints it is given, as YYYY-MM-DD; None is that of the clock."""
+    """The day for a template that prints one, as YYYY-MM-DD; None is today."""
 
     def text(
         self,
@@ -88,7 +88,7 @@ def _failures(place: str | None) -> Iterator[None]:
 
 @contextmanager
 def _on(day: str | None, template: str) -> Iterator[None]:
-    """What is rendered within prints this day; None leaves the clock's."""
+    """Within it, templates print this day; None is today."""
     if day is None:
         yield
         return
@@ -98,19 +98,21 @@ def _on(day: str | None, template: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # transformers shares the compiled template: others must get the clock's day again.
         globals_of.pop("strftime_now", None)
 
 
 def dates(
     template: str | None, earlier: "Plan | None", like: "Plan | None", today: date | None
 ) -> tuple[str | None, str | None]:
-    """The day in a plan and the one that its template is given: None where it prints none. A plan of older code has none, and says so."""
+    """The day in a plan and the day for its template; None if the template prints none. Prints a line if an older plan has no day."""
     if template is None or not prints_date(template):
         return None, None
     now = (today or date.today()).isoformat()
     if earlier is None:
         day = (like.date if like else None) or now
         return day, day
+    # One rank says it for all.
     if earlier.date is None and os.environ.get("RANK", "0") == "0":
         said = f"the chat template prints the date, and this run's plan has none: rows are rendered with {now}"
         print(said, file=sys.stderr, flush=True)
@@ -124,7 +126,7 @@ def prints_date(template: str) -> bool:
     try:
         tree = _compiled(template).environment.parse(template)
     except jinja2.TemplateError:
-        return False  # whoever renders it says what is wrong
+        return False  # rendering it reports the error
     return any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name))
 
 

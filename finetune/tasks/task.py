@@ -1,6 +1,6 @@
-"""What a task is: how rows become examples, examples a batch, a batch a loss, and losses figures.
+"""The functions of a task: rows to examples, examples to a batch, a batch to a loss, and losses to figures.
 
-Its keys, and what is known of it without torch, are its section in `recipe/schema/tasks.py`.
+Its section in `recipe/schema/tasks.py` has its keys, and its facts without torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from finetune.plan.facts import Metrics
 
 
 class RowResults(NamedTuple):
-    """What an evaluation finds for each row; a task reduces it to figures."""
+    """The results of an evaluation for each row; a task reduces them to figures."""
 
     rows: np.ndarray
     """The row of each example, counted through the sources, int64 (N,)."""
     sums: np.ndarray
-    """The summed loss of each example in nats, float64 (N,); with more columns where the task's loss gives more."""
+    """The summed loss of each example in nats, float64 (N,); with more columns if the task's loss gives more."""
     tokens: np.ndarray
     """Supervised tokens of each example, int64 (N,)."""
 
@@ -57,17 +57,17 @@ Explain = Callable[[Row, str], list[Explained]]
 class Task:
     encoder: Callable[..., Encoder]
     """(tokenizer, section, stop tokens, row rules, and how conversations are rendered) -> a function from rows and their places to the
-    examples of each row. What the loss needs beside tokens, like a label, is in `Example.numbers`."""
+    examples of each row. `Example.numbers` has what the loss needs beside tokens, like a label."""
     content: Callable[[Row], object]
-    """A row -> what it says, as JSON has it: by this it is held out, and found again in other files."""
+    """A row -> its content, as JSON. It decides whether the row is held out, and finds it again in other files."""
     collate_packed: Callable[[Sequence[Example]], Batch]
     collate_padded: Callable[[Sequence[Example]], Batch]
     """Examples -> the arguments of `loss`, on the CPU."""
     loss: Callable[[PreTrainedModel, Batch, TokenLosses], tuple[Tensor, Tensor]]
-    """(model, batch, token losses) -> loss sum and row sums. The sums are over what examples call supervised, and are divided by how many
-    there are in a step."""
+    """(model, batch, token losses) -> loss sum and row sums. The sums are over supervised tokens; the loop divides by their
+    number in the step."""
     score: Callable[[RowResults], Metrics]
-    """Row results -> held-out figures; of them `loss`, the lower the better, chooses the best checkpoint."""
+    """Row results -> held-out figures; their `loss` chooses the best checkpoint; lower is better."""
     template_of: Callable[..., str] | None = None
     """(tokenizer, section, whether a text is the one that is looked for) -> the chat template in force, where rows are conversations; their
     section has the key `template`."""

@@ -26,8 +26,10 @@ def encoder(
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
         texts = [text_of(row, place) for row, place in zip(rows, places, strict=True)]
+        # All texts in one call: a fast tokenizer spreads them over its threads.
         batch = tokenizer(texts, return_special_tokens_mask=True)
         found = batch["input_ids"]
+        # A run of older rules keeps its doubled tokens: its resume must train on the same ones.
         if row_rules > 1:
             found = [_once(*pair) for pair in zip(found, batch["special_tokens_mask"], strict=True)]
         # some tokenizers end every text themselves
@@ -38,7 +40,7 @@ def encoder(
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a text that goes on: as in training, and without the end that some tokenizers write after every text."""
+    """The tokens of a prompt to continue: as in training, and without the end token some tokenizers add."""
     encoded = tokenizer(prompt, return_special_tokens_mask=True)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
     while len(ids) > 1 and added[-1]:
@@ -47,9 +49,9 @@ def beginning(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def _once(ids: list[int], added: list[int]) -> list[int]:
-    """Without what the tokenizer adds before and after a text that has it already: one that was rendered before begins with its begin token.
+    """Drops the tokenizer's begin and end tokens if the text has them already, as a text rendered before does.
 
-    `added` is 1 for each token that is not of the text.
+    `added` is 1 for each token the tokenizer added.
     """
     before, after = (next((count for count, each in enumerate(way) if not each), 0) for way in (added, added[::-1]))
     if before and ids[before : 2 * before] == ids[:before] and not any(added[before : 2 * before]):
@@ -61,7 +63,7 @@ def _once(ids: list[int], added: list[int]) -> list[int]:
 
 
 def _divided(ids: list[int], max_length: int) -> list[Example]:
-    """Stretches of at most `max_length` tokens; each begins with the last token of the one before, so that every token is predicted."""
+    """Pieces of at most `max_length` tokens. Each begins with the last token of the previous one, so every token is predicted."""
     tokens = np.array(ids, dtype=np.int32)
     starts = range(0, max(1, len(tokens) - 1), max(1, max_length - 1))
     return [Example(piece := tokens[start : start + max_length], np.ones(len(piece), dtype=bool)) for start in starts]

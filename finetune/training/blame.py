@@ -17,6 +17,7 @@ def broken(state: TrainState) -> NotFiniteError | None:
     for name, parameter in state.model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
             plain = name.replace(WRAPPERS[0], "").replace(WRAPPERS[1], "")
+            # Training never writes a frozen weight, so a broken one was broken before.
             if state.step == 0 or not parameter.requires_grad:
                 hint = "no row is to blame: download the base again, or name another revision or base"
                 return NotFiniteError(f"the base is broken: its tensor {plain} has NaN or infinite values", hint=hint)
@@ -32,7 +33,9 @@ def refusal(report: StepReport, verdict: Verdict) -> str:
         about = f"row {report.rows[worst]} has the highest loss, {report.row_losses[worst]:.4g}"
         return f"{verdict.message}, so the update was refused; {about}"
     bad = [row for row, loss in zip(report.rows.tolist(), report.row_losses, strict=True) if not math.isfinite(loss)]
+    # The backward pass can overflow although every loss is finite. Then no single row is known.
     rows = f"rows {bad}" if bad else f"one of rows {report.rows.tolist()}"
+    # Step 1 still has the weights of the base.
     if report.step == 1 and len(bad) == len(report.rows) > 1:
         rows = f"the base gives no finite loss for any of its {counted(len(bad), 'row')}, so the base is to blame, or train.precision"
     figures = f"loss {report.loss:g} and gradient norm {report.grad_norm:g}"

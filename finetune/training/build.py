@@ -75,11 +75,13 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     # Chunked logits save gigabytes, but only if they give this model's own loss. That is tried first.
     token_losses, reason = _fitting_loss(plan, model)
     if recipe.train.precision == "bf16" and adapters.is_adapter(model):
+        # Autocast would cast them to the same bits in every step; kept in bf16 they take half the memory.
         adapters.store_frozen_as_bf16(model)
     if recipe.train.activation_checkpointing:
         decoder_layers.checkpoint_activations(model)
     if recipe.train.compile:
         decoder_layers.compile_layers(model)
+    # transformers loads models in eval mode, without dropout.
     model.train()
     objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
     strategy = strategy_of(recipe.train)

@@ -29,7 +29,7 @@ OTHER_WAYS = {
 }
 """What Accelerate would do on its own where its launcher, its configuration file or a variable left over asks for it, and the values that
 ask for nothing."""
-OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has a class of its own
+OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has its own class
 
 
 def lost_rank(error: RuntimeError) -> LostRankError | None:
@@ -37,11 +37,13 @@ def lost_rank(error: RuntimeError) -> LostRankError | None:
     is_of_store = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
     if not is_of_store and not any(part in str(error) for part in OF_LOST_PEERS):
         return None
+    # torch writes `[file.cc:line] reason. …` and then a stack; you need the reason.
     where, reason = f"rank {os.environ['RANK']}", str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    # Before the group exists no rank was ever reached, so the address is the likely cause.
     if dist.is_initialized():
         return LostRankError(f"lost another rank: {reason}", where=where)
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    hint = "is that host 0 as this one calls it, with a port that is free there, and was every host started?"
+    hint = "check that --master-addr reaches host 0, that its port is free, and that every host was started"
     return LostRankError(f"cannot meet the others at {place}: {reason}", where=where, hint=hint)
 
 
@@ -55,6 +57,7 @@ def _patient() -> dist.ProcessGroup:
 def connect(accelerator: Accelerator) -> None:
     """By all ranks, before they wait for each other."""
     if accelerator.num_processes > 1:
+        # Making it is a collective with the usual timeout. At first use, the others would wait for rank 0's long work.
         _patient()
 
 
@@ -94,8 +97,8 @@ def refuse_other_ways() -> None:
 
 
 def declared() -> int:
-    """How many processes a launcher says that it has started. `accelerate launch` says it to nobody where it starts one alone: on CPUs,
-    whatever it was asked for."""
+    """The number of processes a launcher says it started. `accelerate launch` sets no variable if it starts only one: on CPUs it does
+    that whatever you ask for."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     parents = []
@@ -112,6 +115,7 @@ def _after_accelerate(words: list[str]) -> list[str] | None:
     """The arguments of a command that is `accelerate launch`, in one of its ways, perhaps by a Python; None for any other."""
     names = [Path(word).name for word in words]
     for way in (["accelerate", "launch"], ["accelerate-launch"], ["accelerate.commands.launch"]):
+        # A Python and `-m` may come first.
         for place in range(3):
             if names[place : place + len(way)] == way:
                 return words[place + len(way) :]
@@ -124,6 +128,7 @@ def _asked_of_accelerate(words: list[str]) -> int:
 
     asked = launch_command_parser().parse_args(words)
     number = asked.num_processes
+    # As `accelerate launch` decides itself: with --cpu it does not read the default file.
     if number is None and (asked.config_file or (not asked.cpu and Path(default_config_file).is_file())):
         number = load_config_from_file(asked.config_file).num_processes
     return number or 1

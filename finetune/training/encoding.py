@@ -19,6 +19,7 @@ from finetune.errors import DataError
 from finetune.model import base
 from finetune.model.base import templates
 from finetune.plan import encodings
+from finetune.plan.pinned import Counts
 from finetune.plan.plan import ROW_RULES, PinnedSource, Plan
 from finetune.recipe.schema import Recipe, Source, Task
 from finetune.tasks import TASKS
@@ -42,8 +43,16 @@ class Encoding:
     """`Plan.date`."""
     given_day: str | None
     """The day that the template is given."""
-    notes: tuple[str, ...]
+    templates: tuple[str, ...]
     """What was found out about templates that the base's user should know."""
+
+    def notes(self, counts: Counts) -> list[str]:
+        """What to know of templates, and the price of several examples a conversation."""
+        if self.template is None or counts.examples <= counts.rows:
+            return [*self.templates]
+        learnt = counts.supervised_tokens / counts.tokens
+        cost = f"{counts.rows:,} rows make {counts.examples:,} examples, one for each learnt turn, with {learnt:.0%} of their tokens learnt"
+        return [*self.templates, f"the chat template renders a turn differently once others follow, so {cost}"]
 
     @property
     def rendering(self) -> dict[str, Any]:
@@ -63,12 +72,14 @@ def encoding_of(
 ) -> Encoding:
     """That of a recipe, as far as a plan that it goes on with decides it. The tokenizer gets the template in force."""
     task = recipe.task
+    # A branch on the same rows reads them by the rules of its parent, or its tokens would differ.
     row_rules = like.row_rules if like is not None and like.recipe.data == recipe.data else ROW_RULES
     is_same_task = like is not None and (like.recipe.task, like.recipe.base) == (task, recipe.base)
     rules_of = like if is_same_task else None
     template, digest = template_and_encoding(task, directory, tokenizer, row_rules, rules_of)
     notes = templates.others(tokenizer.chat_template) if template and not task.template_file else ()
     if shown := template or templates.default(tokenizer.chat_template):
+        # Everything that renders with this tokenizer later must use the template of the plan.
         tokenizer.chat_template = shown
     day, given_day = dates(template, earlier, rules_of, today)
     return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, tuple(notes))
@@ -100,6 +111,7 @@ def _read(
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     place = located(source, earlier or known.get(source.path or ""))
     rows = open_source(place, revision, encoding.row_rules)
+    # Under the recipe's name, wherever the file was found: the plan's id must not change.
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     # in memory, by each process that opens it
     is_held = place.path is not None and place.path.lower().endswith(".csv")
@@ -141,6 +153,7 @@ def template_and_encoding(
     def pairs(text: str | None) -> list[tuple[str | None, str]]:
         if like is None or not encodings.is_older(like.encoding):
             return [(text, encodings.digest(task, base.tokenizer_files(directory), text, stops, row_rules))]
+        # Older code read the file of a template with its byte-order mark and its line ends: try these too.
         texts = encodings.older_texts(text)
         return [(each, encodings.older_digest(task, directory, each, stops, row_rules)) for each in texts]
 
@@ -149,6 +162,7 @@ def template_and_encoding(
 
     template_of = TASKS[task.name].template_of
     found = pairs(template_of(tokenizer, task, is_known) if template_of else None)
+    # The form that gives the plan's own digest, or a resume would be refused for the same template.
     return next((pair for pair in found if like and pair[1] == like.encoding), found[0])
 
 
@@ -159,6 +173,7 @@ def in_force(plan: Plan, directory: Path, tokenizer: PreTrainedTokenizerBase) ->
     """
     task, template = plan.recipe.task, templates.default(tokenizer.chat_template)
     has_template = TASKS[task.name].template_of is not None
+    # The tokenizer of a checkpoint carries the run's template. That of the base may need `task.template`.
     tries = [task.model_copy(update={"template": None}), task] if has_template else [task]
     for settings in tries:
         if has_template and settings.template_file is None and template is None:

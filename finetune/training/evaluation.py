@@ -57,6 +57,7 @@ def row_results(
     """
     examples = batches.examples
     parts: list[np.ndarray] = []
+    # Without dropout. `finally` turns it on again, also after a signal.
     objective.eval()
     try:
         for first in range(0, len(examples), EVALUATED_AT_ONCE):

@@ -22,7 +22,9 @@ def software() -> dict[str, str]:
     """What a training ran: digests of our own source and of the list of installed packages with their versions, and the image that it ran
     in, where FINETUNE_IMAGE names it. Recorded, not compared: what matters for equal bits is in the versions."""
     source = sorted(Path(finetune.__file__).parent.rglob("*.py"))
+    # Contents in the order of their paths: the same code has the same digest in every directory.
     code = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in source)).hexdigest()
+    # The names of these directories have name and version, so no file is opened.
     installed = sorted({found.name for place in sys.path for found in Path(place).glob("*.dist-info")})
     lock = hashlib.sha256("\n".join(installed).encode()).hexdigest()
     image = os.environ.get("FINETUNE_IMAGE")
@@ -36,6 +38,8 @@ def facts_of(accelerator: Accelerator) -> Machine:
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "device": device_name(device),
         "world_size": accelerator.num_processes,
+        # Threads split sums, so another number of them rounds differently.
         "threads": torch.get_num_threads(),
+        # It decides the order of random numbers for weights in bf16.
         "update_slice": memory.update_slice(device.type),
     }

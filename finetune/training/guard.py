@@ -86,17 +86,20 @@ def judge(
     amendments: Sequence[Amendment],
 ) -> Verdict | None:
     """The verdict on a step; None where nothing is wrong. `window` gives a quantity in the steps before one, without skipped ones."""
+    # First: a step that runs again is skipped again, whatever its figures are now.
     for amendment in amendments:
         if amendment.covers(step):
             message = f"skipped, as was decided at step {amendment.step}"
             return Verdict("skip", amendment.reason, "", message, is_amended=True)
     for quantity, value in figures.items():
+        # Before spikes: a NaN compares as false with every bound.
         if not math.isfinite(value):
             return _bounded(
                 rule, Verdict(rule.not_finite, "not_finite", quantity, f"{quantity} is {value}"), amendments
             )
     if rule.spike == "ignore":
         return None
+    # Judged last: a warning must not hide a NaN in the next quantity.
     for quantity, value in figures.items():
         distance = spike(window(quantity, step), value)
         if distance is not None:

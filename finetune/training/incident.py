@@ -21,6 +21,7 @@ from finetune.store.strict_json import strict, to_json
 from finetune.training.loop import StepReport
 from finetune.training.resolve import Resolved
 
+# These change numbers or memory. The others may be secrets, like HF_TOKEN.
 SHOWN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF")
 
 
@@ -78,11 +79,13 @@ def write(
         "environment": _environment(),
         "time": journal.now(),
     }
+    # A full disk becomes a RunError, which the guard survives: its decision stands without these files.
     with failures(folder, RunError):
         make_directory(folder.parent)
         make_directory(folder)
         lines = [to_json(row) + "\n" for row in rows or rows_of(resolved, report)]
         replace_file(folder / "rows.jsonl", "".join(lines).encode())
+        # `strict`: JSON has no NaN, and a refused step often has one.
         replace_file(folder / "report.json", (json.dumps(strict(facts), indent=1) + "\n").encode())
     return folder
 

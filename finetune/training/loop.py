@@ -1,7 +1,7 @@
 """The only backward and the only optimizer step. A generator: its consumer logs, saves, evaluates and stops.
 
-`run.execute` is the everyday consumer. Order, schedule and seeds are functions of the step, so a loop that starts at
-step 400 does what one that came from step 0 does.
+`run.execute` is the usual consumer. Order, schedule and seeds are functions of the step, so a loop from step 400 on does the
+same as one from step 0.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from finetune.training.state import TrainState
 
 
 class Wishes(NamedTuple):
-    """What a rank wants at a step's edge; what all ranks then do is agreed by `agree`."""
+    """The wishes of a rank between two steps; `agree` makes them the wishes of all."""
 
     stop: bool = False
     save: bool = False
     renew: bool = False
-    """The connections over which ranks report to saves are closed."""
+    """The connections for the reports of saves are closed."""
     refused: bool = False
-    """The last update was refused; what all ranks must have come to by themselves."""
+    """The last update was refused; every rank must have decided the same."""
 
 
 # (step, {"loss": …, "grad_norm": …}) -> what to make of them, before the update
@@ -54,7 +54,7 @@ class StepReport:
     supervised_tokens: int
     seconds: float
     await_seconds: float
-    """Of these, waiting for a snapshot to be copied."""
+    """Seconds of these spent waiting for the copy of a snapshot."""
     examples: np.ndarray
     rows: np.ndarray
     """Row of each example, counted through the sources."""
@@ -63,15 +63,15 @@ class StepReport:
     row_tokens: list[int]
     """Supervised tokens of each example."""
     agreed: Wishes
-    """What the ranks agreed on before this step."""
+    """The wishes agreed on before this step."""
     module_norms: dict[str, float]
     """2-norm of the gradient of each group of modules, before clipping."""
     verdict: guard.Verdict | None = None
-    """What is wrong with the step."""
+    """The guard's verdict, if something is wrong."""
 
     @property
     def figures(self) -> StepFigures:
-        """What the journal has of a step, and must be the same when it is run again."""
+        """The figures of a step in the journal. They must be the same when it runs again."""
         return {
             "loss": self.loss,
             "grad_norm": self.grad_norm,
@@ -82,19 +82,19 @@ class StepReport:
 
     @property
     def columns(self) -> Columns:
-        """What is recorded beside the journal: the loss of every row, and the gradient norm of every group of modules."""
+        """The record beside the journal: the loss of every row, and the gradient norm of every group of modules."""
         places = zip(self.examples.tolist(), self.rows.tolist(), self.row_losses, self.row_tokens, strict=True)
         rows = [RowLoss(self.step, *place) for place in places]
         return Columns(rows, [ModuleNorms(self.step, self.module_norms)])
 
     @property
     def is_finished(self) -> bool:
-        """Whether the state is at this step now: it was made, or skipped. Else it is at the one before."""
+        """Whether the state is now at this step, with its update or without (skipped). Else it is at the previous one."""
         return self.verdict is None or self.verdict.action in ("warn", "skip")
 
 
 def stop_at_non_finite(step: int, figures: dict[str, float]) -> guard.Verdict | None:
-    """The least that is asked of an update."""
+    """The minimal guard: stops at NaN and infinity."""
     return guard.judge(Guard(spike="ignore"), step, figures, lambda quantity, before: (), ())
 
 
@@ -106,8 +106,8 @@ def steps(
     wishes: Callable[[], Wishes],
     judge: Judge = stop_at_non_finite,
 ) -> Iterator[StepReport]:
-    """One report an update, up to step `until`, or until a rank wished to stop. After a report whose step is not finished the
-    caller ends, or has moved the state."""
+    """One report an update, up to step `until`, or until a rank wishes to stop. After a report of an unfinished step, the caller
+    must end or move the state."""
     is_refused = False
     while state.step < until:
         # One small reduce a step: a signal reaches one rank, and all must stop at the same step.
@@ -195,7 +195,7 @@ def _backward(state: TrainState, plan: Plan, batches: Batches, ids: np.ndarray, 
 
 
 def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:
-    """Moves the weights by the gradients, scaled down to `max_grad_norm` where their norm is more, and forgets these."""
+    """Updates the weights by the gradients, clipped to a norm of `max_grad_norm`, and clears the gradients."""
     optimizer = state.optimizer.optimizer  # inside Accelerate's
     excess = (grad_norm + 1e-6) / max_grad_norm  # the same small term as torch.nn.utils.clip_grad_norm_
     for group in optimizer.param_groups:
@@ -209,7 +209,7 @@ def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_n
 
 
 def agree(accelerator: Accelerator, wishes: Wishes, step: int = 0) -> Wishes:
-    """What any rank wishes, all do. DivergedError when only some of them refused the update of a step: their weights differ."""
+    """The wishes of any rank, for all. DivergedError if only some of them refused the update of a step: their weights differ."""
     if accelerator.num_processes == 1:
         return wishes
     counts = torch.tensor(wishes, dtype=torch.int32, device=accelerator.device)

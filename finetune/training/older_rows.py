@@ -31,6 +31,7 @@ def losses_of_older_rules(resolved: Resolved) -> list[str]:
                 [was], [now] = old([before[index]], [place]), new([after[index]], [place])
                 if list(map(_values, was)) != list(map(_values, now)):
                     losses.append(f"{place}: is another text, or learnt in other parts")
+            # The rules of today refuse this row, because they would lose a part of it.
             except DataError as error:
                 losses.append(f"{place}: {error.message}")
     about = f"today's rules differ for {len(losses)} of the first {seen}: {losses[0] if losses else ''}"

@@ -21,7 +21,7 @@ from finetune.training.encoding import in_force
 
 
 class _Settings(TypedDict, total=False):
-    """What `base.load_model` is told."""
+    """Arguments of `base.load_model`."""
 
     dtype: torch.dtype
     attention: str | None
@@ -74,6 +74,7 @@ def open_model(
         asked["dtype"] = dtype
     base.refuse_foreign(text)
     ref = parse(text)
+    # RUN@0 is not stored: it is the base that the plan pins.
     if ref.kind == "base":
         plan, _ = RunDirectory(ref.run).plan()
         directory = base.directory(plan.recipe.base, plan.base)
@@ -84,6 +85,7 @@ def open_model(
         return _open_checkpoint(find(ref), asked, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
         return _open_adapter(ref.path, asked, None)
+    # Pinned like the base of a recipe, so that config and weights come from one commit of the Hub.
     named = Base(checkpoint=text)
     directory = base.directory(named, base.pin(named))
     return Opened(base.load_model(directory, **asked), directory, directory, None, None)
@@ -106,7 +108,9 @@ def run_of(ref: Ref) -> Path | None:
 
 
 def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bool) -> Opened:
+    # Before loading: a flipped bit gives numbers that look right.
     base.refuse_damaged(checkpoint.path)
+    # A checkpoint copied out of its run has no plan beside it.
     run = base.run_around(checkpoint.path)
     plan = RunDirectory(run).plan()[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
@@ -114,7 +118,7 @@ def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bo
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
     model = _loaded(checkpoint.path, recipe, asked)
     directory = checkpoint.path
-    if plan and not base.has_tokenizer(directory):  # older code left out some kinds
+    if plan and not base.has_tokenizer(directory):  # older code saved only some kinds
         directory = base.directory(plan.recipe.base, plan.base, with_weights=False)
     return Opened(model, directory, checkpoint.path, plan, checkpoint)
 
@@ -124,6 +128,7 @@ def _open_adapter(path: Path, asked: _Settings, recipe: Recipe | None) -> Opened
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
     model = _loaded(base_directory, recipe, asked)
+    # Not merged: merging rounds, so the figures would not be those of training.
     model = base.attach(model, path, str(path))
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 
@@ -136,7 +141,7 @@ def _loaded(directory: Path, recipe: Recipe | None, asked: _Settings) -> PreTrai
 
 
 def _as_trained(recipe: Recipe) -> _Settings:
-    """What `base.load_model` is told so that the weights are those of training."""
+    """The arguments of `base.load_model` for the weights of training."""
     return {
         "dtype": base.DTYPES[recipe.train.weights],
         "products": base.DTYPES[recipe.train.precision],

@@ -12,8 +12,8 @@ from finetune.store.run.directory import step_of
 
 
 def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | None = None) -> list[str]:
-    """Pins the checkpoint that a base is, if it lies in a run, for the run `run_id`; of an adapter also what is beneath it. `directory` is
-    where a base was found that is no adapter.
+    """Pins a base for the run `run_id` if it is a checkpoint of another run; for an adapter, its base as well. `directory` is
+    the place of a base that is not an adapter.
 
     Returns a line for each that could not be pinned: its run may not be written. Nothing else is wrong then, but it may be pruned.
     """
@@ -26,6 +26,7 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
     if path is None or step is None or run is None:
         return []
     lines = pin(run, step, f"base-{run_id}", named.checkpoint)
+    # An adapter is of no use once its base is pruned.
     if is_adapter:
         below, pinned_below = base.beneath(path, named.checkpoint)
         lines += pin_base(below, pinned_below, run_id)
@@ -36,6 +37,7 @@ def pin(run: Path, step: int, reason: str, name: str) -> list[str]:
     """Pins a checkpoint in its run, or returns a line that says why it could not be; `name` is what the line calls it."""
     store = Store(run)
     try:
+        # Asked first: a run that you may only read is fine once it is pinned.
         if not store.is_pinned(step, reason):
             store.pin(step, reason)
     except CheckpointError as error:

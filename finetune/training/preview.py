@@ -60,6 +60,7 @@ def preview(
 
     `is_of_devices` shows the memory of 1 to 64 GPUs as well, of `device_gib` each; without that, of this machine's kind.
     """
+    # A plan for other machines writes nothing here, so this directory does not matter.
     if not is_of_devices:
         refuse_other_directory(run)
     resolved = resolve(loaded)

@@ -31,9 +31,10 @@ class Progress:
     def say(self, message: str) -> None:
         """A message on its own line, also with --quiet."""
         if not self._is_silent:
-            with self._lock:  # the writer of checkpoints has a thread of its own
+            with self._lock:  # the writer of checkpoints has its own thread
                 self._clear()
                 sys.stderr.write(f"{message}\n")
+                # A pipe is buffered in blocks, and a kill would lose the last messages.
                 sys.stderr.flush()
 
     def say_forecast(self, step: int) -> None:
@@ -47,6 +48,7 @@ class Progress:
         """The figures of a finished step; `tokens` and `seconds` are of this step."""
         if self.pace:
             self.pace.step(tokens)
+        # Always shown, so that a log ends with the last figures.
         is_last = step == self._steps
         if self._is_quiet or (not is_last and time.monotonic() - self._drawn_at < self._interval):
             return
@@ -88,6 +90,7 @@ class Progress:
 
     def _clear(self) -> None:
         if self._is_line_open:
+            # Back to the first column, and erase the line: a shorter message would leave its end.
             print("\r\x1b[2K", end="", file=sys.stderr)
             self._is_line_open = False
 

@@ -35,14 +35,17 @@ def refuse_unfit_base(resolved: Resolved) -> None:
         return
     base.check_weight_files(directory)
     facts = [resolved.plan.base.model_dump(mode="json"), *map(version, ("finetune", "torch", "transformers"))]
+    # Cached: it makes an empty model of the base, which is slow for a large one.
     base.refuse_lacking(directory, cache.found("lacking", facts, lambda: base.lacking(directory)))
 
 
 def _refuse_place(run: Path) -> None:
     """RunError where the run directory cannot be made, or written in."""
+    # A new run is not there yet, so its nearest existing parent decides.
     existing = next(parent for parent in [run.absolute(), *run.absolute().parents] if parent.exists())
     hint = "name another directory with --run"
     if not existing.is_dir():
         raise RunError(f"{existing} is a file, not a directory", where=str(run), hint=hint)
+    # Asked now and not by the first commit, after hours of training.
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RunError(f"user {os.geteuid()} may not write in {existing}", where=str(run), hint=hint)

@@ -96,6 +96,7 @@ class Recorder:
             self.pen.journal.append(record)
             told = cast(dict[str, float], {**report.figures, "seconds": record["seconds"]})
             self.pen.trackers.log(report.step, told)
+            # Written with the next save: a file a step would be thousands of files.
             self._columns.extend(report.columns)
             if earlier and (changed := journals.difference(earlier, record)):
                 was = f"{changed} was {earlier.get(changed)!r} and is {record.get(changed)!r}"
@@ -203,12 +204,11 @@ class Recorder:
 
         Waits only where two saves are under way. A save that failed is raised here, by `step` or by `finish`.
         """
-        # before the wait: ranks that write nothing have room at once, and their reports time out
+        # Before the wait: ranks that write nothing have room at once, and their reports time out.
         report = self.reports.begin(state.step, self.plan.plan_id) if self.reports else None
         waited = self._writer.make_room()
-        collectives.wait_for_everyone(
-            state.accelerator
-        )  # not in the next step, whose collectives give up on a slow disk
+        # Not in the next step, whose collectives give up on a slow disk.
+        collectives.wait_for_everyone(state.accelerator)
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
         if not self.pen:

@@ -47,6 +47,7 @@ def respond(resolved: Resolved, state: TrainState, recorder: Recorder, report: l
     is_over = _is_over(resolved.plan, state, recorder, report, verdict)
     if is_over:
         _record_refusal(recorder, report, verdict)
+    # After the journal: if the disk is full, the decision matters more than these files.
     if recorder.is_writer:
         _write_incident(resolved, recorder, report, verdict)
     if is_over:
@@ -92,6 +93,7 @@ def _roll_back(
 ) -> bool:
     """Moves the state to the newest checkpoint before an amendment; False where there is none."""
     state.await_snapshot()
+    # A collective, so every rank calls it; those that write nothing pass None.
     checkpoint = same_checkpoint(recorder.before(amendment), recorder.path, state.accelerator)
     if checkpoint is None:
         return False

@@ -44,6 +44,7 @@ def stand_in(run: Path, plan: Plan) -> Path | None:
     """The newest checkpoint of a run that trains whole weights, where its base cannot be had: it has all that a resume needs. None where
     the base is there, or nothing stands in for it: then loading the base says why."""
     adapter = plan.recipe.adapter
+    # A checkpoint of an adapter has no weights of the base.
     if (adapter and adapter.is_peft) or places.bases():
         return None
     try:
@@ -74,12 +75,14 @@ def open_plan(
     now = facts_of(accelerator)
     if RunDirectory(path).is_run:
         return _open_again(loaded, path, now, schedule, today)
+    # Ignored silently, it would look as if it had worked.
     if schedule:
         raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
     resolved = resolve(loaded, is_to_load=True, today=today)
     facts: Facts = {
         **now,
         "micro_batch_tokens": resolved.micro_batch_tokens,
+        # Random, and not the directory's name: a run that you move or copy stays the same run.
         "run": secrets.token_hex(8),
         "software": software(),
     }
@@ -89,8 +92,10 @@ def open_plan(
 def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | None, today: date | None) -> Opened:
     """As `open_plan`, of a run that exists; `now` are the facts of this machine."""
     earlier, facts = RunDirectory(path).plan()
+    # First: a base or a file that only moved is no change of the recipe.
     loaded = replace(loaded, recipe=_as_recorded(earlier, loaded.recipe))
     lines = _sorted_out(earlier, loaded.recipe)
+    # Before anything is resolved: that may download and encode for hours.
     if lines["refused"]:
         raise RunError(
             "was started with another recipe:\n  " + "\n  ".join(lines["refused"]),
@@ -177,6 +182,7 @@ def _sources_as_recorded(sources: object, old: object, pins: Sequence[PinnedSour
 def _is_moved(source: Source, was: Source, pin: PinnedSource) -> bool:
     if source.path is None or was.path is None or source.path == was.path:
         return False
+    # The content decides: the same file may have another name now.
     return fingerprint(source.path) == pin.fingerprint
 
 

@@ -1,6 +1,6 @@
-"""The everyday consumer of the loop: iterates it, evaluates, commits, and stops when asked.
+"""The usual consumer of the loop: iterates it, evaluates, commits, and stops on request.
 
-What all ranks do together (evaluate, save, stop) is a function of the step, or they agree on it first.
+All ranks must evaluate, save and stop together: each is a function of the step, or they agree on it first.
 """
 
 import math
@@ -47,12 +47,13 @@ def train(
     take_over: bool = False,
     ask: Callable[[Resolved], None] | None = None,
 ) -> None:
-    """Starts the run at `path`, or resumes it, and returns when it is finished, or step `until` is committed.
+    """Starts the run at `path`, or resumes it. Returns when it is finished, or step `until` is committed.
 
-    `schedule` is how the learning rate of a run that is extended goes on; `take_over` takes a lease whose heartbeat has stopped; `ask` may
-    refuse what was resolved, before a new run writes anything. Raises Stopped after a signal, when the last finished step is committed.
+    `schedule` continues the learning rate of an extended run; `take_over` takes a lease without a heartbeat; `ask` may refuse the
+    resolved recipe before a new run writes anything. Raises Stopped after a signal, once the last finished step is committed.
     """
     with Signals() as signals:
+        # Before the lease: a process must know its rank first, because rank 0 alone takes the lease.
         accelerator = start_accelerator(loaded.recipe.train)
         is_writer = accelerator.is_main_process
         holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
@@ -61,6 +62,7 @@ def train(
             plan = opened.resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
             signals.say = progress.say
+            # Only before the first commit: a run with one has shown that base, machine and disk fit.
             if not Store(path).checkpoints():
                 refuse_unready(opened.resolved, path)
             for change in opened.changes:
@@ -68,6 +70,7 @@ def train(
             state = build(plan, base_directory, accelerator)
             for note in dict.fromkeys([*opened.resolved.notes, *state.notes]):
                 progress.say(note)
+            # After `build`: a damaged file of frozen weights is restored from the weights of this model.
             recorder, checkpoint = attempt.begin(path, opened, loaded.text, state, progress, held)
             with closing(recorder), closing(progress):
                 if checkpoint:
@@ -75,9 +78,11 @@ def train(
                     progress.say(f"resumed from step {state.step}")
                 elif opened.resolved.stand_in:  # The checkpoint that stood in for the base is gone as well.
                     base.directory(plan.recipe.base, plan.base)
+                # Until here a signal ends the process at once: there was nothing to save.
                 signals.is_training = True
                 is_done = execute(opened.resolved, state, recorder, signals, until)
     if not is_done:
+        # Out of the `with`: the last commit is durable and the lease is free before the process ends.
         raise Stopped(signals.received or signal.SIGTERM)  # Another rank's signal stops this one too.
 
 
@@ -88,26 +93,28 @@ def _open(
     schedule: str | None,
     ask: Callable[[Resolved], None] | None,
 ) -> tuple[Opened, Path]:
-    """The run's plan on every rank, and where its base lies. Rank 0 goes first: it downloads and encodes, the others find it done."""
+    """The run's plan on every rank, and the directory of its base. Rank 0 goes first: it downloads and encodes for the others."""
     is_writer = accelerator.is_main_process
     # Ranks may start on both sides of midnight, and a template may print the day.
     today = date.fromordinal(collectives.of_rank_0(accelerator, date.today().toordinal()))
     with collectives.rank_0_first(accelerator):
         opened = open_plan(loaded, path, accelerator, schedule, today)
         resolved = opened.resolved
+        # Rank 0 asks for all. A run that has commits was asked when it began.
         if ask and is_writer and not Store(path).checkpoints():
             ask(resolved)
         base_directory = resolved.stand_in or base.directory(resolved.plan.recipe.base, resolved.plan.base)
         if is_writer and not resolved.stand_in:
             begun = resolved.plan.recipe.base, resolved.plan.base, opened.facts["run"]
             opened.changes.extend(pins.pin_base(*begun, base_directory))
+    # A collective, so it cannot be inside `rank_0_first`, where ranks run one after the other.
     return with_same_micro_batches(opened, accelerator), base_directory
 
 
 def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: Signals, until: int | None) -> bool:
-    """From the state's step to the plan's end, to step `until`, or to a signal: iterate, record, evaluate, commit.
+    """Iterates, records, evaluates and commits from the state's step to the plan's end, to step `until`, or to a signal.
 
-    Returns whether all of that is done, and the last step evaluated if it has to be.
+    Returns whether it reached the end, with the last step evaluated if that is due.
     """
     plan = resolved.plan
     end = min(plan.steps, until or plan.steps)
@@ -125,8 +132,10 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             if not report.is_finished:  # it was rolled back
                 pace = recorder.progress.pace = ahead(plan, state.step, end)
                 continue
+            # Before the evaluation, which may take minutes: `health` sees the step, and a kill does not lose it.
             recorder.step(report)
             if report.agreed.renew and recorder.reports:
+                # At the same step on every rank: making the group waits for all of them.
                 recorder.reports.renew()
             is_due = report.step == end or cadence.is_saved(plan, report.step)
             is_saved = report.agreed.save or is_due
@@ -134,6 +143,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 evaluate_and_record(is_foreseen=cadence.is_evaluated(plan, report.step, is_due))
             # After the evaluation, whose figures a commit carries and may be made for.
             if is_saved or cadence.is_saved_as_best(plan, report.step, recorder.evaluations):
+                # Before the commit: a signal that comes meanwhile asks for one more save.
                 signals.is_save_wished = False
                 with pace.aside("save", is_foreseen=is_due):
                     recorder.commit(state)
@@ -147,6 +157,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
         _commit_last(state, recorder)  # The state is the one before the step, and sound.
         raise
     _commit_last(state, recorder)
+    # A signal may have stopped the last evaluation. Then the run is not done: its resume repeats it.
     is_evaluated = recorder.is_evaluated(state.step) or not cadence.is_evaluated(plan, state.step, is_saved=True)
     if is_evaluated and state.step == plan.steps:
         _say_finished(state, recorder, first)
@@ -160,7 +171,7 @@ def _evaluate_and_record(
     wishes: Callable[[], loop.Wishes],
     is_foreseen: bool,
 ) -> None:
-    """Held-out figures of the state. `is_foreseen`: the forecast of the end counts with this evaluation."""
+    """Evaluates the state and records the figures. `is_foreseen`: the forecast of the end includes this evaluation."""
     tell = recorder.progress.evaluation(state.step, len(resolved.holdout))
     pace = recorder.progress.pace
     with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
@@ -182,7 +193,7 @@ def _wishes(signals: Signals, recorder: Recorder) -> loop.Wishes:
 
 
 def _say_finished(state: TrainState, recorder: Recorder, first: int) -> None:
-    """Also what to know before `@best` is used; all saves have ended."""
+    """Also prints warnings about `@best`. Call it after the last save."""
     if state.step >= first and recorder.is_writer:
         evaluated = recorder.evaluations
         committed = [Saved.of(checkpoint, evaluated) for checkpoint in Store(recorder.path).summaries()]

@@ -23,6 +23,7 @@ class Past:
     def __init__(self, run: Path, plan: Plan, last: Checkpoint | None):
         """The past of a run that goes on from checkpoint `last`, or from its start."""
         step, state = (last.step, _state_of(last)) if last else (0, None)
+        # All of the journal is read only if its end does not suffice: after a lost attempt, or older code.
         events, by_step = (_since(run, step) if state else None) or scan.read(run)
         before = sorted(number for number in by_step if number <= step)
         if len(before) == step:  # the journal has all, as it had before there were these states
@@ -30,6 +31,7 @@ class Past:
         self.step = step
         """Where the run goes on."""
         self._plan = plan
+        # The guard looks back on WINDOW steps. All of them would grow with the run.
         self._steps = {number: by_step[number] for number in by_step if number >= step - guard.WINDOW}
         self._tokens = state["num_input_tokens_seen"] if state else 0
         entries = losses_of(state) if state else []
@@ -60,6 +62,7 @@ class Past:
         """A step has ended."""
         step = record["step"]
         self._steps[step] = record
+        # So memory stays the same however long the run is.
         self._steps.pop(step - guard.WINDOW - 1, None)
         self._tokens += record["tokens"]
         self.newest_step = max(self.newest_step, step)
@@ -78,6 +81,7 @@ class Past:
 
     def trainer_state(self, step: int) -> Callable[[], History]:
         """Makes it as it is after a step, the newest one: elsewhere, for it takes milliseconds."""
+        # Copies: the writer's thread reads them while the next steps add to the originals.
         losses = dict(self._losses)
         if step in self._steps and _counts(self._steps[step]):
             losses[step] = loss_entry(self._plan, self._steps[step])

@@ -76,10 +76,12 @@ class TrainState:
 
     def places_on_device(self, places: tuple[int, ...]) -> torch.Tensor:
         """The same numbers as int64 where the gradients are; kept, for they are the same at every step."""
+        # They change only if other parameters have gradients.
         if self._places[0] != places:
             made, device = torch.tensor(places), self.accelerator.device
             self._places = (
                 places,
+                # Pinned and without waiting: a plain copy would make the host wait for the device.
                 made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device),
             )
         return self._places[1]

@@ -72,6 +72,7 @@ def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
             "notes": [note for note in (skipped, missed) if note],
         }
 
+    # Also our code: a fix in it must not leave older results in the cache.
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
     ours = _text_of(adapters, decoder_layers)
     facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
@@ -111,12 +112,14 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
         return _train_once(tiny.model_like(base.load_config(directory), task.max_length), recipe)
 
     reasons = cache.found("arrangements", [config, task.max_length, code], compare)
+    # Without a small model nothing can be tried, so the recipe decides.
     if reasons["small"]:
         taken = "packed" if task.packing and is_named else "padded"
         return Trial(taken, (f"rows are {taken}, untried: {reasons['small']}",))
     if reasons["packed"] and task.packing and is_named:
         raise BaseError(reasons["packed"], where="task.packing", hint=OFF)
     wanted = ARRANGEMENTS if task.packing else ARRANGEMENTS[1:]
+    # There is always one: `alone` never has a reason against it.
     found = next(way for way in wanted if not reasons.get(way))
     notes = [f"rows are {TOLD[found]}: {reasons[wanted[wanted.index(found) - 1]]}"] if found != wanted[0] else []
     settings = recipe.adapter and recipe.adapter.model_dump(mode="json")
@@ -141,6 +144,7 @@ def _rows(model: PreTrainedModel) -> list[Tensor]:
     """Rows of (1, T) tokens that all differ and lie all over the vocabulary, but not among its first ids, which are control tokens."""
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     count = min(rows, 256)
+    # Knuth's multiplicative hash spreads them; the first ids are control tokens.
     tokens = 3 + torch.arange(sum(LENGTHS)) * 2_654_435_761 % (count - 3)
     return [row[None] for row in tokens.split(LENGTHS)]
 
@@ -149,6 +153,7 @@ def _refuse_other_way_round(model: PreTrainedModel) -> None:
     """BaseError where a token's logits depend on what comes after it."""
     row = _rows(model)[0]
     before = _logits(model, input_ids=row)
+    # Only the last 8 tokens change, so a causal model computes the same logits before them.
     after = _logits(model, input_ids=torch.cat([row[:, :-8], row[:, :8]], dim=1))
     if _differs(before[:, :-8], after[:, :-8]):
         hint = "set is_decoder: true in its config.json if it has that key, or choose another base"
@@ -196,6 +201,7 @@ def _logits(model: PreTrainedModel, **inputs: object) -> Tensor:
 
 
 def _differs(one: Tensor, two: Tensor) -> bool:
+    # `not <=`, and not `>`: NaN counts as a difference.
     return one.shape != two.shape or not (one - two).norm() <= TOLERANCE * one.norm()
 
 
@@ -213,8 +219,10 @@ def _train_once(model: PreTrainedModel, recipe: Recipe) -> str | None:
         explained("cannot be trained", type(model).__name__),
         torch.autocast(row.device.type, torch.bfloat16) if is_bf16 else nullcontext(),
     ):
+        # In eval mode: with dropout, two forwards of one model differ.
         token_losses, reason = losses.fitting(model.eval())
         model.train()
         loss, _ = token_losses(model, {"input_ids": row}, places, row[0, 1:])
+        # Some families have parameters that a forward of text alone does not use.
         torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad], allow_unused=True)
     return losses.note(reason)

@@ -10,32 +10,34 @@ from figures import SCALES, Goal
 GIB = 2**30
 INTRODUCTION = """# Benchmarks
 
-We compare finetune with the tools you would use instead, on the same rows with the same tokens an
-update, in turns on one machine.
+Read here how fast finetune trains, beside the tools you would use instead. We gave all of them the
+same rows with the same tokens an update, in turns on one machine.
 `scripts/bench/throughput.py --write docs/benchmarks.md --from REPORT…` writes this page; we entered
-nothing by hand. You find the cost of a checkpoint in [checkpoints.md](checkpoints.md).
+nothing by hand. To measure your own machine, run the command you find above each table. You find
+the cost of a save in [checkpoints.md](checkpoints.md#what-a-save-costs).
 """
 RULES = """## What is compared
 
-**The training.** SmolLM2-135M-Instruct (134,515,008 parameters, the quickstart's base), every token
-supervised, fused AdamW at a constant learning rate, clipping at 1.0, no accumulation. bf16 is
-autocast over fp32 weights. An update has four rows of source text of Python's standard library, 900
-to 1,024 tokens. Every contestant trains on the same rows in the same step, and starts with the same
-weights and adapters (rank 16 beside all linear layers).
+**The training.** We train SmolLM2-135M-Instruct (134,515,008 parameters, the quickstart's base),
+every token supervised, with fused AdamW at a constant learning rate, clipping at 1.0, and no
+accumulation. bf16 is autocast over fp32 weights. An update has four rows of source text of Python's
+standard library, 900 to 1,024 tokens. Every contestant trains on the same rows in the same step,
+and starts with the same weights and adapters (rank 16 beside all linear layers).
 
 **The runs.** Each run is a separate process. Runs of all contestants alternate, in another order
-each round. All have the same threads and the same malloc settings.
+each round. All have the same threads and the same malloc settings. So you can compare figures
+within a table. Do not compare them across tables: the machine's speed changes between sessions.
 
 **The figures.**
 
-- Tokens are counted without padding, from the end of the second step to the end of the last. So
+- You see tokens without padding, counted from the end of the second step to the end of the last. So
   everything between steps counts.
 - Ratios are medians over rounds of the ratio within a round, with the spread.
 - MFU counts the matrix products with weights (6 N a token; LoRA 4 N and 6 of the adapter's). It
   compares them with the best 2,048-square matrix product of the session.
-- `malloc plain` in a cell means that we set nothing from outside. finetune sets glibc's malloc
-  itself when it trains on a CPU. So this cell shows you the worth of that alone; the other
-  contestants do not have it.
+- `malloc plain` in a cell means: we set nothing from outside. finetune sets glibc's malloc itself
+  when you train on a CPU. So this cell shows you the worth of that alone; the other contestants do
+  not have it.
 - Memory is the peak resident memory of the process, without the staging buffers of saves.
   `ready for a save` has those.
 
@@ -50,29 +52,30 @@ each round. All have the same threads and the same malloc settings.
 | SFTTrainer, packed | TRL's `pack_dataset` (`bfd`), set to pack the rows of one step together, and its padding-free collator |
 | finetune | `finetune train` with the same numbers in the recipe, else defaults: journal and row losses included; the final commit counts for memory, after the last step |
 
-A cell shows only the contestants we ran in it. With activation checkpointing, Trainer also computes
-the gradient of the embeddings' output under LoRA, as its documentation says. finetune and the bare
-loops do not.
+In a cell you see only the contestants we ran in it. With activation checkpointing, Trainer also
+computes the gradient of the embeddings' output under LoRA, as its documentation says. finetune and
+the bare loops do not.
 
 finetune and the bare loops store the frozen weights of LoRA in bf16, as autocast casts them: the
-same bits. Trainer and SFTTrainer get the model in fp32, from `from_pretrained(dtype=float32)`.
-Loaded in bf16, they would compute another loss.
+same bits. We give Trainer and SFTTrainer the model in fp32, from
+`from_pretrained(dtype=float32)`. If you load it in bf16, they compute another loss.
 """
 
 REMAINS = """## What remains above the bare loop
 
-Both profiles spend half of the time on products with weights, and a quarter on attention. finetune
-alone adds little: the norm of the gradients by dot products (`aten::dot`), the losses of rows as
-one stacked sum (`aten::stack`, `aten::cat`), seeds and collation, and a line in the journal. All of
-it is the tenths of a millisecond of *overhead* above.
+In both profiles you see half of the time in products with weights, and a quarter in attention.
+finetune alone adds little: the norm of the gradients by dot products (`aten::dot`), the losses of
+rows as one stacked sum (`aten::stack`, `aten::cat`), seeds and collation, and a line in the
+journal. You see all of it as the tenths of a millisecond of *overhead* above.
 
-The casts of autocast (`aten::copy_`) are in both: weights are cast once a step. The loss is cheaper
-than the bare loop's. finetune makes the gradient of a chunk of logits from its log-probabilities in
-place, and autograd keeps both. Clipping is one multiplication inside the fused update.
+You find the casts of autocast (`aten::copy_`) in both: it casts weights once a step. The loss is
+cheaper than the bare loop's. finetune makes the gradient of a chunk of logits from its
+log-probabilities in place, and autograd keeps both. Clipping is one multiplication inside the fused
+update.
 
-The cells show longer starts than *start*, which was measured afterwards. Since then finetune
-imports without the garbage collector, and the cache keeps the findings about a base (packing keeps
-its rows apart, the needs of its loss). *start* ran beside other work, at a higher priority.
+You see longer starts in the cells than in *start*: we measured *start* later. By then finetune
+imported without the garbage collector, and the cache kept the findings about a base (packing keeps
+its rows apart, the needs of its loss). We ran *start* beside other work, at a higher priority.
 """
 
 

@@ -30,7 +30,7 @@ def apply(model: PreTrainedModel, settings: Adapter | None) -> PreTrainedModel:
 
 
 def skipped(model: PreTrainedModel, settings: Adapter | None) -> str | None:
-    """What an adapter passes over on the bare model, and why; None where it reaches all that it is to reach."""
+    """Which layers of the bare model an adapter skips, and why; None if it skips none."""
     member = ADAPTERS[settings.name] if settings else None
     return member.skipped(model, settings) if member and member.skipped else None
 
@@ -51,7 +51,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies a checkpoint's tensors into the model. A name too many or too few is an error."""
+    """Copies a checkpoint's tensors into the model. An unknown or a missing name is an error."""
     with torch.no_grad():
         own = weights(model)
         if own.keys() != tensors.keys():
@@ -64,7 +64,7 @@ def load_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> No
 def store_frozen_as_bf16(model: PreTrainedModel) -> None:
     """Keeps the base's linear weights as autocast would cast them before every product: the same bits, half the memory.
 
-    What stays is copied out of the base's file, which is mapped: one tensor would keep all pages that were read resident.
+    Copies the other tensors out of the base's mapped file: one tensor would keep all its pages in memory.
     """
     for module in model.modules():
         is_frozen = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
@@ -77,7 +77,7 @@ def store_frozen_as_bf16(model: PreTrainedModel) -> None:
 
 
 def linear_weights(model: PreTrainedModel) -> frozenset[str]:
-    """The names of what `store_frozen_as_bf16` would take beneath an adapter, in a model that has none yet."""
+    """The names of the weights that `store_frozen_as_bf16` would cast under an adapter, in a model without one."""
     modules = {
         name: module
         for name, module in model.named_modules()
@@ -88,7 +88,7 @@ def linear_weights(model: PreTrainedModel) -> frozenset[str]:
 
 @contextmanager
 def taken_for_fp32(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
-    """While an adapter is put on: peft draws its matrices in fp32, and rounds them to the type of the layer that they are beside."""
+    """Use it around adding an adapter: peft draws its matrices in fp32, and rounds them to their layer's type."""
     pairs = [(parameter, parameter.data) for name, parameter in model.named_parameters() if name in names]
     for parameter, tensor in pairs:
         parameter.data = torch.zeros((), device=tensor.device).expand(tensor.shape)  # takes no memory
@@ -104,7 +104,7 @@ def _is_tied(module: torch.nn.Module, model: PreTrainedModel) -> bool:
 
 
 def config_of(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
-    """peft's config of the adapter; the base is named by Hub id and commit, or as in the recipe, never by a path of this machine."""
+    """peft's config of the adapter; it names the base by Hub id and commit, or as the recipe does, never by a path of this machine."""
     config = cast("PeftModel", model).peft_config[NAME].to_dict()
     named = plan.recipe.base.origin or plan.recipe.base.checkpoint
     is_hub = plan.base.kind == "hub" or plan.recipe.base.origin

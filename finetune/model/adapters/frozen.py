@@ -10,7 +10,7 @@ from finetune.recipe.schema import FrozenAdapter
 
 
 def put_on(model: PreTrainedModel, settings: FrozenAdapter) -> PreTrainedModel:
-    """The model itself; parameters whose names match a pattern of `freeze` keep their values."""
+    """The model itself; freezes parameters whose names match a pattern of `freeze`."""
     names = [name for name, _ in model.named_parameters()]
     missed = [pattern for pattern in settings.freeze if not fnmatch.filter(names, pattern)]
     if missed:

@@ -51,7 +51,7 @@ def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> Pre
 
 
 def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:
-    """What `all-linear` passes over on the bare model, beside the head, and why; None where it takes every linear layer."""
+    """Which layers of the bare model `all-linear` skips beside the head, and why; None if it takes all of them."""
     if settings.targets != ALL:
         return None
     head = model.get_output_embeddings()
@@ -64,7 +64,7 @@ def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:
 
 
 def _unfit(model: PreTrainedModel) -> dict[str, str]:
-    """Linear layers that LoRA must not wrap, by name, each with the reason."""
+    """Linear layers LoRA must not wrap, by name, each with the reason."""
     import peft
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as peft_refuses
 
@@ -108,7 +108,7 @@ def _acts_as_linear(module: Any) -> bool:
 
 
 def _refuse_unfit(targets: list[str], unfit: dict[str, str]) -> None:
-    """AdapterError for the first target that reaches a layer which must not be wrapped."""
+    """AdapterError for the first target that reaches a forbidden layer."""
     for target in targets:
         for name in _named(target, list(unfit)):
             raise AdapterError(

@@ -1,4 +1,4 @@
-"""What an adapter of the recipe is made of here; its keys and its facts without torch are its section's."""
+"""The two functions of an adapter. Its section in the schema has its keys, and its facts without torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 @dataclass(frozen=True)
 class Member:
     put_on: Callable[[PreTrainedModel, Any], PreTrainedModel]
-    """(the loaded model, also on the meta device for counting; the section) -> the model to train. AdapterError where they do not fit."""
+    """(the loaded model, also on the meta device for counting; the section) -> the model to train. AdapterError if they do not fit."""
     skipped: Callable[[PreTrainedModel, Any], str | None] | None = None
-    """(the bare model, the section) -> which layers it passes over and why, for a user; None where it passes over none."""
+    """(the bare model, the section) -> which layers it skips and why, for a user; None if it skips none."""
 
 
 def quoted(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from finetune.errors import BaseError
 from finetune.store import downloads
 
 Json = dict[str, Any]
-"""What a JSON file of somebody else's holds: nothing is known of it but that it is an object."""
+"""The content of another program's JSON file: an object, and nothing else is known."""
 
 
 def read_json(path: Path) -> Json:
@@ -33,7 +33,7 @@ def damaged(path: Path, reason: str) -> BaseError:
 
 
 def name_of(path: Path) -> str:
-    """What errors call a base: its Hub id where it is a snapshot in the Hub's cache, else the directory's name."""
+    """The name of a base in errors: its Hub id if it is a snapshot in the Hub's cache, else the directory's name."""
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return path.name

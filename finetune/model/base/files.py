@@ -30,7 +30,7 @@ _LICENCE_LINE = re.compile(r"^license:", re.MULTILINE)
 
 
 def digest(directory: Path) -> str:
-    """Over names and contents of the files that make the checkpoint."""
+    """The digest over names and contents of the checkpoint's files."""
     total = blake3.blake3()
     for file in _matching(directory, SMALL_FILES + WEIGHTS):
         total.update(f"{file.name}\0{file_digest(file)}\0".encode())
@@ -38,7 +38,7 @@ def digest(directory: Path) -> str:
 
 
 def small_digest(directory: Path) -> str:
-    """Over names and contents of config, tokenizer and template."""
+    """The digest over names and contents of config, tokenizer and template."""
     small = sorted({*_matching(directory, SMALL_FILES), *tokenizer_files(directory)})
     return "".join(f"{file.name}\0{file_digest(file)}\0" for file in small)
 
@@ -50,33 +50,34 @@ def file_digest(file: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _digest_of(file: Path, as_it_is: tuple[int, ...]) -> str:
-    """Read once in a process, as long as nothing is written to the file: a base is looked at several times until it is trained."""
+    """Read once a process while the file does not change: a start looks at a base several times."""
     return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).hexdigest()
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has a tokenizer of its own: a vocabulary, in whatever form."""
+    """Whether a directory has its own tokenizer: a vocabulary, in any form."""
     return any(found for pattern in VOCABULARIES for found in directory.glob(pattern))
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files that decide what a tokenizer does, the chat template aside."""
+    """The files that define a tokenizer, without the chat template."""
     return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()})
 
 
 @dataclass(frozen=True)
 class Companions:
-    """The small files that travel with weights: tokenizer, generation config, and the chat template that is trained with."""
+    """The small files beside weights: tokenizer, generation config, and the chat template of the training."""
 
     directory: Path
     """Of the base, or of a checkpoint."""
     template: str | None
-    """None leaves the template that is there."""
+    """None keeps the directory's own template."""
     stops: tuple[int, ...] = ()
     """Ids of tokens that end generation as well; the generation config gets them."""
 
     def contents(self, with_config: bool) -> dict[str, bytes]:
-        """By name. transformers chooses a tokenizer's class by the model's config, and an adapter has none: `with_config` adds the base's."""
+        """The files by name. transformers chooses a tokenizer's class by the model's config. An adapter has none, so
+        `with_config` adds the base's."""
         files = [*tokenizer_files(self.directory), self.directory / TEMPLATE, self.directory / GENERATION]
         found = {file.name: file.read_bytes() for file in files if file.is_file()}
         if self.template is not None:
@@ -100,10 +101,10 @@ class Companions:
 
 
 def read_ahead(directory: Path) -> None:
-    """Has the system read the weights into memory while rows are encoded; on a thread, for asking takes as long as the disk does."""
+    """Asks the system to read the weights into memory while rows are encoded. On a thread: the call may block for the disk."""
 
     def read() -> None:
-        with suppress(OSError):  # whoever reads them in earnest says what is wrong
+        with suppress(OSError):  # the real read reports the error
             for file in _matching(directory, WEIGHTS):
                 with file.open("rb") as opened:
                     for start in range(0, file.stat().st_size, AHEAD_BYTES):
@@ -114,7 +115,7 @@ def read_ahead(directory: Path) -> None:
 
 
 def copy_small_files(below: Path, adapter: Path, target: Path) -> None:
-    """What a merged model has beside config and weights: the base's small files, under the tokenizer that came with the adapter."""
+    """The small files of a merged model: the base's, with the adapter's tokenizer over them."""
     leave = {CONFIG, "adapter_config.json", *(file.name for file in _matching(below, WEIGHTS))}
     if has_tokenizer(adapter):
         leave |= {TEMPLATE, *(file.name for file in tokenizer_files(below))}
@@ -131,6 +132,6 @@ def copy_small_files(below: Path, adapter: Path, target: Path) -> None:
 
 
 def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Sorted. What two patterns match is there twice (the index of sharded weights): digests in plans were made so."""
+    """Sorted. A file that two patterns match (the index of sharded weights) comes twice: digests in plans count it so."""
     found = [file for pattern in patterns for file in directory.glob(pattern) if file.is_file()]
     return sorted(file for file in found if file.name not in NOT_THE_MODEL)

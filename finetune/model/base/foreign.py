@@ -1,4 +1,4 @@
-"""Recognizes directories of other programs that are no models, and says how to make a model of them.
+"""Recognizes other programs' directories without a model, and says how to make a model of them.
 
 It looks at names only. The files beside the weights are pickles, and must never be read.
 """
@@ -12,14 +12,14 @@ OWN = ("config.json", "adapter_config.json", "manifest.json", PLAN)  # a model, 
 
 
 def refuse(text: str) -> None:
-    """Refuses a directory that is neither a model, an adapter nor ours, but that is known; anything else returns."""
+    """Refuses a directory of a known other program that is not a model; returns for anything else."""
     path = Path(text)
     if path.is_dir() and not any((path / name).exists() for name in OWN) and (known := describe(path)):
         raise BaseError(known[0], where=text, hint=known[1])
 
 
 def describe(path: Path) -> tuple[str, str] | None:
-    """What a directory without a model's config or without safetensors weights is, and what to do; None where nobody knows."""
+    """Names a directory without a model's config or safetensors weights, and says what to do; None if it is unknown."""
     for patterns, what, hint in (
         (
             ("*.distcp", "*/*.distcp"),
@@ -43,7 +43,7 @@ def describe(path: Path) -> tuple[str, str] | None:
 
 
 def _inside(path: Path) -> tuple[str, str] | None:
-    """A directory of runs or of a Trainer's checkpoints, which are a level below."""
+    """A directory with runs or a Trainer's checkpoints one level below."""
     inside = [found.parent for name in OWN for found in path.glob(f"*/{name}")]
     if not inside:
         return None

@@ -1,4 +1,4 @@
-"""A base in a GGUF file of an installed Python package: found without importing the package, and converted."""
+"""A base in a GGUF file of an installed Python package: finds it without importing the package, and converts it."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ CONVERSION = 1  # of `convert`; part of the cache key
 
 
 def find(ref: PackageRef) -> Path:
-    """The file that a ref names."""
+    """The file of a ref."""
     spec = importlib.util.find_spec(ref.repo.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         raise BaseError(f"no installed package is called `{ref.repo}`", where=ref.text, hint="install it with pip")

@@ -8,12 +8,12 @@ from pathlib import Path
 from finetune.errors import BaseError
 from finetune.store import downloads, hub
 
-# `*` matches `/` too: leave out exports in folders, and Mistral's second copy of its weights.
+# `*` matches `/` too: skip exports in folders, and Mistral's second copy of its weights.
 OTHER_FILES = ("*/*", "consolidated*")
 
 
 def commit_of(repo: str, revision: str | None) -> str:
-    """The commit of a revision now; where the Hub cannot be reached, the one that was last seen from here."""
+    """The commit of a revision now; without the Hub, the last one seen from here."""
     import huggingface_hub
 
     with _errors(repo, revision), hub.waiting(f"which commit {repo} is at"):
@@ -21,7 +21,7 @@ def commit_of(repo: str, revision: str | None) -> str:
 
 
 def download(repo: str, commit: str | None, patterns: tuple[str, ...]) -> Path:
-    """The directory with the files of a commit that match, as the commit has them; what is there already is not downloaded again."""
+    """The directory with the matching files of a commit, checked against it; downloads only missing ones."""
     import huggingface_hub
 
     with _errors(repo, commit), hub.waiting(f"files of {repo}"):
@@ -34,7 +34,7 @@ def download(repo: str, commit: str | None, patterns: tuple[str, ...]) -> Path:
 
 
 def has_files(repo: str, commit: str | None, patterns: tuple[str, ...]) -> bool:
-    """Whether a commit has files that match; offline, where nobody knows, True: loading finds out."""
+    """Whether a commit has matching files. Offline it is True if unknown: loading finds out."""
     import huggingface_hub
     from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
 

@@ -12,7 +12,7 @@ TEXTS = (
 
 
 def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """The first thing that two tokenizers do not have in common; None where they make the same tokens."""
+    """The first difference between two tokenizers; None if they make the same tokens."""
     control = list(one.all_special_tokens)
     texts = [*TEXTS, *(f"a{token}b {token} c" for token in control), "".join(control)]
     for what, look in (

@@ -1,6 +1,6 @@
 """From a checkpoint's directory to its config, tokenizer and model: the one place that loads weights.
 
-It must run no code from a checkpoint and read no pickle: `auto_map` is refused, weights are safetensors only.
+It must run no code from a checkpoint and read no pickle: it refuses `auto_map`, and weights are safetensors only.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """The config of a language model; read as JSON first, so that nothing in it can name code to run."""
+    """The config of a language model. Reads it as JSON first and refuses names of code to run."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -69,9 +69,9 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 class Place(NamedTuple):
-    """Where a model is made, and which of its tensors are read in another type than the others.
+    """The device of a new model, and which tensors to read in another type.
 
-    Read on the host in fp32 and moved, a base takes more of the host than a GPU needs to train an adapter on it.
+    Reading a base on the host in fp32 takes more host memory than a GPU needs to train an adapter on it.
     """
 
     device: torch.device
@@ -107,10 +107,11 @@ def load_model(
     products: torch.dtype = torch.float32,
     place: Place | None = None,
 ) -> PreTrainedModel:
-    """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or one of another shape is an error.
+    """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or a wrong shape is an error.
 
-    Without `attention`, the model's own: sdpa, or eager for those that sdpa would be wrong for, like Gemma 2. `products` is what quantized layers compute in; they are quantized where the model is made.
-    Weights that the model has no place for stay unread: checkpoints often carry the heads of other tasks.
+    Without `attention` it is the model's own: sdpa, or eager if sdpa would be wrong, as for Gemma 2. `products` is the type in
+    which quantized layers compute; they are quantized on the model's device. Skips weights without a place in the model:
+    checkpoints often carry the heads of other tasks.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,12 +149,12 @@ def _names(keys: Iterable[object]) -> list[str]:
 
 
 def check_quantization(path: Path) -> None:
-    """BaseError where the base at `path` cannot be quantized while it is read."""
+    """BaseError if the base at `path` cannot be quantized during loading."""
     quantized.check_nf4(read_json(path / "config.json"))
 
 
 def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
-    """Linear layers in 4 bits with scales that are quantized too (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
+    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -16,10 +16,10 @@ NAME_IT = "name the folder where it is now with --base PATH_OR_ID: equal content
 
 @dataclass(frozen=True)
 class Look:
-    """How names are followed; the Hub is asked only about what the user names."""
+    """How to follow names; it asks the Hub only about names from the user."""
 
     place_of: Callable[[Ref], Path | None]
-    """The directory or the file that a ref leads to."""
+    """The directory or the file of a ref."""
     digest_of: Callable[[Path], str]
     commit_of: Callable[[HubRef], str]
 
@@ -32,7 +32,7 @@ class Look:
 
 
 def located(base: Base, pinned: PinnedBase, look: Look) -> Base:
-    """The base by its recorded name where that still leads to it, or by another one. BaseError where it is gone, or has changed."""
+    """The base by its recorded name if that still leads to it, or by another one. BaseError if it is gone or has changed."""
     if pinned.digest is None:
         return _of_a_commit(base, pinned, look)
     others = []
@@ -58,7 +58,7 @@ def located(base: Base, pinned: PinnedBase, look: Look) -> Base:
 
 
 def _of_a_commit(base: Base, pinned: PinnedBase, look: Look) -> Base:
-    """Of a Hub checkpoint a plan has the commit, and no digest."""
+    """A plan pins a Hub checkpoint by its commit, without a digest."""
     others = []
     for name in places.bases():
         ref = parse(name)
@@ -76,7 +76,7 @@ def _of_a_commit(base: Base, pinned: PinnedBase, look: Look) -> Base:
 
 
 def _candidates(recorded: str) -> Iterator[str]:
-    """Of a moving ref, like RUN@last, also the other steps of the run."""
+    """For a moving ref, like RUN@last, also the other steps of the run."""
     if recorded.startswith("package:"):
         yield recorded
     for name in places.around(recorded):

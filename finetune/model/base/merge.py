@@ -1,4 +1,4 @@
-"""Adapters in a directory, ours and other people's: put on a model, or merged into it.
+"""Loads adapters, ours and other people's, onto a model, or merges them into it.
 
 Everything except the merge's own proof also works on the meta device, so a plan refuses an impossible merge before training.
 """
@@ -44,12 +44,12 @@ PROBE_TOKENS = 64
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter; transformers, too, takes one that holds both for an adapter."""
+    """Whether a directory holds an adapter. If it holds both, it counts as one, as in transformers."""
     return (directory / CONFIG).is_file()
 
 
 def read_config(directory: Path, where: str) -> Json:
-    """The adapter's own config, if it is of a kind that can be merged; BaseError says why not."""
+    """The adapter's own config. BaseError if its kind cannot be merged, with the reason."""
     import peft
 
     try:
@@ -77,7 +77,7 @@ def read_config(directory: Path, where: str) -> Json:
 
 
 def check_weights(directory: Path, where: str) -> None:
-    """Refuses an adapter whose weights are missing, torn or a pickle."""
+    """BaseError if the adapter's weights are missing, torn or a pickle."""
     if not (directory / WEIGHTS).is_file():
         is_pickle = (directory / "adapter_model.bin").exists()
         message = f"has no {WEIGHTS}" + (", only a pickle, which is never read" if is_pickle else "")
@@ -89,22 +89,22 @@ def check_weights(directory: Path, where: str) -> None:
 
 
 class Unfit(Protocol):
-    """The names that are in the model or in the file alone, as torch lists them."""
+    """The names that only the model or only the file has, as torch lists them."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def attach(model: PreTrainedModel, directory: Path, where: str) -> PreTrainedModel:
-    """The model with the adapter on it, not trainable, in eval mode. What the file has too much or too little is an error."""
+    """The model with the adapter on it, not trainable, in eval mode. An unknown or a missing tensor is an error."""
     # what peft's model has not itself, it has from the one in it
     return cast(PreTrainedModel, _adapted(model, directory, where))
 
 
 def _adapted(model: PreTrainedModel, directory: Path, where: str) -> "peft.PeftModel":
-    """The same as peft knows it.
+    """The same as peft's own class.
 
-    A vocabulary that was resized for the adapter is resized here too.
+    Resizes the vocabulary if the adapter's training did.
     """
     import peft
 
@@ -133,8 +133,8 @@ def _adapted(model: PreTrainedModel, directory: Path, where: str) -> "peft.PeftM
 
 
 def _load(adapted: "peft.PeftModel", tensors: dict[str, torch.Tensor]) -> Unfit:
-    """Puts them in by the names that they have. What another version saved is left to peft, which also renames what it takes for names of
-    a family's old files: `shared_experts` of Laguna, which nothing then fits."""
+    """Loads tensors by their names; peft loads only files of other versions. It also renames: it takes `shared_experts` of Laguna
+    for a family's old name, and then nothing fits."""
     import peft
 
     named = re.compile(rf"\.{NAME}(?=\.|$)")
@@ -145,7 +145,7 @@ def _load(adapted: "peft.PeftModel", tensors: dict[str, torch.Tensor]) -> Unfit:
 
 
 def merge(model: PreTrainedModel, directory: Path, where: str) -> PreTrainedModel:
-    """The model with the adapter merged into its fp32 weights; BaseError unless it still computes the same."""
+    """The model with the adapter merged into its fp32 weights; BaseError if it then computes something else."""
     adapted = _adapted(model, directory, where)
     _untie_adapted(cast(PreTrainedModel, adapted.get_base_model()))
     before = _probe(cast(PreTrainedModel, adapted))
@@ -166,7 +166,7 @@ def merge(model: PreTrainedModel, directory: Path, where: str) -> PreTrainedMode
 
 
 def _resize_vocabulary(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """To as many rows as the adapter's own copy of the embeddings has, if it brings one; its values follow with the rest."""
+    """To the number of rows in the adapter's own copy of the embeddings, if it has one. Its values are loaded with the rest."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
     for name in names:
@@ -178,7 +178,7 @@ def _resize_vocabulary(model: PreTrainedModel, tensors: dict[str, torch.Tensor])
 
 
 def _untie_adapted(model: PreTrainedModel) -> None:
-    """Gives the head weights of its own where the adapter changes one end of tied embeddings: merged, it would change both."""
+    """Gives the head its own weights if the adapter changes one end of tied embeddings: a merge would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -14,7 +14,7 @@ from finetune.model.base.tokenizer import no_tokenizer
 
 
 def write_merged(model: PreTrainedModel, source: Path, adapter: Path, target: Path, where: str) -> None:
-    """Weights unless they are on the meta device, the small files, and the base's own config with what the adapter changed."""
+    """Writes weights (unless they are on the meta device), the small files, and the base's config with the adapter's changes."""
     config = read_json(source / "config.json")
     section = config if "vocab_size" in config else config.get("text_config", config)
     rows = model.config.get_text_config().vocab_size

@@ -29,7 +29,7 @@ HALVES = ("BF16", "F16")
 
 
 class Outline(NamedTuple):
-    """What `from_pretrained` makes of some tensors: the model on the meta device, and the names that found no place, or had no tensor."""
+    """The result of `from_pretrained` on some tensors: the model on the meta device, unused names, and missing ones."""
 
     model: PreTrainedModel
     missing: frozenset[str]
@@ -44,7 +44,7 @@ class Outline(NamedTuple):
 def outline(
     model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, torch.Tensor]
 ) -> Outline:
-    """A model from these tensors, loaded in bf16. They may be on the meta device; its own are."""
+    """A model from these tensors, loaded in bf16. It is on the meta device; the tensors may be."""
     with quiet():
         # with `output_loading_info` it is a pair, which its signature does not say
         loaded: Any = model_class.from_pretrained(
@@ -65,14 +65,14 @@ def outline(
 
 
 def kept(model: PreTrainedModel) -> frozenset[str]:
-    """The names of what transformers leaves in fp32 when it loads a model of this class and config in bf16."""
+    """The names transformers keeps in fp32 when it loads a model of this class and config in bf16."""
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
     made = outline(type(model), model.config, shapes).model.state_dict()
     return frozenset(name for name, tensor in made.items() if tensor.dtype == torch.float32)
 
 
 def stored_in_fp32(model: PreTrainedModel, path: Path) -> frozenset[str]:
-    """The names, in the model, of what the files at `path` store in fp32 beside weights in half precision."""
+    """The names, in the model, of the fp32 tensors in the files at `path`, beside weights in half precision."""
     places = headers(path)
     single = {name: place for name, place in places.items() if place.dtype == "F32"}
     if not single or not any(place.dtype in HALVES for place in places.values()):
@@ -83,7 +83,7 @@ def stored_in_fp32(model: PreTrainedModel, path: Path) -> frozenset[str]:
 def in_file_names(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], path: Path | None
 ) -> dict[str, torch.Tensor]:
-    """Tensors of a model by the names, and in the pieces, that the base at `path` has; without one, that transformers writes by itself."""
+    """Tensors of a model by the names, and in the pieces, of the base at `path`; without a base, as transformers writes them."""
     places = headers(path) if path else {}
     made = outline(type(model), model.config, on_meta(places)).model if places else model
     if not places:
@@ -93,13 +93,13 @@ def in_file_names(
 
 
 def _spelled(name: str, prefix: str, places: Mapping[str, Place]) -> str:
-    """With or without the prefix that loading adds or takes away, as the files have it: those of Llama 4 begin with `language_model.`."""
+    """Adds or removes a prefix, as the files have it: in Llama 4's, names begin with `language_model.`."""
     spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((each for each in spellings if each in places), name)
 
 
 def not_of(model: PreTrainedModel, path: Path, written: Iterable[str]) -> list[str]:
-    """Names in the files at `path` that are not among the `written`, and that fill nothing in this model under another name."""
+    """Names in the files at `path` that are not `written` and fill nothing in this model under another name."""
     places = headers(path)
     left = {name: place for name, place in places.items() if name not in set(written)}
     config = AutoConfig.from_pretrained(path)  # that of a model no longer says that the files are quantized
@@ -114,7 +114,7 @@ def not_of(model: PreTrainedModel, path: Path, written: Iterable[str]) -> list[s
 
 
 def headers(path: Path) -> dict[str, Place]:
-    """Every tensor of a model's files. Nothing where its weights are not there."""
+    """Every tensor of a model's files; none if its weights are missing."""
     return {name: place for places in headers_by_file(path).values() for name, place in places.items()}
 
 
@@ -135,7 +135,7 @@ def on_meta(places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def keeping(model_class: type[PreTrainedModel], names: frozenset[str]) -> Iterator[None]:
-    """Models of this class are loaded with these tensors in fp32 as well, from their files and not by way of bf16."""
+    """Within it, models of this class load these tensors in fp32, straight from their files, without a detour through bf16."""
     before = model_class._keep_in_fp32_modules_strict
     patterns = [f"^{re.escape(name)}$" for name in sorted(names)]
     model_class._keep_in_fp32_modules_strict = [*(before or []), *patterns]
@@ -146,7 +146,7 @@ def keeping(model_class: type[PreTrainedModel], names: frozenset[str]) -> Iterat
 
 
 def with_dtype(config: Json, dtype: torch.dtype) -> Json:
-    """A config as JSON that says so of the weights, also in the sections of its parts, and no longer that they are quantized."""
+    """A config as JSON with this type, also in its sections, and without a mark of quantization."""
     name = str(dtype).removeprefix("torch.")
     parts = {
         key: with_dtype(value, dtype)

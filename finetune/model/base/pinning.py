@@ -1,4 +1,4 @@
-"""Pins a base, and makes a directory of it that `from_pretrained` reads: downloaded, converted or merged if need be.
+"""Pins a base, and makes a directory for `from_pretrained` of it: downloads, converts or merges if needed.
 
 A base is a model on the Hub, in a directory or in a package, or an adapter, merged onto its own base.
 """
@@ -33,7 +33,7 @@ MERGING = 1  # of `write_merged`; part of the cache key
 
 
 def pin(base: Base) -> PinnedBase:
-    """What exactly the base is: the commit of a Hub id, a digest over the files of a local one; of an adapter, what is beneath too."""
+    """The exact base: the commit of a Hub id, or a digest over local files; for an adapter, its base too."""
     try:
         pinned, adapter = _pin_itself(base)
     except PermissionError:
@@ -47,7 +47,7 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory that `from_pretrained` reads, downloaded, converted or merged if need be; checked against the pin."""
+    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin."""
     base = located(base, pinned, LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
@@ -67,7 +67,8 @@ def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path
 
 
 def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
-    """The base of an adapter: of one of our runs the run's own, at its pin; else the one that the adapter names, pinned now."""
+    """The base of an adapter. For a checkpoint of our runs it is the run's base, at its pin; else the adapter names it, and
+    it is pinned now."""
     below, pinned = _named(path, where)
     if pinned is not None:
         return below, pinned
@@ -83,14 +84,14 @@ def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
 
 
 def refuse_damaged(checkpoint: Path) -> None:
-    """Reads every byte of a checkpoint of ours; CheckpointError names the first file that is not what was committed."""
+    """Reads every byte of a checkpoint of ours; CheckpointError names the first file that differs from its commit."""
     if damages := [damage for damage in verify(checkpoint) if damage.check != "extra"]:
         message = f"{damages[0].file}: {damages[0].message}"
         raise CheckpointError(message, where=str(checkpoint), hint="use another checkpoint of the run")
 
 
 def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
-    """The pin of a base whatever is beneath it, and its directory if it is an adapter."""
+    """The pin of a base without its own base, and its directory if it is an adapter."""
     refuse_foreign(base.checkpoint)
     ref = parse(base.checkpoint)
     if ref.kind == "hub":
@@ -111,7 +112,7 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
 
 @contextmanager
 def _nearest_named(text: str) -> Iterator[None]:
-    """An error of the Hub about what is likely the name of a folder, with a letter wrong."""
+    """The Hub's error about a name that is likely a misspelled folder."""
     try:
         yield
     except BaseError as error:
@@ -122,7 +123,7 @@ def _nearest_named(text: str) -> Iterator[None]:
 
 
 def _local(ref: Ref) -> Path:
-    """The directory of a base that is neither on the Hub nor in a package."""
+    """The directory of a local base, outside the Hub and packages."""
     path = _path_here(ref)
     if path is None or not path.is_dir():
         raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
@@ -130,7 +131,7 @@ def _local(ref: Ref) -> Path:
 
 
 def _path_here(ref: Ref) -> Path | None:
-    """Where a ref to a directory leads; None for what is not one."""
+    """The directory of a ref; None if it is not one."""
     if ref.kind == "run":
         return find(ref).path
     return ref.path if ref.kind == "checkpoint" or ref.kind == "model" else None
@@ -155,7 +156,7 @@ def _converted(file: Path) -> Path:
 
 
 def _place(ref: Ref) -> Path | None:
-    """The directory or the file that a ref leads to, if it does; a Hub checkpoint whole, as it is now."""
+    """The directory or the file of a ref, if it has one; of a Hub checkpoint all files, as they are now."""
     if ref.kind == "package":
         return gguf.find(ref)
     if ref.kind == "hub":
@@ -171,14 +172,14 @@ LOOK = Look(
 
 
 def _adapter(ref: Ref, commit: str | None) -> Path:
-    """The directory of an adapter, whole."""
+    """The directory of an adapter, with all its files."""
     if ref.kind == "hub":
         return hub.download(ref.repo, commit, files.FROM_HUB + files.WEIGHTS)
     return _local(ref)
 
 
 def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
-    """What an adapter says it lies on, with the pin if it is the base of a run of ours."""
+    """The base that an adapter names, with the pin if it is the base of one of our runs."""
     is_ours = (path / MANIFEST).exists()
     if is_ours and (run := run_around(path)):
         plan, _ = RunDirectory(run).plan()
@@ -198,7 +199,7 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
 
 @contextmanager
 def _explained(below: Base, where: str) -> Iterator[None]:
-    """An error of the base beneath says which adapter wanted it."""
+    """Names the adapter in an error about its base."""
     try:
         yield
     except (BaseError, CheckpointError) as error:
@@ -210,9 +211,9 @@ def _explained(below: Base, where: str) -> Iterator[None]:
 
 
 def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights: bool) -> Path:
-    """An adapter merged onto what is beneath it, in fp32: done once, kept in the cache by the pins of both.
+    """An adapter merged onto its base, in fp32: done once, kept in the cache by the pins of both.
 
-    Once it is there, the base beneath is not needed. Without weights, a directory with config and tokenizer alone.
+    Once it is there, you no longer need the base. Without weights, a directory with config and tokenizer alone.
     """
     path = _adapter(ref, pinned.revision)
     _check_digest(ref, files.digest(path), pinned)

@@ -1,4 +1,4 @@
-"""Bases whose files hold weights in fewer bits than bf16: read as the numbers they stand for, or refused."""
+"""Bases whose files hold weights in fewer bits than bf16: reads them as the numbers they stand for, or refuses them."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,21 +14,21 @@ HINT = "name the checkpoint that it was made from; base.quantization: nf4 quanti
 
 
 def refuse(config: Json, where: str) -> None:
-    """BaseError where the files of a config, as JSON, hold what cannot be read as numbers."""
+    """BaseError if the files of this config (as JSON) hold weights that cannot be read as numbers."""
     method = _method_of(config)
     if method not in (None, *READ):
         raise BaseError(f"is quantized already ({method}), and such weights cannot be trained", where=where, hint=HINT)
 
 
 def refuse_types(tensors: Mapping[str, Place], where: str) -> None:
-    """BaseError where weights are 8-bit floats: without their scales, which models have no place for, they are other numbers."""
+    """BaseError if weights are 8-bit floats: models have no place for their scales, and without these the numbers are wrong."""
     if name := next((name for name, place in tensors.items() if place.dtype.startswith("F8_E4M3")), None):
         message = f"is quantized already (`{name}` is {tensors[name].dtype}), and such weights cannot be trained"
         raise BaseError(message, where=where, hint=HINT)
 
 
 def to_numbers(config: object) -> bool:
-    """Tells transformers, in its config, to read the weights as numbers, whatever kernels are installed; whether they are quantized."""
+    """Tells transformers, in its config, to read the weights as numbers, whatever kernels are installed. Returns whether they are quantized."""
     said = getattr(config, KEY, None)
     if said:
         setattr(config, KEY, said | {"dequantize": True})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors still raise. The library's own logger holds the stream that was there when it was made, so it is asked as well."""
+    """Errors still raise. The library's logger keeps the stream of its creation, so this silences it as well."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,7 +1,7 @@
 """The config keys that make a loader run code.
 
-Known ones: `auto_map`; `trust_remote_code` in a config, which overrode the caller (CVE-2026-5241); `_attn_implementation_internal` and
-kernels named as repositories, which are downloaded and run (CVE-2026-4372).
+Known ones: `auto_map`; `trust_remote_code` in a config, because it overrode the caller (CVE-2026-5241);
+`_attn_implementation_internal` and kernels named as repositories: these are downloaded and run (CVE-2026-4372).
 """
 
 from collections.abc import Iterator

@@ -10,8 +10,8 @@ from finetune.store import cache
 
 
 def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
-    """Where to open the tokenizer of an adapter on a base. What has no config beside it gets the base's, in the cache: by that transformers
-    chooses the class, and in training it did."""
+    """Where to open the tokenizer of an adapter on a base. Without a config beside it, it gets the base's, in the cache: transformers
+    chooses the class by it, as in training."""
     if not files.has_tokenizer(adapter) and not (adapter / files.TEMPLATE).is_file():
         return base_directory
     if files.has_tokenizer(adapter) and (adapter / files.CONFIG).is_file():

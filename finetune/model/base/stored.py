@@ -9,11 +9,11 @@ from finetune.model.base import outline
 from finetune.model.base.load import Place, empty_model, load_model
 
 Settings = tuple[torch.dtype, str | None, str | None, torch.dtype, Place | None]
-"""What `load_model` is told of how a model is made, in its order."""
+"""The arguments of `load_model`, in its order."""
 
 
 def load_as_stored(path: Path, *settings: *Settings) -> PreTrainedModel:
-    """As `load_model`; in bf16, what the files store in fp32 beside half precision stays in fp32."""
+    """As `load_model`, but tensors stored in fp32 beside half precision stay in fp32, also in bf16."""
     model = empty_model(path)
     with outline.keeping(type(model), outline.stored_in_fp32(model, path)):
         return load_model(path, *settings)

@@ -1,7 +1,7 @@
 """Renders a new chat template in a process with limits, before anything else renders it.
 
-A template is a program by the base's authors. The sandbox of transformers keeps it from files and code (CVE-2024-34359, CVE-2026-5760
-are of renderers without one), but not from using up time and memory.
+A template is a program by the base's authors. The sandbox of transformers keeps it away from files and code (CVE-2024-34359, CVE-2026-5760
+hit renderers without one). It does not limit time and memory.
 """
 
 import json
@@ -30,7 +30,7 @@ CONVERSATIONS = [QUESTION, ANSWERED, [{"role": "system", "content": "Be brief."}
 
 
 def texts(chat_template: object) -> list[str]:
-    """The templates that a tokenizer or its config has: one, or several by name."""
+    """The templates of a tokenizer or its config: one, or several by name."""
     if isinstance(chat_template, dict):
         return [text for text in chat_template.values() if isinstance(text, str)]
     if isinstance(chat_template, list):
@@ -52,13 +52,13 @@ def default(chat_template: object, name: str = "default") -> str | None:
 
 
 def others(chat_template: object) -> list[str]:
-    """A line about the templates that are not used, where there are any."""
+    """A line about unused templates, if there are any."""
     left = [f"`{name}`" for name in names(chat_template) if name != "default"]
     return [f"the base has several chat templates: `default` is trained with, not {', '.join(left)}"] if left else []
 
 
 def names(chat_template: object) -> list[str]:
-    """Of several templates; of one none, for it has no name."""
+    """The names of several templates; a single one has none."""
     return sorted(chat_template) if isinstance(chat_template, dict) else []
 
 
@@ -72,12 +72,12 @@ def decoded(data: bytes) -> str:
 
 
 def clean(template: str) -> str:
-    """Without a byte-order mark, which would be in every row, and with the line ends that reading it from a file would give."""
+    """Without a byte-order mark, which would be in every row, and with the line ends of a file read as text."""
     return template.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def problem(template: str) -> str | None:
-    """Why a template must not be rendered, or None. What a template was found to do is kept in the cache, by its text."""
+    """Why a template must not be rendered, or None. The cache keeps the finding, by the template's text."""
     if len(template) > LONGEST:
         return f"has {len(template):,} characters, more than {LONGEST:,}"
     facts = [template, CONVERSATIONS, CPU_SECONDS, MEMORY_BYTES, version("transformers")]
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def _rendered(template: str, compiled: Callable[[str], "Template"]) -> str | None:
-    """Renders every conversation; one that the template refuses is its right, as long as it takes another."""
+    """Renders every conversation. A template may refuse some, if it renders another."""
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
 

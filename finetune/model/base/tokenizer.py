@@ -25,15 +25,14 @@ def refuse_remote_code(path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory that has the model's config beside it, by which transformers chooses its class.
+    """The tokenizer of a directory with the model's config: transformers chooses its class by that.
 
-    Every command opens tokenizers here. Only a fast one tells which characters a token stands for.
+    Every command opens tokenizers here. Only a fast one maps tokens to characters.
     """
     refuse_remote_code(path)
     _refuse_unreadable_templates(path)
-    tokenizer = _tokenizer(
-        path.absolute()
-    )  # a relative path may look like a Hub id that transformers makes exceptions for
+    # A relative path may look like a Hub id with an exception in transformers.
+    tokenizer = _tokenizer(path.absolute())
     if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=name_of(path))
     with explained("its tokenizer cannot encode a text", name_of(path), RELOAD):
@@ -81,7 +80,7 @@ def _refuse_unreadable_templates(path: Path) -> None:
 
 
 def no_tokenizer(where: str, directory: Path) -> BaseError:
-    """The error for a checkpoint that was saved without one, as Trainer does unless it is told of one."""
+    """The error for a checkpoint without one: Trainer saves none unless you pass it one."""
     hint = f"copy tokenizer.json and tokenizer_config.json of the model that it was trained from into {directory}"
     return BaseError("has no tokenizer", where=where, hint=hint)
 
@@ -114,7 +113,7 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, named: Sequence[
 
 
 def check_generation_config(path: Path) -> None:
-    """BaseError where transformers refuses it, as it would when it opens the model."""
+    """BaseError if transformers refuses it, as it would when it opens the model."""
     if (path / "generation_config.json").is_file():
         with quiet(), explained("its generation_config.json is refused", name_of(path), "correct or remove the file"):
             GenerationConfig.from_pretrained(path)

@@ -34,7 +34,7 @@ def weight_files(index: Path) -> set[str]:
 
 
 def refuse_lacking(path: Path, names: dict[str, list[str]]) -> None:
-    """BaseError where weights of the config are in no file, or have another shape there; `names` are by the kind that transformers says."""
+    """BaseError if a weight of the config is in no file, or has another shape there; `names` are by transformers' kinds."""
     for kind, found in names.items():
         if found:
             wrong = f"lacks weights of its own config ({kind.replace('_', ' ')}): {', '.join(found[:3])}"

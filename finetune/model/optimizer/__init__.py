@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, Member] = {name: import_module(f"{__name__}.{name}").MEMBE
 
 
 def check(settings: Optimizer) -> None:
-    """FinetuneError where what an optimizer needs is not installed."""
+    """FinetuneError if a package of an optimizer is not installed."""
     if check_member := OPTIMIZERS[settings.name].check:
         check_member()
 

@@ -1,4 +1,4 @@
-"""AdamW whose moments take 8 bits, in blocks that each have a scale (Dettmers et al. 2021, arXiv 2110.02861).
+"""AdamW with moments of 8 bits, in blocks with a scale each (Dettmers et al. 2021, arXiv 2110.02861).
 
 The update is bitsandbytes' kernel; the state is our own, tensors alone, so that checkpoints store and restore it like any other.
 """
@@ -56,7 +56,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return parameter.numel() >= SMALLEST and parameter not in self._embeddings
 
     def _prepare(self, parameter: torch.Tensor) -> None:
-        """Makes the first state; puts a restored one where the kernels want it."""
+        """Makes the first state; moves a restored one to the place the kernels need."""
         slots = self.state[parameter]
         if not slots:
             slots["step"] = torch.zeros(())
@@ -116,7 +116,7 @@ class AdamW8bit(torch.optim.Optimizer):
         )
 
     def _codes_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numbers that 8 bits stand for: with a sign for the first moment, without for the second."""
+        """The numbers of the 256 codes: with a sign for the first moment, without for the second."""
         if device not in self._codes:
             codes = (self._kernels.create_dynamic_map(signed=signed).to(device) for signed in (True, False))
             self._codes[device] = tuple(codes)
@@ -124,7 +124,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def kernels() -> ModuleType:
-    """Those of bitsandbytes; FinetuneError where it is not installed."""
+    """The functions of bitsandbytes; FinetuneError if it is not installed."""
     try:
         from bitsandbytes import functional
     except ImportError:

@@ -1,4 +1,4 @@
-"""What an optimizer of the recipe is made of here; its keys and its facts without torch are in `recipe/schema/optimizers.py`."""
+"""The functions of an optimizer. `recipe/schema/optimizers.py` has its keys, and its facts without torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ Group = dict[str, Any]
 
 
 class Trained(NamedTuple):
-    """What an optimizer updates."""
+    """The parameters an optimizer updates."""
 
     groups: list[Group]
     """Parameter groups, with and without weight decay."""
     embeddings: frozenset[torch.nn.Parameter]
     """Parameters of the model that embed tokens."""
     seed: int
-    """Of random numbers, with the update and the parameter."""
+    """Together with update and parameter, it seeds the random numbers."""
 
 
 @dataclass(frozen=True)
 class Member:
     build: Callable[[Trained, Optimizer], torch.optim.Optimizer]
-    """The loop writes the learning rate before every update; all that a checkpoint needs has to be in `state`, as tensors.
+    """The loop writes the learning rate before every update. `state` must have everything a checkpoint needs, as tensors.
 
-    One with `fused` among its defaults divides gradients by its `grad_scale` while it reads them; for the others the loop clips first.
+    With `fused` in its defaults, it must divide gradients by its `grad_scale` while it reads them; else the loop clips first.
     """
     check: Callable[[], object] | None = None
-    """FinetuneError where what it needs is not installed."""
+    """FinetuneError if a package it needs is not installed."""

@@ -13,7 +13,7 @@ from finetune.plan.row_order import derive
 
 
 class Scratch:
-    """Room for one slice, kept: in fresh memory an update takes several times as long."""
+    """Buffers for one slice, reused: in fresh memory an update takes several times as long."""
 
     def __init__(self, device: torch.device, size: int):
         self.weight, self.grad = (torch.empty(size, device=device) for _ in range(2))
@@ -24,17 +24,17 @@ class Scratch:
 class RoundedAdamW(torch.optim.Optimizer):
     """Random numbers are a function of seed, update and parameter: the same on every rank, and after a resume.
 
-    Parameters that are not in bf16 are updated as they are.
+    It updates parameters of other types without rounding.
     """
 
     def __init__(self, groups: list[Group], seed: int, *, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "fused": True})
         self.grad_scale: torch.Tensor | None = None
-        """Gradients are divided by it."""
+        """The update divides gradients by it."""
         self._seed = seed
         self._updates = 0
         self._counter: torch.Tensor | None = None
-        """The state that `_updates` was counted on."""
+        """A counter of the state behind `_updates`. Another one means: a state was loaded."""
         self._scratch: dict[torch.device, Scratch] = {}
 
     @torch.no_grad()
@@ -96,8 +96,8 @@ class RoundedAdamW(torch.optim.Optimizer):
 def round_by_chance(values: torch.Tensor, generator: torch.Generator, scratch: Scratch) -> None:
     """Makes each fp32 value one of its two neighbours in bf16, the nearer one more likely.
 
-    The lower 16 bits of an fp32 number are what bf16 has no room for: a random number of 16 bits carries over in just so
-    many cases, whatever the sign.
+    bf16 drops the lower 16 bits of an fp32 number. Adding a random number of 16 bits carries over with the right
+    probability, whatever the sign.
     """
     words = scratch.words[: -(-len(values) // 4)]
     words.random_(-(2**63), None, generator=generator)  # four numbers in each

@@ -85,12 +85,8 @@ def of_data(source: Source, pinned: PinnedSource) -> str | None:
     try:
         with hub.waiting(f"the card of the data set {source.dataset}"):
             card = hf_hub_download(source.dataset, "README.md", repo_type="dataset", revision=pinned.revision)
-    except (
-        HfHubHTTPError,
-        hub.http().HTTPError,
-        LocalEntryNotFoundError,
-        OSError,
-    ):  # the card then says that it is unknown
+    # The card then says that it is unknown.
+    except (HfHubHTTPError, hub.http().HTTPError, LocalEntryNotFoundError, OSError):
         return None
     said: object = (metadata.read(Path(card).read_text(encoding="utf-8", errors="replace")) or {}).get("license")
     return ", ".join(map(str, said)) if isinstance(said, list) else None if said is None else str(said)

@@ -68,9 +68,8 @@ def dtype(folder: Folder) -> Iterator[Finding]:
     """
     said = folder.config.get("dtype") or folder.config.get("torch_dtype")
     wanted = DTYPES.get(str(said).removeprefix("torch."))
-    if (
-        wanted is None or folder.is_adapter or folder.config.get("quantization_config")
-    ):  # an adapter's config is the base's
+    # An adapter's config is the base's.
+    if wanted is None or folder.is_adapter or folder.config.get("quantization_config"):
         return
     places = [(file, name, place) for file, tensors in folder.tensors.items() for name, place in tensors.items()]
     is_mixed = wanted in HALVES and any(place.dtype == wanted for _, _, place in places)

@@ -1,4 +1,4 @@
-"""A save under way: files that are hashed while they are written, synced, and in no checkpoint's place yet."""
+"""A running save: hashes files while it writes them, and syncs them, outside the checkpoints' directory."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTS
 
 
 class Attempt:
-    """A save under way, in a directory that is not a checkpoint yet. After any error the directory is gone; begin another."""
+    """A running save, in a directory that is not a checkpoint yet. An error removes the directory; begin another attempt."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
         self.step = step
         self.files: dict[str, FileRecord] = {}
         self.linked: set[str] = set()
-        """Of these, the ones whose bytes were there before."""
+        """Those of them that an earlier checkpoint had."""
 
     @property
     def written_bytes(self) -> int:
@@ -66,12 +66,12 @@ class Attempt:
             )
 
     def discard(self) -> None:
-        """Removes the directory as far as the disk allows; the rest is swept by the next holder of the lease."""
+        """Removes the directory as far as the disk allows; the next holder of the lease sweeps the rest."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def saving(self, path: Path) -> Iterator[None]:
-        """Where a step of the save fails, the whole attempt goes: after a failed fsync nobody knows which bytes are on the disk
+        """If a step of the save fails, removes the whole attempt: after a failed fsync it is unknown which bytes are on the disk
         (https://lwn.net/Articles/752063)."""
         try:
             with failures(path):

@@ -1,4 +1,4 @@
-"""What the best commit of a run is worth: whether a better evaluation was not kept, and whether the base was better."""
+"""Compares the best commit of a run with evaluations that were not kept, and with the base."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from finetune.store.run.records import EventRecord
 
 
 def notes(commits: Sequence[Saved], evaluated: Mapping[int, Metrics], first: int) -> list[str]:
-    """What to know before the best commit is used; nothing where all is well. `first` is the first step that the run could commit."""
+    """Lines to read before you use the best commit; none if all is well. `first` is the first step the run could commit."""
     chosen = _best(commits)
     seen = _best([Saved(step, metrics) for step, metrics in evaluated.items() if step >= first])
     found = []
@@ -30,7 +30,7 @@ class _Best(NamedTuple):
 
 
 def first_step(events: Sequence[EventRecord]) -> int:
-    """The first step that a run could commit, by its journal: a branch begins with one of another run."""
+    """The first step a run could commit, by its journal: a branch begins with a commit of another run."""
     return max([1, *(event["step"] for event in events if event.get("event") == "branched")])
 
 

@@ -1,4 +1,4 @@
-"""`manifest.json`: what makes a directory a checkpoint, and is written last.
+"""`manifest.json` makes a directory a checkpoint, and is written last.
 
 One JSON object whose last line is the digest of all bytes before that line. Every later schema keeps that rule, so a torn or
 damaged manifest is never taken for a foreign or a newer one. `docs/` has the keys.
@@ -28,7 +28,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 class ManifestError(CheckpointError):
-    """A manifest that cannot be used: `damaged` (or torn), `foreign` (another program's) or `future` (a newer version's)."""
+    """An unusable manifest: `damaged` (or torn), `foreign` (another program's) or `future` (a newer version's)."""
 
     def __init__(self, reason: Literal["damaged", "foreign", "future"], message: str, *, where: str, hint: str):
         self.reason = reason
@@ -37,7 +37,7 @@ class ManifestError(CheckpointError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file; safetensors files have a record for each tensor, in the order of the bytes."""
+    """The manifest's record of a file; safetensors files have a record for each tensor, in the order of the bytes."""
 
     bytes: int
     digest: str
@@ -61,7 +61,7 @@ class Manifest:
     kind: Literal["full", "weights"] = "full"
     """`weights` was demoted: optimizer and counters are gone."""
     demoted_from: str | None = None
-    """Digest of the manifest it had while it was full, which later checkpoints name as their parent's."""
+    """Digest of its manifest before it was demoted: later checkpoints name it as their parent's."""
     amendments: list[AmendmentRecord] = field(default_factory=list)
     metrics: Metrics = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -109,7 +109,7 @@ _REQUIRED = {"run", "attempt", "step", "parent", "plan_id", "files"}
 
 
 def of_attempt(facts: Facts, plan_id: str, attempt: str, step: int = 0, parent: ParentRecord | None = None) -> Manifest:
-    """The manifest of an attempt at a run with these facts; what it says of a step is for its checkpoint to add."""
+    """The manifest of an attempt at a run with these facts; each checkpoint adds the facts of its step."""
     return Manifest(
         run=facts["run"],
         attempt=attempt,
@@ -123,7 +123,7 @@ def of_attempt(facts: Facts, plan_id: str, attempt: str, step: int = 0, parent: 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory whose manifest is sound; whether its other files are too is for `verify` to say."""
+    """A directory with a sound manifest; `verify` checks its other files."""
 
     path: Path
     step: int
@@ -131,7 +131,7 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a directory, wherever that is; ManifestError where the manifest is missing, damaged, foreign or from the future."""
+    """The checkpoint in any directory; ManifestError if the manifest is missing, damaged, foreign or from the future."""
     where = str(path / MANIFEST)
     try:
         manifest = parse((path / MANIFEST).read_bytes(), where)
@@ -147,7 +147,7 @@ def cannot_be_read(error: OSError) -> str:
 
 
 def check_name(name: str) -> str:
-    """The name of a checkpoint's file, if it is a plain one: nothing that leaves the directory, nor the manifest itself."""
+    """Checks the name of a checkpoint's file: it must not leave the directory, or be the manifest itself."""
     if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
         raise CheckpointError(
             f"`{name}` cannot be the name of a file of a checkpoint", hint="letters, digits and `_.+-`, no folders"

@@ -1,4 +1,4 @@
-"""Retention on the disk: demotes, then removes, what the keep rules do not keep."""
+"""Retention on the disk: demotes, then removes, checkpoints that the keep rules do not keep."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,26 +22,26 @@ class Action(TypedDict):
     action: str
     """`demote` or `remove`."""
     bytes: int
-    """Those that become free."""
+    """Bytes it frees."""
 
 
 class PinnedStep(TypedDict):
     ref: str
     step: int
     pins: list[str]
-    """The files that say so."""
+    """The files in `pins/` for it."""
 
 
 class Pruned(NamedTuple):
     actions: list[Action]
     pinned: list[PinnedStep]
-    """What the rules would take, were it not pinned."""
+    """Steps that would go without their pins."""
 
 
 def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned:
-    """Applies the run's keep rules by hand, with those of `changes` that are not None; a dry run only says what would happen.
+    """Applies the run's keep rules by hand, changed by those of `changes` that are not None; a dry run only reports.
 
-    The newest sound checkpoint always stays; damaged ones count for nothing, and stay so that you can look at them.
+    The newest sound checkpoint always stays. Damaged ones do not count, and stay for you to inspect.
     """
     plan, _ = RunDirectory(run).plan()
     cadences = {"every", "weights_every"}
@@ -78,8 +78,8 @@ def due(
     publish: Publish | None = None,
     are_pins_kept: bool = True,
 ) -> list[tuple[Summary, str]]:
-    """What the rules do not keep, oldest first, demotions before removals. Directories named in `damaged` count for nothing; pinned
-    checkpoints stay, and milestones that are published, or will be."""
+    """Actions on checkpoints that the rules do not keep, oldest first, demotions before removals. Directories in `damaged` do not
+    count. Pinned checkpoints stay, and so do milestones, published or not yet."""
     sound = [item for item in store.summaries() if item.path.name not in damaged]
     saved = [Saved.of(item, evaluated) for item in sound]
     cadence = publish.milestones.steps if publish and publish.milestones else None
@@ -91,7 +91,7 @@ def due(
 
 
 def apply(store: Store, actions: list[tuple[Summary, str]], record: Callable[[str, int], None]) -> None:
-    """Does what `due` found; `record` gets each event once it has happened."""
+    """Carries out the actions of `due`; `record` gets each event afterwards."""
     for item, action in actions:
         if action == "demote":
             store.demote(read(item.path))

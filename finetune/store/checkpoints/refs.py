@@ -1,4 +1,4 @@
-"""What a user calls a checkpoint: `runs/a@400`, `runs/a@best`, a directory, a Hub id, a file in a package.
+"""The names of checkpoints: `runs/a@400`, `runs/a@best`, a directory, a Hub id, a file in a package.
 
 Every command and `base.checkpoint` of every recipe read refs here, so they mean the same everywhere.
 """
@@ -87,7 +87,7 @@ Ref = StepRef | OriginRef | CheckpointRef | ModelRef | HubRef | PackageRef
 
 
 def parse(text: str) -> Ref:
-    """What a ref names. Directories that exist come first, then RUN@STEP, then Hub ids."""
+    """Parses a ref. Existing directories come first, then RUN@STEP, then Hub ids."""
     if Path(text).is_dir():
         return _directory(text)
     if match := _RUN.fullmatch(text):
@@ -105,7 +105,7 @@ def parse(text: str) -> Ref:
 
 
 def nearest_folder(text: str) -> str | None:
-    """The folder here whose path is most like a text; None where none is alike."""
+    """The folder here with the path most like a text; None if none is alike."""
     path = Path(text)
     parents = [path.parent] if path.parent.is_dir() else []
     if path.parent.parent.is_dir():
@@ -135,13 +135,13 @@ def _directory(text: str) -> Ref:
 
 
 def run_around(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint lies in, if it does."""
+    """The run directory around a checkpoint, if there is one."""
     run = checkpoint.absolute().parents[1]
     return run if RunDirectory(run).is_run else None
 
 
 def find(ref: Ref) -> Checkpoint:
-    """The committed checkpoint that a ref of the kind `run` or `checkpoint` names; its manifest is sound, its bytes are not verified."""
+    """The committed checkpoint of a ref of the kind `run` or `checkpoint`; its manifest is sound, its bytes are not verified."""
     if ref.kind == "checkpoint":
         return read(ref.path)
     if ref.kind != "run":
@@ -173,7 +173,7 @@ def find(ref: Ref) -> Checkpoint:
 
 
 def _to_have_a_best(run: Path) -> str:
-    """What a run needs for a best checkpoint."""
+    """How to get a best checkpoint."""
     plan = RunDirectory(run).plan()[0] if RunDirectory(run).is_run else None
     if plan and not plan.holdout_counts.examples:
         return "the run has no held-out rows: name a step or `last`, or set `data.holdout` in the recipe of another run"

@@ -1,8 +1,8 @@
 """The checkpoints of a run on disk: staged, committed by one rename, verified, removed.
 
 The protocol: every file is hashed while written and synced; the attempt's directory is synced; `manifest.json` is written and synced;
-the directory is synced again and renamed into `checkpoints/`; that rename, synced, is the commit. Whatever goes wrong before leaves
-an attempt, which nobody reads. Only the holder of the run's `lease` writes.
+the directory is synced again and renamed into `checkpoints/`; that rename, synced, is the commit. An error or a kill before it leaves
+an attempt; no code reads those. Only the holder of the run's `lease` writes.
 """
 
 import os
@@ -43,9 +43,9 @@ class Store:
         return attempt
 
     def commit(self, attempt: Attempt, manifest: Manifest, check: Callable[[], None] | None = None) -> Checkpoint:
-        """Makes an attempt a checkpoint. `manifest.files` is taken from the attempt; `check` is asked right before, and may raise.
+        """Makes an attempt a checkpoint. Takes `manifest.files` from the attempt; calls `check` right before, and it may raise.
 
-        A damaged or demoted checkpoint of the same step makes room; a sound one is an error: what is committed does not change.
+        Replaces a damaged or demoted checkpoint of the same step. A sound one is an error: commits do not change.
         """
         if manifest.step != attempt.step:
             raise ValueError(f"a manifest of step {manifest.step} for an attempt at step {attempt.step}")
@@ -72,7 +72,7 @@ class Store:
         return read(destination)
 
     def read_back(self, checkpoint: Checkpoint, written: Collection[str]) -> None:
-        """Compares every byte that a save has written; CheckpointError where the disk returns others. Before anything is removed."""
+        """Reads back and compares every written byte of a save; CheckpointError if one differs. Call it before removing anything."""
         if damage := verify(checkpoint.path, only=written):
             hint = "this disk cannot be trusted: use another one; earlier checkpoints were not touched"
             message = f"does not read back as it was written: {damage[0].file}: {damage[0].message}"
@@ -83,7 +83,7 @@ class Store:
         return [item for item in self._scan() if isinstance(item, Checkpoint)]
 
     def summaries(self) -> list[Summary]:
-        """The same in short. A manifest that has not changed since this object read it is not read again: saves may keep hundreds."""
+        """Short records of the same. Reads a manifest again only if it has changed: a run may keep hundreds."""
         known = {}
         for name in self._names():
             path = self.directory / name
@@ -100,11 +100,11 @@ class Store:
         return [summary for _, summary in known.values() if summary]
 
     def unreadable(self) -> list[Unreadable]:
-        """The directories in a checkpoint's place that are none, by step."""
+        """Directories in a checkpoint's place without a sound manifest, by step."""
         return [item for item in self._scan() if isinstance(item, Unreadable)]
 
     def find(self, step: int) -> Checkpoint:
-        """The checkpoint of a step; a CheckpointError says why there is none, and which there are."""
+        """The checkpoint of a step; else a CheckpointError with the reason and the existing steps."""
         path = self._paths.checkpoint(step)
         if path.is_dir():
             return read(path)
@@ -113,8 +113,8 @@ class Store:
         raise CheckpointError(f"{self.run} has no step {step}; committed: {steps or 'none'}", hint=hint)
 
     def newest_sound(self, before: int | None = None) -> tuple[Checkpoint | None, list[Damage]]:
-        """The newest full checkpoint of which every byte is right, and what is wrong with the newer ones (`file` begins with `step-…/`).
-        Only of those before a step, if one is given."""
+        """The newest full checkpoint with every byte intact, and the damage in newer ones (`file` begins with `step-…/`). `before` a step
+        if you give one."""
         damages: list[Damage] = []
         for name in reversed(self._names()):  # a manifest at a time: there may be hundreds of older ones
             item = opened(self.directory / name)
@@ -137,15 +137,15 @@ class Store:
         return None, damages
 
     def remove(self, checkpoint: Checkpoint | Summary | Unreadable) -> None:
-        """Takes a checkpoint away in one rename, and then its bytes: a crash in between leaves no half of it in sight."""
+        """Renames a checkpoint away in one call, then deletes it: a crash in between leaves no half of it in place."""
         with failures(checkpoint.path):
             trash = self._to_trash(checkpoint.path)
             sync_directory(self.directory)
             shutil.rmtree(trash)
 
     def demote(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Leaves of a checkpoint what a model needs. The new manifest, renamed over the old one, decides; a crash after it leaves
-        files that are in no manifest, which `sweep` removes."""
+        """Keeps only the model of a checkpoint. Renaming the new manifest over the old one decides; after a crash right then, `sweep`
+        removes the unlisted files."""
         files = {name: record for name, record in checkpoint.manifest.files.items() if name not in RESUME_FILES}
         demoted = replace(checkpoint.manifest, kind="weights", demoted_from=checkpoint.manifest.digest, files=files)
         with failures(checkpoint.path):
@@ -159,7 +159,7 @@ class Store:
                 (path / name).unlink(missing_ok=True)
 
     def pin(self, step: int, reason: str) -> None:
-        """Has the keep rules leave the checkpoint of a step alone: `pins/step-<step>-<reason>`, for whoever looks, and may remove it."""
+        """Protects the checkpoint of a step from the keep rules, by the file `pins/step-<step>-<reason>`. Users may read and remove it."""
         path = self._paths.pin(step, reason)
         with failures(path):
             make_directory(path.parent)
@@ -169,12 +169,12 @@ class Store:
         return self._paths.pin(step, reason).exists()
 
     def pinned(self) -> set[int]:
-        """The steps that are pinned; whether they are committed is another question."""
+        """The pinned steps, committed or not."""
         return set(self._paths.pinned())
 
     def sweep(self) -> None:
-        """Puts back what a dead process had moved away for a commit that did not come, and removes what it left in `attempts/`, in
-        `trash/`, and of demotions; for the holder of the lease before its first save."""
+        """Puts back a checkpoint that a dead process moved away without a commit in its place. Removes its leftovers in `attempts/`, in
+        `trash/`, and of demotions. Only the holder of the lease may call it, before its first save."""
         self._put_back()
         for directory in (self._paths.attempts, self._paths.trash):
             with failures(directory):

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's place: a checkpoint, in whole or in short, or something that cannot be read."""
+"""The entries of `checkpoints/`: a checkpoint, its short record, or something unreadable."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from finetune.store.run.directory import step_of
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A directory in a checkpoint's place whose manifest is damaged, foreign or from the future."""
+    """A directory in a checkpoint's place with a damaged, foreign or future manifest."""
 
     path: Path
     step: int
@@ -20,7 +20,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the keep rules have to know of a checkpoint."""
+    """The facts about a checkpoint for the keep rules."""
 
     path: Path
     step: int
@@ -33,7 +33,7 @@ class Summary:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a directory, wherever it is, holds a checkpoint in which nothing is wrong."""
+    """Whether any directory holds an intact checkpoint."""
     return {damage.check for damage in verify(path)} <= {"extra"}
 
 

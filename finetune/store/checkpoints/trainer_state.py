@@ -1,7 +1,7 @@
-"""`trainer_state.json`: the history of a run in the form that transformers' Trainer writes, for the tools that read that.
+"""`trainer_state.json`: the history of a run in the form that transformers' Trainer writes, for tools that read it.
 
-A resumed run takes from it what it has to know of its first steps. A file of our own beside it would hold the same figures again in every
-checkpoint, and older checkpoints, which have this one alone, would still need this reader.
+A resumed run reads the facts about its first steps from it. A second file of our own would repeat the same figures in every checkpoint,
+and older checkpoints have only this one.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ DEFAULT_CADENCE = 500  # Trainer's own, where the recipe has no cadence of steps
 
 
 Entry = dict[str, float]
-"""What the history has of a step: `epoch`, `step` and its figures; held-out ones are called `eval_…`."""
+"""The history's entry of a step: `epoch`, `step` and its figures; held-out ones are called `eval_…`."""
 
 
 class History(TypedDict):
-    """What `trainer_state.json` says."""
+    """The content of `trainer_state.json`."""
 
     epoch: float
     global_step: int
@@ -50,7 +50,7 @@ def loss_entry(plan: Plan, record: StepRecord) -> Entry:
 def trainer_state(
     plan: Plan, step: int, losses: Iterable[Entry], evaluated: dict[int, Metrics], tokens: int
 ) -> History:
-    """The state at a step, of the entries of losses, the held-out figures by their steps, and the tokens of all steps so far."""
+    """The state at a step, from the entries of losses, the held-out figures by step, and the tokens of all steps so far."""
     order, entries = plan.order, [*losses]
     for at, metrics in evaluated.items():
         figures = {f"eval_{name}": value for name, value in metrics.items()}
@@ -91,7 +91,7 @@ def evaluations_of(state: History) -> dict[int, Metrics]:
 
 
 def without_evaluations(state: History) -> History:
-    """A state that knows of no held-out figures."""
+    """A state without held-out figures."""
     kept = [entry for entry in state["log_history"] if "eval_loss" not in entry]
     return state | {"log_history": kept, "best_metric": None, "best_global_step": None}
 

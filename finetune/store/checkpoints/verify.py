@@ -1,4 +1,4 @@
-"""Whether a checkpoint still has the bytes that its manifest speaks of, and if not, what is wrong."""
+"""Compares the bytes of a checkpoint with its manifest, and names the damage."""
 
 import mmap
 import os
@@ -30,9 +30,9 @@ class Damage:
 
 
 def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
-    """Everything that is wrong with the checkpoint in a directory; an empty list means it is sound.
+    """All damage in the checkpoint of a directory; an empty list means it is sound.
 
-    Reads every byte; with `only` the bytes of those files, and from the disk itself, and of the others names and sizes.
+    Reads every byte. With `only`, it reads the bytes of those files, from the disk itself, and checks names and sizes of the others.
     """
     try:
         files = read(path).manifest.files
@@ -79,7 +79,7 @@ def _verify_file(path: Path, record: FileRecord, digest_of: Callable[[Path], str
 
 
 def is_as_recorded(path: Path, record: FileRecord) -> bool:
-    """Whether a file is there with the bytes that a manifest speaks of."""
+    """Whether a file exists with the bytes in its manifest's record."""
     return path.is_file() and path.stat().st_size == record.bytes and _file_digest(path) == record.digest
 
 

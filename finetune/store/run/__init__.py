@@ -1,1 +1,1 @@
-"""A run directory: its names, its journal, the losses of its rows, and who holds it."""
+"""A run directory: its names, its journal, the losses of its rows, and its holder."""

@@ -1,4 +1,4 @@
-"""A run directory: every name in it, and the plan that it has. No other file spells one of these names."""
+"""The names in a run directory, and its plan. No other file spells one of these names."""
 
 import json
 import re
@@ -22,7 +22,7 @@ _PIN = re.compile(r"step-(\d{8})-.+")
 
 
 def step_name(step: int) -> str:
-    """What the directory of a step is called, in a run and where it is published."""
+    """The name of a step's directory, in a run and where it is published."""
     return f"step-{step:08d}"
 
 
@@ -33,7 +33,7 @@ def step_of(name: str) -> int | None:
 
 
 def part_name(first: int, last: int) -> str:
-    """What the Parquet file of these steps is called."""
+    """The name of the Parquet file of these steps."""
     return f"{step_name(first)}-{last:08d}.parquet"
 
 
@@ -79,12 +79,12 @@ class RunDirectory:
 
     @property
     def attempts(self) -> Path:
-        """Saves under way, and what is left of those that a kill cut short."""
+        """Running saves, and the leftovers of killed ones."""
         return self.path / "attempts"
 
     @property
     def trash(self) -> Path:
-        """Checkpoints on their way out."""
+        """Checkpoints about to be deleted."""
         return self.path / "trash"
 
     def trashed(self) -> Iterator[Path]:
@@ -125,7 +125,7 @@ class RunDirectory:
         return self.checkpoints / step_name(step)
 
     def bundle(self, step: int) -> Path:
-        """The folder with all that is known of a bad step."""
+        """The folder with all facts about a bad step."""
         return self.debug / step_name(step)
 
     def package(self, step: int) -> Path:
@@ -138,18 +138,18 @@ class RunDirectory:
         return self.published.glob("step-*.json")
 
     def attempt(self, step: int, attempt: str, token: str) -> Path:
-        """Where an attempt at the run writes a step before it is committed."""
+        """The folder of an attempt's save before its commit."""
         return self.attempts / f"{step_name(step)}-{attempt}-{token}"
 
     def saves(self, attempt: str | None = None) -> Iterator[Path]:
-        """The saves under way, of one attempt at the run or of any."""
+        """The running saves of one attempt, or of all."""
         return self.attempts.glob(f"step-*-{attempt}-*" if attempt else "step-*")
 
     def pin(self, step: int, reason: str) -> Path:
         return self.pins / f"{step_name(step)}-{reason}"
 
     def pinned(self) -> dict[int, list[str]]:
-        """By step the names of its files in `pins/`."""
+        """The names of the files in `pins/`, by step."""
         found: dict[int, list[str]] = {}
         for name in sorted(path.name for path in self.pins.glob("step-*-*")):
             if match := _PIN.fullmatch(name):
@@ -157,7 +157,7 @@ class RunDirectory:
         return found
 
     def stored_steps(self) -> list[int]:
-        """The steps that have a directory in a checkpoint's place, sound or not, oldest first."""
+        """The steps with a directory in a checkpoint's place, sound or not, oldest first."""
         names = (path.name for path in self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ()
         return sorted(step for step in map(step_of, names) if step is not None)
 

@@ -1,4 +1,4 @@
-"""Who holds a run: the record in `lease.json`, and whether its process is certainly dead."""
+"""The holder of a run: the record in `lease.json`, and whether its process is certainly dead."""
 
 import json
 import os
@@ -24,13 +24,13 @@ class Holder:
     attempt: str
     since: str
     token: str = "unknown"
-    """Of this one lease alone."""
+    """Random, unique to this lease."""
     boot_id: str | None = None
     pid_namespace: str | None = None
     start_ticks: int | None = None
-    """When the process started, in clock ticks after boot: a pid is used again."""
+    """Start of the process, in clock ticks after boot: the system reuses pids."""
     beat: str | None = None
-    """A counter of fixed width; None where the kernel's lock is held instead."""
+    """A counter of fixed width; None if the kernel's lock is held instead."""
     released: str | None = None
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ NOBODY = Holder(host="", pid=0, attempt="", since="", token="nobody", released="
 
 
 def read(path: Path) -> Holder | None:
-    """The holder that a file names, None where there is no file; UNKNOWN where it cannot be told."""
+    """The holder in a file; None without a file; UNKNOWN if the file is unreadable."""
     try:
         return Holder(**json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def this_process(attempt: str, beat: str | None) -> Holder:
 
 
 def is_here(holder: Holder) -> bool:
-    """Whether it is, or was, a process of this boot and pid namespace, where its pid means something."""
+    """Whether it belongs to this boot and pid namespace: only there its pid means something."""
     place = _place()
     there = {"boot_id": holder.boot_id, "pid_namespace": holder.pid_namespace}
     return holder.host == socket.gethostname() and place == there and None not in place.values()
@@ -96,7 +96,7 @@ def now() -> str:
 
 
 def _place() -> dict[str, str | None]:
-    """None where the system does not tell."""
+    """None if the system does not provide it."""
     return {
         "boot_id": boot_id(),
         "pid_namespace": os.readlink(_PID_NAMESPACE) if _PID_NAMESPACE.is_symlink() else None,
@@ -104,7 +104,7 @@ def _place() -> dict[str, str | None]:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Field 22 of proc(5)'s `stat`, counted after the name, which may hold spaces and parentheses."""
+    """Field 22 of proc(5)'s `stat`, counted after the name, because that may have spaces and parentheses."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:  # no /proc, or another user's process in a hidden one

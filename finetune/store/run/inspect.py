@@ -1,4 +1,4 @@
-"""What lies in run directories, read without torch."""
+"""Reads the content of run directories, without torch."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +31,8 @@ MESSAGES = {
 
 
 def log(run: Path) -> RunLog:
-    """A run as `log --json` prints it: where it comes from, its committed checkpoints (oldest first), what went wrong, and the runs in
-    the same folder that branch off it, each with the same facts."""
+    """A run as `log --json` prints it: its origin, its commits (oldest first), incidents, and its branches in the same folder with the
+    same facts."""
     plan, facts = RunDirectory(run).plan()
     events, trained = scan.read(run)
     evaluated = journal.evaluations(events)
@@ -54,12 +54,12 @@ def log(run: Path) -> RunLog:
 
 
 def tree(facts: RunLog) -> str:
-    """The same for a reader: a line for each checkpoint and incident, by step; a branch stands below the step that it begins with."""
+    """The same for a reader: a line for each checkpoint and incident, by step; a branch stands below its first step."""
     return "\n".join([f"{'':38}{'training loss':>14}{'held-out loss':>14}", *_lines(facts, "")])
 
 
 def _lines(facts: RunLog, margin: str, are_rows_others: bool = False) -> list[str]:
-    """`are_rows_others`: its held-out figures are not about the rows that the figures above are about."""
+    """`are_rows_others`: its held-out figures are about other rows than those above."""
     steps, parent = facts["steps"], facts["parent"]
     origin = (
         f", from {parent['ref']}" + (f": {'; '.join(parent['changes'])}" if parent["changes"] else "") if parent else ""
@@ -105,7 +105,7 @@ def _incident(record: EventRecord) -> Incident:
 
 
 def _branches(run: Path, identity: str, origin: Plan) -> list[BranchLog]:
-    """The runs beside this one that begin with a step of it, and whether held-out figures of both are about the same rows."""
+    """The runs in the same folder that branch off this one, and whether they share its held-out rows."""
     found: list[BranchLog] = []
     for path in RunDirectory(run).neighbours():
         with suppress(RunError):  # another one's damage is no matter here
@@ -121,7 +121,7 @@ def _parent_step(branch: RunLog) -> int:
 
 
 def describe(text: str) -> Description:
-    """What a checkpoint says of itself, as `show --json` prints it."""
+    """The facts of a checkpoint, as `show --json` prints them."""
     checkpoint = _checkpoint(text)
     manifest = checkpoint.manifest
     return {
@@ -159,7 +159,7 @@ def listing(facts: Description) -> str:
 
 
 def is_model(text: str) -> bool:
-    """Whether `verify` is asked about a model folder or a repository, and not about a run or its checkpoints."""
+    """Whether the target of `verify` is a model folder or a repository, not a run or its checkpoints."""
     path = Path(text)
     if not path.is_dir() or (path / MANIFEST).exists() or RunDirectory(path).is_run:
         return text.startswith("hub:")
@@ -167,7 +167,7 @@ def is_model(text: str) -> bool:
 
 
 def problems(text: str) -> list[ProblemReport]:
-    """Everything wrong with a checkpoint, or with every directory in a checkpoint's place of a run; files as in the run."""
+    """All problems of a checkpoint, or of all checkpoints of a run: then a file begins with `checkpoints/step-…/`."""
     ref = parse(text)
     if not isinstance(ref, StepRef | CheckpointRef):
         raise CheckpointError(
@@ -185,7 +185,7 @@ def problems(text: str) -> list[ProblemReport]:
 
 
 def _place_of(ref: StepRef | CheckpointRef) -> Path:
-    """Where a checkpoint is, or should be: a damaged one cannot be opened."""
+    """The place of a checkpoint, without opening it: it may be damaged."""
     if isinstance(ref, StepRef) and isinstance(ref.step, int):
         return RunDirectory(ref.run).checkpoint(ref.step)
     return find(ref).path

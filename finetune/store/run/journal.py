@@ -1,7 +1,6 @@
-"""What happened in a run: `journal.jsonl`, one line a step or event.
+"""The journal of a run: `journal.jsonl`, one line a step or event.
 
-Only the holder of the run's lease appends. A crash can tear only the last line, which is dropped when the journal is next opened for
-writing.
+Only the holder of the run's lease appends. A crash can tear only the last line, and the next writer drops it.
 """
 
 import errno
@@ -33,7 +32,7 @@ END_BYTES = 1 << 20  # more than a thousand records
 
 
 class Listener(Protocol):
-    """Hears of every record, and of what may keep the next one waiting."""
+    """Gets every record, and anything that may delay the next one."""
 
     def hear(self, record: Record) -> None: ...
 
@@ -43,7 +42,7 @@ class Listener(Protocol):
 class Journal:
     """The one writer of a run's journal. Records are `{"kind": "step", "step": k, …}` or `{"kind": "event", "event": …, …}`.
 
-    While the disk is full, records wait in memory: a training need not end because a line does not fit. `sync` says so.
+    While the disk is full, records wait in memory: a training must not end because a line does not fit. `sync` raises.
     """
 
     def __init__(self, run: Path, listener: Listener | None = None):
@@ -75,7 +74,7 @@ class Journal:
                 self._listener.hear(record)
 
     def saving(self, count: int) -> AbstractContextManager[None]:
-        """Around a save of `count` bytes, for which steps may have to wait."""
+        """Use it around a save of `count` bytes: steps may have to wait for it."""
         return self._listener.saving(count) if self._listener else nullcontext()
 
     def sync(self) -> None:
@@ -102,7 +101,7 @@ class Journal:
 
 
 def event(name: str, attempt: str, **figures: object) -> EventRecord:
-    """The record of something that happened beside the steps, at this moment (UTC)."""
+    """The record of an event beside the steps, with the time now (UTC)."""
     return cast(EventRecord, {"kind": "event", "event": name, "attempt": attempt, "time": now(), **figures})
 
 
@@ -113,7 +112,7 @@ def now() -> str:
 def read(run: Path) -> list[Record]:
     """All records of a run, oldest first; a torn last line is skipped, and a broken one before it is a RunError.
 
-    The memory of it grows with the steps: `scan` reads runs of any length.
+    Its memory grows with the steps; `scan` reads runs of any length.
     """
     path = RunDirectory(run).journal
     data = path.read_bytes() if path.exists() else b""
@@ -143,7 +142,7 @@ def end_since(run: Path, is_first: Callable[[Record], bool]) -> list[Record] | N
 
 
 def newest_pair(run: Path, name: str) -> list[Record]:
-    """The record before the newest of an event, and that one, or nothing; a line at a time, however long the journal is."""
+    """The newest event of a kind with the record before it, or nothing. Reads a line at a time, so the journal may be long."""
     path, sign = RunDirectory(run).journal, f'"event": "{name}"'.encode()
     before, found = b"", (b"", b"")
     with path.open("rb") if path.exists() else BytesIO() as lines:
@@ -155,20 +154,20 @@ def newest_pair(run: Path, name: str) -> list[Record]:
 
 
 def _all_of(lines: Iterable[bytes]) -> list[Record]:
-    """Their records; nothing where one of them is not a record."""
+    """The records of these lines; empty if one is not a record."""
     records = [record_of(line) for line in lines]
     sound = [record for record in records if record is not None]
     return sound if len(sound) == len(records) else []
 
 
 def steps(records: Iterable[Record]) -> dict[int, StepRecord]:
-    """The record that counts for each step: its last one, for a step may have been run again after a crash. What a rollback has
-    given up counts no more."""
+    """The valid record of each step: the last one, because a step may run again after a crash. Skips records that a rollback took
+    back."""
     return _that_count(records, is_step)
 
 
 def evaluations(records: Iterable[Record]) -> dict[int, Metrics]:
-    """The held-out figures of each step that was evaluated; also of one whose evaluation a signal cut short, and a resume made up."""
+    """The held-out figures of each step that was evaluated, also if a signal stopped the evaluation and a resume repeated it."""
     about = {"kind", "event", "attempt", "time", "step"}
     found = that_count(records, lambda record: record["event"] == "evaluated")
     return {
@@ -178,7 +177,7 @@ def evaluations(records: Iterable[Record]) -> dict[int, Metrics]:
 
 
 def that_count(records: Iterable[Record], is_wanted: Callable[[EventRecord], bool]) -> dict[int, EventRecord]:
-    """By step, the last of the wanted events that no later rollback gave up."""
+    """The last wanted event of each step, unless a later rollback took it back."""
 
     def is_one(record: Record) -> TypeGuard[EventRecord]:
         return is_event(record) and is_wanted(record)
@@ -197,7 +196,7 @@ def _that_count(records: Iterable[Record], is_wanted: Callable[[Record], TypeGua
 
 
 def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
-    """The first field in which two records of one step differ, times and attempt aside; None when the step was exact."""
+    """The first field in which two records of one step differ, times and attempt aside; None if the step was exact."""
     for key in [*new, *(key for key in old if key not in new)]:
         if key in VOLATILE or key.endswith(_VOLATILE_ENDINGS):
             continue
@@ -217,7 +216,7 @@ def _end_of(path: Path) -> tuple[bytes, int]:
 
 
 def _sound_length(data: bytes) -> int:
-    """How many bytes are left when torn lines are taken from the end."""
+    """The size of the file without torn lines at its end."""
     end = data.rfind(b"\n") + 1
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1

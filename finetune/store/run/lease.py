@@ -1,7 +1,7 @@
-"""One writer a run: it holds the lease from before it reads the run directory until it has ended.
+"""One writer a run: it takes the lease before it reads the run directory, and holds it until it ends.
 
-The kernel's lock is the truth: it goes with its process, however that dies, while a restarted container has the same pid and boot
-id again. Where the file system has no locks, the holder's heartbeat in `lease.json` decides, and who takes over has to say so.
+The kernel's lock decides: it ends with its process, however that dies. A pid does not: a restarted container has the same pid and boot
+id again. Without locks in the file system, the holder's heartbeat in `lease.json` decides, and you take over with an option.
 """
 
 import os
@@ -30,13 +30,13 @@ _STOP_IT = "wait until it ends, stop it, or use another --run directory"
 
 
 class Lease:
-    """The right to write a run directory, until it is released; made by `acquire`. Forked children share a lock, and prolong it."""
+    """The right to write a run directory, until its release. Get it from `acquire`. Forked children share a lock, and prolong it."""
 
     def __init__(self, run: Path, holder: Holder, previous: Holder | None, releasing: ExitStack):
         self.run = run
         self.attempt = holder.attempt
         self.previous = previous
-        """Who died without releasing the lease before this one."""
+        """The last holder, if it died without releasing the lease."""
         self._holder = holder
         self._releasing = releasing
 
@@ -49,16 +49,16 @@ class Lease:
         self.release()
 
     def check(self) -> None:
-        """RunError where another process took the run over while this one was stopped; call it right before a commit.
+        """RunError if another process took the run over while this one was stopped; call it right before a commit.
 
-        A heartbeat that cannot be written (a full disk) does not end the lease: it is held for as long as the file names us.
+        A failed heartbeat (a full disk) does not end the lease: it lasts while the file names us.
         """
         with failures(self.run, RunError, what="cannot read the lease"):
             now = holders.read(RunDirectory(self.run).lease)
         if now is not None and now.token == self._holder.token:
             return
         if now in (None, UNKNOWN) and self._holder.beat is None:
-            return  # somebody removed or damaged the file: it names nobody else, and the lock is ours
+            return  # the file is gone or damaged: it names no other process, and the lock is ours
         taker = now or f"nobody: somebody removed {LEASE}"
         hint = "what this process had not committed is lost; wait for the other one, or use another --run directory"
         raise RunError(f"was taken over by {taker}", where=str(self.run), hint=hint)
@@ -69,10 +69,10 @@ class Lease:
 
 
 def acquire(run: Path, attempt: str, take_over: bool = False) -> Lease:
-    """Makes the run directory where there is none, and takes its lease.
+    """Makes the run directory if needed, and takes its lease.
 
-    RunError where another process holds it or it cannot be written. `take_over` is for file systems without locks: a holder
-    whose heart does not beat for STALE_SECONDS loses the run. It does not open a lock that is held.
+    RunError if another process holds it or it cannot be written. `take_over` is for file systems without locks: a holder
+    without a heartbeat for STALE_SECONDS loses the run. It never breaks a held lock.
     """
     refuse_other_directory(run)
     with failures(run, RunError), ExitStack() as undo:
@@ -95,8 +95,8 @@ def acquire(run: Path, attempt: str, take_over: bool = False) -> Lease:
 
 
 def refuse_other_directory(run: Path) -> None:
-    """RunError where a directory has files in it and is no run, like one with data: nothing is written among them. Hidden files and logs may
-    be there before a run is."""
+    """RunError if a directory with files is not a run, like one with data: a run must not write among them. Hidden files and logs are
+    allowed."""
     with failures(run, RunError):
         names = sorted(os.listdir(run)) if run.is_dir() else []
     foreign = [name for name in names if not name.startswith(_BESIDE) and not name.endswith(_LOGS)]
@@ -111,7 +111,7 @@ def _has_checkpoint(run: RunDirectory) -> bool:
 
 
 def _lock(run: Path, take_over: bool, undo: ExitStack) -> bool:
-    """Whether this process has the kernel's lock now; False where there are none."""
+    """Whether this process has the kernel's lock now; False if there are no locks."""
     descriptor = os.open(RunDirectory(run).lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     undo.callback(os.close, descriptor)
     try:
@@ -125,7 +125,7 @@ def _lock(run: Path, take_over: bool, undo: ExitStack) -> bool:
 
 
 def _free_chain(run: Path, descriptor: int, is_locked: bool, take_over: bool) -> list[Holder]:
-    """The lease and the claims on it, once nobody among them lives; RunError where somebody does, or may."""
+    """The lease and the claims on it, if all their processes are dead; RunError if one lives, or may."""
     chain = _chain(run)
     living = [member for member in chain if not _is_gone(member, is_locked)]
     if not living:
@@ -148,12 +148,12 @@ def _free_chain(run: Path, descriptor: int, is_locked: bool, take_over: bool) ->
 
 
 def _install(run: Path, holder: Holder, chain: list[Holder]) -> None:
-    """Makes the new file of `holder` the lease; RunError where another process was first.
+    """Makes the new file of `holder` the lease; RunError if another process was first.
 
-    Without a lock several may get here at once. A lease X has one successor: only one file can be linked as `X.next`, and it counts
-    only if `lease.json` is still X afterwards, for so long no X.next is removed. A successor that dies or sleeps before its rename
-    gets a successor of its own, who first removes its new file: should it wake up, it has nothing to rename. So one file is renamed
-    in place of X, and what is removed behind it are names that count no more.
+    Without a lock, several processes may get here at once. A lease X has one successor: only one file can be linked as `X.next`, and
+    it counts only if `lease.json` is still X afterwards. While it is, nothing removes X.next. A successor that dies or sleeps before its rename
+    gets its own successor, and that first removes its new file: if it wakes up, it has nothing to rename. So exactly one file
+    replaces X, and later removals affect only names that no longer count.
     """
     new, is_first = _new(run, holder), True
     for claimant in chain[1:]:
@@ -199,7 +199,7 @@ def _beat(count: int) -> str:
 
 
 def _last_heartbeat(run: Path, descriptor: int) -> str:
-    """Both times are the file system's own, of files that the two processes wrote: the clocks of two hosts are not compared."""
+    """Compares times of the file system, of files the two processes wrote: clocks of two hosts may differ."""
     seconds = os.stat(descriptor).st_mtime - (RunDirectory(run).lease).stat().st_mtime
     return f", whose last heartbeat was {max(0, round(seconds))} seconds ago"
 
@@ -207,14 +207,13 @@ def _last_heartbeat(run: Path, descriptor: int) -> str:
 def _write_released(descriptor: int, holder: Holder) -> None:
     with suppress(OSError):  # the next process finds a dead holder instead, and may ask for --take-over
         holders.write(descriptor, replace(holder, released=holders.now()))
-        if (
-            holder.beat is not None
-        ):  # other hosts look; under a lock nobody does, and a disk that hangs must not hold the process
+        # Only for other hosts. Under a lock none looks, and a hung disk must not block the process.
+        if holder.beat is not None:
             os.fsync(descriptor)
 
 
 def _chain(run: Path) -> list[Holder]:
-    """The holder that `lease.json` names, who is about to succeed it, who is about to succeed that one, and so on."""
+    """The holder in `lease.json`, its claimed successor, the successor of that one, and so on."""
     chain = [holders.read(RunDirectory(run).lease) or NOBODY]
     while (member := holders.read(_path(run, chain))) and member not in chain:
         chain.append(member)
@@ -230,7 +229,7 @@ def _new(run: Path, holder: Holder) -> Path:
 
 
 def _is_gone(holder: Holder, is_locked: bool) -> bool:
-    """Whether a holder has released its lease or is certainly dead. Who has the lock knows that nobody else has it."""
+    """Whether a holder has released its lease or is certainly dead. If we have the lock, no other process has it."""
     return holder.released is not None or (is_locked and holder.beat is None) or holders.is_dead_here(holder)
 
 

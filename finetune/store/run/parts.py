@@ -1,7 +1,7 @@
 """The Parquet files in `rows/` and `modules/`: written a save at a time, merged so that their number stays small, read a step at a time.
 
-A file is named by the steps that it holds, without gaps. Of several that hold a step, that of the later attempt counts, and of one
-attempt the later one. A merge keeps it so: it takes in the file that ends right before it, where nothing newer lies in between.
+A file is named by its steps, without gaps. If several files hold a step, the later attempt's counts, and of one attempt the later
+file. A merge keeps this order: it takes in the file that ends right before it, unless a newer one lies in between.
 """
 
 import math
@@ -24,7 +24,7 @@ ROW_GROUP = 1 << 14  # rows that are read to find those of one step
 
 
 class Part(NamedTuple):
-    """A file and the steps that it holds, first and last."""
+    """A file with its first and last step."""
 
     path: Path
     first: int
@@ -36,14 +36,14 @@ class Part(NamedTuple):
 
 
 def parts(directory: Path) -> list[Part]:
-    """The files of a directory, by their names."""
+    """The files of a directory, read from their names."""
     found = [(path, steps_of_part(path.name)) for path in sorted(directory.glob("*.parquet"))]
     return [Part(path, *steps) for path, steps in found if steps]
 
 
 def write(directory: Path, steps: Sequence[int], table: "pa.Table", attempt: str) -> None:
-    """Writes the records of steps, in order, durably, and merges earlier files into it; after a crash in between some of these are still
-    there, and count no more."""
+    """Writes the records of steps, in order, durably, and merges earlier files into the new one. After a crash in between, some of
+    these are still there, but no longer count."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -74,10 +74,10 @@ def _whole(path: Path) -> "pa.Table":
 
 
 def _mergeable(directory: Path, first: int, last: int, attempt: str) -> tuple[list[Part], list[Part]]:
-    """The files that a newer one of these steps takes in, oldest first, and those that hold nothing then that still counts.
+    """The files to merge into a new one of these steps, oldest first, and files that then no longer count.
 
-    A file is taken in while it holds fewer than twice as many steps as what it is merged into: so each record is written again a
-    few times only, and of n saves about log2(n) files are left.
+    It merges a file with fewer than twice as many steps as the new one so far. So each record is rewritten only a few times, and
+    n saves leave about log2(n) files.
     """
     known, begun = parts(directory), first
     merged: list[Part] = []
@@ -101,14 +101,14 @@ def _mergeable(directory: Path, first: int, last: int, attempt: str) -> tuple[li
 
 
 class Ages:
-    """How old files are; the journal is read where that is asked for the first time."""
+    """The age of files; reads the journal on first use."""
 
     def __init__(self, run: Path):
         self._run = run
         self._known: dict[Path, tuple[float, str]] = {}
 
     def __call__(self, part: Part) -> tuple[float, str]:
-        """The later, the greater."""
+        """A later file has a greater one."""
         import pyarrow.parquet as parquet
 
         if part.path not in self._known:
@@ -118,7 +118,7 @@ class Ages:
         return self._known[part.path]
 
     def place(self, attempt: str) -> float:
-        """That of an attempt which writes now: the latest, where the journal does not say otherwise."""
+        """The age for the attempt that writes now: the latest, unless the journal has another."""
         return self._attempts.get(attempt, math.inf)
 
     @cached_property
@@ -135,7 +135,7 @@ class Reader:
         self._forget()
 
     def of(self, step: int) -> list[dict[str, float]]:
-        """The records of a step; empty where no file has them, or a rollback gave them up after all that have."""
+        """The records of a step; empty if no file has them, or a later rollback took them back."""
         for _ in range(3):
             try:
                 return self._of(step)

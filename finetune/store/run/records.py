@@ -1,4 +1,4 @@
-"""The records of a run's journal, one a step or event: every key that may be in one."""
+"""The records of a run's journal, one a step or event: every possible key."""
 
 from typing import Literal, NotRequired, Required, TypedDict, TypeGuard
 
@@ -6,7 +6,7 @@ from finetune.plan.facts import World
 
 
 class StepFigures(TypedDict):
-    """What a step must give again when it is run again. A figure that is not finite is read back as its name: "nan", "inf", "-inf"."""
+    """The figures a step must repeat when it runs again. NaN and infinity are read back as "nan", "inf", "-inf"."""
 
     loss: float
     grad_norm: float
@@ -17,7 +17,7 @@ class StepFigures(TypedDict):
 
 class Skipped(TypedDict):
     skipped: NotRequired[str]
-    """Why the weights stayed as they were."""
+    """Why the update was skipped."""
 
 
 class StepRecord(StepFigures, Skipped):
@@ -30,7 +30,7 @@ class StepRecord(StepFigures, Skipped):
 
 
 class AmendmentRecord(TypedDict):
-    """Steps that do not move the weights, as the journal and every later manifest have them."""
+    """Skipped steps, as in the journal and in every later manifest."""
 
     first: int
     last: int
@@ -40,14 +40,14 @@ class AmendmentRecord(TypedDict):
 
 
 class ParentRecord(TypedDict):
-    """The checkpoint before, as a manifest names it; without a digest where that is the base."""
+    """The previous checkpoint, as a manifest names it; without a digest if it is the base."""
 
     ref: str
     digest: str | None
 
 
 class EventRecord(TypedDict, total=False):
-    """Something that happened beside the steps. Which of the other keys it has follows from its name; `evaluated` has the task's figures too."""
+    """An event beside the steps. Its name decides its other keys; `evaluated` has the task's figures, too."""
 
     kind: Required[Literal["event"]]
     event: Required[str]
@@ -110,5 +110,5 @@ def is_rollback(record: Record) -> TypeGuard[EventRecord]:
 
 
 def is_number(value: object) -> TypeGuard[float | str]:
-    """Whether a field of a record is a figure; one that JSON has no number for is a word there."""
+    """Whether a field of a record is a figure; NaN and infinity are words in JSON."""
     return isinstance(value, int | float) or value in ("nan", "inf", "-inf")

@@ -1,4 +1,4 @@
-"""What a run records of each step beside its journal's line, in columns: the loss of every row, and the gradient norm of every
+"""The columns a run records for each step, beside its line in the journal: the loss of every row, and the gradient norm of every
 group of modules.
 
 They are written before a commit, so no checkpoint is ahead of its record.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RowLoss(NamedTuple):
-    """What one example contributed to the loss of a step; `row` is the id of the row that it was made of."""
+    """The loss of one example in a step; `row` is the id of its row."""
 
     step: int
     example: int
@@ -44,7 +44,7 @@ class Columns:
     modules: list[ModuleNorms] = field(default_factory=list)
 
     def extend(self, later: "Columns") -> None:
-        """Takes the records of later steps in."""
+        """Adds the records of later steps."""
         self.rows.extend(later.rows)
         self.modules.extend(later.modules)
 
@@ -52,7 +52,7 @@ class Columns:
         return Columns([*self.rows, *later.rows], [*self.modules, *later.modules])
 
     def write(self, run: Path, attempt: str) -> None:
-        """Into `rows/` and `modules/`, durably."""
+        """Writes to `rows/` and `modules/`, durably."""
         if self.rows:
             rows = dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True))
             parts.write(RunDirectory(run).rows, [item.step for item in self.rows], _table(rows), attempt)
@@ -63,14 +63,14 @@ class Columns:
 
 
 def read_rows(run: Path, step: int) -> list[RowLoss]:
-    """The row losses of a step; empty where no file covers it."""
+    """The row losses of a step; empty if no file covers it."""
     return Reader(run).rows(step)
 
 
 class Reader:
-    """The columns of a run, for many steps: directories and journal are read once, and what is around the last step stays in memory.
+    """The columns of a run, for many steps: reads directories and journal once, and keeps rows around the last step in memory.
 
-    Of several files that cover a step the last one counts; one that is older than a rollback over the step does not.
+    If several files cover a step, the last one counts, unless it is older than a rollback over the step.
     """
 
     def __init__(self, run: Path):

@@ -1,4 +1,4 @@
-"""The journal of a run of any length, read a line at a time: in memory are its events, and of each step the place of its line.
+"""Reads the journal of a run of any length, a line at a time. It keeps events in memory, and the place of each step's line.
 
 Nothing here writes.
 """
@@ -21,7 +21,7 @@ _LINE_BYTES = 4096  # read at once to find the end of a line; most have a tenth 
 
 
 class Steps(Mapping[int, StepRecord]):
-    """The record that counts for each step, read from the file when it is asked for: in memory is where its line begins."""
+    """The valid record of each step, read from the file on demand: memory has only the start of its line."""
 
     def __init__(self, path: Path, places: Mapping[int, int]):
         self._path = path
@@ -54,7 +54,7 @@ class Steps(Mapping[int, StepRecord]):
         return step in self._places
 
     def since(self, first: int) -> "Steps":
-        """Those from a step on."""
+        """The records from a step on."""
         return Steps(self._path, {step: place for step, place in self._places.items() if step >= first})
 
 
@@ -62,13 +62,13 @@ class Scan(NamedTuple):
     """A whole journal, a line at a time."""
 
     events: list[EventRecord]
-    """All that is not a step, oldest first."""
+    """All events, oldest first."""
     steps: Steps
 
 
 def read(run: Path) -> Scan:
-    """What the journal has, in about a hundred bytes a step; a torn last line is skipped. A broken line before it is a RunError, here or,
-    in the middle of a step's line, when that step is asked for."""
+    """Scans the journal, in about a hundred bytes a step; skips a torn last line. A broken line before it is a RunError, here or, within
+    a step's line, on reading that step."""
     path = RunDirectory(run).journal
     found: list[EventRecord] = []
     places: dict[int, int] = {}
@@ -99,7 +99,7 @@ def events(run: Path) -> list[EventRecord]:
 
 
 def attempts(run: Path) -> dict[str, int]:
-    """Of each attempt the number of its last line."""
+    """The number of the last line of each attempt."""
     path = RunDirectory(run).journal
     found: dict[str, int] = {}
     with path.open("rb") if path.exists() else BytesIO() as lines:
@@ -109,7 +109,7 @@ def attempts(run: Path) -> dict[str, int]:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line that `Journal` wrote, without a look at the rest of it; None for any other line."""
+    """The step of a line by `Journal`, without parsing the rest; None for any other line."""
     if not (line.startswith(_STEP_LINE) and line.endswith(b"}\n")):
         return None
     number = line[len(_STEP_LINE) : line.find(b",", len(_STEP_LINE))]

@@ -56,7 +56,7 @@ class RunLog(TypedDict):
 
 class BranchLog(RunLog):
     is_comparable: bool
-    """Whether held-out figures of it and of the run it comes from are about the same rows."""
+    """Whether it has the same held-out rows as the run it comes from."""
 
 
 class FileSummary(TypedDict):

@@ -1,6 +1,6 @@
-"""How long a training may be silent, in `silence.json`: its own steps, evaluations and saves tell, and it writes that down.
+"""How long a training may be silent, in `silence.json`, computed from its own steps, evaluations and saves.
 
-To tell a hung training, `health` compares one number with the clock. The file is not synced: it is about a process that lives.
+`health` compares one number with the clock. The file is not synced: it matters only while the process lives.
 """
 
 import json
@@ -20,31 +20,31 @@ from finetune.store.run.directory import RunDirectory
 from finetune.store.run.records import Record
 
 SLOW = 10
-"""Up to this many times its usual time, a training is slow and not hung."""
+"""A training is slow, not hung, up to this many times its usual time."""
 RECENT = 100  # pauses that say what is usual
 _BYTES = 512
 
 
 @dataclass(frozen=True)
 class Silence:
-    """What an attempt says of itself after each record of its journal."""
+    """The facts of an attempt after each record of its journal."""
 
     attempt: str
     time: str
-    """Of its last record."""
+    """The time of its last record."""
     step: int | None = None
-    """The last step that it made; before the first one, which may take hours to come, nothing is said of its silence."""
+    """The last finished step. None before the first: there is no bound yet, because it may take hours."""
     committed: int | None = None
     may_last_seconds: float = 0.0
-    """From `time` on."""
+    """Counted from `time`."""
     evaluation_seconds: float = 0.0
-    """The usual pause for an evaluation, which the next attempt has to know before it has made one."""
+    """The usual pause for an evaluation; the next attempt needs it before its first one."""
     save_seconds: float = 0.0
-    """For so much longer while a save is under way, as the slowest disk takes for it; else 0."""
+    """How much longer it may be silent during a save, by the speed of the slowest disk; else 0."""
 
 
 def read(run: Path) -> Silence | None:
-    """None where no training of code that writes it has begun."""
+    """None if no training by code that writes the file has begun."""
     try:
         known = json.loads(RunDirectory(run).silence.read_bytes())
         return Silence(**{name: known[name] for name in Silence.__dataclass_fields__})
@@ -53,7 +53,7 @@ def read(run: Path) -> Silence | None:
 
 
 class Watch:
-    """Hears every record of an attempt, and writes what follows from it. A disk that is full, or fails, is no matter here."""
+    """Gets every record of an attempt, and updates the file. Ignores a full or failing disk."""
 
     def __init__(self, run: Path):
         self._path = RunDirectory(run).silence
@@ -82,7 +82,7 @@ class Watch:
 
     @contextmanager
     def saving(self, count: int) -> Iterator[None]:
-        """Around a save of `count` bytes: the training may wait for it."""
+        """Use it around a save of `count` bytes: the training may wait for it."""
         with self._lock:
             self._write(replace(self._now, save_seconds=round(STALL_SECONDS + count / SLOWEST_DISK, 1)))
         try:
@@ -92,7 +92,7 @@ class Watch:
                 self._write(replace(self._now, save_seconds=0.0))
 
     def _write(self, now: Silence) -> None:
-        """In place, always the same number of bytes: a reader in the middle may see old and new digits, but no torn JSON."""
+        """Writes in place, always the same number of bytes: a concurrent reader may see old and new digits, but no torn JSON."""
         self._now = now
         with suppress(OSError):
             # Opened each time, some microseconds a step: nothing stays open on a disk that is to be unmounted.
@@ -104,7 +104,7 @@ class Watch:
 
 
 def _newest_evaluation(run: Path) -> float:
-    """The pause before the newest evaluation of a run whose code did not write this file; 0 without any."""
+    """The pause before the newest evaluation of a run by code without this file; 0 if there was none."""
     pair = journal.newest_pair(run, "evaluated")
     if len(pair) < 2 or pair[0]["attempt"] != pair[1]["attempt"]:
         return 0.0

@@ -14,7 +14,7 @@ import torch
 
 from finetune.errors import CheckpointError
 
-SLAB_BYTES = 2**30  # of page-locked memory are made at once; a larger tensor has a slab of its own
+SLAB_BYTES = 2**30  # of page-locked memory at once; a larger tensor has its own slab
 ALIGNMENT = 64  # bytes
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
@@ -64,9 +64,8 @@ class Staging:
 
     def __init__(self) -> None:
         self._free: list[dict[str, torch.Tensor]] = []
-        self._copier = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="copier"
-        )  # starting a thread costs milliseconds
+        # Kept, because starting a thread costs milliseconds.
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copier")
 
     def take(self, live: dict[str, torch.Tensor]) -> Copy:
         """Begins to copy, and returns at once."""
@@ -81,6 +80,7 @@ class Staging:
 
     def give_back(self, buffers: dict[str, torch.Tensor]) -> None:
         if buffers:
+            # Threads share the list: the writer's gives back, the copier's takes. Both calls are atomic.
             self._free.append(buffers)
 
     def buffers(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -123,7 +123,7 @@ def _aligned(tensor: torch.Tensor) -> int:
 
 
 def _page_locked(size: int) -> torch.Tensor:
-    """So many bytes of the host that a GPU writes to by itself; torch's own would be rounded up to a power of two. Never run on a GPU."""
+    """Page-locked bytes of the host, for a GPU's copies. torch would round the size up to a power of two. Never run on a GPU."""
     memory, runtime = np.empty(size, dtype=np.uint8), torch.cuda.cudart()
     address = memory.ctypes.data
     if error := int(runtime.cudaHostRegister(address, size, PORTABLE)):
@@ -154,4 +154,5 @@ def _queue_on_device(
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    # As bytes, because numpy has no bfloat16.
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

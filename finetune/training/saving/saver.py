@@ -99,7 +99,8 @@ class Saver:
 
     def recover(self) -> list[Damage]:
         """Finds the newest sound checkpoint, once what the base still has is restored; returns what is wrong with newer ones."""
-        self._store.sweep()  # first: it may put back the newest checkpoint
+        # First: it may put back the newest checkpoint.
+        self._store.sweep()
         self.last, damages = self._store.newest_sound()
         if damages and self._restore():
             self.last, damages = self._store.newest_sound()
@@ -163,9 +164,8 @@ class Saver:
     def _make_durable(self, save: Save, columns: Columns, journal: Journal, lease: Lease) -> None:
         cpu_started, step = time.thread_time(), save.snapshot.step
         self._check_room(save.snapshot)
-        columns.write(
-            self._run, self._manifest.attempt
-        )  # and the journal, so that no checkpoint is ahead of its record
+        # Both before the checkpoint, so that none is ahead of its record.
+        columns.write(self._run, self._manifest.attempt)
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._companions, self.last, attempt)

@@ -52,6 +52,7 @@ class Live:
 
     def __init__(self, state: TrainState):
         model, tensors = state.model, state.strategy.saved_tensors(state)
+        # A checkpoint of an adapter has neither frozen weights nor buffers: they are in the base.
         is_whole = not adapters.is_adapter(model)
         still = {name for name, parameter in model.named_parameters() if is_whole and not parameter.requires_grad}
         buffers = {name for name, _ in model.named_buffers() if is_whole}
@@ -110,6 +111,7 @@ def write(
     snapshot: Snapshot, plan: Plan, companions: base.Companions, previous: Checkpoint | None, attempt: Attempt
 ) -> None:
     """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
+    # This is the writer's thread, so training does not wait here.
     snapshot.copy.wait()
     weights = _tensors(snapshot.copy.tensors, "weights/") + _tensors(snapshot.buffers)
     if snapshot.adapter_config is not None:
@@ -158,6 +160,7 @@ def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
     path = checkpoint.path / FROZEN
     with suppress(_OtherWeightsError), failures(path), replacing(path) as file:
         records = safetensors.write(file, _tensors(live.frozen), {"format": "pt"})
+        # Raised within `replacing`, so that the damaged file stays for you to look at.
         if FileRecord(file.bytes, file.digest(), tuple(records)) != record:
             raise _OtherWeightsError
         return True
@@ -219,17 +222,21 @@ def _restore_optimizer(
     state: TrainState, moments: dict[str, torch.Tensor], scalars: dict[str, float], checkpoint: Checkpoint
 ) -> None:
     expected = set(moments) | set(scalars)
+    # A rollback comes here with the moments of later steps.
     state.optimizer.state.clear()
     for name, parameter in state.trainable.items():
         slots = {}
+        # Names of parameters have dots, keys of a state have none.
         for full_name in [key for key in expected if key.rpartition(".")[0] == name]:
             key = full_name.rpartition(".")[2]
             if full_name in moments:
                 slots[key] = moments[full_name].to(parameter.device)
             else:
+                # torch's optimizers count their updates in fp32.
                 slots[key] = torch.tensor(scalars[full_name], dtype=torch.float32, device=parameter.device)
             expected.discard(full_name)
         if slots:
             state.optimizer.state[parameter] = slots
+    # These moments are of another model. Without them the updates would differ, silently.
     if expected:
         raise CheckpointError(f"has moments of unknown parameters: {sorted(expected)[:3]}", where=str(checkpoint.path))

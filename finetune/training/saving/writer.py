@@ -77,12 +77,14 @@ class Writer:
 
     def _wait_until(self, count: int) -> float:
         started = time.monotonic()
+        # A copy, because the thread removes jobs meanwhile.
         while len(jobs := list(self._jobs)) > count:
             if (stalled := self.check()) is not None:
                 raise CheckpointError(
                     f"the save of step {stalled} has not ended for {jobs[0].limit_seconds:.0f} s",
                     hint="the disk hangs or is too slow: look at it, then run the same command again; it resumes",
                 )
+            # Short waits, so that a stall or an error shows while it happens.
             jobs[0].ended.wait(0.05)
         self.check()
         return time.monotonic() - started
@@ -101,5 +103,6 @@ class Writer:
             except BaseException as error:  # noqa: BLE001 it is raised again in the thread that asks
                 self._error = error
             finally:
+                # Removed first: the waiter that `ended` wakes counts the jobs that are left.
                 self._jobs.popleft()
                 job.ended.set()

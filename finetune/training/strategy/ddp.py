@@ -91,8 +91,8 @@ def gradient_norms(state: TrainState) -> Tensor:
 
 
 def clip(state: TrainState, excess: float) -> None:
-    """Divides the gradients by `excess`. Fused optimizers do it while they read the gradients; a pass of its own, over as many bytes
-    as the weights, is for the others."""
+    """Divides the gradients by `excess`. Fused optimizers do it while they read the gradients. The others need a separate pass
+    over as many bytes as the weights."""
     optimizer = state.optimizer.optimizer  # inside Accelerate's
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale = torch.full((), excess, device=state.accelerator.device)

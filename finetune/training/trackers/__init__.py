@@ -22,10 +22,12 @@ class Tracked:
             if settings is not None:
                 try:
                     self._trackers[name] = TRACKERS[name](start)
+                # Only what a disk or network refuses: a bug in a tracker still shows.
                 except OSError as error:
                     self._drop(name, error)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        # A copy, because a tracker that fails is dropped meanwhile.
         for name, tracker in [*self._trackers.items()]:
             try:
                 tracker.log(step, figures)

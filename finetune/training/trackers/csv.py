@@ -37,6 +37,7 @@ class Table:
     def _open(self, step: int) -> None:
         """The table up to a step, to add to."""
         _cut(self._path, step)
+        # Unbuffered, so that a kill loses no line.
         self._file = self._path.open("ab", buffering=0)
         self._begins = self._file.seek(0, os.SEEK_END)
 
@@ -55,6 +56,7 @@ def _cut(path: Path, step: int) -> None:
             lines = "".join(line for line in old if _is_kept(line, step))
     beside = path.with_suffix(".csv.new")
     beside.write_text(_HEADING + lines, encoding="utf-8", newline="")
+    # In one rename: a kill here must not cost the table.
     os.replace(beside, path)
 
 
