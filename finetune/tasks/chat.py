@@ -115,12 +115,12 @@ def _tokens(
         ids = np.array(batch["input_ids"][number], dtype=np.int32)
         starts, ends = np.array(batch["offset_mapping"][number], dtype=np.int64).reshape(-1, 2).T
         supervised = np.zeros(len(ids), dtype=bool)
-        for first, last in one.spans:
+        for field, (first, last) in zip(one.fields, one.spans, strict=True):
             # a token that header and answer share counts, or the answer's first word would never be learnt
             turn = np.flatnonzero((ends > first) & (starts < last))
             turn = turn[: _without_trailing_space(turn, starts, ends, one.text)]
             if not len(turn) or ids[turn[-1]] not in stop_tokens:
-                raise _no_stop_token(tokenizer, ids[turn[-1:]], stop_tokens, place)
+                raise _no_stop_token(tokenizer, ids[turn[-1:]], stop_tokens, field, place)
             supervised[turn] = True
         if rows_of.task.learn == "all":
             # What two examples of a row have in common is learnt once.
@@ -145,12 +145,12 @@ def _without_trailing_space(turn: np.ndarray, starts: np.ndarray, ends: np.ndarr
 
 
 def _no_stop_token(
-    tokenizer: PreTrainedTokenizerBase, last: np.ndarray, stop_tokens: Collection[int], place: str
+    tokenizer: PreTrainedTokenizerBase, last: np.ndarray, stop_tokens: Collection[int], field: str, place: str
 ) -> DataError:
     ending = tokenizer.decode(last) if len(last) else "nothing"
     stops = ", ".join(f"`{tokenizer.decode([token])}`" for token in sorted(stop_tokens)) or "none"
     return DataError(
-        f"the chat template ends the assistant's turn with `{ending}`, not with a stop token ({stops}): the tuned model would not stop",
+        f"the chat template ends the turn `{field}` with `{ending}`, not with a stop token ({stops}): the tuned model would not stop",
         where=place,
         hint=f"name the token that ends a turn with task.stop, or {TEMPLATE_HINT}",
     )

@@ -1,6 +1,7 @@
 """From a chat row to the texts of its examples. Refuses a row whose text would lose or forge something, by turn and field."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from finetune.data.completeness import refuse_lost
@@ -8,7 +9,8 @@ from finetune.data.conversation import ROLES, Conversation, arguments_of, conver
 from finetune.data.example import Row
 from finetune.errors import DataError
 from finetune.recipe.schema import ChatTask
-from finetune.tasks.rendering import Renderer
+from finetune.tasks.rendering import Renderer, TemplateError
+from finetune.tasks.thought_marks import begin_of_marks
 from finetune.tasks.turns import Rendered, rendered
 
 AS_IT_COMES = ("'type': 'text'", '"type": "text"')
@@ -51,23 +53,31 @@ class ChatRows:
             return self._complete(conversation, conversation, row, place)
         except DataError as error:
             # Some templates read contents only as lists of parts.
-            try:
+            with suppress(DataError):
                 found = self._complete(_with_parts(conversation), conversation, row, place)
-            except DataError:
-                raise error from None
-            if any(sign in one.text for sign in AS_IT_COMES for one in found):
-                raise
-            return found
+                if not any(sign in one.text for sign in AS_IT_COMES for one in found):
+                    return found
+            raise error if not isinstance(error, TemplateError) else self._named(error, conversation) from None
+
+    def _named(self, error: TemplateError, conversation: Conversation) -> DataError:
+        """The error of a template with the message that it does not take: the first one after which it renders nothing."""
+        for number in range(len(conversation.messages) - 1, -1, -1):
+            with suppress(DataError):
+                if number:
+                    self.through(conversation, number - 1)
+                return error.at(conversation.places[number])
+        return error
 
     def _complete(self, given: Conversation, conversation: Conversation, row: Row, place: str) -> list[Rendered]:
         """The texts of what the template is given. Raises DataError if they lack content of the conversation."""
         found = self._rendered(given, place)
+        # A content may spell the thought that the generation prompt opens.
         learnt = {
-            number: each.text[first:last]
+            number: each.text[begin_of_marks(each.text, first) : last]
             for each in found
             for number, (first, last) in zip(each.turns, each.spans, strict=True)
         }
-        if len(found) > 1:  # nothing is learnt from what no turn follows
+        if not found[0].is_whole:  # nothing is learnt from what no turn follows
             end = conversation.turns[-1] + 1
             conversation = conversation._replace(messages=conversation.messages[:end], places=conversation.places[:end])
         texts = [each.text for each in found]

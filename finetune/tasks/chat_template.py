@@ -53,6 +53,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, name: str | None, is_known: Ca
     if name.startswith(OF_BASE):
         return _own(tokenizer, name.removeprefix(OF_BASE))
     if name in named.NAMES:
+        named.refuse_missing(tokenizer, name)
         return named.text_of(name)
     template = _in_file(name, is_known)
     if problem := templates.problem(template):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from finetune.data.conversation import Message, Tool
 from finetune.errors import DataError
 from finetune.tasks.rendering import Renderer
+from finetune.tasks.thought_marks import only_marks
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHOWN = 40  # characters of a text in a message
@@ -26,10 +27,12 @@ def refuse_other(
 ) -> None:
     """Raises DataError if the template marks something else of the last message than `written`, blanks at the ends aside.
 
-    A mark that begins before the turn does is cut: a generation prompt may hold the beginning of a thought.
+    The generation prompt may hold the beginning of a thought: that is cut from a mark.
     """
     text, marks = renderer.marks(messages, place, tools)
     begin = len(text) - len(written)
+    if first := next((first for first, last in marks if first < begin < last), None):
+        begin = begin if only_marks(text[first:begin]) else first
     marked = "".join(text[max(first, begin) : last] for first, last in marks if last > begin)
     if marked.strip() != written.strip():
         message = f"the chat template marks {_short(marked)} of `{field}` as generated, but the model writes {_short(written)}"

@@ -24,6 +24,18 @@ TEMPLATE_HINT = "give a chat template of your own with task.template: FILE"
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 
+class TemplateError(DataError):
+    """A template refused a conversation, or failed on it."""
+
+    def __init__(self, does: str, said: str, place: str | None, hint: str, about: str = "the row"):
+        super().__init__(f"the chat template {does} {about}: {said}", where=place, hint=hint)
+        self._does, self._said = does, said
+
+    def at(self, field: str) -> "TemplateError":
+        """The same error about one message of the row."""
+        return TemplateError(self._does, self._said, self.where, self.hint or "", f"`{field}`")
+
+
 class Renderer(NamedTuple):
     """How conversations become text."""
 
@@ -79,8 +91,7 @@ def _failures(place: str | None) -> Iterator[None]:
         yield
     except jinja2.TemplateError as error:
         if type(error) is jinja2.TemplateError:
-            message, hint = f"the chat template refuses the row: {error}", "look at the order of roles in it"
-            raise DataError(message, where=place, hint=hint) from None
+            raise TemplateError("refuses", str(error), place, "look at the order of roles in it") from None
         raise _failure(error, place) from error
     except FAILURES as error:
         raise _failure(error, place) from error
@@ -136,8 +147,8 @@ def _compiled(template: str) -> "jinja2.Template":
     return _compile_jinja_template(template)
 
 
-def _failure(error: Exception, place: str | None) -> DataError:
+def _failure(error: Exception, place: str | None) -> "TemplateError":
     said = " ".join(str(error).split())[:200]
     cause = f"{type(error).__name__}: {said}" if said else type(error).__name__
     hint = f"look at what this row has that others have not, or {TEMPLATE_HINT}"
-    return DataError(f"the chat template fails on the row: {cause}", where=place, hint=hint)
+    return TemplateError("fails on", cause, place, hint)

@@ -5,7 +5,6 @@ model's name.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,18 +12,9 @@ from finetune.data.conversation import Conversation, Message
 from finetune.errors import DataError
 from finetune.tasks.generation_marks import has_marks, refuse_other
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
+from finetune.tasks.thought_marks import follows
 
 SHOWN = 40  # characters of a text in a message
-# How templates mark a thought or a channel -> what closes it.
-PAIRS = (
-    (re.compile(r"<([A-Za-z_][\w.:-]*)>"), "</{}>"),
-    (re.compile(r"<\|begin_of_(\w+)\|>"), "<|end_of_{}|>"),
-    (re.compile(r"<\|(\w+)>"), "<{}|>"),
-    (re.compile(r"\[([A-Z_]+)\]"), "[/{}]"),
-    (re.compile(r"◁(\w+)▷"), "◁/{}▷"),
-)
-CLOSING = re.compile(r"</[\w.:-]+>|<\|end_of_\w+\|>|<\w+\|>|\[/[A-Z_]+\]|◁/\w+▷")
-UNFINISHED = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*$")
 THOUGHT_HINT = "give the turn a thought, turn thinking off with task.template_variables, or name another task.template"
 
 
@@ -36,6 +26,10 @@ class Rendered(NamedTuple):
     """What the model learns to write, in characters: from the end of what it is given to its stop token."""
     turns: list[int]
     """The number of the message of each span."""
+    fields: list[str]
+    """Where that is in the row."""
+    is_whole: bool
+    """Whether it holds the whole conversation; else it ends with its turn."""
 
 
 class _Answer(NamedTuple):
@@ -50,13 +44,18 @@ def rendered(renderer: Renderer, conversation: Conversation, stops: Sequence[str
     """The texts of the learnt turns. `stops` are the tokens that end generation."""
     whole = renderer.text(conversation.messages, place, conversation.tools)
     answers = [_answer(renderer, conversation, number, stops, place) for number in conversation.turns]
+    fields = [conversation.places[number] for number in conversation.turns]
     if one := _in_one(whole, answers, stops):
-        return [one]
-    return [Rendered(each.text, [(each.start, len(each.text))], [each.number]) for each in answers]
+        text, spans = one
+        return [Rendered(text, spans, conversation.turns, fields, is_whole=True)]
+    return [
+        Rendered(each.text, [(each.start, len(each.text))], [each.number], [field], is_whole=False)
+        for each, field in zip(answers, fields, strict=True)
+    ]
 
 
-def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> Rendered | None:
-    """The whole conversation, if each turn stands in it as it does when the model writes it."""
+def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> tuple[str, list[tuple[int, int]]] | None:
+    """The text of the whole conversation and its learnt spans, if each turn stands in it as it does when the model writes it."""
     last = answers[-1].text
     text = (
         last if last.startswith(whole) else whole
@@ -69,7 +68,7 @@ def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> Ren
         if end is None:
             return None
         spans.append((answer.start, end))
-    return Rendered(text, spans, [answer.number for answer in answers])
+    return text, spans
 
 
 def _first_stop(answer: _Answer, stops: Sequence[str]) -> int | None:
@@ -113,37 +112,32 @@ def _written(prompt: str, through: str, bare: str, field: str, place: str) -> st
             said = f"{prompt[same:][:SHOWN]!r} becomes {through[same:][:SHOWN]!r}"
             raise _cannot(f"renders what is before `{field}` in another way once that is there: {said}", place)
         return through[at + len(asked) :]
-    if unfinished := UNFINISHED.search(prompt, header, same):
-        same = unfinished.start()
-    more, written = prompt[same:], through[same:]
-    if more.strip() and not _is_closed(more, written):
+    written = follows(prompt[header:], same - header, through[same:])
+    if written is None:
         said = f"asks for an answer with {prompt[header:][-SHOWN:]!r}, and begins the turn `{field}` with {through[header:][:SHOWN]!r}"
         raise _cannot(said, place, THOUGHT_HINT)
     return written
-
-
-def _is_closed(more: str, written: str) -> bool:
-    """Whether what a generation prompt has beyond the turn is a thought that ends before the answer."""
-    text, is_marked = more + written, bool(CLOSING.search(more))
-    for opening, closing in PAIRS:
-        for found in opening.finditer(more):
-            is_marked = True
-            if closing.format(found[1]) not in text[found.end() :]:
-                return False
-    return is_marked
 
 
 def _next_role(renderer: Renderer, conversation: Conversation, number: int, through: str, stops: Sequence[str]) -> str:
     """The stop token that the next message begins with, for templates whose turns end there; empty if it begins otherwise."""
     messages = conversation.messages
     followed = messages[number + 1] if number + 1 < len(messages) else _reply_to(messages[number])
-    try:
-        longer = renderer.text([*messages[: number + 1], followed], None, conversation.tools)
-    except DataError:  # it may not follow: then nothing does
-        return ""
-    after = longer[len(through) :] if longer.startswith(through) else ""
-    stop = next((stop for stop in stops if after.lstrip().startswith(stop)), "")
-    return after[: len(after) - len(after.lstrip())] + stop if stop else ""
+    plain = {
+        "role": messages[number]["role"],
+        "content": "!",
+    }  # a template that rewrites earlier turns leaves this one as it is
+    for turn, text in ((messages[number], through), (plain, None)):
+        before = [*messages[:number], turn]
+        try:
+            text = renderer.text(before, None, conversation.tools) if text is None else text
+            longer = renderer.text([*before, followed], None, conversation.tools)
+        except DataError:  # it may not follow: then nothing does
+            continue
+        after = longer[len(text) :] if longer.startswith(text) else ""
+        if stop := next((stop for stop in stops if after.lstrip().startswith(stop)), None):
+            return after[: len(after) - len(after.lstrip())] + stop
+    return ""
 
 
 def _reply_to(message: Message) -> Message:

@@ -212,14 +212,14 @@ def test_any_token_that_ends_generation_may_end_a_turn(learnt, tiny_tokenizer):
 
 def test_a_template_without_a_stop_token_is_refused(encoded):
     assert complaint(encoded, {"messages": turns("ask", "!")}, WITHOUT_STOP_TOKEN) == (
-        "data.jsonl:1: the chat template ends the assistant's turn with `!`, not with a stop token (`<|im_end|>`): "
+        "data.jsonl:1: the chat template ends the turn `messages[1]` with `!`, not with a stop token (`<|im_end|>`): "
         "the tuned model would not stop" + STOP_HINT
     )
 
 
 def test_a_base_without_a_stop_token_is_refused(encoded):
     assert complaint(encoded, {"messages": turns("ask", "answer")}, stop_tokens=set()) == (
-        "data.jsonl:1: the chat template ends the assistant's turn with `<|im_end|>`, not with a stop token (none): "
+        "data.jsonl:1: the chat template ends the turn `messages[1]` with `<|im_end|>`, not with a stop token (none): "
         "the tuned model would not stop" + STOP_HINT
     )
 
@@ -235,7 +235,7 @@ def test_a_template_that_drops_what_the_assistant_says_is_refused(encoded):
 def test_a_template_that_refuses_the_order_of_roles_is_quoted(encoded):
     row = {"messages": turns("one", "two", "answer", roles=("user", "user", "assistant"))}
     assert complaint(encoded, row, STRICT) == (
-        "data.jsonl:1: the chat template refuses the row: roles must alternate user and assistant\n"
+        "data.jsonl:1: the chat template refuses `messages[1]`: roles must alternate user and assistant\n"
         "hint: look at the order of roles in it"
     )
 
