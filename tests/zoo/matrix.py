@@ -1,5 +1,6 @@
 """Every template of the zoo with every kind of row, through the encoder of the task `chat`."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,14 @@ def encode(specimen: Specimen, row: dict[str, Any]) -> list[Example]:
     task = ChatTask(name="chat", max_length=100_000, **variables)
     encoder = TASK.encoder(specimen.tokenizer_with_template, task, specimen.stop_ids, date=oracle.DAY)
     return encoder([row], ["row 1"])[0]
+
+
+def digest(examples: list[Example]) -> str:
+    """Of tokens and masks."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(example.tokens.astype("<i4").tobytes() + b"|" + example.supervised.tobytes() + b"\n")
+    return found.hexdigest()[:12]
 
 
 def cells(names: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[tuple[str, str, Verdict]]:
