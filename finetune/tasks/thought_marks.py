@@ -14,7 +14,7 @@ PAIRS = (
     (re.compile(r"◁(\w+)▷"), "◁/{}▷"),
 )
 CLOSING = re.compile(r"</[\w.:-]+>|<\|end_of_\w+\|>|<\w+\|>|\[/[A-Z_]+\]|◁/\w+▷")
-UNFINISHED = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*$")
+UNFINISHED = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*\Z")
 MARKS = re.compile("|".join([*(opening.pattern for opening, _ in PAIRS), CLOSING.pattern, r"\s"]))
 
 
@@ -56,6 +56,6 @@ def only_marks(text: str) -> bool:
 def begin_of_marks(text: str, end: int) -> int:
     """Where the marks and blanks begin that stand right before `end`."""
     begin = end
-    while found := re.search(rf"(?:{MARKS.pattern})$", text[:begin][-200:]):
+    while found := re.search(rf"(?:{MARKS.pattern})\Z", text[:begin][-200:]):
         begin -= len(found[0])
     return begin

@@ -105,18 +105,21 @@ def _written(prompt: str, through: str, bare: str, field: str, place: str) -> st
     `bare` is the conversation before the turn, without a generation prompt.
     """
     header, same = len(os.path.commonprefix([prompt, bare])), len(os.path.commonprefix([prompt, through]))
-    if same < header:  # what is before the turn changed as well: the model is given it as it was
-        asked = prompt[header:]
-        at = through.rfind(asked) if asked.strip() else -1
-        if at < 0:
-            said = f"{prompt[same:][:SHOWN]!r} becomes {through[same:][:SHOWN]!r}"
-            raise _cannot(f"renders what is before `{field}` in another way once that is there: {said}", place)
+    asked = prompt[header:]
+    written = follows(asked, same - header, through[same:]) if same >= header else None
+    if written is not None:
+        return written
+    # What is before the turn changed as well, or has a blank more: the model is given it as it was.
+    at = through.rfind(asked) if asked.strip() else -1
+    if at >= 0 and (same < header or not through[same:at].strip()):
         return through[at + len(asked) :]
-    written = follows(prompt[header:], same - header, through[same:])
-    if written is None:
-        said = f"asks for an answer with {prompt[header:][-SHOWN:]!r}, and begins the turn `{field}` with {through[header:][:SHOWN]!r}"
-        raise _cannot(said, place, THOUGHT_HINT)
-    return written
+    if same < header:
+        said = f"{prompt[same:][:SHOWN]!r} becomes {through[same:][:SHOWN]!r}"
+        raise _cannot(f"renders what is before `{field}` in another way once that is there: {said}", place)
+    said = (
+        f"asks for an answer with {asked[-SHOWN:]!r}, and begins the turn `{field}` with {through[header:][:SHOWN]!r}"
+    )
+    raise _cannot(said, place, THOUGHT_HINT)
 
 
 def _next_role(renderer: Renderer, conversation: Conversation, number: int, through: str, stops: Sequence[str]) -> str:
