@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.bad_rows import BadRow
 from finetune.data.example import Encoded, Example
 from finetune.plan.plan import Counts
 
@@ -48,6 +49,11 @@ class Examples:
         lost = np.concatenate([encoded.lost for encoded, _, _ in self._parts])
         tokens = int(lost[:, 1].sum())
         return len(lost), tokens, tokens + sum(int(encoded.targets.sum()) for encoded, _, _ in self._parts)
+
+    @property
+    def bad_rows(self) -> list[tuple[int, list[BadRow]]]:
+        """Of each source the number of rows skipped as bad, and the first of them."""
+        return [(encoded.bad_rows, encoded.first_bad_rows) for encoded, _, _ in self._parts]
 
     @property
     def columns(self) -> list[list[str] | None]:
@@ -88,8 +94,9 @@ def select(
         parts.append((source, _chosen(source.rows, first, held_out, is_kept), first))
         left_out += len(_chosen(source.left_out_rows, first, held_out, is_kept))
     examples = Examples(parts)
+    bad = 0 if is_kept else sum(source.bad_rows for source in encoded)
     counts = Counts(
-        rows=len(held_out) if is_kept else sum(rows) - len(held_out),
+        rows=len(held_out) if is_kept else sum(rows) - len(held_out) - bad,
         examples=len(examples),
         tokens=int(examples.lengths.sum()),
         supervised_tokens=int(examples.targets.sum()),
@@ -97,6 +104,7 @@ def select(
         cut_tokens=int(examples.cut_tokens.sum()),
         left_out_rows=left_out,
         longest=int(examples.lengths.max(initial=0)),
+        bad_rows=bad,
     )
     return examples, counts
 

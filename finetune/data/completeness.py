@@ -70,6 +70,13 @@ def refuse_lost(
     raise DataError(f"the rendered text lacks {named}", where=where, hint=hint)
 
 
+def is_said(value: object, row: Mapping[str, object]) -> bool:
+    """Whether all texts and numbers of a value are in the messages of a row."""
+    texts = [part.forms[0] for name in MESSAGE_COLUMNS for part in _leaves(row.get(name), name, has_keys=False)]
+    whole = _Text("\n".join(texts))
+    return all(whole.has(each.forms) for each in _leaves(value, "", has_keys=False))
+
+
 class _Text:
     def __init__(self, text: str):
         self._text = text

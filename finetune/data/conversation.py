@@ -13,6 +13,8 @@ from finetune.plan.plan import ROW_RULES
 FIELDS = ("messages", "prompt", "completion", "system", "tools")
 ROLES = ("system", "user", "assistant", "tool")
 """Every template is expected to know these roles; any other role has to appear in the template."""
+FLAGS = ("train", "loss", "learn")
+"""Fields of a message that say whether it is learnt, by the names that tools give it."""
 
 Row = Mapping[str, object]
 Message = dict[str, Any]
@@ -39,9 +41,12 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
         _check(message, place, where, row_rules)
     # Assistant messages of `prompt` are context: only those of `completion` are learnt.
     given = len(parts[0][1]) if len(parts) > 1 else 0
-    if messages[0]["role"] == "assistant":
-        raise DataError("begins with an assistant turn, which answers nothing", where=where, hint="remove the turn")
+    opening = next((number for number, each in enumerate(messages) if each["role"] != "assistant"), len(messages))
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number >= given]
+    answers = [number for number in turns if number >= opening]
+    if opening and (row_rules == 1 or (turns and not answers)):
+        raise DataError("begins with an assistant turn, which answers nothing", where=where, hint="remove the turn")
+    turns = answers
     if not turns:
         reason = "has no assistant turn, so there is nothing to learn from it"
         roles = dict.fromkeys(each["role"] for each in messages)
@@ -53,7 +58,7 @@ def conversation_of(row: Row, where: str, row_rules: int = ROW_RULES) -> Convers
         turns = [number for number in turns if _is_learnt(messages[number], places[number], where)]
         messages = [_plain(message, place, where) for message, place in zip(messages, places, strict=True)]
     if not turns:
-        reason = "has no assistant turn to learn: each has `weight: 0` or `train: false`"
+        reason = "has no assistant turn to learn: each has `weight: 0`, `train: false`, `loss: false` or `learn: false`"
         raise DataError(reason, where=where, hint="remove the row")
     # A turn that only calls tools has no text.
     if not all(messages[number]["content"].strip() or messages[number].get("tool_calls") for number in turns):
@@ -115,7 +120,7 @@ def _parts(row: Row, where: str) -> list[tuple[str, list[Message]]]:
         raise DataError(
             f"has neither `messages` nor `prompt` and `completion`; its columns are: {present}",
             where=where,
-            hint="map columns with data.train[].columns, like {messages: conversations}",
+            hint='map columns with data.train[].columns, like {messages: conversations}, or write patterns, like `prompt: "{question}"`',
         )
     roles = {"prompt": "user", "completion": "assistant"}
     return [(name, _listed(row[name], name, where, role)) for name, role in roles.items()]
@@ -149,21 +154,22 @@ def _check(message: object, place: str, where: str, row_rules: int) -> None:
 
 
 def _is_learnt(message: Message, place: str, where: str) -> bool:
-    weight, train = message.get("weight"), message.get("train")
+    weight, flags = message.get("weight"), [message.get(name) for name in FLAGS]
     # In Python True equals 1, and would pass for a weight.
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(f"`{place}.weight` must be 0 or 1, not {weight!r}", where=where)
-    if train is not None and not isinstance(train, bool):
-        raise DataError(f"`{place}.train` must be true or false, not {kind_of(train)}", where=where)
-    return weight != 0 and train is not False
+    for name, flag in zip(FLAGS, flags, strict=True):
+        if flag is not None and flag not in (0, 1):
+            raise DataError(f"`{place}.{name}` must be true or false, not {kind_of(flag)}", where=where)
+    return weight != 0 and False not in flags
 
 
 def _plain(message: Message, place: str, where: str) -> Message:
     """The message in the form of templates: without nulls, and with the arguments of tool calls as objects."""
-    if message["role"] != "assistant" and message.get("train"):
-        raise DataError(f"`{place}.train` asks to learn a {message['role']} message", where=where)
+    if message["role"] != "assistant" and (asked := next((name for name in FLAGS if message.get(name)), None)):
+        raise DataError(f"`{place}.{asked}` asks to learn a {message['role']} message", where=where)
     # Parquet gives each message the fields of all messages, so null means absent.
-    kept = {name: value for name, value in message.items() if value is not None and name not in ("weight", "train")}
+    kept = {name: value for name, value in message.items() if value is not None and name not in ("weight", *FLAGS)}
     # Templates read `content` of every message.
     kept.setdefault("content", "")
     if not kept.get("tool_calls"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import blake3
 
-from finetune.data import encode_processes, shards
+from finetune.data import bad_rows, encode_processes, shards
 from finetune.data.example import Encoded, Encoder, Row, Rows
 from finetune.data.shards import Work
 from finetune.errors import DataError
@@ -29,15 +29,17 @@ def encode(
     *key: str,
     content: Callable[[Row], object] = lambda row: row,
     reopen: Callable[[], Work] | None = None,
+    skips_bad: bool = False,
 ) -> Encoded:
     """The examples of `rows`, from the cache if the same content was encoded with the same settings before.
 
     `key` names the content of the rows and the settings of the encoder. A row is skipped and counted if all its supervised tokens
     were cut off; if it has none to begin with, the encoder raises. `reopen` makes the same work in worker processes, for sources
-    with many rows; the result is the same to the byte.
+    with many rows; the result is the same to the byte. `skips_bad` skips and lists bad rows, unless they are more than half.
     """
-    digest = blake3.blake3("\n".join([str(shards.VERSION), *key]).encode()).hexdigest()[:32]
-    work = Work(rows, where, encoder, content)
+    facts = [str(shards.VERSION), *key, *(["skips bad rows"] if skips_bad else [])]
+    digest = blake3.blake3("\n".join(facts).encode()).hexdigest()[:32]
+    work = Work(rows, where, encoder, content, skips_bad)
     return Encoded(
         cache.built("encoded", digest, lambda directory: shards.join(directory, _encode(directory, work, reopen)))
     )
@@ -56,6 +58,7 @@ def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> l
         alone.mkdir()
         shards.write(alone, work, range(count))
         made = [alone]
+        bad_rows.refuse_most(made, count)
     else:
         ranges = [range(count)[first : first + SHARD_ROWS] for first in range(0, count, SHARD_ROWS)]
         try:
@@ -63,6 +66,7 @@ def _encode(directory: Path, work: Work, reopen: Callable[[], Work] | None) -> l
                 made = encode_processes.encoded(directory, ranges, reopen, workers())
             else:
                 made = shards.all_or_refusals((partial(shards.shard, directory, work, ids) for ids in ranges), ranges)
+            bad_rows.refuse_most(made, count)
         except DataError:  # these shards are useless: the rows have to change, and their key with them
             for shard in directory.iterdir():
                 shutil.rmtree(shard, ignore_errors=True)

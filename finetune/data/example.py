@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from finetune.data import bad_rows
+
 Row = dict[str, object]
 """A row of a source, by the names that a task has for its columns."""
 
@@ -46,6 +48,7 @@ class Encoded:
     have no example. `lost` (int64, two columns) is each row that lost supervised tokens, and how many; older entries have none.
     `numbers` (float64) has a column for each number that an example of the task has, and is not written where it has none.
     `contents` (uint64, an entry a row) is a hash of the row's content. `columns` are those of all rows; None in older entries.
+    `bad_rows` were skipped: their content is `BAD`, and `first_bad_rows` says why of the first ones; `bad_rows.read` of all.
     """
 
     def __init__(self, directory: Path):
@@ -62,6 +65,8 @@ class Encoded:
         has_numbers = (directory / "numbers.npy").exists()
         self.numbers = mapped("numbers") if has_numbers else np.zeros((len(self.rows), 0))
         columns = directory / "columns.json"
+        self.bad_rows = bad_rows.count(directory)
+        self.first_bad_rows = bad_rows.first(directory)
         self.columns: list[str] | None = json.loads(columns.read_text()) if columns.exists() else None
 
     def __len__(self) -> int:

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterator
 from finetune.data import conversation, plain_text
 from finetune.data.example import Row
 from finetune.data.refusals import together
+from finetune.data.shapes import SHAPES, alpaca
+from finetune.data.shapes.choice import patterns_of
 from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Source, Task
+from finetune.recipe.schema.patterns import fields
 
 FIRST_ROWS = 64
 MOST_ROWS = 20_000  # checked if one of the first is bad, to report the bad ones together
 # a kind of rows -> its fields, and the function that reads such a row
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], object]]] = {
     "conversation": (conversation.FIELDS, conversation.conversation_of),
-    "text": (plain_text.FIELDS, plain_text.text_of),
+    "text": (plain_text.FIELDS, plain_text.content_of),
 }
 
 
@@ -34,7 +37,7 @@ def check(loaded: LoadedRecipe) -> None:
     for source in sources.values():
         if source.path is not None:
             try:
-                _look(source, loaded.recipe.task)
+                _look(source, loaded.recipe.task, loaded.recipe.data.on_bad_row == "skip")
             except DataError as error:
                 refused.append(error)
     if len(refused) == 1:
@@ -46,6 +49,8 @@ def check(loaded: LoadedRecipe) -> None:
 def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]:
     """Columns without a field of the task that the recipe does not skip."""
     known = {*_fields(task), *source.skip}
+    if "text" in columns:  # rows that have both are read as text
+        known -= {*plain_text.FIELDS} - {"text"}
     return [column for column in columns if column not in known]
 
 
@@ -58,25 +63,44 @@ def _sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
 
 def _problems(loaded: LoadedRecipe, key: str, source: Source) -> Iterator[Problem]:
     task = loaded.recipe.task
-    fields = _fields(task)
-    listed = ", ".join(f"`{field}`" for field in fields)
+    known = (*_fields(task), *(alpaca.COLUMNS if task.row_form == "conversation" else ()))
+    listed = ", ".join(f"`{field}`" for field in dict.fromkeys(known))
     for field in source.columns:
-        if field not in fields:
-            near = difflib.get_close_matches(field, fields, n=1)
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"the fields are {listed}"
             yield loaded.problem(f"{key}.columns.{field}", f"is no field of {task.name} rows", hint)
     for column in sorted({*source.columns.values()} & {*source.skip}):
         yield loaded.problem(f"{key}.skip", f"skips `{column}`, which `columns` reads")
+    yield from _shape_problems(loaded, key, source)
+
+
+def _shape_problems(loaded: LoadedRecipe, key: str, source: Source) -> Iterator[Problem]:
+    """Of the keys that say which shape rows have."""
+    task = loaded.recipe.task
+    if source.format != "auto" and SHAPES[source.format].form != task.row_form:
+        names = ", ".join(f"`{name}`" for name, shape in SHAPES.items() if shape.form == task.row_form)
+        yield loaded.problem(
+            f"{key}.format", f"`{source.format}` is no format of {task.name} rows", f"those are {names}"
+        )
+    for column, pattern in patterns_of(source).items():
+        if column not in _fields(task):
+            yield loaded.problem(f"{key}.{column}", f"{task.name} rows have no `{column}`")
+        if column in source.columns:
+            yield loaded.problem(f"{key}.{column}", f"`columns.{column}` makes it as well; give one")
+        for used in sorted({used for field in fields(pattern) for used in field.columns} & {*source.skip}):
+            yield loaded.problem(f"{key}.skip", f"skips `{used}`, which the pattern `{column}` reads")
 
 
 def _fields(task: Task) -> tuple[str, ...]:
     return (*FORMS[task.row_form][0], *task.more_fields)
 
 
-def _look(source: Source, task: Task) -> None:
+def _look(source: Source, task: Task, skips_bad: bool) -> None:
     # A few rows first: a good file costs milliseconds.
-    if _refused(first_rows(source, FIRST_ROWS), task):
-        rows = first_rows(source, MOST_ROWS)
+    first = first_rows(source, FIRST_ROWS, task.row_form)
+    if first.choice and not skips_bad and _refused(first, task):  # `choice` refuses rows that could have two shapes
+        rows = first_rows(source, MOST_ROWS, task.row_form)
         raise together(_refused(rows, task), len(rows))
 
 

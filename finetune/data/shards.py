@@ -12,10 +12,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from finetune.data import bad_rows
 from finetune.data.example import Encoder, Example, Row, Rows
 from finetune.data.refusals import together
 from finetune.errors import DataError
-from finetune.plan.split import content_of
+from finetune.plan.split import BAD, content_of
 from finetune.store import cache
 
 VERSION = 3  # of the format below; part of every key
@@ -34,6 +35,8 @@ class Work:
     encoder: Encoder
     content: Callable[[Row], object] = lambda row: row
     """The part of a row that identifies it: rows with equal content are the same row."""
+    skips_bad: bool = False
+    """Skips and lists rows that cannot be read or encoded, in place of raising."""
 
 
 def all_or_refusals(makers: Iterable[Callable[[], Path]], ranges: Sequence[range]) -> list[Path]:
@@ -58,16 +61,19 @@ def shard(directory: Path, work: Work, ids: range) -> Path:
 
 
 def write(directory: Path, work: Work, ids: range) -> None:
-    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, `columns.json`, `numbers.npy` where examples have numbers, and `examples.npy`: length, row, targets and cut tokens of each."""
-    examples, numbers, left_out, lost, contents = [], [], [], [], []
+    """`tokens.raw`, `supervised.raw`, `left_out.npy` (rows), `lost.npy` (rows and their lost targets), `contents.npy`, `columns.json`, `numbers.npy` where examples have numbers, `bad.jsonl` where bad rows are skipped, and `examples.npy`: length, row, targets and cut tokens of each."""
+    examples, numbers, left_out, lost = [], [], [], []
+    contents = np.full(len(ids), BAD, dtype=np.uint64)
     columns: dict[str, None] = {}
     refused: dict[int, DataError] = {}
     with open(directory / "tokens.raw", "wb") as tokens, open(directory / "supervised.raw", "wb") as supervised:
         for some, rows in _calls(work, ids, refused):
-            contents += [content_of(work.content(row)) for row in rows]
-            columns |= dict.fromkeys(column for row in rows for column in row)
-            # With a bad row `_encoded` returns nothing. This shard is refused below.
-            for row, encoded in zip(some, _encoded(work, some, rows, refused), strict=False):
+            accepted = _encoded(work, some, rows, refused)
+            for row, values in zip(some, rows, strict=True):
+                if row in accepted:
+                    contents[row - ids.start] = content_of(work.content(values))
+                    columns |= dict.fromkeys(values)
+            for row, encoded in accepted.items():
                 # Nothing predicts the first token of an example, so its mask does not count.
                 kept = [example for example in encoded if example.supervised[1:].any()]
                 if not kept:
@@ -80,14 +86,16 @@ def write(directory: Path, work: Work, ids: range) -> None:
                     targets = int(example.supervised[1:].sum())
                     examples.append((len(example.tokens), row, targets, example.cut_tokens))
                     numbers.append(example.numbers)
-    if refused:
+    if refused and not work.skips_bad:
         raise together([refused[row] for row in sorted(refused)], ids.stop)
+    if work.skips_bad:
+        bad_rows.write(directory, refused)
     np.save(directory / "examples.npy", np.array(examples, dtype=np.int64).reshape(-1, 4))
     if any(numbers):
         np.save(directory / "numbers.npy", np.array(numbers, dtype=np.float64))
     np.save(directory / "left_out.npy", np.array(left_out, dtype=np.int64))
     np.save(directory / "lost.npy", np.array(lost, dtype=np.int64).reshape(-1, 2))
-    np.save(directory / "contents.npy", np.array(contents, dtype=np.uint64))
+    np.save(directory / "contents.npy", contents)
     # Bounded: rows of free-form JSON may have a new key each.
     (directory / "columns.json").write_text(json.dumps([*columns][:MOST_COLUMNS]))
 
@@ -118,22 +126,24 @@ def _characters(value: object) -> int:
     return sum(map(_characters, value))
 
 
-def _encoded(work: Work, ids: Sequence[int], rows: list[Row], refused: dict[int, DataError]) -> list[list[Example]]:
-    """The examples of the rows. If any row is bad, none, and each bad row is added to `refused`."""
+def _encoded(
+    work: Work, ids: Sequence[int], rows: list[Row], refused: dict[int, DataError]
+) -> dict[int, list[Example]]:
+    """The examples of each good row. Each bad row is added to `refused`."""
     places = [work.where(row) for row in ids]
     try:
-        return work.encoder(rows, places)
+        return dict(zip(ids, work.encoder(rows, places), strict=True))
     except DataError:
-        alone = {}
+        good, alone = {}, {}
         for number, row, place in zip(ids, rows, places, strict=True):
             try:
-                work.encoder([row], [place])
+                [good[number]] = work.encoder([row], [place])
             except DataError as error:
                 alone[number] = error
         if not alone:  # no single row is bad
             raise
         refused |= alone
-        return []
+        return good
 
 
 def examples_of(shard: Path) -> np.ndarray:
@@ -158,6 +168,7 @@ def join(directory: Path, shards: Sequence[Path]) -> None:
         np.save(directory / f"{name}.npy", np.concatenate([np.load(shard / f"{name}.npy") for shard in shards]))
     if numbered := [shard / "numbers.npy" for shard in shards if (shard / "numbers.npy").exists()]:
         np.save(directory / "numbers.npy", np.concatenate([np.load(file) for file in numbered]))
+    bad_rows.join(directory, shards)
     if not all((shard / "columns.json").exists() for shard in shards):
         return  # a shard written by older code, before a kill
     columns = [json.loads((shard / "columns.json").read_text()) for shard in shards]

@@ -91,7 +91,8 @@ def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[
 def _copies(plan: Plan) -> int:
     """Rows neither trained on nor evaluated, because they repeat a held-out one."""
     is_by_content = plan.split is not None
-    return sum(pin.rows for pin in plan.train) - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
+    rows = sum(pin.rows for pin in plan.train) - plan.counts.bad_rows
+    return rows - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
 
 
 def _target(publish: Publish | None) -> Target | None:

@@ -41,6 +41,8 @@ class Counts(Pin):
     left_out_rows: int
     """Rows skipped because all their supervised tokens lie beyond `max_length`."""
     longest: int
+    bad_rows: int = 0
+    """Training rows skipped with `data.on_bad_row: skip`."""
 
 
 class Segment(Pin):

@@ -18,6 +18,8 @@ from finetune.recipe.schema import count_of
 
 ALL = 2**64
 PIECE = 1 << 20  # rows
+BAD = 0
+"""In place of the content of a row that was skipped as bad: it is on neither side."""
 
 Word = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]  # 64 bits; as a JSON number it would lose digits in other tools
 

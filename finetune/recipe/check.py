@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.recipe.schema import Recipe, Section
+from finetune.recipe.schema.patterns import PatternError
 from finetune.recipe.schema.rules import PartlyRead, problems
 from finetune.recipe.yaml_nodes import NUMBER, Plain, shown
 
@@ -97,6 +98,8 @@ def _complaint(details: ErrorDetails, data: Plain) -> Complaint:
         return _choice(key, re.findall(r"'([^']*)'", context["expected"]), value)
     if kind == "value_error":
         message = str(context["error"])
+        if isinstance(context["error"], PatternError):
+            return key, message, context["error"].hint
         return key, message if isinstance(value, dict) else f"{message}, not {shown(value)}", None
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]

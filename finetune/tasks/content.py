@@ -21,6 +21,8 @@ def of_chat(row: Row) -> object:
 
 
 def of_text(row: Row) -> object:
+    if row.get("text") is None and isinstance(row.get("input_ids"), list):
+        return [row["input_ids"], row.get("labels")]
     return row.get("text")
 
 

@@ -1,4 +1,7 @@
-"""Plain text to examples: every token is supervised, and a long row becomes several examples, nothing lost."""
+"""Plain text to examples: every token is supervised, and a long row becomes several examples, nothing lost.
+
+A row may be tokens already. Then nothing is added, and its own mask says which are supervised.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -6,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.example import Example, Row
-from finetune.data.plain_text import text_of
+from finetune.data.plain_text import Tokens, content_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
@@ -19,13 +22,22 @@ Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 def encoder(
     tokenizer: PreTrainedTokenizerBase, task: TextTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
 ) -> Encode:
-    """A function from rows and their places to the examples of each row; each row ends with the tokenizer's end token."""
+    """A function from rows and their places to the examples of each row; each text ends with the tokenizer's end token."""
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError("the base's tokenizer has no end-of-text token", hint="choose a base that has one")
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
-        texts = [text_of(row, place) for row, place in zip(rows, places, strict=True)]
+        given = [content_of(row, place, row_rules) for row, place in zip(rows, places, strict=True)]
+        of_texts = iter(encode_texts([each for each in given if isinstance(each, str)]))
+        return [
+            next(of_texts) if isinstance(each, str) else _of_tokens(each, place, len(tokenizer), task.max_length)
+            for each, place in zip(given, places, strict=True)
+        ]
+
+    def encode_texts(texts: list[str]) -> list[list[Example]]:
+        if not texts:
+            return []
         # All texts in one call: a fast tokenizer spreads them over its threads.
         batch = tokenizer(texts, return_special_tokens_mask=True)
         found = batch["input_ids"]
@@ -37,6 +49,21 @@ def encoder(
         return [_divided(ids, task.max_length) for ids in ended]
 
     return encode
+
+
+def _of_tokens(tokens: Tokens, place: str, vocabulary: int, max_length: int) -> list[Example]:
+    """The examples of a row that is tokens already. Refuses ids that the tokenizer does not have."""
+    for number, token in enumerate(tokens.ids):
+        if not 0 <= token < vocabulary:
+            message = f"`input_ids[{number}]` is {token}, and the base's tokenizer has {vocabulary} tokens"
+            raise DataError(message, where=place, hint="encode the rows with the tokenizer of this base")
+    supervised = np.array(tokens.supervised, dtype=bool)
+    pieces, start = _divided(tokens.ids, max_length), 0
+    examples = []
+    for piece in pieces:
+        examples.append(piece._replace(supervised=supervised[start : start + len(piece.tokens)]))
+        start += len(piece.tokens) - 1  # the last token of a piece begins the next one
+    return examples
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -43,6 +43,8 @@ class Encoding:
     """`Plan.date`."""
     given_day: str | None
     """The day that the template is given."""
+    skips_bad: bool
+    """`data.on_bad_row: skip`."""
     templates: tuple[str, ...]
     """What was found out about templates that the base's user should know."""
 
@@ -82,7 +84,8 @@ def encoding_of(
         # Everything that renders with this tokenizer later must use the template of the plan.
         tokenizer.chat_template = shown
     day, given_day = dates(template, earlier, rules_of, today)
-    return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, tuple(notes))
+    skips_bad = recipe.data.on_bad_row == "skip"
+    return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, skips_bad, tuple(notes))
 
 
 def read(
@@ -110,28 +113,35 @@ def _read(
 ) -> tuple[PinnedSource, Encoded]:
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     place = located(source, earlier or known.get(source.path or ""))
-    rows = open_source(place, revision, encoding.row_rules)
+    rows = open_source(place, revision, encoding.row_rules, encoding.task.row_form, encoding.skips_bad)
     # Under the recipe's name, wherever the file was found: the plan's id must not change.
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     # in memory, by each process that opens it
     is_held = place.path is not None and place.path.lower().endswith(".csv")
     again = None if is_held else partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
-    return pin, encode(rows, rows.where, encoder, *source_key(source, pin), key, content=content, reopen=again)
+    keys = (*source_key(source, pin), key)
+    return pin, encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
 
 
-def _portable(encoding: Encoding) -> tuple[Path, Task, dict[str, Any]]:
+def _portable(encoding: Encoding) -> tuple[Path, Task, dict[str, Any], bool]:
     """What another process needs to encode alike; a tokenizer is opened there again."""
-    return encoding.directory, encoding.task, encoding.rendering
+    return encoding.directory, encoding.task, encoding.rendering, encoding.skips_bad
 
 
 def _reopened(
-    directory: Path, task: Task, rendering: dict[str, Any], source: Source, pin: PinnedSource, state: State | None
+    directory: Path,
+    task: Task,
+    rendering: dict[str, Any],
+    skips_bad: bool,
+    source: Source,
+    pin: PinnedSource,
+    state: State | None,
 ) -> Work:
     """What encodes a source, made again in a worker process."""
-    rows = reopen_source(source, pin, state, rendering["row_rules"])
+    rows = reopen_source(source, pin, state, rendering["row_rules"], task.row_form)
     encoder = _encoder(directory, base.load_tokenizer(directory), task, rendering)
-    return Work(rows, rows.where, encoder, TASKS[task.name].content)
+    return Work(rows, rows.where, encoder, TASKS[task.name].content, skips_bad)
 
 
 def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict[str, Any]) -> Encoder:

@@ -23,7 +23,8 @@ def losses_of_older_rules(resolved: Resolved) -> list[str]:
     seen, losses = 0, []
     for source, pin in zip(plan.recipe.data.train, plan.train, strict=True):
         before, after = (
-            open_source(located(source, pin), pin.revision, rules) for rules in (plan.row_rules, ROW_RULES)
+            open_source(located(source, pin), pin.revision, rules, task.row_form)
+            for rules in (plan.row_rules, ROW_RULES)
         )
         for index in range(min(len(before), FIRST_ROWS)):
             place, seen = before.where(index), seen + 1

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data import unused
+from finetune.data import readings, unused
+from finetune.data.readings import Readings
 from finetune.data.unused import Unused
 from finetune.model import base
 from finetune.plan import forecast, forecast_table
@@ -19,7 +20,7 @@ from finetune.training.readiness import refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
 
 
-class PlanFacts(WithDevices, Unused):
+class PlanFacts(WithDevices, Unused, Readings):
     """What `plan --json` prints."""
 
     base_notes: list[str]
@@ -40,7 +41,7 @@ class Preview:
         """The facts for a reader."""
         facts, resolved = self.facts, self.resolved
         found = forecast_table.base_lines(resolved.notes, resolved.reached)
-        lines = [forecast_table.table(facts), *found, *unused.lines(facts)]
+        lines = [forecast_table.table(facts), *found, *readings.lines(facts), *unused.lines(facts)]
         return "\n".join([*lines, "", forecast_table.devices_table(facts)] if self.is_of_devices else lines)
 
     def refuse_unready(self) -> None:
@@ -79,6 +80,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
     facts["notes"] += filter(None, [slow_numbers(plan.recipe.train.precision)])
     return {
         **facts,
+        **readings.readings(plan, resolved.train, resolved.holdout),
         "ignored_columns": unused.columns(plan, resolved.train, resolved.holdout),
         **unused.lost(plan, resolved.train),
         "base_notes": list(resolved.notes),

@@ -54,7 +54,7 @@ def place(row):
 
 
 def work(options):
-    return Work(Rows(options["rows"]), place, Encoder(options))
+    return Work(Rows(options["rows"]), place, Encoder(options), skips_bad=options.get("skips_bad", False))
 
 
 def anonymous_bytes():
@@ -69,16 +69,17 @@ def main():
     encoding.workers = lambda: options["workers"]
     here = work(options)
     try:
-        encoded = encode(
-            here.rows, here.where, here.encoder, "rows", str(options["rows"]), reopen=functools.partial(work, options)
-        )
+        key, again = ("rows", str(options["rows"])), functools.partial(work, options)
+        encoded = encode(here.rows, here.where, here.encoder, *key, reopen=again, skips_bad=here.skips_bad)
     except DataError as error:
         print(json.dumps({"error": str(error)}))
         return
     digest = hashlib.sha256()
     for name in ("tokens", "supervised", "offsets", "rows", "targets", "cut_tokens", "left_out_rows"):
         digest.update(f"{name} {getattr(encoded, name).dtype}".encode() + getattr(encoded, name).tobytes())
-    print(json.dumps({"examples": len(encoded), "digest": digest.hexdigest(), "most_bytes": here.encoder.most_bytes}))
+    bad = [row["where"] for row in encoded.first_bad_rows]
+    found = {"examples": len(encoded), "digest": digest.hexdigest(), "most_bytes": here.encoder.most_bytes}
+    print(json.dumps(found | ({"bad": bad} if bad else {})))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,15 @@ def test_the_same_bad_rows_are_told_however_many_processes_find_them(encoded, tm
     assert not list((tmp_path / "two/encoded").iterdir())
 
 
+def test_skipped_rows_are_the_same_however_many_processes_find_them(encoded):
+    bad = {"bad": [42, 45, 70], "skips_bad": True}
+    results = [
+        without_memory(encoded(name, **bad, **options)) for name, options in (("one", {}), ("two", {"workers": 2}))
+    ]
+    assert results[0] == results[1] and results[0]["bad"] == ["rows:42", "rows:45", "rows:70"]
+    assert results[0]["examples"] == 97
+
+
 @pytest.mark.parametrize("workers", [None, 2])
 def test_after_a_kill_only_what_was_not_finished_is_encoded(start, encoded, tmp_path, workers):
     process = start(hangs_at=50, workers=workers)

@@ -68,7 +68,11 @@ def test_a_column_that_is_not_there_is_told(refusal) -> None:
     ("task", "columns", "message"),
     [
         ("chat", {"promt": "a"}, "data.train[0].columns.promt: is no field of chat rows\nhint: did you mean `prompt`?"),
-        ("text", {"body": "a"}, "data.train[0].columns.body: is no field of text rows\nhint: the fields are `text`"),
+        (
+            "text",
+            {"body": "a"},
+            "data.train[0].columns.body: is no field of text rows\nhint: the fields are `text`, `input_ids`, `labels`, `attention_mask`, `loss_mask`",
+        ),
     ],
 )
 def test_a_field_that_the_task_does_not_have_is_a_problem_of_the_recipe(refusal, task, columns, message) -> None:

@@ -283,7 +283,8 @@ def test_text_that_spells_a_control_token_is_refused(encoded, speaker):
 )
 def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
     assert complaint(encoded, row) == (
-        f"data.jsonl:1: {message}\nhint: map columns with data.train[].columns, like {{messages: conversations}}"
+        f"data.jsonl:1: {message}\nhint: map columns with data.train[].columns, like {{messages: conversations}}, "
+        'or write patterns, like `prompt: "{question}"`'
     )
 
 

@@ -14,7 +14,7 @@ from finetune.data.heldout.lineage import Contents, Found
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan import split as splits
 from finetune.plan.plan import PinnedSource, Plan, Stage
-from finetune.plan.split import Split
+from finetune.plan.split import BAD, Split
 from finetune.recipe.schema import Recipe, drawn_of, is_drawn
 
 
@@ -30,6 +30,11 @@ class Sources:
     @property
     def rows(self) -> int:
         return sum(map(len, self.train))
+
+    @property
+    def good(self) -> list[np.ndarray]:
+        """The content of the training rows without those skipped as bad."""
+        return [each[each != BAD] if (each == BAD).any() else each for each in self.train]
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,17 @@ def held_out(recipe: Recipe, sources: Sources, earlier: Plan | None, origin: Sta
     nothing, share = np.zeros(0, dtype=np.int64), drawn_of(recipe.data)
     if share is None:
         says = np.concatenate([np.zeros(0, dtype=np.uint64), *sources.holdout])
-        return HeldOut(None, nothing, np.arange(len(says)), says, sources.contents)
+        evaluated = np.flatnonzero(says != BAD)
+        return HeldOut(None, nothing, evaluated, says[evaluated], sources.contents)
     split = earlier.split if earlier else _rule(recipe, share, sources, origin)
     if split is None:
         untrained = evaluated = splits.by_position(share, sources.rows, recipe.train.seed)
     else:
         untrained = splits.held_out_rows(split, sources.train)
+        untrained = untrained[_says(sources.train, untrained) != BAD]
         _, firsts = np.unique(_says(sources.train, untrained), return_index=True)
         evaluated = np.sort(untrained[firsts])
-    _refuse_empty_side(share, sources.rows, len(untrained), split, origin)
+    _refuse_empty_side(share, sum(map(len, sources.good)), len(untrained), split, origin)
     return HeldOut(split, untrained, evaluated, _says(sources.train, evaluated), sources.contents)
 
 
@@ -75,12 +82,12 @@ def _rule(recipe: Recipe, share: int | str, sources: Sources, origin: Stage | No
     """The origin's rule, if it has one and the recipe asks for no other; None is the rule of older versions."""
     seed, before = recipe.data.split_seed, drawn_of(origin.data) if origin and origin.data else None
     if origin is None or origin.task != recipe.task.name or before is None:
-        return splits.draw(share, seed or 0, sources.train)
+        return splits.draw(share, seed or 0, sources.good)
     inherited = origin.split.seed if origin.split else None
     is_asked_for = share == before and seed in (None, inherited)
     if is_asked_for and lineage.has_rows_of(origin, sources.train, sources.contents):
         return origin.split or _older_rule(recipe, sources, origin)
-    return splits.draw(share, (inherited or 0) if seed is None else seed, sources.train)
+    return splits.draw(share, (inherited or 0) if seed is None else seed, sources.good)
 
 
 def _older_rule(recipe: Recipe, sources: Sources, origin: Stage) -> Split | None:

@@ -16,8 +16,9 @@ from finetune.data.example import Row
 from finetune.data.sources.open import located, open_source
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan.plan import PinnedSource, Plan, Stage
-from finetune.plan.split import PIECE, Seen, Split, by_position, content_of, texts
+from finetune.plan.split import BAD, PIECE, Seen, Split, by_position, content_of, texts
 from finetune.recipe.schema import Source, drawn_of
+from finetune.recipe.schema.tasks import SECTIONS
 from finetune.store import cache
 from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.refs import find, parse, run_around
@@ -105,22 +106,29 @@ class Contents:
     known: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
     """Of encoded sources."""
 
-    def of_source(self, source: Source, pin: PinnedSource, row_rules: int) -> np.ndarray:
-        """Raises DataError if the source has changed."""
+    def of_source(self, source: Source, pin: PinnedSource, row_rules: int, skips_bad: bool = False) -> np.ndarray:
+        """Raises DataError if the source has changed. `skips_bad` gives a row that cannot be read the content `BAD`."""
         key = source_key(source, pin)
         if key in self.known:
             return self.known[key]
-        digest = blake3.blake3("\n".join([str(VERSION), self.task, *key]).encode()).hexdigest()[:32]
-        made = cache.built("contents", digest, partial(self._build, source, pin, row_rules))
+        facts = [str(VERSION), self.task, *key, *(["skips bad rows"] if skips_bad else [])]
+        digest = blake3.blake3("\n".join(facts).encode()).hexdigest()[:32]
+        made = cache.built("contents", digest, partial(self._build, source, pin, row_rules, skips_bad))
         return np.load(made / "contents.npy", mmap_mode="r")
 
-    def _build(self, source: Source, pin: PinnedSource, row_rules: int, directory: Path) -> None:
-        rows = open_source(located(source, pin), pin.revision, row_rules)
+    def _build(self, source: Source, pin: PinnedSource, row_rules: int, skips_bad: bool, directory: Path) -> None:
+        form = SECTIONS[self.task].row_form
+        rows = open_source(located(source, pin), pin.revision, row_rules, form, skips_bad)
         if rows.fingerprint != pin.fingerprint:
             raise DataError("has other content than it had then", where=rows.name, hint="restore the file")
         made = np.lib.format.open_memmap(directory / "contents.npy", "w+", np.uint64, (len(rows),))
         for row in range(len(rows)):
-            made[row] = content_of(self.of(rows[row]))
+            try:
+                made[row] = content_of(self.of(rows[row]))
+            except DataError:
+                if not skips_bad:
+                    raise
+                made[row] = BAD
         made.flush()
 
     def held_out(self, stage: Stage, split: Split | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -128,7 +136,8 @@ class Contents:
         if stage.data is None:
             raise DataError("its plan is not to be found", where=stage.ref)
         pairs = zip(stage.data.train, stage.train, strict=True)
-        sources = [self.of_source(*pair, stage.row_rules) for pair in pairs]
+        skips_bad = stage.data.on_bad_row == "skip"
+        sources = [self.of_source(*pair, stage.row_rules, skips_bad) for pair in pairs]
         share = drawn_of(stage.data) if split is None else None
         rows = np.zeros(0, np.int64) if share is None else by_position(share, sum(map(len, sources)), stage.seed)
         first = 0
@@ -186,7 +195,7 @@ def has_rows_of(stage: Stage, own: Sequence[np.ndarray], contents: Contents) -> 
     """Whether a run had any of these rows, trained on or held out; also True if that cannot be found out."""
     try:
         for piece, _ in contents.held_out(stage, stage.split):
-            some = np.unique(piece)
+            some = np.unique(piece[piece != BAD])
             if any(
                 np.isin(each[start : start + PIECE], some).any() for each in own for start in range(0, len(each), PIECE)
             ):

@@ -6,13 +6,16 @@ A row is a plain dict of columns, renamed by the recipe's `columns`. A bad row r
 
 import json
 import os
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from blake3 import blake3
 
 from finetune.data.example import Row
 from finetune.data.refusals import listed
+from finetune.data.shapes.choice import FIRST_ROWS, Choice, choice_of
 from finetune.data.sources.arrow import without_nulls
 from finetune.data.sources.files import Reader, reader_of
 from finetune.data.sources.hub import SPLIT, HubDataset, pin_dataset
@@ -27,17 +30,38 @@ State = tuple[int, ...]
 class Rows:
     """The rows of a source, map-style. `fingerprint` covers their content alone, not file names or times."""
 
-    def __init__(self, reader: Reader, name: str, fingerprint: str, source: Source, row_rules: int):
+    def __init__(
+        self, reader: Reader, name: str, fingerprint: str, source: Source, row_rules: int, form: str | None = None
+    ):
         self.name = name
         self.fingerprint = fingerprint
         self.state = state_of(name)
         self._reader = reader
+        self._source, self._form = source, form
         self._columns, self._skip, self._row_rules = source.columns, frozenset(source.skip), row_rules
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Row:
+        """Row `index`, from 0, in the form that a task reads. Columns without a use keep their names."""
+        row, chosen = self.as_written(index), self.choice
+        return chosen.shape.canonical(row, self.where(index)) if chosen else row
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """The shape of the rows; None if they stay as they are. DataError if they could have two."""
+        if self._form is None or self._row_rules == 1:
+            return None
+        return choice_of(self._source, self._form, self.first_readable())
+
+    def first_readable(self) -> Iterator[tuple[Row, str]]:
+        """The first rows as the source writes them, with their places, without those that cannot be read."""
+        for index in range(min(len(self), FIRST_ROWS)):
+            with suppress(DataError):  # whoever reads that row gets the error
+                yield self.as_written(index), self.where(index)
+
+    def as_written(self, index: int) -> Row:
         """Row `index`, from 0. Columns are renamed to their fields; other columns keep their names."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} rows of {self.name}")
@@ -78,22 +102,29 @@ class Rows:
         return self._reader.where(index)
 
 
-def open_source(source: Source, revision: str | None = None, row_rules: int = ROW_RULES) -> Rows:
-    """Opens a recipe's source and reads its first row. `revision` is the pin of a Hub data set; without it, pins the data set."""
+def open_source(
+    source: Source,
+    revision: str | None = None,
+    row_rules: int = ROW_RULES,
+    form: str | None = None,
+    skips_bad: bool = False,
+) -> Rows:
+    """Opens a recipe's source and reads its first row, unless bad ones are skipped. `revision` is the pin of a Hub data set; without
+    it, pins the data set. `form` is that of the task's rows; without it they stay as they are."""
     if source.dataset is not None:
         if Path(source.dataset).exists():  # `datasets` would load the local path instead, whatever the pin
             raise DataError("is also the name of a local path", where=source.dataset, hint="train in another directory")
         pin = revision or pin_dataset(source)
         identity = json.dumps([source.dataset, pin, source.name, source.split or SPLIT]).encode()
-        rows = Rows(
-            HubDataset(source, pin), source.dataset, f"blake3:{blake3(identity).hexdigest()}", source, row_rules
-        )
+        known = f"blake3:{blake3(identity).hexdigest()}"
+        rows = Rows(HubDataset(source, pin), source.dataset, known, source, row_rules, form)
     else:
         reader = reader_of(source.place, row_rules=row_rules)
-        rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules)
+        rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules, form)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
-    rows[0]  # refuses a source of the wrong shape before anything heavy happens
+    if not skips_bad:
+        rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
 
@@ -133,19 +164,21 @@ def _fingerprint(name: str, as_it_is: State) -> str:
     return f"blake3:{digest.hexdigest()}"
 
 
-def first_rows(source: Source, count: int) -> Rows:
+def first_rows(source: Source, count: int, form: str | None = None) -> Rows:
     """The first rows of a file, without reading the others."""
-    rows = Rows(reader_of(source.place, count), source.place, "", source, ROW_RULES)
+    rows = Rows(reader_of(source.place, count), source.place, "", source, ROW_RULES, form)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
     return rows
 
 
-def reopen_source(source: Source, pin: PinnedSource, state: State | None, row_rules: int) -> Rows:
+def reopen_source(
+    source: Source, pin: PinnedSource, state: State | None, row_rules: int, form: str | None = None
+) -> Rows:
     """The same rows in a worker process, with the facts of the first one. Raises DataError if the file is no longer in `state`."""
     is_file = source.dataset is None
     reader = reader_of(source.place, row_rules=row_rules) if is_file else HubDataset(source, pin.revision or "")
-    rows = Rows(reader, source.path or pin.name, pin.fingerprint, source, row_rules)
+    rows = Rows(reader, source.path or pin.name, pin.fingerprint, source, row_rules, form)
     if rows.state != state:
         raise DataError("was changed while it was encoded", where=rows.name, hint="run again when nothing writes to it")
     return rows

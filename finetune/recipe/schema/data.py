@@ -4,7 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from finetune.recipe.schema.patterns import Pattern, PatternWithField
 from finetune.recipe.schema.values import CountOrShare, Names, Section
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"]
 
 
 class Source(Section):
@@ -24,6 +27,14 @@ class Source(Section):
     """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch."""
     columns: dict[str, str] = {}
     """The column of each field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` if you have them. Text reads `text`."""
+    format: Format = "auto"
+    """The shape of the rows; `auto` decides by the first row, and `plan` shows the decision. Chat reads `messages`, `sharegpt`, `alpaca` and `prompt`. Text reads `text` and `tokens`."""
+    prompt: Pattern | None = None
+    """A pattern over columns, like `"{context}\\n\\n{question}"`: the prompt of each row. Goes with `completion`."""
+    completion: PatternWithField | None = None
+    """A pattern over columns, like `"{answers.text[0]}"`: the answer of each row."""
+    text: PatternWithField | None = None
+    """A pattern over columns, like `"# {title}\\n{body}"`: the text of each row, for the text task."""
     skip: Names = []
     """Columns and fields of messages to skip, like `[reasoning_content]`. If the template drops content of a chat row, the row is refused, unless you name the content here."""
 
@@ -38,6 +49,16 @@ class Source(Section):
             raise ValueError("needs either `path` or `dataset`")
         if self.path is not None and (self.name is not None or self.revision is not None or self.split is not None):
             raise ValueError("`name`, `split` and `revision` go with `dataset`, not with `path`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_reading(self) -> "Source":
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` go together")
+        if self.prompt is not None and self.text is not None:
+            raise ValueError("has both `prompt` and `text`; give one")
+        if self.format != "auto" and (self.prompt is not None or self.text is not None):
+            raise ValueError("a pattern says how rows are read, so `format` does not go with it")
         return self
 
 
@@ -57,6 +78,8 @@ class Data(Section):
     """Rows kept out of training for evaluation: a count, a share like `5%` (each row of the training sources by its content and `split_seed`), or other sources."""
     split_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Decides which rows a count or share holds out. Default: the seed of the run of `base.checkpoint`, or else 0."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What happens to a row that cannot be read, or does not fit. `stop` refuses the data. `skip` skips the row, and `plan` counts and lists such rows; more than half is refused."""
     seen: Literal["refuse", "allow"] = "refuse"
     """A count or share may hold out rows that an earlier run behind the base or branch trained on. `refuse` refuses such a plan. `allow` allows it, and marks its figures everywhere."""
 

@@ -1,0 +1,44 @@
+"""Which shape the rows of a source have: the one its recipe names, or the one that its first row shows."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from finetune.data.example import Row
+from finetune.data.shapes import SHAPES, patterns
+from finetune.data.shapes.shape import Shape
+from finetune.errors import DataError
+from finetune.recipe.schema import Source
+
+FIRST_ROWS = 64
+"""Of these the first that has a shape decides: a row that cannot be read shows none."""
+
+
+class Choice(NamedTuple):
+    name: str
+    """As `plan` says it: the name of the shape, or the patterns."""
+    shape: Shape
+
+
+def patterns_of(source: Source) -> dict[str, str]:
+    """The patterns of a source by the column that each makes."""
+    given = {"prompt": source.prompt, "completion": source.completion, "text": source.text}
+    return {column: pattern for column, pattern in given.items() if pattern is not None}
+
+
+def choice_of(source: Source, form: str, rows: Iterable[tuple[Row, str]]) -> Choice:
+    """The shape of a source. `rows` are its first readable rows, with their places. DataError if a row has two shapes."""
+    if made := patterns_of(source):
+        return Choice(" and ".join(f"pattern `{column}`" for column in made), patterns.shape_of(made, form))
+    if source.format != "auto":
+        return Choice(source.format, SHAPES[source.format])
+    known = {name: shape for name, shape in SHAPES.items() if shape.form == form}
+    first = next(iter(known))
+    for row, where in rows:
+        found = [name for name, shape in known.items() if shape.fits(row)]
+        if first in found or len(found) == 1:
+            name = first if first in found else found[0]
+            return Choice(name, known[name])
+        if found:
+            message = f"has the shape of {' and of '.join(f'`{name}`' for name in found)}"
+            raise DataError(message, where=where, hint=f"say which: data.train[].format: {found[0]}")
+    return Choice(first, known[first])

@@ -1,0 +1,58 @@
+"""One column for the question and one for the answer, under one of their common names.
+
+A row with two columns that could be the question, or two that could be the answer, is not read: nothing here guesses.
+"""
+
+from collections.abc import Iterable
+
+from finetune.data.example import Row
+from finetune.data.shapes import messages
+from finetune.data.shapes.patterns import written
+from finetune.data.shapes.shape import Shape, refuse, replaced
+from finetune.errors import DataError
+
+QUESTIONS = (
+    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "source", "user", "human"),
+    *("Question", "Prompt", "Instruction"),
+)
+ANSWERS = (
+    *("completion", "answer", "response", "output", "outputs", "target", "targets", "solution", "reply"),
+    *("assistant", "Answer", "Response", "Completion"),
+)
+
+
+def fits(row: Row) -> bool:
+    questions, answers = _present(row, QUESTIONS), _present(row, ANSWERS)
+    if questions == ["instruction"] and answers == ["output"]:
+        return False  # that is `alpaca`, without an input
+    return len(questions) == len(answers) == 1
+
+
+def _present(row: Row, names: Iterable[str]) -> list[str]:
+    return [name for name in names if isinstance(row.get(name), str | int | float)]
+
+
+def canonical(row: Row, where: str) -> Row:
+    found = [_only(row, names, what, where) for names, what in ((QUESTIONS, "question"), (ANSWERS, "answer"))]
+    question, answer = found
+    if found == ["prompt", "completion"]:
+        return messages.canonical(row, where)
+    made: Row = {
+        "prompt": written(row[question], f"`{question}`", where),
+        "completion": written(row[answer], f"`{answer}`", where),
+    }
+    return replaced(row, found, made, "conversation", where)
+
+
+def _only(row: Row, names: tuple[str, ...], what: str, where: str) -> str:
+    present = [name for name in names if row.get(name) is not None]
+    if not present:
+        null = next((name for name in names if name in row), None)
+        refuse("prompt", row, f"`{null}` is null" if null else f"no column is known as the {what}", where)
+    if len(present) > 1:
+        message = f"has {' and '.join(f'`{name}`' for name in present)}: each could be the {what}"
+        raise DataError(message, where=where, hint="say which, with patterns: `prompt` and `completion` of the source")
+    return present[0]
+
+
+SHAPE = Shape("conversation", fits, canonical)
