@@ -6,25 +6,27 @@ import sys
 from tests.zoo.catalog import ZOO
 from tests.zoo.judge import Verdict
 from tests.zoo.matrix import cells, counts
-from tests.zoo.rows import ROWS
+from tests.zoo.rows import MORE, ROWS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"templates to try; all of {len(ZOO)} without one")
     parser.add_argument("--why", action="store_true", help="says why each cell is refused")
+    parser.add_argument("--more", action="store_true", help=f"tries {len(MORE)} further rows as well")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in ZOO]:
         parser.error(f"no template is called {', '.join(unknown)}; there are: {', '.join(ZOO)}")
+    kinds = [*ROWS, *(MORE if options.more else ())]
     found: dict[str, dict[str, Verdict]] = {}
-    for name, kind, verdict in cells(options.names):
+    for name, kind, verdict in cells(options.names, kinds):
         found.setdefault(name, {})[kind] = verdict
-    for number, kind in enumerate(ROWS, 1):
+    for number, kind in enumerate(kinds, 1):
         print(f"{number:>4}  {kind}")
     print(
         "\n   .  ok     r  refused     R  refused, though it could be learnt     ?  refused without turn or field     W  WRONG\n"
     )
-    print(" " * 24 + " ".join(f"{number:>2}" for number in range(1, len(ROWS) + 1)))
+    print(" " * 24 + " ".join(f"{number:>2}" for number in range(1, len(kinds) + 1)))
     for name, row in found.items():
         print(f"{name:24}" + " ".join(f"{_sign(verdict):>2}" for verdict in row.values()))
     for name, row in found.items():

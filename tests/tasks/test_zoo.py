@@ -1,5 +1,8 @@
 """Rows of 13 kinds with templates that behave as today's do: each is encoded as inference would see it, or refused. See `tests/zoo`."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from finetune.data.example import Example
 from tests.zoo import matrix, oracle
 from tests.zoo.catalog import ZOO, Specimen
 from tests.zoo.judge import judged
-from tests.zoo.rows import ROWS
+from tests.zoo.rows import MORE, ROWS
 
 
 def test_the_zoo_has_at_least_40_templates_and_13_kinds_of_rows() -> None:
@@ -29,6 +32,18 @@ def test_a_template_takes_a_row_rightly_or_refuses_it(kind: str) -> None:
 def test_a_template_takes_every_row_rightly_or_refuses_it(name: str) -> None:
     wrong = {kind: verdict.why for _, kind, verdict in matrix.cells([name]) if verdict.state == "WRONG"}
     assert not wrong
+
+
+ENCODED = json.loads((Path(__file__).parents[1] / "zoo" / "encoded.json").read_text())
+"""Digests of all cells that rows of rule 2 had before a conversation could be several examples (98e34d3)."""
+
+
+@pytest.mark.parametrize("kinds", [["two turns", "tool call"], pytest.param([*ROWS | MORE], marks=pytest.mark.slow)])
+def test_what_was_taken_before_is_encoded_as_it_was(kinds: list[str]) -> None:
+    for name, digests in ENCODED.items():
+        for kind in digests.keys() & {*kinds}:
+            if not ZOO[name].has_wrong_marks:  # they were not looked at
+                assert matrix.digest(matrix.encode(ZOO[name], (ROWS | MORE)[kind])) == digests[kind], f"{name} x {kind}"
 
 
 def _by_hand(specimen: Specimen, *parts: tuple[str, bool]) -> list[Example]:

@@ -34,12 +34,14 @@ class Verdict(NamedTuple):
 
 
 def judged(specimen: Specimen, row: dict[str, Any], encode: Encode) -> Verdict:
+    given, row = row, oracle.plain(row)
     possible, reasons = oracle.readings(specimen, row)
     try:
-        examples = encode(specimen, row)
+        examples = encode(specimen, given)
     except FinetuneError as error:
         message = " ".join(str(error).split())
-        return Verdict("refused", message, bool(possible), bool(NAMED.search(message)))
+        is_possible = bool(possible) and not specimen.has_wrong_marks
+        return Verdict("refused", message, is_possible, bool(NAMED.search(message)))
     except Exception as error:  # noqa: BLE001 - any other exception is what is looked for
         return Verdict("WRONG", f"traceback: {type(error).__name__}: {error}", bool(possible))
     found = [faults(specimen, row, reading, examples) for reading in possible]
@@ -82,7 +84,8 @@ def _of_form(
         if specimen.has_marks and not wrong:
             wrong += _of_marks(specimen, reading, example, turns, has_all="weight" not in str(row["messages"]))
         segments |= {turn.number: [turn.answers[-1]] for turn in turns}
-    return wrong + [f"no example has {each}" for each in oracle.losses(row, texts, segments)]
+    once = oracle.once_written(specimen, row, reading)
+    return wrong + [f"no example has {each}" for each in oracle.losses(row, texts, segments, once)]
 
 
 def _of_turns(specimen: Specimen, example: Encoded, text: str, turns: list[oracle.Turn]) -> list[str]:
@@ -140,23 +143,30 @@ def _of_marks(
     specimen: Specimen, reading: oracle.Reading, example: Encoded, turns: list[oracle.Turn], has_all: bool
 ) -> list[str]:
     """Where the template marks what is generated, plain transformers' mask of it has to be the same, but for blanks."""
-    messages = reading.messages
+    messages, tools = reading.messages, reading.tools
     is_whole = len(turns) == len(reading.turns)
     shown = messages if is_whole else messages[: turns[-1].number + 1]
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    marked = oracle.render(specimen, shown, reading.tools, has_prompt=False, **options)
+    marked = oracle.render(specimen, shown, tools, has_prompt=False, **options)
     ids, mask = marked["input_ids"], marked["assistant_masks"]
-    first = 0 if is_whole else len(specimen.tokenizer(turns[0].prompt, add_special_tokens=False)["input_ids"])
+    first = 0 if is_whole else len(turns[0].prompt)
+    # A template may mark the header too, which nobody learns: it is in the prompt.
+    headers = [
+        range(len(oracle.render(specimen, messages[: turn.number], tools, has_prompt=False)), len(turn.prompt))
+        for turn in turns
+    ]
+    text = specimen.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    offsets = specimen.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     size = min(len(ids), len(example.tokens))
     if ids[:size] != list(example.tokens[:size]):
         return []  # an empty thought of the prompt, which the template does not write for the turn: nothing to compare with
     other = [
-        (bool(one), bool(two), specimen.tokenizer.decode([token]))
-        for token, one, two in list(zip(ids, mask, example.supervised, strict=False))[first:]
-        if bool(one) != bool(two)
+        (bool(is_marked), text[start:end])
+        for (start, end), is_marked, is_learnt in zip(offsets, mask, example.supervised, strict=False)
+        if bool(is_marked) != bool(is_learnt) and start >= first and not any(start in header for header in headers)
     ]
-    more = "".join(token for is_marked, _, token in other if is_marked and (has_all or not is_whole))
-    less = "".join(token for is_marked, _, token in other if not is_marked)
+    more = "".join(token for is_marked, token in other if is_marked and (has_all or not is_whole))
+    less = "".join(token for is_marked, token in other if not is_marked)
     return [f"the marks have {_cut(more)} more and {_cut(less)} less"] if (more + less).strip() else []
 
 

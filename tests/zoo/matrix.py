@@ -1,5 +1,6 @@
 """Every template of the zoo with every kind of row, through the encoder of the task `chat`."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from finetune.tasks.chat import TASK
 from tests.zoo import oracle
 from tests.zoo.catalog import ZOO, Specimen
 from tests.zoo.judge import Verdict, judged
-from tests.zoo.rows import ROWS
+from tests.zoo.rows import MORE, ROWS
 
 
 def encode(specimen: Specimen, row: dict[str, Any]) -> list[Example]:
@@ -24,10 +25,18 @@ def encode(specimen: Specimen, row: dict[str, Any]) -> list[Example]:
     return encoder([row], ["row 1"])[0]
 
 
+def digest(examples: list[Example]) -> str:
+    """Of tokens and masks."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(example.tokens.astype("<i4").tobytes() + b"|" + example.supervised.tobytes() + b"\n")
+    return found.hexdigest()[:12]
+
+
 def cells(names: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[tuple[str, str, Verdict]]:
     for name in names or ZOO:
         for kind in kinds or ROWS:
-            yield name, kind, judged(ZOO[name], ROWS[kind], encode)
+            yield name, kind, judged(ZOO[name], (ROWS | MORE)[kind], encode)
 
 
 def counts(verdicts: list[Verdict]) -> Counter[str]:

@@ -49,6 +49,18 @@ class Reading(NamedTuple):
     whole: str
 
 
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as messages and tools; messages of a prompt are not learnt."""
+    if "messages" not in row:
+        parts = [
+            [{"role": role, "content": given}] if isinstance(given, str) else given
+            for role, given in (("user", row["prompt"]), ("assistant", row["completion"]))
+        ]
+        row = {**row, "messages": [*({**message, "weight": 0} for message in parts[0]), *parts[1]]}
+    system = [{"role": "system", "content": row["system"]}] if "system" in row else []
+    return {"messages": [*system, *row["messages"]], "tools": row.get("tools", [])}
+
+
 def readings(specimen: Specimen, row: dict[str, Any]) -> tuple[list[Reading], list[str]]:
     """All ways in which the row may be handed over that lose nothing, and why the other ways do not serve."""
     found, reasons = [], []
@@ -60,7 +72,8 @@ def readings(specimen: Specimen, row: dict[str, Any]) -> tuple[list[Reading], li
             continue
         # judged as one example a turn, which has the most in it
         texts = [(turn.prompt + turn.answers[-1], turn) for turn in reading.turns]
-        if lost := losses(row, [text for text, _ in texts] + [reading.whole], _segments(reading)):
+        seen = [text for text, _ in texts] + [reading.whole]
+        if lost := losses(row, seen, _segments(reading), once_written(specimen, row, reading)):
             reasons.append(f"loses {lost[0]}")
         else:
             found.append(reading)
@@ -94,22 +107,38 @@ def learnt(row: dict[str, Any]) -> list[int]:
     ]
 
 
-def losses(row: dict[str, Any], texts: list[str], segments: dict[int, list[str]]) -> list[str]:
-    """Fields of the row of which a piece is in no text; or, of a learnt turn, not in what is learnt (or asked with) there."""
+def once_written(specimen: Specimen, row: dict[str, Any], reading: "Reading") -> dict[int, list[str]]:
+    """Turns that are not learnt, as they were when they were the last. A thought that the template drops later the model is not given."""
+    unlearnt = [
+        number
+        for number, message in enumerate(row["messages"])
+        if message["role"] == "assistant" and message.get("weight") == 0
+    ]
+    return {
+        number: [render(specimen, reading.messages[: number + 1], reading.tools, has_prompt=False)]
+        for number in unlearnt
+    }
+
+
+def losses(
+    row: dict[str, Any], texts: list[str], segments: dict[int, list[str]], once: dict[int, list[str]]
+) -> list[str]:
+    """Fields of the row of which a piece is in no text (nor in one of `once`); of a learnt turn, not in what is learnt there."""
     lost = []
     last = max(segments, default=-1)
     for number, message in enumerate(row["messages"]):
         if number > last and len(segments) == len(texts):
             break  # nothing is learnt behind it, and it is in an example only where one has the whole conversation
-        where = segments.get(number, texts)
+        where = segments.get(number, texts + once.get(number, []))
         for field, piece in _pieces(message):
             if not any(_is_in(piece, text) for text in where):
                 lost.append(f"messages[{number}].{field}")
-    for piece in _told_of(row.get("tools", [])):
+    for piece in _told_of(row["tools"]):
         if not any(_is_in(piece, text) for text in texts):
             lost.append("tools")
     everything = "".join(texts)
-    if "{'" in everything:
+    calls = [call for message in row["messages"] for call in message.get("tool_calls", [])]
+    if any(repr(_function(call["function"], is_text=False)["arguments"]) in everything for call in calls):
         lost.append("the form of arguments: they are Python")
     if '{\\"' in everything:
         lost.append("the form of arguments: JSON in JSON")
@@ -198,7 +227,7 @@ def _spellings(row: dict[str, Any]) -> Iterator[tuple[list[Message], list[Any] |
         REASONING if thinks else ("",),
     ):
         messages = [_spelt(message, null, is_text, is_parts, thought) for message in row["messages"]]
-        yield messages, row.get("tools")
+        yield messages, row["tools"] or None
 
 
 def _spelt(message: Message, null: str | None, is_text: bool, is_parts: bool, thought: str) -> Message:
@@ -227,6 +256,8 @@ def _pieces(message: Message) -> Iterator[tuple[str, str]]:
         for text in THOUGHT.split(message.get(name) or ""):
             if text.strip():
                 yield name, text.strip()
+    if "name" in message and message["role"] != "tool":
+        yield "name", message["name"]
     for number, call in enumerate(message.get("tool_calls", [])):
         function = _function(call["function"], is_text=False)
         yield from _strings({f"tool_calls[{number}].{name}": value for name, value in function.items()})

@@ -130,3 +130,75 @@ ROWS: dict[str, dict[str, Any]] = {
         ]
     },
 }
+
+MORE: dict[str, dict[str, Any]] = {
+    "prompt and completion": {"prompt": "Name a bird.", "completion": "A heron."},
+    "lists as prompt and completion": {
+        "prompt": [_user("Name a fish."), _assistant("A perch."), _user("One more.")],
+        "completion": [_assistant("A pike.")],
+    },
+    "system column": {"system": "Be terse.", "messages": [_user("Name a tree."), _assistant("An elm.")]},
+    "three turns": {
+        "messages": [
+            *(_user("Count one."), _assistant("Uno.")),
+            *(_user("Count two."), _assistant("Due.")),
+            *(_user("Count three."), _assistant("Tre.")),
+        ]
+    },
+    "two turns, ends with the user": {
+        "messages": [
+            *(_user("Who painted it?"), _assistant("Vermeer.")),
+            *(_user("In which town?"), _assistant("Delft.")),
+            _user("I see."),
+        ]
+    },
+    "tools without a call": {"tools": TOOLS, "messages": [_user("Say hello."), _assistant("Hello there.")]},
+    "ends with a call": {
+        "tools": TOOLS,
+        "messages": [_user("Is Chur sunny?"), _assistant(None, tool_calls=[_call(1, "Chur on the Rhine")])],
+    },
+    "a thought before a call": {
+        "tools": TOOLS,
+        "messages": [
+            _user("Is Thun cold?"),
+            _assistant(None, tool_calls=[_call(1, "Thun by the lake")], reasoning_content="I have to look it up."),
+            _result(1, "cold, minus 3"),
+            _assistant("Bitterly cold.", reasoning_content="Minus three is cold."),
+        ],
+    },
+    "two chains of calls": {
+        "tools": TOOLS,
+        "messages": [
+            _user("Is Visp dry?"),
+            _assistant(None, tool_calls=[_call(1, "Visp in the valley")]),
+            _result(1, "dust everywhere"),
+            _assistant("Dry as dust."),
+            _user("And Brig?"),
+            _assistant(None, tool_calls=[_call(2, "Brig at the pass")]),
+            _result(2, "drizzle since noon"),
+            _assistant("Drizzling."),
+        ],
+    },
+    "a thought in some turns": {
+        "messages": [
+            *(_user("What is 3 x 9?"), _assistant("27.", reasoning_content="Three nines.")),
+            *(_user("Thanks!"), _assistant("With pleasure.")),
+            *(_user("What is 4 x 9?"), _assistant("36.", reasoning_content="Four nines.")),
+        ]
+    },
+    "a thought of a turn not learnt": {
+        "messages": [
+            _user("What is 5 x 9?"),
+            _assistant("Forty-six.", reasoning_content="Five nines, badly counted.", weight=0),
+            _user("Sure?"),
+            _assistant("Forty-five.", reasoning_content="Five nines, well counted."),
+        ]
+    },
+    "an empty thought": {"messages": [_user("Ready?"), _assistant("Ready.", reasoning_content="")]},
+    "blanks around": {
+        "messages": [_user("  Well?\n"), _assistant("  Quite well.  \n"), _user("Oh."), _assistant("\n\nYes.")]
+    },
+    "names": {"messages": [{**_user("Who am I?"), "name": "Ottilie"}, _assistant("You are you.")]},
+    "a turn of many scripts": {"messages": [_user("Grüße – 你好 🙂?"), _assistant("Ça va, наконец 🙃.")]},
+}
+"""Further rows, that the long form tries."""
