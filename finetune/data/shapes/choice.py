@@ -28,11 +28,12 @@ def patterns_of(source: Source) -> dict[str, str]:
 def choice_of(source: Source, form: str, rows: Iterable[tuple[Row, str]]) -> Choice:
     """The shape of a source. `rows` are its first readable rows, with their places. DataError if a row has two shapes."""
     if made := patterns_of(source):
-        return Choice(" and ".join(f"pattern `{column}`" for column in made), patterns.shape_of(made, form))
+        names = " and ".join(f"`{column}`" for column in made)
+        return Choice(f"pattern{'s' * (len(made) > 1)} {names}", patterns.shape_of(made, form))
     if source.format != "auto":
         return Choice(source.format, SHAPES[source.format])
     known = {name: shape for name, shape in SHAPES.items() if shape.form == form}
-    first = next(iter(known))
+    first = near = next(iter(known))
     for row, where in rows:
         found = [name for name, shape in known.items() if shape.fits(row)]
         if first in found or len(found) == 1:
@@ -41,4 +42,5 @@ def choice_of(source: Source, form: str, rows: Iterable[tuple[Row, str]]) -> Cho
         if found:
             message = f"has the shape of {' and of '.join(f'`{name}`' for name in found)}"
             raise DataError(message, where=where, hint=f"say which: data.train[].format: {found[0]}")
-    return Choice(first, known[first])
+        near = next((name for name, shape in known.items() if shape.is_near(row)), near)
+    return Choice(near, known[near])

@@ -12,11 +12,11 @@ from finetune.data.shapes.shape import Shape, refuse, replaced
 from finetune.errors import DataError
 
 QUESTIONS = (
-    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "source", "user", "human"),
+    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "user", "human"),
     *("Question", "Prompt", "Instruction"),
 )
 ANSWERS = (
-    *("completion", "answer", "response", "output", "outputs", "target", "targets", "solution", "reply"),
+    *("completion", "answer", "response", "output", "outputs", "targets", "solution", "reply"),
     *("assistant", "Answer", "Response", "Completion"),
 )
 
@@ -26,6 +26,11 @@ def fits(row: Row) -> bool:
     if questions == ["instruction"] and answers == ["output"]:
         return False  # that is `alpaca`, without an input
     return len(questions) == len(answers) == 1
+
+
+def is_near(row: Row) -> bool:
+    """Whether it has questions and answers, perhaps too many: then this shape says which."""
+    return bool(_present(row, QUESTIONS) and _present(row, ANSWERS))
 
 
 def _present(row: Row, names: Iterable[str]) -> list[str]:
@@ -55,4 +60,4 @@ def _only(row: Row, names: tuple[str, ...], what: str, where: str) -> str:
     return present[0]
 
 
-SHAPE = Shape("conversation", fits, canonical)
+SHAPE = Shape("conversation", fits, canonical, is_near)

@@ -228,8 +228,11 @@ def test_a_row_with_two_shapes_is_refused_with_both_named(opened) -> None:
 
 def test_two_columns_that_could_be_the_answer_are_refused(opened) -> None:
     row = {"question": "2 + 2?", "answer": "4", "response": "four"}
-    with pytest.raises(DataError, match="has `answer` and `response`: each could be the answer"):
-        opened([row], format="prompt")
+    for form in ("auto", "prompt"):
+        with pytest.raises(
+            DataError, match="has `answer` and `response`: each could be the answer\nhint: say which, with"
+        ):
+            opened([row], format=form)
     rows = opened([row], skip=["response"])
     assert rows.choice.name == "prompt"
 
