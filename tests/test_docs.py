@@ -322,8 +322,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_documented_refusals_of_data_are_those_of_the_code() -> None:
-    section = (ROOT / "docs/data.md").read_text().partition("## What is refused")[2]
-    cells = [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.startswith("| ")]
+    sections = [page.read_text().partition("\n## What is refused\n")[2].partition("\n## ")[0] for page in PAGES]
+    lines = [line for section in sections for line in section.splitlines()]
+    cells = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
     quoted = re.findall(r"(`+)(.+?)(?<!`)\1(?!`)", "\n".join(cells))
     documented = {text.strip() for _, text in quoted}
     said, refused = refusals()

@@ -22,7 +22,8 @@ def canonical(row: Row, where: str) -> Row:
     present = [column for column in COLUMNS if row.get(column) is not None]
     if len(present) > 1:
         names = " and ".join(f"`{column}`" for column in present)
-        raise DataError(f"has {names}", where=where, hint=f"name the one to drop: data.train[].skip: [{present[-1]}]")
+        message = f"has {names}: each could be the conversation"
+        raise DataError(message, where=where, hint=f"name the one to drop: data.train[].skip: [{present[-1]}]")
     if not present:
         refuse("sharegpt", row, f"it has none of {', '.join(f'`{column}`' for column in COLUMNS[:2])}", where)
     [column] = present
@@ -35,7 +36,7 @@ def canonical(row: Row, where: str) -> Row:
     used = [column, "system", "system_prompt", "tools"]
     systems = dict.fromkeys(filter(None, (optional_text(row, name, where) for name in ("system", "system_prompt"))))
     if len(systems) > 1:
-        raise DataError("has `system` and `system_prompt`", where=where, hint="keep one of them")
+        raise DataError("has a `system` column and another system message", where=where, hint="keep one of them")
     if systems:
         made["system"] = next(iter(systems))
     if (tools := row.get("tools")) and listed(tools) != []:
