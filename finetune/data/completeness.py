@@ -61,7 +61,11 @@ def refuse_lost(
     named += f" and {len(lost) - 4} more" if len(lost) > 4 else ""
     fields = dict.fromkeys(_field(place) for place in lost)
     is_column = fields.keys() <= row.keys() - {"tools"}
-    hint = "put it into a message" if is_column else "use a template that shows it, with task.template: FILE"
+    hint = (
+        "put it into a message, or into a pattern"
+        if is_column
+        else "use a template that shows it, with task.template: FILE"
+    )
     if "content" not in fields:
         hint += f", or train without it, with data.train[].skip: [{', '.join(fields)}]"
     raise DataError(f"the rendered text lacks {named}", where=where, hint=hint)

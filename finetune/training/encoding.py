@@ -108,7 +108,7 @@ def _read(
     is_held = place.path is not None and place.path.lower().endswith(".csv")
     again = None if is_held else partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
-    keys = (*source_key(source, pin), key)
+    keys = (*source_key(source, pin), key, *(rows.choice.key if rows.choice else ()))
     return pin, encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
 
 

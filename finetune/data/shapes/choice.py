@@ -9,14 +9,24 @@ from finetune.data.shapes.shape import Shape
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 
+OLDEST = ("messages", "text")
 FIRST_ROWS = 64
 """Of these the first that has a shape decides: a row that cannot be read shows none."""
+
+
+VERSION = 1
+"""Of the rows that shapes make, in the key of encoded rows."""
 
 
 class Choice(NamedTuple):
     name: str
     """As `plan` says it: the name of the shape, or the patterns."""
     shape: Shape
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """For the key of encoded rows. Of shapes that rows always had it is empty: older entries stay good."""
+        return () if self.name in OLDEST else (f"{self.name} {VERSION}",)
 
 
 def patterns_of(source: Source) -> dict[str, str]:
