@@ -4,12 +4,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from finetune.data.example import Row
-from finetune.data.shapes import SHAPES, patterns
+from finetune.data.shapes import SHAPES, messages, patterns, sharegpt
 from finetune.data.shapes.shape import Shape
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 
 OLDEST = ("messages", "text")
+JSON_COLUMNS = (messages.COLUMN, *sharegpt.COLUMNS)
+"""Columns with messages, which may be JSON text."""
 FIRST_ROWS = 64
 """Of these the first that has a shape decides: a row that cannot be read shows none."""
 

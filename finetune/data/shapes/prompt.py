@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from finetune.data.example import Row
 from finetune.data.shapes import messages
+from finetune.data.shapes.history import after
 from finetune.data.shapes.patterns import written
 from finetune.data.shapes.shape import Shape, refuse, replaced
 from finetune.errors import DataError
@@ -42,11 +43,10 @@ def canonical(row: Row, where: str) -> Row:
     question, answer = found
     if found == ["prompt", "completion"]:
         return messages.canonical(row, where)
-    made: Row = {
-        "prompt": written(row[question], f"`{question}`", where),
-        "completion": written(row[answer], f"`{answer}`", where),
-    }
-    return replaced(row, found, made, "conversation", where)
+    asked, answered = (written(row[column], f"`{column}`", where) for column in found)
+    made = after(row.get("history"), asked, answered, where)
+    used = [*found, "history", *([] if row.get("system") else ["system"])]
+    return replaced(row, used, made, "conversation", where)
 
 
 def _only(row: Row, names: tuple[str, ...], what: str, where: str) -> str:

@@ -76,6 +76,7 @@ SPELLINGS = {
             },
         ),
         ([USER, ANSWER], {"system": "", "tools": "", "conversation": [USER, ANSWER]}),
+        (HISTORY, {"conversation": [{"human": "hi", "assistant": "hello"}, {"human": "2 + 2?", "assistant": "4"}]}),
         ([USER, ANSWER], {"dialog": [{"user": "human", "text": "2 + 2?"}, {"user": "bot", "text": "4"}]}),
         ([USER, ANSWER], {"conversations": '[{"from": "user", "value": "2 + 2?"}, {"from": "model", "value": "4"}]'}),
         (
@@ -125,7 +126,11 @@ SPELLINGS = {
             ("prompt", "response"),
         ]
     ]
-    + [([USER, ANSWER], {"question": "2 + 2?", "answer": 4})],
+    + [
+        ([USER, ANSWER], {"question": "2 + 2?", "answer": 4, "system": ""}),
+        (HISTORY, {"query": "2 + 2?", "response": "4", "history": [["hi", "hello"]]}),
+        ([SYSTEM, USER, ANSWER], {"query": "2 + 2?", "response": "4", "history": [], "system": "Be brief."}),
+    ],
 }
 
 
@@ -204,6 +209,12 @@ def test_tokens_with_equal_masks_are_on_one_side(opened) -> None:
     assert len({content_of(of_text(opened([row], form="text")[0])) for row in same}) == 1
 
 
+def test_a_text_row_without_text_is_not_taken_for_tokens(opened) -> None:
+    rows = opened([{"text": "a"}, {"text": None, "input_ids": [1, 2]}], form="text")
+    with pytest.raises(DataError, match="`text` must be text, not null"):
+        text_content_of(rows[1], "rows:2")
+
+
 def test_structs_of_datasets_with_nulls_are_read_as_absent_fields(opened) -> None:
     rows = [
         {
@@ -269,3 +280,11 @@ def test_rows_of_runs_that_exist_stay_as_they_were(opened) -> None:
         assert opened([row])[0] == row
     row = {"text": "a", "content": "b", "document": "c", "input_ids": [1]}
     assert opened([row], form="text")[0] == row
+
+
+def test_a_field_of_messages_is_skipped_in_json_text_too(opened) -> None:
+    turns = [{"from": "human", "value": "2 + 2?", "mood": "x"}, {"from": "gpt", "value": "4"}]
+    for value in (turns, json.dumps(turns)):
+        assert opened([{"conversations": value}], skip=["mood"])[0] == {"messages": [USER, ANSWER]}
+    row = {"prompt": '[{"mood": 1}]', "completion": "4"}
+    assert opened([row], skip=["mood"])[0] == row
