@@ -73,7 +73,9 @@ def refuse_lost(
 
 def is_said(value: object, row: Mapping[str, object]) -> bool:
     """Whether all texts and numbers of a value are in the messages of a row."""
-    texts = [part.forms[0] for name in MESSAGE_COLUMNS for part in _leaves(row.get(name), name, has_keys=False)]
+    texts = [
+        part.forms[0] for name in (*MESSAGE_COLUMNS, "system") for part in _leaves(row.get(name), name, has_keys=False)
+    ]
     whole = _Text("\n".join(texts))
     return all(whole.has(each.forms) for each in _leaves(value, "", has_keys=False))
 

@@ -266,8 +266,9 @@ def test_columns_without_a_use_stay_and_those_with_one_go(opened) -> None:
 
 def test_functions_that_a_message_shows_already_are_not_given_twice(opened) -> None:
     shown = {"role": "system", "content": f"You may call {json.dumps(TOOL['function'])}"}
-    row = {"messages": [shown, USER, ANSWER], "functions": [TOOL["function"]]}
-    assert opened([row])[0] == row
+    for row in ({"messages": [shown, USER, ANSWER]}, {"messages": [USER, ANSWER], "system": shown["content"]}):
+        row["functions"] = [TOOL["function"]]
+        assert opened([row])[0] == row
 
 
 def test_rows_of_runs_that_exist_stay_as_they_were(opened) -> None:
