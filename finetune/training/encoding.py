@@ -118,7 +118,7 @@ def _read(
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
     again = partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
-    keys = (*source_key(source, pin), key)
+    keys = (*source_key(source, pin), key, *(rows.choice.key if rows.choice else ()))
     encoded = encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
     encoded.said = rows.about
     return pin, encoded

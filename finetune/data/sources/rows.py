@@ -9,7 +9,8 @@ from functools import cached_property
 
 from finetune.data.example import Row
 from finetune.data.refusals import listed
-from finetune.data.shapes.choice import FIRST_ROWS, Choice, choice_of
+from finetune.data.shapes.choice import FIRST_ROWS, JSON_COLUMNS, Choice, choice_of
+from finetune.data.shapes.shape import listed as listed_text
 from finetune.data.sources import fingerprints, paths
 from finetune.data.sources.arrow import without_nulls
 from finetune.data.sources.files import ENDINGS, Reader
@@ -79,7 +80,11 @@ class Rows:
         if not self._skip:
             return row
         kept = {column: value for column, value in row.items() if column not in self._skip}
-        return {column: self._fields_left(value) for column, value in kept.items()}
+        return {
+            # fields within JSON text are skipped as those within lists; other columns stay text, whatever they spell
+            column: self._fields_left(listed_text(value) if self._form and column in JSON_COLUMNS else value)
+            for column, value in kept.items()
+        }
 
     def _fields_left(self, value: object) -> object:
         if not isinstance(value, list):
