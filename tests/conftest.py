@@ -1,7 +1,11 @@
 """Tiny random models and data, made here: no test needs a network or a download. Sockets beyond loopback are blocked."""
 
+import functools
+import gc
+import importlib.metadata
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,8 +24,12 @@ from tests.prices import (  # noqa: F401 - hooks
     pytest_testnodedown,
 )
 
+gc.disable()  # until the tests begin: a fifth of the time of imports goes into looking for garbage that they do not make
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share two cores with each other; equal results need equal threads
+
+# every training asks two dozen times, and each answer is parsed out of a file
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -49,6 +57,13 @@ WORDS = [
     "of",
     "it",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """What was imported stays: the garbage collector need not walk through these millions of objects again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -203,3 +218,38 @@ def train():
         return run
 
     return train
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory: pytest.TempPathFactory):
+    """Trains a recipe once a session, and copies the run to each test that asks for it under the same name.
+
+    `patched` tells apart trainings of one recipe under different patches.
+    """
+    from finetune.recipe.load import load
+    from finetune.training.run import train as train_run
+
+    made: dict[tuple, Path] = {}
+
+    def train_once(recipe: Path, run: Path, *overrides: str, patched: object = None) -> Path:
+        key = (recipe.read_text(), run.name, overrides, patched)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("trained") / run.name
+            train_run(load(recipe, overrides), made[key], is_quiet=True)
+        return copied(made[key], run)
+
+    return train_once
+
+
+def copied(run: Path, to: Path) -> Path:
+    """A copy of a run in which the same files are one again."""
+    first: dict[int, str] = {}
+
+    def copy(source: str, target: str) -> None:
+        inode = os.stat(source).st_ino
+        if inode in first:
+            os.link(first[inode], target)
+        else:
+            first[inode] = shutil.copy2(source, target)
+
+    return shutil.copytree(run, to, copy_function=copy)

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -55,7 +56,10 @@ _of_subprocess = subprocess._fork_exec
 
 def serve(orders_fd: int) -> None:
     """Forks one process an order until the orders end, and tells of each how it ended."""
+    gc.disable()
     import_all()
+    gc.freeze()  # else the collector of every fork writes into, and so copies, all pages that they share
+    gc.enable()
     orders = _own(orders_fd)
     poller, running, is_over = select.poll(), {}, False
     poller.register(orders, select.POLLIN)

@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 from finetune.cli import cli, main
 from finetune.recipe.schema import Recipe
+from tests import forks
 from tests.conftest import chat_row
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,9 @@ def run(words: list[str]) -> tuple[int, str]:
     """A command of a page in the working directory: exit code and stdout."""
     if words[0] != "finetune":
         result = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=250)
+        return result.returncode, result.stdout
+    if words[1] == "launch":  # from a fork it forks its ranks
+        result = forks.run([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True, timeout=250)
         return result.returncode, result.stdout
     from accelerate.state import AcceleratorState
 

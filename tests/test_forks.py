@@ -32,6 +32,7 @@ def python(*words: object, **options: object) -> subprocess.CompletedProcess:
     return forks.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=60, **options)
 
 
+@pytest.mark.slow
 def test_what_libraries_read_from_the_environment_is_what_a_new_process_reads(tmp_path) -> None:
     """All plain globals of Hugging Face's libraries and ours, in a fork and in a new interpreter."""
     env = os.environ | {

@@ -94,12 +94,13 @@ def train(
     # Typing errors and missing files are said here, seconds before torch is there.
     loaded = _looked_at(recipe, overrides, run)
     with importing():
-        from finetune.data import unused
+        from finetune.data import readings, unused
         from finetune.package.preflight import refuse_unpackageable
         from finetune.training.run import train as train_run
 
     def ask(resolved: "Resolved") -> None:
-        for line in unused.warning(unused.lost(resolved.plan, resolved.train)):
+        bad = readings.warning(resolved.plan, resolved.train, resolved.holdout)
+        for line in (*bad, *unused.warning(unused.lost(resolved.plan, resolved.train))):
             click.echo(line, err=True)
         # Weeks of training are lost if the result cannot be packaged: a small model of the same kind is packaged first.
         refuse_unpackageable(resolved)

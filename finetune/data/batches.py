@@ -60,6 +60,11 @@ class Examples:
         """Of each source."""
         return [encoded.columns for encoded, _, _ in self._parts]
 
+    @property
+    def said(self) -> list[str]:
+        """How each source was read, for `plan`."""
+        return [encoded.said for encoded, _, _ in self._parts]
+
     def __getitem__(self, example: int) -> Example:
         # From the right: an empty source begins where the next one does, and has no example.
         part = bisect_right(self._firsts, example) - 1

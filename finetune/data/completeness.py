@@ -64,7 +64,11 @@ def refuse_lost(
     named += f" and {len(lost) - 4} more" if len(lost) > 4 else ""
     fields = dict.fromkeys(_field(place) for place in lost)
     is_column = fields.keys() <= row.keys() - {"tools"}
-    hint = "put it into a message" if is_column else "use a template that shows it, with task.template: FILE"
+    hint = (
+        "put it into a message, or into a pattern"
+        if is_column
+        else "use a template that shows it, with task.template: FILE"
+    )
     if "content" not in fields:
         hint += f", or train without it, with data.train[].skip: [{', '.join(fields)}]"
     raise DataError(f"the rendered text lacks {named}", where=where, hint=hint)
@@ -72,7 +76,9 @@ def refuse_lost(
 
 def is_said(value: object, row: Mapping[str, object]) -> bool:
     """Whether all texts and numbers of a value are in the messages of a row."""
-    texts = [part.forms[0] for name in MESSAGE_COLUMNS for part in _leaves(row.get(name), name, has_keys=False)]
+    texts = [
+        part.forms[0] for name in (*MESSAGE_COLUMNS, "system") for part in _leaves(row.get(name), name, has_keys=False)
+    ]
     whole = _Text("\n".join(texts))
     return all(whole.has(each.forms) for each in _leaves(value, "", has_keys=False))
 

@@ -51,6 +51,9 @@ class Encoded:
     `bad_rows` were skipped: their content is `BAD`, and `first_bad_rows` says why of the first ones; `bad_rows.read` of all.
     """
 
+    said = ""
+    """How the source was read, for `plan`."""
+
     def __init__(self, directory: Path):
         def mapped(name: str) -> np.ndarray:
             return np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray)  # slices of a memmap are slow

@@ -35,17 +35,39 @@ class Readings(TypedDict):
 
 
 def readings(plan: Plan, train: Examples, holdout: Examples) -> Readings:
-    own = plan.recipe.data.holdout if isinstance(plan.recipe.data.holdout, list) else []
-    pairs = [*zip(plan.recipe.data.train, plan.train, strict=True), *zip(own, plan.holdout, strict=True)]
-    found: Readings = {"formats": [], "bad_rows": []}
-    for (source, pin), (count, first) in zip(pairs, [*train.bad_rows, *(holdout.bad_rows if own else [])], strict=True):
-        rows = _opened(source, pin, plan, is_whole=count > 0)
+    found: Readings = {"formats": [], "bad_rows": _bad(plan, train, holdout)}
+    for source, pin in _sources(plan):
+        rows = _opened(source, pin, plan)
         if rows.choice:
             found["formats"].append({"source": pin.name, "format": rows.choice.name, "first_row": _first_row(rows)})
+    return found
+
+
+def warning(plan: Plan, train: Examples, holdout: Examples) -> Iterator[str]:
+    """A line for each source with bad rows, for `train`."""
+    for bad in _bad(plan, train, holdout):
+        [one, *_] = bad["first"]
+        skipped = f"warning: {counted(bad['bad_rows'], 'row')} of {bad['source']} skipped as bad (data.on_bad_row)"
+        yield f"{skipped}; the first one is {one['where']}: {one['message']}"
+
+
+def _sources(plan: Plan) -> list[tuple[Source, PinnedSource]]:
+    own = plan.recipe.data.holdout if isinstance(plan.recipe.data.holdout, list) else []
+    return [*zip(plan.recipe.data.train, plan.train, strict=True), *zip(own, plan.holdout, strict=True)]
+
+
+def _bad(plan: Plan, train: Examples, holdout: Examples) -> list[Bad]:
+    """The sources with bad rows."""
+    own = isinstance(plan.recipe.data.holdout, list)
+    found: list[Bad] = []
+    for (source, pin), (count, first) in zip(
+        _sources(plan), [*train.bad_rows, *(holdout.bad_rows if own else [])], strict=True
+    ):
         if count:
             # the cache has the places of the file that was encoded, which may have moved since
+            rows = _opened(source, pin, plan, is_whole=True)
             named: list[BadRow] = [{**bad, "where": rows.where(bad["row"])} for bad in first]
-            found["bad_rows"].append({"source": pin.name, "bad_rows": count, "first": named})
+            found.append({"source": pin.name, "bad_rows": count, "first": named})
     return found
 
 
@@ -60,7 +82,7 @@ def lines(facts: Readings) -> Iterator[str]:
             yield f"{'':11}and {more:,} more"
 
 
-def _opened(source: Source, pin: PinnedSource, plan: Plan, is_whole: bool) -> Rows:
+def _opened(source: Source, pin: PinnedSource, plan: Plan, is_whole: bool = False) -> Rows:
     place, form = located(source, pin), plan.recipe.task.row_form
     if place.path is not None and not is_whole and plan.row_rules > 1:
         return first_rows(place, FIRST_ROWS, form)

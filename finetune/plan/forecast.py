@@ -23,8 +23,8 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
     return {
         "plan_id": plan.plan_id,
         "base": cast(BaseFacts, {"checkpoint": plan.recipe.base.checkpoint, **plan.base.model_dump()}),
-        "train": [cast(SourceFacts, source.model_dump()) for source in plan.train],
-        "holdout": [cast(SourceFacts, source.model_dump()) for source in plan.holdout],
+        "train": [cast(SourceFacts, {**source.model_dump(), "read": ""}) for source in plan.train],
+        "holdout": [cast(SourceFacts, {**source.model_dump(), "read": ""}) for source in plan.holdout],
         "steps": plan.steps,
         "steps_per_epoch": steps_per_epoch,
         "rows": counts.rows,

@@ -13,10 +13,10 @@ def table(facts: Forecast) -> str:
     pin = base["revision"] or f"{(base['digest'] or '')[:19]}…"
     rows = [("base", f"{base['checkpoint']}  {pin}")]
     for part, sources in (("train", facts["train"]), ("holdout", facts["holdout"])):
-        rows += [
-            (part, f"{one['name']}  {counted(one['rows'], 'row')}  {one['revision'] or one['fingerprint'][:19] + '…'}")
-            for one in sources
-        ]
+        for one in sources:
+            content = one["revision"] or f"{one['fingerprint'][:19]}…"
+            rows.append((part, f"{one['name']}  {counted(one['rows'], 'row')}  {content}"))
+            rows += [("", one["read"])] if one["read"] else []
     share = facts["supervised_tokens_per_epoch"] / facts["tokens_per_epoch"]
     rows += [
         (

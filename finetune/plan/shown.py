@@ -21,6 +21,8 @@ class SourceFacts(TypedDict):
     revision: str | None
     fingerprint: str
     rows: int
+    read: str
+    """How: files, format, compression, rows kept."""
 
 
 class GuardFacts(TypedDict):

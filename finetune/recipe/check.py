@@ -79,7 +79,8 @@ def check(data: dict[str, Plain]) -> Recipe | list[Complaint]:
         sections |= {name: field.get_default() for name, field in optional.items() if name not in data}
     for problem in problems(PartlyRead(**sections)):
         key, _, message = problem.partition(": ")
-        complaints.append((key, message, None))
+        message, _, hint = message.partition("\nhint: ")
+        complaints.append((key, message, hint or None))
     return complaints
 
 

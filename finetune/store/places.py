@@ -4,6 +4,7 @@ First the user's places (`--base`, `--data OLD=NEW`), then those of an earlier r
 counts only if it has the recorded content: the caller must compare.
 """
 
+import glob
 import os
 import re
 import sys
@@ -90,8 +91,10 @@ def in_checkpoints(name: str) -> Iterator[str]:
 
 
 def is_there(name: str) -> bool:
-    """Whether this file or folder exists, or the run of a ref like RUN@500."""
-    return os.path.exists(name) or os.path.exists(_without_step(name)[0])
+    """Whether there is such a file or folder, a file that a glob matches, or such a run of a ref like RUN@500."""
+    if os.path.exists(name) or os.path.exists(_without_step(name)[0]):
+        return True
+    return glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None
 
 
 def _without_step(name: str) -> tuple[str, str]:

@@ -53,10 +53,11 @@ def encoder(
 
 def _of_tokens(tokens: Tokens, place: str, vocabulary: int, max_length: int) -> list[Example]:
     """The examples of a row that is tokens already. Refuses ids that the tokenizer does not have."""
-    for number, token in enumerate(tokens.ids):
-        if not 0 <= token < vocabulary:
-            message = f"`input_ids[{number}]` is {token}, and the base's tokenizer has {vocabulary} tokens"
-            raise DataError(message, where=place, hint="encode the rows with the tokenizer of this base")
+    if (largest := max(tokens.ids)) >= vocabulary:
+        message = (
+            f"`input_ids[{tokens.ids.index(largest)}]` is {largest}, and the base's tokenizer has {vocabulary} tokens"
+        )
+        raise DataError(message, where=place, hint="encode the rows with the tokenizer of this base")
     supervised = np.array(tokens.supervised, dtype=bool)
     pieces, start = _divided(tokens.ids, max_length), 0
     examples = []

@@ -116,12 +116,12 @@ def _read(
     rows = open_source(place, revision, encoding.row_rules, encoding.task.row_form, encoding.skips_bad)
     # Under the recipe's name, wherever the file was found: the plan's id must not change.
     pin = PinnedSource(name=source.path or rows.name, revision=revision, fingerprint=rows.fingerprint, rows=len(rows))
-    # in memory, by each process that opens it
-    is_held = place.path is not None and place.path.lower().endswith(".csv")
-    again = None if is_held else partial(_reopened, *_portable(encoding), place, pin, rows.state)
+    again = partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
-    keys = (*source_key(source, pin), key)
-    return pin, encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
+    keys = (*source_key(source, pin), key, *(rows.choice.key if rows.choice else ()))
+    encoded = encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
+    encoded.said = rows.about
+    return pin, encoded
 
 
 def _portable(encoding: Encoding) -> tuple[Path, Task, dict[str, Any], bool]:

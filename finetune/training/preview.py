@@ -77,6 +77,9 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
     work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))
     device_bytes = round(device_gib * 2**30) if device_gib else here.bytes if here.is_gpu else forecast.CARD_BYTES
     facts = forecast.forecast(plan, shape, work, here, run)
+    own = resolved.holdout.said if plan.holdout else []
+    for source, read in zip((*facts["train"], *facts["holdout"]), (*resolved.train.said, *own), strict=True):
+        source["read"] = read
     facts["notes"] += filter(None, [slow_numbers(plan.recipe.train.precision)])
     return {
         **facts,

@@ -133,5 +133,7 @@ def test_plan_says_how_rows_were_read_and_lists_bad_ones(recipe_file, files, mon
     assert facts["formats"][0]["format"] == "sharegpt"
     assert facts["bad_rows"][0]["bad_rows"] == 5 and facts["rows"] == 40 and facts["holdout_copies"] == 0
     assert [row["where"] for row in facts["bad_rows"][0]["first"]][:2] == [f"{file}:1", f"{file}:12"]
+    said = run_main(monkeypatch, capsys, "train", recipe, "--run", file.parent / "run", "--until", "1", "--quiet")[2]
+    assert f"warning: 5 rows of {file} skipped as bad (data.on_bad_row); the first one is {file}:1: bad JSON" in said
     with pytest.raises(DataError, match=r"mixed\.jsonl:1: bad JSON"):
         resolve(load(recipe_file(data={"train": [{"path": str(file)}]})))

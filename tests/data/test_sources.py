@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 from ruamel.yaml import YAML
 
-from finetune.data.sources import text_files
+from finetune.data.sources import lines
 from finetune.data.sources.hub import pin_dataset
 from finetune.data.sources.open import Rows, open_source
 from finetune.errors import DataError
@@ -48,7 +48,7 @@ def test_json_lines_are_found_whatever_ends_and_separates_them(tmp_path):
 
 
 def test_json_lines_that_cross_the_edge_of_a_scan_stay_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "SCAN_BYTES", 7)
+    monkeypatch.setattr(lines, "SCAN_BYTES", 7)
     rows = rows_of(tmp_path / "rows.jsonl", "".join(f'{{"text": "{"x" * size}"}}\n' for size in range(30)))
     assert [len(rows[index]["text"]) for index in range(len(rows))] == list(range(30))
 
@@ -108,7 +108,8 @@ def test_a_path_that_is_not_there_or_is_a_directory_is_refused(tmp_path, monkeyp
     assert refusal(Source(path="x.jsonl")) == "x.jsonl: no such file\nhint: a path is seen from the working directory"
     assert (
         refusal(Source(path="folder.jsonl"))
-        == "folder.jsonl: is not a file\nhint: list the files one by one in the recipe"
+        == "folder.jsonl: has no file of rows\nhint: rows are read from .jsonl, .json, .ndjson, .csv, .tsv, .parquet, "
+        ".arrow, .feather, .txt, .md, .markdown, .rst"
     )
 
 

@@ -16,15 +16,16 @@ from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.inspect import problems
 from tests import forks
+from tests.conftest import chat_row
 from tests.stories.poison import poison, rows_with_marks
 from tests.stories.same_run import _of_directories
 
-TRAIN = {"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+TRAIN = {"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 512}
 
 
 @pytest.fixture
-def run(recipe_file, train, tmp_path):
-    return train(recipe_file(train=TRAIN, checkpoint={"every": "8 steps", "keep": {"last": 9}}), tmp_path / "run")
+def run(recipe_file, train_once, tmp_path):
+    return train_once(recipe_file(train=TRAIN, checkpoint={"every": "8 steps", "keep": {"last": 9}}), tmp_path / "run")
 
 
 def records(run):
@@ -289,23 +290,22 @@ def test_a_long_list_of_rows_is_a_list() -> None:
     assert row_ids(",".join(map(str, range(1000, 1200)))) == list(range(1000, 1200))
 
 
+@pytest.fixture(scope="module")
+def rows_of_an_epoch(tmp_path_factory):
+    path = tmp_path_factory.mktemp("epoch") / "rows.jsonl"
+    path.write_text("".join(json.dumps(chat_row(number)) + "\n" for number in range(28)))
+    return path
+
+
 @pytest.fixture
-def epoch_run(recipe_file, train, tmp_path):
+def epoch_run(recipe_file, train_once, tmp_path, rows_of_an_epoch):
     """28 rows in 7 steps of 4, stopped after step 3."""
     recipe = recipe_file(
-        data={"train": [{"path": str(_rows(tmp_path, 28))}]},
-        train={"epochs": 1, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 128},
+        data={"train": [{"path": str(rows_of_an_epoch)}]},
+        train={"epochs": 1, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 512},
         checkpoint={"every": "3 steps", "keep": {"last": 9}},
     )
-    return train(recipe, tmp_path / "run")
-
-
-def _rows(folder, count):
-    from tests.conftest import chat_row
-
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(chat_row(number)) + "\n" for number in range(count)))
-    return path
+    return train_once(recipe, tmp_path / "run")
 
 
 def rows_of(run):

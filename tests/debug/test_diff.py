@@ -15,9 +15,9 @@ FULL = {"adapter": None, "optimizer": {"learning_rate": 0.001}}
 
 
 @pytest.fixture
-def trained(recipe_file, train, tmp_path):
+def trained(recipe_file, train_once, tmp_path):
     def trained(name="run", **sections):
-        return train(
+        return train_once(
             recipe_file(name, train=TRAIN, checkpoint={"every": "4 steps", "keep": {"last": 9}}, **sections),
             tmp_path / name,
         )

@@ -20,8 +20,8 @@ SPARSE = {"every": "8 steps", "keep": {"last": 9}}
 
 
 @pytest.fixture
-def run(recipe_file, train, tmp_path):
-    return train(
+def run(recipe_file, train_once, tmp_path):
+    return train_once(
         recipe_file(
             train={"steps": 20, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}, checkpoint=SPARSE
         ),

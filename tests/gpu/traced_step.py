@@ -1,13 +1,15 @@
-"""Runs a training step over fake `cuda` tensors and prints, as JSON, what crossed between host and device.
+"""Runs a training step over fake `cuda` tensors and prints, as a line of JSON, what crossed between host and device.
 
-    python traced_step.py LIBRARY RECIPE
+    echo RECIPE | python traced_step.py LIBRARY
 
 Started by `test_traced_step.py` in a process of its own, because LIBRARY, made from `no_device.cpp`, must be there before torch.
+For each recipe on its stdin it forks once, as a trace leaves patches behind. It prints an empty line where that one fails.
 Fake tensors have shapes and devices, no values; an operation over tensors of two devices is an error, as on a GPU.
 """
 
 import ctypes
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -93,8 +95,8 @@ def build(resolved):
     return building.build(resolved.plan, directory, accelerator)
 
 
-def main():
-    resolved = resolve(load(Path(sys.argv[2])))
+def trace(recipe):
+    resolved = resolve(load(recipe))
     # autocast asks for a GPU in Python, too
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_: True
@@ -136,7 +138,18 @@ def main():
         "kernels": sorted(+watch.kernels),
         "micro_batches": [len(micro_batches.of(resolved.plan.order.examples_of(step))) for step in (1, 2)],
     }
-    print(json.dumps(report))
+    print(json.dumps(report), flush=True)
+
+
+def main():
+    for line in sys.stdin:
+        if process_id := os.fork():
+            _, status = os.waitpid(process_id, 0)
+            if status:
+                print(flush=True)
+            continue
+        trace(Path(line.rstrip("\n")))
+        sys.exit()
 
 
 main()

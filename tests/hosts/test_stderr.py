@@ -44,7 +44,8 @@ def test_a_training_whose_log_is_on_a_full_disk_goes_on(what, recipe, tmp_path) 
     assert done.returncode == 0 and is_whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WHAT)
 def test_no_file_of_a_run_takes_the_place_of_a_closed_stream(what, recipe, tmp_path) -> None:
     """What native code says would be written into it."""
     found = tmp_path / "found"

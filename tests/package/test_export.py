@@ -158,6 +158,7 @@ def test_an_interrupted_package_leaves_no_folder(end, merged, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_package_is_loaded_by_a_new_interpreter(alone, tiny_base, monkeypatch) -> None:
     """Elsewhere in these tests the process that loads is a fork of one that has imported more than it needs."""
     forked = proof.load_back(alone.directory, tiny_base)

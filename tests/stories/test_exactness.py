@@ -56,6 +56,11 @@ FEATURES = {
     # in the save of step 3; as two are under way at most, rank 0 waits for it at step 9 at the latest, the others in step 10
     "signal-in-save": Feature(steps=11, checkpoint={"every": "3 steps"}, killed_after=()),
 }
+BY_DEFAULT = {
+    (1, method, "packed", name)
+    for method, name in product(METHODS, FEATURES)
+    if method == "lora" or name in ("resumed-twice", "signal-in-save")
+}
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +118,7 @@ def write_recipe(recipe_file, dropout_base, tiny_sections):
 
 
 def cells() -> list:
-    """Every cell. By default the packed ones of one process run; the rest is slow."""
+    """Every cell. By default run the packed ones of one process with LoRA, and with other methods the two that have most; the rest is slow."""
     combinations = list(product(METHODS, PACKING))
     return [
         pytest.param(
@@ -121,7 +126,7 @@ def cells() -> list:
             *combination,
             feature,
             id=f"{world_size}-{'-'.join(combination)}-{feature}",
-            marks=() if world_size == 1 and "packed" in combination else pytest.mark.slow,
+            marks=() if (world_size, *combination, feature) in BY_DEFAULT else pytest.mark.slow,
         )
         for world_size, combination, feature in product((1, 2, 3), combinations, FEATURES)
     ]

@@ -42,6 +42,16 @@ def killed_after(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
+def finished(train_once):
+    """Trains as `train`, once a recipe: under whatever name, the steps are the same."""
+
+    def finished(recipe: Path, run: Path) -> Path:
+        return train_once(recipe, run.parent / "ten").rename(run)
+
+    return finished
+
+
+@pytest.fixture
 def recipe(recipe_file, chat_data):
     """A function that writes a recipe with two weighted sources: 10 steps, 8 an epoch, a falling learning rate."""
 
@@ -96,9 +106,9 @@ def damage(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["continue", "restart"])
-def test_a_finished_run_that_is_extended_keeps_what_it_recorded(recipe, train, tmp_path, schedule, capsys) -> None:
-    short = train(recipe(), tmp_path / "short")
-    run = extend(recipe(), train(recipe(), tmp_path / "run"), 20, schedule)
+def test_a_finished_run_that_is_extended_keeps_what_it_recorded(recipe, finished, tmp_path, schedule, capsys) -> None:
+    short = finished(recipe(), tmp_path / "short")
+    run = extend(recipe(), finished(recipe(), tmp_path / "run"), 20, schedule)
     assert f"extended after step 10 (--schedule {schedule}): train.steps: 10 -> 20\n" in capsys.readouterr().err
     assert_same_steps(short, run, 10)
     assert sorted(records(run)) == list(range(1, 21))
@@ -109,9 +119,9 @@ def test_a_finished_run_that_is_extended_keeps_what_it_recorded(recipe, train, t
     assert plan.plan_ids == {before.plan_id, event["plan_id"]}
 
 
-def test_the_learning_rate_rises_again_after_a_restart_and_falls_on_otherwise(recipe, train, tmp_path) -> None:
+def test_the_learning_rate_rises_again_after_a_restart_and_falls_on_otherwise(recipe, finished, tmp_path) -> None:
     runs = {
-        schedule: extend(recipe(), train(recipe(), tmp_path / schedule), 20, schedule)
+        schedule: extend(recipe(), finished(recipe(), tmp_path / schedule), 20, schedule)
         for schedule in ("continue", "restart")
     }
     continued, restarted = rates(runs["continue"])[10:], rates(runs["restart"])[10:]
@@ -120,24 +130,24 @@ def test_the_learning_rate_rises_again_after_a_restart_and_falls_on_otherwise(re
 
 
 def test_a_constant_run_that_was_cut_and_extended_is_the_one_that_was_longer_from_the_start(
-    recipe, train, tmp_path, killed_after
+    recipe, train, finished, tmp_path, killed_after
 ) -> None:
     steady = recipe(schedule="constant", warmup=2)
     whole = extend(steady, tmp_path / "whole", 20)
-    finished = extend(steady, train(steady, tmp_path / "finished"), 20)
+    extended = extend(steady, finished(steady, tmp_path / "finished"), 20)
     killed_after(7, train, steady, tmp_path / "unfinished")
     unfinished = extend(steady, tmp_path / "unfinished", 20)
-    assert_same_run(finished, whole, 20)
+    assert_same_run(extended, whole, 20)
     assert_same_run(unfinished, whole, 20)
 
 
 @pytest.mark.parametrize("schedule", ["continue", "restart"])
 def test_a_run_that_is_killed_after_it_was_extended_resumes_exactly(
-    recipe, train, tmp_path, killed_after, schedule
+    recipe, finished, tmp_path, killed_after, schedule
 ) -> None:
     falling, run = recipe(), tmp_path / "run"
-    whole = extend(falling, train(falling, tmp_path / "whole"), 20, schedule)
-    train(falling, run)
+    whole = extend(falling, finished(falling, tmp_path / "whole"), 20, schedule)
+    finished(falling, run)
     for last in (11, 14):
         killed_after(last, extend, falling, run, 20, schedule)
     assert_same_run(extend(falling, run, 20), whole, 20)
@@ -159,10 +169,10 @@ def test_steps_that_were_recorded_run_again_as_they_were(recipe, train, tmp_path
     assert rates(run)[7:10] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])  # 13 steps were added, 3 of them warm-up
 
 
-def test_a_run_is_extended_twice(recipe, train, tmp_path, killed_after) -> None:
+def test_a_run_is_extended_twice(recipe, finished, tmp_path, killed_after) -> None:
     falling, run = recipe(), tmp_path / "run"
-    whole = extend(falling, extend(falling, train(falling, tmp_path / "whole"), 14, "restart"), 20)
-    extend(falling, train(falling, run), 14, "restart")
+    whole = extend(falling, extend(falling, finished(falling, tmp_path / "whole"), 14, "restart"), 20)
+    extend(falling, finished(falling, run), 14, "restart")
     for step in (14, 12, 10):  # back to a commit of the first plan
         damage(run, step)
     killed_after(13, extend, falling, run, 20)
@@ -170,7 +180,7 @@ def test_a_run_is_extended_twice(recipe, train, tmp_path, killed_after) -> None:
     assert [(event["step"], event["steps"]) for event in events(run, "extended")] == [(10, [10, 14]), (14, [14, 20])]
 
 
-def test_a_kill_between_the_longer_plan_and_its_event_loses_neither(recipe, train, tmp_path, monkeypatch) -> None:
+def test_a_kill_between_the_longer_plan_and_its_event_loses_neither(recipe, finished, tmp_path, monkeypatch) -> None:
     falling, run, event = recipe(), tmp_path / "run", Recorder.event
 
     def die(self: Recorder, name: str, **figures: object) -> None:
@@ -178,7 +188,7 @@ def test_a_kill_between_the_longer_plan_and_its_event_loses_neither(recipe, trai
             raise Killed
         event(self, name, **figures)
 
-    train(falling, run)
+    finished(falling, run)
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "event", die)
         with pytest.raises(Killed):

@@ -29,10 +29,10 @@ def events(run, name):
 def poisoned(recipe_file, tmp_path, monkeypatch, tiny_tokenizer):
     """A function that writes a recipe of 60 steps, in some of which a row has the mark; returns it and the rows by step."""
 
-    def poisoned(value, steps, **sections):
+    def poisoned(value, steps, total=60, **sections):
         poison(monkeypatch, tiny_tokenizer, value)
         rows = rows_with_marks(tmp_path / "rows.jsonl", ROWS, BATCH, steps)
-        train = {"steps": 60, "batch_size": BATCH, "precision": "fp32", "micro_batch_tokens": 256}
+        train = {"steps": total, "batch_size": BATCH, "precision": "fp32", "micro_batch_tokens": 256}
         parts = {
             "task": {"name": "text", "max_length": 64},
             "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}]},
@@ -63,28 +63,28 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_state_before_and_a_bundl
 
 
 def test_a_step_that_is_skipped_keeps_its_number_and_moves_nothing(poisoned, train, tmp_path) -> None:
-    recipe, _ = poisoned(math.nan, [13, 25], guard={"not_finite": "skip"})
+    recipe, _ = poisoned(math.nan, [13, 25], total=30, guard={"not_finite": "skip"})
     run = train(recipe, tmp_path / "run")
     records = journal.steps(journal.read(run))
-    assert list(records) == list(range(1, 61))
+    assert list(records) == list(range(1, 31))
     assert [step for step, record in records.items() if "skipped" in record] == [13, 25]
     assert records[13]["loss"] == "nan" and records[13]["skipped"] == "not_finite"
-    newest = Store(run).find(60).manifest
+    newest = Store(run).find(30).manifest
     assert [(each["first"], each["last"], each["action"]) for each in newest.amendments] == [
         (13, 13, "skip"),
         (25, 25, "skip"),
     ]
     assert [each["step"] for each in Store(run).find(20).manifest.amendments] == [13]
-    state = json.loads((run / "checkpoints/step-00000060/state.json").read_bytes())
-    assert set(state["scalars"].values()) == {58}  # the optimizer's own counters have the updates that were made
-    history = json.loads((run / "checkpoints/step-00000060/trainer_state.json").read_bytes())["log_history"]
+    state = json.loads((run / "checkpoints/step-00000030/state.json").read_bytes())
+    assert set(state["scalars"].values()) == {28}  # the optimizer's own counters have the updates that were made
+    history = json.loads((run / "checkpoints/step-00000030/trainer_state.json").read_bytes())["log_history"]
     assert 13 not in [entry["step"] for entry in history] and 14 in [entry["step"] for entry in history]
 
 
 def test_a_run_with_skips_that_stops_and_goes_on_is_the_same_run(poisoned, tmp_path) -> None:
     from finetune.training.run import train as train_run
 
-    recipe, _ = poisoned(math.nan, [13, 25], guard={"not_finite": "skip"})
+    recipe, _ = poisoned(math.nan, [13, 25], total=30, guard={"not_finite": "skip"})
     train_run(load(recipe), tmp_path / "whole", is_quiet=True)
     for until in (12, 13, 20, None):
         train_run(load(recipe), tmp_path / "parts", is_quiet=True, until=until)
@@ -101,7 +101,7 @@ def test_skips_are_bounded(poisoned, train, tmp_path) -> None:
 
 @pytest.mark.parametrize("action", ["warn", "skip", "stop"])
 def test_a_spike_is_told_left_out_or_ends_the_run(action, poisoned, train, tmp_path) -> None:
-    recipe, rows = poisoned(30.0, [45], guard={"spike": action})
+    recipe, rows = poisoned(30.0, [45], total=46, guard={"spike": action})
     run = tmp_path / "run"
     if action == "stop":
         with pytest.raises(SpikeError, match=f"row {rows[45]} has the highest loss"):
@@ -119,7 +119,7 @@ def test_a_spike_is_told_left_out_or_ends_the_run(action, poisoned, train, tmp_p
 def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
     poisoned, train, tmp_path, capfd
 ) -> None:
-    recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback", "span": 7})
+    recipe, _ = poisoned(30.0, [45], total=50, guard={"spike": "rollback", "span": 7})
     run = train(recipe, tmp_path / "run")
     (event,) = events(run, "amended")
     assert (event["first"], event["last"], event["to"], event["action"]) == (39, 45, 30, "rollback")
@@ -128,8 +128,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
     counted = journal.steps(records)
     assert [step for step, record in counted.items() if "skipped" in record] == list(range(39, 46))
     again = [record["step"] for record in records if record["kind"] == "step"]
-    assert again == [*range(1, 45), *range(31, 61)]
-    assert [item.step for item in Store(run).checkpoints()] == [10, 20, 30, 40, 50, 60]
+    assert again == [*range(1, 45), *range(31, 51)]
+    assert [item.step for item in Store(run).checkpoints()] == [10, 20, 30, 40, 50]
     # the state after the span is the one before it
     digests = [
         {t.name: t.digest for t in Store(run).find(step).manifest.files["adapter_model.safetensors"].tensors}
@@ -142,7 +142,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
 def test_a_rolled_back_run_that_is_cut_and_resumed_is_the_same_run(poisoned, tmp_path) -> None:
     from finetune.training.run import train as train_run
 
-    recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback", "span": 7})
+    recipe, _ = poisoned(30.0, [45], total=54, guard={"spike": "rollback", "span": 7})
     train_run(load(recipe), tmp_path / "whole", is_quiet=True)
     for until in (44, 52, None):
         train_run(load(recipe), tmp_path / "parts", is_quiet=True, until=until)
@@ -198,7 +198,7 @@ def test_a_bundle_that_cannot_be_written_does_not_change_what_was_decided(
         raise RunError("no space left on the device")
 
     monkeypatch.setattr(incident, "write", full)
-    recipe, _ = poisoned(math.nan, [13], guard={"not_finite": "skip"})
+    recipe, _ = poisoned(math.nan, [13], total=14, guard={"not_finite": "skip"})
     run = train(recipe, tmp_path / "run")
     assert journal.steps(journal.read(run))[13]["skipped"] == "not_finite"
     assert "no bundle of step 13: no space left" in capfd.readouterr().err

@@ -66,9 +66,9 @@ def write_recipe(recipe_file, wide_base):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_resumed_run_equals_an_uninterrupted_one(name, write_recipe, train, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(name, write_recipe, train, train_once, tmp_path):
     recipe = write_recipe(name, **SAVERS[name])
-    whole = train(recipe, tmp_path / "whole")
+    whole = train_once(recipe, tmp_path / "run")
     with killed(after=3), pytest.raises(Killed):
         train(recipe, tmp_path / "interrupted")
     assert_same_run(whole, train(recipe, tmp_path / "interrupted"))
@@ -76,16 +76,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, write_recipe, train, tm
 
 
 @NEEDS_BITSANDBYTES
-def test_checkpoints_hold_moments_in_8_bits(write_recipe, train, tmp_path):
-    run = train(write_recipe("8bit", **SAVERS["8bit-full"]), tmp_path / "run")
+def test_checkpoints_hold_moments_in_8_bits(write_recipe, train_once, tmp_path):
+    run = train_once(write_recipe("8bit", **SAVERS["8bit-full"]), tmp_path / "run")
     moments = load_file(run / "checkpoints/step-00000005/optimizer.safetensors")
     assert moments["model.layers.0.mlp.up_proj.weight.exp_avg"].dtype == np.uint8
     assert moments["model.layers.0.mlp.up_proj.weight.exp_avg_scale"].shape == (32,)
     assert moments["model.embed_tokens.weight.exp_avg"].dtype == np.float32
 
 
-def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, train, tmp_path):
-    run = train(write_recipe("bf16", **SAVERS["bf16-weights-full"]), tmp_path / "run")
+def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, train_once, tmp_path):
+    run = train_once(write_recipe("bf16", **SAVERS["bf16-weights-full"]), tmp_path / "run")
     checkpoint = run / "checkpoints/step-00000005"
     assert json.loads((checkpoint / "config.json").read_bytes())["dtype"] == "bfloat16"
     assert {place.dtype for place in read_header(checkpoint / "model.safetensors").values()} == {"BF16"}
@@ -93,17 +93,19 @@ def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, 
 
 
 @pytest.mark.parametrize("name", ["bf16-weights-full", "bf16-weights-lora"])
-def test_a_checkpoint_of_bf16_weights_is_evaluated_as_it_was_in_training(name, write_recipe, train, tmp_path):
-    run = train(write_recipe(name, **SAVERS[name]), tmp_path / "run")
+def test_a_checkpoint_of_bf16_weights_is_evaluated_as_it_was_in_training(name, write_recipe, train_once, tmp_path):
+    run = train_once(write_recipe(name, **SAVERS[name]), tmp_path / "run")
     recorded = journal.evaluations(journal.read(run))[5]
     (found,) = evaluate([f"{run}@5"], None, ())
     assert found["metrics"]["loss"] == recorded["loss"]
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_recipe, train, tmp_path):
-    plain = train(write_recipe("plain", adapter=adapter), tmp_path / "plain")
-    saver = train(write_recipe("saver", adapter=adapter, train={"activation_checkpointing": True}), tmp_path / "saver")
+def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_recipe, train_once, tmp_path):
+    plain = train_once(write_recipe("plain", adapter=adapter), tmp_path / "plain")
+    saver = train_once(
+        write_recipe("saver", adapter=adapter, train={"activation_checkpointing": True}), tmp_path / "run"
+    )
     assert_same_run(plain, saver)
 
 
@@ -123,10 +125,10 @@ def test_two_processes_resume_exactly(name, write_recipe, train, tmp_path):
 @pytest.mark.parametrize(
     "name", [each for each in EVERY if each.values[0] not in ("checkpointed-full", "checkpointed-lora")]
 )
-def test_a_saver_learns_what_plain_training_learns(name, write_recipe, train, tmp_path):
+def test_a_saver_learns_what_plain_training_learns(name, write_recipe, train_once, tmp_path):
     saver = SAVERS[name]
-    plain = losses(train(write_recipe("plain", adapter=saver["adapter"]), tmp_path / "plain"))
-    saved = losses(train(write_recipe("saver", **saver), tmp_path / "saver"))
+    plain = losses(train_once(write_recipe("plain", adapter=saver["adapter"]), tmp_path / "plain"))
+    saved = losses(train_once(write_recipe("saver", **saver), tmp_path / "run"))
     assert saved == pytest.approx(plain, rel=0.05) and saved != plain
     assert saved[-1] < saved[0]
 

@@ -23,8 +23,8 @@ def flip(file: Path, at: int = -7) -> None:
     file.write_bytes(content)
 
 
-def test_a_damaged_tokenizer_is_restored_from_the_base(recipe_file, train, tmp_path, capsys) -> None:
-    run = train(recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3}}), tmp_path / "run")
+def test_a_damaged_tokenizer_is_restored_from_the_base(recipe_file, train, train_once, tmp_path, capsys) -> None:
+    run = train_once(recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3}}), tmp_path / "run")
     flip(run / "checkpoints/step-00000010/tokenizer.json")  # one file, linked into all three
     assert all(verify(path) for path in (run / "checkpoints").iterdir())
     capsys.readouterr()
@@ -35,41 +35,45 @@ def test_a_damaged_tokenizer_is_restored_from_the_base(recipe_file, train, tmp_p
     assert not any(verify(path) for path in (run / "checkpoints").iterdir())
 
 
-def test_a_checkpoint_of_another_run_is_not_taken_for_a_step_of_this_one(recipe_file, train, tmp_path) -> None:
-    run, other = train(recipe_file(), tmp_path / "run"), train(recipe_file(), tmp_path / "other", "train.seed=1")
+def test_a_checkpoint_of_another_run_is_not_taken_for_a_step_of_this_one(
+    recipe_file, train, train_once, tmp_path
+) -> None:
+    run, other = train_once(recipe_file(), tmp_path / "run"), train(recipe_file(), tmp_path / "other", "train.seed=1")
     shutil.rmtree(run / "checkpoints/step-00000010")
     shutil.copytree(other / "checkpoints/step-00000010", run / "checkpoints/step-00000010")
     with pytest.raises(RunError, match="step-00000010: belongs to another run or plan"):
         train(recipe_file(), run)
 
 
-def test_a_run_without_its_plan_does_not_get_a_new_one(recipe_file, train, tmp_path) -> None:
-    run = train(recipe_file(), tmp_path / "run")
+def test_a_run_without_its_plan_does_not_get_a_new_one(recipe_file, train, train_once, tmp_path) -> None:
+    run = train_once(recipe_file(), tmp_path / "run")
     (run / "plan.json").unlink()
     with pytest.raises(RunError, match="belongs to another run or plan"):
         train(recipe_file(), run, "optimizer.learning_rate=0.5")
 
 
-def test_lost_checkpoints_are_missed(recipe_file, train, tmp_path, capsys) -> None:
-    run = train(recipe_file(), tmp_path / "run")
+def test_lost_checkpoints_are_missed(recipe_file, train, train_once, tmp_path, capsys) -> None:
+    run = train_once(recipe_file(), tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step-00000010")
     capsys.readouterr()
     train(recipe_file(), run)
     assert "step 10 was committed and is gone: re-running 2 steps\nresumed from step 8\n" in capsys.readouterr().err
 
 
-def test_a_stray_file_among_the_attempts_does_no_harm(recipe_file, train, tmp_path) -> None:
-    run = train(recipe_file(), tmp_path / "run")
+def test_a_stray_file_among_the_attempts_does_no_harm(recipe_file, train, train_once, tmp_path) -> None:
+    run = train_once(recipe_file(), tmp_path / "run")
     (run / "attempts/.DS_Store").touch()
     train(recipe_file(), run)
     assert not list((run / "attempts").iterdir())
 
 
-def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(recipe_file, train, tmp_path, monkeypatch) -> None:
+def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(
+    recipe_file, train, train_once, tmp_path, monkeypatch
+) -> None:
     from finetune.training import evaluation
 
     recipe = recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3, "best": 1}})
-    whole = train(recipe, tmp_path / "whole")
+    whole = train_once(recipe, tmp_path / "whole")
     evaluate = evaluation.row_results
 
     def cut(accelerator, objective, batches, wishes, tell):

@@ -69,6 +69,7 @@ def test_it_is_evaluated_on_the_rows_that_it_held_out(older) -> None:
     assert losses == pytest.approx({step: recorded(older, "held_out")[step] for step in losses}, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_bisected(older) -> None:
     facts = bisect(older, bad=6)
     assert facts["first_bad_step"] == 6 or facts["cause"] == "not reproduced"

@@ -133,6 +133,7 @@ def test_the_counts_are_those_of_the_examples(recipe_file, rows_file, tiny_token
         "cut_tokens": lengths[2] - 64,
         "left_out_rows": 1,
         "longest": 64,
+        "bad_rows": 0,
     }
     assert resolved.train.rows.tolist() == [0, 1, 2]
     assert resolved.plan.total_parameters > resolved.plan.trainable_parameters > 0

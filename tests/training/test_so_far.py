@@ -13,10 +13,10 @@ from finetune.training.so_far import Past
 
 
 @pytest.fixture
-def run(recipe_file, train, tmp_path: Path) -> Path:
+def run(recipe_file, train_once, tmp_path: Path) -> Path:
     """Twelve steps, with commits at steps 4, 8 and 12 and evaluations at each of them."""
     kept = {"every": "4 steps", "keep": {"last": 3, "best": 1}}
-    return train(recipe_file(checkpoint=kept), tmp_path / "run", "train.steps=12")
+    return train_once(recipe_file(checkpoint=kept), tmp_path / "run", "train.steps=12")
 
 
 def past(run: Path, step: int) -> dict:

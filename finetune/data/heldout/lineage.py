@@ -26,7 +26,7 @@ from finetune.store.run.directory import RunDirectory
 
 VERSION = 1  # of the arrays in the cache
 # Place and weight of a source; the rest of its section decides how its rows are read.
-PLACE = {"path", "dataset", "name", "split", "revision", "weight"}
+PLACE = {"path", "dataset", "name", "split", "revision", "files", "weight"}
 THIS_RUN = "this run"
 PROVENANCE = "provenance.intoto.jsonl"
 

@@ -10,19 +10,23 @@ from finetune.data.shapes.shape import Shape, json_of, listed
 from finetune.data.shapes.turns import message_of
 from finetune.errors import DataError
 
+COLUMN = "messages"
+
 
 def fits(row: Row) -> bool:
-    if row.get("messages") is not None:
-        return isinstance(listed(row["messages"]), list)
+    if row.get(COLUMN) is not None:
+        return isinstance(listed(row[COLUMN]), list)
     return all(isinstance(row.get(name), str | list) for name in ("prompt", "completion"))
 
 
 def canonical(row: Row, where: str) -> Row:
-    messages = listed(row.get("messages"))
+    messages = listed(row.get(COLUMN))
     if messages is not None and not isinstance(messages, list):
-        said = "each with `role` and `content`"
-        raise DataError(f"`messages` must be a list of messages, {said}, not {kind_of(messages)}", where=where)
-    made: Row = {"messages": messages} if messages is not None else {}
+        raise DataError(
+            f"`{COLUMN}` must be a list of messages, each with `role` and `content`, not {kind_of(messages)}",
+            where=where,
+        )
+    made: Row = {COLUMN: messages} if messages is not None else {}
     if messages is None:
         made = {name: row[name] for name in ("prompt", "completion") if isinstance(row.get(name), list)}
     items = [item for value in made.values() if isinstance(value, list) for item in value]

@@ -7,16 +7,17 @@ from collections.abc import Iterable
 
 from finetune.data.example import Row
 from finetune.data.shapes import messages
+from finetune.data.shapes.history import after
 from finetune.data.shapes.patterns import written
 from finetune.data.shapes.shape import Shape, refuse, replaced
 from finetune.errors import DataError
 
 QUESTIONS = (
-    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "source", "user", "human"),
+    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "user", "human"),
     *("Question", "Prompt", "Instruction"),
 )
 ANSWERS = (
-    *("completion", "answer", "response", "output", "outputs", "target", "targets", "solution", "reply"),
+    *("completion", "answer", "response", "output", "outputs", "targets", "solution", "reply"),
     *("assistant", "Answer", "Response", "Completion"),
 )
 
@@ -28,6 +29,11 @@ def fits(row: Row) -> bool:
     return len(questions) == len(answers) == 1
 
 
+def is_near(row: Row) -> bool:
+    """Whether it has questions and answers, perhaps too many: then this shape says which."""
+    return bool(_present(row, QUESTIONS) and _present(row, ANSWERS))
+
+
 def _present(row: Row, names: Iterable[str]) -> list[str]:
     return [name for name in names if isinstance(row.get(name), str | int | float)]
 
@@ -37,11 +43,10 @@ def canonical(row: Row, where: str) -> Row:
     question, answer = found
     if found == ["prompt", "completion"]:
         return messages.canonical(row, where)
-    made: Row = {
-        "prompt": written(row[question], f"`{question}`", where),
-        "completion": written(row[answer], f"`{answer}`", where),
-    }
-    return replaced(row, found, made, "conversation", where)
+    asked, answered = (written(row[column], f"`{column}`", where) for column in found)
+    made = after(row.get("history"), asked, answered, where)
+    used = [*found, "history", *([] if row.get("system") else ["system"])]
+    return replaced(row, used, made, "conversation", where)
 
 
 def _only(row: Row, names: tuple[str, ...], what: str, where: str) -> str:
@@ -55,4 +60,4 @@ def _only(row: Row, names: tuple[str, ...], what: str, where: str) -> str:
     return present[0]
 
 
-SHAPE = Shape("conversation", fits, canonical)
+SHAPE = Shape("conversation", fits, canonical, is_near)

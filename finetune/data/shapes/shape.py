@@ -22,6 +22,8 @@ class Shape(NamedTuple):
     """Whether a row has this shape; must not raise."""
     canonical: Callable[[Row, str], Row]
     """(row, place) -> the row with the columns of its form. It has none of the columns that were used, and all others. Raises DataError."""
+    is_near: Callable[[Row], bool] = lambda row: False
+    """Whether a row that has no shape is best refused by this one."""
 
 
 def replaced(row: Row, used: Collection[str], made: Row, form: str, where: str) -> Row:

@@ -1,4 +1,4 @@
-"""ShareGPT: a list of turns of `from` and `value`, in a column like `conversations`, with `system` and `tools` beside it."""
+"""ShareGPT: a list of turns of `from` and `value`, or of pairs, in a column like `conversations`, with `system` and `tools` beside it."""
 
 from finetune.data.conversation import kind_of
 from finetune.data.example import Row
@@ -8,6 +8,9 @@ from finetune.errors import DataError
 
 COLUMNS = ("conversations", "conversation", "dialog", "dialogue", "dialogs", "turns", "chat")
 
+PAIRS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"))
+"""Fields of a turn that is a question with its answer."""
+
 
 def fits(row: Row) -> bool:
     return any(_is_turns(listed(row.get(column))) for column in COLUMNS)
@@ -15,14 +18,27 @@ def fits(row: Row) -> bool:
 
 def _is_turns(value: object) -> bool:
     first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and any(name in first for name in ROLE_FIELDS)
+    return isinstance(first, dict) and any(name in first for name in (*ROLE_FIELDS, "human"))
+
+
+def _messages(turn: object, place: str, where: str) -> list[Row]:
+    """The message of a turn, or the two of a pair like `{human, assistant}`."""
+    for question, answer in PAIRS:
+        if isinstance(turn, dict) and isinstance(turn.get(question), str) and isinstance(turn.get(answer), str):
+            others = [name for name, value in turn.items() if name not in (question, answer) and value is not None]
+            if others:
+                message = f"`{place}` has `{others[0]}` beside `{question}` and `{answer}`"
+                raise DataError(message, where=where, hint=f"skip it: data.train[].skip: [{others[0]}]")
+            return [{"role": "user", "content": turn[question]}, {"role": "assistant", "content": turn[answer]}]
+    return [message_of(turn, place, where)]
 
 
 def canonical(row: Row, where: str) -> Row:
     present = [column for column in COLUMNS if row.get(column) is not None]
     if len(present) > 1:
         names = " and ".join(f"`{column}`" for column in present)
-        raise DataError(f"has {names}", where=where, hint=f"name the one to drop: data.train[].skip: [{present[-1]}]")
+        message = f"has {names}: each could be the conversation"
+        raise DataError(message, where=where, hint=f"name the one to drop: data.train[].skip: [{present[-1]}]")
     if not present:
         refuse("sharegpt", row, f"it has none of {', '.join(f'`{column}`' for column in COLUMNS[:2])}", where)
     [column] = present
@@ -31,11 +47,15 @@ def canonical(row: Row, where: str) -> Row:
         raise DataError(f"`{column}` must be a list of turns, not {kind_of(turns)}", where=where)
     if not turns:
         raise DataError(f"`{column}` is an empty list", where=where, hint="remove the row")
-    made: Row = {"messages": [message_of(turn, f"{column}[{number}]", where) for number, turn in enumerate(turns)]}
+    made: Row = {
+        "messages": [
+            message for number, turn in enumerate(turns) for message in _messages(turn, f"{column}[{number}]", where)
+        ]
+    }
     used = [column, "system", "system_prompt", "tools"]
     systems = dict.fromkeys(filter(None, (optional_text(row, name, where) for name in ("system", "system_prompt"))))
     if len(systems) > 1:
-        raise DataError("has `system` and `system_prompt`", where=where, hint="keep one of them")
+        raise DataError("has a `system` column and another system message", where=where, hint="keep one of them")
     if systems:
         made["system"] = next(iter(systems))
     if (tools := row.get("tools")) and listed(tools) != []:

@@ -36,7 +36,7 @@ def _field(item: Row, names: tuple[str, ...], place: str, where: str) -> str | N
     present = [name for name in names if item.get(name) is not None]
     if len(present) > 1 and present[0] != names[0]:
         fields = " and ".join(f"`{name}`" for name in present)
-        raise DataError(f"`{place}` has {fields}, which could be the same", where=where, hint="keep one of them")
+        raise DataError(f"`{place}` has {fields}: each could be the same field", where=where, hint="keep one of them")
     return next((name for name in (*present, *names) if name in item), None)
 
 

@@ -24,7 +24,7 @@ def pin_dataset(source: Source) -> str:
         with hub.waiting(f"which commit the data set {source.dataset} is at"):
             return HfApi().resolve_revision(source.place, repo_type="dataset", revision=source.revision).resolved
     except (hub.http().HTTPError, OSError, ValueError, RevisionResolutionError) as error:
-        raise _hub_error(source, error) from error
+        raise hub_error(source, error) from error
 
 
 class HubDataset:
@@ -39,8 +39,9 @@ class HubDataset:
                 self._rows = _load(source, revision)
         # RuntimeError: the data set is a script
         except (DatasetsError, hub.http().HTTPError, OSError, ValueError, RuntimeError) as error:
-            raise _hub_error(source, error) from error
+            raise hub_error(source, error) from error
         self.kinds = {field.name: field.type for field in self._rows.features.arrow_schema}
+        self.about = "a data set"
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -81,7 +82,7 @@ def _load(source: Source, revision: str) -> "Dataset":
     return rows
 
 
-def _hub_error(source: Source, error: Exception) -> DataError:
+def hub_error(source: Source, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError

@@ -111,6 +111,8 @@ def _limits(facts: Facts) -> str:
         lines.append(
             f"{figures.number(counts.left_out_rows)} rows were left out, since nothing that counts was within that length."
         )
+    if counts.bad_rows:
+        lines.append(f"{figures.number(counts.bad_rows)} rows were skipped, since they could not be read.")
     return "\n\n".join(lines)
 
 

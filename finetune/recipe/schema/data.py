@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from finetune.recipe import conditions
 from finetune.recipe.schema.patterns import Pattern, PatternWithField
 from finetune.recipe.schema.values import CountOrShare, Names, Section
 
@@ -11,10 +12,10 @@ Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "to
 
 
 class Source(Section):
-    """Rows of a local file, or of a Hub data set."""
+    """Rows of local files, or of a Hub data set."""
 
     path: str | None = Field(default=None, min_length=1)
-    """A local `.jsonl`, `.parquet` or `.csv` file, relative to the working directory."""
+    """A local file, a glob like `data/*.jsonl.gz`, or a folder, relative to the working directory. Formats: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.feather`, `.txt`, `.md`, `.markdown`, `.rst`; text formats also packed, as `.gz`, `.zst`, `.bz2` or `.xz`."""
     dataset: str | None = Field(default=None, min_length=1)
     """A Hub data set (`owner/name`), instead of `path`."""
     name: str | None = None
@@ -23,6 +24,8 @@ class Source(Section):
     """The split of a Hub data set. Default: `train`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; the plan pins it to a commit."""
+    files: Names = []
+    """Files of a Hub data set to read, as names or globs like `[en/*.parquet]`, instead of its configuration."""
     weight: float | None = Field(default=None, gt=0)
     """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch."""
     columns: dict[str, str] = {}
@@ -37,11 +40,24 @@ class Source(Section):
     """A pattern over columns, like `"# {title}\\n{body}"`: the text of each row, for the text task."""
     skip: Names = []
     """Columns and fields of messages to skip, like `[reasoning_content]`. If the template drops content of a chat row, the row is refused, unless you name the content here."""
+    row: Literal["file", "paragraph", "line"] | None = None
+    """What a row of text and Markdown files is. Paragraphs are separated by blank lines. Default: `file`."""
+    where: str | None = Field(default=None, min_length=1)
+    """Reads only rows for which this is true, like `language == en and meta.score >= 0.5`, by the file's own column names. Operators: `==`, `!=`, `<`, `<=`, `>`, `>=`, `in [...]`, joined by `and`."""
+    take: int | None = Field(default=None, gt=0)
+    """Reads only the first N rows, after `where`."""
 
     @property
     def place(self) -> str:
         """The file, or the data set."""
         return self.path or self.dataset or ""
+
+    @field_validator("where")
+    @classmethod
+    def _is_condition(cls, where: str | None) -> str | None:
+        if where is not None:
+            conditions.parse(where)
+        return where
 
     @model_validator(mode="after")
     def _one_place(self) -> "Source":

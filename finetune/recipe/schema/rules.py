@@ -5,6 +5,7 @@ A rule looks at its sections and returns a problem as `key: message`, or None. I
 
 from dataclasses import dataclass
 
+from finetune.recipe.schema import source_rules
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, has_holdout
@@ -51,8 +52,8 @@ class PartlyRead:
 
 
 def problems(recipe: PartlyRead) -> list[str]:
-    """What does not fit together, as `key: message`."""
-    return [problem for rule in RULES if (problem := rule(recipe))]
+    """What does not fit together, as `key: message`; some with a hint on its own line."""
+    return [*(problem for rule in RULES if (problem := rule(recipe))), *source_rules.problems(recipe.data)]
 
 
 def all_weights_or_none(recipe: PartlyRead) -> str | None:

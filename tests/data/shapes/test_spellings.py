@@ -76,6 +76,7 @@ SPELLINGS = {
             },
         ),
         ([USER, ANSWER], {"system": "", "tools": "", "conversation": [USER, ANSWER]}),
+        (HISTORY, {"conversation": [{"human": "hi", "assistant": "hello"}, {"human": "2 + 2?", "assistant": "4"}]}),
         ([USER, ANSWER], {"dialog": [{"user": "human", "text": "2 + 2?"}, {"user": "bot", "text": "4"}]}),
         ([USER, ANSWER], {"conversations": '[{"from": "user", "value": "2 + 2?"}, {"from": "model", "value": "4"}]'}),
         (
@@ -125,7 +126,11 @@ SPELLINGS = {
             ("prompt", "response"),
         ]
     ]
-    + [([USER, ANSWER], {"question": "2 + 2?", "answer": 4})],
+    + [
+        ([USER, ANSWER], {"question": "2 + 2?", "answer": 4, "system": ""}),
+        (HISTORY, {"query": "2 + 2?", "response": "4", "history": [["hi", "hello"]]}),
+        ([SYSTEM, USER, ANSWER], {"query": "2 + 2?", "response": "4", "history": [], "system": "Be brief."}),
+    ],
 }
 
 
@@ -204,6 +209,12 @@ def test_tokens_with_equal_masks_are_on_one_side(opened) -> None:
     assert len({content_of(of_text(opened([row], form="text")[0])) for row in same}) == 1
 
 
+def test_a_text_row_without_text_is_not_taken_for_tokens(opened) -> None:
+    rows = opened([{"text": "a"}, {"text": None, "input_ids": [1, 2]}], form="text")
+    with pytest.raises(DataError, match="`text` must be text, not null"):
+        text_content_of(rows[1], "rows:2")
+
+
 def test_structs_of_datasets_with_nulls_are_read_as_absent_fields(opened) -> None:
     rows = [
         {
@@ -228,8 +239,11 @@ def test_a_row_with_two_shapes_is_refused_with_both_named(opened) -> None:
 
 def test_two_columns_that_could_be_the_answer_are_refused(opened) -> None:
     row = {"question": "2 + 2?", "answer": "4", "response": "four"}
-    with pytest.raises(DataError, match="has `answer` and `response`: each could be the answer"):
-        opened([row], format="prompt")
+    for form in ("auto", "prompt"):
+        with pytest.raises(
+            DataError, match="has `answer` and `response`: each could be the answer\nhint: say which, with"
+        ):
+            opened([row], format=form)
     rows = opened([row], skip=["response"])
     assert rows.choice.name == "prompt"
 
@@ -252,8 +266,9 @@ def test_columns_without_a_use_stay_and_those_with_one_go(opened) -> None:
 
 def test_functions_that_a_message_shows_already_are_not_given_twice(opened) -> None:
     shown = {"role": "system", "content": f"You may call {json.dumps(TOOL['function'])}"}
-    row = {"messages": [shown, USER, ANSWER], "functions": [TOOL["function"]]}
-    assert opened([row])[0] == row
+    for row in ({"messages": [shown, USER, ANSWER]}, {"messages": [USER, ANSWER], "system": shown["content"]}):
+        row["functions"] = [TOOL["function"]]
+        assert opened([row])[0] == row
 
 
 def test_rows_of_runs_that_exist_stay_as_they_were(opened) -> None:
@@ -266,3 +281,11 @@ def test_rows_of_runs_that_exist_stay_as_they_were(opened) -> None:
         assert opened([row])[0] == row
     row = {"text": "a", "content": "b", "document": "c", "input_ids": [1]}
     assert opened([row], form="text")[0] == row
+
+
+def test_a_field_of_messages_is_skipped_in_json_text_too(opened) -> None:
+    turns = [{"from": "human", "value": "2 + 2?", "mood": "x"}, {"from": "gpt", "value": "4"}]
+    for value in (turns, json.dumps(turns)):
+        assert opened([{"conversations": value}], skip=["mood"])[0] == {"messages": [USER, ANSWER]}
+    row = {"prompt": '[{"mood": 1}]', "completion": "4"}
+    assert opened([row], skip=["mood"])[0] == row

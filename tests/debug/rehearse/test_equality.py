@@ -11,10 +11,10 @@ LAST = 4
 
 
 @pytest.fixture
-def pair(recipe_file, train, tmp_path):
+def pair(recipe_file, train_once, tmp_path):
     """Two equal runs of four steps."""
     settings = ["train.steps=4", "checkpoint.every=2 steps"]
-    return [train(recipe_file(), tmp_path / name, *settings) for name in ("one", "two")]
+    return [train_once(recipe_file(), tmp_path / name, *settings) for name in ("one", "two")]
 
 
 def test_two_runs_of_one_plan_are_equal(pair) -> None:

@@ -4,12 +4,13 @@ import hashlib
 import json
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 
 @pytest.mark.parametrize("form", ["merged", "full", "alone"])
 def test_a_bill_of_materials_keeps_to_the_schema_and_names_the_files(form, request) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
     package = request.getfixturevalue(form).directory
     text = (package / "bom.cdx.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None

@@ -21,7 +21,10 @@ def written(key, place: Path) -> tuple[Path, Path]:
     return private, public
 
 
-@pytest.fixture(params=[ec.SECP256R1, ec.SECP384R1, ec.SECP521R1])
+SLOW = [pytest.param(curve, marks=pytest.mark.slow) for curve in (ec.SECP384R1, ec.SECP521R1)]
+
+
+@pytest.fixture(params=[ec.SECP256R1, *SLOW])
 def keys(request, tmp_path) -> tuple[Path, Path]:
     return written(ec.generate_private_key(request.param()), tmp_path / "key")
 

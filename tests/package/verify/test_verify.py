@@ -196,7 +196,12 @@ def test_packages_as_they_were_made_have_nothing_wrong(merged, full, alone) -> N
     assert facts["not_made"]["logits"].startswith("the base cannot be had")
 
 
-@pytest.mark.parametrize("name", TAMPERED)
+SLOW = ("a template without an end",)  # it has two seconds of a processor
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TAMPERED]
+)
 def test_what_was_tampered_with_is_named(name, request, tmp_path) -> None:
     package, check, tamper = TAMPERED[name]
     folder = tmp_path / "package"
