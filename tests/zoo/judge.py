@@ -82,10 +82,14 @@ def _of_form(
             continue
         wrong += _of_turns(specimen, example, text, turns)
         if specimen.has_marks and not wrong:
-            wrong += _of_marks(specimen, reading, example, turns, has_all="weight" not in str(row["messages"]))
+            wrong += _of_marks(specimen, reading, example, turns, has_all=_learns_all(row))
         segments |= {turn.number: [turn.answers[-1]] for turn in turns}
     once = oracle.once_written(specimen, row, reading)
     return wrong + [f"no example has {each}" for each in oracle.losses(row, texts, segments, once)]
+
+
+def _learns_all(row: dict[str, Any]) -> bool:
+    return len(oracle.learnt(row)) == sum(message["role"] == "assistant" for message in row["messages"])
 
 
 def _of_turns(specimen: Specimen, example: Encoded, text: str, turns: list[oracle.Turn]) -> list[str]:
