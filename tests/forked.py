@@ -256,6 +256,8 @@ def _program(words: list[str]) -> None:
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     own = {"-c": "", "-m": os.getcwd()}.get(first, str(Path(first).resolve().parent))
     sys.path[:] = [*([] if "-P" in flags else [own]), *path, *_path]
+    if any(Path(entry, "sitecustomize.py").is_file() for entry in path):
+        importlib.import_module("sitecustomize")  # as `site` does: ckpt-chaos arms a training there
     if first == "-m":
         sys.argv = ["-m", *rest[1:]]
         runpy._run_module_as_main(rest[0])

@@ -88,7 +88,7 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(reci
     whole = forks.run(launch(recipe, "--run", tmp_path / "whole", ranks=2), capture_output=True, text=True, timeout=200)
     assert whole.returncode == 0, whole.stderr
     command = launch("--restarts", 3, recipe, "--run", run, ranks=2)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for step, rank in ((9, 0), (22, 1)):  # the one that writes the run, and the one that does not
             wait_for(lambda step=step: last_step(run) >= step, process)
             ranks_of(process)[rank].send_signal(signal.SIGKILL)
