@@ -25,7 +25,6 @@ from tests.stories.same_run import assert_same_run
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 SHORT = LONG | {"steps": 12}
 FINETUNE = [sys.executable, "-m", "finetune"]
-AS_PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 needs_namespaces = pytest.mark.skipif(os.geteuid() != 0, reason="PID namespaces need root")
 
 
@@ -185,8 +184,9 @@ def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(
             }
         recipe, run = recipe_file(moment, train=LONG, **sections), tmp_path / moment
         what = [*FINETUNE, "train", str(recipe)] if starter == "python" else launch(recipe, ranks=ranks)
-        command = [*AS_PID_1, *STARTERS[starter], *what, "--run", str(run)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        command = [*forks.AS_PID_1, *STARTERS[starter], *what, "--run", str(run)]
+        popen = forks.Popen if starter == "launch" else subprocess.Popen  # what python and tini start is new
+        with popen(command, stderr=subprocess.PIPE, text=True) as process:
             wait_for(lambda run=run, is_there=is_there: is_there(run), process)
             (first,) = psutil.Process(process.pid).children()
             first.send_signal(signal.SIGTERM)
