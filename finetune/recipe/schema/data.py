@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from finetune.recipe.schema.values import CountOrShare, Names, Section
+from finetune.recipe.schema.values import CountOrShare, Names, Section, Weight
 
 
 class Source(Section):
@@ -20,12 +20,19 @@ class Source(Section):
     """The split of a Hub data set. Default: `train`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set; the plan pins it to a commit."""
-    weight: float | None = Field(default=None, gt=0)
-    """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch."""
+    weight: Weight | None = None
+    """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch. With `order: curriculum`, a list: a weight for each stage."""
+    epochs: float | None = Field(default=None, gt=0)
+    """How many times an epoch of the run draws the rows of this source, like `2` or `0.5`. Default: once. An epoch draws exactly so many; the next one goes on where it stopped."""
     columns: dict[str, str] = {}
     """The column of each field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` if you have them. Text reads `text`."""
     skip: Names = []
     """Columns and fields of messages to skip, like `[reasoning_content]`. If the template drops content of a chat row, the row is refused, unless you name the content here."""
+
+    @property
+    def stage_weights(self) -> tuple[float, ...]:
+        """A weight for each stage of a curriculum; none without such a list."""
+        return self.weight if isinstance(self.weight, tuple) else ()
 
     @property
     def place(self) -> str:
@@ -55,6 +62,10 @@ class Data(Section):
     """The sources of training rows."""
     holdout: Holdout = 0
     """Rows kept out of training for evaluation: a count, a share like `5%` (each row of the training sources by its content and `split_seed`), or other sources."""
+    order: Literal["shuffled", "sequential", "curriculum"] = "shuffled"
+    """`shuffled`: all sources mixed, each in an order of the seed. `sequential`: rows as in the files, one source after another; with weights or a temperature the sources are mixed. `curriculum`: one source after another, each shuffled; with a list of weights a source, that many stages of an epoch."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Draws a source of n examples in proportion to n^(1/temperature): over 1, small sources come more often."""
     split_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Decides which rows a count or share holds out. Default: the seed of the run of `base.checkpoint`, or else 0."""
     seen: Literal["refuse", "allow"] = "refuse"
