@@ -54,7 +54,11 @@ def all_or_refusals(makers: Iterable[Callable[[], Path]], ranges: Sequence[range
 
 def shard(directory: Path, work: Work, ids: range) -> Path:
     """The shard of these rows in `directory`; a finished one of an earlier build is reused."""
-    return cache.part(directory, f"rows-{ids.start}-{ids.stop}", partial(write, work=work, ids=ids))
+    return cache.part(directory, name_of(ids), partial(write, work=work, ids=ids))
+
+
+def name_of(ids: range) -> str:
+    return f"rows-{ids.start}-{ids.stop}"
 
 
 def write(directory: Path, work: Work, ids: range) -> None:
