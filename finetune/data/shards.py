@@ -22,7 +22,7 @@ VERSION = 3  # of the format below; part of every key
 LOOK_ON_SHARDS = 3  # after one with a bad row: reports many bad rows at once, in a few seconds
 ROWS_AT_ONCE = 512  # rows in one call of the encoder: enough for the tokenizer's threads
 MOST_COLUMNS = 1000  # of a source, kept by name
-CHARACTERS_AT_ONCE = 4 << 20  # in one call; each takes some 100 bytes of memory meanwhile
+CHARACTERS_AT_ONCE = 1 << 20  # in one call; each takes some 100 bytes of memory meanwhile, in each worker
 
 
 @dataclass(frozen=True)
