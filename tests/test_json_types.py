@@ -21,11 +21,13 @@ from finetune.package.export import Packaged
 from finetune.package.publish.shown import Published
 from finetune.store.checkpoints.pruning import Action, PinnedStep
 from finetune.store.run.shown import Description, RunLog, Verification
+from finetune.training.ahead import Report
 from finetune.training.preview import PlanFacts
 from tests.test_docs import ROOT, commands, fences
 
 TYPES = {
     "plan": PlanFacts,
+    "encode": Report,
     "rehearse": Outcome,
     "prune: actions": Action,
     "prune: pinned": PinnedStep,

@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError
 def encoded(directory: Path, ranges: Sequence[range], reopen: Callable[[], Work], most: int) -> list[Path]:
     """The shards of these rows in order, made by at most `most` processes; each opens the source for itself."""
     count = min(most, len(ranges))
-    print(f"encoding {ranges[-1].stop:,} rows in {count} processes, once", file=sys.stderr, flush=True)
+    print(f"encoding {sum(map(len, ranges)):,} rows in {count} processes, once", file=sys.stderr, flush=True)
     with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (reopen,)) as pool:
         shards = [pool.submit(_shard_in_worker, directory, ids) for ids in ranges]
         try:

@@ -1,15 +1,15 @@
 """How the rows of a recipe become tokens on its base: the template in force, what decides the tokens, and the reading of sources."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.encode import encode
+from finetune.data.encode import Part, encode, encode_part
 from finetune.data.example import Encoded, Encoder
 from finetune.data.heldout.lineage import source_key
 from finetune.data.shards import Work
@@ -24,6 +24,8 @@ from finetune.plan.plan import ROW_RULES, PinnedSource, Plan
 from finetune.recipe.schema import Recipe, Source, Task
 from finetune.tasks import TASKS
 from finetune.tasks.rendering import dates
+
+EncodedT = TypeVar("EncodedT", bound=Encoded | None)
 
 
 @dataclass(frozen=True)
@@ -93,24 +95,25 @@ def read(
 ) -> tuple[list[PinnedSource], list[Encoded]]:
     """The pin and the examples of each source. `pins` hold where there are some; a file that was moved is known by those of `like`."""
     known = {pin.name: pin for pin in (*like.train, *like.holdout)} if like else {}
-    key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
-    encoder = _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
     held: Sequence[PinnedSource | None] = pins or [None] * len(sources)
-    pairs = [
-        _read(source, pin, encoding, encoder, key=key, known=known) for source, pin in zip(sources, held, strict=True)
-    ]
+    pairs = [_read(*each, encoding, known, encode) for each in zip(sources, held, strict=True)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def read_part(source: Source, encoding: Encoding, part: Part) -> tuple[PinnedSource, Encoded | None]:
+    """Makes the shards of one of several tasks. The pin of the source, and its examples once all tasks are done."""
+    return _read(source, None, encoding, {}, encode if part.of == 1 else partial(encode_part, part=part))
 
 
 def _read(
     source: Source,
     earlier: PinnedSource | None,
     encoding: Encoding,
-    encoder: Encoder,
-    *,
-    key: str,
     known: Mapping[str, PinnedSource],
-) -> tuple[PinnedSource, Encoded]:
+    make: Callable[..., EncodedT],
+) -> tuple[PinnedSource, EncodedT]:
+    key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
+    encoder = _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     place = located(source, earlier or known.get(source.path or ""))
     rows = open_source(place, revision, encoding.row_rules, encoding.task.row_form, encoding.skips_bad)
@@ -119,8 +122,9 @@ def _read(
     again = partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
     keys = (*source_key(source, pin), key, *(rows.choice.key if rows.choice else ()))
-    encoded = encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
-    encoded.said = rows.about
+    encoded = make(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
+    if encoded is not None:
+        encoded.said = rows.about
     return pin, encoded
 
 

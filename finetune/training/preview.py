@@ -76,7 +76,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))
     device_bytes = round(device_gib * 2**30) if device_gib else here.bytes if here.is_gpu else forecast.CARD_BYTES
-    facts = forecast.forecast(plan, shape, work, here, run)
+    facts = forecast.forecast(plan, shape, work, here, run, resolved.train.tokens_of_sources())
     own = resolved.holdout.said if plan.holdout else []
     for source, read in zip((*facts["train"], *facts["holdout"]), (*resolved.train.said, *own), strict=True):
         source["read"] = read

@@ -1,5 +1,6 @@
 """Types of values beyond plain ones: cadences, counts and shares, pairs, Hub ids; each with its own error message."""
 
+import math
 import re
 from typing import Annotated, Literal, get_args
 
@@ -53,6 +54,25 @@ def _share(value: object) -> object:
     return value
 
 
+def _rate(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        if float(value[:-1]) > 100:
+            raise ValueError("must be at most 100%")
+        return value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        raise ValueError("must be a rate like `2e-5` or a share like `10%`")
+    return float(value)
+
+
+def _weight(value: object) -> object:
+    """One number over 0, or one for each stage, not all of them 0."""
+    given = value if isinstance(value, list | tuple) else [value]
+    numbers = [float(each) for each in given if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) < len(given) or not any(numbers) or not all(0 <= each < math.inf for each in numbers):
+        raise ValueError("must be a weight over 0 like `0.5`, or a list like `[1, 0.5, 0]`")
+    return tuple(numbers) if isinstance(value, list | tuple) else numbers[0]
+
+
 def _auto_or_count(value: object) -> object:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
@@ -95,6 +115,23 @@ CountOrShare = Annotated[
     BeforeValidator(_share),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
 ]
+RateOrShare = Annotated[
+    float | str,
+    BeforeValidator(_rate),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
+]
+Weight = Annotated[
+    float | tuple[float, ...],
+    BeforeValidator(_weight),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1},
+            ]
+        }
+    ),
+]
 AutoOrCount = Annotated[
     int | Literal["auto"],
     BeforeValidator(_auto_or_count),
@@ -122,3 +159,8 @@ def members(family: object) -> dict[str, type]:
 def count_of(value: int | str, total: int) -> int:
     """A count or a share like "3%" as a count of `total`; a share is rounded to the nearest whole."""
     return value if isinstance(value, int) else round(float(value[:-1]) / 100 * total)
+
+
+def amount_of(value: float | str, total: float) -> float:
+    """An amount, or a share like "10%" of `total`."""
+    return float(value[:-1]) / 100 * total if isinstance(value, str) else value
