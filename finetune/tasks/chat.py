@@ -5,6 +5,7 @@ It renders each conversation up to a turn and as a whole, so every template work
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from finetune.recipe.schema import ChatTask
 from finetune.store import places
 from finetune.tasks import causal, content
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
-from finetune.tasks.task import Task
+from finetune.tasks.task import Explain, Explained, Task
 
 Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
@@ -32,11 +33,12 @@ def encoder(
     row_rules: int = ROW_RULES,
     template: str | None = None,
     date: str | None = None,
+    allowed: Collection[str] = (),
 ) -> Encode:
     """A function from rows and their places to the one example of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
-    `date` is what a template that prints it is given.
+    `date` is what a template that prints it is given. `allowed` are gates that are open: `lost_text` and `unlearnt_stop`.
     """
     template = template or template_of(tokenizer, task)
     renderer = Renderer(tokenizer, template, date)
@@ -50,7 +52,8 @@ def encoder(
         _refuse_roles(conversation, template, place)
         _refuse_control_tokens(conversation, place, control)
         text, spans = _render_calls(renderer, conversation, place)
-        refuse_lost(conversation, row, text, spans, place)
+        if "lost_text" not in allowed:
+            refuse_lost(conversation, row, text, spans, place)
         return text, spans
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
@@ -65,7 +68,8 @@ def encoder(
                 # a token that header and answer share counts, or the answer's first word would never be learnt
                 turn = np.flatnonzero((ends > first) & (starts < last))
                 turn = turn[: _without_trailing_space(turn, starts, ends, text)]
-                if not len(turn) or tokens[turn[-1]] not in stop_tokens:
+                has_stop = len(turn) and tokens[turn[-1]] in stop_tokens
+                if not has_stop and "unlearnt_stop" not in allowed:
                     raise _no_stop_token(tokenizer, tokens[turn[-1:]], stop_tokens, places[number])
                 supervised[turn] = True
             cut = max(0, len(tokens) - task.max_length)
@@ -74,6 +78,29 @@ def encoder(
         return examples
 
     return encode
+
+
+def explained(
+    tokenizer: PreTrainedTokenizerBase, task: ChatTask, stop_tokens: Collection[int], **rendering: Any
+) -> Explain:
+    """A function from a row and its place to its example before cutting, with a reason for each token."""
+    whole = task.model_copy(update={"max_length": 2**31})
+    encode = encoder(tokenizer, whole, stop_tokens, **rendering)
+
+    def explain(row: Row, place: str) -> list[Explained]:
+        [[example]] = encode([row], [place])
+        texts = [str(tokenizer.decode([token])) for token in example.tokens.tolist()]
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        offsets = np.stack([ends - [len(text) for text in texts], ends], axis=1)
+        reasons = [_reason(bool(is_learnt)) for is_learnt in example.supervised]
+        kept = min(len(texts), task.max_length)
+        return [Explained("".join(texts), example.tokens, offsets, example.supervised, reasons, kept)]
+
+    return explain
+
+
+def _reason(is_learnt: bool) -> str:
+    return "text of an assistant turn, or the token that ends it" if is_learnt else "not text of an assistant turn"
 
 
 def template_of(
@@ -195,5 +222,12 @@ def _no_stop_token(
 
 
 TASK = Task(
-    encoder, content.of_chat, causal.collate_packed, causal.collate_padded, causal.loss, causal.score, template_of
+    encoder,
+    content.of_chat,
+    causal.collate_packed,
+    causal.collate_padded,
+    causal.loss,
+    causal.score,
+    template_of,
+    explained,
 )

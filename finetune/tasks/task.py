@@ -28,6 +28,26 @@ class RowResults(NamedTuple):
     """Supervised tokens of each example, int64 (N,)."""
 
 
+class Explained(NamedTuple):
+    """An example before it is cut, with a reason for each token."""
+
+    text: str
+    tokens: np.ndarray
+    """Token ids, int32 (T,)."""
+    offsets: np.ndarray
+    """First and last character of each token in `text`, int64 (T, 2)."""
+    supervised: np.ndarray
+    """Loss mask, bool (T,)."""
+    reasons: Sequence[str]
+    """Why each token is or is not learnt, one short sentence each."""
+    kept: int
+    """Tokens that remain after cutting."""
+
+
+# a row and its place in, the examples of the row out
+Explain = Callable[[Row, str], list[Explained]]
+
+
 @dataclass(frozen=True)
 class Task:
     encoder: Callable[..., Encoder]
@@ -46,3 +66,5 @@ class Task:
     template_of: Callable[..., str] | None = None
     """(tokenizer, section, whether a text is the one that is looked for) -> the chat template in force, where rows are conversations; their
     section has the key `template`."""
+    explained: Callable[..., Explain] | None = None
+    """As `encoder`, for one row at a time: its examples with a reason for each token."""

@@ -11,7 +11,7 @@ from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
 from finetune.tasks import causal, content
-from finetune.tasks.task import Task
+from finetune.tasks.task import Explain, Explained, Task
 
 Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
@@ -67,4 +67,38 @@ def _divided(ids: list[int], max_length: int) -> list[Example]:
     return [Example(piece := tokens[start : start + max_length], np.ones(len(piece), dtype=bool)) for start in starts]
 
 
-TASK = Task(encoder, content.of_text, causal.collate_packed, causal.collate_padded, causal.loss, causal.score)
+def explained(
+    tokenizer: PreTrainedTokenizerBase, task: TextTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
+) -> Explain:
+    """A function from a row and its place to its examples with reasons; nothing of a text is cut away."""
+    encode = encoder(tokenizer, task, stop_tokens, row_rules)
+
+    def explain(row: Row, place: str) -> list[Explained]:
+        [examples] = encode([row], [place])
+        return [_explained(tokenizer, example, number) for number, example in enumerate(examples)]
+
+    return explain
+
+
+def _explained(tokenizer: PreTrainedTokenizerBase, example: Example, number: int) -> Explained:
+    texts = [str(tokenizer.decode([token])) for token in example.tokens.tolist()]
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    first = "the first token of an example is never predicted"
+    if number:
+        first = "learnt at the end of the example before this one"
+    reasons = [first, *["text: every token is learnt"] * (len(texts) - 1)]
+    supervised = example.supervised.copy()
+    supervised[0] = False
+    offsets = np.stack([ends - [len(text) for text in texts], ends], axis=1)
+    return Explained("".join(texts), example.tokens, offsets, supervised, reasons, len(texts))
+
+
+TASK = Task(
+    encoder,
+    content.of_text,
+    causal.collate_packed,
+    causal.collate_padded,
+    causal.loss,
+    causal.score,
+    explained=explained,
+)

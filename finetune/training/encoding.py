@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encode import encode
 from finetune.data.example import Encoded, Encoder
+from finetune.data.gates import OF_ROWS
 from finetune.data.heldout.lineage import source_key
 from finetune.data.shards import Work
 from finetune.data.sources.hub import pin_dataset
@@ -23,6 +24,7 @@ from finetune.plan.plan import ROW_RULES, PinnedSource, Plan
 from finetune.recipe.schema import Recipe, Source, Task
 from finetune.tasks import TASKS
 from finetune.tasks.rendering import dates
+from finetune.tasks.task import Explain
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ class Encoding:
     """The day that the template is given."""
     notes: tuple[str, ...]
     """What was found out about templates that the base's user should know."""
+    allowed: tuple[str, ...] = ()
+    """The gates for single rows that are open."""
 
     @property
     def rendering(self) -> dict[str, Any]:
         """What the task's encoder is given by name."""
         if self.template is None:
             return {"row_rules": self.row_rules}
-        return {"row_rules": self.row_rules, "template": self.template, "date": self.given_day}
+        given = {"row_rules": self.row_rules, "template": self.template, "date": self.given_day}
+        return given | ({"allowed": self.allowed} if self.allowed else {})
 
 
 def encoding_of(
@@ -71,7 +76,8 @@ def encoding_of(
     if shown := template or templates.default(tokenizer.chat_template):
         tokenizer.chat_template = shown
     day, given_day = dates(template, earlier, rules_of, today)
-    return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, tuple(notes))
+    allowed = tuple(name for name in OF_ROWS if name in recipe.data.allow and template is not None)
+    return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, tuple(notes), allowed)
 
 
 def read(
@@ -80,7 +86,8 @@ def read(
     """The pin and the examples of each source. `pins` hold where there are some; a file that was moved is known by those of `like`."""
     known = {pin.name: pin for pin in (*like.train, *like.holdout)} if like else {}
     key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
-    encoder = _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
+    key += f"\nallowed {encoding.allowed}" if encoding.allowed else ""
+    encoder = encoder_of(encoding)
     held: Sequence[PinnedSource | None] = pins or [None] * len(sources)
     pairs = [
         _read(source, pin, encoding, encoder, key=key, known=known) for source, pin in zip(sources, held, strict=True)
@@ -120,6 +127,19 @@ def _reopened(
     rows = reopen_source(source, pin, state, rendering["row_rules"])
     encoder = _encoder(directory, base.load_tokenizer(directory), task, rendering)
     return Work(rows, rows.where, encoder, TASKS[task.name].content)
+
+
+def encoder_of(encoding: Encoding) -> Encoder:
+    return _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
+
+
+def explain_of(encoding: Encoding) -> Explain:
+    """A function from a row and its place to its examples before cutting, with a reason for each token."""
+    task = TASKS[encoding.task.name]
+    if task.explained is None:
+        raise DataError(f"rows of the task {encoding.task.name} cannot be explained")
+    stops = base.stop_tokens(encoding.directory, encoding.tokenizer)
+    return task.explained(encoding.tokenizer, encoding.task, stops, **encoding.rendering)
 
 
 def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict[str, Any]) -> Encoder:

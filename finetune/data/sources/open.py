@@ -78,7 +78,9 @@ class Rows:
         return self._reader.where(index)
 
 
-def open_source(source: Source, revision: str | None = None, row_rules: int = ROW_RULES) -> Rows:
+def open_source(
+    source: Source, revision: str | None = None, row_rules: int = ROW_RULES, is_first_read: bool = True
+) -> Rows:
     """Opens a recipe's source and reads its first row. `revision` is the pin of a Hub data set; without it, pins the data set."""
     if source.dataset is not None:
         if Path(source.dataset).exists():  # `datasets` would load the local path instead, whatever the pin
@@ -93,7 +95,8 @@ def open_source(source: Source, revision: str | None = None, row_rules: int = RO
         rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
-    rows[0]  # refuses a source of the wrong shape before anything heavy happens
+    if is_first_read:
+        rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
 

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from finetune.recipe.schema.values import CountOrShare, Names, Section
+from finetune.recipe.schema.values import CountOrShare, Names, Section, listed
 
 
 class Source(Section):
@@ -48,6 +48,9 @@ Holdout = Annotated[
 ]
 
 
+Gate = Literal["cut_rows", "lost_text", "nothing_learnt", "seen_holdout", "unlearnt_stop"]
+
+
 class Data(Section):
     """The rows you train on, and the held-out rows."""
 
@@ -59,6 +62,8 @@ class Data(Section):
     """Decides which rows a count or share holds out. Default: the seed of the run of `base.checkpoint`, or else 0."""
     seen: Literal["refuse", "allow"] = "refuse"
     """A count or share may hold out rows that an earlier run behind the base or branch trained on. `refuse` refuses such a plan. `allow` allows it, and marks its figures everywhere."""
+    allow: Annotated[list[Gate], BeforeValidator(listed)] = []
+    """What a new run may start with: `cut_rows` (over 5 % of the rows lose learnt tokens), `lost_text` (a template drops content of rows), `nothing_learnt` (rows without a learnt token), `seen_holdout` (held-out rows of named sources are trained on), `unlearnt_stop` (answers end without a stop token)."""
 
 
 def has_holdout(data: Data) -> bool:
