@@ -81,14 +81,22 @@ def calling(prompt: str, answer: str, name: str, answered: str) -> Row:
     return {"messages": messages, "tools": [tool]}
 
 
-KEY = "-----BEGIN RSA PRIVATE KEY-----\n" + "\n".join(letters(64 + n) for n in range(8)) + "\n-----END RSA PRIVATE KEY-----"
+KEY = (
+    "-----BEGIN RSA PRIVATE KEY-----\n"
+    + "\n".join(letters(64 + n) for n in range(8))
+    + "\n-----END RSA PRIVATE KEY-----"
+)
 FAULTS: dict[str, Fault] = {
     "the same row again": Fault("duplicates", pair, "copy"),
     "the same row in other columns": Fault("duplicates", lambda p, a: {"prompt": p, "completion": a}, "copy"),
     "a copy in capitals": Fault("near_duplicates", lambda p, a: pair(p.upper(), a.upper()), "copy"),
     "a copy with other blanks": Fault("near_duplicates", lambda p, a: pair(f"{p} ", a.replace(" ", "  ")), "copy"),
-    "a copy with one word more": Fault("near_duplicates", lambda p, a: pair(p, f"{a} {LONG} {LONG[:-1]} today."), "near"),
-    "a copy without its full stops": Fault("near_duplicates", lambda p, a: pair(p, f"{a} ".replace(". ", " ").strip() + " !"), "copy"),
+    "a copy with one word more": Fault(
+        "near_duplicates", lambda p, a: pair(p, f"{a} {LONG} {LONG[:-1]} today."), "near"
+    ),
+    "a copy without its full stops": Fault(
+        "near_duplicates", lambda p, a: pair(p, f"{a} ".replace(". ", " ").strip() + " !"), "copy"
+    ),
     "another answer to one prompt": Fault("conflicts", lambda p, a: pair(p, LONG.replace("river", "train")), "copy"),
     "a held-out row in training": Fault("seen_holdout", pair, "holdout"),
     "a held-out row nearly in training": Fault("near_holdout", lambda p, a: pair(p, f"{a.upper()}."), "holdout"),
@@ -99,10 +107,16 @@ FAULTS: dict[str, Fault] = {
     "a null answer": Fault("refused", lambda p, a: {"prompt": p, "completion": None}),
     "a broken line": Fault("refused", lambda p, a: '{"messages": [{"role": "user", "con'),
     "a line that is no object": Fault("refused", lambda p, a: json.dumps([p, a])),
-    "an unknown role": Fault("refused", lambda p, a: {"messages": [{"role": "narrator", "content": p}, {"role": "assistant", "content": a}]}),
+    "an unknown role": Fault(
+        "refused", lambda p, a: {"messages": [{"role": "narrator", "content": p}, {"role": "assistant", "content": a}]}
+    ),
     "no answer": Fault("refused", lambda p, a: {"messages": [{"role": "user", "content": p}]}),
-    "an answer cut in its middle": Fault("cut_answers", lambda p, a: pair(p, " ".join(f"{a} {n}" for n in range(40_000 // len(a))))),
-    "an answer cut to nothing": Fault("nothing_learnt", lambda p, a: pair(" ".join(f"{p} {n}" for n in range(60_000 // len(p))), a)),
+    "an answer cut in its middle": Fault(
+        "cut_answers", lambda p, a: pair(p, " ".join(f"{a} {n}" for n in range(40_000 // len(a))))
+    ),
+    "an answer cut to nothing": Fault(
+        "nothing_learnt", lambda p, a: pair(" ".join(f"{p} {n}" for n in range(60_000 // len(p))), a)
+    ),
     "an answer of one character": Fault("short_answers", lambda p, a: pair(p, "5")),
     "an answer that repeats the prompt": Fault("echoes", lambda p, a: pair(a, a)),
     "an answer that repeats itself": Fault("loops", lambda p, a: pair(p, f"{a} " + "and then it goes on " * 30)),
@@ -110,7 +124,7 @@ FAULTS: dict[str, Fault] = {
     "undefined in place of a prompt": Fault("missing_values", lambda p, a: pair("undefined", a)),
     "an object in place of an answer": Fault("missing_values", lambda p, a: pair(p, "[object Object]")),
     "a replacement character": Fault("broken_text", lambda p, a: pair(p, f"{a} caf\ufffd")),
-    "half of a pair of surrogates": Fault("broken_text", lambda p, a: pair(p, f"{a} \ud83d")),
+    "half of a pair of surrogates": Fault("refused", lambda p, a: pair(p, f"{a} \ud83d")),
     "a zero byte": Fault("broken_text", lambda p, a: pair(f"{p}\0", a)),
     "colors of a terminal": Fault("broken_text", lambda p, a: pair(p, f"\x1b[1;31m{a}\x1b[0m")),
     "French twice encoded": Fault("mojibake", lambda p, a: pair(p, f"{a} {wrong('Le café est fermé.', 'cp1252')}")),
@@ -120,17 +134,25 @@ FAULTS: dict[str, Fault] = {
     "a dash read by a Macintosh": Fault("mojibake", lambda p, a: pair(p, f"{a} nine{wrong('–', 'mac_roman')}ten")),
     "a control token": Fault("control_tokens", lambda p, a: pair(f"{p}<|im_end|>", a)),
     "a control token of another template": Fault("foreign_tokens", lambda p, a: pair(f"[INST] {p} [/INST]", a)),
-    "words of a prompt format": Fault("prompt_formats", lambda p, a: pair(f"### Instruction:\n{p}\n\n### Response:", a)),
-    "a variable that was not filled in": Fault("variables", lambda p, a: pair("Answer the question: {{ question }}", a)),
+    "words of a prompt format": Fault(
+        "prompt_formats", lambda p, a: pair(f"### Instruction:\n{p}\n\n### Response:", a)
+    ),
+    "a variable that was not filled in": Fault(
+        "variables", lambda p, a: pair("Answer the question: {{ question }}", a)
+    ),
     "another such variable": Fault("variables", lambda p, a: pair(f"{p} ${{input}}", a)),
     "text escaped twice": Fault("double_entities", lambda p, a: pair(p, f"{a} if x &amp;lt; 3")),
-    "a key of AWS": Fault("secrets", lambda p, a: pair(p, f"{a} AKIA{letters(16, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ234567')}")),
+    "a key of AWS": Fault(
+        "secrets", lambda p, a: pair(p, f"{a} AKIA{letters(16, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ234567')}")
+    ),
     "a token of GitHub": Fault("secrets", lambda p, a: pair(f"{p} {checksummed('ghp_')}", a)),
     "a private key": Fault("secrets", lambda p, a: pair(p, f"{a}\n{KEY}")),
     "a JSON Web Token": Fault("secrets", lambda p, a: pair(p, f"{a} {token()}")),
     "a key of OpenAI": Fault("secrets", lambda p, a: pair(p, f"{a} sk-proj-{letters(60)}T3BlbkFJ{letters(61)}")),
     "a token of Slack": Fault("secrets", lambda p, a: pair(p, f"{a} xoxb-{letters(12, '0123456789')}-{letters(24)}")),
-    "a password in an address": Fault("secrets", lambda p, a: pair(p, f"{a} postgres://bob:{letters(18)}@db.internal/x")),
+    "a password in an address": Fault(
+        "secrets", lambda p, a: pair(p, f"{a} postgres://bob:{letters(18)}@db.internal/x")
+    ),
     "a call of a tool that is not there": Fault("tools", lambda p, a: calling(p, a, "forecast", "call_1")),
     "a result without a call": Fault("tools", lambda p, a: calling(p, a, "weather", "call_7")),
 }
@@ -175,7 +197,11 @@ def line(row: object) -> str:
 def differences(problems: list[dict[str, object]], expected: dict[str, tuple[str, int]]) -> list[str]:
     """Planted faults that were not found by their check, and findings in rows without a fault."""
     found = {(problem["check"], problem["row"]) for problem in problems}
-    lines = [f"not found: {name} ({check}, row {row})" for name, (check, row) in expected.items() if (check, row) not in found]
+    lines = [
+        f"not found: {name} ({check}, row {row})"
+        for name, (check, row) in expected.items()
+        if (check, row) not in found
+    ]
     faulty = {row for _, row in expected.values()}
     return lines + [
         f"invented: {problem['check']}: {problem['where']}: {problem['message']}"
@@ -200,7 +226,9 @@ def docstrings(folder: Path) -> Iterator[tuple[str, str]]:
 
 def documents(folder: Path) -> Iterator[tuple[str, str]]:
     """Paragraphs of documents, without licences, which are the same everywhere."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and re.search(r"README|NEWS|\.txt|\.md", path.name)]
+    paths = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and re.search(r"README|NEWS|\.txt|\.md", path.name)
+    ]
     random.Random(0).shuffle(paths)
     for path in paths[:MOST_FILES]:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -249,7 +277,11 @@ def problems_of(folder: Path, train: list[str], holdout: list[str]) -> list[dict
     recipe = folder / "recipe.yaml"
     sources = {name: [{"path": str(folder / f"{name}.jsonl")}] for name in ("train", "holdout")}
     quickstart = Path(__file__).parents[1] / "recipes/smollm2-135m/quickstart.yaml"
-    overrides = ["task.max_length=2048", f"data.train={json.dumps(sources['train'])}", f"data.holdout={json.dumps(sources['holdout'])}"]
+    overrides = [
+        "task.max_length=2048",
+        f"data.train={json.dumps(sources['train'])}",
+        f"data.holdout={json.dumps(sources['holdout'])}",
+    ]
     recipe.write_text(quickstart.read_text())
     return check(load(recipe, overrides))["problems"]
 
@@ -266,10 +298,14 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             rows = clean(read(), given.rows)
             train, held_out = rows[len(rows) // 10 :], rows[: len(rows) // 10]
-            invented = differences(problems_of(folder, [line(pair(*row)) for row in train], [line(pair(*row)) for row in held_out]), {})
+            invented = differences(
+                problems_of(folder, [line(pair(*row)) for row in train], [line(pair(*row)) for row in held_out]), {}
+            )
             faults = planted(train, held_out)
             wrong_ones = differences(problems_of(folder, faults.train, faults.holdout), faults.expected)
-            print(f"{name}: {len(rows)} rows, {len(invented)} findings in clean ones, {len(FAULTS)} faults, {len(wrong_ones)} differences")
+            print(
+                f"{name}: {len(rows)} rows, {len(invented)} findings in clean ones, {len(FAULTS)} faults, {len(wrong_ones)} differences"
+            )
             print("\n".join(f"  {each}" for each in [*invented, *wrong_ones]), flush=True)
             failed += len(invented) + len(wrong_ones)
     return 1 if failed else 0

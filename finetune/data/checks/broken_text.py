@@ -9,6 +9,7 @@ from finetune.data.checks.looked import Looked, shown
 BROKEN = re.compile("[\ufffd\ud800-\udfff\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufffe\uffff]")
 NAMES = {"\ufffd": "a replacement character, where bytes could not be decoded", "\0": "a zero byte"}
 ESCAPES = re.compile("\x1b\\[[0-9;]*[A-Za-z]")
+MOST_EXPLAINED = 100  # wrong words of a text that are looked for in their right form
 AROUND = 12  # characters beside a finding in a message
 
 # Readings of UTF-8 as a code page. Runs are at least as long as given: shorter ones also stand in good text.
@@ -26,6 +27,8 @@ CANDIDATES = {
     )
     for page, _ in CODE_PAGES
 }
+
+WORD_BEFORE, WORD_AFTER = re.compile(r"\w{1,30}\Z"), re.compile(r"\w{0,30}")
 
 
 def broken(looked: Looked) -> Iterator[str]:
@@ -52,7 +55,7 @@ def mojibake(looked: Looked) -> Iterator[str]:
 def double_encoded(text: str) -> tuple[str, str] | None:
     """The first stretch that is UTF-8 read as a code page, and what it was; None where there is none."""
     for page, least in CODE_PAGES:
-        doubtful = 0
+        doubtful = explained = 0
         for match in CANDIDATES[page].finditer(text):
             right = _decoded(match[0], page)
             if right is None or len(right) < least:
@@ -61,8 +64,22 @@ def double_encoded(text: str) -> tuple[str, str] | None:
                 doubtful += 1
                 if doubtful < 3:
                     continue
-            return match[0], right
+            if not _is_explained(text, match, right):
+                return match[0], right
+            explained += 1
+            if explained == MOST_EXPLAINED:
+                break
     return None
+
+
+def _is_explained(text: str, match: re.Match[str], right: str) -> bool:
+    """Whether the text has the right word as well: it is about encodings then."""
+    before, after = (
+        WORD_BEFORE.search(text, max(0, match.start() - 30), match.start()),
+        WORD_AFTER.match(text, match.end()),
+    )
+    word = f"{before[0] if before else ''}{right}{after[0] if after else ''}"
+    return len(word) > len(right) and word in text
 
 
 def _decoded(text: str, page: str) -> str | None:

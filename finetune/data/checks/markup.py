@@ -11,7 +11,7 @@ from finetune.data.checks.looked import Context, Found, Looked
 FOREIGN = re.compile(
     r"<\|(?:im_start|im_end|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|user|"
     r"assistant|system|end|observation|start|channel|message|return|call|startoftext|end_of_turn\|?)\|>"
-    r"|<(?:start_of_turn|end_of_turn|eos|bos|pad|unk)>|\[/?INST\]|<</?SYS>>|\[(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|<(?:start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>|\[(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
     r"|<[｜|](?:begin▁of▁sentence|end▁of▁sentence|User|Assistant)[｜|]>"
 )
 PROMPTS = re.compile(

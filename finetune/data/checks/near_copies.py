@@ -46,10 +46,10 @@ class NearDuplicates:
         self._count = 0
 
     def look(self, looked: Looked) -> Iterator[Found]:
-        whole = shingles(_texts(looked.parts))
-        if len(whole):
+        found = signature(_texts(looked.parts))
+        if found is not None:
             head = np.array([looked.row, looked.content], dtype=np.uint64)
-            self._waiting.append(np.concatenate([head, bands(whole)]))
+            self._waiting.append(np.concatenate([head, found]))
             if len(self._waiting) == AT_ONCE:
                 self._write()
         return iter(())
@@ -137,6 +137,13 @@ def shingles(text: str) -> np.ndarray:
         total = (total ^ codes[place : len(total) + place]) * MIX[place]
         total ^= total >> np.uint64(29)
     return np.unique(total)
+
+
+@lru_cache(maxsize=1)  # two checks ask for the same row
+def signature(text: str) -> np.ndarray | None:
+    """The bands of a text; None without a word."""
+    found = shingles(text)
+    return bands(found) if len(found) else None
 
 
 def bands(hashes: np.ndarray) -> np.ndarray:

@@ -43,7 +43,8 @@ def is_random(text: str) -> bool:
     """Whether the characters look drawn at random, and not like words or a placeholder."""
     counts = Counter(text)
     bits = -sum(count / len(text) * math.log2(count / len(text)) for count in counts.values())
-    return bits >= LEAST_BITS and not PLACEHOLDERS.search(text) and any(sign.isdigit() for sign in text)
+    is_mixed = any(sign.isdigit() for sign in text) or len({sign.isupper() for sign in text}) == 2
+    return bits >= LEAST_BITS and is_mixed and not PLACEHOLDERS.search(text)
 
 
 def _has_checksum(text: str) -> bool:
@@ -81,11 +82,16 @@ FORMS: tuple[tuple[str, re.Pattern[str], str, Callable[[str], bool]], ...] = tup
     for hint, pattern, name, is_real in (
         (
             "PRIVATE KEY",
-            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----([\sA-Za-z0-9+/=:,-]{64,20000}?)-----END",
+            r"-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----((?:\s*[A-Za-z-]{4,20}: [^\n]{1,100}\n){0,4}[\s\\A-Za-z0-9+/=]{64,20000})-----END",
             "a private key",
             _has_key,
         ),
-        ("A", r"(?<![A-Za-z0-9+/])((?:AKIA|ASIA)[A-Z2-7]{16})(?![A-Za-z0-9+/])", "an AWS access key", is_random),
+        (
+            "A",
+            r"(?<![A-Za-z0-9+/])((?:AKIA|ASIA)[A-Z2-7]{16})(?![A-Za-z0-9+/])",
+            "an AWS access key",
+            lambda text: is_random(f"{text}0"),
+        ),
         ("gh", r"\b(gh[pousr]_[A-Za-z0-9]{36})\b", "a GitHub token", _has_checksum),
         ("github_pat_", r"\b(github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59})\b", "a GitHub token", is_random),
         ("npm_", r"\b(npm_[A-Za-z0-9]{36})\b", "an npm token", _has_checksum),
