@@ -103,7 +103,7 @@ FAULTS: dict[str, Fault] = {
     "an empty prompt": Fault("empty", lambda p, a: pair("", a)),
     "an empty answer": Fault("empty", lambda p, a: pair(p, "")),
     "an answer of blanks": Fault("empty", lambda p, a: pair(p, " \u00a0\n\u3000")),
-    "no messages": Fault("empty", lambda p, a: {"messages": []}),
+    "no messages": Fault("refused", lambda p, a: {"messages": []}),
     "a null answer": Fault("refused", lambda p, a: {"prompt": p, "completion": None}),
     "a broken line": Fault("refused", lambda p, a: '{"messages": [{"role": "user", "con'),
     "a line that is no object": Fault("refused", lambda p, a: json.dumps([p, a])),

@@ -36,7 +36,7 @@ LONGEST_LOOKED = 200_000  # characters of a text in which repetition is looked f
 
 def empty(looked: Looked) -> Iterator[str]:
     if not any(part.text.strip() for part in looked.parts):
-        if looked.columns:  # else it could not be read
+        if looked.parts or looked.refusal is None:  # else the refusal says more
             yield "has no text"
         return
     for part in looked.parts:

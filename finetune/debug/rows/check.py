@@ -28,7 +28,7 @@ ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 1 << 20  # in one call of the encoder
 MOST_KEPT = 100_000  # findings of a check; more are counted
 SAY_EVERY_SECONDS = 10.0
 # A row with one of these is not named as refused as well.
-REASONS = ("empty", "missing_values", "control_tokens", "broken_text")
+REASONS = ("empty", "control_tokens")
 
 
 @dataclass
