@@ -11,22 +11,21 @@ from finetune.plan.split import content_of
 
 
 class Hashes:
-    """Two hashes a row, and its row number."""
+    """A hash or two for each row, and its number."""
 
     def __init__(self, context: Context):
         self._where = context.where
-        self._rows, self._keys, self._values = array("q"), array("Q"), array("Q")
+        self._rows, self._keys = array("q"), array("Q")
 
-    def keep(self, row: int, key: int, value: int = 0) -> None:
+    def keep(self, row: int, key: int) -> None:
         self._rows.append(row)
         self._keys.append(key)
-        self._values.append(value)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, keys and values; sorted by key, and of equal keys by row."""
-        rows, keys, values = (np.array(column) for column in (self._rows, self._keys, self._values))
+        """Rows and keys, sorted by key and of equal keys by row; and the order that sorted them."""
+        keys = np.array(self._keys)
         order = np.argsort(keys, kind="stable")
-        return rows[order], keys[order], values[order]
+        return np.array(self._rows)[order], keys[order], order
 
 
 class Duplicates(Hashes):
@@ -42,7 +41,7 @@ class Duplicates(Hashes):
         for side in (False, True):
             chosen = held_out[all_rows] == side
             rows, keys = all_rows[chosen], all_keys[chosen]
-            firsts = _firsts(keys)
+            firsts = first_equal(keys)
             found += [pair for pair in zip(rows.tolist(), rows[firsts].tolist(), strict=True) if pair[0] != pair[1]]
         for row, first in sorted(found):
             yield Found(row, self._where(row), f"is a copy of {self._where(first)}")
@@ -65,6 +64,10 @@ class SeenHoldout(Duplicates):
 class Conflicts(Hashes):
     """Equal prompts with different last answers; case and blanks do not count."""
 
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self._answers = array("Q")
+
     def look(self, looked: Looked) -> Iterator[Found]:
         if looked.answers and looked.prompts:
             answer = looked.answers[-1]
@@ -72,18 +75,20 @@ class Conflicts(Hashes):
             before = [(part.role, part.text) for part in looked.parts[:number]]
             key = content_of([before, sorted(tool_names(looked.columns.get("tools")))])
             value = content_of([" ".join(part.text.casefold().split()) for part in looked.parts[number:]])
-            self.keep(looked.row, key, value)
+            self.keep(looked.row, key)
+            self._answers.append(value)
         return iter(())
 
     def end(self, held_out: np.ndarray) -> Iterator[Found]:
-        rows, keys, values = self.arrays()
-        firsts = _firsts(keys)
+        rows, keys, order = self.arrays()
+        values = np.array(self._answers)[order]
+        firsts = first_equal(keys)
         differs = values != values[firsts]
         for row, first in sorted(zip(rows[differs].tolist(), rows[firsts][differs].tolist(), strict=True)):
             yield Found(row, self._where(row), f"has another answer to the prompt of {self._where(first)}")
 
 
-def _firsts(keys: np.ndarray) -> np.ndarray:
+def first_equal(keys: np.ndarray) -> np.ndarray:
     """For each of the sorted keys, the place of the first that equals it."""
     is_new = np.ones(len(keys), dtype=bool)
     is_new[1:] = keys[1:] != keys[:-1]

@@ -130,7 +130,8 @@ def language_of(parts: Sequence[Part]) -> str:
     words = _WORD.findall(text.lower())
     if len(words) < LEAST_WORDS:
         return "unknown"
-    counts = {name: sum(word in common for word in words) for name, common in _WORDS.items()}
+    times = Counter(words)
+    counts = {name: sum(times[word] for word in common if word in times) for name, common in _WORDS.items()}
     best = max(counts, key=counts.__getitem__)
     others = max(count for name, count in counts.items() if name != best)
     return best if counts[best] >= max(2, 0.04 * len(words)) and counts[best] > others else "unknown"

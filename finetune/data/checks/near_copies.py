@@ -6,12 +6,13 @@ Signatures lie in a temporary file, 136 bytes a row. Candidates are read again a
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from finetune.data.checks.copies import first_equal
 from finetune.data.checks.looked import Context, Found, Looked, Part
 
 ALIKE = 0.8  # Jaccard similarity of the sets of 3 words in a row
@@ -67,33 +68,28 @@ class NearDuplicates:
                 return
             table = np.memmap(self._file, dtype=np.uint64, mode="r", shape=(self._count, 2 + BANDS))
             rows, contents = np.array(table[:, 0]).astype(np.int64), np.array(table[:, 1])
-            pairs: dict[tuple[int, int], None] = {}
+            pairs = np.zeros(0, dtype=np.uint64)
             for band in range(BANDS):
-                keys = np.array(table[:, 2 + band])
-                pairs |= dict.fromkeys(self._candidates(keys, rows, contents, held_out))
-        yield from self._alike(sorted(pairs))
+                found = self._candidates(np.array(table[:, 2 + band]), rows, contents, held_out)
+                pairs = np.union1d(pairs, found)
+        yield from self._alike(pairs)
 
-    def _candidates(
-        self, keys: np.ndarray, rows: np.ndarray, contents: np.ndarray, held_out: np.ndarray
-    ) -> Iterator[tuple[int, int]]:
-        """Pairs of rows of which a band agrees, the later row first: of many alike rows each with the first and with the one before."""
+    def _candidates(self, keys: np.ndarray, rows: np.ndarray, contents: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        """Pairs of rows of which a band agrees, as `later << 32 | earlier`: of many alike rows each with the first and with the one before."""
         order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
-        first = previous = -1
-        for place in same.tolist():
-            if place - 1 != previous:
-                first = place - 1
-            previous = place
-            for other in {first, place - 1}:
-                one, two = order[place], order[other]
-                is_across = held_out[rows[one]] != held_out[rows[two]]
-                if contents[one] != contents[two] and bool(is_across) == self.is_across:
-                    yield int(rows[one]), int(rows[two])
+        firsts = first_equal(keys[order])
+        later = np.flatnonzero(firsts != np.arange(len(keys)))
+        ones = np.concatenate([order[later], order[later]])
+        twos = np.concatenate([order[firsts[later]], order[later - 1]])
+        is_across = held_out[rows[ones]] != held_out[rows[twos]]
+        chosen = (contents[ones] != contents[twos]) & (is_across == self.is_across)
+        return np.unique((rows[ones] << 32 | rows[twos])[chosen].astype(np.uint64))
 
-    def _alike(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Found]:
+    def _alike(self, pairs: np.ndarray) -> Iterator[Found]:
         read = lru_cache(maxsize=256)(lambda row: compared(self._context.parts(row)))
         found: set[int] = set()
-        for row, earlier in pairs:
+        for pair in pairs:
+            row, earlier = divmod(int(pair), 2**32)
             if row in found:
                 continue
             one, two = read(row), read(earlier)
