@@ -35,7 +35,8 @@ def poisoned(recipe_file, tmp_path, monkeypatch, tiny_tokenizer):
             "data": {
                 name: [{"path": str(tmp_path / f"{file}.jsonl")}]
                 for name, file in (("train", "rows"), ("holdout", "holdout"))
-            },
+            }
+            | {"allow": ["seen_holdout"]},
             "train": train,
             "checkpoint": {"every": "10 steps", "keep": {"last": 9}},
             "optimizer": {"learning_rate": 1e-3},

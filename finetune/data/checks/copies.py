@@ -9,6 +9,8 @@ from finetune.data.checks.conversations import tool_names
 from finetune.data.checks.looked import Context, Found, Looked
 from finetune.plan.split import content_of
 
+LONGEST = 1_000_000  # characters
+
 
 class Hashes:
     """A hash or two for each row, and its number."""
@@ -74,7 +76,7 @@ class Conflicts(Hashes):
             number = looked.parts.index(answer)
             before = [(part.role, part.text) for part in looked.parts[:number]]
             key = content_of([before, sorted(tool_names(looked.columns.get("tools")))])
-            value = content_of([" ".join(part.text.casefold().split()) for part in looked.parts[number:]])
+            value = content_of([_said(part.text) for part in looked.parts[number:]])
             self.keep(looked.row, key)
             self._answers.append(value)
         return iter(())
@@ -86,6 +88,11 @@ class Conflicts(Hashes):
         differs = values != values[firsts]
         for row, first in sorted(zip(rows[differs].tolist(), rows[firsts][differs].tolist(), strict=True)):
             yield Found(row, self._where(row), f"has another answer to the prompt of {self._where(first)}")
+
+
+def _said(text: str) -> str:
+    """Without case and blanks; a very long text as it is, since its words would take much memory."""
+    return text if len(text) > LONGEST else " ".join(text.casefold().split())
 
 
 def first_equal(keys: np.ndarray) -> np.ndarray:

@@ -141,7 +141,8 @@ def spread(numbers: np.ndarray) -> Spread | None:
     if not len(numbers):
         return None
     at = np.percentile(numbers, SHARES, method="nearest")
-    counts, edges = np.histogram(numbers, BINS, (int(numbers.min()), int(numbers.max()) + 1))
+    first, last = int(numbers.min()), int(numbers.max()) + 1
+    counts, edges = np.histogram(numbers, min(BINS, last - first), (first, last))
     return {
         "percentiles": {str(share): int(value) for share, value in zip(SHARES, at, strict=True)},
         "edges": [round(float(edge)) for edge in edges],
