@@ -28,13 +28,10 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], object]]] = {
 
 def check(loaded: LoadedRecipe) -> None:
     """Raises RecipeError for fields unknown to the task, DataError for files and first rows; all problems at once."""
-    sources = dict(_sources(loaded))
-    problems = [problem for key, source in sources.items() for problem in _problems(loaded, key, source)]
-    if problems:
-        raise RecipeError(problems)
+    check_fields(loaded)
     refused: list[DataError] = []
     # Hub data sets are not opened here: that would need the network and heavy imports.
-    for source in sources.values():
+    for _, source in named_sources(loaded):
         if source.path is not None:
             try:
                 _look(source, loaded.recipe.task, loaded.recipe.data.on_bad_row == "skip")
@@ -46,6 +43,13 @@ def check(loaded: LoadedRecipe) -> None:
         raise together([part for error in refused for part in error.parts or [error]])
 
 
+def check_fields(loaded: LoadedRecipe) -> None:
+    """The part about the recipe: RecipeError for fields unknown to the task. Reads no file."""
+    problems = [problem for key, source in named_sources(loaded) for problem in _problems(loaded, key, source)]
+    if problems:
+        raise RecipeError(problems)
+
+
 def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]:
     """Columns without a field of the task that the recipe does not skip."""
     known = {*_fields(task), *source.skip}
@@ -54,7 +58,8 @@ def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]
     return [column for column in columns if column not in known]
 
 
-def _sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
+def named_sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
+    """Each source with its key, like `data.train[0]`; the training sources first."""
     data = loaded.recipe.data
     for part, sources in (("train", data.train), ("holdout", data.holdout)):
         for number, source in enumerate(sources if isinstance(sources, list) else []):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.encode import Part, encode, encode_part
 from finetune.data.example import Encoded, Encoder
+from finetune.data.gates import OF_ROWS
 from finetune.data.heldout.lineage import source_key
 from finetune.data.shards import Work
 from finetune.data.sources.hub import pin_dataset
@@ -23,7 +24,9 @@ from finetune.plan.pinned import Counts
 from finetune.plan.plan import ROW_RULES, PinnedSource, Plan
 from finetune.recipe.schema import Recipe, Source, Task
 from finetune.tasks import TASKS
+from finetune.tasks.explained import by_masks
 from finetune.tasks.rendering import dates
+from finetune.tasks.task import Explain
 
 EncodedT = TypeVar("EncodedT", bound=Encoded | None)
 
@@ -49,6 +52,8 @@ class Encoding:
     """`data.on_bad_row: skip`."""
     templates: tuple[str, ...]
     """What was found out about templates that the base's user should know."""
+    allowed: tuple[str, ...] = ()
+    """The gates for single rows that are open."""
 
     def notes(self, counts: Counts) -> list[str]:
         """What to know of templates, and the price of several examples a conversation."""
@@ -63,7 +68,8 @@ class Encoding:
         """What the task's encoder is given by name."""
         if self.template is None:
             return {"row_rules": self.row_rules}
-        return {"row_rules": self.row_rules, "template": self.template, "date": self.given_day}
+        given = {"row_rules": self.row_rules, "template": self.template, "date": self.given_day}
+        return given | ({"allowed": self.allowed} if self.allowed else {})
 
 
 def encoding_of(
@@ -87,7 +93,9 @@ def encoding_of(
         tokenizer.chat_template = shown
     day, given_day = dates(template, earlier, rules_of, today)
     skips_bad = recipe.data.on_bad_row == "skip"
-    return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, skips_bad, tuple(notes))
+    allowed = tuple(name for name in OF_ROWS if name in recipe.data.allow and template is not None)
+    facts = (template, digest, day, given_day, skips_bad, tuple(notes), allowed)
+    return Encoding(task, directory, tokenizer, row_rules, *facts)
 
 
 def read(
@@ -113,7 +121,8 @@ def _read(
     make: Callable[..., EncodedT],
 ) -> tuple[PinnedSource, EncodedT]:
     key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
-    encoder = _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
+    key += f"\nallowed {encoding.allowed}" if encoding.allowed else ""
+    encoder = encoder_of(encoding)
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     place = located(source, earlier or known.get(source.path or ""))
     rows = open_source(place, revision, encoding.row_rules, encoding.task.row_form, encoding.skips_bad)
@@ -146,6 +155,19 @@ def _reopened(
     rows = reopen_source(source, pin, state, rendering["row_rules"], task.row_form)
     encoder = _encoder(directory, base.load_tokenizer(directory), task, rendering)
     return Work(rows, rows.where, encoder, TASKS[task.name].content, skips_bad)
+
+
+def encoder_of(encoding: Encoding) -> Encoder:
+    return _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
+
+
+def explain_of(encoding: Encoding) -> Explain:
+    """A function from a row and its place to its examples before cutting, with a reason for each token."""
+    section, explainer = encoding.task, TASKS[encoding.task.name].explainer
+    if explainer is None:
+        return by_masks(encoding.tokenizer, encoder_of(encoding))
+    stops = base.stop_tokens(encoding.directory, encoding.tokenizer, section.stop_names)
+    return explainer(encoding.tokenizer, section, stops, **encoding.rendering)
 
 
 def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict[str, Any]) -> Encoder:

@@ -28,6 +28,7 @@ def open_source(
     row_rules: int = ROW_RULES,
     form: str | None = None,
     skips_bad: bool = False,
+    is_first_read: bool = True,
 ) -> Rows:
     """Opens a recipe's source and reads its first row, unless bad ones are skipped. `revision` is the pin of a Hub data set; without
     it, pins the data set. `form` is that of the task's rows; without it they stay as they are."""
@@ -46,7 +47,7 @@ def open_source(
     if len(rows) == 0:
         kept_none = " that `where` keeps" if source.where else ""
         raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
-    if not skips_bad:
+    if is_first_read and not skips_bad:
         rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 

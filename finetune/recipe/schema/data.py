@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from finetune.recipe import conditions
 from finetune.recipe.schema.patterns import Pattern, PatternWithField
-from finetune.recipe.schema.values import CountOrShare, Names, Section, Weight
+from finetune.recipe.schema.values import CountOrShare, Names, Section, Weight, listed
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"]
 
@@ -92,6 +92,9 @@ Holdout = Annotated[
 ]
 
 
+Gate = Literal["cut_rows", "lost_text", "nothing_learnt", "seen_holdout", "unlearnt_stop"]
+
+
 class Data(Section):
     """The rows you train on, and the held-out rows."""
 
@@ -109,6 +112,8 @@ class Data(Section):
     """What happens to a row that cannot be read, or does not fit. `stop` refuses the data. `skip` skips the row, and `plan` counts and lists such rows; more than half is refused."""
     seen: Literal["refuse", "allow"] = "refuse"
     """A count or share may hold out rows that an earlier run behind the base or branch trained on. `refuse` refuses such a plan. `allow` allows it, and marks its figures everywhere."""
+    allow: Annotated[list[Gate], BeforeValidator(listed)] = []
+    """What a new run may start with: `cut_rows` (over 5 % of the rows lose learnt tokens), `lost_text` (a template drops content of rows), `nothing_learnt` (rows without a learnt token), `seen_holdout` (held-out rows of named sources are trained on), `unlearnt_stop` (answers end without a stop token)."""
 
 
 def has_holdout(data: Data) -> bool:

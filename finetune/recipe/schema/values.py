@@ -97,7 +97,8 @@ def _scalar(value: object) -> object:
     return value
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
+    """One value as a list."""
     return value if isinstance(value, list | tuple) or value is None else [value]
 
 
@@ -140,9 +141,9 @@ AutoOrCount = Annotated[
 Beta = Annotated[float, Field(ge=0, lt=1)]
 HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
 
-Names = Annotated[list[str], BeforeValidator(_listed)]
+Names = Annotated[list[str], BeforeValidator(listed)]
 """One name, or a list of names."""
-Cadences = Annotated[list[Cadence], BeforeValidator(_listed)]
+Cadences = Annotated[list[Cadence], BeforeValidator(listed)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_pair)]
 
 
