@@ -12,7 +12,7 @@ from finetune.store import strict_json
 
 FIRST = {"conversation": "messages", "text": "text"}
 """By form of a task's rows: the column that it reads before all others."""
-HINT = "name another shape with data.train[].format, or write patterns with `prompt` and `completion`"
+HINT = "name another shape with data.train[].format, or write a pattern"
 
 
 class Shape(NamedTuple):

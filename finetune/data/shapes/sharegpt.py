@@ -40,7 +40,8 @@ def canonical(row: Row, where: str) -> Row:
         message = f"has {names}: each could be the conversation"
         raise DataError(message, where=where, hint=f"name the one to drop: data.train[].skip: [{present[-1]}]")
     if not present:
-        refuse("sharegpt", row, f"it has none of {', '.join(f'`{column}`' for column in COLUMNS[:2])}", where)
+        null = next((f"`{column}` is null" for column in COLUMNS if column in row), None)
+        refuse("sharegpt", row, null or f"it has no `{COLUMNS[0]}`", where)
     [column] = present
     turns = listed(row[column])
     if not isinstance(turns, list):

@@ -128,7 +128,8 @@ def open_source(
         rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules, form)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
-    if not skips_bad:
+    chosen = rows.choice  # refuses rows that could have two shapes
+    if not (chosen and skips_bad):
         rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
