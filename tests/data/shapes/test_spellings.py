@@ -77,6 +77,9 @@ SPELLINGS = {
             },
         ),
         ([USER, ANSWER], {"system": "", "tools": "", "conversation": [USER, ANSWER]}),
+        (HISTORY, {"conversations": ["hi", "hello", "2 + 2?", "4"], "source": "x"}),
+        (HISTORY, {"conversation": [{"input": "hi", "output": "hello"}, {"input": "2 + 2?", "output": "4"}]}),
+        ([SYSTEM, USER, ANSWER], {"system_prompt": "Be brief.", "items": [USER, ANSWER]}),
         (HISTORY, {"conversation": [{"human": "hi", "assistant": "hello"}, {"human": "2 + 2?", "assistant": "4"}]}),
         ([USER, ANSWER], {"dialog": [{"user": "human", "text": "2 + 2?"}, {"user": "bot", "text": "4"}]}),
         ([USER, ANSWER], {"conversations": '[{"from": "user", "value": "2 + 2?"}, {"from": "model", "value": "4"}]'}),
@@ -130,6 +133,7 @@ SPELLINGS = {
     + [
         ([USER, ANSWER], {"question": "2 + 2?", "answer": 4, "system": ""}),
         (HISTORY, {"query": "2 + 2?", "response": "4", "history": [["hi", "hello"]]}),
+        ([SYSTEM, USER, ANSWER], {"system_prompt": "Be brief.", "question": "2 + 2?", "response": "4"}),
         ([SYSTEM, USER, ANSWER], {"query": "2 + 2?", "response": "4", "history": [], "system": "Be brief."}),
     ],
 }
