@@ -47,7 +47,10 @@ def open_source(
     if len(rows) == 0:
         kept_none = " that `where` keeps" if source.where else ""
         raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
-    if is_first_read and not skips_bad:
+    if not is_first_read:
+        return rows
+    chosen = rows.choice  # refuses rows that could have two shapes
+    if not (chosen and skips_bad):
         rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
