@@ -147,15 +147,15 @@ def test_a_file_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch) ->
     source = written(tmp_path / "a.jsonl", LINES)
     from finetune.data.sources import open as opening
 
-    fingerprint = opening.fingerprint
+    fingerprint = opening._fingerprint
 
-    def replaced(name):
-        found = fingerprint(name)
+    def replaced(names, state):
+        found = fingerprint(names, state)
         written(tmp_path / "new.jsonl", LINES[:-100])
-        os.replace(tmp_path / "new.jsonl", name)
+        os.replace(tmp_path / "new.jsonl", names[0])
         return found
 
-    monkeypatch.setattr(opening, "fingerprint", replaced)
+    monkeypatch.setattr(opening, "_fingerprint", replaced)
     assert refusal(source).startswith(f"{tmp_path}/a.jsonl: was changed while it was encoded")
 
 
