@@ -4,7 +4,6 @@ A large file has no places to jump to, so its rows are written as lines into the
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -34,11 +33,11 @@ ROW_FIELDS = frozenset(
 """An object with one of these is a row itself, whatever lists it has."""
 
 
-def is_document(path: str) -> bool:
+def is_document(file: Opened) -> bool:
     """Whether the rows are the items of a list or an object that takes several lines, and not JSON Lines."""
-    with open(path, "rb") as file:
-        start = file.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
-        is_whole = not file.read(1)
+    with file.open() as stream:
+        start = stream.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
+        is_whole = not stream.read(1)
     content = start.lstrip()
     if is_utf_16(start) or content[:1] not in (b"[", b"{"):
         return False
@@ -53,7 +52,7 @@ def is_document(path: str) -> bool:
 
 def json_file(file: Opened, most: int | None, reading: Reading) -> "JsonLines | JsonDocument":
     """The reader of a `.json` file, whichever it is."""
-    return (JsonDocument if is_document(file.path) else JsonLines)(file, most, reading)
+    return (JsonDocument if is_document(file) else JsonLines)(file, most, reading)
 
 
 class JsonDocument:
@@ -62,17 +61,17 @@ class JsonDocument:
     kinds = None
 
     def __init__(self, file: Opened, most: int | None, reading: Reading):
-        if os.stat(file.path).st_size <= SMALL_BYTES:
-            with open(file.path, "rb") as stream:
+        if file.size <= SMALL_BYTES:
+            with file.open() as stream:
                 scan = _Scan(Scanner(stream, file.name), file)
                 texts = [text.encode() for text in islice(scan.texts(), most)]
             self._text: Callable[[int], bytes] = texts.__getitem__
             self._count, name, self.about = len(texts), scan.list, scan.about
         else:
-            key = "\n".join([str(VERSION), fingerprints.of_file(file.path), str(most)])
+            key = "\n".join([str(VERSION), _content(file), str(most)])
             made = cache.built("json-rows", blake3(key.encode()).hexdigest()[:32], partial(_build, file, most))
             facts = json.loads((made / FACTS).read_text())
-            lines = Lines(str(made / ROWS), file.name, None) if facts["rows"] else None
+            lines = Lines(Opened(file.name, str(made / ROWS)), None) if facts["rows"] else None
             self._text = lines.content if lines else lambda _: b""
             self._count, name, self.about = facts["rows"], facts["list"], facts["about"]
         self._name, self._row_rules = f"{file.name} {name}" if name else file.name, reading.row_rules
@@ -89,7 +88,7 @@ class JsonDocument:
 
 def _build(file: Opened, most: int | None, directory: Path) -> None:
     count = 0
-    with open(file.path, "rb") as stream, open(directory / ROWS, "w", encoding="utf-8") as rows:
+    with file.open() as stream, open(directory / ROWS, "w", encoding="utf-8") as rows:
         scan = _Scan(Scanner(stream, file.name), file)
         for text in islice(scan.texts(), most):
             count += 1
@@ -108,7 +107,7 @@ class _Scan:
     def texts(self) -> Iterator[str]:
         if self._scanner.peek() == "[":
             return _items(self._scanner, self._file.name)
-        if _is_sequence(self._file.path):
+        if _is_sequence(self._file):
             self._about = "JSON objects"
             return _sequence(self._scanner, self._file.name)
         self._document = _Document(self._scanner, self._file.name)
@@ -211,11 +210,15 @@ class _Document:
             number, sign = number + 1, self._scanner.skip(",", "]")
 
 
-def _is_sequence(path: str) -> bool:
+def _content(file: Opened) -> str:
+    return fingerprints.of_file(file.path) if file.content is None else blake3(file.content).hexdigest()
+
+
+def _is_sequence(file: Opened) -> bool:
     """Whether the file is objects one after another, or one object that is a row."""
-    with open(path, "rb") as file:
-        start = file.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
-        is_whole = not file.read(1)
+    with file.open() as stream:
+        start = stream.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
+        is_whole = not stream.read(1)
     try:
         text = start.decode(errors="ignore").lstrip()
         row, end = json.JSONDecoder().raw_decode(text)

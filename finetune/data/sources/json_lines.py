@@ -21,7 +21,7 @@ class JsonLines:
 
     def __init__(self, file: Opened, most: int | None, reading: Reading):
         self._name, self._row_rules = file.name, reading.row_rules
-        self._lines = Lines(file.path, file.name, most)
+        self._lines = Lines(file, most)
 
     def __len__(self) -> int:
         return len(self._lines.numbers)

@@ -28,7 +28,7 @@ class Table:
     def __init__(self, file: Opened, most: int | None, reading: Reading):
         self._name = file.name
         csv.field_size_limit(sys.maxsize)  # the default refuses values over 131,072 characters
-        self._bytes = np.memmap(file.path, dtype=np.uint8, mode="r")
+        self._bytes = file.mapped()
         start = self._bytes[:START_BYTES].tobytes()
         is_whole = len(start) == len(self._bytes)
         self._dialect = dialect_of(start, is_whole, file.name) if reading.row_rules > 1 else Dialect()

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune.data.sources import json_documents, json_scanner, tables
+from finetune.data.sources import json_documents, json_scanner, tables, unpacked
 from finetune.data.sources.open import Rows, first_rows, open_source, said
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
@@ -151,6 +151,7 @@ def test_every_spelling_of_a_format_gives_the_same_rows(format, name, content, t
     source = written(tmp_path / name, content)
     assert every(open_source(source)) == ROWS
     monkeypatch.setattr(json_documents, "SMALL_BYTES", 0)
+    monkeypatch.setattr(unpacked, "SMALL_BYTES", 0)
     rows = open_source(source)
     assert every(rows) == ROWS
     assert format == "packed" or format in said(rows)
