@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from finetune.data import conversation, plain_text
 from finetune.data.example import Row
 from finetune.data.refusals import together
+from finetune.data.sources.kept import AbsentColumnError
 from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.load import LoadedRecipe
@@ -30,12 +31,16 @@ def check(loaded: LoadedRecipe) -> None:
     if problems:
         raise RecipeError(problems)
     refused: list[DataError] = []
-    for source in sources.values():
+    for key, source in sources.items():
         if source.path is not None:
             try:
                 _look(source, loaded.recipe.task)
+            except AbsentColumnError as error:
+                problems.append(loaded.problem(f"{key}.where", error.message))
             except DataError as error:
                 refused.append(error)
+    if problems:
+        raise RecipeError(problems)
     if len(refused) == 1:
         raise refused[0]
     if refused:

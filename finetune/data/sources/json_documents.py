@@ -66,14 +66,15 @@ class JsonDocument:
                 scan = _Scan(Scanner(stream, file.name), file)
                 texts = [text.encode() for text in islice(scan.texts(), most)]
             self._text: Callable[[int], bytes] = texts.__getitem__
-            self._count, name, self.about = len(texts), scan.list, scan.about
+            self._count, name, about = len(texts), scan.list, scan.about
         else:
             key = "\n".join([str(VERSION), _content(file), str(most)])
             made = cache.built("json-rows", blake3(key.encode()).hexdigest()[:32], partial(_build, file, most))
             facts = json.loads((made / FACTS).read_text())
             lines = Lines(Opened(file.name, str(made / ROWS)), None) if facts["rows"] else None
             self._text = lines.content if lines else lambda _: b""
-            self._count, name, self.about = facts["rows"], facts["list"], facts["about"]
+            self._count, name, about = facts["rows"], facts["list"], facts["about"]
+        self.about = f"{about}{file.packing}"
         self._name, self._row_rules = f"{file.name} {name}" if name else file.name, reading.row_rules
 
     def __len__(self) -> int:

@@ -3,12 +3,14 @@
 import io
 import os
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import BinaryIO, Literal
 
 import numpy as np
 
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import Source
+from finetune.recipe.schema.source_rules import PACKED_ENDINGS
 
 TextRow = Literal["file", "paragraph", "line"]
 
@@ -22,6 +24,12 @@ class Opened:
     path: str
     content: bytes | None = None
     """Of a small file that was unpacked in memory."""
+
+    @property
+    def packing(self) -> str:
+        """How it was packed, for `plan`."""
+        ending = PurePath(self.name).suffix.lower()
+        return f" in `{ending}`" if ending in PACKED_ENDINGS else ""
 
     @property
     def size(self) -> int:

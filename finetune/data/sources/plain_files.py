@@ -17,7 +17,7 @@ class PlainText:
 
     def __init__(self, file: Opened, most: int | None, reading: Reading):
         self._file, self._name, self._row = file, file.name, reading.row or "file"
-        self.about = f"text, a row a {self._row}"
+        self.about = f"text{file.packing}, a row a {self._row}"
         self._lines = None if self._row == "file" else Lines(file, None if self._row == "paragraph" else most)
         self._firsts, self._lasts = self._whole() if self._lines is None else self._parts(self._lines.numbers)
         self._firsts, self._lasts = self._firsts[:most], self._lasts[:most]

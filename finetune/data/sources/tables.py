@@ -33,7 +33,7 @@ class Table:
         is_whole = len(start) == len(self._bytes)
         self._dialect = dialect_of(start, is_whole, file.name) if reading.row_rules > 1 else Dialect()
         usual = usual_of(file.name)
-        self.about = f"{'CSV' if usual == ',' else 'TSV'}{self._dialect.about(usual)}"
+        self.about = f"{'CSV' if usual == ',' else 'TSV'}{self._dialect.about(usual)}{file.packing}"
         self._columns: list[str] = []
         self._starts, self._lines = array("q"), array("q")
         self._scan(most, reading.row_rules)
