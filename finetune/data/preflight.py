@@ -11,6 +11,7 @@ from finetune.data.example import Row
 from finetune.data.refusals import together
 from finetune.data.shapes import SHAPES, alpaca
 from finetune.data.shapes.choice import patterns_of
+from finetune.data.sources.kept import AbsentColumnError
 from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.load import LoadedRecipe
@@ -29,14 +30,19 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], object]]] = {
 def check(loaded: LoadedRecipe) -> None:
     """Raises RecipeError for fields unknown to the task, DataError for files and first rows; all problems at once."""
     check_fields(loaded)
+    problems: list[Problem] = []
     refused: list[DataError] = []
     # Hub data sets are not opened here: that would need the network and heavy imports.
-    for _, source in named_sources(loaded):
+    for key, source in named_sources(loaded):
         if source.path is not None:
             try:
                 _look(source, loaded.recipe.task, loaded.recipe.data.on_bad_row == "skip")
+            except AbsentColumnError as error:
+                problems.append(loaded.problem(f"{key}.where", error.message))
             except DataError as error:
                 refused.append(error)
+    if problems:
+        raise RecipeError(problems)
     if len(refused) == 1:
         raise refused[0]
     if refused:
