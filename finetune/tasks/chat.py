@@ -21,7 +21,7 @@ from finetune.tasks.chat_template import template_of
 from finetune.tasks.reasons import reasons_of, tolerant
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
 from finetune.tasks.task import Encode, Explain, Explained, Task
-from finetune.tasks.turns import Rendered
+from finetune.tasks.turns import Ends, Rendered
 
 
 class _Tokens(NamedTuple):
@@ -97,7 +97,7 @@ def _rows(
     renderer = Renderer(tokenizer, template or template_of(tokenizer, task), date)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stops = [text for token in sorted(stop_tokens) if (text := str(tokenizer.decode([token])))]
-    return ChatRows(task, renderer, stops, control, row_rules)
+    return ChatRows(task, renderer, Ends(stops, control), row_rules)
 
 
 def _tokens(

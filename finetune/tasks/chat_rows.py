@@ -11,7 +11,7 @@ from finetune.errors import DataError
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.rendering import Renderer, TemplateError
 from finetune.tasks.thought_marks import begin_of_marks
-from finetune.tasks.turns import Rendered, rendered
+from finetune.tasks.turns import Ends, Rendered, rendered
 
 AS_IT_COMES = ("'type': 'text'", '"type": "text"')
 """What a template writes that prints a list of parts as it comes."""
@@ -23,10 +23,7 @@ class ChatRows:
 
     task: ChatTask
     renderer: Renderer
-    stops: Sequence[str]
-    """The texts of tokens that end generation."""
-    control: Sequence[str]
-    """The texts of the tokenizer's control tokens."""
+    ends: Ends
     row_rules: int
 
     def conversation(self, row: Row, place: str) -> Conversation:
@@ -41,14 +38,14 @@ class ChatRows:
             )
         if self.row_rules > 1:
             _refuse_roles(conversation, self.renderer.template, place)
-        _refuse_control_tokens(conversation, place, self.control, is_all=self.row_rules > 1)
+        _refuse_control_tokens(conversation, place, self.ends.control, is_all=self.row_rules > 1)
         return conversation._replace(turns=conversation.turns[-1:]) if self.task.learn == "last" else conversation
 
     def rendered(self, row: Row, place: str) -> list[Rendered]:
         """The texts of a row's examples."""
         conversation = self.conversation(row, place)
         if self.row_rules == 1:
-            return rendered(self.renderer, conversation, self.stops, place)
+            return rendered(self.renderer, conversation, self.ends, place)
         try:
             return self._complete(conversation, conversation, row, place)
         except DataError as error:
@@ -108,17 +105,17 @@ class ChatRows:
         """With the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
         texts = with_text_arguments(conversation)
         if texts is None:
-            return rendered(self.renderer, conversation, self.stops, place)
+            return rendered(self.renderer, conversation, self.ends, place)
         try:
-            found = rendered(self.renderer, conversation, self.stops, place)
+            found = rendered(self.renderer, conversation, self.ends, place)
         except DataError as error:
             try:
-                return rendered(self.renderer, texts, self.stops, place)
+                return rendered(self.renderer, texts, self.ends, place)
             except DataError:
                 raise error from None
         arguments = [str(each) for each in arguments_of(conversation) if each]
         is_python = any(each in one.text for each in arguments for one in found)
-        return rendered(self.renderer, texts, self.stops, place) if is_python else found
+        return rendered(self.renderer, texts, self.ends, place) if is_python else found
 
 
 def _with_parts(conversation: Conversation) -> Conversation:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from finetune.data.conversation import Message, Tool
 from finetune.errors import DataError
 from finetune.tasks.rendering import Renderer
-from finetune.tasks.thought_marks import only_marks
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHOWN = 40  # characters of a text in a message
@@ -22,19 +21,19 @@ def refuse_other(
     tools: Sequence[Tool] | None,
     *,
     written: str,
+    stops: Sequence[str],
     field: str,
     place: str,
 ) -> None:
     """Raises DataError if the template marks something else of the last message than `written`, blanks at the ends aside.
 
-    The generation prompt may hold the beginning of a thought: that is cut from a mark.
+    A mark may begin with the header, as SmolLM3's do: the model is given that. It may leave out the stop token, which is learnt all the same.
     """
     text, marks = renderer.marks(messages, place, tools)
     begin = len(text) - len(written)
-    if first := next((first for first, last in marks if first < begin < last), None):
-        begin = begin if only_marks(text[first:begin]) else first
     marked = "".join(text[max(first, begin) : last] for first, last in marks if last > begin)
-    if marked.strip() != written.strip():
+    ways = [written.strip(), *(written.strip().removesuffix(stop).strip() for stop in stops)]
+    if marked.strip() not in ways:
         message = f"the chat template marks {_short(marked)} of `{field}` as generated, but the model writes {_short(written)}"
         raise DataError(message, where=place, hint="correct its {% generation %} marks, or remove them all")
 

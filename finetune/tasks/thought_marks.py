@@ -48,11 +48,6 @@ def _opened(text: str) -> list[str]:
     return [closing for match, closing in found if closing not in text[match.end() :]]
 
 
-def only_marks(text: str) -> bool:
-    """Whether a text is nothing but such marks and blanks."""
-    return not MARKS.sub("", text)
-
-
 def begin_of_marks(text: str, end: int) -> int:
     """Where the marks and blanks begin that stand right before `end`."""
     begin = end

@@ -38,14 +38,25 @@ class _Answer(NamedTuple):
     """The conversation up to the end of this turn, as it is while the turn is the last one."""
     start: int
     """Where the turn begins, after the generation prompt."""
+    end: int | None
+    """Where its first stop token ends, if it has one."""
 
 
-def rendered(renderer: Renderer, conversation: Conversation, stops: Sequence[str], place: str) -> list[Rendered]:
-    """The texts of the learnt turns. `stops` are the tokens that end generation."""
+class Ends(NamedTuple):
+    """What the end of a turn may be made of."""
+
+    stops: Sequence[str]
+    """The tokens that end generation."""
+    control: Sequence[str]
+    """All control tokens of the tokenizer."""
+
+
+def rendered(renderer: Renderer, conversation: Conversation, ends: Ends, place: str) -> list[Rendered]:
+    """The texts of the learnt turns."""
     whole = renderer.text(conversation.messages, place, conversation.tools)
-    answers = [_answer(renderer, conversation, number, stops, place) for number in conversation.turns]
+    answers = [_answer(renderer, conversation, number, ends, place) for number in conversation.turns]
     fields = [conversation.places[number] for number in conversation.turns]
-    if one := _in_one(whole, answers, stops):
+    if one := _in_one(whole, answers):
         text, spans = one
         return [Rendered(text, spans, conversation.turns, fields, is_whole=True)]
     return [
@@ -63,7 +74,7 @@ def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> tup
     spans = []
     for answer in answers:
         # Some templates end the text, not the turn: only what comes before the model stops has to be the same.
-        ways = (len(answer.text), _first_stop(answer, stops))
+        ways = (len(answer.text), answer.end)
         end = next((way for way in ways if way and text.startswith(answer.text[:way])), None)
         if end is None:
             return None
@@ -71,32 +82,35 @@ def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> tup
     return text, spans
 
 
-def _first_stop(answer: _Answer, stops: Sequence[str]) -> int | None:
-    """The end of the turn's first stop token, if only stop tokens and blanks follow it."""
-    found = [(answer.text.find(stop, answer.start), stop) for stop in stops]
-    ends = [at + len(stop) for at, stop in found if at >= 0]
-    if not ends:
-        return None
-    after = answer.text[min(ends) :]
-    for stop in stops:
-        after = after.replace(stop, "")
-    return None if after.strip() else min(ends)
+def _first_stop(text: str, start: int, ends: Ends) -> tuple[int | None, str]:
+    """The end of a turn's first stop token, if there is one, and what comes after it beside control tokens and blanks."""
+    found = [(at, stop) for stop in ends.stops if (at := text.find(stop, start)) >= 0]
+    if not found:
+        return None, ""
+    end = min(at + len(stop) for at, stop in found)
+    after = text[end:]
+    for token in (*ends.stops, *ends.control):
+        after = after.replace(token, "")
+    return end, after.strip()
 
 
-def _answer(renderer: Renderer, conversation: Conversation, number: int, stops: Sequence[str], place: str) -> _Answer:
-    messages, tools = conversation.messages, conversation.tools
+def _answer(renderer: Renderer, conversation: Conversation, number: int, ends: Ends, place: str) -> _Answer:
+    messages, tools, field = conversation.messages, conversation.tools, conversation.places[number]
     prompt = renderer.text(messages[:number], place, tools, with_header=True)
     through = renderer.text(messages[: number + 1], place, tools)
     text = through
     if not through.startswith(prompt):
         bare = renderer.text(messages[:number], place, tools)
-        text = prompt + _written(prompt, through, bare, conversation.places[number], place)
+        text = prompt + _written(prompt, through, bare, field, place)
     if has_marks(renderer.template):
-        field = conversation.places[number]
-        refuse_other(renderer, messages[: number + 1], tools, written=text[len(prompt) :], field=field, place=place)
-    if not text.rstrip().endswith(tuple(stops)):
-        text += _next_role(renderer, conversation, number, through, stops)
-    return _Answer(number, text, len(prompt))
+        shown, written = messages[: number + 1], text[len(prompt) :]
+        refuse_other(renderer, shown, tools, written=written, stops=ends.stops, field=field, place=place)
+    if not text.rstrip().endswith(tuple(ends.stops)):
+        text += _next_role(renderer, conversation, number, through, ends.stops)
+    end, after = _first_stop(text, len(prompt), ends)
+    if after:  # the model stops there, and never writes the rest
+        raise _cannot(f"has a stop token within the turn `{field}`, before {after[:SHOWN]!r}", place)
+    return _Answer(number, text, len(prompt), end)
 
 
 def _written(prompt: str, through: str, bare: str, field: str, place: str) -> str:
@@ -126,10 +140,8 @@ def _next_role(renderer: Renderer, conversation: Conversation, number: int, thro
     """The stop token that the next message begins with, for templates whose turns end there; empty if it begins otherwise."""
     messages = conversation.messages
     followed = messages[number + 1] if number + 1 < len(messages) else _reply_to(messages[number])
-    plain = {
-        "role": messages[number]["role"],
-        "content": "!",
-    }  # a template that rewrites earlier turns leaves this one as it is
+    # a template that rewrites earlier turns leaves this one as it is
+    plain = {"role": messages[number]["role"], "content": "!"}
     for turn, text in ((messages[number], through), (plain, None)):
         before = [*messages[:number], turn]
         try:
