@@ -49,11 +49,16 @@ INDEXER = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
-# Where a family's default config cannot be built as it is, or leaves a part of the family out.
+# Where a family's default config cannot be built as it is, leaves a part of the family out, or cannot be made small.
 EXTRAS = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "gemma3n_text": {
+        "num_hidden_layers": 10,
+        "num_kv_shared_layers": 5,
+        "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5,
+    },
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64, "num_experts": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},

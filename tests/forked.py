@@ -47,6 +47,7 @@ LIBRARIES = [
     "sqlite3",
 ]
 """Beside all of ours, and what these import."""
+CLONE_NEWNS, CLONE_NEWPID, MS_REC, MS_PRIVATE, PR_SET_PDEATHSIG = 0x20000, 0x20000000, 0x4000, 0x40000, 1  # Linux
 OF_HUGGING_FACE = ("huggingface_hub", "transformers", "datasets", "accelerate", "peft", "finetune")
 _imported_with: set[tuple] = set()
 _python_path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
@@ -137,7 +138,25 @@ def _become(order: dict, given: list[int]) -> NoReturn:
         is_int = number == signal.SIGINT
         default = signal.default_int_handler if is_int else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in order["ignored"] else default)
+    if order["is_pid_1"]:
+        _enter_namespace()
     _execute(order["words"], order["env"])
+
+
+def _enter_namespace() -> None:
+    """As `unshare --pid --fork --mount-proc --kill-child`: returns in the first process of the namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *arguments: object) -> None:
+        if getattr(libc, name)(*arguments):
+            raise OSError(ctypes.get_errno(), name)
+
+    call("unshare", CLONE_NEWPID | CLONE_NEWNS)
+    if pid := os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
+    call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    call("mount", b"proc", b"/proc", b"proc", 0, None)
 
 
 def _fork_exec(*all: object) -> int:
@@ -260,6 +279,8 @@ def _program(words: list[str]) -> None:
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     own = {"-c": "", "-m": os.getcwd()}.get(first, str(Path(first).resolve().parent))
     sys.path[:] = [*([] if "-P" in flags else [own]), *path, *_path]
+    if any(Path(entry, "sitecustomize.py").is_file() for entry in path):
+        importlib.import_module("sitecustomize")  # as `site` does: ckpt-chaos arms a training there
     if first == "-m":
         sys.argv = ["-m", *rest[1:]]
         runpy._run_module_as_main(rest[0])

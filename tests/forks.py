@@ -28,6 +28,8 @@ READ_AT_IMPORT = (
     *("PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONMALLOC", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONDEVMODE"),
 )
 FLAGS = ("-m", "-c", "-u", "-P")
+AS_PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+"""Before a command: it is the first process of a namespace, and its parent ends as it does. A fork can be that, as root."""
 SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ})
 """Those that `exec` and `subprocess` leave ignored where they were."""
 _servers: dict[tuple, "Server"] = {}
@@ -74,6 +76,7 @@ class Server:
         command = [sys.executable, "-c", SERVER, str(theirs.fileno()), "-" * ROOM]
         # as `launch` asks for; and what counts devices without what must not be forked
         env = env | {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "FORKS_ROOM": "-" * ROOM}
+        env["PYTHONPATH"] = dict(imported_with(env))["finetune"]  # what else lies there is for the command
         self._process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=ROOT
         )
@@ -106,6 +109,8 @@ class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest) -> None:
         _, _, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _, gid, gids, uid, umask, *group = rest
         words = [os.fspath(word) for word in args]
+        is_pid_1 = words[: len(AS_PID_1)] == AS_PID_1
+        words = words[len(AS_PID_1) :] if is_pid_1 else words
         is_same_user = (gid, gids, uid, umask) == (None, None, None, -1)
         if preexec_fn or shell or executable or not is_python(words) or not is_same_user:
             raise ValueError(f"only subprocess starts {words}")
@@ -115,7 +120,8 @@ class Popen(subprocess.Popen):
         ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
         order = {"words": words, "env": env, "cwd": os.fspath(cwd or os.getcwd()), "fds": [0, 1, 2, *pass_fds]}
         self._server = _server(env)
-        self._told, self.pid = self._server.fork(order | {"group": group, "ignored": ignored}, [*standard, *pass_fds])
+        order |= {"group": group, "ignored": ignored, "is_pid_1": is_pid_1}
+        self._told, self.pid = self._server.fork(order, [*standard, *pass_fds])
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 

@@ -72,6 +72,21 @@ def test_a_fork_ends_as_a_process_does(code, exit_code, told) -> None:
     assert done.returncode == exit_code and done.stderr.endswith(told)
 
 
+def test_a_command_runs_sitecustomize_of_its_path_first(tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('first')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert python("-c", "print('then')", env=os.environ | {"PYTHONPATH": path}).stdout == "first\nthen\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="PID namespaces need root")
+def test_a_fork_can_be_the_first_process_of_a_namespace() -> None:
+    code = "import os, sys; print(os.getpid(), [n for n in os.listdir('/proc') if n.isdigit()]); sys.exit(7)"
+    command = [*forks.AS_PID_1, sys.executable, "-c", code]
+    new = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = forks.run(command, capture_output=True, text=True, timeout=60)
+    assert (new.returncode, new.stdout) == (done.returncode, done.stdout) == (7, "1 ['1']\n")
+
+
 def test_a_command_has_its_words_folder_environment_and_input(tmp_path) -> None:
     (tmp_path / "own.py").write_text(
         "import os, sys; print(__name__, sys.argv[1:], os.getcwd(), os.environ['X'], input())"

@@ -15,7 +15,7 @@ VOCABULARY = 320
 EDGE = 16  # where a window, a chunk or an original context ends, if the base's own end lies within its rows
 BEYOND = 512  # where it ends, if no row gets there
 LAYERS = re.compile(
-    r"num_hidden_layers|n_layers?|num_layers|(num_)?(de|en)coder_layers|num_blocks|num_global_layers|conf_num_hidden_layers|depth"
+    r"num_hidden_layers|n_layers?|num_layers|(num_)?(de|en)coder_layers|num_blocks|num_global_layers|num_layers_per_stack|conf_num_hidden_layers|depth"
 )
 EDGES = re.compile(
     r"(.*_)?sliding_window(_size)?|(.*_)?chunk_size|(local_)?attention_window(_size|_len)?|window_size|keep_window_size|local_attention"
@@ -77,8 +77,12 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
     changes: Facts = {name: shrunk(getattr(config, name), max_length, way) for name in parts}
     count = next((facts[name] for name in facts if LAYERS.fullmatch(name) and isinstance(facts[name], int)), 0)
     lists = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) == count > 1}
+    numbers = {
+        name for name, value in lists.items() if value == list(range(count))
+    }  # which layers, and it is all of them
     apart = {int(layer): changed for layer, changed in (facts.get("per_layer_config") or {}).items()}
-    kept = _layers([*lists.values(), [apart.get(layer) for layer in range(count)]], count, way)
+    values = [value for name, value in lists.items() if name not in numbers]
+    kept = _layers([*values, [apart.get(layer) for layer in range(count)]], count, way)
     for name, value in facts.items():
         if name in parts or name in ("id2label", "label2id"):
             continue
@@ -86,6 +90,8 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
             changes[name] = {
                 at: _smaller(name, apart[here], max_length) for at, here in enumerate(kept) if here in apart
             }
+        elif name in numbers:
+            changes[name] = list(range(len(kept)))
         elif name in lists:
             changes[name] = [_smaller(name, value[place], max_length) for place in kept]
         elif LAYERS.fullmatch(name) and isinstance(value, int):

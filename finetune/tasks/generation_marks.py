@@ -21,19 +21,18 @@ def refuse_other(
     tools: Sequence[Tool] | None,
     *,
     written: str,
-    stops: Sequence[str],
     field: str,
     place: str,
 ) -> None:
     """Raises DataError if the template marks something else of the last message than `written`, blanks at the ends aside.
 
-    A mark may begin with the header, as SmolLM3's do: the model is given that. It may leave out the stop token, which is learnt all the same.
+    A mark may begin with the header, as SmolLM3's do: the model is given that. One without the stop token is refused: whoever learns by it
+    never stops.
     """
     text, marks = renderer.marks(messages, place, tools)
     begin = len(text) - len(written)
     marked = "".join(text[max(first, begin) : last] for first, last in marks if last > begin)
-    ways = [written.strip(), *(written.strip().removesuffix(stop).strip() for stop in stops)]
-    if marked.strip() not in ways:
+    if marked.strip() != written.strip():
         message = f"the chat template marks {_short(marked)} of `{field}` as generated, but the model writes {_short(written)}"
         raise DataError(message, where=place, hint="correct its {% generation %} marks, or remove them all")
 

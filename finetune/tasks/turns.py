@@ -65,7 +65,7 @@ def rendered(renderer: Renderer, conversation: Conversation, ends: Ends, place: 
     ]
 
 
-def _in_one(whole: str, answers: Sequence[_Answer], stops: Sequence[str]) -> tuple[str, list[tuple[int, int]]] | None:
+def _in_one(whole: str, answers: Sequence[_Answer]) -> tuple[str, list[tuple[int, int]]] | None:
     """The text of the whole conversation and its learnt spans, if each turn stands in it as it does when the model writes it."""
     last = answers[-1].text
     text = (
@@ -104,7 +104,7 @@ def _answer(renderer: Renderer, conversation: Conversation, number: int, ends: E
         text = prompt + _written(prompt, through, bare, field, place)
     if has_marks(renderer.template):
         shown, written = messages[: number + 1], text[len(prompt) :]
-        refuse_other(renderer, shown, tools, written=written, stops=ends.stops, field=field, place=place)
+        refuse_other(renderer, shown, tools, written=written, field=field, place=place)
     if not text.rstrip().endswith(tuple(ends.stops)):
         text += _next_role(renderer, conversation, number, through, ends.stops)
     end, after = _first_stop(text, len(prompt), ends)

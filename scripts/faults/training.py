@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> bool
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             return False
-        time.sleep(0.0005)
+        time.sleep(0.002)
     return True
 
 

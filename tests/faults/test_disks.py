@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from scripts.faults import training as trainings
 from scripts.faults.disk import CannotMount, make_image, mounted
 from scripts.faults.training import command, committed, differences, finish, unsound, wait_until
+from tests import forks
 
 KEEP = 3
 TRAIN = {"steps": 120, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 FS_IOC_SHUTDOWN, NO_FLUSH = 0x8004587D, 2  # linux/fs.h: the file system answers everything with an error from now on
+
+
+@pytest.fixture(autouse=True)
+def _forks(monkeypatch) -> None:
+    monkeypatch.setattr(trainings, "subprocess", forks.Either)
 
 
 @pytest.fixture
@@ -39,7 +46,7 @@ class Training:
     def __init__(self, recipe: Path, run: Path, log: Path, before: tuple[str, ...] = ()):
         self._log = log
         with log.open("w") as file:
-            self.process = subprocess.Popen([*before, *command(recipe, run)], stderr=file)
+            self.process = forks.Either.Popen([*before, *command(recipe, run)], stderr=file)
 
     @property
     def said(self) -> str:

@@ -25,6 +25,16 @@ def test_a_layer_of_other_sizes_than_the_rest_is_there():
     assert small.to_dict()["per_layer_config"] == {"1": {"intermediate_size": 32}}
 
 
+def test_the_numbers_of_all_layers_keep_no_layer():
+    config = small("llama4_text").config
+    assert config.num_hidden_layers == 2 and config.moe_layers == [0, 1]
+    assert set(config.layer_types) == {"chunked_attention", "full_attention"}
+
+
+def test_stacks_have_as_few_layers_as_a_model_without():
+    assert small("hrm_text").config.num_layers_per_stack == 2
+
+
 @pytest.mark.parametrize(("max_length", "end"), [(2048, tiny.BEYOND), (4096, tiny.BEYOND), (4097, tiny.EDGE)])
 def test_a_window_ends_within_the_small_rows_if_it_ends_within_the_bases(max_length, end):
     assert small("mistral", max_length, sliding_window=4096).config.sliding_window == end

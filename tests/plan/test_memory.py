@@ -284,7 +284,7 @@ def test_the_forecast_is_within_15_percent_of_a_real_trainings_peak(
         task={"name": "text", "max_length": 256},
         data={"train": [{"path": str(rows)}]},
         adapter=adapter,
-        train={"steps": 3, "batch_size": 8, "precision": precision, "micro_batch_tokens": 1024},
+        train={"steps": 2, "batch_size": 8, "precision": precision, "micro_batch_tokens": 1024},
     )
     forecast = json.loads(finetune("plan", recipe, "--json").stdout)["memory_bytes"]
     command = [sys.executable, "-c", PEAK, "train", recipe, "--run", tmp_path / "run", "--quiet"]

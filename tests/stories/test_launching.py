@@ -25,7 +25,6 @@ from tests.stories.same_run import assert_same_run
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 SHORT = LONG | {"steps": 12}
 FINETUNE = [sys.executable, "-m", "finetune"]
-AS_PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 needs_namespaces = pytest.mark.skipif(os.geteuid() != 0, reason="PID namespaces need root")
 
 
@@ -88,7 +87,7 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(reci
     whole = forks.run(launch(recipe, "--run", tmp_path / "whole", ranks=2), capture_output=True, text=True, timeout=200)
     assert whole.returncode == 0, whole.stderr
     command = launch("--restarts", 3, recipe, "--run", run, ranks=2)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with forks.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for step, rank in ((9, 0), (22, 1)):  # the one that writes the run, and the one that does not
             wait_for(lambda step=step: last_step(run) >= step, process)
             ranks_of(process)[rank].send_signal(signal.SIGKILL)
@@ -185,8 +184,9 @@ def test_as_pid_1_a_signal_at_any_moment_ends_in_a_commit(
             }
         recipe, run = recipe_file(moment, train=LONG, **sections), tmp_path / moment
         what = [*FINETUNE, "train", str(recipe)] if starter == "python" else launch(recipe, ranks=ranks)
-        command = [*AS_PID_1, *STARTERS[starter], *what, "--run", str(run)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        command = [*forks.AS_PID_1, *STARTERS[starter], *what, "--run", str(run)]
+        popen = forks.Popen if starter == "launch" else subprocess.Popen  # what python and tini start is new
+        with popen(command, stderr=subprocess.PIPE, text=True) as process:
             wait_for(lambda run=run, is_there=is_there: is_there(run), process)
             (first,) = psutil.Process(process.pid).children()
             first.send_signal(signal.SIGTERM)

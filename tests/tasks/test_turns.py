@@ -173,20 +173,10 @@ def test_marks_of_a_template_must_agree_with_what_is_learnt(examples):
     without_stop = MARKED.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace(
         "{{ '\n' }}{% else", "{{ '<|im_end|>\n' }}{% else"
     )
-    assert examples(chat("ask", "one"), without_stop)[0][1] == "one<|im_end|>", "the stop token is learnt all the same"
     with pytest.raises(DataError) as caught:
-        examples(
-            chat("ask", "one"),
-            MARKED.replace(
-                "message['content'] + '<|im_end|>' }}{% endgen",
-                "'o' }}{% endgeneration %}{{ 'ne<|im_end|>' }}{% gen",
-                1,
-            )
-            .replace("{% generation %}{{ 'o'", "{% generation %}{{ 'o'")
-            .replace("{% generation %}eration %}", ""),
-        )
+        examples(chat("ask", "one"), without_stop)
     assert str(caught.value) == (
-        "row 1: the chat template marks 'o' of `messages[1]` as generated, but the model writes 'one<|im_end|>'\n"
+        "row 1: the chat template marks 'one' of `messages[1]` as generated, but the model writes 'one<|im_end|>'\n"
         "hint: correct its {% generation %} marks, or remove them all"
     )
 
