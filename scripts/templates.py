@@ -14,12 +14,15 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"templates to try; all of {len(ZOO)} without one")
     parser.add_argument("--why", action="store_true", help="says why each cell is refused")
     parser.add_argument("--more", action="store_true", help=f"tries {len(MORE)} further rows as well")
+    parser.add_argument(
+        "--drawn", type=int, default=0, metavar="N", help="tries N rows drawn at random as well; only counted"
+    )
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in ZOO]:
         parser.error(f"no template is called {', '.join(unknown)}; there are: {', '.join(ZOO)}")
     kinds = [*ROWS, *(MORE if options.more else ())]
     found: dict[str, dict[str, Verdict]] = {}
-    for name, kind, verdict in cells(options.names, kinds):
+    for name, kind, verdict in cells(options.names, kinds, range(options.drawn)):
         found.setdefault(name, {})[kind] = verdict
     for number, kind in enumerate(kinds, 1):
         print(f"{number:>4}  {kind}")
@@ -28,7 +31,7 @@ def main() -> int:
     )
     print(" " * 24 + " ".join(f"{number:>2}" for number in range(1, len(kinds) + 1)))
     for name, row in found.items():
-        print(f"{name:24}" + " ".join(f"{_sign(verdict):>2}" for verdict in row.values()))
+        print(f"{name:24}" + " ".join(f"{_sign(row[kind]):>2}" for kind in kinds))
     for name, row in found.items():
         for kind, verdict in row.items():
             if verdict.state == "WRONG" or options.why and verdict.state == "refused":

@@ -11,7 +11,7 @@ from finetune.errors import FinetuneError
 from tests.zoo import oracle
 from tests.zoo.catalog import Specimen
 
-NAMED = re.compile(r"`?(messages|prompt|completion|tools)\[\d+\]|`(tools|system)`")
+NAMED = re.compile(r"`?(messages|prompt|completion|tools)\[\d+\]|`(tools|system)\b")
 """How a refusal names a turn or a field."""
 
 

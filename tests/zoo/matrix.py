@@ -11,6 +11,7 @@ from finetune.recipe.schema import ChatTask
 from finetune.tasks.chat import TASK
 from tests.zoo import oracle
 from tests.zoo.catalog import ZOO, Specimen
+from tests.zoo.drawn import row
 from tests.zoo.judge import Verdict, judged
 from tests.zoo.rows import MORE, ROWS
 
@@ -33,10 +34,15 @@ def digest(examples: list[Example]) -> str:
     return found.hexdigest()[:12]
 
 
-def cells(names: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[tuple[str, str, Verdict]]:
+def cells(
+    names: list[str] | None = None, kinds: list[str] | None = None, drawn: range = range(0)
+) -> Iterator[tuple[str, str, Verdict]]:
+    """Each template with each kind of row, and with drawn rows of these numbers."""
+    rows = {kind: (ROWS | MORE)[kind] for kind in (ROWS if kinds is None else kinds)}
+    rows |= {f"drawn row {number}": row(number) for number in drawn}
     for name in names or ZOO:
-        for kind in kinds or ROWS:
-            yield name, kind, judged(ZOO[name], (ROWS | MORE)[kind], encode)
+        for kind, each in rows.items():
+            yield name, kind, judged(ZOO[name], each, encode)
 
 
 def counts(verdicts: list[Verdict]) -> Counter[str]:

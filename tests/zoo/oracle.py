@@ -248,7 +248,7 @@ def _spelt(message: Message, null: str | None, is_text: bool, is_parts: bool, th
 def _function(function: dict[str, Any], is_text: bool) -> dict[str, Any]:
     arguments = function["arguments"]
     given = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return {**function, "arguments": json.dumps(given) if is_text else given}
+    return {**function, "arguments": json.dumps(given, ensure_ascii=False) if is_text else given}
 
 
 def _pieces(message: Message) -> Iterator[tuple[str, str]]:
@@ -286,7 +286,10 @@ def _strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _is_in(piece: str, text: str) -> bool:
-    return any("".join(form.split()) in "".join(text.split()) for form in (piece, json.dumps(piece)[1:-1]))
+    return any(
+        "".join(form.split()) in "".join(text.split())
+        for form in (piece, *(json.dumps(piece, ensure_ascii=is_ascii)[1:-1] for is_ascii in (True, False)))
+    )
 
 
 @contextlib.contextmanager
