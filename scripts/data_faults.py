@@ -81,6 +81,7 @@ def calling(prompt: str, answer: str, name: str, answered: str) -> Row:
     return {"messages": messages, "tools": [tool]}
 
 
+CONTROL = re.compile(r"<\|?\w+\|?>")
 KEY = (
     "-----BEGIN RSA PRIVATE KEY-----\n"
     + "\n".join(letters(64 + n) for n in range(8))
@@ -241,8 +242,11 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def clean(rows: Iterator[tuple[str, str]], most: int) -> list[tuple[str, str]]:
-    """Rows of 60 to 1200 characters, drawn evenly, without those that are nearly another one: all pairs are compared."""
-    fit = [row for row in rows if 60 <= len(row[1]) <= 1200]
+    """Rows of 60 to 1200 characters, drawn evenly, without those that are nearly another one: all pairs are compared.
+
+    Rows that may spell a control token of the base are no clean ones: training refuses them.
+    """
+    fit = [row for row in rows if 60 <= len(row[1]) <= 1200 and not CONTROL.search(row[1])]
     random.Random(0).shuffle(fit)
     kept: list[tuple[str, str]] = []
     sets: list[frozenset[tuple[str, ...]]] = []

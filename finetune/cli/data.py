@@ -74,7 +74,7 @@ def show(
 
     shown = showing.show(loaded, source, count, chosen)
     if html:
-        html.write_text(page.page(shown, f"Rows of {recipe}"))
+        html.write_text(page.page(shown, f"Rows of {recipe}"), encoding="utf-8")
     is_good = all(example["refused"] is None for example in shown["examples"])
     written = str(html) if html else terminal.text(shown, numbers, sys.stdout.isatty())
     return Answer(shown, written, is_good=is_good)
