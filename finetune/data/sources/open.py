@@ -128,8 +128,7 @@ def open_source(
         rows = Rows(reader, source.place, fingerprint(source.place) or "", source, row_rules, form)
     if len(rows) == 0:
         raise DataError("holds no rows", where=rows.name, hint="training needs at least one")
-    chosen = rows.choice  # refuses rows that could have two shapes
-    if not (chosen and skips_bad):
+    if not skips_bad:
         rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
