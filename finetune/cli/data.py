@@ -9,8 +9,6 @@ from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, RECIPE
 from finetune.errors import counted
-from finetune.plan.disk import readable
-from finetune.recipe.load import load
 
 
 @click.group()
@@ -28,6 +26,8 @@ def data() -> None:
 @answers
 def check(recipe: Path, overrides: tuple[str, ...], skip: tuple[str, ...], places: int) -> Answer:
     """Check every row: copies, cuts, damaged text, secrets, and more. Exit code 1 with problems."""
+    from finetune.recipe.load import load
+
     loaded = load(recipe, overrides)
     with importing():
         from finetune.data.checks import CHECKS
@@ -67,6 +67,8 @@ def show(
     html: Path | None,
 ) -> Answer:
     """Show which tokens of rows are learnt, which are cut away, and why."""
+    from finetune.recipe.load import load
+
     loaded = load(recipe, overrides)
     with importing():
         from finetune.debug.rows import page, terminal
@@ -89,9 +91,12 @@ def show(
 @answers
 def convert(recipe: Path, out: Path, overrides: tuple[str, ...], source: str | None, is_forced: bool) -> Answer:
     """Write the rows as messages: .jsonl, .jsonl.gz or .parquet."""
+    from finetune.recipe.load import load
+
     loaded = load(recipe, overrides)
     with importing():
         from finetune.debug.rows import convert as converting
+        from finetune.plan.disk import readable
 
     facts = converting.convert(loaded, out, source, is_forced)
     return Answer(facts, f"{counted(facts['rows'], 'row')} in {facts['path']}, {readable(facts['bytes'])}")

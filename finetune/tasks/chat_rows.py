@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from finetune.data.completeness import refuse_lost
 from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.data.example import Row
+from finetune.data.roles import with_known_roles
 from finetune.errors import DataError
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.rendering import Renderer, TemplateError
@@ -39,6 +41,7 @@ class ChatRows:
                 turns=[number + 1 for number in conversation.turns],
             )
         if self.row_rules > 1:
+            conversation = with_known_roles(conversation, partial(_is_named, self.renderer.template))
             _refuse_roles(conversation, self.renderer.template, place)
         _refuse_control_tokens(conversation, place, self.ends.control, is_all=self.row_rules > 1)
         return conversation._replace(turns=conversation.turns[-1:]) if self.task.learn == "last" else conversation
@@ -135,11 +138,15 @@ def _refuse_roles(conversation: Conversation, template: str, place: str) -> None
     """A role that the template does not know is written as it stands, or not at all."""
     for message, field in zip(conversation.messages, conversation.places, strict=True):
         role = message["role"]
-        if role not in ROLES and not any(f"{quote}{role}{quote}" in template for quote in "\"'"):
+        if role not in ROLES and not _is_named(template, role):
             hint = f"rename it to one of {', '.join(ROLES)}"
             raise DataError(
                 f"`{field}.role` is `{role}`, which the chat template does not name", where=place, hint=hint
             )
+
+
+def _is_named(template: str, role: str) -> bool:
+    return any(f"{quote}{role}{quote}" in template for quote in "\"'")
 
 
 def _refuse_control_tokens(conversation: Conversation, place: str, control: Sequence[str], is_all: bool = True) -> None:

@@ -5,7 +5,7 @@ A template is another author's program: any exception becomes a DataError. It pr
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,13 +27,13 @@ FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
 class TemplateError(DataError):
     """A template refused a conversation, or failed on it."""
 
-    def __init__(self, does: str, said: str, place: str | None, hint: str, about: str = "the row"):
-        super().__init__(f"the chat template {does} {about}: {said}", where=place, hint=hint)
-        self._does, self._said = does, said
+    def __init__(self, about: Callable[[str], str], place: str | None, hint: str, field: str = "the row"):
+        super().__init__(about(field), where=place, hint=hint)
+        self._about = about
 
     def at(self, field: str) -> "TemplateError":
         """The same error about one message of the row."""
-        return TemplateError(self._does, self._said, self.where, self.hint or "", f"`{field}`")
+        return TemplateError(self._about, self.where, self.hint or "", f"`{field}`")
 
 
 class Renderer(NamedTuple):
@@ -91,7 +91,8 @@ def _failures(place: str | None) -> Iterator[None]:
         yield
     except jinja2.TemplateError as error:
         if type(error) is jinja2.TemplateError:
-            raise TemplateError("refuses", str(error), place, "look at the order of roles in it") from None
+            said, hint = str(error), "look at the order of roles in it"
+            raise TemplateError(lambda field: f"the chat template refuses {field}: {said}", place, hint) from None
         raise _failure(error, place) from error
     except FAILURES as error:
         raise _failure(error, place) from error
@@ -151,4 +152,4 @@ def _failure(error: Exception, place: str | None) -> "TemplateError":
     said = " ".join(str(error).split())[:200]
     cause = f"{type(error).__name__}: {said}" if said else type(error).__name__
     hint = f"look at what this row has that others have not, or {TEMPLATE_HINT}"
-    return TemplateError("fails on", cause, place, hint)
+    return TemplateError(lambda field: f"the chat template fails on {field}: {cause}", place, hint)
