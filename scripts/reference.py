@@ -22,7 +22,7 @@ from finetune.cli import cli
 from finetune.recipe.schema import Recipe, Section
 
 EXAMPLE = Path(__file__).parents[1] / "recipes/smollm2-135m/chat-lora.yaml"
-HELP = re.compile(r"<!-- help: ?(?P<command>\w*) -->\n```text\n.*?```\n", re.DOTALL)
+HELP = re.compile(r"<!-- help: ?(?P<command>[\w ]*?) -->\n```text\n.*?```\n", re.DOTALL)
 WORDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", dict[str, str]: "pairs of names"}
 BOUNDS = {"gt": "over", "ge": "at least", "lt": "under", "le": "at most"}
 
@@ -175,7 +175,12 @@ def help_of(name: str) -> str:
     """What `finetune NAME --help` prints; without a name, what `finetune --help` does."""
     settings = {"terminal_width": 100, "help_option_names": ["-h", "--help"]}
     parent = click.Context(cli, info_name="finetune", **settings)
-    return click.Context(cli.commands[name], parent, name, **settings).get_help() if name else parent.get_help()
+    context = parent
+    for word in name.split():
+        command = context.command
+        assert isinstance(command, click.Group)
+        context = click.Context(command.commands[word], context, word, **settings)
+    return context.get_help()
 
 
 def main(folder: Path) -> None:

@@ -217,10 +217,20 @@ def refusals() -> tuple[set[str], set[str]]:
     return said, refused
 
 
+def every_command(group: click.Group = cli, before: str = "") -> dict[str, click.Command]:
+    """Those of groups as well, like `data check`."""
+    found = {}
+    for name, command in group.commands.items():
+        found[f"{before}{name}"] = command
+        if isinstance(command, click.Group):
+            found |= every_command(command, f"{before}{name} ")
+    return found
+
+
 def test_every_command_and_option_is_documented() -> None:
     sections = re.split(r"^## ", (ROOT / "docs/commands.md").read_text(), flags=re.MULTILINE)
     by_name = {section.partition("\n")[0]: section for section in sections}
-    for name, command in cli.commands.items():
+    for name, command in every_command().items():
         for option in command.params:
             flags = [flag for flag in option.opts if flag.startswith("-")] or [
                 option.make_metavar(click.Context(command))
@@ -247,7 +257,7 @@ def test_what_is_generated_is_current() -> None:
     assert (ROOT / "docs/recipe.md").read_text() == generator.recipe_page(), "run scripts/docs"
     page = (ROOT / "docs/commands.md").read_text()
     assert page == generator.with_help(page), "run scripts/docs"
-    assert {match["command"] for match in generator.HELP.finditer(page)} == {"", *cli.commands}
+    assert {match["command"] for match in generator.HELP.finditer(page)} == {"", *every_command()}
 
 
 def test_a_key_that_is_added_to_the_schema_makes_the_page_stale(monkeypatch: pytest.MonkeyPatch) -> None:

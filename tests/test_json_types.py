@@ -15,17 +15,25 @@ from finetune.debug.bisect import Bisection
 from finetune.debug.diff import Comparison
 from finetune.debug.rehearse.shown import Outcome
 from finetune.debug.replay import Replay
+from finetune.debug.rows.convert import Converted
+from finetune.debug.rows.report import Checked
+from finetune.debug.rows.show import Shown
 from finetune.hosts.doctor import Machine
 from finetune.hosts.health import HealthReport
 from finetune.package.export import Packaged
 from finetune.package.publish.shown import Published
 from finetune.store.checkpoints.pruning import Action, PinnedStep
 from finetune.store.run.shown import Description, RunLog, Verification
+from finetune.training.ahead import Report
 from finetune.training.preview import PlanFacts
 from tests.test_docs import ROOT, commands, fences
 
 TYPES = {
+    "data show": Shown,
+    "data check": Checked,
+    "data convert": Converted,
     "plan": PlanFacts,
+    "encode": Report,
     "rehearse": Outcome,
     "prune: actions": Action,
     "prune: pinned": PinnedStep,
@@ -53,8 +61,9 @@ def documented() -> dict[str, object]:
             if "--json" in words:
                 assert below, shlex.join(words)
                 shape = yaml.safe_load(below)
-                inner = {f"{words[1]}: {name}": part for name, part in shape.items()}
-                shown |= {words[1]: shape} if "error" not in shape else {}
+                command = " ".join(words[1 : 3 if words[1] == "data" else 2])
+                inner = {f"{command}: {name}": part for name, part in shape.items()}
+                shown |= {command: shape} if "error" not in shape else {}
                 shown |= {name: part[0] if isinstance(part, list) else part for name, part in inner.items()}
     return shown
 

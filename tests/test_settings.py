@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "finetune/recipe"
 # These say what a recipe may hold; they act on nothing.
 DECLARATIONS = {RECIPE / "check.py", RECIPE / "yaml_nodes.py", *(RECIPE / "schema").glob("*.py")}
+SCHEDULES = ROOT / "finetune/plan/schedules.py"  # each gets its keys as keyword-only parameters
 READERS = [path for path in (ROOT / "finetune").rglob("*.py") if path not in DECLARATIONS]
 
 
@@ -35,8 +36,15 @@ def attributes_read(paths: Iterable[Path]) -> set[str]:
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
+def keywords_taken(path: Path) -> set[str]:
+    found = (
+        node.args for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.Lambda)
+    )
+    return {argument.arg for each in found for argument in each.kwonlyargs}
+
+
 def unread(model: type[Section]) -> list[str]:
-    read = attributes_read(READERS)
+    read = attributes_read(READERS) | keywords_taken(SCHEDULES)
     return sorted({place for place, name in keys(model) if name not in read})
 
 

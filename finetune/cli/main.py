@@ -14,7 +14,7 @@ from typing import NoReturn, NotRequired, TypedDict
 import click
 
 from finetune import __version__
-from finetune.cli import comparing, debugging, history, machine, packaging, training
+from finetune.cli import comparing, data, debugging, encoding, history, machine, packaging, training
 from finetune.errors import DataError, FinetuneError, RecipeError, Stopped
 from finetune.hosts import stderr
 from finetune.hosts.world import TOLD, prepare_allocator
@@ -22,7 +22,16 @@ from finetune.store.rank import is_alone, is_first
 from finetune.training.saving.writer import WRITER
 
 COMMANDS = (
-    *(training.plan, training.fetch, training.train, training.launch, training.health, training.rehearse),
+    *(
+        training.plan,
+        training.fetch,
+        encoding.encode,
+        training.train,
+        training.launch,
+        training.health,
+        training.rehearse,
+    ),
+    data.data,
     *(history.log, history.show, history.verify, history.prune),
     *(debugging.replay, debugging.bisect, debugging.diff, debugging.branch),
     *(comparing.evaluate, comparing.generate),

@@ -50,6 +50,11 @@ class Examples:
         tokens = int(lost[:, 1].sum())
         return len(lost), tokens, tokens + sum(int(encoded.targets.sum()) for encoded, _, _ in self._parts)
 
+    def tokens_of_sources(self) -> list[int]:
+        """Tokens of the examples of each source."""
+        edges = zip(self._firsts, self._firsts[1:], strict=False)
+        return [int(self.lengths[first:end].sum(dtype=np.int64)) for first, end in edges]
+
     @property
     def bad_rows(self) -> list[tuple[int, list[BadRow]]]:
         """Of each source the number of rows skipped as bad, and the first of them."""

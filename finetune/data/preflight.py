@@ -11,6 +11,7 @@ from finetune.data.example import Row
 from finetune.data.refusals import together
 from finetune.data.shapes import SHAPES, alpaca
 from finetune.data.shapes.choice import patterns_of
+from finetune.data.sources.kept import AbsentColumnError
 from finetune.data.sources.open import Rows, first_rows
 from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.load import LoadedRecipe
@@ -28,22 +29,31 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], object]]] = {
 
 def check(loaded: LoadedRecipe) -> None:
     """Raises RecipeError for fields unknown to the task, DataError for files and first rows; all problems at once."""
-    sources = dict(_sources(loaded))
-    problems = [problem for key, source in sources.items() for problem in _problems(loaded, key, source)]
-    if problems:
-        raise RecipeError(problems)
+    check_fields(loaded)
+    problems: list[Problem] = []
     refused: list[DataError] = []
     # Hub data sets are not opened here: that would need the network and heavy imports.
-    for source in sources.values():
+    for key, source in named_sources(loaded):
         if source.path is not None:
             try:
                 _look(source, loaded.recipe.task, loaded.recipe.data.on_bad_row == "skip")
+            except AbsentColumnError as error:
+                problems.append(loaded.problem(f"{key}.where", error.message))
             except DataError as error:
                 refused.append(error)
+    if problems:
+        raise RecipeError(problems)
     if len(refused) == 1:
         raise refused[0]
     if refused:
         raise together([part for error in refused for part in error.parts or [error]])
+
+
+def check_fields(loaded: LoadedRecipe) -> None:
+    """The part about the recipe: RecipeError for fields unknown to the task. Reads no file."""
+    problems = [problem for key, source in named_sources(loaded) for problem in _problems(loaded, key, source)]
+    if problems:
+        raise RecipeError(problems)
 
 
 def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]:
@@ -54,7 +64,8 @@ def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]
     return [column for column in columns if column not in known]
 
 
-def _sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
+def named_sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
+    """Each source with its key, like `data.train[0]`; the training sources first."""
     data = loaded.recipe.data
     for part, sources in (("train", data.train), ("holdout", data.holdout)):
         for number, source in enumerate(sources if isinstance(sources, list) else []):

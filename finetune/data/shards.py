@@ -23,7 +23,7 @@ VERSION = 3  # of the format below; part of every key
 LOOK_ON_SHARDS = 3  # after one with a bad row: reports many bad rows at once, in a few seconds
 ROWS_AT_ONCE = 512  # rows in one call of the encoder: enough for the tokenizer's threads
 MOST_COLUMNS = 1000  # of a source, kept by name
-CHARACTERS_AT_ONCE = 4 << 20  # in one call; each takes some 100 bytes of memory meanwhile
+CHARACTERS_AT_ONCE = 1 << 20  # in one call; each takes some 100 bytes of memory meanwhile, in each worker
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ def all_or_refusals(makers: Iterable[Callable[[], Path]], ranges: Sequence[range
 
 def shard(directory: Path, work: Work, ids: range) -> Path:
     """The shard of these rows in `directory`; a finished one of an earlier build is reused."""
-    return cache.part(directory, f"rows-{ids.start}-{ids.stop}", partial(write, work=work, ids=ids))
+    return cache.part(directory, name_of(ids), partial(write, work=work, ids=ids))
+
+
+def name_of(ids: range) -> str:
+    return f"rows-{ids.start}-{ids.stop}"
 
 
 def write(directory: Path, work: Work, ids: range) -> None:

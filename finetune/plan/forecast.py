@@ -1,37 +1,46 @@
 """The forecast of a plan: its rows, steps, memory and disk. Formulas; it must measure nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from finetune.plan import cadence, memory
 from finetune.plan.disk import checkpoint_bytes, free_bytes, run_bytes
 from finetune.plan.memory import Device, Work
-from finetune.plan.pace import mean_tokens
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
-from finetune.plan.shown import BaseFacts, Forecast, OfDevices, SourceFacts, Target
+from finetune.plan.shown import BaseFacts, Forecast, MixtureFacts, OfDevices, RateFacts, SourceFacts, Target
 from finetune.recipe.schema import Publish
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 CARD_BYTES = 80 * 2**30  # of a GPU, if this machine has none
 
 
-def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) -> Forecast:
+def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, tokens: Sequence[int]) -> Forecast:
+    """`tokens` are those of the examples of each source."""
     counts = plan.counts
     steps_per_epoch = plan.order.steps_per_epoch
+    of_run, of_epoch = (
+        _tokens(plan, tokens, drawn) for drawn in (plan.order.drawn_after(plan.steps), plan.order.examples_per_epoch)
+    )
     held = memory.parts(plan, shape, work, device)
     return {
         "plan_id": plan.plan_id,
         "base": cast(BaseFacts, {"checkpoint": plan.recipe.base.checkpoint, **plan.base.model_dump()}),
         "train": [cast(SourceFacts, {**source.model_dump(), "read": ""}) for source in plan.train],
         "holdout": [cast(SourceFacts, {**source.model_dump(), "read": ""}) for source in plan.holdout],
+        "order": plan.recipe.data.order,
+        "mixture": _mixture(plan, of_run),
+        "learning_rate": _rates(plan),
         "steps": plan.steps,
         "steps_per_epoch": steps_per_epoch,
         "rows": counts.rows,
         "examples": counts.examples,
-        "tokens": round(mean_tokens(plan, 0, plan.steps)),
-        "tokens_per_epoch": counts.tokens,
-        "supervised_tokens_per_epoch": counts.supervised_tokens,
+        "tokens": round(sum(of_run)),
+        "tokens_per_epoch": round(sum(of_epoch)),
+        "supervised_tokens_per_epoch": round(counts.supervised_tokens * sum(of_epoch) / counts.tokens),
         "cut_rows": counts.cut_rows,
         "cut_tokens": counts.cut_tokens,
         "left_out_rows": counts.left_out_rows,
@@ -57,6 +66,40 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path) ->
         "guard": {"spike": plan.recipe.guard.spike, "not_finite": plan.recipe.guard.not_finite},
         "publish": _target(plan.recipe.publish),
         "warnings": warnings(plan),
+    }
+
+
+def _tokens(plan: Plan, tokens: Sequence[int], drawn: int) -> list[float]:
+    """Tokens of each source in the first examples that are drawn, by the average of the source."""
+    [counts] = plan.order.drawn_of_sources(np.array([drawn])).tolist()
+    return [count * total / size for count, total, size in zip(counts, tokens, plan.sizes, strict=True)]
+
+
+def _mixture(plan: Plan, tokens: Sequence[float]) -> list[MixtureFacts]:
+    """How much of each source the run draws; `tokens` are those that it trains on."""
+    order = plan.order
+    of_run, of_epoch = order.drawn_of_sources(
+        np.array([order.drawn_after(plan.steps), order.examples_per_epoch])
+    ).tolist()
+    return [
+        {
+            "name": pin.name,
+            "examples": size,
+            "examples_per_epoch": of_epoch[number],
+            "epochs": of_run[number] / size,
+            "token_share": tokens[number] / sum(tokens),
+        }
+        for number, (pin, size) in enumerate(zip(plan.train, plan.sizes, strict=True))
+    ]
+
+
+def _rates(plan: Plan) -> RateFacts:
+    optimizer = plan.recipe.optimizer
+    return {
+        "schedule": optimizer.schedule,
+        "peak": optimizer.learning_rate,
+        "warmup_steps": plan.warmup_steps,
+        "last": plan.learning_rate(plan.steps),
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from finetune.errors import counted
 from finetune.plan.disk import readable
-from finetune.plan.shown import Forecast, WithDevices
+from finetune.plan.shown import Forecast, RateFacts, WithDevices
 
 
 def table(facts: Forecast) -> str:
@@ -38,6 +38,8 @@ def table(facts: Forecast) -> str:
             f"{counted(facts['cut_rows'], 'row')} by {counted(facts['cut_tokens'], 'token')}; the longest kept has {facts['longest']:,}",
         ),
         ("left out", f"{counted(facts['left_out_rows'], 'row')} with nothing to learn within task.max_length"),
+        *_mixture_rows(facts),
+        ("rate", _rate(facts["learning_rate"])),
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
         ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
@@ -62,6 +64,25 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _mixture_rows(facts: Forecast) -> list[tuple[str, str]]:
+    """How much of each source is drawn; nothing for a single source in the usual order."""
+    first, *others = facts["mixture"]
+    if not others and facts["order"] == "shuffled" and first["examples_per_epoch"] == first["examples"]:
+        return []
+    rows = [
+        f"{one['name']}  {counted(one['examples_per_epoch'], 'example')} an epoch, "
+        f"{one['epochs']:.3g} epochs of it in all, {one['token_share']:.1%} of the tokens"
+        for one in facts["mixture"]
+    ]
+    return [("order", facts["order"]), *(("", row) for row in rows)]
+
+
+def _rate(facts: RateFacts) -> str:
+    """The course of the learning rate."""
+    warmup = f" after {counted(facts['warmup_steps'], 'step')} of warm-up" if facts["warmup_steps"] else ""
+    return f"{facts['peak']:g}{warmup}, then {facts['schedule']}; {facts['last']:.3g} in the last step"
 
 
 def _host_rows(facts: Forecast) -> list[tuple[str, str]]:

@@ -96,7 +96,7 @@ def mean_tokens(plan: Plan, start: int, end: int) -> float:
     """Tokens of the steps after `start` up to `end`, by their average."""
     order = plan.order
     examples = order.drawn_after(end) - order.drawn_after(start)
-    return plan.counts.tokens * examples / order.examples_per_epoch
+    return plan.counts.tokens * examples / plan.counts.examples
 
 
 def tokens_of(plan: Plan, lengths: np.ndarray, start: int, end: int) -> float:

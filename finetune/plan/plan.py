@@ -5,6 +5,7 @@ On resume, the plan in the run directory is the authority.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, TypedDict
 
 import blake3
@@ -13,11 +14,12 @@ import numpy as np
 from finetune.plan import schedules
 from finetune.plan.curve import on_curve, warmup_of
 from finetune.plan.facts import Facts
+from finetune.plan.mixture import stretches_of
 from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
 from finetune.plan.row_order import Order
 from finetune.plan.split import Seen, Split
 from finetune.recipe.resume_rules import binding
-from finetune.recipe.schema import Recipe, Train
+from finetune.recipe.schema import Recipe, Train, amount_of
 
 SCHEMA = 1
 ROW_RULES = 2
@@ -148,7 +150,10 @@ class Plan(Pin):
         at, length = on_curve(step, curve.steps, changes, curve.schedule_start)
         start = curve.schedule_start
         peak, schedule, own = optimizer.learning_rate, optimizer.schedule, optimizer.schedule_settings
-        return schedules.learning_rate(peak, schedule, curve.warmup_steps, length - start, at - start, **own)
+        floor, warmup = amount_of(optimizer.min_learning_rate, peak), curve.warmup_steps
+        return schedules.learning_rate(
+            peak, schedule, warmup, length - start, at - start, min_learning_rate=floor, **own
+        )
 
     def extended(self, train: Train, recorded: int, schedule: str) -> "Plan":
         """This plan with the length in `train`. The first `recorded` steps keep their learning rates forever.
@@ -196,16 +201,20 @@ class Plan(Pin):
 
 def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOrder] = ()) -> Order:
     """The order of a recipe's examples, after the earlier orders of branches."""
-    given = [source.weight for source in recipe.data.train if source.weight is not None]  # of all sources, or of none
-    weights = tuple(given) if given else None
+    stretches = stretches_of(recipe.data, sizes)
+    given = [source.weight for source in recipe.data.train if isinstance(source.weight, float)]  # of all, or of none
+    weights = tuple(given) if given and not stretches else None
+    mixed = partial(
+        Order, sizes=sizes, weights=weights, stretches=stretches, is_shuffled=recipe.data.order != "sequential"
+    )
     begins = [(each.until, each.drawn) for each in earlier]
     (seed, batch_size), *later = [
         *((each.seed, each.batch_size) for each in earlier),
         (recipe.train.seed, recipe.train.batch_size),
     ]
-    order = Order(seed, batch_size, sizes, weights)
+    order = mixed(seed, batch_size)
     for (seed, batch_size), (until, start) in zip(later, begins, strict=True):
-        order = Order(seed, batch_size, sizes, weights, order, until, start)
+        order = mixed(seed, batch_size, before=order, until=until, start=start)
     return order
 
 

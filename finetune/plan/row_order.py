@@ -1,15 +1,17 @@
 """The examples of an update: a pure function of (seed, step), for any world size, with no state to store.
 
 An epoch is a keyed permutation of the examples (a balanced Feistel network with cycle walking: Black & Rogaway 2002, "Ciphers with
-Arbitrary Finite Domains"), so seeking to any position costs the same. Weighted sources are interleaved evenly, in integer arithmetic.
+Arbitrary Finite Domains"), so seeking to any position costs the same. `mixture` has the source of a position.
 """
 
 import hashlib
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
+
+from finetune.plan import mixture
+from finetune.plan.mixture import Stretch
 
 DRAWN_AT_ONCE = 256  # examples
 ROUNDS = 6  # 4 suffice against distinguishers of this strength (Luby & Rackoff 1988); 6 cost nothing measurable
@@ -51,7 +53,8 @@ class Order:
     """The order of `sizes` examples (one entry a source) drawn with `weights`; example ids count through the sources.
 
     Without weights every example is drawn exactly once an epoch. With weights an epoch draws as many examples as there
-    are, each source gets its share of every stretch, and a source that runs out starts its next permutation.
+    are, each source gets its share of every stretch, and a source that runs out starts its next permutation. With stretches
+    an epoch consists of these.
     """
 
     seed: int
@@ -63,6 +66,10 @@ class Order:
     until: int = 0
     start: int = 0
     """... and the examples drawn by then: the next update begins at this position."""
+    stretches: tuple[Stretch, ...] = ()
+    """Of an epoch, instead of weights."""
+    is_shuffled: bool = True
+    """Else each source comes in the order of its file."""
 
     @property
     def _earlier(self) -> "Order":
@@ -72,7 +79,7 @@ class Order:
 
     @property
     def examples_per_epoch(self) -> int:
-        return sum(self.sizes)
+        return sum(stretch.length for stretch in self.stretches) if self.stretches else sum(self.sizes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,17 +127,26 @@ class Order:
         if (is_before := rest < self.start).any():
             examples[is_before] = self._earlier.examples_at(rest[is_before])
             rest, where = rest[~is_before], where[~is_before]
-        first = 0
+        before, after = self.drawn_of_sources(rest), self.drawn_of_sources(rest + 1)
+        sources, first = np.argmax(after > before, axis=1), 0
         for source, size in enumerate(self.sizes):
-            drawn, is_here = self._draws(rest, source)
-            examples[where[is_here]] = first + self._members(source, drawn[is_here])
-            rest, where = (rest - drawn)[~is_here], where[~is_here]
+            is_here = sources == source
+            examples[where[is_here]] = first + self._members(source, before[is_here, source])
             first += size
         return examples
+
+    def drawn_of_sources(self, positions: np.ndarray) -> np.ndarray:
+        """Draws of each source before each of these positions (int64, shape (positions, sources))."""
+        if self.stretches:
+            return mixture.drawn_in(self.stretches, positions)
+        shares = mixture.integers(self.weights) if self.weights else self.sizes
+        return mixture.drawn(shares, positions, is_even=False)
 
     def _members(self, source: int, draws: np.ndarray) -> np.ndarray:
         """Which example of a source each of its draws is, counted from the start of the run."""
         size = self.sizes[source]
+        if not self.is_shuffled:
+            return draws % size
         members = np.empty_like(draws)
         epochs, within = np.divmod(draws, size)
         begun, begun_at = divmod(_drawn_of(self, source) if self.before else 0, size)
@@ -150,36 +166,11 @@ class Order:
             within = begun_at + permute(within - begun_at, size - begun_at, *key)
         return self._earlier._members(source, epoch * size + within)
 
-    def _draws(self, positions: np.ndarray, source: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many of the positions before each one belong to `source`, and which of them do themselves.
-
-        Positions are counted among those that earlier sources left over: a source with share a of what remains, A,
-        owns position p when floor(p a / A) rises there. Shares are integers, so an unweighted epoch is exact.
-        """
-        shares = self._shares()
-        share, remaining = shares[source], sum(shares[source:])
-        # Python integers: a position times a share can pass 64 bits
-        before = np.array([int(p) * share // remaining for p in positions], dtype=np.int64)
-        after = np.array([(int(p) + 1) * share // remaining for p in positions], dtype=np.int64)
-        return before, after > before
-
-    def _shares(self) -> tuple[int, ...]:
-        if self.weights is None:
-            return self.sizes
-        fractions = [Fraction(str(weight)) for weight in self.weights]
-        scale = 1
-        for fraction in fractions:
-            scale = scale * fraction.denominator
-        return tuple(int(fraction * scale) for fraction in fractions)
-
 
 @lru_cache(maxsize=64)
 def _drawn_of(order: Order, source: int) -> int:
     """Draws of a source before `order.start`."""
-    rest = np.array([order.start], dtype=np.int64)
-    for earlier in range(source):
-        rest = rest - order._draws(rest, earlier)[0]
-    return int(order._draws(rest, source)[0][0])
+    return int(order.drawn_of_sources(np.array([order.start], dtype=np.int64))[0, source])
 
 
 @lru_cache(maxsize=4)

@@ -25,6 +25,26 @@ class SourceFacts(TypedDict):
     """How: files, format, compression, rows kept."""
 
 
+class MixtureFacts(TypedDict):
+    """How much is drawn of a source."""
+
+    name: str
+    examples: int
+    examples_per_epoch: int
+    epochs: float
+    """Of the source itself, over the whole run."""
+    token_share: float
+    """Of the tokens that the run trains on."""
+
+
+class RateFacts(TypedDict):
+    schedule: str
+    peak: float
+    warmup_steps: int
+    last: float
+    """Of the last step."""
+
+
 class GuardFacts(TypedDict):
     spike: str
     not_finite: str
@@ -42,6 +62,9 @@ class Forecast(TypedDict):
     base: BaseFacts
     train: list[SourceFacts]
     holdout: list[SourceFacts]
+    order: str
+    mixture: list[MixtureFacts]
+    learning_rate: RateFacts
     steps: int
     steps_per_epoch: int
     rows: int

@@ -59,6 +59,8 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
                 _make(unfinished, build)
                 _put(unfinished, entry)
     except OSError as error:
+        if _is_verified(entry):  # another host was faster, and removed what both read
+            return entry
         if not os.access(entry.parent, os.W_OK):
             message, hint = "the cache cannot be written", "set FINETUNE_CACHE to a directory of yours"
             raise FinetuneError(f"{message}: {error.strerror}", where=str(entry.parent), hint=hint) from error
@@ -85,7 +87,13 @@ def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=UNFINISHED, dir=directory))
     build(unfinished)
     _seal(unfinished)
-    return unfinished.rename(made)
+    try:
+        return unfinished.rename(made)
+    except OSError:
+        if not is_sound(made):
+            raise
+        shutil.rmtree(unfinished)  # another task was faster; the content is the same
+        return made
 
 
 def is_sound(entry: Path) -> bool:

@@ -43,13 +43,14 @@ def encoder(
     row_rules: int = ROW_RULES,
     template: str | None = None,
     date: str | None = None,
+    allowed: Collection[str] = (),
 ) -> Encode:
     """A function from rows and their places to the examples of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
-    `date` is what a template that prints it is given.
+    `date` is what a template that prints it is given. `allowed` are gates that are open: `lost_text` and `unlearnt_stop`.
     """
-    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date)
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date, allowed)
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
         texts = [rows_of.rendered(*pair) for pair in zip(rows, places, strict=True)]
@@ -66,9 +67,10 @@ def explainer(
     row_rules: int = ROW_RULES,
     template: str | None = None,
     date: str | None = None,
+    allowed: Collection[str] = (),
 ) -> Explain:
     """A function from a row and its place to its examples before they are cut, each token with the reason why it is learnt or not."""
-    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date)
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date, allowed)
 
     def explain(row: Row, place: str) -> list[Explained]:
         texts = rows_of.rendered(row, place)
@@ -93,11 +95,12 @@ def _rows(
     row_rules: int,
     template: str | None,
     date: str | None,
+    allowed: Collection[str],
 ) -> ChatRows:
     renderer = Renderer(tokenizer, template or template_of(tokenizer, task), date)
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stops = [text for token in sorted(stop_tokens) if (text := str(tokenizer.decode([token])))]
-    return ChatRows(task, renderer, Ends(stops, control), row_rules)
+    return ChatRows(task, renderer, Ends(stops, control), row_rules, frozenset(allowed))
 
 
 def _tokens(
@@ -119,7 +122,8 @@ def _tokens(
             # a token that header and answer share counts, or the answer's first word would never be learnt
             turn = np.flatnonzero((ends > first) & (starts < last))
             turn = turn[: _without_trailing_space(turn, starts, ends, one.text)]
-            if not len(turn) or ids[turn[-1]] not in stop_tokens:
+            has_stop = len(turn) and ids[turn[-1]] in stop_tokens
+            if not has_stop and "unlearnt_stop" not in rows_of.allowed:
                 raise _no_stop_token(tokenizer, ids[turn[-1:]], stop_tokens, field, place)
             supervised[turn] = True
         if rows_of.task.learn == "all":

@@ -25,6 +25,8 @@ class ChatRows:
     renderer: Renderer
     ends: Ends
     row_rules: int
+    allowed: frozenset[str] = frozenset()
+    """Gates that are open: `lost_text` and `unlearnt_stop`."""
 
     def conversation(self, row: Row, place: str) -> Conversation:
         """The conversation of a row, with what the recipe adds and learns. Raises DataError for a bad row."""
@@ -68,6 +70,8 @@ class ChatRows:
     def _complete(self, given: Conversation, conversation: Conversation, row: Row, place: str) -> list[Rendered]:
         """The texts of what the template is given. Raises DataError if they lack content of the conversation."""
         found = self._rendered(given, place)
+        if "lost_text" in self.allowed:
+            return found
         # A content may spell the thought that the generation prompt opens.
         learnt = {
             number: each.text[begin_of_marks(each.text, first) : last]

@@ -1,16 +1,17 @@
 """How the rows of a recipe become tokens on its base: the template in force, what decides the tokens, and the reading of sources."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data.encode import encode
+from finetune.data.encode import Part, encode, encode_part
 from finetune.data.example import Encoded, Encoder
+from finetune.data.gates import OF_ROWS
 from finetune.data.heldout.lineage import source_key
 from finetune.data.shards import Work
 from finetune.data.sources.hub import pin_dataset
@@ -23,7 +24,11 @@ from finetune.plan.pinned import Counts
 from finetune.plan.plan import ROW_RULES, PinnedSource, Plan
 from finetune.recipe.schema import Recipe, Source, Task
 from finetune.tasks import TASKS
+from finetune.tasks.explained import by_masks
 from finetune.tasks.rendering import dates
+from finetune.tasks.task import Explain
+
+EncodedT = TypeVar("EncodedT", bound=Encoded | None)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Encoding:
     """`data.on_bad_row: skip`."""
     templates: tuple[str, ...]
     """What was found out about templates that the base's user should know."""
+    allowed: tuple[str, ...] = ()
+    """The gates for single rows that are open."""
 
     def notes(self, counts: Counts) -> list[str]:
         """What to know of templates, and the price of several examples a conversation."""
@@ -61,7 +68,8 @@ class Encoding:
         """What the task's encoder is given by name."""
         if self.template is None:
             return {"row_rules": self.row_rules}
-        return {"row_rules": self.row_rules, "template": self.template, "date": self.given_day}
+        given = {"row_rules": self.row_rules, "template": self.template, "date": self.given_day}
+        return given | ({"allowed": self.allowed} if self.allowed else {})
 
 
 def encoding_of(
@@ -85,7 +93,9 @@ def encoding_of(
         tokenizer.chat_template = shown
     day, given_day = dates(template, earlier, rules_of, today)
     skips_bad = recipe.data.on_bad_row == "skip"
-    return Encoding(task, directory, tokenizer, row_rules, template, digest, day, given_day, skips_bad, tuple(notes))
+    allowed = tuple(name for name in OF_ROWS if name in recipe.data.allow and template is not None)
+    facts = (template, digest, day, given_day, skips_bad, tuple(notes), allowed)
+    return Encoding(task, directory, tokenizer, row_rules, *facts)
 
 
 def read(
@@ -93,24 +103,26 @@ def read(
 ) -> tuple[list[PinnedSource], list[Encoded]]:
     """The pin and the examples of each source. `pins` hold where there are some; a file that was moved is known by those of `like`."""
     known = {pin.name: pin for pin in (*like.train, *like.holdout)} if like else {}
-    key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
-    encoder = _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
     held: Sequence[PinnedSource | None] = pins or [None] * len(sources)
-    pairs = [
-        _read(source, pin, encoding, encoder, key=key, known=known) for source, pin in zip(sources, held, strict=True)
-    ]
+    pairs = [_read(*each, encoding, known, encode) for each in zip(sources, held, strict=True)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def read_part(source: Source, encoding: Encoding, part: Part) -> tuple[PinnedSource, Encoded | None]:
+    """Makes the shards of one of several tasks. The pin of the source, and its examples once all tasks are done."""
+    return _read(source, None, encoding, {}, encode if part.of == 1 else partial(encode_part, part=part))
 
 
 def _read(
     source: Source,
     earlier: PinnedSource | None,
     encoding: Encoding,
-    encoder: Encoder,
-    *,
-    key: str,
     known: Mapping[str, PinnedSource],
-) -> tuple[PinnedSource, Encoded]:
+    make: Callable[..., EncodedT],
+) -> tuple[PinnedSource, EncodedT]:
+    key = encodings.key(encoding.digest, encoding.task, encoding.tokenizer, encoding.given_day)
+    key += f"\nallowed {encoding.allowed}" if encoding.allowed else ""
+    encoder = encoder_of(encoding)
     revision = earlier.revision if earlier else (pin_dataset(source) if source.dataset else None)
     place = located(source, earlier or known.get(source.path or ""))
     rows = open_source(place, revision, encoding.row_rules, encoding.task.row_form, encoding.skips_bad)
@@ -119,8 +131,9 @@ def _read(
     again = partial(_reopened, *_portable(encoding), place, pin, rows.state)
     content = TASKS[encoding.task.name].content
     keys = (*source_key(source, pin), key, *(rows.choice.key if rows.choice else ()))
-    encoded = encode(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
-    encoded.said = rows.about
+    encoded = make(rows, rows.where, encoder, *keys, content=content, reopen=again, skips_bad=encoding.skips_bad)
+    if encoded is not None:
+        encoded.said = rows.about
     return pin, encoded
 
 
@@ -142,6 +155,19 @@ def _reopened(
     rows = reopen_source(source, pin, state, rendering["row_rules"], task.row_form)
     encoder = _encoder(directory, base.load_tokenizer(directory), task, rendering)
     return Work(rows, rows.where, encoder, TASKS[task.name].content, skips_bad)
+
+
+def encoder_of(encoding: Encoding) -> Encoder:
+    return _encoder(encoding.directory, encoding.tokenizer, encoding.task, encoding.rendering)
+
+
+def explain_of(encoding: Encoding) -> Explain:
+    """A function from a row and its place to its examples before cutting, with a reason for each token."""
+    section, explainer = encoding.task, TASKS[encoding.task.name].explainer
+    if explainer is None:
+        return by_masks(encoding.tokenizer, encoder_of(encoding))
+    stops = base.stop_tokens(encoding.directory, encoding.tokenizer, section.stop_names)
+    return explainer(encoding.tokenizer, section, stops, **encoding.rendering)
 
 
 def _encoder(directory: Path, tokenizer: PreTrainedTokenizerBase, task: Task, rendering: dict[str, Any]) -> Encoder:

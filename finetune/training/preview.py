@@ -14,9 +14,10 @@ from finetune.plan.pace import largest_step
 from finetune.plan.shape import shape_of
 from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
+from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
 from finetune.training.build import slow_numbers
-from finetune.training.readiness import refuse_unfit_base, refuse_unready
+from finetune.training.readiness import refuse_gated, refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
 
 
@@ -35,6 +36,8 @@ class Preview:
     is_of_devices: bool
     """Made for other machines: what this one lacks is no reason to refuse."""
     facts: PlanFacts
+    file: str
+    """The recipe's, for errors."""
 
     @property
     def text(self) -> str:
@@ -46,6 +49,8 @@ class Preview:
 
     def refuse_unready(self) -> None:
         """Raises what `train` would raise before its first step on this machine."""
+        if not RunDirectory(self.run).is_run:
+            refuse_gated(self.resolved, self.file)
         if not self.is_of_devices:
             refuse_unready(self.resolved, self.run)
 
@@ -68,7 +73,7 @@ def preview(
     if not is_of_devices:  # that table is made from the config alone, so the weights may be elsewhere
         refuse_unfit_base(resolved)
     ask(resolved)
-    return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib))
+    return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib), loaded.file)
 
 
 def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts:
@@ -76,7 +81,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
     shape = shape_of(base.load_config(resolved.base_directory))
     work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))
     device_bytes = round(device_gib * 2**30) if device_gib else here.bytes if here.is_gpu else forecast.CARD_BYTES
-    facts = forecast.forecast(plan, shape, work, here, run)
+    facts = forecast.forecast(plan, shape, work, here, run, resolved.train.tokens_of_sources())
     own = resolved.holdout.said if plan.holdout else []
     for source, read in zip((*facts["train"], *facts["holdout"]), (*resolved.train.said, *own), strict=True):
         source["read"] = read

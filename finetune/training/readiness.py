@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 from finetune import version
+from finetune.data import gates
 from finetune.errors import RunError
 from finetune.model import base, decoder_layers, optimizer
 from finetune.plan import disk
 from finetune.store import cache
+from finetune.tasks import TASKS
 from finetune.training.resolve import Resolved
 
 
@@ -25,6 +27,13 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
         decoder_layers.check_compiler()
     _refuse_place(run)
     disk.refuse_small_disk(resolved.plan, run)
+
+
+def refuse_gated(resolved: Resolved, where: str) -> None:
+    """DataError for what a new run must not begin with, unless the recipe allows it."""
+    has_answers = TASKS[resolved.plan.recipe.task.name].template_of is not None
+    stops = base.stop_tokens(resolved.base_directory, resolved.tokenizer) if has_answers else ()
+    gates.refuse(gates.Encoded(resolved.plan, resolved.train, stops), where)
 
 
 def refuse_unfit_base(resolved: Resolved) -> None:

@@ -86,7 +86,7 @@ def resolve(
     is_same = like is not None and like.recipe.data == recipe.data
     if not is_same:
         preflight.check(loaded)
-    opened = _open_base(loaded, like, stand_in, is_to_load)
+    opened = open_base(loaded, like, stand_in, is_to_load)
     encoding = encoding_of(recipe, opened.directory, opened.tokenizer, earlier, like, today)
     rows = _read_rows(recipe, encoding, like if is_same else None, like)
     sources = draw.sources(recipe, TASKS[recipe.task.name].content, rows.train, rows.holdout)
@@ -136,7 +136,7 @@ class _Base:
     tokenizer: PreTrainedTokenizerBase
 
 
-def _open_base(loaded: LoadedRecipe, like: Plan | None, stand_in: Path | None, is_to_load: bool) -> _Base:
+def open_base(loaded: LoadedRecipe, like: Plan | None, stand_in: Path | None, is_to_load: bool) -> _Base:
     """Config and tokenizer of the base. RecipeError where it and the recipe cannot do together."""
     recipe = loaded.recipe
     # A branch on the same base keeps the pin, so that a new commit on the Hub does not change it under way.

@@ -27,6 +27,7 @@ from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training.facts import facts_of, software
 from finetune.training.older_rows import losses_of_older_rules
+from finetune.training.readiness import refuse_gated
 from finetune.training.resolve import Resolved, resolve
 
 
@@ -79,6 +80,7 @@ def open_plan(
     if schedule:
         raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
     resolved = resolve(loaded, is_to_load=True, today=today)
+    refuse_gated(resolved, loaded.file)
     facts: Facts = {
         **now,
         "micro_batch_tokens": resolved.micro_batch_tokens,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from finetune.data import encode as encode_module
 from finetune.data import shards
 from finetune.data.batches import Examples
-from finetune.data.encode import encode
+from finetune.data.encode import Part, encode, encode_part
 from finetune.data.example import Example
 from finetune.errors import DataError
 
@@ -207,3 +207,87 @@ def test_lost_tokens_are_counted_for_rows_that_are_kept_and_left_out():
     encoded = encode(rows, where, encoder, "content")
     assert encoded.lost.tolist() == [[1, 4], [2, 9]] and encoded.left_out_rows.tolist() == [2]
     assert Examples([(encoded, np.arange(2), 0)]).lost() == (2, 13, 16)
+
+
+ROWS = [row(2 + number % 5, 3) for number in range(29)]
+
+
+def task(number, of, encoder=None, rows=ROWS):
+    return encode_part(rows, where, encoder or Counting(), "tasks", part=Part(number, of))
+
+
+def entry(cache):
+    [found] = [path for path in (cache / "encoded").iterdir() if not path.name.endswith(".building")]
+    return {file.name: file.read_bytes() for file in found.iterdir()}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(encode_module, "SHARD_ROWS", 4)
+
+
+@pytest.mark.parametrize("tasks", [(1, 2, 3), (3, 1, 2), (2, 2, 3, 1)])
+def test_tasks_on_a_shared_file_system_make_the_bytes_of_one_process(
+    own_cache, tmp_path, monkeypatch, small_shards, tasks
+):
+    *before, last = [task(number, 3) for number in tasks]
+    assert before == [None] * len(before) and len(last) == 2 * len(ROWS)
+    together = entry(own_cache)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "alone"))
+    encode(ROWS, where, Counting(), "tasks")
+    assert entry(tmp_path / "alone") == together
+    assert len(list((own_cache / "encoded").iterdir())) == 1, "the shards are removed once they are joined"
+
+
+def test_a_task_goes_on_after_a_kill_and_training_makes_what_is_missing(own_cache, small_shards):
+    class Killed(Counting):
+        def __call__(self, rows, places):
+            if self.seen == 8:
+                raise KeyboardInterrupt
+            return super().__call__(rows, places)
+
+    with pytest.raises(KeyboardInterrupt):
+        task(1, 2, Killed())
+    again, training = Counting(), Counting()
+    assert task(1, 2, again) is None and again.seen == 16 - 8
+    assert len(encode(ROWS, where, training, "tasks")) == 2 * len(ROWS)
+    assert training.seen == 29 - 16 and len(list((own_cache / "encoded").iterdir())) == 1
+    done = Counting()
+    assert len(task(2, 2, done)) == 2 * len(ROWS) and done.seen == 0
+
+
+def test_a_damaged_shard_of_another_task_is_made_again(own_cache, small_shards):
+    task(1, 2)
+    [shard] = own_cache.glob("encoded/*.shared.building/rows-4-8")
+    (shard / "tokens.raw").write_bytes(b"other")
+    training = Counting()
+    encode(ROWS, where, training, "tasks")
+    assert training.seen == 29 - 16 + 4
+
+
+def test_more_tasks_than_shards_leave_some_without_work(small_shards):
+    results = [task(number, 20) for number in range(1, 21)]
+    assert [result for result in results if result is not None] == results[-1:]
+
+
+def test_two_tasks_with_the_same_number_do_not_harm_each_other(own_cache, small_shards):
+    class Overtaken(Counting):
+        """While it encodes, another task with the same number makes all of its shards."""
+
+        def __call__(self, rows, places):
+            if not self.seen:
+                task(1, 2)
+            return super().__call__(rows, places)
+
+    assert task(1, 2, Overtaken()) is None
+    assert len(task(2, 2)) == 2 * len(ROWS)
+
+
+def test_a_bad_row_of_a_task_is_told_and_leaves_the_shards_of_others(own_cache, small_shards):
+    def refuses(rows, places):
+        raise DataError("is bad", where=places[0], hint="correct it")
+
+    task(1, 2)
+    with pytest.raises(DataError, match="is bad"):
+        task(2, 2, refuses)
+    assert len(list(own_cache.glob("encoded/*.shared.building/rows-*[0-9]"))) == 4

@@ -66,6 +66,7 @@ def without_memory(result):
 
 def test_worker_processes_make_the_same_bytes_as_one_process(encoded, tmp_path):
     alone, together = encoded("alone"), encoded("together", workers=2)
+    assert together["servers"] == 0, "what workers were forked from has ended"
     assert without_memory(alone) == without_memory(together)
     assert {pid for pid, *_ in calls(tmp_path, "alone")}.isdisjoint(pid for pid, *_ in calls(tmp_path, "together"))
     files = [

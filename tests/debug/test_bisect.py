@@ -40,7 +40,8 @@ def poisoned(recipe_file, data, monkeypatch, tiny_tokenizer):
             "data": {
                 name: [{"path": str(data / f"{file}.jsonl")}]
                 for name, file in (("train", f"rows{steps}"), ("holdout", "holdout"))
-            },
+            }
+            | {"allow": ["seen_holdout"]},
             "train": train,
             "checkpoint": {"every": "5 steps", "keep": {"last": 9}},
             "optimizer": {"learning_rate": 1e-3},

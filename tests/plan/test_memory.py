@@ -183,7 +183,7 @@ def test_the_host_of_a_gpu_holds_two_copies_of_the_state_or_one(weightless, plan
 def test_the_table_says_what_the_host_of_a_gpu_holds(weightless, planned, tmp_path):
     plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None)
     device = CARD._replace(host_bytes=64 * 2**30)
-    facts = forecast.forecast(plan, shape, Work(2048, 4096), device, tmp_path)
+    facts = forecast.forecast(plan, shape, Work(2048, 4096), device, tmp_path, [plan.counts.tokens])
     lines = forecast_table.table(facts).splitlines()
     assert "host       about 93.7 GiB; there are 64.0 GiB" in lines
     assert lines[-1].startswith("warning: the host has less memory than saves need")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finetune.errors import RunError
-from finetune.plan.plan import Plan
+from finetune.plan.plan import EarlierOrder, Plan
 from finetune.recipe.load import load
 from finetune.recipe.schema import Train
 from finetune.store.run.directory import RunDirectory
@@ -200,6 +200,29 @@ def test_a_restarted_schedule_is_that_of_a_plan_of_the_added_steps():
     extended = longer(falling(), 30, 10, "restart")
     added = falling().model_copy(update={"steps": 20, "warmup_steps": 2})
     assert extended.warmup_steps == 2 and rates(extended, 11) == rates(added)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": "cosine", "min_learning_rate": "10%"},
+        {"schedule": "wsd", "decay": 4, "min_learning_rate": 0.1},
+        {"schedule": "wsd", "decay": "30%", "decay_shape": "sqrt"},
+        {"schedule": "inverse_sqrt", "timescale": 3},
+    ],
+)
+def test_a_schedule_with_keys_is_extended_and_branched_as_one_without(changes):
+    plan = falling(**changes)
+    whole = falling(**changes).model_copy(update={"steps": 30, "warmup_steps": 3})
+    continued, restarted = longer(plan, 30, 7, "continue"), longer(plan, 30, 10, "restart")
+    assert rates(continued, 1, 7) == rates(plan, 1, 7) and rates(continued, 8) == rates(whole, 8)
+    added = falling(**changes).model_copy(update={"steps": 20, "warmup_steps": 2})
+    assert rates(restarted, 1, 10) == rates(plan) and rates(restarted, 11) == rates(added)
+    # twice the batch size after step 4: the remaining steps take the rest of the curve
+    change = EarlierOrder(until=4, drawn=24, seed=0, batch_size=6, steps=10)
+    branch = plan.model_copy(update={"earlier_orders": (change,), "steps": 7})
+    assert rates(branch, 1, 4) == rates(plan, 1, 4)
+    assert rates(branch, 5) == pytest.approx([plan.learning_rate(step) for step in (6, 8, 10)], rel=1e-9)
 
 
 def test_a_warm_up_that_is_a_count_stays_one():

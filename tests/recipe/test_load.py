@@ -237,3 +237,19 @@ except RecipeError:
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("min_learning_rate: 1", "recipe.yaml:7: optimizer.min_learning_rate: 1 is above the peak, 0.0002"),
+        ("min_learning_rate: 120%", "must be at most 100%, not `120%`"),
+        ("min_learning_rate: low", "must be a rate like `2e-5` or a share like `10%`, not `low`"),
+        ("schedule: constant, min_learning_rate: 1e-5", "min_learning_rate: has no meaning for `constant`"),
+        ("decay: 10%", "optimizer.decay: has no meaning for `cosine`"),
+        ("schedule: linear, timescale: 10", "optimizer.timescale: has no meaning for `linear`"),
+    ],
+)
+def test_a_floor_or_a_key_that_the_schedule_cannot_have_is_refused(setting, message):
+    text = SMALLEST.replace("optimizer:\n  learning_rate: 2e-4", f"optimizer: {{learning_rate: 2e-4, {setting}}}")
+    assert message in complaint(text)

@@ -73,7 +73,7 @@ def test_chosen_files_of_a_data_set_are_pinned_read_and_read_again_without_the_h
     assert first.returncode == 0, first.stderr
     plan = json.loads(first.stdout)["train"][0]
     assert (plan["rows"], plan["revision"]) == (15, repo.branches["main"])
-    assert plan["read"] == "2 files, JSON Lines, `train[:15]`"
+    assert plan["read"] == "2 files, JSON Lines in `.gz` and JSON Lines, `train[:15]`"
     assert not hub.seen("GET", "de/c.jsonl"), "what nobody chose is not fetched"
     offline = finetune("plan", file, "--json", env=online | {"HF_HUB_OFFLINE": "1"})
     assert offline.returncode == 0 and json.loads(offline.stdout)["train"][0] == plan, offline.stderr

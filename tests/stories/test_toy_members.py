@@ -147,9 +147,9 @@ class Lion(torch.optim.Optimizer):
 MEMBER = Member(lambda trained, settings: Lion(trained.groups, settings.lion_betas))
 '''
 
-WSD = '''def wsd(progress: float, *, decay: float) -> float:
-    """Stays, and falls in the last part of the steps (Hu et al. 2024, arXiv 2404.06395)."""
-    return min(1.0, (1.0 - progress) / decay)
+TRAPEZOID = '''def trapezoid(progress: float, *, ramp: float) -> float:
+    """Stays, and falls in the last part of the steps."""
+    return min(1.0, (1.0 - progress) / ramp)
 
 
 # progress in [0, 1]'''
@@ -217,13 +217,13 @@ MEMBERS: dict[str, dict[str, Edit]] = {
     },
     "schedule": {
         "recipe/schema/optimizers.py": {
-            '"linear", "cosine"]': '"linear", "cosine", "wsd"]',
-            "    warmup: Count": '    decay: float = Field(default=0.2, gt=0, le=1)\n    """Of wsd."""\n    warmup: Count',
-            '    "linear": S': '    "wsd": ScheduleFacts(("decay",)),\n    "linear": S',
+            '"linear", "cosine"]': '"linear", "cosine", "trapezoid"]',
+            "    warmup: Count": '    ramp: float = Field(default=0.2, gt=0, le=1)\n    """Of trapezoid."""\n    warmup: Count',
+            '    "linear": S': '    "trapezoid": ScheduleFacts(("ramp",)),\n    "linear": S',
         },
         "plan/schedules.py": {
-            "# progress in [0, 1]": WSD,
-            '    "linear": ': '    "wsd": wsd,\n    "linear": ',
+            "# progress in [0, 1]": TRAPEZOID,
+            '    "linear": lambda progress': '    "trapezoid": trapezoid,\n    "linear": lambda progress',
         },
     },
 }
@@ -278,7 +278,7 @@ def toy_recipe(tmp_path: Path, tiny_base: Path) -> dict:
         "task": {"name": "grade", "max_length": 64, "scale": 2.0},
         "data": {part: [{"path": str(tmp_path / f"{part}.jsonl")}] for part in ("train", "holdout")},
         "adapter": {"name": "dora", "rank": 2, "alpha": 4},
-        "optimizer": {"name": "lion", "learning_rate": 0.01, "schedule": "wsd", "decay": 0.5, "warmup": 0},
+        "optimizer": {"name": "lion", "learning_rate": 0.01, "schedule": "trapezoid", "ramp": 0.5, "warmup": 0},
         "train": {"steps": 8, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
         "checkpoint": {"every": "4 steps"},
         "trackers": {"lines": {"path": str(tmp_path / "lines.txt")}},
@@ -297,7 +297,7 @@ def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, tmp_path
     records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     assert [step["step"] for step in steps] == [*range(1, 9)] and all(math.isfinite(step["loss"]) for step in steps)
-    assert [round(step["learning_rate"], 6) for step in steps] == [0.01] * 5 + [0.0075, 0.005, 0.0025], "wsd"
+    assert [round(step["learning_rate"], 6) for step in steps] == [0.01] * 5 + [0.0075, 0.005, 0.0025], "trapezoid"
     losses = {each["step"]: each["loss"] for each in records if each.get("event") == "evaluated"}
     assert losses[8] < losses[0], "what is learnt is the grade"
 
@@ -316,10 +316,10 @@ def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, tmp_path
 @pytest.mark.slow
 def test_a_key_of_another_toy_is_refused_as_one_of_ours_is(tree, toy_recipe, tmp_path) -> None:
     recipe = tmp_path / "toy.yaml"
-    optimizers = ({"schedule": "cosine", "decay": 0.5}, {"momentum": 0.5})
+    optimizers = ({"schedule": "cosine", "ramp": 0.5}, {"momentum": 0.5})
     for number, optimizer in enumerate(optimizers):
         toy_recipe["optimizer"] = {"name": "lion", "learning_rate": 0.01} | optimizer
         recipe.write_text(yaml.safe_dump(toy_recipe))
         done = finetune(tree, "plan", recipe)
-        said = ("decay: has no meaning for `cosine`", "momentum: has no meaning for `lion`")[number]
+        said = ("ramp: has no meaning for `cosine`", "momentum: has no meaning for `lion`")[number]
         assert done.returncode == 2 and f"optimizer.{said}" in done.stderr

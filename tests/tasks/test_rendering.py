@@ -68,7 +68,7 @@ def dated(recipe_file, tmp_path):
     """A recipe of two steps whose template prints the date."""
     (tmp_path / "dated.jinja").write_text(DATED)
     steps = {"steps": 2, "batch_size": 2, "precision": "fp32", "micro_batch_tokens": 128}
-    task = {"name": "chat", "max_length": 64, "template": str(tmp_path / "dated.jinja")}
+    task = {"name": "chat", "max_length": 128, "template": str(tmp_path / "dated.jinja")}
     return recipe_file(task=task, train=steps)
 
 

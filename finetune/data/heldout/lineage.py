@@ -25,8 +25,8 @@ from finetune.store.checkpoints.refs import find, parse, run_around
 from finetune.store.run.directory import RunDirectory
 
 VERSION = 1  # of the arrays in the cache
-# Place and weight of a source; the rest of its section decides how its rows are read.
-PLACE = {"path", "dataset", "name", "split", "revision", "files", "weight"}
+# Place of a source, and how often its rows are drawn; the rest of its section decides how its rows are read.
+PLACE = {"path", "dataset", "name", "split", "revision", "files", "weight", "epochs"}
 THIS_RUN = "this run"
 PROVENANCE = "provenance.intoto.jsonl"
 

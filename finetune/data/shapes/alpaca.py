@@ -5,7 +5,7 @@ Instruction and input become one question, joined by a line break.
 
 from finetune.data.example import Row
 from finetune.data.shapes.history import after
-from finetune.data.shapes.shape import Shape, optional_text, replaced, text_of
+from finetune.data.shapes.shape import SYSTEMS, Shape, optional_text, replaced, system_of, text_of
 from finetune.errors import DataError
 
 COLUMNS = ("instruction", "input", "output", "system", "history")
@@ -21,11 +21,9 @@ def canonical(row: Row, where: str) -> Row:
     )
     if not question:
         raise DataError("has an empty `instruction` and no `input`", where=where, hint="remove the row")
-    answer, made = text_of(row, "output", "alpaca", where), Row()
-    if system := optional_text(row, "system", where):
-        made["system"] = system
-    made |= after(row.get("history"), question, answer, where)
-    return replaced(row, COLUMNS, made, "conversation", where)
+    answer = text_of(row, "output", "alpaca", where)
+    made = system_of(row, where) | after(row.get("history"), question, answer, where)
+    return replaced(row, (*COLUMNS, *SYSTEMS), made, "conversation", where)
 
 
 SHAPE = Shape("conversation", fits, canonical)

@@ -9,7 +9,7 @@ from finetune.data.example import Row
 from finetune.data.shapes import messages
 from finetune.data.shapes.history import after
 from finetune.data.shapes.patterns import written
-from finetune.data.shapes.shape import Shape, refuse, replaced
+from finetune.data.shapes.shape import SYSTEMS, Shape, refuse, replaced, system_of
 from finetune.errors import DataError
 
 QUESTIONS = (
@@ -17,7 +17,7 @@ QUESTIONS = (
     *("Question", "Prompt", "Instruction"),
 )
 ANSWERS = (
-    *("completion", "answer", "response", "output", "outputs", "targets", "solution", "reply"),
+    *("completion", "answer", "response", "output", "outputs", "target", "targets", "solution", "reply"),
     *("assistant", "Answer", "Response", "Completion"),
 )
 
@@ -44,9 +44,8 @@ def canonical(row: Row, where: str) -> Row:
     if found == ["prompt", "completion"]:
         return messages.canonical(row, where)
     asked, answered = (written(row[column], f"`{column}`", where) for column in found)
-    made = after(row.get("history"), asked, answered, where)
-    used = [*found, "history", *([] if row.get("system") else ["system"])]
-    return replaced(row, used, made, "conversation", where)
+    made = system_of(row, where) | after(row.get("history"), asked, answered, where)
+    return replaced(row, (*found, "history", *SYSTEMS), made, "conversation", where)
 
 
 def _only(row: Row, names: tuple[str, ...], what: str, where: str) -> str:

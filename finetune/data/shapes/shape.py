@@ -12,7 +12,7 @@ from finetune.store import strict_json
 
 FIRST = {"conversation": "messages", "text": "text"}
 """By form of a task's rows: the column that it reads before all others."""
-HINT = "name another shape with data.train[].format, or write patterns with `prompt` and `completion`"
+HINT = "name another shape with data.train[].format, or write a pattern"
 
 
 class Shape(NamedTuple):
@@ -76,3 +76,14 @@ def optional_text(row: Row, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"`{column}` must be text, not {kind_of(value)}", where=where)
     return value
+
+
+SYSTEMS = ("system", "system_prompt")
+
+
+def system_of(row: Row, where: str) -> Row:
+    """The canonical column `system`, if the row has a system message beside its turns."""
+    texts = list(dict.fromkeys(filter(None, (optional_text(row, name, where) for name in SYSTEMS))))
+    if len(texts) > 1:
+        raise DataError("has a `system` column and another system message", where=where, hint="keep one of them")
+    return {"system": texts[0]} if texts else {}

@@ -71,7 +71,7 @@ def kind_of(name: str) -> str:
     if packer in PACKERS:
         return f"{ENDINGS.get(ending)}{'' if ending not in ('.tsv', '.json') else ending}{packer}"
     if ending == ".json":
-        return "JSON document" if json_documents.is_document(name) else ""
+        return "JSON document" if json_documents.is_document(Opened(name, name)) else ""
     return "" if ending in KNOWN_FIRST else ".tsv" if ending == ".tsv" else ENDINGS.get(ending, "")
 
 
@@ -98,7 +98,7 @@ def _opened(file: Path, name: str, most: int | None, reading: Reading) -> Reader
     if reading.row is not None and kind.name != "text":
         raise DataError(f"is a {kind.name} file, which has rows of its own", where=name, hint="remove `row`")
     opened = unpacked(str(file), name) if file.stat().st_size else None
-    if opened is None or os.stat(opened.path).st_size == 0:
+    if opened is None or opened.size == 0:
         raise EmptyFileError("is empty", where=name, hint="training needs at least one row")
     return READERS[ending_of(str(file))](opened, most, reading)
 

@@ -1,11 +1,12 @@
 """The reader of `.json` files: one array of objects, an object with one list of objects in it, or objects one after another.
 
-A file has no places to jump to, so its rows are written as lines into the cache once, in bounded memory.
+A large file has no places to jump to, so its rows are written as lines into the cache once, in bounded memory.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from blake3 import blake3
@@ -23,18 +24,20 @@ from finetune.store import cache
 
 VERSION = 1  # of the lines in the cache
 START_BYTES = 1 << 24
+SMALL_BYTES = 1 << 20  # up to here a file is held in memory
 ROWS, FACTS = "rows.jsonl", "facts.json"
+ITEM_HINT = 'each item is one object, like `{"text": "..."}`'
 ROW_FIELDS = frozenset(
     ("messages", "prompt", "completion", "text", "conversations", "instruction", "output", "chosen", "rejected")
 )
 """An object with one of these is a row itself, whatever lists it has."""
 
 
-def is_document(path: str) -> bool:
+def is_document(file: Opened) -> bool:
     """Whether the rows are the items of a list or an object that takes several lines, and not JSON Lines."""
-    with open(path, "rb") as file:
-        start = file.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
-        is_whole = not file.read(1)
+    with file.open() as stream:
+        start = stream.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
+        is_whole = not stream.read(1)
     content = start.lstrip()
     if is_utf_16(start) or content[:1] not in (b"[", b"{"):
         return False
@@ -49,52 +52,76 @@ def is_document(path: str) -> bool:
 
 def json_file(file: Opened, most: int | None, reading: Reading) -> "JsonLines | JsonDocument":
     """The reader of a `.json` file, whichever it is."""
-    return (JsonDocument if is_document(file.path) else JsonLines)(file, most, reading)
+    return (JsonDocument if is_document(file) else JsonLines)(file, most, reading)
 
 
 class JsonDocument:
-    """The objects of a JSON file that are its rows."""
+    """The objects of a JSON file that are its rows. Memory: 8 bytes a row, or a small file."""
 
     kinds = None
 
     def __init__(self, file: Opened, most: int | None, reading: Reading):
-        key = "\n".join([str(VERSION), fingerprints.of_file(file.path), str(most)])
-        build = partial(_build, file, most)
-        made = cache.built("json-rows", blake3(key.encode()).hexdigest()[:32], build)
-        facts = json.loads((made / FACTS).read_text())
-        self._list, self._row_rules = f"{file.name}{facts['list'] and ' ' + facts['list']}", reading.row_rules
-        self.about = facts["about"]
-        rows = made / ROWS
-        self._lines = Lines(str(rows), file.name, None) if rows.stat().st_size else None
+        if file.size <= SMALL_BYTES:
+            with file.open() as stream:
+                scan = _Scan(Scanner(stream, file.name), file)
+                texts = [text.encode() for text in islice(scan.texts(), most)]
+            self._text: Callable[[int], bytes] = texts.__getitem__
+            self._count, name, about = len(texts), scan.list, scan.about
+        else:
+            key = "\n".join([str(VERSION), _content(file), str(most)])
+            made = cache.built("json-rows", blake3(key.encode()).hexdigest()[:32], partial(_build, file, most))
+            facts = json.loads((made / FACTS).read_text())
+            lines = Lines(Opened(file.name, str(made / ROWS)), None) if facts["rows"] else None
+            self._text = lines.content if lines else lambda _: b""
+            self._count, name, about = facts["rows"], facts["list"], facts["about"]
+        self.about = f"{about}{file.packing}"
+        self._name, self._row_rules = f"{file.name} {name}" if name else file.name, reading.row_rules
 
     def __len__(self) -> int:
-        return len(self._lines.numbers) if self._lines else 0
+        return self._count
 
     def __getitem__(self, index: int) -> Row:
-        content = self._lines.content(index) if self._lines else b""
-        return parsed(content, self.where(index), 'each item is one object, like `{"text": "..."}`', self._row_rules)
+        return parsed(self._text(index), self.where(index), ITEM_HINT, self._row_rules)
 
     def where(self, index: int) -> str:
-        return f"{self._list}[{index}]"
+        return f"{self._name}[{index}]"
 
 
 def _build(file: Opened, most: int | None, directory: Path) -> None:
-    with open(file.path, "rb") as stream, open(directory / ROWS, "w", encoding="utf-8") as rows:
-        scanner, name = Scanner(stream, file.name), ""
-        if scanner.peek() == "[":
-            texts, about = _items(scanner, file.name), "a JSON array"
-        elif _is_sequence(file.path):
-            texts, about = _sequence(scanner, file.name), "JSON objects"
-        else:
-            document = _Document(scanner, file.name)
-            texts, about = document.rows(), ""
-        for number, text in enumerate(texts):
-            if number == most:
-                break
+    count = 0
+    with file.open() as stream, open(directory / ROWS, "w", encoding="utf-8") as rows:
+        scan = _Scan(Scanner(stream, file.name), file)
+        for text in islice(scan.texts(), most):
+            count += 1
             rows.write(text.replace("\r", " ").replace("\n", " ") + "\n")  # in JSON they stand only between values
-        if not about:
-            name, about = document.name, f"the list `{document.name}` of a JSON object"
-    (directory / FACTS).write_text(json.dumps({"list": name, "about": about}))
+    (directory / FACTS).write_text(json.dumps({"rows": count, "list": scan.list, "about": scan.about}))
+
+
+class _Scan:
+    """The texts of a file's rows; which list they are in is known after the first."""
+
+    def __init__(self, scanner: Scanner, file: Opened):
+        self._scanner, self._file = scanner, file
+        self._document: _Document | None = None
+        self._about = "a JSON array"
+
+    def texts(self) -> Iterator[str]:
+        if self._scanner.peek() == "[":
+            return _items(self._scanner, self._file.name)
+        if _is_sequence(self._file):
+            self._about = "JSON objects"
+            return _sequence(self._scanner, self._file.name)
+        self._document = _Document(self._scanner, self._file.name)
+        return self._document.rows()
+
+    @property
+    def list(self) -> str:
+        """The name of the list that the rows are in, if they are in an object."""
+        return self._document.name if self._document else ""
+
+    @property
+    def about(self) -> str:
+        return f"the list `{self.list}` of a JSON object" if self._document else self._about
 
 
 def _items(scanner: Scanner, place: str) -> Iterator[str]:
@@ -111,8 +138,7 @@ def _objects(scanner: Scanner, place: str) -> Iterator[str]:
     while sign != "]":
         value, text = scanner.value()
         if not isinstance(value, dict):
-            hint = 'each item is one object, like `{"text": "..."}`'
-            raise DataError("is not a JSON object", where=f"{place}[{number}]", hint=hint)
+            raise DataError("is not a JSON object", where=f"{place}[{number}]", hint=ITEM_HINT)
         yield text
         number, sign = number + 1, scanner.skip(",", "]")
 
@@ -122,7 +148,7 @@ def _sequence(scanner: Scanner, place: str) -> Iterator[str]:
     while scanner.peek():
         value, text = scanner.value()
         if not isinstance(value, dict):
-            raise DataError("is not a JSON object", where=f"{place}[{number}]", hint="each row is one object")
+            raise DataError("is not a JSON object", where=f"{place}[{number}]", hint=ITEM_HINT)
         yield text
         number += 1
 
@@ -179,17 +205,21 @@ class _Document:
                 self._lists.append(name)
             if has_rows and not isinstance(value, dict):
                 where = f"{self._place} {name}[{number}]"
-                raise DataError("is not a JSON object", where=where, hint="each row is one object")
+                raise DataError("is not a JSON object", where=where, hint=ITEM_HINT)
             if has_rows and len(self._lists) == 1:
                 yield text
             number, sign = number + 1, self._scanner.skip(",", "]")
 
 
-def _is_sequence(path: str) -> bool:
+def _content(file: Opened) -> str:
+    return fingerprints.of_file(file.path) if file.content is None else blake3(file.content).hexdigest()
+
+
+def _is_sequence(file: Opened) -> bool:
     """Whether the file is objects one after another, or one object that is a row."""
-    with open(path, "rb") as file:
-        start = file.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
-        is_whole = not file.read(1)
+    with file.open() as stream:
+        start = stream.read(START_BYTES).removeprefix(BYTE_ORDER_MARK)
+        is_whole = not stream.read(1)
     try:
         text = start.decode(errors="ignore").lstrip()
         row, end = json.JSONDecoder().raw_decode(text)

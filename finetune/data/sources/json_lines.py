@@ -17,11 +17,11 @@ class JsonLines:
     """One JSON object a line. The file is mapped and rows are parsed on access."""
 
     kinds = None
-    about = "JSON Lines"
 
     def __init__(self, file: Opened, most: int | None, reading: Reading):
         self._name, self._row_rules = file.name, reading.row_rules
-        self._lines = Lines(file.path, file.name, most)
+        self.about = f"JSON Lines{file.packing}"
+        self._lines = Lines(file, most)
 
     def __len__(self) -> int:
         return len(self._lines.numbers)

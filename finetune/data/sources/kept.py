@@ -22,6 +22,10 @@ NUMBERS, FACTS = "rows.npy", "facts.json"
 MOST_COLUMNS = 20  # that an error lists
 
 
+class AbsentColumnError(DataError):
+    """`where` names a column of no row."""
+
+
 class Chosen:
     """Some rows of a reader, counted from 0."""
 
@@ -77,7 +81,7 @@ def _found(reader: Reader, where: str, take: int | None) -> tuple[np.ndarray, in
         names = list(reader[0]) if len(reader) else []
         more = f" and {len(names) - MOST_COLUMNS} more" if len(names) > MOST_COLUMNS else ""
         message = f"no column `{absent.column}`, there is {listed(names[:MOST_COLUMNS])}{more}"
-        raise DataError(message, where=reader.where(0), hint="correct `where` in the recipe")
+        raise AbsentColumnError(message, where=reader.where(0), hint="correct `where` in the recipe")
     return found, scanned
 
 

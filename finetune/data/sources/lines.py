@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from finetune.data.sources.opened import Opened
 from finetune.errors import DataError
 
 SCAN_BYTES = 16 * 2**20
@@ -11,9 +12,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Lines:
     """The lines of a file that are not blank; of its first `most`, or of all. DataError if it is no UTF-8 text by its start."""
 
-    def __init__(self, path: str, name: str, most: int | None):
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
-        refuse_utf_16(self._bytes[:32].tobytes(), name)
+    def __init__(self, file: Opened, most: int | None):
+        self._bytes = file.mapped()
+        refuse_utf_16(self._bytes[:32].tobytes(), file.name)
         self._edges = self._found_edges(most)  # line k is between edges k and k + 1
         firsts = self._bytes[self._edges[:-1] + 1]
         may_be = np.flatnonzero(np.isin(firsts, list(b" \t\r\n"))).tolist()

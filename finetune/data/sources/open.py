@@ -15,7 +15,8 @@ from finetune.data.sources.hub_files import hub_files
 from finetune.data.sources.kept import Chosen, kept
 from finetune.data.sources.many import Joined
 from finetune.data.sources.opened import Reading, reading_of
-from finetune.data.sources.rows import Rows, state_of
+from finetune.data.sources.paths import Files
+from finetune.data.sources.rows import Rows, facts_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES, PinnedSource
 from finetune.recipe.schema import Source
@@ -28,6 +29,7 @@ def open_source(
     row_rules: int = ROW_RULES,
     form: str | None = None,
     skips_bad: bool = False,
+    is_first_read: bool = True,
 ) -> Rows:
     """Opens a recipe's source and reads its first row, unless bad ones are skipped. `revision` is the pin of a Hub data set; without
     it, pins the data set. `form` is that of the task's rows; without it they stay as they are."""
@@ -38,36 +40,40 @@ def open_source(
         content = _of_dataset(source, pin)
         rows = Rows(_reader(source, pin, content, row_rules), source.dataset, content, source, row_rules, form)
     else:
-        state = state_of(source.place)
-        _refuse_unreadable(source.place)
-        content = fingerprint(source.place) or ""
-        rows = Rows(_reader(source, None, content, row_rules), source.place, content, source, row_rules, form)
+        files = paths.files_of(source.place, ENDINGS)
+        state = facts_of(files)
+        _refuse_unreadable(files)
+        content = _fingerprint(files.names, state)
+        rows = Rows(_reader(source, None, content, row_rules, files), source.place, content, source, row_rules, form)
         _refuse_changed(rows, state)
     if len(rows) == 0:
         kept_none = " that `where` keeps" if source.where else ""
         raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
-    if not skips_bad:
+    if not is_first_read:
+        return rows
+    chosen = rows.choice  # refuses rows that could have two shapes
+    if not (chosen and skips_bad):
         rows[0]  # refuses a source of the wrong shape before anything heavy happens
     return rows
 
 
-def _reader(source: Source, revision: str | None, content: str, row_rules: int) -> Reader:
-    """The rows that a recipe chooses of a source with this content."""
+def _reader(source: Source, revision: str | None, content: str, row_rules: int, files: Files | None = None) -> Reader:
+    """The rows that a recipe chooses of a source with this content; `files` are those of its path, if they are known."""
     reading = reading_of(source, row_rules)
     key = f"{content}\n{reading.row}\n{row_rules}"
     if source.dataset is not None:
         revision = revision or ""
         reader: Reader = hub_files(source, revision, reading, key) if source.files else HubDataset(source, revision)
     else:
-        reader = _local(source.place, reading, key, source.take if source.where is None else None)
+        files = files or paths.files_of(source.place, ENDINGS)
+        reader = _local(files, reading, key, source.take if source.where is None else None)
     return kept(reader, source.where, source.take, key)
 
 
-def _local(path: str, reading: Reading, key: str | None, most: int | None) -> Reader:
-    """The rows of a path, of all or of the first `most`; `key` names contents and reading."""
-    files = paths.files_of(path, ENDINGS)
+def _local(files: Files, reading: Reading, key: str | None, most: int | None) -> Reader:
+    """The rows of files, of all or of the first `most`; `key` names contents and reading."""
     if files.is_one:
-        return reader_of(path, most, reading)
+        return reader_of(files.names[0], most, reading)
     return Joined(files.names, partial(_opened, reading), key, most, len(files.unread))
 
 
@@ -80,9 +86,9 @@ def _of_dataset(source: Source, pin: str) -> str:
     return f"blake3:{blake3(json.dumps(identity).encode()).hexdigest()}"
 
 
-def _refuse_unreadable(path: str) -> None:
-    """A file of one's own is refused by its reader; here those that a folder or a glob names, before they are hashed."""
-    for name in paths.files_of(path, ENDINGS).names:
+def _refuse_unreadable(files: Files) -> None:
+    """By their readers, before they are hashed."""
+    for name in files.names:
         if not os.path.isfile(name) or not os.access(name, os.R_OK):
             reader_of(name)
 
@@ -128,7 +134,7 @@ def fingerprint(name: str) -> str | None:
     files = paths.files_of(name, ENDINGS)
     if not all(os.path.isfile(each) and os.access(each, os.R_OK) for each in files.names):
         return None
-    return _fingerprint(files.names, state_of(name))
+    return _fingerprint(files.names, facts_of(files))
 
 
 @lru_cache(maxsize=64)
@@ -139,11 +145,12 @@ def _fingerprint(names: tuple[str, ...], as_it_is: State | None) -> str:
 def first_rows(source: Source, count: int, form: str | None = None) -> Rows:
     """The first rows of a file, without reading the others unless `where` has to."""
     most = count if source.take is None else min(count, source.take)
+    files = paths.files_of(source.place, ENDINGS)
     if source.where is None:
-        reader = _local(source.place, reading_of(source), None, most)
+        reader = _local(files, reading_of(source), None, most)
     else:
-        _refuse_unreadable(source.place)
-        every = _reader(source, None, fingerprint(source.place) or "", ROW_RULES)
+        _refuse_unreadable(files)
+        every = _reader(source, None, _fingerprint(files.names, facts_of(files)), ROW_RULES, files)
         reader = Chosen(every, range(min(len(every), most)), "")
     rows = Rows(reader, source.place, "", source, ROW_RULES, form)
     if len(rows) == 0:

@@ -125,7 +125,8 @@ def _inside(folder: str) -> Iterator[str]:
     """All files below a folder that are not hidden."""
 
     def refuse(error: OSError) -> None:
-        raise DataError("cannot be read: permission denied", where=str(error.filename), hint="let your user read it")
+        message = f"cannot be read: {(error.strerror or '').lower()}"
+        raise DataError(message, where=str(error.filename), hint=f"let user {os.geteuid()} read it")
 
     for above, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]

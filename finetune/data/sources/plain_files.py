@@ -1,8 +1,5 @@
 """The reader of text and Markdown files, in UTF-8: a row is a file, a paragraph or a line, in the column `text`."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 
 from finetune.data.example import Row
@@ -19,24 +16,22 @@ class PlainText:
     kinds = None
 
     def __init__(self, file: Opened, most: int | None, reading: Reading):
-        self._name, self._path, self._row = file.name, file.path, reading.row or "file"
-        self.about = f"text, a row a {self._row}"
-        self._lines = (
-            None if self._row == "file" else Lines(file.path, file.name, None if self._row == "paragraph" else most)
-        )
+        self._file, self._name, self._row = file, file.name, reading.row or "file"
+        self.about = f"text{file.packing}, a row a {self._row}"
+        self._lines = None if self._row == "file" else Lines(file, None if self._row == "paragraph" else most)
         self._firsts, self._lasts = self._whole() if self._lines is None else self._parts(self._lines.numbers)
         self._firsts, self._lasts = self._firsts[:most], self._lasts[:most]
 
     def _whole(self) -> tuple[np.ndarray, np.ndarray]:
-        size = os.stat(self._path).st_size
+        size = self._file.size
         if size > MOST_BYTES:
             message = f"is one row of {size >> 20:,} MiB, the most is {MOST_BYTES >> 20:,}"
             raise DataError(
                 message, where=self._name, hint="make several rows of it with `row: paragraph` or `row: line`"
             )
-        with open(self._path, "rb") as file:
-            refuse_utf_16(file.read(32), self._name)
-        is_blank = not Path(self._path).read_bytes().removeprefix(BYTE_ORDER_MARK).strip()
+        content = self._file.mapped().tobytes()
+        refuse_utf_16(content[:32], self._name)
+        is_blank = not content.removeprefix(BYTE_ORDER_MARK).strip()
         rows = np.zeros(0 if is_blank else 1, dtype=np.int64)
         return rows, rows
 
@@ -54,7 +49,7 @@ class PlainText:
     def __getitem__(self, index: int) -> Row:
         first, last = int(self._firsts[index]), int(self._lasts[index])
         if self._lines is None:
-            content = Path(self._path).read_bytes().removeprefix(BYTE_ORDER_MARK)
+            content = self._file.mapped().tobytes().removeprefix(BYTE_ORDER_MARK)
         else:
             content = self._lines.content(first, last)
         try:

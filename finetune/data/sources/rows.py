@@ -15,6 +15,7 @@ from finetune.data.sources import fingerprints, paths
 from finetune.data.sources.arrow import without_nulls
 from finetune.data.sources.files import ENDINGS, Reader
 from finetune.data.sources.fingerprints import State
+from finetune.data.sources.paths import Files
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
 from finetune.store import places
@@ -108,5 +109,10 @@ def state_of(name: str) -> State | None:
     """Facts that change when a file of a path does. None if there is no file."""
     if not places.is_there(name):
         return None
-    files = paths.files_of(name, ENDINGS)
-    return fingerprints.state_of_file(name) if files.is_one else fingerprints.state_of_files(files.names)
+    return facts_of(paths.files_of(name, ENDINGS))
+
+
+def facts_of(files: Files) -> State | None:
+    if files.is_one:
+        return fingerprints.state_of_file(files.names[0])
+    return fingerprints.state_of_files(files.names)

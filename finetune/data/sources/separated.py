@@ -36,9 +36,9 @@ class Dialect:
     separator: str = ","
     quote: str | None = '"'
 
-    @property
-    def about(self) -> str:
-        said = "" if self.separator == "," else f" separated by {NAMES[self.separator]}"
+    def about(self, usual: str) -> str:
+        """What differs from a file with the usual separator and double quotes."""
+        said = "" if self.separator == usual else f" separated by {NAMES[self.separator]}"
         return said + (" without quotes" if self.quote is None else "" if self.quote == '"' else f" in `{self.quote}`")
 
     def reader(self, lines: Iterable[str]) -> Records:
@@ -52,7 +52,7 @@ def dialect_of(start: bytes, is_whole: bool, name: str) -> Dialect:
     if len(start) > 8 and not (any(start[1:32:2]) and any(start[:32:2])):  # UTF-16 without a mark also reads as UTF-8
         raise DataError("is not UTF-8 text", where=f"{name}:1", hint=encoding_hint(start))
     text = _decoded(start, is_whole, name)
-    usual = "\t" if ending_of(name) == ".tsv" else ","
+    usual = usual_of(name)
     for quote in ('"', "'"):
         if quote == "'" and not text.startswith("'"):
             continue
@@ -68,6 +68,11 @@ def dialect_of(start: bytes, is_whole: bool, name: str) -> Dialect:
     if _columns(text, is_whole, Dialect("\t", None)) > 1:
         return Dialect("\t", None)
     return Dialect(_of_header(text, usual))
+
+
+def usual_of(name: str) -> str:
+    """The separator that a file's ending promises."""
+    return "\t" if ending_of(name) == ".tsv" else ","
 
 
 def _of_header(text: str, usual: str) -> str:

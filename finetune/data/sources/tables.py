@@ -13,7 +13,7 @@ from finetune.data.example import Row
 from finetune.data.refusals import listed, together
 from finetune.data.sources.lines import BYTE_ORDER_MARK, encoding_hint
 from finetune.data.sources.opened import Opened, Reading
-from finetune.data.sources.separated import START_BYTES, Dialect, dialect_of
+from finetune.data.sources.separated import START_BYTES, Dialect, dialect_of, usual_of
 from finetune.errors import DataError, counted
 
 PIECE_BYTES = 1 << 20
@@ -28,11 +28,12 @@ class Table:
     def __init__(self, file: Opened, most: int | None, reading: Reading):
         self._name = file.name
         csv.field_size_limit(sys.maxsize)  # the default refuses values over 131,072 characters
-        self._bytes = np.memmap(file.path, dtype=np.uint8, mode="r")
+        self._bytes = file.mapped()
         start = self._bytes[:START_BYTES].tobytes()
         is_whole = len(start) == len(self._bytes)
         self._dialect = dialect_of(start, is_whole, file.name) if reading.row_rules > 1 else Dialect()
-        self.about = f"{'TSV' if self._dialect.separator == chr(9) else 'CSV'}{self._dialect.about}"
+        usual = usual_of(file.name)
+        self.about = f"{'CSV' if usual == ',' else 'TSV'}{self._dialect.about(usual)}{file.packing}"
         self._columns: list[str] = []
         self._starts, self._lines = array("q"), array("q")
         self._scan(most, reading.row_rules)

@@ -1,4 +1,4 @@
-"""Packed text files: unpacked once into the cache, a piece at a time, by the content of the packed file."""
+"""Packed text files: unpacked once into the cache, a piece at a time, by the content of the packed file; small ones in memory."""
 
 import bz2
 import gzip
@@ -23,6 +23,7 @@ VERSION = 1  # of the files in the cache
 PIECE_BYTES = 1 << 20
 SAID_BYTES = 1 << 28  # from here on it takes seconds
 CONTENT = "content"
+SMALL_BYTES, MOST_SMALL_BYTES = 1 << 16, 1 << 20  # of files that are unpacked in memory: packed, and unpacked
 
 
 class Stream(Protocol):
@@ -34,10 +35,25 @@ def unpacked(path: str, name: str) -> Opened:
     ending = os.path.splitext(path)[1].lower()
     if ending not in PACKERS:
         return Opened(name, path)
+    if os.stat(path).st_size <= SMALL_BYTES and (small := _in_memory(Opened(name, path), PACKERS[ending])) is not None:
+        return Opened(name, path, small)
     content = fingerprints.of_file(path)
     key = blake3(f"{VERSION}\n{ending}\n{content}".encode()).hexdigest()[:32]
     made = cache.built("unpacked", key, partial(_unpack, Opened(name, path), PACKERS[ending], content))
     return Opened(name, str(made / CONTENT))
+
+
+def _in_memory(file: Opened, unpacking: Callable[[BinaryIO], Stream]) -> bytes | None:
+    """What a small file holds; None if that is not small. An entry of the cache takes longer to make than to unpack it again."""
+    pieces, size = [], 0
+    with open(file.path, "rb") as packed:
+        stream = _opened(file.name, unpacking, _Hashed(packed))
+        while piece := _piece(file.name, stream):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MOST_SMALL_BYTES:
+                return None
+    return b"".join(pieces)
 
 
 def _unpack(file: Opened, unpacking: Callable[[BinaryIO], Stream], content: str, directory: Path) -> None:

@@ -140,7 +140,9 @@ def _source(source: Source, pinned: PinnedSource, licence: str | None) -> str:
         place += f", split `{source.split or 'train'}`"
     else:
         place = f"`{record.public_name(pinned.name)}`"
-    weight = f", weight {source.weight:g}" if source.weight else ""
+    weight = f", weight {source.weight:g}" if isinstance(source.weight, float) else ""
+    weight += f", weights {' then '.join(f'{each:g}' for each in source.stage_weights)}" if source.stage_weights else ""
+    weight += f", {source.epochs:g} times an epoch" if source.epochs else ""
     stated = f", licence {licence or 'not stated by its card'}" if source.dataset else ""
     return f"- {place}: {figures.number(pinned.rows)} rows{weight}{stated}, content `{pinned.fingerprint}`"
 

@@ -11,7 +11,7 @@ from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
 from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
 from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Keep, Train
-from finetune.recipe.schema.values import Every, Section, count_of
+from finetune.recipe.schema.values import Every, Section, amount_of, count_of
 
 __all__ = [
     "Adapter",
@@ -35,6 +35,7 @@ __all__ = [
     "Task",
     "TextTask",
     "Train",
+    "amount_of",
     "count_of",
     "drawn_of",
     "is_drawn",

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from finetune.recipe import conditions
 from finetune.recipe.schema.patterns import Pattern, PatternWithField
-from finetune.recipe.schema.values import CountOrShare, Names, Section
+from finetune.recipe.schema.values import CountOrShare, Names, Section, Weight, listed
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"]
 
@@ -26,8 +26,10 @@ class Source(Section):
     """Branch, tag or commit of a Hub data set; the plan pins it to a commit."""
     files: Names = []
     """Files of a Hub data set to read, as names or globs like `[en/*.parquet]`, instead of its configuration."""
-    weight: float | None = Field(default=None, gt=0)
-    """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch."""
+    weight: Weight | None = None
+    """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch. With `order: curriculum`, a list: a weight for each stage."""
+    epochs: float | None = Field(default=None, gt=0)
+    """How many times an epoch of the run draws the rows of this source, like `2` or `0.5`. Default: once. An epoch draws exactly so many; the next one goes on where it stopped."""
     columns: dict[str, str] = {}
     """The column of each field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` if you have them. Text reads `text`."""
     format: Format = "auto"
@@ -46,6 +48,11 @@ class Source(Section):
     """Reads only rows for which this is true, like `language == en and meta.score >= 0.5`, by the file's own column names. Operators: `==`, `!=`, `<`, `<=`, `>`, `>=`, `in [...]`, joined by `and`."""
     take: int | None = Field(default=None, gt=0)
     """Reads only the first N rows, after `where`."""
+
+    @property
+    def stage_weights(self) -> tuple[float, ...]:
+        """A weight for each stage of a curriculum; none without such a list."""
+        return self.weight if isinstance(self.weight, tuple) else ()
 
     @property
     def place(self) -> str:
@@ -85,6 +92,9 @@ Holdout = Annotated[
 ]
 
 
+Gate = Literal["cut_rows", "lost_text", "nothing_learnt", "seen_holdout", "unlearnt_stop"]
+
+
 class Data(Section):
     """The rows you train on, and the held-out rows."""
 
@@ -92,12 +102,18 @@ class Data(Section):
     """The sources of training rows."""
     holdout: Holdout = 0
     """Rows kept out of training for evaluation: a count, a share like `5%` (each row of the training sources by its content and `split_seed`), or other sources."""
+    order: Literal["shuffled", "sequential", "curriculum"] = "shuffled"
+    """`shuffled`: all sources mixed, each in an order of the seed. `sequential`: rows as in the files, one source after another; with weights or a temperature the sources are mixed. `curriculum`: one source after another, each shuffled; with a list of weights a source, that many stages of an epoch."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Draws a source of n examples in proportion to n^(1/temperature): over 1, small sources come more often."""
     split_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Decides which rows a count or share holds out. Default: the seed of the run of `base.checkpoint`, or else 0."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What happens to a row that cannot be read, or does not fit. `stop` refuses the data. `skip` skips the row, and `plan` counts and lists such rows; more than half is refused."""
     seen: Literal["refuse", "allow"] = "refuse"
     """A count or share may hold out rows that an earlier run behind the base or branch trained on. `refuse` refuses such a plan. `allow` allows it, and marks its figures everywhere."""
+    allow: Annotated[list[Gate], BeforeValidator(listed)] = []
+    """What a new run may start with: `cut_rows` (over 5 % of the rows lose learnt tokens), `lost_text` (a template drops content of rows), `nothing_learnt` (rows without a learnt token), `seen_holdout` (held-out rows of named sources are trained on), `unlearnt_stop` (answers end without a stop token)."""
 
 
 def has_holdout(data: Data) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finetune.recipe.schema.values import Betas, CountOrShare, Section
+from finetune.recipe.schema.values import Betas, CountOrShare, RateOrShare, Section
 
 
 class Optimizer(Section):
@@ -19,8 +19,16 @@ class Optimizer(Section):
     """`adamw` (Loshchilov & Hutter 2019, arXiv 1711.05101) or `sgd`. `adamw_8bit` (Dettmers et al. 2021, arXiv 2110.02861) holds the moments of matrices in a quarter of the memory, with other losses than `adamw`; `paged_adamw_8bit` lets a full GPU move them to the host, slowly. Both need bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=10)
     """The peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The curve of the learning rate after warm-up; `linear` and `cosine` end at zero."""
+    schedule: Literal["constant", "wsd", "inverse_sqrt", "linear", "cosine"] = "cosine"
+    """The curve of the learning rate after warm-up. `linear` and `cosine` fall to `min_learning_rate`. `wsd` keeps the peak and falls in the last steps (`decay`). `inverse_sqrt` falls with the square root of the steps (`timescale`), whatever the run's length."""
+    min_learning_rate: RateOrShare = 0.0
+    """The end of `linear`, `cosine` and `wsd`: a rate, or a share of the peak."""
+    decay: CountOrShare = "20%"
+    """The last steps in which `wsd` falls, or their share of all steps."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """How `wsd` falls; `sqrt` falls with one minus the square root of the part that is over (Hägele et al. 2024, arXiv 2405.18392)."""
+    timescale: CountOrShare | None = None
+    """Steps of `inverse_sqrt`: after three times as many the rate is halved. Default: those of `warmup`."""
     warmup: CountOrShare = "3%"
     """Steps, or the share of all steps, for the learning rate to rise from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -40,8 +48,8 @@ class Optimizer(Section):
 
     @property
     def schedule_settings(self) -> dict[str, object]:
-        """The keys that belong to the schedule."""
-        return {key: getattr(self, key) for key in SCHEDULES[self.schedule].keys}
+        """The keys that decide the schedule's form; its end is not among them."""
+        return {key: getattr(self, key) for key in SCHEDULES[self.schedule].keys if key != "min_learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
 }
 SCHEDULES: dict[str, ScheduleFacts] = {
     "constant": ScheduleFacts(),
-    "linear": ScheduleFacts(),
-    "cosine": ScheduleFacts(),
+    "wsd": ScheduleFacts(("min_learning_rate", "decay", "decay_shape")),
+    "inverse_sqrt": ScheduleFacts(("timescale",)),
+    "linear": ScheduleFacts(("min_learning_rate",)),
+    "cosine": ScheduleFacts(("min_learning_rate",)),
 }

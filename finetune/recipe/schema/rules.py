@@ -5,7 +5,7 @@ A rule looks at its sections and returns a problem as `key: message`, or None. I
 
 from dataclasses import dataclass
 
-from finetune.recipe.schema import source_rules
+from finetune.recipe.schema import mixing, source_rules
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, has_holdout
@@ -14,6 +14,7 @@ from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.tasks import Task
 from finetune.recipe.schema.trackers import Trackers
 from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
+from finetune.recipe.schema.values import amount_of
 
 PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
 
@@ -56,11 +57,8 @@ def problems(recipe: PartlyRead) -> list[str]:
     return [*(problem for rule in RULES if (problem := rule(recipe))), *source_rules.problems(recipe.data)]
 
 
-def all_weights_or_none(recipe: PartlyRead) -> str | None:
-    has_weight = [source.weight is not None for source in recipe.data.train] if recipe.data else []
-    if any(has_weight) and not all(has_weight):
-        return "data.train: some sources have a `weight` and some do not; give all of them one, or none"
-    return None
+def sources_can_be_mixed(recipe: PartlyRead) -> str | None:
+    return mixing.problem(recipe.data) if recipe.data else None
 
 
 def train_has_a_length(recipe: PartlyRead) -> str | None:
@@ -77,6 +75,13 @@ def optimizer_has_its_settings(recipe: PartlyRead) -> str | None:
             if key in foreign and getattr(optimizer, key) != field.default:
                 return f"optimizer.{key}: has no meaning for `{chosen}`"
     return None
+
+
+def the_floor_is_below_the_peak(recipe: PartlyRead) -> str | None:
+    if (optimizer := recipe.optimizer) is None:
+        return None
+    floor, peak = amount_of(optimizer.min_learning_rate, optimizer.learning_rate), optimizer.learning_rate
+    return f"optimizer.min_learning_rate: {floor:g} is above the peak, {peak:g}" if floor > peak else None
 
 
 def evaluation_has_rows(recipe: PartlyRead) -> str | None:
@@ -135,9 +140,10 @@ def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
 
 
 RULES = (
-    all_weights_or_none,
+    sources_can_be_mixed,
     train_has_a_length,
     optimizer_has_its_settings,
+    the_floor_is_below_the_peak,
     evaluation_has_rows,
     best_has_rows,
     micro_batch_holds_a_row,

@@ -1,5 +1,6 @@
 """Types of values beyond plain ones: cadences, counts and shares, pairs, Hub ids; each with its own error message."""
 
+import math
 import re
 from typing import Annotated, Literal, get_args
 
@@ -53,6 +54,25 @@ def _share(value: object) -> object:
     return value
 
 
+def _rate(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        if float(value[:-1]) > 100:
+            raise ValueError("must be at most 100%")
+        return value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        raise ValueError("must be a rate like `2e-5` or a share like `10%`")
+    return float(value)
+
+
+def _weight(value: object) -> object:
+    """One number over 0, or one for each stage, not all of them 0."""
+    given = value if isinstance(value, list | tuple) else [value]
+    numbers = [float(each) for each in given if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) < len(given) or not any(numbers) or not all(0 <= each < math.inf for each in numbers):
+        raise ValueError("must be a weight over 0 like `0.5`, or a list like `[1, 0.5, 0]`")
+    return tuple(numbers) if isinstance(value, list | tuple) else numbers[0]
+
+
 def _auto_or_count(value: object) -> object:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
@@ -77,7 +97,8 @@ def _scalar(value: object) -> object:
     return value
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
+    """One value as a list."""
     return value if isinstance(value, list | tuple) or value is None else [value]
 
 
@@ -95,6 +116,23 @@ CountOrShare = Annotated[
     BeforeValidator(_share),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
 ]
+RateOrShare = Annotated[
+    float | str,
+    BeforeValidator(_rate),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
+]
+Weight = Annotated[
+    float | tuple[float, ...],
+    BeforeValidator(_weight),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1},
+            ]
+        }
+    ),
+]
 AutoOrCount = Annotated[
     int | Literal["auto"],
     BeforeValidator(_auto_or_count),
@@ -103,9 +141,9 @@ AutoOrCount = Annotated[
 Beta = Annotated[float, Field(ge=0, lt=1)]
 HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
 
-Names = Annotated[list[str], BeforeValidator(_listed)]
+Names = Annotated[list[str], BeforeValidator(listed)]
 """One name, or a list of names."""
-Cadences = Annotated[list[Cadence], BeforeValidator(_listed)]
+Cadences = Annotated[list[Cadence], BeforeValidator(listed)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_pair)]
 
 
@@ -122,3 +160,8 @@ def members(family: object) -> dict[str, type]:
 def count_of(value: int | str, total: int) -> int:
     """A count or a share like "3%" as a count of `total`; a share is rounded to the nearest whole."""
     return value if isinstance(value, int) else round(float(value[:-1]) / 100 * total)
+
+
+def amount_of(value: float | str, total: float) -> float:
+    """An amount, or a share like "10%" of `total`."""
+    return float(value[:-1]) / 100 * total if isinstance(value, str) else value

@@ -8,6 +8,7 @@ from pyarrow import parquet
 
 from finetune.data.conversation import conversation_of
 from finetune.data.plain_text import content_of as text_content_of
+from finetune.data.shapes import SHAPES
 from finetune.data.sources.open import open_source
 from finetune.errors import DataError
 from finetune.plan.split import content_of
@@ -76,6 +77,9 @@ SPELLINGS = {
             },
         ),
         ([USER, ANSWER], {"system": "", "tools": "", "conversation": [USER, ANSWER]}),
+        (HISTORY, {"conversations": ["hi", "hello", "2 + 2?", "4"], "source": "x"}),
+        (HISTORY, {"conversation": [{"input": "hi", "output": "hello"}, {"input": "2 + 2?", "output": "4"}]}),
+        ([SYSTEM, USER, ANSWER], {"system_prompt": "Be brief.", "items": [USER, ANSWER]}),
         (HISTORY, {"conversation": [{"human": "hi", "assistant": "hello"}, {"human": "2 + 2?", "assistant": "4"}]}),
         ([USER, ANSWER], {"dialog": [{"user": "human", "text": "2 + 2?"}, {"user": "bot", "text": "4"}]}),
         ([USER, ANSWER], {"conversations": '[{"from": "user", "value": "2 + 2?"}, {"from": "model", "value": "4"}]'}),
@@ -129,6 +133,7 @@ SPELLINGS = {
     + [
         ([USER, ANSWER], {"question": "2 + 2?", "answer": 4, "system": ""}),
         (HISTORY, {"query": "2 + 2?", "response": "4", "history": [["hi", "hello"]]}),
+        ([SYSTEM, USER, ANSWER], {"system_prompt": "Be brief.", "question": "2 + 2?", "response": "4"}),
         ([SYSTEM, USER, ANSWER], {"query": "2 + 2?", "response": "4", "history": [], "system": "Be brief."}),
     ],
 }
@@ -255,8 +260,33 @@ def test_the_first_row_that_has_a_shape_decides_and_others_are_refused_with_what
         rows[1]
     assert str(caught.value).endswith(
         "rows.jsonl:2: does not fit the format `alpaca`: it has no `instruction`; its columns are: answer, question\n"
-        "hint: name another shape with data.train[].format, or write patterns with `prompt` and `completion`"
+        "hint: name another shape with data.train[].format, or write a pattern"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("sharegpt", {"conversations": None}, "`conversations` is null"),
+        ("sharegpt", {"text": "a"}, "it has no `conversations`"),
+        ("alpaca", {"instruction": "a", "output": None}, "`output` is null"),
+        ("prompt", {"question": None, "answer": "a"}, "`question` is null"),
+        ("prompt", {"text": "a"}, "no column is known as the question"),
+    ],
+)
+def test_a_row_of_another_shape_is_refused_with_what_it_has(name, row, message) -> None:
+    with pytest.raises(DataError) as caught:
+        SHAPES[name].canonical(row, "rows:1")
+    assert str(caught.value).startswith(
+        f"rows:1: does not fit the format `{name}`: {message}; its columns are: {', '.join(sorted(row))}\nhint: "
+    )
+
+
+def test_two_shapes_are_refused_at_once_where_bad_rows_are_skipped(opened, tmp_path) -> None:
+    row = {"conversations": [USER, ANSWER], "instruction": "2 + 2?", "output": "4"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="has the shape of"):
+        open_source(Source(path=str(tmp_path / "rows.jsonl")), form="conversation", skips_bad=True)
 
 
 def test_columns_without_a_use_stay_and_those_with_one_go(opened) -> None:

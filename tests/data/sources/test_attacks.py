@@ -23,6 +23,7 @@ LINES = "".join(f'{{"text": "row {number}"}}\n' for number in range(5000)).encod
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(unpacked, "SMALL_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -57,6 +58,16 @@ def test_a_file_that_is_not_packed_as_its_name_says_is_refused(ending, tmp_path)
 
 def test_nothing_packed_is_an_empty_file(tmp_path) -> None:
     assert refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(b""))).startswith(f"{tmp_path}/a.jsonl.gz: is empty")
+
+
+def test_a_small_packed_file_is_unpacked_in_memory_and_refused_alike(tmp_path, _cache, monkeypatch) -> None:
+    monkeypatch.setattr(unpacked, "SMALL_BYTES", 1 << 16)
+    source = written(tmp_path / "a.jsonl.gz", gzip.compress(LINES))
+    assert len(open_source(source)) == 5000 and not _cache.exists()
+    source = written(tmp_path / "b.jsonl.gz", gzip.compress(LINES)[:-9])
+    assert refusal(source).startswith(f"{tmp_path}/b.jsonl.gz: is not a whole `.gz` file: ")
+    bomb = written(tmp_path / "c.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 200_000))
+    assert len(open_source(bomb)) == 200_000 and _cache.exists()
 
 
 def test_a_place_in_a_packed_file_is_the_line_of_what_is_in_it(tmp_path) -> None:
@@ -147,15 +158,15 @@ def test_a_file_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch) ->
     source = written(tmp_path / "a.jsonl", LINES)
     from finetune.data.sources import open as opening
 
-    fingerprint = opening.fingerprint
+    fingerprint = opening._fingerprint
 
-    def replaced(name):
-        found = fingerprint(name)
+    def replaced(names, state):
+        found = fingerprint(names, state)
         written(tmp_path / "new.jsonl", LINES[:-100])
-        os.replace(tmp_path / "new.jsonl", name)
+        os.replace(tmp_path / "new.jsonl", names[0])
         return found
 
-    monkeypatch.setattr(opening, "fingerprint", replaced)
+    monkeypatch.setattr(opening, "_fingerprint", replaced)
     assert refusal(source).startswith(f"{tmp_path}/a.jsonl: was changed while it was encoded")
 
 
@@ -169,7 +180,7 @@ def waits(name, stream):
     print("started", flush=True)
     time.sleep(60)
 
-unpacked._piece = waits
+unpacked._piece, unpacked.SMALL_BYTES = waits, 0
 open_source(Source(path=sys.argv[1]))
 """
 
@@ -200,10 +211,11 @@ def test_two_that_unpack_at_once_make_one_entry(tmp_path, _cache, monkeypatch) -
     assert len(made) == 1 and len(list((_cache / "unpacked").glob("*/digests.json"))) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_cannot_be_written_is_said(tmp_path, _cache) -> None:
-    _cache.mkdir(mode=0o500)
-    assert refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(LINES))).startswith(f"{_cache}/unpacked: the cache")
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", "/proc/nowhere")
+    said = refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(LINES)))
+    assert said.startswith("/proc/nowhere/unpacked: the cache cannot be written: ")
+    assert said.endswith("\nhint: set FINETUNE_CACHE to a directory of yours")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.data import preflight
 from finetune.data.sources import kept
 from finetune.data.sources.open import Rows, open_source
 from finetune.errors import DataError, RecipeError
@@ -107,6 +108,16 @@ def test_a_column_of_no_row_is_an_error_with_the_columns(source) -> None:
     )
     with pytest.raises(DataError, match="holds no rows that `where` keeps"):
         chosen(source, where="lang == fr")
+
+
+def test_the_recipe_is_named_where_a_condition_names_no_column(source) -> None:
+    loaded = loads(
+        RECIPE.format(source=f"path: {source.path}, weight: 1, where: lnag == en", other="weight: 1"), "r.yaml"
+    )
+    with pytest.raises(RecipeError) as caught:
+        preflight.check(loaded)
+    said = "r.yaml:6: data.train[0].where: no column `lnag`, there is `text`, `lang`, `score`, `ok`, `meta`, `a.b`"
+    assert str(caught.value) == said
 
 
 def test_values_without_an_order_are_refused_with_the_row(source) -> None:

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune.data.sources import json_scanner, tables
+from finetune.data.sources import json_documents, json_scanner, tables, unpacked
 from finetune.data.sources.open import Rows, first_rows, open_source
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
@@ -101,7 +101,7 @@ SPELLINGS: dict[str, list[tuple[str, str | bytes]]] = {
     ],
     "TSV": [
         ("a.tsv", 'text\tlang\n"one, ""1""; ü"\tde\n"two\nlines"\ten\n'),
-        ("b.csv", 'text\tlang\n"one, ""1""; ü"\tde\n"two\nlines"\ten\n'),
+        ("b.tsv", 'text\tlang\n"one, ""1""; ü"\tde\n"two\nlines"\ten\n'),
         ("c.tsv", '\ufeff"text"\t"lang"\r\n"one, ""1""; ü"\t"de"\r\n"two\nlines"\t"en"\r\n'),
         ("d.tsv", "'text'\t'lang'\n'one, \"1\"; ü'\t'de'\n'two\nlines'\t'en'\n"),
         ("e.TSV", 'lang\ttext\nde\t"one, ""1""; ü"\nen\t"two\nlines"\n'),
@@ -147,8 +147,11 @@ def refusal(source: Source) -> str:
 
 
 @pytest.mark.parametrize(("format", "name", "content"), ALL, ids=[f"{each[0]}-{each[1]}" for each in ALL])
-def test_every_spelling_of_a_format_gives_the_same_rows(format, name, content, tmp_path) -> None:
+def test_every_spelling_of_a_format_gives_the_same_rows(format, name, content, tmp_path, monkeypatch) -> None:
     source = written(tmp_path / name, content)
+    assert every(open_source(source)) == ROWS
+    monkeypatch.setattr(json_documents, "SMALL_BYTES", 0)
+    monkeypatch.setattr(unpacked, "SMALL_BYTES", 0)
     rows = open_source(source)
     assert every(rows) == ROWS
     assert format == "packed" or format in rows.about
@@ -158,15 +161,17 @@ def test_every_spelling_of_a_format_gives_the_same_rows(format, name, content, t
 
 def test_a_separator_is_said_and_what_rfc_4180_reads_stays(tmp_path) -> None:
     assert open_source(written(tmp_path / "a.csv", "a;b\n1;2\n")).about == "CSV separated by `;`"
+    assert open_source(written(tmp_path / "e.csv", "a\tb\n1\t2\n")).about == "CSV separated by tabs"
     both = open_source(written(tmp_path / "b.csv", "a;b,c;d\n1;2,3;4\n"))
     assert (both.about, both[0]) == ("CSV", {"a;b": "1;2", "c;d": "3;4"})
     plain = open_source(written(tmp_path / "c.tsv", 'a\tb\n5" disk\t"x" y\n'))
-    assert (plain.about, plain[0]) == ("TSV separated by tabs without quotes", {"a": '5" disk', "b": '"x" y'})
+    assert (plain.about, plain[0]) == ("TSV without quotes", {"a": '5" disk', "b": '"x" y'})
     assert open_source(written(tmp_path / "d.csv", "text\nonly; one\n"))[0] == {"text": "only; one"}
 
 
 def test_values_and_lines_that_cross_the_edges_of_pieces_stay_whole(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(json_scanner, "PIECE_BYTES", 7)
+    monkeypatch.setattr(json_documents, "SMALL_BYTES", 1000)
     monkeypatch.setattr(tables, "PIECE_BYTES", 5)
     many = [{"text": "ü" * size, "number": size * 1.5, "list": [size, None, True]} for size in range(40)]
     assert every(open_source(written(tmp_path / "a.json", json.dumps(many, indent=1)))) == many

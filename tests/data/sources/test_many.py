@@ -15,8 +15,8 @@ from finetune.data.sources.open import (
     located,
     open_source,
     reopen_source,
-    state_of,
 )
+from finetune.data.sources.rows import state_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES, PinnedSource
 from finetune.recipe.schema import Source
@@ -82,7 +82,9 @@ def test_a_place_names_the_file_and_the_plan_says_how_many_there_are(corpus) -> 
     (corpus / ".hidden.jsonl").write_text("broken")
     rows = open_source(Source(path="corpus"))
     assert [rows.where(index) for index in (1, 3)] == ["corpus/a/z.jsonl:2", "corpus/b.jsonl.gz:1"]
-    assert rows.about == "5 files, JSON Lines, 1 of them without rows, 1 of other kinds not read"
+    assert (
+        rows.about == "5 files, JSON Lines and JSON Lines in `.gz`, 1 of them without rows, 1 of other kinds not read"
+    )
 
 
 def test_files_of_several_kinds_are_refused_with_the_kinds(corpus) -> None:

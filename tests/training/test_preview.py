@@ -1,0 +1,41 @@
+"""`plan` says how much of each source is drawn, and how the learning rate goes."""
+
+from finetune.recipe.load import load
+from finetune.training.preview import preview
+
+
+def shown(path, tmp_path):
+    return preview(load(path), tmp_path / "run", lambda resolved: None)
+
+
+def test_plan_shows_what_is_drawn_of_each_source(recipe_file, chat_data, tmp_path):
+    sources = [
+        {"path": str(chat_data / "train.jsonl"), "epochs": 0.5},
+        {"path": str(chat_data / "holdout.jsonl"), "epochs": 3},
+    ]
+    optimizer = {"learning_rate": 0.01, "min_learning_rate": "10%", "warmup": 2}
+    train = {"epochs": 2, "batch_size": 4, "precision": "fp32"}
+    found = shown(recipe_file(data={"train": sources}, optimizer=optimizer, train=train), tmp_path)
+    facts = found.facts
+    assert facts["steps"] == 22 and facts["steps_per_epoch"] == 11
+    amounts = [(one["examples"], one["examples_per_epoch"], one["epochs"]) for one in facts["mixture"]]
+    assert amounts == [(40, 20, 1.0), (8, 24, 6.0)]
+    lengths, sizes = found.resolved.train.lengths, found.resolved.train.sizes
+    drawn = [int(lengths[:40].sum()), 6 * int(lengths[40:].sum())]
+    assert facts["tokens"] == sum(drawn) and facts["mixture"][0]["token_share"] == drawn[0] / sum(drawn)
+    assert sizes == (40, 8) and facts["tokens_per_epoch"] == round(sum(drawn) / 2)
+    lines = found.text.splitlines()
+    assert "order      shuffled" in lines
+    assert any(
+        line.endswith(
+            f"holdout.jsonl  24 examples an epoch, 6 epochs of it in all, {drawn[1] / sum(drawn):.1%} of the tokens"
+        )
+        for line in lines
+    )
+    assert "rate       0.01 after 2 steps of warm-up, then cosine; 0.00106 in the last step" in lines
+
+
+def test_plan_does_not_speak_of_the_order_of_one_shuffled_source(recipe_file, chat_data, tmp_path):
+    found = shown(recipe_file(data={"train": [{"path": str(chat_data / "train.jsonl")}]}), tmp_path)
+    assert not any(line.startswith("order") for line in found.text.splitlines())
+    assert found.facts["tokens_per_epoch"] == found.resolved.plan.counts.tokens
