@@ -81,13 +81,16 @@ def _bytes_only() -> str:
 
 @functools.cache
 def tokenizer_with(special: tuple[str, ...], plain: tuple[str, ...] = (), bos: str | None = None, eos: str = "</s>"):
-    """A byte-level tokenizer with a few merges and these added tokens."""
-    from tokenizers import AddedToken, Tokenizer
+    """A byte-level tokenizer with a few merges and these added tokens. A begin token it puts before each text, if not told otherwise."""
+    from tokenizers import AddedToken, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_str(_bytes_only())
     tokenizer.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in special])
     tokenizer.add_tokens([AddedToken(each, special=False, normalized=False) for each in plain])
+    if bos is not None:
+        begin = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos}:0 $A:0", special_tokens=begin)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
 
 
