@@ -72,7 +72,7 @@ class ChatRows:
 
     def _complete(self, given: Conversation, conversation: Conversation, row: Row, place: str) -> list[Rendered]:
         """The texts of what the template is given. Raises DataError if they lack content of the conversation."""
-        found = self._rendered(given, place)
+        found, given = self._rendered(given, place)
         if "lost_text" in self.allowed:
             return found
         # A content may spell the thought that the generation prompt opens.
@@ -108,21 +108,22 @@ class ChatRows:
         """The text of a conversation up to and with a message."""
         return self.renderer.text(conversation.messages[: number + 1], place, conversation.tools)
 
-    def _rendered(self, conversation: Conversation, place: str) -> list[Rendered]:
-        """With the arguments of tool calls as objects, or as JSON text for a template that writes them as they come."""
+    def _rendered(self, conversation: Conversation, place: str) -> tuple[list[Rendered], Conversation]:
+        """With the arguments of tool calls as objects, or as JSON text for a template that writes them as they come; and the conversation
+        that the template was given."""
         texts = with_text_arguments(conversation)
         if texts is None:
-            return rendered(self.renderer, conversation, self.ends, place)
+            return rendered(self.renderer, conversation, self.ends, place), conversation
         try:
             found = rendered(self.renderer, conversation, self.ends, place)
         except DataError as error:
             try:
-                return rendered(self.renderer, texts, self.ends, place)
+                return rendered(self.renderer, texts, self.ends, place), texts
             except DataError:
                 raise error from None
         arguments = [str(each) for each in arguments_of(conversation) if each]
         is_python = any(each in one.text for each in arguments for one in found)
-        return rendered(self.renderer, texts, self.ends, place) if is_python else found
+        return (rendered(self.renderer, texts, self.ends, place), texts) if is_python else (found, conversation)
 
 
 def _with_parts(conversation: Conversation) -> Conversation:

@@ -11,7 +11,7 @@ from finetune.errors import DataError, RecipeError
 from finetune.plan.mixture import Stretch, drawn, drawn_in, tempered
 from finetune.plan.plan import order_of
 from finetune.plan.row_order import Order, permute
-from finetune.recipe.load import loads
+from finetune.recipe.load import dumps, loads
 
 SHARES = st.lists(st.integers(1, 60), min_size=1, max_size=8).map(tuple)
 RECIPE = """\
@@ -254,3 +254,9 @@ def test_what_does_not_fit_together_is_refused(sources, keys, message):
     with pytest.raises(RecipeError) as caught:
         recipe(*sources, **keys)
     assert message in str(caught.value)
+
+
+def test_a_recipe_with_stages_is_written_and_read_back():
+    first = recipe("weight: [3, 1, 0]", "weight: [1, 1, 1]", order="curriculum")
+    assert loads(dumps(first), "recipe.yaml").recipe == first
+    assert type(first).model_validate_json(first.model_dump_json()) == first

@@ -471,7 +471,17 @@ def test_reasoning_has_to_be_in_its_own_turn(encoded, learnt):
     assert "lacks `messages[1].reasoning_content`" in complaint(encoded, row)
 
 
-@pytest.mark.parametrize("role", ["human", "gpt", "developer", "function", "observation"])
+@pytest.mark.parametrize(("role", "known"), [("human", "user"), ("developer", "system"), ("observation", "tool")])
+def test_a_role_of_another_name_becomes_the_one_that_templates_know(encoded, role, known):
+    rows = [
+        {"messages": [*turns("ask"), {"role": each, "content": "hm"}, *turns("yes", roles=("assistant",))]}
+        for each in (role, known)
+    ]
+    one, other = map(encoded, rows)
+    assert one.tokens.tolist() == other.tokens.tolist()
+
+
+@pytest.mark.parametrize("role", ["gpt", "narrator"])
 def test_a_role_that_the_template_does_not_name_is_refused(encoded, learnt, role):
     row = {"messages": [*turns("ask"), {"role": role, "content": "hm"}, *turns("yes", roles=("assistant",))]}
     assert complaint(encoded, row) == (

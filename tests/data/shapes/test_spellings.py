@@ -285,9 +285,8 @@ def test_a_row_of_another_shape_is_refused_with_what_it_has(name, row, message) 
 def test_two_shapes_are_refused_at_once_where_bad_rows_are_skipped(opened, tmp_path) -> None:
     row = {"conversations": [USER, ANSWER], "instruction": "2 + 2?", "output": "4"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    rows = open_source(Source(path=str(tmp_path / "rows.jsonl")), form="conversation", skips_bad=True)
     with pytest.raises(DataError, match="has the shape of"):
-        rows.choice.key  # noqa: B018 # the key of encoded rows asks for it, before a row is encoded
+        open_source(Source(path=str(tmp_path / "rows.jsonl")), form="conversation", skips_bad=True)
 
 
 def test_columns_without_a_use_stay_and_those_with_one_go(opened) -> None:
