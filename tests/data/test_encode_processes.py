@@ -169,7 +169,9 @@ def test_a_recipe_is_encoded_by_workers_as_by_one_process(recipe_file, chat_data
 def test_what_a_worker_opens_encodes_as_here(recipe_file, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        in_training, "encode", lambda *given, **options: seen.append((given, options)) or encode(*given)
+        in_training,
+        "encode",
+        lambda *given, **options: seen.append((given, options)) or encode(*given, content=options["content"]),
     )
     resolve(load(recipe_file()))
     for (rows, where, encoder, *_), options in seen:
