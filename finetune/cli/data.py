@@ -1,7 +1,9 @@
 """`data show`, `data check` and `data convert`: what the rows of a recipe become, before any training."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +11,9 @@ from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, RECIPE
 from finetune.errors import counted
+
+if TYPE_CHECKING:
+    from finetune.recipe.load import LoadedRecipe
 
 
 @click.group()
@@ -26,9 +31,7 @@ def data() -> None:
 @answers
 def check(recipe: Path, overrides: tuple[str, ...], skip: tuple[str, ...], places: int) -> Answer:
     """Check every row: copies, cuts, damaged text, secrets, and more. Exit code 1 with problems."""
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    loaded = _loaded(recipe, overrides)
     with importing():
         from finetune.data.checks import CHECKS
         from finetune.debug.rows import check as checking
@@ -67,9 +70,7 @@ def show(
     html: Path | None,
 ) -> Answer:
     """Show which tokens of rows are learnt, which are cut away, and why."""
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    loaded = _loaded(recipe, overrides)
     with importing():
         from finetune.debug.rows import page, terminal
         from finetune.debug.rows import show as showing
@@ -91,12 +92,16 @@ def show(
 @answers
 def convert(recipe: Path, out: Path, overrides: tuple[str, ...], source: str | None, is_forced: bool) -> Answer:
     """Write the rows as messages: .jsonl, .jsonl.gz or .parquet."""
-    from finetune.recipe.load import load
-
-    loaded = load(recipe, overrides)
+    loaded = _loaded(recipe, overrides)
     with importing():
         from finetune.debug.rows import convert as converting
         from finetune.plan.disk import readable
 
     facts = converting.convert(loaded, out, source, is_forced)
     return Answer(facts, f"{counted(facts['rows'], 'row')} in {facts['path']}, {readable(facts['bytes'])}")
+
+
+def _loaded(recipe: Path, overrides: Sequence[str]) -> "LoadedRecipe":
+    from finetune.recipe.load import load
+
+    return load(recipe, overrides)
