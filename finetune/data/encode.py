@@ -71,12 +71,17 @@ def encode_part(
     """
     work, digest = Work(rows, where, encoder, content, skips_bad), digest_of(key, skips_bad)
     ranges = ranges_of(len(rows))
-    if not shared_parts.is_there(KIND, digest):
-        own = ranges[len(ranges) * (part.number - 1) // part.of : len(ranges) * part.number // part.of]
-        missing = [ids for ids in own if not shared_parts.found(KIND, digest, shards.name_of(ids))]
-        _made(shared_parts.opened(KIND, digest), missing, work, reopen)
-        if not shared_parts.are_there(KIND, digest, [*map(shards.name_of, ranges)]):
-            return None
+    own = ranges[len(ranges) * (part.number - 1) // part.of : len(ranges) * part.number // part.of]
+    try:
+        if not shared_parts.is_there(KIND, digest):
+            missing = [ids for ids in own if not shared_parts.found(KIND, digest, shards.name_of(ids))]
+            _made(shared_parts.opened(KIND, digest), missing, work, reopen)
+            names = [*map(shards.name_of, ranges)]
+            if not shared_parts.are_there(KIND, digest, names) and not shared_parts.is_there(KIND, digest):
+                return None
+    except OSError:
+        if not shared_parts.is_there(KIND, digest):  # else others made all of it, joined the shards and removed them
+            raise
     return encode(rows, where, encoder, *key, content=content, reopen=reopen, skips_bad=skips_bad)
 
 

@@ -291,3 +291,14 @@ def test_a_bad_row_of_a_task_is_told_and_leaves_the_shards_of_others(own_cache, 
     with pytest.raises(DataError, match="is bad"):
         task(2, 2, refuses)
     assert len(list(own_cache.glob("encoded/*.shared.building/rows-*[0-9]"))) == 4
+
+
+def test_a_task_whose_work_others_have_joined_meanwhile_takes_theirs(own_cache, small_shards):
+    class Overtaken(Counting):
+        def __call__(self, rows, places):
+            if not self.seen:
+                assert task(1, 2) is None and task(2, 2) is not None
+            return super().__call__(rows, places)
+
+    assert len(task(1, 2, Overtaken())) == 2 * len(ROWS)
+    assert len(list((own_cache / "encoded").iterdir())) == 1
