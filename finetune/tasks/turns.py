@@ -54,7 +54,11 @@ class Ends(NamedTuple):
 def rendered(renderer: Renderer, conversation: Conversation, ends: Ends, place: str) -> list[Rendered]:
     """The texts of the learnt turns."""
     whole = renderer.text(conversation.messages, place, conversation.tools)
-    answers = [_answer(renderer, conversation, number, ends, place) for number in conversation.turns]
+    last = len(conversation.messages) - 1
+    answers = [
+        _answer(renderer, conversation, number, whole if number == last else None, ends, place)
+        for number in conversation.turns
+    ]
     fields = [conversation.places[number] for number in conversation.turns]
     if one := _in_one(whole, answers):
         text, spans = one
@@ -94,10 +98,13 @@ def _first_stop(text: str, start: int, ends: Ends) -> tuple[int | None, str]:
     return end, after.strip()
 
 
-def _answer(renderer: Renderer, conversation: Conversation, number: int, ends: Ends, place: str) -> _Answer:
+def _answer(
+    renderer: Renderer, conversation: Conversation, number: int, through: str | None, ends: Ends, place: str
+) -> _Answer:
+    """A learnt turn. `through` is the conversation up to and with it, where that is rendered already."""
     messages, tools, field = conversation.messages, conversation.tools, conversation.places[number]
     prompt = renderer.text(messages[:number], place, tools, with_header=True)
-    through = renderer.text(messages[: number + 1], place, tools)
+    through = renderer.text(messages[: number + 1], place, tools) if through is None else through
     text = through
     if not through.startswith(prompt):
         bare = renderer.text(messages[:number], place, tools)

@@ -79,7 +79,7 @@ def open_rows(loaded: LoadedRecipe, is_first_read: bool = True) -> RecipeRows:
     first = 0
     for key, source in preflight.named_sources(loaded):
         try:
-            rows = open_source(source, is_first_read=is_first_read)
+            rows = open_source(source, form=loaded.recipe.task.row_form, is_first_read=is_first_read)
         except DataError as error:
             if is_first_read:
                 raise

@@ -182,3 +182,16 @@ def test_exit_codes_and_objects_are_those_of_the_contract(
         assert not code or ended.value.code == code
         facts = json.loads(capsys.readouterr().out)
         assert facts.keys() >= ({"examples"} if words == ["show"] else {"error"} if code == 2 else {"ok", "problems"})
+
+
+def test_rows_of_any_shape_are_shown_checked_and_written_as_the_task_reads_them(recipe_of, tmp_path) -> None:
+    loaded = recipe_of(
+        {"instruction": "it was", "input": "", "output": "said"}, {"instruction": "what", "output": "asked"}
+    )
+    examples = show(loaded, None, 2, [])["examples"]
+    learnt = ["".join(token["text"] for token in example["tokens"] if token["trained"]) for example in examples]
+    assert learnt == ["said<|im_end|>", "asked<|im_end|>"]
+    assert check(loaded, ())["ok"]
+    convert(loaded, tmp_path / "out.jsonl", None, False)
+    written = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written == ["said", "asked"]
