@@ -39,16 +39,27 @@ def encoder(
         if not texts:
             return []
         # All texts in one call: a fast tokenizer spreads them over its threads.
-        batch = tokenizer(texts, return_special_tokens_mask=True)
-        found = batch["input_ids"]
+        found, added = _ids(tokenizer, texts)
         # A run of older rules keeps its doubled tokens: its resume must train on the same ones.
         if row_rules > 1:
-            found = [_once(*pair) for pair in zip(found, batch["special_tokens_mask"], strict=True)]
+            found = [_once(*pair) for pair in zip(found, added, strict=True)]
         # some tokenizers end every text themselves
         ended = [ids if ids[-1:] == [end] else [*ids, end] for ids in found]
         return [_divided(ids, task.max_length) for ids in ended]
 
     return encode
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of each text, and 1 for each that the tokenizer adds. Without the characters of tokens, which take a fifth of the time."""
+    first = tokenizer(texts[0])["input_ids"]  # this also turns off a truncation that tokenizer.json may ask for
+    fast = tokenizer.backend_tokenizer.encode_batch_fast(texts)
+    if fast[0].ids == first:
+        return [each.ids for each in fast], [each.special_tokens_mask for each in fast]
+    batch = tokenizer(
+        texts, return_special_tokens_mask=True
+    )  # a class of its own does more than its tokenizer.json says
+    return batch["input_ids"], batch["special_tokens_mask"]
 
 
 def _of_tokens(tokens: Tokens, place: str, vocabulary: int, max_length: int) -> list[Example]:

@@ -31,8 +31,9 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
 
 def refuse_gated(resolved: Resolved, where: str) -> None:
     """DataError for what a new run must not begin with, unless the recipe allows it."""
-    has_answers = TASKS[resolved.plan.recipe.task.name].template_of is not None
-    stops = base.stop_tokens(resolved.base_directory, resolved.tokenizer) if has_answers else ()
+    task = resolved.plan.recipe.task
+    has_answers = TASKS[task.name].template_of is not None
+    stops = base.stop_tokens(resolved.base_directory, resolved.tokenizer, task.stop_names) if has_answers else ()
     gates.refuse(gates.Encoded(resolved.plan, resolved.train, stops), where)
 
 

@@ -158,7 +158,7 @@ def reshape_a_weight(file):
 
 def open_whole(path):
     load_model(path)
-    stop_tokens(path, load_tokenizer(path))
+    stop_tokens(path, load_tokenizer(path), ())
 
 
 @pytest.mark.parametrize(
@@ -223,15 +223,15 @@ def test_stop_tokens_are_those_of_tokenizer_and_generation_config(copied):
     tokenizer = load_tokenizer(copied)
     end = tokenizer.eos_token_id
     edit(copied / "generation_config.json", eos_token_id=[end, 0])
-    assert stop_tokens(copied, tokenizer) == {end, 0}
+    assert stop_tokens(copied, tokenizer, ()) == {end, 0}
     edit(copied / "generation_config.json", eos_token_id=7)
-    assert stop_tokens(copied, tokenizer) == {end, 7}
+    assert stop_tokens(copied, tokenizer, ()) == {end, 7}
     edit(copied / "generation_config.json", eos_token_id=None)
-    assert stop_tokens(copied, tokenizer) == {end}
+    assert stop_tokens(copied, tokenizer, ()) == {end}
     (copied / "generation_config.json").unlink()
-    assert stop_tokens(copied, tokenizer) == {end}
+    assert stop_tokens(copied, tokenizer, ()) == {end}
     tokenizer.eos_token = None
-    assert stop_tokens(copied, tokenizer) == frozenset()
+    assert stop_tokens(copied, tokenizer, ()) == frozenset()
 
 
 def test_a_package_that_is_not_installed_is_named():
@@ -425,7 +425,7 @@ def test_a_file_with_a_value_of_another_kind_is_named(copied, name, changes, sai
 
     def opened(path):
         config, tokenizer = load_config(path), load_tokenizer(path)
-        stop_tokens(path, tokenizer)
+        stop_tokens(path, tokenizer, ())
         check_generation_config(path)
         check_weight_files(path)
         return config

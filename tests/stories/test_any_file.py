@@ -92,10 +92,10 @@ def test_worker_processes_read_many_files_to_the_same_bytes(tmp_path, tiny_base,
     file = recipe(tmp_path, tiny_base, path=str(tmp_path / "corpus"), where="lang == en", skip=["lang"])
     found = []
 
-    def encoded(rows, where, encoder, *key, content, reopen):
+    def encoded(rows, where, encoder, *key, content, reopen, skips_bad):
         work = reopen()
         found.append([rows[index] for index in range(len(rows))] == [work.rows[index] for index in range(len(rows))])
-        return encode.encode(rows, where, encoder, *key, content=content, reopen=reopen)
+        return encode.encode(rows, where, encoder, *key, content=content, reopen=reopen, skips_bad=skips_bad)
 
     monkeypatch.setattr(encoding, "encode", encoded)
     train(load(file), tmp_path / "runs/a", is_quiet=True)

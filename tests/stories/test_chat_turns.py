@@ -91,7 +91,7 @@ def test_a_named_stop_token_ends_generation_of_checkpoints_packages_and_what_goe
     package(f"{run}@2", tmp_path / "package")
     assert GenerationConfig.from_pretrained(tmp_path / "package").eos_token_id == [end, stop]
     opened = open_model(f"{run}@2")
-    assert base.stop_tokens(opened.directory, open_tokenizer(opened)) == {end, stop}
+    assert base.stop_tokens(opened.directory, open_tokenizer(opened), ()) == {end, stop}
     on = {"task": {key: task[key] for key in ("name", "max_length")}, "base": {"checkpoint": f"{run}@2"}}
     assert len(resolve(load(thinking(**(sections | on))[0])).train) == 8, (
         "the checkpoint brings template and stop token"

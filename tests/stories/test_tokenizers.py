@@ -96,7 +96,7 @@ def as_older_code_left_it(run: Path, target: Path) -> Path:
     shutil.copytree(run, target)
     plan, facts = RunDirectory(target).plan()
     directory = base.directory(plan.recipe.base, plan.base)
-    stops = sorted(base.stop_tokens(directory, base.load_tokenizer(directory)))
+    stops = sorted(base.stop_tokens(directory, base.load_tokenizer(directory), ()))
     older = encodings.older_digest(plan.recipe.task, directory, OWN, stops)
     plan = plan.model_copy(update={"encoding": older, "row_rules": 1})
     (target / "plan.json").write_bytes(plan.dump(facts))

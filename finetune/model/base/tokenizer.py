@@ -99,7 +99,7 @@ def named_stops(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> lis
     return found
 
 
-def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, named: Sequence[str] = ()) -> frozenset[int]:
+def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, named: Sequence[str]) -> frozenset[int]:
     """Ids that end generation, by tokenizer and generation config together, and the `named` tokens."""
     stops = {tokenizer.eos_token_id, *named_stops(tokenizer, named)}
     if (path / "generation_config.json").exists():
