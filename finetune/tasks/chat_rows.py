@@ -75,22 +75,16 @@ class ChatRows:
         found, given = self._rendered(given, place)
         if "lost_text" in self.allowed:
             return found
-        # A content may spell the thought that the generation prompt opens.
-        learnt = {
-            number: each.text[begin_of_marks(each.text, first) : last]
-            for each in found
-            for number, (first, last) in zip(each.turns, each.spans, strict=True)
-        }
         if not found[0].is_whole:  # nothing is learnt from what no turn follows
             end = conversation.turns[-1] + 1
             conversation = conversation._replace(messages=conversation.messages[:end], places=conversation.places[:end])
         texts = [each.text for each in found]
         try:
-            refuse_lost(conversation, row, texts, learnt, place)
+            refuse_lost(conversation, row, texts, _learnt(found), place)
         except DataError:
-            if not (before := self._once_written(given, place)):
-                raise
-            refuse_lost(conversation, row, [*texts, *before], learnt, place)
+            # A content may spell the thought that the generation prompt opens.
+            texts += self._once_written(given, place)
+            refuse_lost(conversation, row, texts, _learnt(found, with_marks=True), place)
         return found
 
     def _once_written(self, conversation: Conversation, place: str) -> list[str]:
@@ -124,6 +118,15 @@ class ChatRows:
         arguments = [str(each) for each in arguments_of(conversation) if each]
         is_python = any(each in one.text for each in arguments for one in found)
         return (rendered(self.renderer, texts, self.ends, place), texts) if is_python else (found, conversation)
+
+
+def _learnt(found: Sequence[Rendered], with_marks: bool = False) -> dict[int, str]:
+    """What is learnt of each turn, by the number of its message; `with_marks` also the marks of thoughts right before."""
+    return {
+        number: each.text[begin_of_marks(each.text, first) if with_marks else first : last]
+        for each in found
+        for number, (first, last) in zip(each.turns, each.spans, strict=True)
+    }
 
 
 def _with_parts(conversation: Conversation) -> Conversation:

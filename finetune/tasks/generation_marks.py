@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from finetune.data.conversation import Message, Tool
 from finetune.errors import DataError
@@ -11,6 +12,7 @@ MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHOWN = 40  # characters of a text in a message
 
 
+@lru_cache(maxsize=16)
 def has_marks(template: str) -> bool:
     return MARK.search(template) is not None
 

@@ -92,8 +92,8 @@ def _first_stop(text: str, start: int, ends: Ends) -> tuple[int | None, str]:
     if not found:
         return None, ""
     end = min(at + len(stop) for at, stop in found)
-    after = text[end:]
-    for token in (*ends.stops, *ends.control):
+    after = text[end:].strip()
+    for token in (*ends.stops, *ends.control) if after else ():
         after = after.replace(token, "")
     return end, after.strip()
 
