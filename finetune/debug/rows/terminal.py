@@ -47,8 +47,9 @@ def _token(example: ShownExample, number: int) -> str:
     if number >= len(example["tokens"]):
         return f"token {number:,}: there are {len(example['tokens']):,}"
     token = example["tokens"][number]
-    state = "learnt" if token["trained"] else "not learnt"
-    return f"token {number:,} (id {token['id']}) {visible(token['text'])!r}: {state}: {token['reason']}"
+    state = "learnt: " if token["trained"] else "not learnt: "
+    said = state + token["reason"].removeprefix(state)
+    return f"token {number:,} (id {token['id']}) {visible(token['text'])!r}: {said}"
 
 
 def marked(example: ShownExample, is_colored: bool) -> str:
