@@ -25,6 +25,7 @@ def text(shown: Shown, numbers: tuple[int, ...], is_colored: bool) -> str:
         parts += ["", _head(example)]
         if example["refused"] is not None:
             parts.append(f"refused: {visible(example['refused'])}")
+            parts += [f"hint: {visible(example['hint'])}"] if example["hint"] else []
             continue
         parts.append(marked(example, is_colored))
         parts += [_token(example, number) for number in numbers]
