@@ -58,6 +58,7 @@ def refuse_lost(
         if column in row and column not in (*used, "system", "tools"):
             is_there = all(whole.has(each.forms) for each in _leaves(row[column], column, has_keys=False))
             lost += [] if is_there else [column]
+    lost = list(dict.fromkeys(lost))  # a key and its value have one place
     if not lost:
         return
     named = ", ".join(f"`{place}`" for place in lost[:4])
@@ -67,7 +68,7 @@ def refuse_lost(
     hint = (
         "put it into a message, or into a pattern"
         if is_column
-        else "use a template that shows it, with task.template: FILE"
+        else "use a template that shows it, with task.template: FILE, or a built-in one like `chatml`"
     )
     if "content" not in fields:
         hint += f", or train without it, with data.train[].skip: [{', '.join(fields)}]"

@@ -120,7 +120,7 @@ def _parts(row: Row, where: str) -> list[tuple[str, list[Message]]]:
         raise DataError(
             f"has neither `messages` nor `prompt` and `completion`; its columns are: {present}",
             where=where,
-            hint='map columns with data.train[].columns, like {messages: conversations}, or write patterns, like `prompt: "{question}"`',
+            hint='map columns with data.train[].columns, like {prompt: ask, completion: reply}, or write patterns, like `prompt: "{question}"`',
         )
     roles = {"prompt": "user", "completion": "assistant"}
     return [(name, _listed(row[name], name, where, role)) for name, role in roles.items()]

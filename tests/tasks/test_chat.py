@@ -228,7 +228,7 @@ def test_a_template_that_drops_what_the_assistant_says_is_refused(encoded):
     template = "{% for message in messages %}{{ message['role'] }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
     assert complaint(encoded, {"messages": turns("ask", "answer")}, template) == (
         "data.jsonl:1: the rendered text lacks `messages[0].content`, `messages[1].content`\n"
-        "hint: use a template that shows it, with task.template: FILE"
+        "hint: use a template that shows it, with task.template: FILE, or a built-in one like `chatml`"
     )
 
 
@@ -283,7 +283,7 @@ def test_text_that_spells_a_control_token_is_refused(encoded, speaker):
 )
 def test_a_row_without_the_columns_names_those_it_has(encoded, row, message):
     assert complaint(encoded, row) == (
-        f"data.jsonl:1: {message}\nhint: map columns with data.train[].columns, like {{messages: conversations}}, "
+        f"data.jsonl:1: {message}\nhint: map columns with data.train[].columns, like {{prompt: ask, completion: reply}}, "
         'or write patterns, like `prompt: "{question}"`'
     )
 

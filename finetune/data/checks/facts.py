@@ -93,7 +93,7 @@ class Counts:
         if looked.parts:
             name = language_of(looked.parts)
             self._languages.setdefault(name, {"rows": 0, "first": looked.where})["rows"] += 1
-        self._roles.update(part.role for part in looked.parts if part.place.endswith(("content", "system")))
+        self._roles.update(part.role for part in looked.parts if part.place.endswith((".content", "system")))
         messages = looked.columns.get("messages")
         for message in messages if isinstance(messages, list) else ():
             if isinstance(message, dict):

@@ -70,6 +70,8 @@ def _example(example: ShownExample) -> Iterator[str]:
     yield f"<h2>row {example['row']:,} of {_safe(example['source'])}, {_safe(example['where'])}</h2>"
     if example["refused"] is not None:
         yield f'<p class="refused">refused: {_safe(example["refused"])}</p>'
+        if example["hint"]:
+            yield f"<p>hint: {_safe(example['hint'])}</p>"
         return
     cut = f", {example['cut']:,} cut away" if example["cut"] else ""
     yield f"<p>{counted(len(example['tokens']), 'token')}, {example['learnt']:,} learnt{cut}</p>"

@@ -43,6 +43,8 @@ class ShownExample(TypedDict):
     cut: int
     refused: str | None
     """Why the row cannot be trained on; it has no tokens then."""
+    hint: str | None
+    """What to do about it."""
 
 
 class Shown(TypedDict):
@@ -89,6 +91,7 @@ def _of_row(opened: OpenedSource, row: int, explain: Explain, tokenizer: PreTrai
         "learnt": 0,
         "cut": 0,
         "refused": None,
+        "hint": None,
     }
     try:
         columns = opened.rows[row - opened.first]
@@ -97,7 +100,7 @@ def _of_row(opened: OpenedSource, row: int, explain: Explain, tokenizer: PreTrai
             raise DataError(f"has {counted(characters, 'character')}: its tokens are not looked at", where=where)
         explained = explain(columns, where)
     except DataError as error:
-        return [{**shown, "refused": error.message}]
+        return [{**shown, "refused": error.message, "hint": error.hint}]
     return [{**shown, "part": part, **_tokens(each, tokenizer)} for part, each in enumerate(explained)]
 
 

@@ -25,6 +25,7 @@ def text(shown: Shown, numbers: tuple[int, ...], is_colored: bool) -> str:
         parts += ["", _head(example)]
         if example["refused"] is not None:
             parts.append(f"refused: {visible(example['refused'])}")
+            parts += [f"hint: {visible(example['hint'])}"] if example["hint"] else []
             continue
         parts.append(marked(example, is_colored))
         parts += [_token(example, number) for number in numbers]
@@ -47,8 +48,9 @@ def _token(example: ShownExample, number: int) -> str:
     if number >= len(example["tokens"]):
         return f"token {number:,}: there are {len(example['tokens']):,}"
     token = example["tokens"][number]
-    state = "learnt" if token["trained"] else "not learnt"
-    return f"token {number:,} (id {token['id']}) {visible(token['text'])!r}: {state}: {token['reason']}"
+    state = "learnt: " if token["trained"] else "not learnt: "
+    said = state + token["reason"].removeprefix(state)
+    return f"token {number:,} (id {token['id']}) {visible(token['text'])!r}: {said}"
 
 
 def marked(example: ShownExample, is_colored: bool) -> str:
