@@ -40,7 +40,8 @@ class Rows:
     def __getitem__(self, index: int) -> Row:
         """Row `index`, from 0, in the form that a task reads. Columns without a use keep their names."""
         row, chosen = self.as_written(index), self.choice
-        return chosen.shape.canonical(row, self.where(index)) if chosen else row
+        # A shape makes columns and fields as well, like calls of ShareGPT's turns: `skip` names these, too.
+        return self._without_skipped(chosen.shape.canonical(row, self.where(index))) if chosen else row
 
     @cached_property
     def choice(self) -> Choice | None:

@@ -289,6 +289,20 @@ def test_two_shapes_are_refused_at_once_where_bad_rows_are_skipped(opened, tmp_p
         open_source(Source(path=str(tmp_path / "rows.jsonl")), form="conversation", skips_bad=True)
 
 
+def test_what_a_shape_makes_is_skipped_by_its_name(tmp_path) -> None:
+    turns = [
+        ("human", "2 + 2?"),
+        ("function_call", '{"name": "add", "arguments": {}}'),
+        ("observation", "4"),
+        ("gpt", "4"),
+    ]
+    row = {"conversations": [{"from": who, "value": said} for who, said in turns], "tools": "[{}]", "system": "Add."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    source = Source(path=str(tmp_path / "rows.jsonl"), skip=["tools", "tool_calls", "system"])
+    [made] = open_source(source, form="conversation")
+    assert made.keys() == {"messages"} and made["messages"][1] == {"role": "assistant"}
+
+
 def test_columns_without_a_use_stay_and_those_with_one_go(opened) -> None:
     row = opened([{"instruction": "a", "input": "", "output": "b", "id": 3}])[0]
     assert row == {"prompt": "a", "completion": "b", "id": 3}
