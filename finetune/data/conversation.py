@@ -189,6 +189,10 @@ def _call(call: object, place: str, where: str) -> dict[str, object]:
     function = given.get("function", given)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"`{place}` must have a `function` with a `name`", where=where)
+    if function.get("arguments") is None and "parameters" in function:  # as Llama 3 writes calls
+        function = {
+            "arguments" if name == "parameters" else name: function[name] for name in function if name != "arguments"
+        }
     # APIs return arguments as JSON text, and templates want objects.
     if isinstance(arguments := function.get("arguments"), str):
         arguments = _from_json(arguments or "{}", f"{place}.function.arguments", where)

@@ -399,6 +399,16 @@ def test_tool_calls_are_learnt_as_json_however_they_are_given_and_asked_for(lear
     assert learnt(row, base_template=template) == [f"{call}<|im_end|>", "fine<|im_end|>"]
 
 
+def test_arguments_of_a_call_may_be_called_parameters_and_nothing_else_of_it_is_lost(encoded, learnt):
+    row = with_call({"city": "Rome"})
+    function = row["messages"][1]["tool_calls"][0]["function"]
+    function["parameters"] = function.pop("arguments")
+    assert '"arguments": {"city": "Rome"}' in learnt(row, base_template=OBJECTS)[0]
+    function["arguments"] = {"city": "Paris"}
+    with pytest.raises(DataError, match=r"lacks `messages\[1\].tool_calls\[0\].function.parameters.city`"):
+        encoded(row, base_template=OBJECTS)
+
+
 @pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)]])
 def test_tools_reach_the_template_as_a_list_or_as_text(encoded, tiny_tokenizer, tools):
     text = tiny_tokenizer.decode(
