@@ -399,6 +399,12 @@ def test_tool_calls_are_learnt_as_json_however_they_are_given_and_asked_for(lear
     assert learnt(row, base_template=template) == [f"{call}<|im_end|>", "fine<|im_end|>"]
 
 
+def test_a_result_that_repeats_arguments_as_python_does_changes_no_call(learnt):
+    row = with_call({"city": "Rome"})
+    row["messages"][2]["content"] = "called with {'city': 'Rome'}"
+    assert '"arguments": {"city": "Rome"}' in learnt(row, base_template=OBJECTS)[0]
+
+
 def test_arguments_of_a_call_may_be_called_parameters_and_nothing_else_of_it_is_lost(encoded, learnt):
     row = with_call({"city": "Rome"})
     function = row["messages"][1]["tool_calls"][0]["function"]

@@ -49,11 +49,11 @@ def chat(*contents, **fields):
 def examples(tiny_tokenizer, tmp_path):
     """A function from a row and a template to each example's text before what is learnt, and what is learnt."""
 
-    def examples(row, template, stops=("<|im_end|>",), **task):
+    def examples(row, template, stops=("<|im_end|>",), allowed=(), **task):
         (tmp_path / "own.jinja").write_text(template)
         section = ChatTask(name="chat", template=str(tmp_path / "own.jinja"), **task)
         ids = set(tiny_tokenizer.convert_tokens_to_ids(list(stops)))
-        [found] = encoder(tiny_tokenizer, section, ids)([row], ["row 1"])
+        [found] = encoder(tiny_tokenizer, section, ids, allowed=allowed)([row], ["row 1"])
         pairs = []
         for example in found:
             first = int(example.supervised.argmax())
@@ -145,6 +145,19 @@ def test_the_recipe_s_system_message_is_given_to_rows_that_have_none(examples):
     for row, said in ((chat("ask", "one"), "Be brief."), (own, "Own.")):
         [(before, _)] = examples(row, CHATML, system="Be brief.")
         assert before.startswith(f"<|im_start|>system\n{said}<|im_end|>") and before.count("system") == 1
+
+
+def test_a_developer_message_is_a_system_message(examples):
+    row = chat("ask", "one")
+    row["messages"].insert(0, {"role": "developer", "content": "Be short."})
+    [(prompt, _)] = examples(row, CHATML, system="Be long.")
+    assert prompt.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user")
+
+
+def test_lost_text_is_allowed_only_where_no_way_to_give_contents_keeps_it(examples):
+    assert examples(chat("ask", "one"), LISTS_ONLY, allowed=("lost_text",)) == examples(chat("ask", "one"), LISTS_ONLY)
+    drops_thoughts = chat("ask", "one", reasoning_content="hm")
+    assert [learnt for _, learnt in examples(drops_thoughts, CHATML, allowed=("lost_text",))] == ["one<|im_end|>"]
 
 
 def test_variables_of_a_template_travel_as_its_first_line_and_a_caller_may_change_them(examples, tiny_tokenizer):

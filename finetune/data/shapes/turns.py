@@ -2,7 +2,7 @@
 
 from finetune.data.conversation import kind_of
 from finetune.data.example import Row
-from finetune.data.roles import ALIASES
+from finetune.data.roles import known_role
 from finetune.data.shapes.shape import json_of
 from finetune.errors import DataError
 
@@ -25,7 +25,7 @@ def message_of(item: object, place: str, where: str) -> Row:
     content = item.get(content_field) if content_field else None
     if role in CALLS:
         return {"role": "assistant", **_calls(content, f"{place}.{content_field}", where), **others}
-    message: Row = {"role": ALIASES.get(role.strip().lower(), role)}
+    message: Row = {"role": known_role(role)}
     if content_field:
         message["content"] = _text(content, f"{place}.{content_field}", where)
     return _with_calls(message | others, place, where)
