@@ -160,6 +160,22 @@ def test_lost_text_is_allowed_only_where_no_way_to_give_contents_keeps_it(exampl
     assert [learnt for _, learnt in examples(drops_thoughts, CHATML, allowed=("lost_text",))] == ["one<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", ["is_lout", "none", "range"])
+def test_a_variable_that_the_template_does_not_read_is_refused(examples, name):
+    switched = CHATML + "{% if is_loud is defined and is_loud %}!{% endif %}"
+    with pytest.raises(DataError, match=f"the chat template reads no variable `{name}`\nhint: it reads `is_loud`"):
+        examples(chat("ask", "one"), switched, template_variables={name: True})
+    with pytest.raises(DataError, match="hint: it has no switches: remove the key"):
+        examples(chat("ask", "one"), CHATML, template_variables={name: True})
+
+
+def test_many_texts_are_encoded_in_several_calls_with_the_same_result(examples, monkeypatch):
+    row = chat(*["ask", "answer"] * 5, reasoning_content="hm")
+    found = examples(row, FORGETS_THOUGHTS)
+    monkeypatch.setattr("finetune.tasks.chat.CHARACTERS_AT_ONCE", 150)
+    assert examples(row, FORGETS_THOUGHTS) == found and len(found) == 5
+
+
 def test_variables_of_a_template_travel_as_its_first_line_and_a_caller_may_change_them(examples, tiny_tokenizer):
     switched = "{% if is_loud %}{{ '!' }}{% endif %}{{ tone }}" + CHATML
     [(before, _)] = examples(chat("ask", "one"), switched, template_variables={"is_loud": True, "tone": "it's"})
