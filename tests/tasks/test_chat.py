@@ -526,6 +526,8 @@ def test_control_tokens_are_refused_wherever_a_row_has_text(encoded, row, place)
     ("row", "message"),
     [
         (with_call("city: Oslo"), "`messages[1].tool_calls[0].function.arguments` is text that is not JSON: `city: Oslo`"),
+        (with_call('{"a": 1, "a": 2}'), "`messages[1].tool_calls[0].function.arguments` is JSON that has the key `a` twice"),
+        (with_call('{"a":' * 900 + "1" + "}" * 900), "`messages[1].tool_calls[0].function.arguments` is text that is not JSON: `" + '{"a":' * 8 + "`"),
         (with_call("[1]"), "`messages[1].tool_calls[0].function.arguments` must be an object, or that as JSON text, not a list"),
         ({"messages": [*turns("ask"), called({}) | {"tool_calls": "x"}]}, "`messages[1].tool_calls` must be a list, not text"),
         ({"messages": [*turns("ask"), called({}) | {"tool_calls": [{}]}]}, "`messages[1].tool_calls[0]` must have a `function` with a `name`"),

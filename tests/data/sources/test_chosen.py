@@ -75,6 +75,11 @@ def test_a_condition_keeps_the_rows_it_is_true_of(where, expected, source) -> No
     assert rows.about == f"JSON Lines, kept {len(expected)} of 4 rows"
 
 
+def test_a_number_of_thousands_of_digits_is_compared(tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text(f"text,n\na,1\nb,{'9' * 5000}\n")
+    assert texts(open_source(Source(path=str(tmp_path / "rows.csv"), where="n > 1"))) == "b"
+
+
 def test_take_counts_after_where_and_reads_no_row_after(source) -> None:
     with open(str(source.path), "a") as file:
         file.write("broken\n")
