@@ -99,6 +99,14 @@ def test_a_bad_row_is_a_problem_and_not_the_end(recipe_of, tmp_path) -> None:
     assert sum(facts["tokens"]["counts"]) == 4
 
 
+def test_a_bad_first_row_is_shown_as_refused_where_the_recipe_skips_bad_rows(recipe_file, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": 3}, chat_row(1))))
+    loaded = load(recipe_file(data={"train": [{"path": str(path)}], "on_bad_row": "skip"}))
+    first, second = show(loaded, None, 2, [])["examples"]
+    assert "`messages` must be a list" in str(first["refused"]) and second["refused"] is None
+
+
 def test_drawn_held_out_rows_are_compared_with_the_others(recipe_file, chat_data, tmp_path) -> None:
     rows = [
         {"prompt": f"{number} " + "the model reads a row and writes " * 9, "completion": "an answer that ends"}

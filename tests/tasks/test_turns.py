@@ -230,3 +230,12 @@ def test_each_token_has_a_reason(tiny_tokenizer):
     ]
     assert found.kept == 30 < len(found.tokens) == len(found.reasons)
     assert [found.text[first:last] for first, last in found.offsets.tolist()][-2:] == ["<|im_end|>", "\n"]
+
+
+def test_a_turn_that_opens_a_conversation_after_a_system_column_says_so(tiny_tokenizer):
+    row = chat("ask", "two") | {"system": "Be short."}
+    row["messages"] = [{"role": "assistant", "content": each} for each in ("hello", "there")] + row["messages"]
+    stops = set(tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>"]))
+    [found] = explainer(tiny_tokenizer, ChatTask(name="chat"), stops)(row, "row 1")
+    for number in (0, 1):
+        assert f"not learnt: messages[{number}] opens the conversation, so nothing asks for it" in found.reasons
