@@ -85,7 +85,7 @@ def _own(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
         raise DataError(message, hint=f"choose one with task.template: {OF_BASE}{names[0]}")
     if given and name != "default":
         raise DataError(
-            f"the base has one chat template, without a name, and none called `{name}`", hint="leave task.template out"
+            f"the base has one chat template, without a name, and none called `{name}`", hint="remove task.template"
         )
     raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
 

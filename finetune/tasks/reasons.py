@@ -53,7 +53,7 @@ def _unlearnt(conversation: Conversation, one: Rendered, edges: Sequence[int], s
     if number in one.turns:
         return f"not learnt: the template writes it around {place}"
     if number in conversation.turns:
-        return f"not learnt: {place}, learnt in an example of its own"
+        return f"not learnt: {place}, learnt in another example"
     if place.startswith("prompt"):
         return f"not learnt: {place}, a turn of the prompt"
     if learn == "last":
