@@ -101,7 +101,9 @@ def _rows(
 ) -> ChatRows:
     renderer = Renderer(tokenizer, template or template_of(tokenizer, task), date)
     refuse_unread(renderer.template, task.template_variables)
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = tokenizer.added_tokens_decoder.items()
+    # Text becomes an added token even if that is not special. One that ends a turn would end it there.
+    control = [token.content for number, token in added if token.special or (row_rules > 1 and number in stop_tokens)]
     stops = [text for token in sorted(stop_tokens) if (text := str(tokenizer.decode([token])))]
     return ChatRows(task, renderer, Ends(stops, control), row_rules, frozenset(allowed))
 

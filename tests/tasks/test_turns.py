@@ -1,5 +1,7 @@
 """A learnt turn follows what the model is given when it answers: in one example for all turns where the template allows it, else one a turn."""
 
+from copy import deepcopy
+
 import pytest
 
 from finetune.errors import DataError
@@ -208,6 +210,16 @@ def test_marks_of_a_template_must_agree_with_what_is_learnt(examples):
         "row 1: the chat template marks 'one' of `messages[1]` as generated, but the model writes 'one<|im_end|>'\n"
         "hint: correct its {% generation %} marks, or remove them all"
     )
+
+
+def test_text_that_spells_a_stop_token_is_refused_even_if_that_is_not_special(tiny_tokenizer, tmp_path):
+    (tokenizer := deepcopy(tiny_tokenizer)).add_tokens(["<stop>", "<word>"])
+    (tmp_path / "own.jinja").write_text(CHATML.replace("<|im_end|>", "<stop>"))
+    stops = set(tokenizer.convert_tokens_to_ids(["<stop>"]))
+    encode = encoder(tokenizer, ChatTask(name="chat", template=str(tmp_path / "own.jinja")), stops)
+    assert len(encode([chat("a <word>", "one")], ["row 1"])) == 1
+    with pytest.raises(DataError, match="a user message spells the control token `<stop>`"):
+        encode([chat("a <stop>", "one")], ["row 1"])
 
 
 def test_each_token_has_a_reason(tiny_tokenizer):
