@@ -125,7 +125,7 @@ class ChatRows:
         given = [*_strings([message.get("content") for message in conversation.messages])]
         is_python = any(
             # The row itself may have it, as in the result of a call.
-            one.text.count(said) > sum(text.count(said) for text in given)
+            said in one.text and one.text.count(said) > sum(text.count(said) for text in given)
             for said in map(str, filter(None, arguments_of(conversation)))
             for one in found
         )

@@ -25,10 +25,9 @@ def message_of(item: object, place: str, where: str) -> Row:
     content = item.get(content_field) if content_field else None
     if role in CALLS:
         if item.get("tool_calls") or item.get("function_call"):
-            message = f"`{place}` has calls in `{content_field}` and beside it"
-            raise DataError(message, where=where, hint="keep one of them")
-        others = {name: value for name, value in others.items() if name not in ("tool_calls", "function_call")}
-        return {"role": "assistant", **_calls(content, f"{place}.{content_field}", where), **others}
+            said = f"`{place}` has calls in `{content_field}` and beside it"
+            raise DataError(said, where=where, hint="keep one of them")
+        return {"role": "assistant", **others, **_calls(content, f"{place}.{content_field}", where)}
     message: Row = {"role": known_role(role)}
     if content_field:
         message["content"] = _text(content, f"{place}.{content_field}", where)
