@@ -10,7 +10,7 @@ import click
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, RECIPE
-from finetune.errors import counted
+from finetune.errors import FinetuneError, counted
 
 if TYPE_CHECKING:
     from finetune.recipe.load import LoadedRecipe
@@ -74,10 +74,12 @@ def show(
     with importing():
         from finetune.debug.rows import page, terminal
         from finetune.debug.rows import show as showing
+        from finetune.store.durable import failures
 
     shown = showing.show(loaded, source, count, chosen)
     if html:
-        html.write_text(page.page(shown, f"Rows of {recipe}"), encoding="utf-8")
+        with failures(html, FinetuneError):
+            html.write_text(page.page(shown, f"Rows of {recipe}"), encoding="utf-8")
     is_good = all(example["refused"] is None for example in shown["examples"])
     written = str(html) if html else terminal.text(shown, numbers, sys.stdout.isatty())
     return Answer(shown, written, is_good=is_good)
@@ -98,7 +100,9 @@ def convert(recipe: Path, out: Path, overrides: tuple[str, ...], source: str | N
         from finetune.plan.disk import readable
 
     facts = converting.convert(loaded, out, source, is_forced)
-    return Answer(facts, f"{counted(facts['rows'], 'row')} in {facts['path']}, {readable(facts['bytes'])}")
+    said = f"{counted(facts['rows'], 'row')} in {facts['path']}, {readable(facts['bytes'])}"
+    skipped = f"; {counted(facts['skipped'], 'bad row')} skipped (data.on_bad_row)" if facts["skipped"] else ""
+    return Answer(facts, said + skipped)
 
 
 def _loaded(recipe: Path, overrides: Sequence[str]) -> "LoadedRecipe":

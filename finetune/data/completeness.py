@@ -121,6 +121,9 @@ def _message(message: Message, place: str) -> Iterator[Said]:
                 others = {name: call[name] for name in call if name not in ("function", "name", "arguments")}
                 yield from _leaves(function["name"], f"{called}.function.name")
                 yield from _leaves(function["arguments"], f"{called}.function.arguments")
+                within = {name: function[name] for name in function if name not in ("name", "arguments")}
+                if function is not call:
+                    yield from _leaves(_without_identifiers(within), f"{called}.function", has_keys=False)
                 yield from _leaves(_without_identifiers(others), called, has_keys=False)
         # Ids only link a call to its result, and templates rarely print them.
         elif field not in IDENTIFIERS:

@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from finetune.data.json_text import json_of
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
+from finetune.store.strict_json import RepeatedKeyError
 
 FIELDS = ("messages", "prompt", "completion", "system", "tools")
 ROLES = ("system", "user", "assistant", "tool")
@@ -189,6 +191,10 @@ def _call(call: object, place: str, where: str) -> dict[str, object]:
     function = given.get("function", given)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"`{place}` must have a `function` with a `name`", where=where)
+    if function.get("arguments") is None and "parameters" in function:  # as Llama 3 writes calls
+        function = {
+            "arguments" if name == "parameters" else name: function[name] for name in function if name != "arguments"
+        }
     # APIs return arguments as JSON text, and templates want objects.
     if isinstance(arguments := function.get("arguments"), str):
         arguments = _from_json(arguments or "{}", f"{place}.function.arguments", where)
@@ -232,7 +238,8 @@ def _with_columns(conversation: Conversation, row: Row, where: str) -> Conversat
 
 def _from_json(text: str, place: str, where: str) -> object:
     try:
-        return json.loads(text)
-    # Deeply nested JSON exhausts Python's stack.
-    except (ValueError, RecursionError):
+        return json_of(text)
+    except RepeatedKeyError as error:
+        raise DataError(f"`{place}` is JSON that has the key `{error.key}` twice", where=where) from None
+    except ValueError:
         raise DataError(f"`{place}` is text that is not JSON: `{text[:40]}`", where=where) from None

@@ -67,7 +67,7 @@ def encode_part(
 ) -> Encoded | None:
     """Makes the shards of one of several tasks on a shared file system; what `encode` returns, once all shards are there.
 
-    A shard that is there is not made again, whoever made it. The last task joins them; so does `encode`.
+    A finished shard is not made again, whichever task made it. The last task joins them; so does `encode`.
     """
     work, digest = Work(rows, where, encoder, content, skips_bad), digest_of(key, skips_bad)
     ranges = ranges_of(len(rows))

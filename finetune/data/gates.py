@@ -1,4 +1,5 @@
-"""The gates before compute: what a new run is refused for, unless `data.allow` names it. A resume has passed them.
+"""The gates before compute: what a new run is refused for, unless `data.allow` names it. A resume has passed them, and
+so has a branch with the data and the task of its run.
 
 `lost_text` and `unlearnt_stop` hold for single rows as well: there the encoder asks.
 """

@@ -31,6 +31,7 @@ from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
 from finetune.training.build import start_accelerator
 from finetune.training.facts import facts_of
+from finetune.training.readiness import refuse_gated
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import stand_in
 from finetune.training.run import train
@@ -77,6 +78,8 @@ def branch(
         parent = Parent(ref=f"{origin.name}@{step}", run=facts["run"], step=step, digest=digest, plan_id=old.plan_id)
         plan = _plan(resolved, old, parent, choices)
         if not branch_directory.is_there(run, plan):
+            if (old.recipe.data, old.recipe.task) != (loaded.recipe.data, loaded.recipe.task):
+                refuse_gated(resolved, parent.ref)
             facts = {
                 **facts_of(accelerator),
                 "micro_batch_tokens": resolved.micro_batch_tokens,
@@ -146,8 +149,7 @@ def _plan(resolved: Resolved, old: Plan, parent: Parent, choices: Choices) -> Pl
     lines += [f"{name}: {was} -> {now}" for name, was, now in _other_data(old, new)]
     skipped, about_rows = _skipped(resolved, old, choices)
     lines += about_rows
-    if choices.is_optimizer_reset:
-        lines.append("optimizer: reset")
+    lines += ["optimizer: reset"] if choices.is_optimizer_reset else []
     if is_restarted:
         lines.append(f"schedule: restarted after step {parent.step}")
     if new.steps <= parent.step:

@@ -29,7 +29,7 @@ class Stretch:
 
 
 def drawn(shares: Sequence[int], positions: np.ndarray, *, is_even: bool) -> np.ndarray:
-    """How many of the first so many positions (int64, shape (n,)) each source has (int64, shape (n, sources)).
+    """How many of the first p positions each source has (int64, shape (n, sources)), for each p of `positions` (int64, shape (n,)).
 
     A source with share a of what others left over, A, has r of p positions: p a / A, rounded. Each count grows by 0 or 1 a position,
     and where p is a multiple of all shares together every count is exact. Older plans take the sources as listed and round down.
@@ -52,7 +52,7 @@ def drawn(shares: Sequence[int], positions: np.ndarray, *, is_even: bool) -> np.
 
 
 def drawn_in(stretches: Sequence[Stretch], positions: np.ndarray) -> np.ndarray:
-    """The same where an epoch consists of stretches; of several, each epoch begins with the first one anew."""
+    """The same where an epoch consists of stretches; of several, each epoch begins with the first one."""
     if len(stretches) == 1:  # not by the epoch: its roundings would add up
         return drawn(stretches[0].shares, positions, is_even=True)
     epochs, within = np.divmod(positions, sum(stretch.length for stretch in stretches))
@@ -93,7 +93,7 @@ def _amounts(data: Data, sizes: Sequence[int]) -> tuple[int, ...]:
     for number, (source, amount) in enumerate(zip(data.train, amounts, strict=True)):
         if not amount:
             message = f"data.train[{number}].epochs: {source.epochs:g} draws none of {sizes[number]} examples"
-            raise DataError(message, where=source.place, hint="raise `epochs`, or leave the source out")
+            raise DataError(message, where=source.place, hint="raise `epochs`, or remove the source")
     return amounts
 
 

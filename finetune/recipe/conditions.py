@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 _LITERALS: dict[str, Value] = {"true": True, "false": False, "null": None}
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in")
 _ABSENT = object()
+MOST_DIGITS = 1000  # of a whole number that is compared exactly
 
 
 class ComparisonError(ValueError):
@@ -130,7 +131,7 @@ def _value(tokens: list[_Token], after: str) -> Value:
     if token.text in _LITERALS:
         return _LITERALS[token.text]
     if _NUMBER.fullmatch(token.text):
-        return float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
+        return _of_digits(token.text)
     return token.text
 
 
@@ -183,8 +184,12 @@ def _compared(one: _OrderedT, operator: str, two: _OrderedT) -> bool:
     return one > two or (operator == ">=" and one == two)
 
 
+def _of_digits(text: str) -> int | float:
+    """The number that a text spells. Python refuses to read a whole number of thousands of digits."""
+    return float(text) if re.search(r"[.eE]", text) or len(text) > MOST_DIGITS else int(text)
+
+
 def _number(value: object) -> int | float | None:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        text = value.strip()
-        return float(text) if re.search(r"[.eE]", text) else int(text)
+        return _of_digits(value.strip())
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

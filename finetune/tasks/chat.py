@@ -6,18 +6,20 @@ A conversation is one example, or one for each learnt turn: see `turns`.
 import os
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.example import Example, Row
+from finetune.data.shards import CHARACTERS_AT_ONCE
 from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import ChatTask
 from finetune.tasks import causal, content
 from finetune.tasks.chat_rows import ChatRows
-from finetune.tasks.chat_template import template_of
+from finetune.tasks.chat_template import refuse_unread, template_of
 from finetune.tasks.reasons import reasons_of, tolerant
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
 from finetune.tasks.task import Encode, Explain, Explained, Task
@@ -98,7 +100,10 @@ def _rows(
     allowed: Collection[str],
 ) -> ChatRows:
     renderer = Renderer(tokenizer, template or template_of(tokenizer, task), date)
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    refuse_unread(renderer.template, task.template_variables)
+    added = tokenizer.added_tokens_decoder.items()
+    # Text becomes an added token even if that is not special. One that ends a turn would end it there.
+    control = [token.content for number, token in added if token.special or (row_rules > 1 and number in stop_tokens)]
     stops = [text for token in sorted(stop_tokens) if (text := str(tokenizer.decode([token])))]
     return ChatRows(task, renderer, Ends(stops, control), row_rules, frozenset(allowed))
 
@@ -110,13 +115,11 @@ def _tokens(
     texts: Sequence[Sequence[Rendered]],
     places: Sequence[str],
 ) -> Iterator[_Tokens]:
-    """All examples of all rows, encoded in one call."""
+    """All examples of all rows."""
     pairs = [(one, place) for each, place in zip(texts, places, strict=True) for one in each]
-    batch = tokenizer([one.text for one, _ in pairs], add_special_tokens=False, return_offsets_mapping=True)
     before = None
-    for number, (one, place) in enumerate(pairs):
-        ids = np.array(batch["input_ids"][number], dtype=np.int32)
-        starts, ends = np.array(batch["offset_mapping"][number], dtype=np.int64).reshape(-1, 2).T
+    for (one, place), (ids, offsets) in zip(pairs, _ids(tokenizer, [one.text for one, _ in pairs]), strict=True):
+        starts, ends = offsets.T
         supervised = np.zeros(len(ids), dtype=bool)
         for field, (first, last) in zip(one.fields, one.spans, strict=True):
             # a token that header and answer share counts, or the answer's first word would never be learnt
@@ -134,10 +137,22 @@ def _tokens(
         yield _Tokens(ids, starts, ends, supervised)
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The ids of each text, int32 (T,), and the characters of each, int64 (T, 2).
+
+    Many texts a call, for the tokenizer's threads; but an example a turn repeats its conversation, and each character takes 100 bytes.
+    """
+    edges = accumulate(map(len, texts))
+    for _, some in groupby(zip(texts, edges, strict=True), lambda each: each[1] // CHARACTERS_AT_ONCE):
+        batch = tokenizer([text for text, _ in some], add_special_tokens=False, return_offsets_mapping=True)
+        for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+            yield np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+
+
 def _example(tokens: _Tokens, max_length: int) -> Example:
     cut = max(0, len(tokens.ids) - max_length)
     lost = int(tokens.supervised[max(1, max_length) :].sum())  # the first token of a row is never predicted
-    return Example(tokens.ids[:max_length], tokens.supervised[:max_length], cut, lost)
+    return Example(tokens.ids[:max_length].copy(), tokens.supervised[:max_length].copy(), cut, lost)
 
 
 def _without_trailing_space(turn: np.ndarray, starts: np.ndarray, ends: np.ndarray, text: str) -> int:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from finetune.data.completeness import refuse_lost
-from finetune.data.conversation import ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
+from finetune.data.conversation import FLAGS, ROLES, Conversation, arguments_of, conversation_of, with_text_arguments
 from finetune.data.example import Row
-from finetune.data.roles import with_known_roles
+from finetune.data.roles import known_role, with_known_roles
 from finetune.errors import DataError
 from finetune.recipe.schema import ChatTask
 from finetune.tasks.rendering import Renderer, TemplateError
@@ -33,7 +33,9 @@ class ChatRows:
     def conversation(self, row: Row, place: str) -> Conversation:
         """The conversation of a row, with what the recipe adds and learns. Raises DataError for a bad row."""
         conversation = conversation_of(row, place, self.row_rules)
-        if self.task.system is not None and conversation.messages[0]["role"] != "system":
+        if self.task.learn == "all":
+            _refuse_unlearnt(row, place)
+        if self.task.system is not None and known_role(conversation.messages[0]["role"]) != "system":
             message = {"role": "system", "content": self.task.system}
             conversation = conversation._replace(
                 messages=[message, *conversation.messages],
@@ -59,6 +61,9 @@ class ChatRows:
                 found = self._complete(_with_parts(conversation), conversation, row, place)
                 if not any(sign in one.text for sign in AS_IT_COMES for one in found):
                     return found
+            if "lost_text" in self.allowed:
+                with suppress(DataError):
+                    return self._rendered(conversation, place)[0]
             raise error if not isinstance(error, TemplateError) else self._named(error, conversation) from None
 
     def _named(self, error: TemplateError, conversation: Conversation) -> DataError:
@@ -73,8 +78,6 @@ class ChatRows:
     def _complete(self, given: Conversation, conversation: Conversation, row: Row, place: str) -> list[Rendered]:
         """The texts of what the template is given. Raises DataError if they lack content of the conversation."""
         found, given = self._rendered(given, place)
-        if "lost_text" in self.allowed:
-            return found
         if not found[0].is_whole:  # nothing is learnt from what no turn follows
             end = conversation.turns[-1] + 1
             conversation = conversation._replace(messages=conversation.messages[:end], places=conversation.places[:end])
@@ -115,8 +118,13 @@ class ChatRows:
                 return rendered(self.renderer, texts, self.ends, place), texts
             except DataError:
                 raise error from None
-        arguments = [str(each) for each in arguments_of(conversation) if each]
-        is_python = any(each in one.text for each in arguments for one in found)
+        given = [*_strings([message.get("content") for message in conversation.messages])]
+        is_python = any(
+            # The row itself may have it, as in the result of a call.
+            said in one.text and one.text.count(said) > sum(text.count(said) for text in given)
+            for said in map(str, filter(None, arguments_of(conversation)))
+            for one in found
+        )
         return (rendered(self.renderer, texts, self.ends, place), texts) if is_python else (found, conversation)
 
 
@@ -136,6 +144,16 @@ def _with_parts(conversation: Conversation) -> Conversation:
         for message in conversation.messages
     ]
     return conversation._replace(messages=parts)
+
+
+def _refuse_unlearnt(row: Row, place: str) -> None:
+    """A turn with `weight: 0` contradicts a recipe that learns every token."""
+    for column in ("messages", "prompt", "completion"):
+        found = row.get(column)
+        for number, message in enumerate(found if isinstance(found, list) else ()):
+            if message.get("weight") == 0 or False in [message.get(flag) for flag in FLAGS]:
+                reason = f"`{column}[{number}]` is not to be learnt, and `task.learn: all` learns every token"
+                raise DataError(reason, where=place, hint="remove its `weight` or flag, or learn less with task.learn")
 
 
 def _refuse_roles(conversation: Conversation, template: str, place: str) -> None:

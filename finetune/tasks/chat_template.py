@@ -12,8 +12,9 @@ from finetune.errors import DataError
 from finetune.model.base import named, templates
 from finetune.model.base.files import TEMPLATE
 from finetune.recipe.schema import ChatTask
+from finetune.recipe.schema.tasks import RESERVED
 from finetune.store import places
-from finetune.tasks.rendering import TEMPLATE_HINT
+from finetune.tasks.rendering import TEMPLATE_HINT, names_read
 
 OF_BASE = "base:"
 """Before the name of one of the base's own templates."""
@@ -32,10 +33,25 @@ def template_of(
 
 def with_variables(template: str, variables: Mapping[str, object]) -> str:
     """A template in which these variables have these values, unless the caller gives others."""
-    line = "".join(
-        f"{{%- set {name} = {name} if {name} is defined else {_literal(variables[name])} -%}}" for name in variables
-    )
+    line = _line(variables)
     return template if template.startswith(line) else line + template
+
+
+def refuse_unread(template: str, variables: Mapping[str, object]) -> None:
+    """Raises DataError for a variable that the template does not read: a misspelt one would change nothing, in silence."""
+    read = names_read(template.removeprefix(_line(variables))) if variables else set()
+    if unread := [name for name in variables if name not in read]:
+        others = ", ".join(f"`{name}`" for name in sorted(read - RESERVED))
+        message = f"the chat template reads no variable `{unread[0]}`"
+        hint = f"it reads {others}" if others else "it has no switches: remove the key"
+        raise DataError(message, where="task.template_variables", hint=hint)
+
+
+def _line(variables: Mapping[str, object]) -> str:
+    # Lines of blocks alone leave nothing in the text, and the template's own beginning stays as it is.
+    return "".join(
+        f"{{%- set {name} = {name} if {name} is defined else {_literal(variables[name])} %}}\n" for name in variables
+    )
 
 
 def _literal(value: object) -> str:
@@ -70,7 +86,7 @@ def _own(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
         raise DataError(message, hint=f"choose one with task.template: {OF_BASE}{names[0]}")
     if given and name != "default":
         raise DataError(
-            f"the base has one chat template, without a name, and none called `{name}`", hint="leave task.template out"
+            f"the base has one chat template, without a name, and none called `{name}`", hint="remove task.template"
         )
     raise DataError("the base has no chat template", hint=TEMPLATE_HINT)
 

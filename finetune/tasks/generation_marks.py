@@ -28,8 +28,8 @@ def refuse_other(
 ) -> None:
     """Raises DataError if the template marks something else of the last message than `written`, blanks at the ends aside.
 
-    A mark may begin with the header, as SmolLM3's do: the model is given that. One without the stop token is refused: whoever learns by it
-    never stops.
+    A mark may begin with the header, as SmolLM3's do: the model is given that. One without the stop token is refused: a model that
+    learns by it never stops.
     """
     text, marks = renderer.marks(messages, place, tools)
     begin = len(text) - len(written)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from finetune.data.conversation import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.errors import DataError
 from finetune.tasks.turns import Rendered
 
@@ -53,14 +53,19 @@ def _unlearnt(conversation: Conversation, one: Rendered, edges: Sequence[int], s
     if number in one.turns:
         return f"not learnt: the template writes it around {place}"
     if number in conversation.turns:
-        return f"not learnt: {place}, learnt in an example of its own"
+        return f"not learnt: {place}, learnt in another example"
     if place.startswith("prompt"):
         return f"not learnt: {place}, a turn of the prompt"
     if learn == "last":
         return f"not learnt: {place}, not the last turn (task.learn)"
-    if number == 0:
+    if all(map(_opens, conversation.messages[:number], conversation.places)):
         return f"not learnt: {place} opens the conversation, so nothing asks for it"
     return f"not learnt: {place} has `weight: 0` or `train: false`"
+
+
+def _opens(message: Message, place: str) -> bool:
+    """Whether a message is before all that could ask: turns of the assistant, and a system message from beside the messages."""
+    return message["role"] == "assistant" or place in ("system", "task.system")
 
 
 def _edges(conversation: Conversation, one: Rendered, render: Render) -> Iterator[int]:

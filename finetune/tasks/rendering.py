@@ -142,6 +142,18 @@ def prints_date(template: str) -> bool:
     return any(name.name == "strftime_now" for name in tree.find_all(jinja2.nodes.Name))
 
 
+def names_read(template: str) -> set[str]:
+    """The variables that a template reads, without functions. Empty for a damaged one: rendering it reports the error."""
+    import jinja2
+    from jinja2.meta import find_undeclared_variables
+
+    environment = _compiled("").environment
+    try:
+        return find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
+    except jinja2.TemplateError:
+        return set()
+
+
 def _compiled(template: str) -> "jinja2.Template":
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

@@ -56,9 +56,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[lis
     fast = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     if fast[0].ids == first:
         return [each.ids for each in fast], [each.special_tokens_mask for each in fast]
-    batch = tokenizer(
-        texts, return_special_tokens_mask=True
-    )  # a class of its own does more than its tokenizer.json says
+    # Its class does more than its tokenizer.json says.
+    batch = tokenizer(texts, return_special_tokens_mask=True)
     return batch["input_ids"], batch["special_tokens_mask"]
 
 

@@ -72,9 +72,8 @@ def rendered(renderer: Renderer, conversation: Conversation, ends: Ends, place: 
 def _in_one(whole: str, answers: Sequence[_Answer]) -> tuple[str, list[tuple[int, int]]] | None:
     """The text of the whole conversation and its learnt spans, if each turn stands in it as it does when the model writes it."""
     last = answers[-1].text
-    text = (
-        last if last.startswith(whole) else whole
-    )  # longer by the stop token that another role's turn would begin with
+    # Longer by the stop token that another role's turn would begin with.
+    text = last if last.startswith(whole) else whole
     spans = []
     for answer in answers:
         # Some templates end the text, not the turn: only what comes before the model stops has to be the same.

@@ -74,12 +74,13 @@ class RecipeRows:
 def open_rows(loaded: LoadedRecipe, is_first_read: bool = True) -> RecipeRows:
     """Opens all sources. Without `is_first_read` a bad first row is no error, and the reasons of unreadable sources are `unopened`."""
     preflight.check_fields(loaded)
+    form, skips_bad = loaded.recipe.task.row_form, loaded.recipe.data.on_bad_row == "skip"
     opened: list[OpenedSource] = []
     unopened: list[DataError] = []
     first = 0
     for key, source in preflight.named_sources(loaded):
         try:
-            rows = open_source(source, form=loaded.recipe.task.row_form, is_first_read=is_first_read)
+            rows = open_source(source, form=form, skips_bad=skips_bad, is_first_read=is_first_read)
         except DataError as error:
             if is_first_read:
                 raise

@@ -10,7 +10,7 @@ from finetune.debug import branch_directory
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch, row_ids
 from finetune.debug.replay import replay
-from finetune.errors import CheckpointError, RecipeError, RunError
+from finetune.errors import CheckpointError, DataError, RecipeError, RunError
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
@@ -284,6 +284,12 @@ def test_held_out_figures_of_other_rows_are_not_carried_over(run, tmp_path, chat
     made = branch(f"{run}@20", tmp_path / "made", Choices((changed, "train.steps=24")))
     evaluated = journal.evaluations(journal.read(made))
     assert list(evaluated) == [24] and evaluated[24]["rows"] == 3
+
+
+def test_a_branch_with_other_rows_or_another_length_passes_the_gates(run, tmp_path) -> None:
+    with pytest.raises(DataError, match=r"run@8: task.max_length cuts (.|\n)* start all the same with data.allow"):
+        branch(f"{run}@8", tmp_path / "cut", Choices(("task.max_length=30",)), is_to_train=False)
+    assert not (tmp_path / "cut").exists()
 
 
 def test_a_long_list_of_rows_is_a_list() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -99,6 +100,14 @@ def test_a_bad_row_is_a_problem_and_not_the_end(recipe_of, tmp_path) -> None:
     assert sum(facts["tokens"]["counts"]) == 4
 
 
+def test_a_bad_first_row_is_shown_as_refused_where_the_recipe_skips_bad_rows(recipe_file, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": 3}, chat_row(1))))
+    loaded = load(recipe_file(data={"train": [{"path": str(path)}], "on_bad_row": "skip"}))
+    first, second = show(loaded, None, 2, [])["examples"]
+    assert "`messages` must be a list" in str(first["refused"]) and second["refused"] is None
+
+
 def test_drawn_held_out_rows_are_compared_with_the_others(recipe_file, chat_data, tmp_path) -> None:
     rows = [
         {"prompt": f"{number} " + "the model reads a row and writes " * 9, "completion": "an answer that ends"}
@@ -175,13 +184,16 @@ def test_exit_codes_and_objects_are_those_of_the_contract(
         (["check", "--skip", "duplicates"], 0),
         (["show"], 0),
         (["check", "--skip", "x"], 2),
+        (["show", "--html", str(tmp_path / "gone/page.html")], 1),
     ):
         monkeypatch.setattr("sys.argv", ["finetune", "data", *words, str(recipe), "--json"])
         with pytest.raises(SystemExit) if code else pytest.MonkeyPatch.context() as ended:
             main()
         assert not code or ended.value.code == code
         facts = json.loads(capsys.readouterr().out)
-        assert facts.keys() >= ({"examples"} if words == ["show"] else {"error"} if code == 2 else {"ok", "problems"})
+        assert facts.keys() >= (
+            {"examples"} if words == ["show"] else {"error"} if code == 2 or "show" in words else {"ok", "problems"}
+        )
 
 
 def test_rows_of_any_shape_are_shown_checked_and_written_as_the_task_reads_them(recipe_of, tmp_path) -> None:
@@ -195,3 +207,13 @@ def test_rows_of_any_shape_are_shown_checked_and_written_as_the_task_reads_them(
     convert(loaded, tmp_path / "out.jsonl", None, False)
     written = [json.loads(line)["messages"][1]["content"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written == ["said", "asked"]
+
+
+def test_bad_rows_are_left_out_of_what_is_written_where_the_recipe_skips_them(recipe_of, tmp_path) -> None:
+    loaded = recipe_of(chat_row(1), "{broken", chat_row(2))
+    with pytest.raises(DataError):
+        convert(loaded, tmp_path / "out.jsonl", None, False)
+    data = loaded.recipe.data.model_copy(update={"on_bad_row": "skip"})
+    skipping = replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}))
+    assert convert(skipping, tmp_path / "out.jsonl", None, False)["skipped"] == 1
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

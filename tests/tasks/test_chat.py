@@ -399,6 +399,22 @@ def test_tool_calls_are_learnt_as_json_however_they_are_given_and_asked_for(lear
     assert learnt(row, base_template=template) == [f"{call}<|im_end|>", "fine<|im_end|>"]
 
 
+def test_a_result_that_repeats_arguments_as_python_does_changes_no_call(learnt):
+    row = with_call({"city": "Rome"})
+    row["messages"][2]["content"] = "called with {'city': 'Rome'}"
+    assert '"arguments": {"city": "Rome"}' in learnt(row, base_template=OBJECTS)[0]
+
+
+def test_arguments_of_a_call_may_be_called_parameters_and_nothing_else_of_it_is_lost(encoded, learnt):
+    row = with_call({"city": "Rome"})
+    function = row["messages"][1]["tool_calls"][0]["function"]
+    function["parameters"] = function.pop("arguments")
+    assert '"arguments": {"city": "Rome"}' in learnt(row, base_template=OBJECTS)[0]
+    function["arguments"] = {"city": "Paris"}
+    with pytest.raises(DataError, match=r"lacks `messages\[1\].tool_calls\[0\].function.parameters.city`"):
+        encoded(row, base_template=OBJECTS)
+
+
 @pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)]])
 def test_tools_reach_the_template_as_a_list_or_as_text(encoded, tiny_tokenizer, tools):
     text = tiny_tokenizer.decode(
@@ -510,6 +526,8 @@ def test_control_tokens_are_refused_wherever_a_row_has_text(encoded, row, place)
     ("row", "message"),
     [
         (with_call("city: Oslo"), "`messages[1].tool_calls[0].function.arguments` is text that is not JSON: `city: Oslo`"),
+        (with_call('{"a": 1, "a": 2}'), "`messages[1].tool_calls[0].function.arguments` is JSON that has the key `a` twice"),
+        (with_call('{"a":' * 900 + "1" + "}" * 900), "`messages[1].tool_calls[0].function.arguments` is text that is not JSON: `" + '{"a":' * 8 + "`"),
         (with_call("[1]"), "`messages[1].tool_calls[0].function.arguments` must be an object, or that as JSON text, not a list"),
         ({"messages": [*turns("ask"), called({}) | {"tool_calls": "x"}]}, "`messages[1].tool_calls` must be a list, not text"),
         ({"messages": [*turns("ask"), called({}) | {"tool_calls": [{}]}]}, "`messages[1].tool_calls[0]` must have a `function` with a `name`"),

@@ -1,5 +1,7 @@
 """A learnt turn follows what the model is given when it answers: in one example for all turns where the template allows it, else one a turn."""
 
+from copy import deepcopy
+
 import pytest
 
 from finetune.errors import DataError
@@ -49,11 +51,11 @@ def chat(*contents, **fields):
 def examples(tiny_tokenizer, tmp_path):
     """A function from a row and a template to each example's text before what is learnt, and what is learnt."""
 
-    def examples(row, template, stops=("<|im_end|>",), **task):
+    def examples(row, template, stops=("<|im_end|>",), allowed=(), **task):
         (tmp_path / "own.jinja").write_text(template)
         section = ChatTask(name="chat", template=str(tmp_path / "own.jinja"), **task)
         ids = set(tiny_tokenizer.convert_tokens_to_ids(list(stops)))
-        [found] = encoder(tiny_tokenizer, section, ids)([row], ["row 1"])
+        [found] = encoder(tiny_tokenizer, section, ids, allowed=allowed)([row], ["row 1"])
         pairs = []
         for example in found:
             first = int(example.supervised.argmax())
@@ -140,11 +142,54 @@ def test_a_row_may_learn_its_last_turn_alone_or_every_token_once(examples, tiny_
     assert first[0] == "" and second[0].endswith("<|im_start|>assistant\n"), "what both have in common is learnt once"
 
 
+def test_a_turn_that_is_not_to_be_learnt_contradicts_a_recipe_that_learns_all(examples):
+    row = chat("ask", "one", "more", "two")
+    row["messages"][1]["weight"] = 0
+    with pytest.raises(
+        DataError, match=r"`messages\[1\]` is not to be learnt, and `task.learn: all` learns every token"
+    ):
+        examples(row, CHATML, learn="all")
+
+
+def test_a_template_that_begins_with_blanks_keeps_them_with_variables(examples):
+    [(before, _)] = examples(chat("ask", "one"), "  {{ tone }}" + CHATML, template_variables={"tone": "!"})
+    assert before.startswith("  !<|im_start|>")
+
+
 def test_the_recipe_s_system_message_is_given_to_rows_that_have_none(examples):
     own = {"messages": [{"role": "system", "content": "Own."}, *chat("ask", "one")["messages"]]}
     for row, said in ((chat("ask", "one"), "Be brief."), (own, "Own.")):
         [(before, _)] = examples(row, CHATML, system="Be brief.")
         assert before.startswith(f"<|im_start|>system\n{said}<|im_end|>") and before.count("system") == 1
+
+
+def test_a_developer_message_is_a_system_message(examples):
+    row = chat("ask", "one")
+    row["messages"].insert(0, {"role": "developer", "content": "Be short."})
+    [(prompt, _)] = examples(row, CHATML, system="Be long.")
+    assert prompt.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user")
+
+
+def test_lost_text_is_allowed_only_where_no_way_to_give_contents_keeps_it(examples):
+    assert examples(chat("ask", "one"), LISTS_ONLY, allowed=("lost_text",)) == examples(chat("ask", "one"), LISTS_ONLY)
+    drops_thoughts = chat("ask", "one", reasoning_content="hm")
+    assert [learnt for _, learnt in examples(drops_thoughts, CHATML, allowed=("lost_text",))] == ["one<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["is_lout", "none", "range"])
+def test_a_variable_that_the_template_does_not_read_is_refused(examples, name):
+    switched = CHATML + "{% if is_loud is defined and is_loud %}!{% endif %}"
+    with pytest.raises(DataError, match=f"the chat template reads no variable `{name}`\nhint: it reads `is_loud`"):
+        examples(chat("ask", "one"), switched, template_variables={name: True})
+    with pytest.raises(DataError, match="hint: it has no switches: remove the key"):
+        examples(chat("ask", "one"), CHATML, template_variables={name: True})
+
+
+def test_many_texts_are_encoded_in_several_calls_with_the_same_result(examples, monkeypatch):
+    row = chat(*["ask", "answer"] * 5, reasoning_content="hm")
+    found = examples(row, FORGETS_THOUGHTS)
+    monkeypatch.setattr("finetune.tasks.chat.CHARACTERS_AT_ONCE", 150)
+    assert examples(row, FORGETS_THOUGHTS) == found and len(found) == 5
 
 
 def test_variables_of_a_template_travel_as_its_first_line_and_a_caller_may_change_them(examples, tiny_tokenizer):
@@ -181,6 +226,16 @@ def test_marks_of_a_template_must_agree_with_what_is_learnt(examples):
     )
 
 
+def test_text_that_spells_a_stop_token_is_refused_even_if_that_is_not_special(tiny_tokenizer, tmp_path):
+    (tokenizer := deepcopy(tiny_tokenizer)).add_tokens(["<stop>", "<word>"])
+    (tmp_path / "own.jinja").write_text(CHATML.replace("<|im_end|>", "<stop>"))
+    stops = set(tokenizer.convert_tokens_to_ids(["<stop>"]))
+    encode = encoder(tokenizer, ChatTask(name="chat", template=str(tmp_path / "own.jinja")), stops)
+    assert len(encode([chat("a <word>", "one")], ["row 1"])) == 1
+    with pytest.raises(DataError, match="a user message spells the control token `<stop>`"):
+        encode([chat("a <stop>", "one")], ["row 1"])
+
+
 def test_each_token_has_a_reason(tiny_tokenizer):
     row = {"messages": [{"role": "system", "content": "s"}, *chat("ask", "one", "more", "two")["messages"]]}
     row["messages"][2]["weight"] = 0
@@ -201,3 +256,12 @@ def test_each_token_has_a_reason(tiny_tokenizer):
     ]
     assert found.kept == 30 < len(found.tokens) == len(found.reasons)
     assert [found.text[first:last] for first, last in found.offsets.tolist()][-2:] == ["<|im_end|>", "\n"]
+
+
+def test_a_turn_that_opens_a_conversation_after_a_system_column_says_so(tiny_tokenizer):
+    row = chat("ask", "two") | {"system": "Be short."}
+    row["messages"] = [{"role": "assistant", "content": each} for each in ("hello", "there")] + row["messages"]
+    stops = set(tiny_tokenizer.convert_tokens_to_ids(["<|im_end|>"]))
+    [found] = explainer(tiny_tokenizer, ChatTask(name="chat"), stops)(row, "row 1")
+    for number in (0, 1):
+        assert f"not learnt: messages[{number}] opens the conversation, so nothing asks for it" in found.reasons

@@ -1,6 +1,6 @@
 """Secrets in rows, by forms that their issuers document: prefixes, lengths, checksums. Prose and placeholders are not hit.
 
-A model repeats what it was trained on, so a secret in a row may end up with whoever uses the model.
+A model repeats what it was trained on, so a secret in a row may reach the users of the model.
 """
 
 import base64

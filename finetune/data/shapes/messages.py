@@ -6,7 +6,8 @@ A row that a task could always read stays as it is: runs that exist know their r
 from finetune.data.completeness import is_said
 from finetune.data.conversation import kind_of
 from finetune.data.example import Row
-from finetune.data.shapes.shape import Shape, json_of, listed
+from finetune.data.json_text import json_of
+from finetune.data.shapes.shape import Shape, listed
 from finetune.data.shapes.turns import message_of
 from finetune.errors import DataError
 

@@ -7,7 +7,8 @@ from math import isfinite
 
 from finetune.data.conversation import kind_of
 from finetune.data.example import Row
-from finetune.data.shapes.shape import Shape, json_of, replaced
+from finetune.data.json_text import json_of
+from finetune.data.shapes.shape import Shape, replaced
 from finetune.errors import DataError
 from finetune.recipe.schema.patterns import ByColumn, Field, Parts, parsed
 

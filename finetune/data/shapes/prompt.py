@@ -41,7 +41,7 @@ def _present(row: Row, names: Iterable[str]) -> list[str]:
 def canonical(row: Row, where: str) -> Row:
     found = [_only(row, names, what, where) for names, what in ((QUESTIONS, "question"), (ANSWERS, "answer"))]
     question, answer = found
-    if found == ["prompt", "completion"]:
+    if found == ["prompt", "completion"] and all(isinstance(row[column], str | list) for column in found):
         return messages.canonical(row, where)
     asked, answered = (written(row[column], f"`{column}`", where) for column in found)
     made = system_of(row, where) | after(row.get("history"), asked, answered, where)

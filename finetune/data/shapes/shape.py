@@ -3,12 +3,10 @@
 from collections.abc import Callable, Collection
 from typing import NamedTuple, NoReturn
 
-from pydantic_core import from_json
-
 from finetune.data.conversation import kind_of
 from finetune.data.example import Row
+from finetune.data.json_text import json_of
 from finetune.errors import DataError
-from finetune.store import strict_json
 
 FIRST = {"conversation": "messages", "text": "text"}
 """By form of a task's rows: the column that it reads before all others."""
@@ -50,12 +48,6 @@ def listed(value: object) -> object:
         except ValueError:
             return value
     return value
-
-
-def json_of(text: str) -> object:
-    """The value of JSON text. ValueError if it is damaged, repeats a key, is nested too deep, or has half of a surrogate pair."""
-    value: object = from_json(text.encode())  # unlike `json`, it has a limit for depth, and refuses surrogates
-    return strict_json.from_json(text) if isinstance(value, dict | list) else value
 
 
 def text_of(row: Row, column: str, name: str, where: str) -> str:

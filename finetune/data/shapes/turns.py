@@ -2,8 +2,8 @@
 
 from finetune.data.conversation import kind_of
 from finetune.data.example import Row
-from finetune.data.roles import ALIASES
-from finetune.data.shapes.shape import json_of
+from finetune.data.json_text import json_of
+from finetune.data.roles import known_role
 from finetune.errors import DataError
 
 ROLE_FIELDS = ("role", "from", "user", "speaker")
@@ -24,8 +24,11 @@ def message_of(item: object, place: str, where: str) -> Row:
     others = {name: value for name, value in item.items() if name not in (role_field, content_field)}
     content = item.get(content_field) if content_field else None
     if role in CALLS:
-        return {"role": "assistant", **_calls(content, f"{place}.{content_field}", where), **others}
-    message: Row = {"role": ALIASES.get(role.strip().lower(), role)}
+        if item.get("tool_calls") or item.get("function_call"):
+            said = f"`{place}` has calls in `{content_field}` and beside it"
+            raise DataError(said, where=where, hint="keep one of them")
+        return {"role": "assistant", **others, **_calls(content, f"{place}.{content_field}", where)}
+    message: Row = {"role": known_role(role)}
     if content_field:
         message["content"] = _text(content, f"{place}.{content_field}", where)
     return _with_calls(message | others, place, where)

@@ -3,9 +3,10 @@
 `datasets` writes lists of mixed objects as JSON (the extension type `arrow.json`). A null in there is real and stays.
 """
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from finetune.data.json_text import json_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +27,7 @@ def has_json(kind: "pa.DataType") -> bool:
 def with_json(value: object, kind: "pa.DataType") -> object:
     """The value with its JSON parsed. Raises ValueError if that is damaged."""
     if _is_json(kind):
-        return json.loads(value) if isinstance(value, str) else value
+        return json_of(value) if isinstance(value, str) else value
     if isinstance(value, list):
         return [with_json(item, kind.value_type) for item in value]
     if isinstance(value, dict):

@@ -86,8 +86,12 @@ def _found(reader: Reader, where: str, take: int | None) -> tuple[np.ndarray, in
 
 
 def _keeps(reader: Reader, index: int, conditions: Sequence[Condition], seen: set[Condition]) -> bool:
-    """Whether all conditions are true of a row. Those whose column it has are added to `seen`."""
-    row, is_kept = reader[index], True
+    """Whether all conditions are true of a row, or it cannot be read: then `on_bad_row` decides. Those whose column it has are added to
+    `seen`."""
+    try:
+        row, is_kept = reader[index], True
+    except DataError:
+        return True
     for condition in conditions:
         is_there, value = condition.found_in(row)
         if is_there:

@@ -53,7 +53,7 @@ class Rows:
     def first_readable(self) -> Iterator[tuple[Row, str]]:
         """The first rows as the source writes them, with their places, without those that cannot be read."""
         for index in range(min(len(self), FIRST_ROWS)):
-            with suppress(DataError):  # whoever reads that row gets the error
+            with suppress(DataError):  # reading that row raises it again
                 yield self.as_written(index), self.where(index)
 
     def as_written(self, index: int) -> Row:

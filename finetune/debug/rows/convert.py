@@ -31,6 +31,8 @@ Rows = Callable[[], Iterator[Row]]
 class Converted(TypedDict):
     path: str
     rows: int
+    skipped: int
+    """Bad rows, which the recipe skips."""
     bytes: int
 
 
@@ -42,21 +44,28 @@ def convert(loaded: LoadedRecipe, out: Path, source: str | None, is_forced: bool
     if out.is_dir():
         raise FinetuneError("is a directory", where=str(out), hint="name a file")
     sources = open_rows(loaded).named(source)
-    is_chat = loaded.recipe.task.row_form == "conversation"
+    is_chat, skips_bad = loaded.recipe.task.row_form == "conversation", loaded.recipe.data.on_bad_row == "skip"
     with failures(out, FinetuneError), beside.staged(out) as folder:
         made = folder / out.name
-        rows = write(made, lambda: _rows(sources, is_chat))
+        rows = write(made, lambda: _rows(sources, is_chat, skips_bad))
         sync_file(made)
         size = made.stat().st_size
         rename(made, out)
-    return {"path": str(out), "rows": rows, "bytes": size}
+    skipped = sum(len(opened.rows) for opened in sources) - rows
+    return {"path": str(out), "rows": rows, "skipped": skipped, "bytes": size}
 
 
-def _rows(sources: Sequence[OpenedSource], is_chat: bool) -> Iterator[Row]:
+def _rows(sources: Sequence[OpenedSource], is_chat: bool, skips_bad: bool) -> Iterator[Row]:
     for opened in sources:
         for number in range(len(opened.rows)):
-            row = opened.rows[number]
-            yield as_messages(row, opened.rows.where(number)) if is_chat else row
+            try:
+                row = opened.rows[number]
+                made = as_messages(row, opened.rows.where(number)) if is_chat else row
+            except DataError:
+                if not skips_bad:
+                    raise
+                continue
+            yield made
 
 
 def as_messages(row: Row, where: str) -> Row:

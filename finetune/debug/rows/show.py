@@ -1,6 +1,7 @@
 """`data show`: rows as the tokens they become, each with the reason why it is learnt or not, before and after cutting."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def show(loaded: LoadedRecipe, source: str | None, first: int, chosen: Sequence[
 def _chosen(rows: RecipeRows, source: str | None, first: int, chosen: Sequence[int]) -> list[tuple[OpenedSource, int]]:
     sources = rows.named(source)
     if not chosen:
-        return [(opened, row) for opened in sources for row in opened.numbers][:first]
+        return [*islice(((opened, row) for opened in sources for row in opened.numbers), first)]
     if source is None:
         return [(rows.of(row), row) for row in chosen]
     if len(sources) > 1:

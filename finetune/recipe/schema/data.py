@@ -29,7 +29,7 @@ class Source(Section):
     weight: Weight | None = None
     """The source's part of the drawn rows, relative to the other sources' weights. Give all sources a weight, or none. Without weights you draw every row once an epoch. With `order: curriculum`, a list: a weight for each stage."""
     epochs: float | None = Field(default=None, gt=0)
-    """How many times an epoch of the run draws the rows of this source, like `2` or `0.5`. Default: once. An epoch draws exactly so many; the next one goes on where it stopped."""
+    """How many times an epoch of the run draws the rows of this source, like `2` or `0.5`. Default: once. An epoch draws exactly that many; the next one goes on where it stopped."""
     columns: dict[str, str] = {}
     """The column of each field, as `field: column`. Chat reads `messages`, or `prompt` and `completion`, and `system` and `tools` if you have them. Text reads `text`."""
     format: Format = "auto"

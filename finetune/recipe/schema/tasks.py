@@ -68,7 +68,7 @@ class ChatTask(TaskFacts):
     def _are_names(cls, variables: dict[str, Variable]) -> dict[str, Variable]:
         for name in variables:
             if not name.isidentifier() or name in RESERVED:
-                raise ValueError(f"`{name}` is no name for a template's switch")
+                raise ValueError(f"`{name}` cannot be the name of a template's switch")
         return variables
 
     row_form: ClassVar = "conversation"

@@ -308,6 +308,19 @@ def test_columns_without_a_use_stay_and_those_with_one_go(opened) -> None:
     assert row == {"prompt": "a", "completion": "b", "id": 3}
 
 
+def test_numbers_as_labels_are_answers_under_every_name(opened) -> None:
+    for name in ("answer", "completion"):
+        assert opened([{"prompt": "a", name: 1}])[0] == {"prompt": "a", "completion": "1"}
+
+
+def test_a_turn_of_calls_with_other_calls_beside_them_is_refused(opened) -> None:
+    call = {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {}})}
+    rows = opened([{"conversations": [USER, call | {"tool_calls": None}, ANSWER]}])
+    assert rows[0]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
+    with pytest.raises(DataError, match=r"`conversations\[1\]` has calls in `value` and beside it"):
+        opened([{"conversations": [USER, call | {"tool_calls": [{"name": "g", "arguments": {}}]}, ANSWER]}])[0]
+
+
 def test_functions_that_a_message_shows_already_are_not_given_twice(opened) -> None:
     shown = {"role": "system", "content": f"You may call {json.dumps(TOOL['function'])}"}
     for row in ({"messages": [shown, USER, ANSWER]}, {"messages": [USER, ANSWER], "system": shown["content"]}):

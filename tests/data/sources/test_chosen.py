@@ -75,6 +75,19 @@ def test_a_condition_keeps_the_rows_it_is_true_of(where, expected, source) -> No
     assert rows.about == f"JSON Lines, kept {len(expected)} of 4 rows"
 
 
+def test_a_number_of_thousands_of_digits_is_compared(tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text(f"text,n\na,1\nb,{'9' * 5000}\n")
+    assert texts(open_source(Source(path=str(tmp_path / "rows.csv"), where="n > 1"))) == "b"
+
+
+def test_a_row_that_cannot_be_read_is_kept_for_on_bad_row_to_decide(tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "n": 1}\n{"text": \n{"text": "c", "n": 3}\n')
+    rows = open_source(Source(path=str(tmp_path / "rows.jsonl"), where="n > 2"), form="text", skips_bad=True)
+    assert len(rows) == 2 and rows[1]["text"] == "c"
+    with pytest.raises(DataError, match="rows.jsonl:2: bad JSON"):
+        rows[0]
+
+
 def test_take_counts_after_where_and_reads_no_row_after(source) -> None:
     with open(str(source.path), "a") as file:
         file.write("broken\n")
@@ -83,7 +96,7 @@ def test_take_counts_after_where_and_reads_no_row_after(source) -> None:
     rows = chosen(source, where="lang != null", take=2)
     assert (rows.where(1), rows.about) == (f"{source.path}:2", "JSON Lines, kept 2 of 2 rows")
     with pytest.raises(DataError, match="rows.jsonl:5: bad JSON"):
-        chosen(source, where="lang != null", take=4)
+        texts(chosen(source, where="lang != null", take=4))
 
 
 def test_kept_rows_are_found_once(source, monkeypatch) -> None:
