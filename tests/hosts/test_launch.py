@@ -1,6 +1,7 @@
 """The launcher's part of a training, with small programs for ranks: codes, grace, orphans, saves under way, what ranks tell."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,7 +149,8 @@ def test_an_error_that_a_rank_tells_is_not_tried_again_and_that_of_a_lost_rank_i
     code, said = ended(launched('[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD; exit 1', restarts=3))
     assert (code, said.count("starting again")) == (1, 0), said
     code, said = ended(launched('[ "$RANK" = 0 ] && echo -n diverged >&$FINETUNE_TOLD; exit 1', restarts=1))
-    assert (code, said.count("rank 0 crashed (exit code 1); starting again")) == (1, 1), said
+    # both ranks end at once: either may be seen first
+    assert (code, len(re.findall(r"rank [01] crashed \(exit code 1\); starting again", said))) == (1, 1), said
     hangs = '[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD && exec sleep 1000; exit 1'
     code, said = ended(launched(hangs, restarts=3))
     assert said.count("starting again") == 0, said

@@ -276,7 +276,8 @@ def toy_recipe(tmp_path: Path, tiny_base: Path) -> dict:
     return {
         "base": {"checkpoint": str(tiny_base)},
         "task": {"name": "grade", "max_length": 64, "scale": 2.0},
-        "data": {part: [{"path": str(tmp_path / f"{part}.jsonl")}] for part in ("train", "holdout")},
+        "data": {part: [{"path": str(tmp_path / f"{part}.jsonl")}] for part in ("train", "holdout")}
+        | {"allow": "seen_holdout"},
         "adapter": {"name": "dora", "rank": 2, "alpha": 4},
         "optimizer": {"name": "lion", "learning_rate": 0.01, "schedule": "trapezoid", "ramp": 0.5, "warmup": 0},
         "train": {"steps": 8, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
