@@ -1,11 +1,12 @@
 """The benchmark's short form: every part runs, with every contestant and every figure. How fast anything is, no test asks."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "checkpoints.py"
@@ -26,7 +27,7 @@ def report(tmp_path_factory) -> dict:
     work, file = tmp_path_factory.mktemp("bench"), tmp_path_factory.mktemp("report") / "bench.json"
     short = ["--tiny", "--rounds", "1", "--cycles", "1", "--saves", "3", "--threads", "1"]
     command = [sys.executable, SCRIPT, "--work", work, "--json", file, *short]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+    result = forks.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-2000:]
     assert not list(work.iterdir()), "what was measured is removed"
     return json.loads(file.read_bytes()) | {"shown": result.stdout}
@@ -85,7 +86,7 @@ def test_every_goal_is_judged_in_the_text_and_in_the_file(report):
 
 def test_long_and_short_runs_are_measured_side_by_side():
     command = [sys.executable, SCRIPT.with_name("history.py"), "--kept", "3", "--steps", "2000", "--rounds", "1"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
+    result = forks.run(list(map(str, command)), capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-2000:]
     assert [line.split("  ")[0] for line in result.stdout.splitlines() if line.endswith(" x")] == [
         "keep rules of a save, manifests known",

@@ -4,12 +4,15 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests import forks
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
@@ -110,16 +113,24 @@ def test_ours_draws_the_rows_that_the_others_read(bench, tiny_base, tiny_tokeniz
         assert all(np.array_equal(example, row) for example, row in zip(examples, ours, strict=True))
 
 
-def throughput(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, BENCH / "throughput.py", "--tiny", "--threads", "1", "--rounds", "1", *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=290)
-    assert result.returncode == 0, f"{result.stdout[-1000:]}{result.stderr[-2000:]}"
-    return result
+@pytest.fixture
+def throughput(bench):
+    """A function that runs the script in a fork. Its contestants are forks too: their memory is tuned as its own is."""
+    env = os.environ | bench("processes").MALLOC["tuned"]
+
+    def throughput(*arguments: object, starts: bool = False) -> subprocess.CompletedProcess:
+        command = [sys.executable, BENCH / "throughput.py", "--tiny", "--threads", "1", "--rounds", "1", *arguments]
+        run, own = (subprocess.run, os.environ) if starts else (forks.run, env)
+        result = run(list(map(str, command)), capture_output=True, text=True, timeout=290, env=own)
+        assert result.returncode == 0, f"{result.stdout[-1000:]}{result.stderr[-2000:]}"
+        return result
+
+    return throughput
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["full-512-fp32", "lora-1024-bf16"])
-def test_all_contestants_compute_the_losses_of_the_plain_loop(cell, tmp_path):
+def test_all_contestants_compute_the_losses_of_the_plain_loop(cell, throughput, tmp_path):
     only = ["bare-padded", "bare-packed", "bare-chunked", "bare-per-row", "trainer", "finetune"]
     if importlib.util.find_spec("trl"):
         only += ["sft-padded", "sft-packed"]
@@ -133,7 +144,7 @@ def test_all_contestants_compute_the_losses_of_the_plain_loop(cell, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_parts_beside_the_table_are_measured_and_written(tmp_path):
+def test_the_parts_beside_the_table_are_measured_and_written(throughput, tmp_path):
     report, page = tmp_path / "report.json", tmp_path / "page.md"
     throughput("--part", "overhead,update,profile", "--json", report, "--work", tmp_path)
     parts = json.loads(report.read_bytes())["parts"]
@@ -144,9 +155,9 @@ def test_the_parts_beside_the_table_are_measured_and_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_start_and_resume_are_measured_at_every_position(tmp_path):
+def test_start_and_resume_are_measured_at_every_position(throughput, tmp_path):
     report = tmp_path / "report.json"
-    throughput("--part", "start", "--json", report, "--work", tmp_path)
+    throughput("--part", "start", "--json", report, "--work", tmp_path, starts=True)  # starting is what is measured
     resume = json.loads(report.read_bytes())["parts"]["resume"]
     names = {"at step 10", "at step 2,000"}
     assert [set(quantity["contestants"]) for quantity in resume["quantities"]] == [names, names]
