@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -38,21 +38,29 @@ class _Tokens(NamedTuple):
     """bool, (T,)."""
 
 
+class Rendering(TypedDict, total=False):
+    """How rows of a plan become text."""
+
+    template: str | None
+    """The chat template in force; without it, that of the recipe or the base."""
+    date: str | None
+    """What a template that prints the day is given."""
+    allowed: Collection[str]
+    """Gates that are open: `lost_text` and `unlearnt_stop`."""
+
+
 def encoder(
     tokenizer: PreTrainedTokenizerBase,
     task: ChatTask,
     stop_tokens: Collection[int],
     row_rules: int = ROW_RULES,
-    template: str | None = None,
-    date: str | None = None,
-    allowed: Collection[str] = (),
+    **rendering: Unpack[Rendering],
 ) -> Encode:
     """A function from rows and their places to the examples of each row.
 
     `stop_tokens` are the ids that end generation: each assistant turn must end with one, or the tuned model would not stop.
-    `date` is what a template that prints it is given. `allowed` are gates that are open: `lost_text` and `unlearnt_stop`.
     """
-    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date, allowed)
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, **rendering)
 
     def encode(rows: Sequence[Row], places: Sequence[str]) -> list[list[Example]]:
         texts = [rows_of.rendered(*pair) for pair in zip(rows, places, strict=True)]
@@ -67,12 +75,10 @@ def explainer(
     task: ChatTask,
     stop_tokens: Collection[int],
     row_rules: int = ROW_RULES,
-    template: str | None = None,
-    date: str | None = None,
-    allowed: Collection[str] = (),
+    **rendering: Unpack[Rendering],
 ) -> Explain:
     """A function from a row and its place to its examples before they are cut, each token with the reason why it is learnt or not."""
-    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, template, date, allowed)
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, **rendering)
 
     def explain(row: Row, place: str) -> list[Explained]:
         texts = rows_of.rendered(row, place)
@@ -95,17 +101,16 @@ def _rows(
     task: ChatTask,
     stop_tokens: Collection[int],
     row_rules: int,
-    template: str | None,
-    date: str | None,
-    allowed: Collection[str],
+    **rendering: Unpack[Rendering],
 ) -> ChatRows:
-    renderer = Renderer(tokenizer, template or template_of(tokenizer, task), date)
+    template = rendering.get("template") or template_of(tokenizer, task)
+    renderer = Renderer(tokenizer, template, rendering.get("date"))
     refuse_unread(renderer.template, task.template_variables)
     added = tokenizer.added_tokens_decoder.items()
     # Text becomes an added token even if that is not special. One that ends a turn would end it there.
     control = [token.content for number, token in added if token.special or (row_rules > 1 and number in stop_tokens)]
     stops = [text for token in sorted(stop_tokens) if (text := str(tokenizer.decode([token])))]
-    return ChatRows(task, renderer, Ends(stops, control), row_rules, frozenset(allowed))
+    return ChatRows(task, renderer, Ends(stops, control), row_rules, frozenset(rendering.get("allowed", ())))
 
 
 def _tokens(

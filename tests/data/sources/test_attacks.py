@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from finetune.data.sources import unpacked
-from finetune.data.sources.open import Rows, open_source
+from finetune.data.sources.open import open_source
 from finetune.errors import DataError, FinetuneError
-from finetune.recipe.schema import Source
 from scripts.faults.disk import CannotMount, make_image, mounted
+from tests.data.sources.reading import every, refusal, written
 
 LINES = "".join(f'{{"text": "row {number}"}}\n' for number in range(5000)).encode()
 
@@ -27,25 +27,10 @@ def _cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def written(path: Path, content: str | bytes) -> Source:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Source(path=str(path))
-
-
-def every(rows: Rows) -> list[dict[str, object]]:
-    return [rows[index] for index in range(len(rows))]
-
-
-def refusal(source: Source) -> str:
-    with pytest.raises(FinetuneError) as caught:
-        every(open_source(source))
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("cut", [1, 8, 9, 40])
 def test_a_packed_file_cut_short_is_refused_and_leaves_nothing(cut, tmp_path, _cache) -> None:
     source = written(tmp_path / "a.jsonl.gz", gzip.compress(LINES)[:-cut])
-    assert refusal(source).startswith(f"{tmp_path}/a.jsonl.gz: is not a whole `.gz` file: ")
+    assert refusal(source, FinetuneError).startswith(f"{tmp_path}/a.jsonl.gz: is not a whole `.gz` file: ")
     assert list((_cache / "unpacked").iterdir()) == []
     assert len(open_source(written(tmp_path / "a.jsonl.gz", gzip.compress(LINES)))) == 5000
 
@@ -53,11 +38,13 @@ def test_a_packed_file_cut_short_is_refused_and_leaves_nothing(cut, tmp_path, _c
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
 def test_a_file_that_is_not_packed_as_its_name_says_is_refused(ending, tmp_path) -> None:
     source = written(tmp_path / f"a.jsonl{ending}", LINES)
-    assert refusal(source).startswith(f"{tmp_path}/a.jsonl{ending}: is not a whole `{ending}` file: ")
+    assert refusal(source, FinetuneError).startswith(f"{tmp_path}/a.jsonl{ending}: is not a whole `{ending}` file: ")
 
 
 def test_nothing_packed_is_an_empty_file(tmp_path) -> None:
-    assert refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(b""))).startswith(f"{tmp_path}/a.jsonl.gz: is empty")
+    assert refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(b"")), FinetuneError).startswith(
+        f"{tmp_path}/a.jsonl.gz: is empty"
+    )
 
 
 def test_a_small_packed_file_is_unpacked_in_memory_and_refused_alike(tmp_path, _cache, monkeypatch) -> None:
@@ -65,14 +52,14 @@ def test_a_small_packed_file_is_unpacked_in_memory_and_refused_alike(tmp_path, _
     source = written(tmp_path / "a.jsonl.gz", gzip.compress(LINES))
     assert len(open_source(source)) == 5000 and not _cache.exists()
     source = written(tmp_path / "b.jsonl.gz", gzip.compress(LINES)[:-9])
-    assert refusal(source).startswith(f"{tmp_path}/b.jsonl.gz: is not a whole `.gz` file: ")
+    assert refusal(source, FinetuneError).startswith(f"{tmp_path}/b.jsonl.gz: is not a whole `.gz` file: ")
     bomb = written(tmp_path / "c.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 200_000))
     assert len(open_source(bomb)) == 200_000 and _cache.exists()
 
 
 def test_a_place_in_a_packed_file_is_the_line_of_what_is_in_it(tmp_path) -> None:
     source = written(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": }\n'))
-    assert refusal(source).startswith(f"{tmp_path}/a.jsonl.gz:2: bad JSON")
+    assert refusal(source, FinetuneError).startswith(f"{tmp_path}/a.jsonl.gz:2: bad JSON")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +89,7 @@ def test_a_place_in_a_packed_file_is_the_line_of_what_is_in_it(tmp_path) -> None
 def test_a_broken_file_is_refused_with_its_place(name, content, expected, tmp_path) -> None:
     source = written(tmp_path / name, content)
     keys = {"row": "line"} if name == "a.txt" else {}
-    assert refusal(source.model_copy(update=keys)).startswith(f"{tmp_path}/{name}{expected}")
+    assert refusal(source.model_copy(update=keys), FinetuneError).startswith(f"{tmp_path}/{name}{expected}")
 
 
 def test_an_error_early_in_a_large_array_is_found_without_reading_the_rest(tmp_path) -> None:
@@ -151,7 +138,7 @@ def test_a_file_replaced_while_it_is_unpacked_is_refused(tmp_path, monkeypatch) 
         return opened(name, unpacking, packed)
 
     monkeypatch.setattr(unpacked, "_opened", replaced)
-    assert refusal(source).startswith(f"{tmp_path}/a.jsonl.gz: was changed while it was unpacked")
+    assert refusal(source, FinetuneError).startswith(f"{tmp_path}/a.jsonl.gz: was changed while it was unpacked")
 
 
 def test_a_file_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch) -> None:
@@ -167,7 +154,7 @@ def test_a_file_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch) ->
         return found
 
     monkeypatch.setattr(opening, "_fingerprint", replaced)
-    assert refusal(source).startswith(f"{tmp_path}/a.jsonl: was changed while it was encoded")
+    assert refusal(source, FinetuneError).startswith(f"{tmp_path}/a.jsonl: was changed while it was encoded")
 
 
 SLOW = """
@@ -213,7 +200,7 @@ def test_two_that_unpack_at_once_make_one_entry(tmp_path, _cache, monkeypatch) -
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FINETUNE_CACHE", "/proc/nowhere")
-    said = refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(LINES)))
+    said = refusal(written(tmp_path / "a.jsonl.gz", gzip.compress(LINES)), FinetuneError)
     assert said.startswith("/proc/nowhere/unpacked: the cache cannot be written: ")
     assert said.endswith("\nhint: set FINETUNE_CACHE to a directory of yours")
 
@@ -225,7 +212,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch) -> None:
         image = make_image(tmp_path / "disk.img", "32M")
         with mounted(image, tmp_path / "disk"):
             monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "disk/cache"))
-            assert "the cache entry cannot be written: No space left on device" in refusal(source)
+            assert "the cache entry cannot be written: No space left on device" in refusal(source, FinetuneError)
             assert list((tmp_path / "disk/cache/unpacked").iterdir()) == []
     except CannotMount as error:
         pytest.skip(f"an image cannot be mounted: {error}")

@@ -4,16 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
-from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from finetune.data.sources import json_documents, json_scanner, tables, unpacked
-from finetune.data.sources.open import Rows, first_rows, open_source
+from finetune.data.sources.open import first_rows, open_source
 from finetune.errors import DataError
 from finetune.recipe.schema import Source
+from tests.data.sources.reading import every, refusal, written
 
 ROWS = [{"text": 'one, "1"; ü', "lang": "de"}, {"text": "two\nlines", "lang": "en"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -131,21 +131,6 @@ SPELLINGS: dict[str, list[tuple[str, str | bytes]]] = {
 ALL = [(format, name, content) for format, spellings in SPELLINGS.items() for name, content in spellings]
 
 
-def written(path: Path, content: str | bytes) -> Source:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Source(path=str(path))
-
-
-def every(rows: Rows) -> list[dict[str, object]]:
-    return [rows[index] for index in range(len(rows))]
-
-
-def refusal(source: Source) -> str:
-    with pytest.raises(DataError) as caught:
-        every(open_source(source))
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(("format", "name", "content"), ALL, ids=[f"{each[0]}-{each[1]}" for each in ALL])
 def test_every_spelling_of_a_format_gives_the_same_rows(format, name, content, tmp_path, monkeypatch) -> None:
     source = written(tmp_path / name, content)
@@ -182,7 +167,7 @@ def test_values_and_lines_that_cross_the_edges_of_pieces_stay_whole(tmp_path, mo
 
 def test_a_place_in_a_json_document_is_the_number_of_its_item(tmp_path) -> None:
     source = written(tmp_path / "a.json", '{"data": [{"text": "a"}, {"text": "b", "text": "c"}]}')
-    assert refusal(source).startswith(f"{tmp_path}/a.json data[1]: repeats the key `text`")
+    assert refusal(source, DataError).startswith(f"{tmp_path}/a.json data[1]: repeats the key `text`")
     assert open_source(written(tmp_path / "b.json", ARRAY)).where(1) == f"{tmp_path}/b.json[1]"
 
 
@@ -229,7 +214,7 @@ def test_what_datasets_saves_is_read_and_of_several_splits_one_is_asked_for(tmp_
     rows = open_source(Source(path=str(tmp_path / "one")))
     assert every(rows) == ROWS * 3 and rows.about == "2 files, Arrow"
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "two")
-    assert refusal(Source(path=str(tmp_path / "two"))) == (
+    assert refusal(Source(path=str(tmp_path / "two")), DataError) == (
         f"{tmp_path}/two: has several splits: train, test\nhint: name one, like `{tmp_path}/two/train`"
     )
     assert every(open_source(Source(path=str(tmp_path / "two/test")))) == ROWS * 3
