@@ -37,10 +37,14 @@ def attributes_read(paths: Iterable[Path]) -> set[str]:
 
 
 def keywords_taken(path: Path) -> set[str]:
-    found = (
-        node.args for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.Lambda)
-    )
-    return {argument.arg for each in found for argument in each.kwonlyargs}
+    """Keyword-only parameters that their own function reads."""
+    taken = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            body = node.body if isinstance(node.body, list) else [node.body]
+            used = {name.id for part in body for name in ast.walk(part) if isinstance(name, ast.Name)}
+            taken |= {argument.arg for argument in node.args.kwonlyargs} & used
+    return taken
 
 
 def unread(model: type[Section]) -> list[str]:
@@ -60,3 +64,8 @@ def test_a_setting_that_nobody_reads_is_found() -> None:
         shelves: list[Shelf] | None = None
 
     assert {"shelves", "shelves.never_read_by_anyone"} <= set(unread(Added))
+
+
+def test_a_keyword_that_its_function_ignores_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "schedules.py").write_text("def one(x, *, used, unused):\n    return used\n")
+    assert keywords_taken(tmp_path / "schedules.py") == {"used"}
