@@ -14,7 +14,7 @@ import blake3
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import files, foreign, gguf, hub, merge
+from finetune.model.base import files, foreign, gguf, hub, merge, native
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.load import empty_model, load_model
 from finetune.model.base.located import Look, located
@@ -47,7 +47,11 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin."""
+    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. It names no code."""
+    return native.without_code(_directory(base, pinned, with_weights))
+
+
+def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
     base = located(base, pinned, LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
@@ -227,7 +231,7 @@ def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights
         model = load_model(source) if with_weights else empty_model(source)
         with quiet():
             model = merge.merge(model, path, ref.text)
-        write_merged(model, source, path, target, ref.text)
+        write_merged(model, source, native.without_code(path, source), target, ref.text)
 
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
     key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"
