@@ -13,6 +13,7 @@ from finetune.model.base.load import (
     load_model,
 )
 from finetune.model.base.located import located
+from finetune.model.base.native import notes
 from finetune.model.base.outline import with_dtype
 from finetune.model.base.pinning import LOOK, attach, beneath, directory, pin, refuse_damaged
 from finetune.model.base.small_files import small_files_of, tokenizer_directory
@@ -50,6 +51,7 @@ __all__ = [
     "run_around",
     "small_files_of",
     "named_stops",
+    "notes",
     "stop_tokens",
     "tokenizer_directory",
     "tokenizer_files",

@@ -1,11 +1,15 @@
 """A base in a GGUF file of an installed Python package: finds it without importing the package, and converts it."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
 
 from finetune.errors import BaseError
+from finetune.model.base.files import file_digest
+from finetune.model.base.quiet import quiet
+from finetune.store import cache
 from finetune.store.checkpoints.refs import PackageRef
 
 CONVERSION = 1  # of `convert`; part of the cache key
@@ -21,6 +25,17 @@ def find(ref: PackageRef) -> Path:
         there = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "no GGUF file"
         raise BaseError(f"the package has no file {ref.path}", where=ref.text, hint=f"it has {there}")
     return directory / ref.path
+
+
+def converted(file: Path) -> Path:
+    """A GGUF file as safetensors: converted once, kept in the cache by the file's digest."""
+
+    def build(target: Path) -> None:
+        print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
+        with quiet():
+            convert(file, target)
+
+    return cache.built("converted", f"{file_digest(file)[:32]}-{CONVERSION}", build)
 
 
 def convert(file: Path, target: Path) -> None:

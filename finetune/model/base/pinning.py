@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import blake3
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import files, foreign, gguf, hub, merge
+from finetune.model.base import files, foreign, from_nothing, gguf, hub, merge, native
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.load import empty_model, load_model
 from finetune.model.base.located import Look, located
@@ -47,21 +48,29 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin."""
-    base = located(base, pinned, LOOK)
+    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. It names no code."""
+    path = native.without_code(_directory(base, pinned, with_weights))
+    if base.random_weights is None:
+        return path
+    return from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
+
+
+def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
+    is_drawn = base.random_weights is not None
+    base = located(base, pinned, replace(LOOK, digest_of=from_nothing.digest) if is_drawn else LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
     if ref.kind == "hub":
-        patterns = files.FROM_HUB + (files.WEIGHTS if with_weights else ())
+        patterns = files.FROM_HUB + (files.WEIGHTS if with_weights and not is_drawn else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
-        if not with_weights and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
+        if not with_weights and not is_drawn and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
             raise BaseError("has no safetensors weights", where=ref.repo, hint=CONVERT)
         return path
     if ref.kind == "package":
-        return _converted(gguf.find(ref))
+        return gguf.converted(gguf.find(ref))
     path = _local(ref)
-    if not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
+    if not is_drawn and not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
         raise BaseError(known[0], where=ref.text, hint=known[1])
     return path
 
@@ -97,10 +106,14 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     if ref.kind == "hub":
         with _nearest_named(base.checkpoint):
             commit = hub.commit_of(ref.repo, base.revision or ref.revision)
+        if base.random_weights is not None:
+            return PinnedBase(kind=from_nothing.KIND, revision=commit, digest=None), None
         is_adapter = merge.is_adapter(hub.download(ref.repo, commit, (merge.CONFIG, "config.json")))
         return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
+    if base.random_weights is not None:
+        return from_nothing.pinned(ref), None
     if ref.kind == "package":  # the file, not what some version of transformers makes of it
         return PinnedBase(kind="package", revision=None, digest=f"blake3:{files.file_digest(gguf.find(ref))}"), None
     path = _local(ref)
@@ -142,17 +155,6 @@ def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
         raise BaseError(
             "is not what it was when the run was planned", where=ref.text, hint="restore it, or start a new run"
         )
-
-
-def _converted(file: Path) -> Path:
-    """A GGUF file as safetensors: converted once, kept in the cache by the file's digest."""
-
-    def convert(target: Path) -> None:
-        print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
-        with quiet():
-            gguf.convert(file, target)
-
-    return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
 
 
 def _place(ref: Ref) -> Path | None:
@@ -227,7 +229,7 @@ def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights
         model = load_model(source) if with_weights else empty_model(source)
         with quiet():
             model = merge.merge(model, path, ref.text)
-        write_merged(model, source, path, target, ref.text)
+        write_merged(model, source, native.without_code(path, source), target, ref.text)
 
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
     key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.errors import BaseError, DataError, explained, of_libraries
-from finetune.model.base import templates
+from finetune.model.base import native, templates
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
@@ -30,6 +30,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Every command opens tokenizers here. Only a fast one maps tokens to characters.
     """
     refuse_remote_code(path)
+    native.refuse_own_tokenizer(path)
     _refuse_unreadable_templates(path)
     # A relative path may look like a Hub id with an exception in transformers.
     tokenizer = _tokenizer(path.absolute())

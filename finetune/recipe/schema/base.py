@@ -16,5 +16,7 @@ class Base(Section):
     """Branch, tag or commit of a Hub checkpoint; the plan pins it to a commit. Default: the main branch."""
     origin: HubId | None = None
     """The Hub checkpoint equal to your local base (`owner/name`). You need it to publish an adapter of a local base."""
+    random_weights: int | None = Field(default=None, ge=0, lt=2**63)
+    """A seed: draws new weights with it, as for pretraining, tests and benchmarks. Of the checkpoint you then need config and tokenizer only. Not with an adapter."""
     quantization: Literal["nf4"] | None = None
     """`nf4`: frozen linear layers in 4 bits under a LoRA adapter (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). They take an eighth of their fp32 memory. Every product dequantizes first, and your package lies on the unquantized base. Needs bitsandbytes."""

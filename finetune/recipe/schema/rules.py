@@ -115,6 +115,15 @@ def quantized_base_has_an_adapter(recipe: PartlyRead) -> str | None:
     return None
 
 
+def random_weights_are_trained(recipe: PartlyRead) -> str | None:
+    if recipe.base is None or recipe.base.random_weights is None:
+        return None
+    if recipe.base.origin:
+        return "base.origin: no Hub checkpoint is equal to `base.random_weights`"
+    is_beside = not isinstance(recipe.adapter, Unread) and not recipe.trains_the_base
+    return "base.random_weights: an adapter on random weights learns nothing; remove `adapter`" if is_beside else None
+
+
 def bf16_weights_have_bf16_products(recipe: PartlyRead) -> str | None:
     is_mixed = recipe.train and recipe.train.weights == "bf16" and recipe.train.precision == "fp32"
     return "train.weights: `bf16` needs `train.precision: bf16`" if is_mixed else None
@@ -149,6 +158,7 @@ RULES = (
     micro_batch_holds_a_row,
     form_has_its_adapter,
     quantized_base_has_an_adapter,
+    random_weights_are_trained,
     bf16_weights_have_bf16_products,
     bf16_weights_keep_small_updates,
     compiled_kernels_are_not_exact,

@@ -1,0 +1,132 @@
+"""A base whose config names its own code (`auto_map`), as transformers reads it natively: without the mapping and the code.
+
+The code is never imported. Nothing that is made of the base has the mapping, so no later loader runs the code either.
+"""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+import blake3
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from finetune.errors import BaseError
+from finetune.model.base.damaged import ORIGIN, VIEWS, name_of, read_json
+from finetune.store import cache
+
+MAPPING = "auto_map"
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+CONFIGS = (CONFIG, "generation_config.json", TOKENIZER, "*processor_config.json")
+MORE_TEMPLATES = "additional_chat_templates"
+HINT = "choose a base that transformers knows"
+
+
+class Origin(TypedDict):
+    """What a view was made of, in its file `ORIGIN`."""
+
+    name: str
+    """Of the base in errors."""
+    ignored: list[str]
+    """The files without their mapping."""
+    type: str
+    tokenizer: str | None
+    """The class of a tokenizer that only the base's own code has."""
+
+
+def without_code(directory: Path, below: Path | None = None) -> Path:
+    """The directory itself, or a view of it in the cache: no mapping in its configs, no Python file, all else linked.
+
+    `below` is the base of an adapter. BaseError if transformers lacks the type or the class of the base.
+    """
+    configs = {file.name: read_json(file) for file in _configs(directory)}
+    mapped = [name for name, config in configs.items() if _without(config) != config]
+    type_of = below or directory
+    if not mapped or not (type_of / CONFIG).is_file():
+        return directory
+    origin: Origin = {
+        "name": name_of(directory),
+        "ignored": mapped,
+        "type": _native_type(type_of, f"`{MAPPING}` in {mapped[0]}"),
+        "tokenizer": _own_tokenizer(configs.get(TOKENIZER, {})),
+    }
+    cleaned = {name: f"{json.dumps(_without(configs[name]), indent=2)}\n" for name in mapped}
+    links = [file for file in sorted(directory.iterdir()) if file.name not in cleaned and _is_of_a_view(file)]
+
+    def build(target: Path) -> None:
+        for name, text in cleaned.items():
+            (target / name).write_text(text, encoding="utf-8")
+        for file in links:
+            (target / file.name).symlink_to(file.resolve())
+        (target / ORIGIN).write_text(json.dumps(origin))
+
+    facts = [str(directory.resolve()), origin, cleaned, [file.name for file in links]]
+    return cache.built(VIEWS, blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
+
+
+def notes(directory: Path) -> list[str]:
+    """A line about the code that is ignored; none for other directories."""
+    if (origin := _origin(directory)) is None:
+        return []
+    where = ", ".join(origin["ignored"])
+    return [f"the base's own code (`{MAPPING}` in {where}) is ignored: transformers has `{origin['type']}` itself"]
+
+
+def refuse_own_tokenizer(directory: Path) -> None:
+    """BaseError if only the base's own code can make its tokenizer."""
+    origin = _origin(directory)
+    if origin and origin["tokenizer"] and not (directory / "tokenizer.json").is_file():
+        message = f"has a tokenizer of its own code (`{origin['tokenizer']}`), which is never run"
+        raise BaseError(message, where=origin["name"], hint="add a tokenizer.json, which needs no code")
+
+
+def _configs(directory: Path) -> list[Path]:
+    return sorted(file for pattern in CONFIGS for file in directory.glob(pattern) if file.is_file())
+
+
+def _without(value: object) -> object:
+    """The value without mappings, on every level."""
+    if isinstance(value, list):
+        return [_without(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without(item) for key, item in value.items() if key != MAPPING}
+    return value
+
+
+def _native_type(directory: Path, asked: str) -> str:
+    """The type in a config; BaseError if transformers lacks it, or the model class that the config declares."""
+    config = read_json(directory / CONFIG)
+    kind, declared = str(config.get("model_type")), config.get("architectures")
+    lacking = f"type `{kind}`" if kind not in CONFIG_MAPPING_NAMES else None
+    names = [str(name) for name in declared] if isinstance(declared, list) else []
+    # MPT's files spell their class in another case.
+    if names and not lacking and not _known() & {name.casefold() for name in names}:
+        lacking = f"class `{names[0]}`"
+    if lacking:
+        message = f"needs its own code ({asked}), which is never run, and transformers has no {lacking}"
+        raise BaseError(message, where=name_of(directory), hint=HINT)
+    return kind
+
+
+def _known() -> set[str]:
+    return {name.casefold() for name in dir(transformers)}
+
+
+def _own_tokenizer(config: dict[str, object]) -> str | None:
+    """The class of a tokenizer with a mapping, if transformers lacks it."""
+    name = config.get("tokenizer_class")
+    if MAPPING not in config or (isinstance(name, str) and name.casefold() in _known()):
+        return None
+    return str(name or "AutoTokenizer")
+
+
+def _is_of_a_view(file: Path) -> bool:
+    if file.is_dir():
+        return file.name == MORE_TEMPLATES
+    return file.is_file() and file.suffix not in (".py", ".pyc") and file.name != ORIGIN
+
+
+def _origin(directory: Path) -> Origin | None:
+    # A base could bring a file of this name: only that of a view counts.
+    is_view = directory.parent == cache.root() / VIEWS and (directory / ORIGIN).is_file()
+    return json.loads((directory / ORIGIN).read_bytes()) if is_view else None
