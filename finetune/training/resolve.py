@@ -96,7 +96,7 @@ def resolve(
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
     counted = _counted(loaded, opened.directory)
     # Some bases mix packed rows. That is tried on a small model of the same kind, before a weight is read.
-    arranged, notes = arranged_like(recipe, opened.directory, like)
+    arranged, notes = arranged_like(recipe, opened.directory, like, is_resumed=earlier is not None)
     plan = Plan(
         recipe=recipe,
         base=opened.pinned,
