@@ -280,7 +280,7 @@ and bf16, for two steps. The losses equal those of each row alone in plain trans
 
 | column | meaning |
 |---|---|
-| rows | the way your rows come together if your recipe does not set `task.packing`: `packed`, `padded`, or `alone` |
+| rows | the way your rows come together with `task.packing: auto`: `packed`, `padded`, or `alone` |
 | LoRA, full | `yes`: you can train your base this way; `in part`: some combinations work; `no` or `-`: you get a refusal of one line, the note |
 | ways | how many of the tried combinations trained: of eight, or with `--few` of two |
 

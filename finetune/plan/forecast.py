@@ -45,6 +45,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
         "cut_tokens": counts.cut_tokens,
         "left_out_rows": counts.left_out_rows,
         "longest": counts.longest,
+        "arrangement": plan.arrangement,
         "holdout_rows": plan.holdout_counts.rows,
         "holdout_tokens": plan.holdout_counts.tokens,
         "holdout_copies": _copies(plan),

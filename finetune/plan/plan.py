@@ -79,6 +79,8 @@ class Plan(Pin):
     """Held-out rows that these, or the run itself, train on."""
     arranged: str | None = None
     """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
+    pads_least: bool = False
+    """Whether padded rows are grouped for least padding; runs of older code filled their micro-batches. Groups, like their size, bind no run."""
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
 
@@ -88,7 +90,7 @@ class Plan(Pin):
         # without defaults, so a key added later does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
         facts["recipe"] = binding(facts["recipe"])
-        for name in ("stages", "seen"):  # known of other runs, of which the figures speak, not the training
+        for name in ("stages", "seen", "pads_least"):  # the first two are about other runs
             facts.pop(name, None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()
@@ -192,7 +194,11 @@ class Plan(Pin):
             "skipped_examples",
             "date",
         )
-        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged") if not getattr(self, name)}
+        unused = {
+            name
+            for name in (*optional, "split", "held_out", "seen", "arranged", "pads_least")
+            if not getattr(self, name)
+        }
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}

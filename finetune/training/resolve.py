@@ -95,8 +95,7 @@ def resolve(
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
     counted = _counted(loaded, opened.directory)
-    # Some bases mix packed rows. That is tried on a small model of the same kind, before a weight is read.
-    arranged, notes = arranged_like(recipe, opened.directory, like)
+    arranged, notes = arranged_like(recipe, opened.directory, like, is_resumed=earlier is not None)
     plan = Plan(
         recipe=recipe,
         base=opened.pinned,
@@ -115,6 +114,7 @@ def resolve(
         held_out=held_out.digest if earlier is None or earlier.held_out else "",
         stages=stages,
         arranged=arranged,
+        pads_least=like is None or like.pads_least,
         date=encoding.day,
         keeps_fp32=keeps_fp32(recipe, like),
     )

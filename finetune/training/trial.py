@@ -26,7 +26,7 @@ LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the other
 TOLERANCE = 1e-3  # of the norm of all logits
 ARRANGEMENTS = ("packed", "padded", "alone")  # from the fastest to the one that is right by itself
 TOLD = {"packed": "packed", "padded": "padded", "alone": "trained one by one"}
-OFF = "set task.packing: false, or leave it out"
+OFF = "set task.packing: auto"
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,22 @@ def _text_of(*modules: ModuleType) -> list[str]:
     return [part.read_text() for each in parts for part in each]
 
 
-def arranged_like(recipe: Recipe, directory: Path, like: Plan | None) -> tuple[str | None, tuple[str, ...]]:
-    """`Plan.arranged` of a recipe, and what to say: that of a run which it goes on with, or what a trial finds."""
-    if like is not None and like.recipe.task == recipe.task:
+def arranged_like(
+    recipe: Recipe, directory: Path, like: Plan | None, is_resumed: bool
+) -> tuple[str | None, tuple[str, ...]]:
+    """`Plan.arranged` of a recipe, and what to say: that of a run which it goes on with, or what a trial finds.
+
+    A branch whose recipe names `packing: true` is tried, too: its parent may be padded.
+    """
+    if like is not None and like.recipe.task == recipe.task and (is_resumed or not _must_pack(recipe)):
         return like.arranged, ()
     found, told = trial(recipe, directory), "packed" if recipe.task.packing else "padded"
     return None if found.arrangement == told else found.arrangement, found.notes
+
+
+def _must_pack(recipe: Recipe) -> bool:
+    """Whether the recipe itself says so: `auto` is the state without the key."""
+    return recipe.task.packing and "packing" in recipe.task.model_fields_set
 
 
 def trial(recipe: Recipe, directory: Path) -> Trial:
@@ -103,7 +113,6 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
     ours = _text_of(adapters, attention, losses, tiny)
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
-    is_named = "packing" in task.model_fields_set
 
     def compare() -> dict[str, str | None]:
         return _compared(base.load_config(directory), task.max_length)
@@ -114,9 +123,9 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     reasons = cache.found("arrangements", [config, task.max_length, code], compare)
     # Without a small model nothing can be tried, so the recipe decides.
     if reasons["small"]:
-        taken = "packed" if task.packing and is_named else "padded"
+        taken = "packed" if _must_pack(recipe) else "padded"
         return Trial(taken, (f"rows are {taken}, untried: {reasons['small']}",))
-    if reasons["packed"] and task.packing and is_named:
+    if reasons["packed"] and _must_pack(recipe):
         raise BaseError(reasons["packed"], where="task.packing", hint=OFF)
     wanted = ARRANGEMENTS if task.packing else ARRANGEMENTS[1:]
     # There is always one: `alone` never has a reason against it.

@@ -88,6 +88,20 @@ def test_true_and_false_are_the_booleans():
     assert edited("name: chat", "name: chat, packing: false").recipe.task.packing is False
 
 
+@pytest.mark.parametrize("name", ["chat", "text"])
+def test_packing_auto_is_a_recipe_that_does_not_name_packing(name):
+    plain, auto = (edited("name: chat", f"name: {name}{packing}").recipe for packing in ("", ", packing: auto"))
+    assert auto == plain and auto.task.model_fields_set == plain.task.model_fields_set
+    named = edited("name: chat", f"name: {name}, packing: true").recipe
+    assert "packing" in named.task.model_fields_set
+
+
+@pytest.mark.parametrize("value", ["Auto", "[auto]", "1", "null", '"true"'])
+def test_packing_is_one_of_three_words(value):
+    with pytest.raises(RecipeError, match="task.packing: must be `auto`, `true` or `false`, not "):
+        edited("name: chat", f"name: chat, packing: {value}")
+
+
 def test_a_list_of_two_numbers_becomes_the_betas():
     assert edited("2e-4", "2e-4\n  betas: [0.9, 0.95]").recipe.optimizer.betas == (0.9, 0.95)
 

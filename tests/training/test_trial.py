@@ -75,6 +75,8 @@ def tried(loaded):
         ("qwen3_next", {}, {}, "padded", "packed, this base would mix them"),
         ("llama4_text", {"attention_chunk_size": 32}, {}, "padded", "packed, this base would mix them"),
         ("llama", {}, {"packing": False}, "padded", None),
+        ("llama", {}, {"packing": "auto"}, "packed", None),
+        ("doge", {}, {"packing": "auto"}, "padded", "packed, this base would mix them"),
         ("gemma2", {"head_dim": 8, "dtype": "bfloat16"}, {}, "packed", None),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -91,7 +93,7 @@ def test_packing_that_a_recipe_names_is_refused_where_it_mixes_rows(based, kind)
     with pytest.raises(BaseError) as caught:
         resolve(based(kind, has_weights=False, packing=True))
     assert str(caught.value).startswith("task.packing: ")
-    assert str(caught.value).endswith("\nhint: set task.packing: false, or leave it out")
+    assert str(caught.value).endswith("\nhint: set task.packing: auto")
 
 
 def test_a_base_whose_tokens_see_those_after_them_is_refused(based):
@@ -122,6 +124,25 @@ def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, ki
     assert "rows are" in capsys.readouterr().err
     again = resolve(loaded, RunDirectory(run).plan()[0])
     assert again.plan.arrangement == arrangement and again.plan.plan_id == record["plan_id"]
+
+
+def test_a_branch_packs_only_if_that_is_exact_on_its_base(based):
+    padded = resolve(based("doge", has_weights=False)).plan
+    assert resolve(based("doge", has_weights=False), like=padded).plan.arrangement == "padded"
+    named = based("doge", has_weights=False, packing=True)
+    with pytest.raises(BaseError, match="task.packing: packed, this base would mix them"):
+        resolve(named, like=padded)
+    assert resolve(named, padded).plan.arrangement == "padded", "a resume keeps what its run has"
+
+
+def test_a_plan_says_how_rows_come_together_and_why(based, finetune, tmp_path):
+    based("doge")
+    text = finetune("plan", tmp_path / "tiny.yaml", "--run", tmp_path / "run").stdout
+    assert "come together padded: those of like length in one batch" in text
+    assert "base: rows are padded: packed, this base would mix them" in text
+    facts = json.loads(finetune("plan", tmp_path / "tiny.yaml", "--run", tmp_path / "run", "--json").stdout)
+    assert facts["arrangement"] == "padded"
+    assert "rows are padded: packed, this base would mix them" in facts["base_notes"]
 
 
 def test_a_plan_says_nothing_of_rows_that_come_together_as_the_recipe_says(based):
