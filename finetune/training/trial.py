@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
-from finetune.model import adapters, attention, base, decoder_layers, losses, tiny
+from finetune.model import adapters, attention, base, decoder_layers, losses, rotary, tiny
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Adapter, Recipe
 from finetune.store import cache
@@ -101,7 +101,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
-    ours = _text_of(adapters, attention, losses, tiny)
+    ours = _text_of(adapters, attention, losses, rotary, tiny)
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
     is_named = "packing" in task.model_fields_set
 
@@ -179,7 +179,7 @@ def _packed(config: PretrainedConfig, max_length: int, rows: list[Tensor]) -> Te
         raise BaseError(message, where=config.model_type) from None
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     return _logits(
-        model,
+        rotary.separate(model),
         input_ids=torch.cat(rows, dim=1),
         position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
         row_bounds=bounds,
