@@ -21,6 +21,7 @@ from finetune.model import adapters, attention, base, decoder_layers, losses, ro
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Adapter, Recipe
 from finetune.store import cache
+from finetune.training import scaling
 
 LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
 TOLERANCE = 1e-3  # of the norm of all logits
@@ -100,6 +101,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
 
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
+    scaling.refuse_without_effect(recipe, directory)
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
     ours = _text_of(adapters, attention, losses, rotary, tiny)
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
@@ -122,6 +124,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     # There is always one: `alone` never has a reason against it.
     found = next(way for way in wanted if not reasons.get(way))
     notes = [f"rows are {TOLD[found]}: {reasons[wanted[wanted.index(found) - 1]]}"] if found != wanted[0] else []
+    notes += scaling.notes(recipe, directory)
     settings = recipe.adapter and recipe.adapter.model_dump(mode="json")
     facts = [config, task.max_length, settings, recipe.train.precision, code]
     if told := cache.found("trials", facts, train):

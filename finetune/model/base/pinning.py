@@ -14,7 +14,7 @@ import blake3
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import files, foreign, gguf, hub, merge
+from finetune.model.base import files, foreign, gguf, hub, merge, rope
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.load import empty_model, load_model
 from finetune.model.base.located import Look, located
@@ -47,8 +47,15 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin."""
+    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin; with `base.rope` in
+    its config."""
     base = located(base, pinned, LOOK)
+    found = _as_published(base, pinned, with_weights)
+    return rope.scaled(found, base.rope) if base.rope else found
+
+
+def _as_published(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
+    """With the config that its authors or its training gave it."""
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
