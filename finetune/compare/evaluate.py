@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune.data.heldout import lineage
 from finetune.errors import DataError, FinetuneError
-from finetune.model import attention, base, losses
+from finetune.model import attention, base, losses, rotary
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen
@@ -91,7 +91,9 @@ def of_model(model: PreTrainedModel, run: Path) -> dict[str, float]:
     if len(resolved.holdout) == 0:
         return {}
     plan = resolved.plan
-    arranged = "padded" if plan.arrangement == "packed" else plan.arrangement
+    # Padding would give a row the rotary frequencies of the longest beside it.
+    apart = "alone" if rotary.is_by_length(model.config) else "padded"
+    arranged = apart if plan.arrangement == "packed" else plan.arrangement
     resolved = replace(resolved, plan=plan.model_copy(update={"arranged": arranged}))
     figures = _figures(model, resolved, start_accelerator(plan.recipe.train))
     model.cpu()

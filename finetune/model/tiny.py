@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from finetune.errors import BaseError, explained
+from finetune.model.base.quiet import quiet
 
 VOCABULARY = 320
 EDGE = 16  # where a window, a chunk or an original context ends, if the base's own end lies within its rows
@@ -51,7 +52,8 @@ def model_like(config: PretrainedConfig, max_length: int, **options: object) -> 
     tried = []
     for way in range(WAYS):
         try:
-            with explained("cannot be made small", config.model_type):
+            # quiet: a yarn of a small context seems wrong to transformers
+            with quiet(), explained("cannot be made small", config.model_type):
                 return _model(shrunk(config, max_length, way), options)
         except BaseError as error:
             tried.append(error)
@@ -100,8 +102,31 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
             changes[name] = _smaller(name, value, max_length)
     changes |= _not_grouped(facts)
     changes |= _consistent(facts, changes)
+    changes |= _rotary(facts, facts | changes, max_length)
     kept_facts = {name: value for name, value in facts.items() if name not in changes and name not in UNUSED}
     return type(config)(**kept_facts, **changes)
+
+
+def _rotary(facts: Facts, small: Facts, max_length: int) -> Facts:
+    """Settings of rotary positions: a factor for each pair of dimensions, and the context of `dynamic`, which is that of the model."""
+    settings = small.get("rope_parameters")
+    if not isinstance(settings, dict):
+        return {}
+    found = {key: _factors(value, small) for key, value in _factors(settings, small).items()}
+    changes: Facts = {"rope_parameters": found}
+    positions, kinds = facts.get("max_position_embeddings"), [found, *found.values()]
+    if positions and any(isinstance(kind, dict) and kind.get("rope_type") == "dynamic" for kind in kinds):
+        changes["max_position_embeddings"] = min(positions, EDGE if positions < max_length else BEYOND)
+    return changes
+
+
+def _factors(settings: Any, small: Facts) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    size = small.get("head_dim") or small.get("hidden_size", 0) // (small.get("num_attention_heads") or 1)
+    pairs = int(size * settings.get("partial_rotary_factor", 1.0)) // 2
+    cut = {key: value[:pairs] for key, value in settings.items() if key in ("short_factor", "long_factor")}
+    return {**settings, **cut}
 
 
 def _not_grouped(facts: Facts) -> Facts:

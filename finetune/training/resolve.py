@@ -230,11 +230,11 @@ def _problems(
     """What base and recipe cannot do together; all of it at once."""
     recipe, problems = loaded.recipe, []
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or 0
-    # Beyond its positions a base gives nonsense or an index error. XLNet's -1 is no bound.
+    longest = base.positions_of(config)
+    # Beyond its positions a base gives nonsense or an index error.
     if 0 < longest < recipe.task.max_length:
         message = f"{recipe.task.max_length} is more than the base's {longest} positions"
-        problems.append(loaded.problem("task.max_length", message))
+        problems.append(loaded.problem("task.max_length", message, base.rope_hint(config, recipe)))
     # Ids beyond the embedding would be an index error in the middle of an epoch.
     if len(tokenizer) > text.vocab_size:
         message = f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"

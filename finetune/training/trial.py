@@ -17,10 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
-from finetune.model import adapters, attention, base, decoder_layers, losses, tiny
+from finetune.model import adapters, attention, base, decoder_layers, losses, rotary, tiny
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Adapter, Recipe
 from finetune.store import cache
+from finetune.training import scaling
 
 LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
 TOLERANCE = 1e-3  # of the norm of all logits
@@ -110,8 +111,9 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
 
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
+    scaling.refuse_without_effect(recipe, directory)
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
-    ours = _text_of(adapters, attention, losses, tiny)
+    ours = _text_of(adapters, attention, losses, rotary, tiny)
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
 
     def compare() -> dict[str, str | None]:
@@ -131,6 +133,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     # There is always one: `alone` never has a reason against it.
     found = next(way for way in wanted if not reasons.get(way))
     notes = [f"rows are {TOLD[found]}: {reasons[wanted[wanted.index(found) - 1]]}"] if found != wanted[0] else []
+    notes += scaling.notes(recipe, directory)
     settings = recipe.adapter and recipe.adapter.model_dump(mode="json")
     facts = [config, task.max_length, settings, recipe.train.precision, code]
     if told := cache.found("trials", facts, train):
@@ -188,7 +191,7 @@ def _packed(config: PretrainedConfig, max_length: int, rows: list[Tensor]) -> Te
         raise BaseError(message, where=config.model_type) from None
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     return _logits(
-        model,
+        rotary.separate(model),
         input_ids=torch.cat(rows, dim=1),
         position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
         row_bounds=bounds,

@@ -214,14 +214,16 @@ def test_the_encoding_changes_with_the_template_and_the_length_and_not_with_pack
 def test_a_length_beyond_the_positions_of_the_base_is_refused_with_its_line(recipe_file):
     path = recipe_file(task={"name": "chat", "max_length": 256}, train={"steps": 3})
     assert refusal(path, RecipeError) == (
-        f"{path}:{line_of(path, 'max_length')}: task.max_length: 256 is more than the base's 128 positions"
+        f"{path}:{line_of(path, 'max_length')}: task.max_length: 256 is more than the base's 128 positions\n"
+        "hint: shorten it, or set base.rope, like {rope_type: yarn, factor: 2}"
     )
 
 
 def test_a_length_that_is_not_written_counts_at_its_section(recipe_file):
     path = recipe_file(task={"name": "chat"}, train={"steps": 3})
     assert refusal(path, RecipeError) == (
-        f"{path}:{line_of(path, 'task')}: task.max_length: 1024 is more than the base's 128 positions"
+        f"{path}:{line_of(path, 'task')}: task.max_length: 1024 is more than the base's 128 positions\n"
+        "hint: shorten it, or set base.rope, like {rope_type: yarn, factor: 8}"
     )
 
 

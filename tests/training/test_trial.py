@@ -27,6 +27,10 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "max_position_embeddings": 64,
+}
 LONGROPE = {"rope_parameters": LONG, "original_max_position_embeddings": 64}
 
 
@@ -67,8 +71,11 @@ def tried(loaded):
         ("llama", {}, {}, "packed", None),
         ("mistral", {"sliding_window": 16}, {}, "packed", None),
         ("phi3", LONGROPE, {"max_length": 64}, "packed", None),
-        ("phi3", LONGROPE, {"max_length": 128}, "alone", "padded, this base would mix them"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}, "packed", None),
+        ("phi3", LONGROPE, {"max_length": 128}, "packed", None),
+        ("phi3", LONGROPE, {"max_length": 128, "packing": False}, "alone", "padded, this base would mix them"),
+        ("llama", DYNAMIC, {"max_length": 128}, "packed", None),
+        ("llama", DYNAMIC, {"max_length": 128, "packing": False}, "alone", "padded, this base would mix them"),
+        ("llama", DYNAMIC, {"max_length": 64, "packing": False}, "padded", None),
         ("doge", {}, {}, "padded", "packed, this base would mix them"),
         ("gptj", {"rotary_dim": 4}, {}, "padded", "its attention cannot be replaced (KeyError: 'finetune_per_row')"),
         ("gpt_oss", {}, {}, "padded", "its attention takes s_aux, which packing does not know"),
@@ -116,7 +123,8 @@ def test_a_base_that_cannot_be_made_small_is_padded_untried(based, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["doge", "phi3"])
 def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, kind, train, tmp_path, capsys):
-    loaded = based(kind, LONGROPE if kind == "phi3" else {}, max_length=128)
+    task = {"packing": False} if kind == "phi3" else {}
+    loaded = based(kind, LONGROPE if kind == "phi3" else {}, max_length=128, **task)
     run = train(loaded.path if hasattr(loaded, "path") else tmp_path / "tiny.yaml", tmp_path / "run")
     arrangement = "alone" if kind == "phi3" else "padded"
     record = json.loads((run / "plan.json").read_text())

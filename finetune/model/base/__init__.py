@@ -16,9 +16,12 @@ from finetune.model.base.located import located
 from finetune.model.base.native import notes
 from finetune.model.base.outline import with_dtype
 from finetune.model.base.pinning import LOOK, attach, beneath, directory, pin, refuse_damaged
+from finetune.model.base.rope import hint_for as rope_hint
+from finetune.model.base.rope import positions_of, unscaled
 from finetune.model.base.small_files import small_files_of, tokenizer_directory
 from finetune.model.base.stored import lacking, load_as_stored
 from finetune.model.base.tokenizer import check_generation_config, load_tokenizer, named_stops, stop_tokens
+from finetune.model.base.view import source_of
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 from finetune.store.checkpoints.refs import run_around
 
@@ -44,12 +47,16 @@ __all__ = [
     "load_tokenizer",
     "located",
     "pin",
+    "positions_of",
     "read_ahead",
     "refuse_damaged",
     "refuse_foreign",
     "refuse_lacking",
+    "rope_hint",
     "run_around",
     "small_files_of",
+    "source_of",
+    "unscaled",
     "named_stops",
     "notes",
     "stop_tokens",

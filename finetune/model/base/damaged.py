@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import BaseError
-from finetune.store import cache, downloads
+from finetune.model.base.view import origin_of
+from finetune.store import downloads
 
-VIEWS, ORIGIN = "native", ".origin"  # the cache's views of bases (see `native`), and the file there that names the base
 Json = dict[str, Any]
 """The content of another program's JSON file: an object, and nothing else is known."""
 
@@ -35,8 +35,8 @@ def damaged(path: Path, reason: str) -> BaseError:
 
 def name_of(path: Path) -> str:
     """The name of a base in errors: its Hub id if it is a snapshot in the Hub's cache, else the directory's name."""
-    if path.parent == cache.root() / VIEWS and (path / ORIGIN).is_file():
-        return str(json.loads((path / ORIGIN).read_bytes())["name"])
+    if origin := origin_of(path):
+        return origin["name"]
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return path.name

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from finetune.errors import BaseError, explained, of_libraries
+from finetune.model import rotary
 from finetune.model.base import quantized
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.quiet import quiet
@@ -141,7 +142,7 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 a plain attribute of bitsandbytes
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
-    return model
+    return rotary.separate(model)
 
 
 def _names(keys: Iterable[object]) -> list[str]:

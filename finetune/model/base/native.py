@@ -5,33 +5,18 @@ The code is never imported. Nothing that is made of the base has the mapping, so
 
 import json
 from pathlib import Path
-from typing import TypedDict
 
-import blake3
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from finetune.errors import BaseError
-from finetune.model.base.damaged import ORIGIN, VIEWS, name_of, read_json
-from finetune.store import cache
+from finetune.model.base import view
+from finetune.model.base.damaged import name_of, read_json
 
 MAPPING = "auto_map"
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 CONFIGS = (CONFIG, "generation_config.json", TOKENIZER, "*processor_config.json")
-MORE_TEMPLATES = "additional_chat_templates"
 HINT = "choose a base that transformers knows"
-
-
-class Origin(TypedDict):
-    """What a view was made of, in its file `ORIGIN`."""
-
-    name: str
-    """Of the base in errors."""
-    ignored: list[str]
-    """The files without their mapping."""
-    type: str
-    tokenizer: str | None
-    """The class of a tokenizer that only the base's own code has."""
 
 
 def without_code(directory: Path, below: Path | None = None) -> Path:
@@ -44,29 +29,21 @@ def without_code(directory: Path, below: Path | None = None) -> Path:
     type_of = below or directory
     if not mapped or not (type_of / CONFIG).is_file():
         return directory
-    origin: Origin = {
+    origin: view.Origin = {
         "name": name_of(directory),
+        "source": str(directory.resolve()),
         "ignored": mapped,
         "type": _native_type(type_of, f"`{MAPPING}` in {mapped[0]}"),
         "tokenizer": _own_tokenizer(configs.get(TOKENIZER, {})),
     }
     cleaned = {name: f"{json.dumps(_without(configs[name]), indent=2)}\n" for name in mapped}
-    links = [file for file in sorted(directory.iterdir()) if file.name not in cleaned and _is_of_a_view(file)]
-
-    def build(target: Path) -> None:
-        for name, text in cleaned.items():
-            (target / name).write_text(text, encoding="utf-8")
-        for file in links:
-            (target / file.name).symlink_to(file.resolve())
-        (target / ORIGIN).write_text(json.dumps(origin))
-
-    facts = [str(directory.resolve()), origin, cleaned, [file.name for file in links]]
-    return cache.built(VIEWS, blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
+    return view.view(view.NATIVE, directory, cleaned, origin)
 
 
 def notes(directory: Path) -> list[str]:
     """A line about the code that is ignored; none for other directories."""
-    if (origin := _origin(directory)) is None:
+    origin = view.origin_of(directory)
+    if origin is None or not origin["ignored"]:
         return []
     where = ", ".join(origin["ignored"])
     return [f"the base's own code (`{MAPPING}` in {where}) is ignored: transformers has `{origin['type']}` itself"]
@@ -74,7 +51,7 @@ def notes(directory: Path) -> list[str]:
 
 def refuse_own_tokenizer(directory: Path) -> None:
     """BaseError if only the base's own code can make its tokenizer."""
-    origin = _origin(directory)
+    origin = view.origin_of(directory)
     if origin and origin["tokenizer"] and not (directory / "tokenizer.json").is_file():
         message = f"has a tokenizer of its own code (`{origin['tokenizer']}`), which is never run"
         raise BaseError(message, where=origin["name"], hint="add a tokenizer.json, which needs no code")
@@ -118,15 +95,3 @@ def _own_tokenizer(config: dict[str, object]) -> str | None:
     if MAPPING not in config or (isinstance(name, str) and name.casefold() in _known()):
         return None
     return str(name or "AutoTokenizer")
-
-
-def _is_of_a_view(file: Path) -> bool:
-    if file.is_dir():
-        return file.name == MORE_TEMPLATES
-    return file.is_file() and file.suffix not in (".py", ".pyc") and file.name != ORIGIN
-
-
-def _origin(directory: Path) -> Origin | None:
-    # A base could bring a file of this name: only that of a view counts.
-    is_view = directory.parent == cache.root() / VIEWS and (directory / ORIGIN).is_file()
-    return json.loads((directory / ORIGIN).read_bytes()) if is_view else None

@@ -15,7 +15,7 @@ import blake3
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import files, foreign, from_nothing, gguf, hub, merge, native
+from finetune.model.base import files, foreign, from_nothing, gguf, hub, merge, native, rope
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.load import empty_model, load_model
 from finetune.model.base.located import Look, located
@@ -48,11 +48,12 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. It names no code."""
+    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. Its config names no code,
+    and has `base.rope`."""
     path = native.without_code(_directory(base, pinned, with_weights))
-    if base.random_weights is None:
-        return path
-    return from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
+    if base.random_weights is not None:
+        path = from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
+    return rope.scaled(path, base.rope) if base.rope else path
 
 
 def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from finetune.recipe.schema.rope import Rope
 from finetune.recipe.schema.values import HubId, Section
 
 
@@ -20,3 +21,5 @@ class Base(Section):
     """A seed: draws new weights with it, as for pretraining, tests and benchmarks. Of the checkpoint you then need config and tokenizer only. Not with an adapter."""
     quantization: Literal["nf4"] | None = None
     """`nf4`: frozen linear layers in 4 bits under a LoRA adapter (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). They take an eighth of their fp32 memory. Every product dequantizes first, and your package lies on the unquantized base. Needs bitsandbytes."""
+    rope: Rope | None = None
+    """Stretch the rotary positions, like `{rope_type: yarn, factor: 4}`, so that `task.max_length` may go beyond the base's positions. Default: as the base's config says."""

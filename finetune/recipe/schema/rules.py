@@ -108,6 +108,12 @@ def form_has_its_adapter(recipe: PartlyRead) -> str | None:
     return f"package.form: `adapter` needs {PEFT}" if is_asked and recipe.trains_the_base else None
 
 
+def scaled_positions_stay_with_the_weights(recipe: PartlyRead) -> str | None:
+    """An adapter's package names its base, whose config knows nothing of the scaling."""
+    is_asked = recipe.package and recipe.package.form == "adapter" and recipe.base and recipe.base.rope
+    return "package.form: an `adapter` cannot carry `base.rope`; use `merged`" if is_asked else None
+
+
 def quantized_base_has_an_adapter(recipe: PartlyRead) -> str | None:
     kind = recipe.base and recipe.base.quantization
     if kind and recipe.trains_the_base:
@@ -157,6 +163,7 @@ RULES = (
     best_has_rows,
     micro_batch_holds_a_row,
     form_has_its_adapter,
+    scaled_positions_stay_with_the_weights,
     quantized_base_has_an_adapter,
     random_weights_are_trained,
     bf16_weights_have_bf16_products,
