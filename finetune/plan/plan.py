@@ -79,6 +79,8 @@ class Plan(Pin):
     """Held-out rows that these, or the run itself, train on."""
     arranged: str | None = None
     """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
+    reaches_all: bool = False
+    """Whether the adapter reaches what its recipe names, if older code reached something else: of runs of that code it is false."""
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
 
@@ -192,7 +194,11 @@ class Plan(Pin):
             "skipped_examples",
             "date",
         )
-        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged") if not getattr(self, name)}
+        unused = {
+            name
+            for name in (*optional, "split", "held_out", "seen", "arranged", "reaches_all")
+            if not getattr(self, name)
+        }
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
@@ -221,13 +227,6 @@ def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOr
 def steps_of(train: Train, order: Order) -> int:
     """Number of updates; none crosses the end of an epoch."""
     return train.steps or order.last_step_of(train.epochs or 0)
-
-
-def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:
-    """`Plan.keeps_fp32` of a recipe; `like` is the plan of a run that it goes on with."""
-    if like is not None and like.recipe.train.weights == "bf16":
-        return recipe.train.weights == "bf16" and like.keeps_fp32
-    return recipe.train.weights == "bf16"
 
 
 def are_same_rows(one: Plan, two: Plan) -> bool:

@@ -21,8 +21,9 @@ from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunEr
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.curve import warmup_of
+from finetune.plan.older import keeps_fp32, reaches_all
 from finetune.plan.pinned import Counts
-from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of
+from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
 from finetune.plan.shape import shape_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
@@ -94,7 +95,7 @@ def resolve(
     # Which rows are held out is decided before any is counted: steps and epochs are about the others.
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
-    counted = _counted(loaded, opened.directory)
+    counted = _counted(loaded, opened.directory, like)
     # Some bases mix packed rows. That is tried on a small model of the same kind, before a weight is read.
     arranged, notes = arranged_like(recipe, opened.directory, like)
     plan = Plan(
@@ -116,16 +117,15 @@ def resolve(
         stages=stages,
         arranged=arranged,
         date=encoding.day,
+        reaches_all=counted.is_changed,
         keeps_fp32=keeps_fp32(recipe, like),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
-    else:
-        plan = draw.with_seen(plan, held_out, loaded.file)
+    plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
     tokens = _micro_batch_tokens(plan, opened.config)
-    found = (*encoding.notes(train_counts), *counted.notes, *notes)
-    base_of = opened.directory, opened.tokenizer, encoding.template
-    return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.reached)
+    found, base_of = (*encoding.notes(train_counts), *counted.notes, *notes), (opened.directory, opened.tokenizer)
+    return Resolved(plan, *base_of, encoding.template, train, holdout, tokens, held_out, found, counted.reached)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _read_rows(recipe: Recipe, encoding: Encoding, same: Plan | None, like: Plan
 
 
 def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Examples, Counts, Examples, Counts]:
-    """The examples to train on and the held-out ones, with what encoding found in each. DataError where a source has none to train on."""
+    """Examples to train on and held-out ones, with what encoding found. DataError where a source has none to train on."""
     pins, encoded = rows.train
     train, counts = select(encoded, [pin.rows for pin in pins], held_out.untrained, is_kept=False)
     if isinstance(loaded.recipe.data.holdout, list):
@@ -178,9 +178,9 @@ def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Exa
     return train, counts, holdout, holdout_counts
 
 
-def _counted(loaded: LoadedRecipe, directory: Path) -> Counted:
+def _counted(loaded: LoadedRecipe, directory: Path, like: Plan | None) -> Counted:
     try:
-        return count_parameters(loaded.recipe.adapter, directory)
+        return count_parameters(loaded.recipe.adapter, directory, not reaches_all(loaded.recipe, like))
     except AdapterError as error:
         raise RecipeError([loaded.problem(error.where or "", error.message, error.hint)]) from None
 
