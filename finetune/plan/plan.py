@@ -35,6 +35,13 @@ class Extension(TypedDict):
     plan_id: str
 
 
+# Fields that `plan.json` has only where they say something: of extended runs, branches, and newer code.
+OPTIONAL = (
+    *("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "date"),
+    *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all"),
+)
+
+
 class Plan(Pin):
     recipe: Recipe
     base: PinnedBase
@@ -81,6 +88,8 @@ class Plan(Pin):
     """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
     pads_least: bool = False
     """Whether padded rows are grouped for least padding; runs of older code filled their micro-batches. Groups, like their size, bind no run."""
+    reaches_all: bool = False
+    """Whether the adapter reaches what its recipe names, if older code reached something else: of runs of that code it is false."""
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
 
@@ -184,21 +193,7 @@ class Plan(Pin):
 
     def dump(self, facts: Facts) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
-        # fields of extended runs and branches are skipped in other plans
-        optional = (
-            "schedule_start",
-            "segments",
-            "parent",
-            "earlier_orders",
-            "skipped_rows",
-            "skipped_examples",
-            "date",
-        )
-        unused = {
-            name
-            for name in (*optional, "split", "held_out", "seen", "arranged", "pads_least")
-            if not getattr(self, name)
-        }
+        unused = {name for name in OPTIONAL if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
@@ -227,13 +222,6 @@ def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOr
 def steps_of(train: Train, order: Order) -> int:
     """Number of updates; none crosses the end of an epoch."""
     return train.steps or order.last_step_of(train.epochs or 0)
-
-
-def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:
-    """`Plan.keeps_fp32` of a recipe; `like` is the plan of a run that it goes on with."""
-    if like is not None and like.recipe.train.weights == "bf16":
-        return recipe.train.weights == "bf16" and like.keeps_fp32
-    return recipe.train.weights == "bf16"
 
 
 def are_same_rows(one: Plan, two: Plan) -> bool:

@@ -56,7 +56,7 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> Pre
     # The initial matrices depend on the recipe's seed alone, and not on what was drawn before.
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
     with adapters.taken_for_fp32(model, place.names):
-        return adapters.apply(model, recipe.adapter)
+        return adapters.apply(model, recipe.adapter, is_older=not plan.reaches_all)
 
 
 def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.Place:

@@ -45,6 +45,7 @@ class _Counted(TypedDict):
     trainable: int
     reached: dict[str, tuple[int, int]] | None
     notes: list[str]
+    is_changed: bool
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,19 @@ class Counted:
     reached: dict[str, tuple[int, int]] | None
     """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
     notes: tuple[str, ...]
+    is_changed: bool = False
+    """Whether the adapter reaches something else than with older code."""
 
 
-def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
-    """Of a base with an adapter on it, without loading a weight; asked once. AdapterError where they do not fit."""
+def count_parameters(settings: Adapter | None, directory: Path, is_older: bool = False) -> Counted:
+    """Of a base with an adapter on it, without loading a weight; asked once. `is_older` is of `adapters.apply`. AdapterError where
+    they do not fit."""
 
     def count() -> _Counted:
         model = base.empty_model(directory)
         skipped = adapters.skipped(model, settings)
-        model = adapters.apply(model, settings)
+        is_changed = adapters.is_changed(model, settings)
+        model = adapters.apply(model, settings, is_older)
         parameters, reached = list(model.parameters()), decoder_layers.reached(model) if settings else None
         missed = decoder_layers.missed(reached) if reached and settings and settings.is_peft else None
         return {
@@ -71,14 +76,22 @@ def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
             "trainable": sum(each.numel() for each in parameters if each.requires_grad),
             "reached": reached,
             "notes": [note for note in (skipped, missed) if note],
+            "is_changed": is_changed,
         }
 
     # Also our code: a fix in it must not leave older results in the cache.
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
     ours = _text_of(adapters, decoder_layers)
-    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
+    facts = [
+        (directory / "config.json").read_text(),
+        settings and settings.model_dump(mode="json"),
+        code,
+        ours,
+        is_older,
+    ]
     found = cache.found("counted", facts, count)
-    return Counted(found["total"], found["trainable"], found["reached"], tuple(found["notes"]))
+    notes, is_changed = tuple(found["notes"]), found["is_changed"] and not is_older
+    return Counted(found["total"], found["trainable"], found["reached"], notes, is_changed)
 
 
 def _text_of(*modules: ModuleType) -> list[str]:

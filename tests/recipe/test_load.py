@@ -226,7 +226,7 @@ def test_the_variants_that_pydantic_adds_to_locations_are_known():
     tagged = {(name,) for name in ("task", "adapter")} | {("data", "holdout")}
     assert tagged == _TAGGED
     assert complaint(SMALLEST + "adapter: {name: lora, lora: 1}\n") == (
-        "recipe.yaml:10: adapter.lora: unknown key\nhint: the keys here are `name`, `rank`, `alpha`, `dropout`, `targets`, `freeze`"
+        "recipe.yaml:10: adapter.lora: unknown key\nhint: the keys here are `name`, `rank`, `alpha`, `dropout`, `targets`, `parameters`, `exclude`, `layers`, `freeze`"
     )
     assert complaint(SMALLEST.replace("data:", "data:\n  holdout: [{path: 3}]")).startswith(
         "recipe.yaml:4: data.holdout[0].path: must be text, not `3`"

@@ -115,7 +115,9 @@ def test_the_files_of_the_base_stay_as_they_are(long_recipe, tiny_base):
     directory = resolve(load(long_recipe())).base_directory
     assert base.unscaled(directory) == tiny_base and base.unscaled(tiny_base) == tiny_base
     assert {path.name: (path.read_bytes(), path.stat().st_mode) for path in tiny_base.iterdir()} == before
-    assert sorted(path.name for path in directory.iterdir() if path.is_symlink()) == sorted(before.keys() - {"config.json"})
+    assert sorted(path.name for path in directory.iterdir() if path.is_symlink()) == sorted(
+        before.keys() - {"config.json"}
+    )
 
 
 def test_a_damaged_scaled_directory_is_made_again(long_recipe):

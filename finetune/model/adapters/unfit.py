@@ -1,0 +1,53 @@
+"""Linear layers that LoRA must not wrap."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finetune.errors import of_libraries
+
+
+def unfit_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers LoRA must not wrap, by name, each with the reason."""
+    import peft
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as peft_refuses
+
+    config = peft.LoraConfig()
+    found: dict[str, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            owners.setdefault(id(module.weight), []).append(name)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        others = [other for other in owners.get(id(module.weight), []) if other != name]
+        if others:
+            found[name] = "another module has the same weight"
+        elif not _acts_as_linear(module):
+            found[name] = "it is not a plain linear layer"
+        else:
+            try:  # asked name by name: it would raise at the first one, with the model half changed
+                peft_refuses(config, model, name.rpartition(".")[2])
+            except ValueError:
+                found[name] = "peft does not allow it in this family"
+    return found
+
+
+def _acts_as_linear(module: Any) -> bool:
+    """Whether a layer maps (…, in) to (…, out). Some routers and grouped layers are linear by class alone."""
+    kind = type(module)
+    if kind.forward in (torch.nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith(
+        "transformers.models"
+    ):
+        return True
+    weight = module.weight
+    made = weight.new_zeros(1, 2, module.in_features)
+    try:
+        with torch.no_grad():
+            output = module(made)
+    except of_libraries():
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
