@@ -26,6 +26,9 @@ ROW_RULES = 2
 """The row rules of a new run: 1 trained on whatever a template kept of a row, 2 refuses a row that would lose something."""
 
 
+OF_TEXT = ("text_of", "parameters_beside_text")
+
+
 class Extension(TypedDict):
     """How a run was last extended, as its journal has it."""
 
@@ -81,6 +84,11 @@ class Plan(Pin):
     """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
+    text_of: str | None = None
+    """The class of a base that also reads images or sound, if its text side alone is trained. Runs of older code have none: they train
+    all of the class that AutoModelForCausalLM takes."""
+    parameters_beside_text: int = 0
+    """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
 
     @property
     def plan_id(self) -> str:
@@ -192,7 +200,7 @@ class Plan(Pin):
             "skipped_examples",
             "date",
         )
-        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged") if not getattr(self, name)}
+        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged", *OF_TEXT) if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}

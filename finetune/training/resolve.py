@@ -17,7 +17,7 @@ from finetune.data.batches import Examples, select
 from finetune.data.example import Encoded
 from finetune.data.heldout import draw
 from finetune.data.heldout.draw import HeldOut
-from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
+from finetune.errors import DataError, Problem, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.curve import warmup_of
@@ -28,8 +28,9 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
+from finetune.training.counted import counted as count
 from finetune.training.encoding import Encoding, encoding_of, read
-from finetune.training.trial import Counted, arranged_like, count_parameters
+from finetune.training.trial import arranged_like
 
 # what a resume keeps of a plan, and a new plan does not have
 KEPT = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "seen")
@@ -94,7 +95,7 @@ def resolve(
     # Which rows are held out is decided before any is counted: steps and epochs are about the others.
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
-    counted = _counted(loaded, opened.directory)
+    counted = count(loaded, opened.directory, like)
     # Some bases mix packed rows. That is tried on a small model of the same kind, before a weight is read.
     arranged, notes = arranged_like(recipe, opened.directory, like)
     plan = Plan(
@@ -107,8 +108,7 @@ def resolve(
         holdout_counts=holdout_counts,
         sizes=train.sizes,
         **_course(recipe, train.sizes, earlier),
-        total_parameters=counted.total,
-        trainable_parameters=counted.trainable,
+        **counted.in_plan,
         row_rules=encoding.row_rules,
         split=held_out.split,
         # An older plan has no digest here, and gets none: its id must stay what it is.
@@ -176,13 +176,6 @@ def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Exa
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
     return train, counts, holdout, holdout_counts
-
-
-def _counted(loaded: LoadedRecipe, directory: Path) -> Counted:
-    try:
-        return count_parameters(loaded.recipe.adapter, directory)
-    except AdapterError as error:
-        raise RecipeError([loaded.problem(error.where or "", error.message, error.hint)]) from None
 
 
 def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dict[str, object]:

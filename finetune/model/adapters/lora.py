@@ -19,7 +19,9 @@ def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> Pre
     """The model with peft's LoRA matrices, fp32; only they are trained. Options go to peft's config."""
     import peft
 
+    frozen = _frozen(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = [name for name in linear if name not in frozen]
     is_all = settings.targets == ALL
     missed = [target for target in settings.targets if not is_all and not _named(target, linear)]
     if missed:  # peft itself is silent as long as one of the targets matches
@@ -37,7 +39,7 @@ def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> Pre
         lora_alpha=cast(int, settings.alpha),  # whatever its type says, peft takes fractions
         lora_dropout=settings.dropout,
         target_modules="all-linear" if is_all else list(settings.targets),
-        exclude_modules=sorted(unfit) or None,
+        exclude_modules=sorted({*unfit, *frozen}) or None,
         task_type="CAUSAL_LM",
         **options,
     )
@@ -63,19 +65,31 @@ def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:
     return f"all-linear skips {', '.join(told)}" if told else None
 
 
+def _frozen(model: PreTrainedModel) -> frozenset[str]:
+    """Linear layers that were frozen before: those beside the text side. Quantized weights are integers, and never trainable."""
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module.weight.is_floating_point()
+        and not module.weight.requires_grad
+    )
+
+
 def _unfit(model: PreTrainedModel) -> dict[str, str]:
-    """Linear layers LoRA must not wrap, by name, each with the reason."""
+    """Linear layers LoRA must not wrap, by name, each with the reason; without frozen ones."""
     import peft
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as peft_refuses
 
     config = peft.LoraConfig()
     found: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
+    frozen = _frozen(model)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
             owners.setdefault(id(module.weight), []).append(name)
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D):
+        if not isinstance(module, torch.nn.Linear | Conv1D) or name in frozen:
             continue
         others = [other for other in owners.get(id(module.weight), []) if other != name]
         if others:
