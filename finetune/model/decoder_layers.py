@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -78,8 +78,11 @@ def kind_of(parameter: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(parameter)), "other")
 
 
-def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """By kind of module: the number of the base's parameters, tied ones once, and how many are trained or have an adapter."""
+def reached(model: PreTrainedModel, beside: Collection[int] = ()) -> dict[str, tuple[int, int]]:
+    """By kind of module: the number of the base's parameters, tied ones once, and how many are trained or have an adapter.
+
+    `beside` are the ids of parameters that are not of the model's text side.
+    """
     inner = _transformers_model(model)
     found: dict[str, tuple[int, int]] = {}
     special: dict[int, str] = {}
@@ -93,6 +96,7 @@ def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         if isinstance(module, torch.nn.Embedding)
         for each in module.parameters()
     }
+    special |= dict.fromkeys(beside, "beside text")
     wrapped = {id(each) for module in model.modules() if hasattr(module, "lora_A") for each in _wrapped_by(module)}
     for name, each in model.named_parameters():
         if ".lora_" in name:

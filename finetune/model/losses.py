@@ -90,7 +90,7 @@ class Head(NamedTuple):
 
 def head_of(model: PreTrainedModel) -> Head | None:
     """The model's own head, if it is one linear layer; how its logits are scaled and capped is in its config."""
-    layer = _unwrapped(model).get_output_embeddings()
+    layer = _language_model(model).get_output_embeddings()
     # A subclass, like a quantized layer, computes something else with its weight.
     if type(layer) is not torch.nn.Linear:
         return None
@@ -102,7 +102,15 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The module before the head: it computes the hidden states."""
-    return cast(PreTrainedModel, _unwrapped(model).get_decoder())
+    return cast(PreTrainedModel, _language_model(model).get_decoder())
+
+
+def _language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the head: of some families with images, it is a whole causal LM inside (Llama 4)."""
+    whole = _unwrapped(model)
+    inner = whole.get_decoder()
+    has_head = whole.get_output_embeddings() is None and getattr(inner, "get_output_embeddings", lambda: None)()
+    return cast(PreTrainedModel, inner if has_head else whole)
 
 
 def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune.errors import BaseError, explained
+from finetune.model.base.loading_class import class_of, made
 from finetune.model.base.quiet import quiet
 
 VOCABULARY = 320
@@ -64,7 +65,7 @@ def _model(config: PretrainedConfig, options: dict[str, object]) -> PreTrainedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # not the type of the base's files: rounded to 8 bits, rows that stay apart differ as much as rows that are mixed
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options).eval()
+        model = made(class_of(config), config, dtype=torch.float32, **options).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)  # else what starts as zero has no part in it
@@ -103,6 +104,7 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
     changes |= _not_grouped(facts)
     changes |= _consistent(facts, changes)
     changes |= _rotary(facts, facts | changes, max_length)
+    changes |= _sections(facts, changes)
     kept_facts = {name: value for name, value in facts.items() if name not in changes and name not in UNUSED}
     return type(config)(**kept_facts, **changes)
 
@@ -150,6 +152,19 @@ def _consistent(facts: Facts, small: Facts) -> Facts:
     if facts.get("mamba_d_ssm"):
         found["mamba_d_ssm"] = small["mamba_n_heads"] * found["mamba_d_head"]
     return found
+
+
+def _sections(facts: Facts, small: Facts) -> Facts:
+    """Shares of a head's rotated channels for time, height and width (M-RoPE, arXiv 2409.12191), of a smaller head."""
+    rope = small.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(shares := rope.get("mrope_section"), list):
+        return {}
+    real, tiny = (
+        of.get("head_dim") or of["hidden_size"] // of["num_attention_heads"] for of in (facts, {**facts, **small})
+    )
+    edges = [round(sum(shares[:place]) * tiny / real) for place in range(len(shares) + 1)]
+    sections = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return {"rope_parameters": rope | {"mrope_section": sections}}
 
 
 UNUSED = ("model_type", "transformers_version", "_name_or_path")

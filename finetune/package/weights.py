@@ -158,13 +158,20 @@ def _cast_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
-def stored(converted: Converted, form: str, dtype: torch.dtype, base_directory: Path | None) -> Stored:
-    """The tensors of a package's files, under the base's names."""
+def stored(
+    converted: Converted,
+    form: str,
+    dtype: torch.dtype,
+    base_directory: Path | None,
+    beside: frozenset[str] = frozenset(),
+) -> Stored:
+    """The tensors of a package's files, under the base's names. Those of the model `beside` its text side are read from the base's files."""
     if form == "adapter":
         return Stored({name: one.to(dtype) for name, one in adapters.weights(converted.model).items()}, {})
     model = converted.model
     own = adapters.weights(model) | dict(converted.exact)
-    own = {name: tensor for name, tensor in own.items() if name not in (model._keys_to_ignore_on_save or ())}
+    unsaved = {*(model._keys_to_ignore_on_save or ()), *beside}
+    own = {name: tensor for name, tensor in own.items() if name not in unsaved}
     tensors = outline.in_file_names(model, own, base_directory)
     names = outline.not_of(model, base_directory, tensors) if base_directory else []
     return Stored(tensors, _read(base_directory, names) if base_directory and names else {})

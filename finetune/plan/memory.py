@@ -129,7 +129,7 @@ def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
     if world_size == 1:
         return sum(found.values())
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
-    layer = (plan.total_parameters - embeddings) // shape.layers
+    layer = (plan.total_parameters - plan.parameters_beside_text - embeddings) // shape.layers
     gathered = _width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
     shared = found["weights"] + found["moments"] + trained_bytes(plan)
     passing = gathered + found["activations"] + found["logits"]
@@ -205,7 +205,8 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
     embeddings = shape.vocabulary * shape.hidden
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
     each = NF4 if plan.recipe.base.quantization else _width(plan)
-    linear = round(each * (parameters - embeddings - head)) + _width(plan) * head
+    beside = plan.parameters_beside_text  # not quantized either
+    linear = round(each * (parameters - embeddings - head - beside)) + _width(plan) * (head + beside)
     return {"linear": linear, "rest": stored_width(plan) * embeddings}
 
 
@@ -213,7 +214,8 @@ def _casts(plan: Plan, shape: Shape) -> int:
     """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
     if is_beside(plan):
         return 2 * plan.trainable_parameters if _width(plan) == 2 else 0
-    return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < stored_width(plan) else 0
+    used = plan.total_parameters - plan.parameters_beside_text
+    return 2 * (used - shape.vocabulary * shape.hidden) if _width(plan) < stored_width(plan) else 0
 
 
 def _layer(plan: Plan, shape: Shape) -> int:

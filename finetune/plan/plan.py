@@ -38,7 +38,7 @@ class Extension(TypedDict):
 # Fields that `plan.json` has only where they say something: of extended runs, branches, and newer code.
 OPTIONAL = (
     *("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "date"),
-    *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all"),
+    *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all", "text_of", "parameters_beside_text"),
 )
 
 
@@ -92,6 +92,11 @@ class Plan(Pin):
     """Whether the adapter reaches what its recipe names, if older code reached something else: of runs of that code it is false."""
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
+    text_of: str | None = None
+    """The class of a base that also reads images or sound, if its text side alone is trained. Runs of older code have none: they train
+    all of the class that AutoModelForCausalLM takes."""
+    parameters_beside_text: int = 0
+    """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
 
     @property
     def plan_id(self) -> str:

@@ -43,7 +43,8 @@ def slow_numbers(precision: str) -> str | None:
 def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> PreTrainedModel:
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     recipe = plan.recipe
-    place = _place(recipe, base_directory, device)
+    kind = base.class_named(plan.text_of)
+    place = _place(recipe, base_directory, device, kind)
     load = base.load_as_stored if plan.keeps_fp32 else base.load_model
     model = load(
         base_directory,
@@ -52,20 +53,23 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> Pre
         recipe.base.quantization,
         base.DTYPES[recipe.train.precision],
         place,
+        kind=kind,
     )
+    if plan.text_of:
+        model = base.freeze_beside_text(model)
     # The initial matrices depend on the recipe's seed alone, and not on what was drawn before.
     torch.manual_seed(derive(recipe.train.seed, "adapter"))
     with adapters.taken_for_fp32(model, place.names):
         return adapters.apply(model, recipe.adapter, is_older=not plan.reaches_all)
 
 
-def _place(recipe: Recipe, base_directory: Path, device: torch.device) -> base.Place:
+def _place(recipe: Recipe, base_directory: Path, device: torch.device, kind: base.LoadingClass) -> base.Place:
     """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once."""
     settings = recipe.train
     is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
     if device.type == "cpu" or not is_halved or not (recipe.adapter and recipe.adapter.is_peft):
         return base.Place(device)
-    return base.Place(device, adapters.linear_weights(base.empty_model(base_directory)))
+    return base.Place(device, adapters.linear_weights(base.empty_model(base_directory, kind)))
 
 
 def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:

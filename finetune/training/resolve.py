@@ -17,11 +17,11 @@ from finetune.data.batches import Examples, select
 from finetune.data.example import Encoded
 from finetune.data.heldout import draw
 from finetune.data.heldout.draw import HeldOut
-from finetune.errors import AdapterError, DataError, RecipeError, RunError
+from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.curve import warmup_of
-from finetune.plan.older import keeps_fp32, reaches_all
+from finetune.plan.older import keeps_fp32
 from finetune.plan.pinned import Counts
 from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
 from finetune.plan.shape import shape_of
@@ -30,8 +30,9 @@ from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
 from finetune.training import base_fit
+from finetune.training.counted import counted as count
 from finetune.training.encoding import Encoding, encoding_of, read
-from finetune.training.trial import Counted, arranged_like, count_parameters
+from finetune.training.trial import arranged_like
 
 # what a resume keeps of a plan, and a new plan does not have
 KEPT = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "seen")
@@ -96,7 +97,7 @@ def resolve(
     # Which rows are held out is decided before any is counted: steps and epochs are about the others.
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
-    counted = _counted(loaded, opened.directory, like)
+    counted = count(loaded, opened.directory, like)
     arranged, notes = arranged_like(recipe, opened.directory, like, is_resumed=earlier is not None)
     plan = Plan(
         recipe=recipe,
@@ -108,8 +109,7 @@ def resolve(
         holdout_counts=holdout_counts,
         sizes=train.sizes,
         **_course(recipe, train.sizes, earlier),
-        total_parameters=counted.total,
-        trainable_parameters=counted.trainable,
+        **counted.in_plan,
         row_rules=encoding.row_rules,
         split=held_out.split,
         # An older plan has no digest here, and gets none: its id must stay what it is.
@@ -118,7 +118,6 @@ def resolve(
         arranged=arranged,
         pads_least=like is None or like.pads_least,
         date=encoding.day,
-        reaches_all=counted.is_changed,
         keeps_fp32=keeps_fp32(recipe, like),
     )
     if earlier is not None:
@@ -178,13 +177,6 @@ def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Exa
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
     return train, counts, holdout, holdout_counts
-
-
-def _counted(loaded: LoadedRecipe, directory: Path, like: Plan | None) -> Counted:
-    try:
-        return count_parameters(loaded.recipe.adapter, directory, not reaches_all(loaded.recipe, like))
-    except AdapterError as error:
-        raise RecipeError([loaded.problem(error.where or "", error.message, error.hint)]) from None
 
 
 def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dict[str, object]:

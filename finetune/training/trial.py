@@ -8,8 +8,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TypedDict, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,11 +16,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
-from finetune.model import adapters, attention, base, decoder_layers, losses, rotary, tiny
+from finetune.model import adapters, attention, base, losses, rotary, tiny
+from finetune.model.base import loading_class, text_side
 from finetune.plan.plan import Plan
-from finetune.recipe.schema import Adapter, Recipe
+from finetune.recipe.schema import Recipe
 from finetune.store import cache
 from finetune.training import scaling
+from finetune.training.counted import text_of_code
 
 LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
 TOLERANCE = 1e-3  # of the norm of all logits
@@ -36,69 +37,6 @@ class Trial:
     """How rows come together; one of `ARRANGEMENTS`."""
     notes: tuple[str, ...]
     """What its user should know."""
-
-
-class _Counted(TypedDict):
-    """`Counted`, as JSON."""
-
-    total: int
-    trainable: int
-    reached: dict[str, tuple[int, int]] | None
-    notes: list[str]
-    is_changed: bool
-
-
-@dataclass(frozen=True)
-class Counted:
-    total: int
-    """Parameters, tied ones once."""
-    trainable: int
-    reached: dict[str, tuple[int, int]] | None
-    """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
-    notes: tuple[str, ...]
-    is_changed: bool = False
-    """Whether the adapter reaches something else than with older code."""
-
-
-def count_parameters(settings: Adapter | None, directory: Path, is_older: bool = False) -> Counted:
-    """Of a base with an adapter on it, without loading a weight; asked once. `is_older` is of `adapters.apply`. AdapterError where
-    they do not fit."""
-
-    def count() -> _Counted:
-        model = base.empty_model(directory)
-        skipped = adapters.skipped(model, settings)
-        is_changed = adapters.is_changed(model, settings)
-        model = adapters.apply(model, settings, is_older)
-        parameters, reached = list(model.parameters()), decoder_layers.reached(model) if settings else None
-        missed = decoder_layers.missed(reached) if reached and settings and settings.is_peft else None
-        return {
-            "total": sum(each.numel() for each in parameters),
-            "trainable": sum(each.numel() for each in parameters if each.requires_grad),
-            "reached": reached,
-            "notes": [note for note in (skipped, missed) if note],
-            "is_changed": is_changed,
-        }
-
-    # Also our code: a fix in it must not leave older results in the cache.
-    code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
-    ours = _text_of(adapters, decoder_layers)
-    facts = [
-        (directory / "config.json").read_text(),
-        settings and settings.model_dump(mode="json"),
-        code,
-        ours,
-        is_older,
-    ]
-    found = cache.found("counted", facts, count)
-    notes, is_changed = tuple(found["notes"]), found["is_changed"] and not is_older
-    return Counted(found["total"], found["trainable"], found["reached"], notes, is_changed)
-
-
-def _text_of(*modules: ModuleType) -> list[str]:
-    """The code of modules, and of all files of those that are packages."""
-    files = [Path(module.__file__ or "") for module in modules]
-    parts = [sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file] for file in files]
-    return [part.read_text() for each in parts for part in each]
 
 
 def arranged_like(
@@ -126,7 +64,7 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
     """
     scaling.refuse_without_effect(recipe, directory)
     task, config = recipe.task, json.loads((directory / "config.json").read_text())
-    ours = _text_of(adapters, attention, losses, rotary, tiny)
+    ours = text_of_code(adapters, attention, text_side, loading_class, losses, rotary, tiny)
     code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
 
     def compare() -> dict[str, str | None]:
@@ -162,6 +100,7 @@ def _compared(config: PretrainedConfig, max_length: int) -> dict[str, str | None
     except BaseError as error:
         return {"small": error.message}
     _refuse_other_way_round(plain)
+    base.refuse_mixed(plain)
     return {"small": None, **{way: _mixes(way, plain, config, max_length) for way in ("packed", "padded")}}
 
 
@@ -233,6 +172,7 @@ def _differs(one: Tensor, two: Tensor) -> bool:
 def _train_once(model: PreTrainedModel, recipe: Recipe) -> str | None:
     """A loss of the first row, forward and backward, in the recipe's precision and with its adapter; what to say of that loss.
     BaseError where that fails."""
+    model = base.freeze_beside_text(model)
     try:
         model = adapters.apply(model, recipe.adapter)
     except AdapterError:  # it names layers that the small model does not have

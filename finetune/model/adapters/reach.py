@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import AdapterError, explained
 from finetune.model.adapters.member import quoted
-from finetune.model.adapters.unfit import unfit_layers
+from finetune.model.adapters.unfit import frozen_layers, unfit_layers
 from finetune.recipe.schema import LoraAdapter
 
 ALL = ["all-linear"]
@@ -49,7 +49,9 @@ def reach_of(model: PreTrainedModel, settings: LoraAdapter, is_whole: bool = Tru
     """AdapterError for a name that matches nothing, or that LoRA cannot train. Without `is_whole` it has the gaps of peft: runs of
     older code trained so."""
     is_all = settings.targets == ALL
+    frozen = frozen_layers(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = [name for name in linear if name not in frozen]
     unfit, dropped = unfit_layers(model), _dropped(model, linear)
     # A whole name means the layer that has it, and not experts that were called so once.
     literal = [target for target in settings.targets if _is_pattern(target) or (is_whole and "." in target)]
@@ -64,7 +66,9 @@ def reach_of(model: PreTrainedModel, settings: LoraAdapter, is_whole: bool = Tru
     fused = _fused(model, settings.parameters)
     # Under `all-linear` peft trains routers of these families alone: one has to name them.
     added = [each for each in config.target_parameters or () if not (is_all and is_whole and each == ROUTER)]
-    of_peft = matching(sorted(added), [name for name, _ in model.named_parameters()])
+    # What is beside the text side was frozen before.
+    trained = [name for name, each in model.named_parameters() if each.requires_grad or not each.is_floating_point()]
+    of_peft = matching(sorted(added), trained)
     mended = [name for name in named if is_whole and name not in own and f"{name}.weight" not in of_peft]
     kept = _chosen(model, settings, [*own, *of_peft, *mended, *fused])
     weights = [f"{name}.weight" for name in mended if name in kept]
@@ -73,7 +77,7 @@ def reach_of(model: PreTrainedModel, settings: LoraAdapter, is_whole: bool = Tru
     is_as_peft = len(added) == len(config.target_parameters or ())
     if is_as_named and is_as_peft and not settings.exclude and not settings.layers:
         modules = "all-linear" if is_all else list(settings.targets)
-        return Reach(modules, [*fused, *weights], sorted(unfit), {}, has_fused, tuple(mended))
+        return Reach(modules, [*fused, *weights], sorted({*unfit, *frozen}), {}, has_fused, tuple(mended))
     if not kept:
         raise AdapterError("no layer is left to train", where="adapter", hint="exclude less")
     parameters = [*(name for name in dict.fromkeys([*fused, *of_peft]) if name in kept), *weights]

@@ -10,18 +10,19 @@ from finetune.errors import of_libraries
 
 
 def unfit_layers(model: PreTrainedModel) -> dict[str, str]:
-    """Linear layers LoRA must not wrap, by name, each with the reason."""
+    """Linear layers LoRA must not wrap, by name, each with the reason; without frozen ones."""
     import peft
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as peft_refuses
 
     config = peft.LoraConfig()
     found: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
+    frozen = frozen_layers(model)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
             owners.setdefault(id(module.weight), []).append(name)
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D):
+        if not isinstance(module, torch.nn.Linear | Conv1D) or name in frozen:
             continue
         others = [other for other in owners.get(id(module.weight), []) if other != name]
         if others:
@@ -34,6 +35,17 @@ def unfit_layers(model: PreTrainedModel) -> dict[str, str]:
             except ValueError:
                 found[name] = "peft does not allow it in this family"
     return found
+
+
+def frozen_layers(model: PreTrainedModel) -> frozenset[str]:
+    """Linear layers that were frozen before: those beside the text side. Quantized weights are integers, and never trainable."""
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module.weight.is_floating_point()
+        and not module.weight.requires_grad
+    )
 
 
 def _acts_as_linear(module: Any) -> bool:

@@ -16,12 +16,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from finetune.errors import BaseError, explained, of_libraries
 from finetune.model import rotary
 from finetune.model.base import quantized
+from finetune.model.base.class_in_files import class_in
 from finetune.model.base.damaged import damaged, name_of, read_json
+from finetune.model.base.loading_class import LoadingClass, made, other_than_text
 from finetune.model.base.quiet import quiet
+from finetune.model.base.text_side import parts_beside
 from finetune.model.base.tokenizer import refuse_remote_code
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 
@@ -33,13 +37,11 @@ STORED_DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }  # as safetensors spells them
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_config(path: Path) -> PretrainedConfig:
     """The config of a language model. Reads it as JSON first and refuses names of code to run."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not (path / "config.json").exists():
         message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
@@ -49,16 +51,9 @@ def load_config(path: Path) -> PretrainedConfig:
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise damaged(path / "config.json", "`architectures` is not a list of names")
-    is_known = str(raw.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
-        what = (
-            architectures[0]
-            if is_known
-            else f"of type `{raw.get('model_type')}`, which has no causal LM in transformers"
-        )
-        raise BaseError(
-            f"is not a language model: it is {what}", where=name_of(path), hint="choose a base that generates text"
-        )
+    if what := other_than_text(str(raw.get("model_type")), architectures):
+        hint = "choose a base that generates text"
+        raise BaseError(f"is not a language model: it is {what}", where=name_of(path), hint=hint)
     quantized.refuse(raw, name_of(path))
     try:
         config = AutoConfig.from_pretrained(path)
@@ -107,24 +102,25 @@ def load_model(
     quantization: str | None = None,
     products: torch.dtype = torch.float32,
     place: Place | None = None,
+    *,
+    kind: LoadingClass | None = None,
 ) -> PreTrainedModel:
     """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or a wrong shape is an error.
 
     Without `attention` it is the model's own: sdpa, or eager if sdpa would be wrong, as for Gemma 2. `products` is the type in
     which quantized layers compute; they are quantized on the model's device. Skips weights without a place in the model:
-    checkpoints often carry the heads of other tasks.
+    checkpoints often carry the heads of other tasks. `kind` is the class, by default the one whose weights the files hold.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(path)
     if quantization:
         check_quantization(path)
     check_weight_files(path)
+    kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
     device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
-    reading = placed.reading(type(empty_model(path))) if placed and placed.names else contextlib.nullcontext()
+    reading = placed.reading(type(empty_model(path, kind))) if placed and placed.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -133,7 +129,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,  # makes it a pair, which its signature does not say
             **device,
-            **({"quantization_config": _nf4(products)} if quantization else {}),
+            **({"quantization_config": _nf4(products, path, kind)} if quantization else {}),
         )
     model: PreTrainedModel = loaded[0]
     refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
@@ -154,9 +150,14 @@ def check_quantization(path: Path) -> None:
     quantized.check_nf4(read_json(path / "config.json"))
 
 
-def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
-    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
+def _nf4(products: torch.dtype, path: Path, kind: LoadingClass) -> BitsAndBytesConfig:
+    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314); not the embeddings, norms and head, and
+    nothing beside the text side."""
+    model = empty_model(path, kind)
+    beside = parts_beside(model)
     return BitsAndBytesConfig(
+        # a list takes the place of transformers' own, which has the head
+        llm_int8_skip_modules=[*get_keys_to_not_convert(model), *beside] if beside else None,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -164,12 +165,11 @@ def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def empty_model(path: Path) -> PreTrainedModel:
+def empty_model(path: Path, kind: LoadingClass | None = None) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory, for counting and for checking an adapter."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(path)
+    kind = kind or class_in(path, config)
     with torch.device("meta"), quiet(), explained("transformers cannot make its model", name_of(path)):
-        model = AutoModelForCausalLM.from_config(config)
+        model = made(kind, config)
         model.tie_weights()
     return model

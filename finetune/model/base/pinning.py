@@ -227,7 +227,8 @@ def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights
             source = directory(below, pinned_below, with_weights)
         if with_weights:
             print(f"merging {ref.text} onto {below.checkpoint}, once", file=sys.stderr, flush=True)
-        model = load_model(source) if with_weights else empty_model(source)
+        kind = merge.class_below(path, source, ref.text)
+        model = load_model(source, kind=kind) if with_weights else empty_model(source, kind)
         with quiet():
             model = merge.merge(model, path, ref.text)
         write_merged(model, source, native.without_code(path, source), target, ref.text)
