@@ -14,7 +14,7 @@ from finetune.model.base.load import (
 )
 from finetune.model.base.located import located
 from finetune.model.base.native import notes
-from finetune.model.base.outline import with_dtype
+from finetune.model.base.outline import has_halves, with_dtype
 from finetune.model.base.pinning import LOOK, attach, beneath, directory, pin, refuse_damaged
 from finetune.model.base.small_files import small_files_of, tokenizer_directory
 from finetune.model.base.stored import lacking, load_as_stored
@@ -36,6 +36,7 @@ __all__ = [
     "difference",
     "directory",
     "empty_model",
+    "has_halves",
     "has_tokenizer",
     "lacking",
     "load_as_stored",
