@@ -236,8 +236,8 @@ def _problems(
         message = f"{recipe.task.max_length} is more than the base's {longest} positions"
         problems.append(loaded.problem("task.max_length", message))
     # Ids beyond the embedding would be an index error in the middle of an epoch.
-    if len(tokenizer) > text.vocab_size:
-        message = f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
+    if (tokens := max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))) > text.vocab_size:
+        message = f"its tokenizer has {tokens} tokens, its model only {text.vocab_size}"
         problems.append(loaded.problem("base.checkpoint", message))
     if recipe.package.form == "adapter" and pinned.kind != "hub" and recipe.base.origin is None:
         problems.append(
