@@ -33,6 +33,24 @@ def download(repo: str, commit: str | None, patterns: tuple[str, ...]) -> Path:
     return Path(path)
 
 
+def file(repo: str, commit: str | None, name: str) -> Path:
+    """One file of a commit, checked against it."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    where = f"{repo}@{commit}"
+    with _errors(repo, commit), hub.waiting(f"{name} of {repo}"):
+        try:
+            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=commit))
+        except LocalEntryNotFoundError:  # without a network, also an entry that is not found
+            raise
+        except EntryNotFoundError:
+            hint = f"look at https://huggingface.co/{repo}/tree/main"
+            raise BaseError(f"the repository has no file {name}", where=where, hint=hint) from None
+    downloads.refuse_damaged([path], BaseError, where)
+    return path
+
+
 def has_files(repo: str, commit: str | None, patterns: tuple[str, ...]) -> bool:
     """Whether a commit has matching files. Offline it is True if unknown: loading finds out."""
     import huggingface_hub

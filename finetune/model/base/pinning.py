@@ -62,12 +62,14 @@ def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
     if ref.kind == "hub":
+        if ref.file:
+            return gguf.converted(hub.file(ref.repo, pinned.revision, ref.file))
         patterns = files.FROM_HUB + (files.WEIGHTS if with_weights and not is_drawn else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
         if not with_weights and not is_drawn and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
             raise BaseError("has no safetensors weights", where=ref.repo, hint=CONVERT)
         return path
-    if ref.kind == "package":
+    if ref.kind == "package" or ref.kind == "file":
         return gguf.converted(gguf.find(ref))
     path = _local(ref)
     if not is_drawn and not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
@@ -107,7 +109,9 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
         with _nearest_named(base.checkpoint):
             commit = hub.commit_of(ref.repo, base.revision or ref.revision)
         if base.random_weights is not None:
-            return PinnedBase(kind=from_nothing.KIND, revision=commit, digest=None), None
+            return from_nothing.pinned(ref, commit), None
+        if ref.file:
+            return PinnedBase(kind=gguf.KIND, revision=commit, digest=None), None
         is_adapter = merge.is_adapter(hub.download(ref.repo, commit, (merge.CONFIG, "config.json")))
         return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
     if base.revision is not None:
@@ -116,6 +120,8 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
         return from_nothing.pinned(ref), None
     if ref.kind == "package":  # the file, not what some version of transformers makes of it
         return PinnedBase(kind="package", revision=None, digest=f"blake3:{files.file_digest(gguf.find(ref))}"), None
+    if ref.kind == "file":
+        return PinnedBase(kind=gguf.KIND, revision=None, digest=f"blake3:{files.file_digest(ref.path)}"), None
     path = _local(ref)
     if (path / MANIFEST).exists():
         refuse_damaged(path)
@@ -139,7 +145,7 @@ def _local(ref: Ref) -> Path:
     """The directory of a local base, outside the Hub and packages."""
     path = _path_here(ref)
     if path is None or not path.is_dir():
-        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
+        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or a GGUF file")
     return path
 
 
@@ -159,8 +165,10 @@ def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
 
 def _place(ref: Ref) -> Path | None:
     """The directory or the file of a ref, if it has one; of a Hub checkpoint all files, as they are now."""
-    if ref.kind == "package":
+    if ref.kind == "package" or ref.kind == "file":
         return gguf.find(ref)
+    if ref.kind == "hub" and ref.file:
+        return hub.file(ref.repo, hub.commit_of(ref.repo, ref.revision), ref.file)
     if ref.kind == "hub":
         return hub.download(ref.repo, hub.commit_of(ref.repo, ref.revision), files.FROM_HUB + files.WEIGHTS)
     return _path_here(ref)
