@@ -1,4 +1,4 @@
-"""A base whose config names its own code (`auto_map`), as transformers reads it natively: without the mapping and the code.
+"""A base as transformers reads it natively: without its own code and the mapping to it (`auto_map`), with a fast tokenizer.
 
 The code is never imported. Nothing that is made of the base has the mapping, so no later loader runs the code either.
 """
@@ -12,6 +12,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from finetune.errors import BaseError
+from finetune.model.base import tekken
 from finetune.model.base.damaged import ORIGIN, VIEWS, name_of, read_json
 from finetune.store import cache
 
@@ -34,24 +35,27 @@ class Origin(TypedDict):
     """The class of a tokenizer that only the base's own code has."""
 
 
-def without_code(directory: Path, below: Path | None = None) -> Path:
-    """The directory itself, or a view of it in the cache: no mapping in its configs, no Python file, all else linked.
+def readable(directory: Path, below: Path | None = None) -> Path:
+    """The directory itself, or a view of it in the cache: no mapping in its configs, no Python file, a tekken.json converted, all else
+    linked.
 
     `below` is the base of an adapter. BaseError if transformers lacks the type or the class of the base.
     """
     configs = {file.name: read_json(file) for file in _configs(directory)}
     mapped = [name for name, config in configs.items() if _without(config) != config]
-    type_of = below or directory
-    if not mapped or not (type_of / CONFIG).is_file():
+    made, type_of = tekken.converted(directory), below or directory
+    if not (mapped or made) or not (type_of / CONFIG).is_file():
         return directory
     origin: Origin = {
         "name": name_of(directory),
         "ignored": mapped,
-        "type": _native_type(type_of, f"`{MAPPING}` in {mapped[0]}"),
+        "type": _native_type(type_of, f"`{MAPPING}` in {mapped[0]}") if mapped else "",
         "tokenizer": _own_tokenizer(configs.get(TOKENIZER, {})),
     }
-    cleaned = {name: f"{json.dumps(_without(configs[name]), indent=2)}\n" for name in mapped}
-    links = [file for file in sorted(directory.iterdir()) if file.name not in cleaned and _is_of_a_view(file)]
+    there = {file.name for file in made}
+    cleaned = {name: f"{json.dumps(_without(configs[name]), indent=2)}\n" for name in mapped if name not in there}
+    gone = {*there, *cleaned, *([tekken.FILE] if made else [])}
+    links = [*made, *(file for file in sorted(directory.iterdir()) if file.name not in gone and _is_of_a_view(file))]
 
     def build(target: Path) -> None:
         for name, text in cleaned.items():
@@ -60,13 +64,14 @@ def without_code(directory: Path, below: Path | None = None) -> Path:
             (target / file.name).symlink_to(file.resolve())
         (target / ORIGIN).write_text(json.dumps(origin))
 
-    facts = [str(directory.resolve()), origin, cleaned, [file.name for file in links]]
+    facts = [str(directory.resolve()), origin, cleaned, [file.name for file in links], *map(str, made)]
     return cache.built(VIEWS, blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
 
 
 def notes(directory: Path) -> list[str]:
     """A line about the code that is ignored; none for other directories."""
-    if (origin := _origin(directory)) is None:
+    origin = _origin(directory)
+    if origin is None or not origin["ignored"]:
         return []
     where = ", ".join(origin["ignored"])
     return [f"the base's own code (`{MAPPING}` in {where}) is ignored: transformers has `{origin['type']}` itself"]

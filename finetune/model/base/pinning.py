@@ -49,7 +49,7 @@ def pin(base: Base) -> PinnedBase:
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
     """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. It names no code."""
-    path = native.without_code(_directory(base, pinned, with_weights))
+    path = native.readable(_directory(base, pinned, with_weights))
     if base.random_weights is None:
         return path
     return from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
@@ -237,7 +237,7 @@ def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights
         model = load_model(source) if with_weights else empty_model(source)
         with quiet():
             model = merge.merge(model, path, ref.text)
-        write_merged(model, source, native.without_code(path, source), target, ref.text)
+        write_merged(model, source, native.readable(path, source), target, ref.text)
 
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
     key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"
