@@ -211,8 +211,23 @@ def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, director
     # The base's own config, as on the Hub: other programs read it, and may not know the output of a newer transformers.
     config = json.loads((opened.base_directory / "config.json").read_bytes())
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if _is_untied(opened.model):
+        # transformers does not tie stored weights that differ, whatever the config says; others do
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
     _write_json(directory / "config.json", base.with_dtype(config, dtype))
     _write_shards(found.tensors | found.carried, opened.run_plan.recipe.package.max_shard_bytes, directory)
+
+
+def _is_untied(model: PreTrainedModel) -> bool:
+    """Whether the head has weights of its own, and transformers has tied nothing."""
+    head = model.get_output_embeddings()
+    return (
+        not getattr(model, "all_tied_weights_keys", None)
+        and head is not None
+        and getattr(head, "weight", None) is not model.get_input_embeddings().weight
+    )
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], limit: int, directory: Path) -> None:

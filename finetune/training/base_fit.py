@@ -20,8 +20,8 @@ def problems(
         message = f"{recipe.task.max_length} is more than the base's {longest} positions"
         found.append(loaded.problem("task.max_length", message, base.rope_hint(config, recipe)))
     # Ids beyond the embedding would be an index error in the middle of an epoch.
-    if len(tokenizer) > text.vocab_size:
-        message = f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
+    if (tokens := max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))) > text.vocab_size:
+        message = f"its tokenizer has {tokens} tokens, its model only {text.vocab_size}"
         found.append(loaded.problem("base.checkpoint", message))
     if recipe.package.form == "adapter" and pinned.kind != "hub" and recipe.base.origin is None:
         found.append(

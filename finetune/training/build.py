@@ -64,10 +64,14 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> Pre
 
 
 def _place(recipe: Recipe, base_directory: Path, device: torch.device, kind: base.LoadingClass) -> base.Place:
-    """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once."""
+    """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once.
+
+    On a CPU fp32 files are mapped, and then cast layer by layer. Other files would first become a whole model in fp32.
+    """
     settings = recipe.train
     is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
-    if device.type == "cpu" or not is_halved or not (recipe.adapter and recipe.adapter.is_peft):
+    is_mapped = device.type == "cpu" and not base.has_halves(base_directory)
+    if is_mapped or not is_halved or not (recipe.adapter and recipe.adapter.is_peft):
         return base.Place(device)
     return base.Place(device, adapters.linear_weights(base.empty_model(base_directory, kind)))
 
@@ -77,7 +81,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     recipe = plan.recipe
     model = trained_model(plan, base_directory, accelerator.device)
     # Chunked logits save gigabytes, but only if they give this model's own loss. That is tried first.
-    token_losses, reason = _fitting_loss(plan, model)
+    token_losses, reason = _fitting_loss(plan, model, base_directory)
     if recipe.train.precision == "bf16" and adapters.is_adapter(model):
         # Autocast would cast them to the same bits in every step; kept in bf16 they take half the memory.
         adapters.store_frozen_as_bf16(model)
@@ -96,7 +100,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     return TrainState(accelerator, wrapped, model, prepared, strategy, notes=notes)
 
 
-def _fitting_loss(plan: Plan, model: PreTrainedModel) -> tuple[losses.TokenLosses, str | None]:
+def _fitting_loss(plan: Plan, model: PreTrainedModel, base_directory: Path) -> tuple[losses.TokenLosses, str | None]:
     """As `losses.fitting`, after `check_packing`. Both run the model, and would find the same at every start: of the same base, trained in
     the same way by the same code, they are asked once."""
     recipe, device = plan.recipe, next(model.parameters()).device
@@ -111,7 +115,8 @@ def _fitting_loss(plan: Plan, model: PreTrainedModel) -> tuple[losses.TokenLosse
 
     def find() -> str | None:
         # weights of two types meet in products that only autocast brings together
-        mixed = torch.autocast(device.type, torch.bfloat16, enabled=plan.keeps_fp32)
+        is_mixed = plan.keeps_fp32 or bool(_place(recipe, base_directory, device).names)
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=is_mixed)
         with as_trained(recipe.train, device), mixed:
             if plan.arrangement == "packed":
                 check_packing(model, recipe.task.max_length)

@@ -16,7 +16,7 @@ from finetune.model.base.loading_class import LoadingClass, class_named, class_o
 from finetune.model.base.located import located
 from finetune.model.base.merge import class_below
 from finetune.model.base.native import notes
-from finetune.model.base.outline import with_dtype
+from finetune.model.base.outline import has_halves, with_dtype
 from finetune.model.base.pinning import LOOK, attach, beneath, directory, pin, refuse_damaged
 from finetune.model.base.rope import hint_for as rope_hint
 from finetune.model.base.rope import positions_of, unscaled
@@ -47,6 +47,7 @@ __all__ = [
     "directory",
     "empty_model",
     "freeze_beside_text",
+    "has_halves",
     "has_tokenizer",
     "lacking",
     "load_as_stored",

@@ -21,8 +21,10 @@ KIND = "config"
 DRAWING = 1  # of `directory`; part of the cache key
 
 
-def pinned(ref: Ref) -> PinnedBase:
-    """The pin of a config and a tokenizer in a directory, whatever weights are beside them."""
+def pinned(ref: Ref, commit: str | None = None) -> PinnedBase:
+    """The pin of a config and a tokenizer, in a directory or a commit on the Hub, whatever weights are beside them."""
+    if ref.kind == "hub" and not ref.file:
+        return PinnedBase(kind=KIND, revision=commit, digest=None)
     if ref.kind != "model" or not (ref.path / files.CONFIG).is_file():
         message, hint = "`base.random_weights` needs the config of a model", "name a directory or a Hub id of one"
         raise BaseError(message, where=ref.text, hint=hint)

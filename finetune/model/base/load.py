@@ -118,7 +118,7 @@ def load_model(
     kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
     device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
-    reading = placed.reading(type(empty_model(path, kind))) if placed and placed.names else contextlib.nullcontext()
+    reading = place.reading(type(empty_model(path, kind))) if place and place.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
         loaded: Any = kind.from_pretrained(
             path,

@@ -1,4 +1,4 @@
-"""A base whose config names its own code (`auto_map`), as transformers reads it natively: without the mapping and the code.
+"""A base as transformers reads it natively: without its own code and the mapping to it (`auto_map`), with a fast tokenizer.
 
 The code is never imported. Nothing that is made of the base has the mapping, so no later loader runs the code either.
 """
@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from finetune.errors import BaseError
-from finetune.model.base import view
+from finetune.model.base import tekken, view
 from finetune.model.base.damaged import name_of, read_json
 
 MAPPING = "auto_map"
@@ -19,25 +19,28 @@ CONFIGS = (CONFIG, "generation_config.json", TOKENIZER, "*processor_config.json"
 HINT = "choose a base that transformers knows"
 
 
-def without_code(directory: Path, below: Path | None = None) -> Path:
-    """The directory itself, or a view of it in the cache: no mapping in its configs, no Python file, all else linked.
+def readable(directory: Path, below: Path | None = None) -> Path:
+    """The directory itself, or a view of it in the cache: no mapping in its configs, no Python file, a tekken.json converted, all else
+    linked.
 
     `below` is the base of an adapter. BaseError if transformers lacks the type or the class of the base.
     """
     configs = {file.name: read_json(file) for file in _configs(directory)}
     mapped = [name for name, config in configs.items() if _without(config) != config]
-    type_of = below or directory
-    if not mapped or not (type_of / CONFIG).is_file():
+    made, type_of = tekken.converted(directory), below or directory
+    if not (mapped or made) or not (type_of / CONFIG).is_file():
         return directory
     origin: view.Origin = {
         "name": name_of(directory),
         "source": str(directory.resolve()),
         "ignored": mapped,
-        "type": _native_type(type_of, f"`{MAPPING}` in {mapped[0]}"),
+        "type": _native_type(type_of, f"`{MAPPING}` in {mapped[0]}") if mapped else "",
         "tokenizer": _own_tokenizer(configs.get(TOKENIZER, {})),
     }
-    cleaned = {name: f"{json.dumps(_without(configs[name]), indent=2)}\n" for name in mapped}
-    return view.view(view.NATIVE, directory, cleaned, origin)
+    there = {file.name for file in made}
+    cleaned = {name: f"{json.dumps(_without(configs[name]), indent=2)}\n" for name in mapped if name not in there}
+    gone = [tekken.FILE] if made else []
+    return view.view(view.NATIVE, directory, cleaned, origin, made=made, without=gone)
 
 
 def notes(directory: Path) -> list[str]:

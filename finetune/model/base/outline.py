@@ -81,6 +81,11 @@ def stored_in_fp32(model: PreTrainedModel, path: Path) -> frozenset[str]:
     return outline(type(model), model.config, on_meta(single)).filled
 
 
+def has_halves(path: Path) -> bool:
+    """Whether the files at `path` store weights in half precision."""
+    return any(place.dtype in HALVES for place in headers(path).values())
+
+
 def in_file_names(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], path: Path | None
 ) -> dict[str, torch.Tensor]:

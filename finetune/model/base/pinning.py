@@ -50,7 +50,7 @@ def pin(base: Base) -> PinnedBase:
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
     """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. Its config names no code,
     and has `base.rope`."""
-    path = native.without_code(_directory(base, pinned, with_weights))
+    path = native.readable(_directory(base, pinned, with_weights))
     if base.random_weights is not None:
         path = from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
     return rope.scaled(path, base.rope) if base.rope else path
@@ -63,12 +63,14 @@ def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
     if ref.kind == "hub":
+        if ref.file:
+            return gguf.converted(hub.file(ref.repo, pinned.revision, ref.file))
         patterns = files.FROM_HUB + (files.WEIGHTS if with_weights and not is_drawn else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
         if not with_weights and not is_drawn and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
             raise BaseError("has no safetensors weights", where=ref.repo, hint=CONVERT)
         return path
-    if ref.kind == "package":
+    if ref.kind == "package" or ref.kind == "file":
         return gguf.converted(gguf.find(ref))
     path = _local(ref)
     if not is_drawn and not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
@@ -108,7 +110,9 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
         with _nearest_named(base.checkpoint):
             commit = hub.commit_of(ref.repo, base.revision or ref.revision)
         if base.random_weights is not None:
-            return PinnedBase(kind=from_nothing.KIND, revision=commit, digest=None), None
+            return from_nothing.pinned(ref, commit), None
+        if ref.file:
+            return PinnedBase(kind=gguf.KIND, revision=commit, digest=None), None
         is_adapter = merge.is_adapter(hub.download(ref.repo, commit, (merge.CONFIG, "config.json")))
         return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
     if base.revision is not None:
@@ -117,6 +121,8 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
         return from_nothing.pinned(ref), None
     if ref.kind == "package":  # the file, not what some version of transformers makes of it
         return PinnedBase(kind="package", revision=None, digest=f"blake3:{files.file_digest(gguf.find(ref))}"), None
+    if ref.kind == "file":
+        return PinnedBase(kind=gguf.KIND, revision=None, digest=f"blake3:{files.file_digest(ref.path)}"), None
     path = _local(ref)
     if (path / MANIFEST).exists():
         refuse_damaged(path)
@@ -140,7 +146,7 @@ def _local(ref: Ref) -> Path:
     """The directory of a local base, outside the Hub and packages."""
     path = _path_here(ref)
     if path is None or not path.is_dir():
-        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
+        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or a GGUF file")
     return path
 
 
@@ -160,8 +166,10 @@ def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
 
 def _place(ref: Ref) -> Path | None:
     """The directory or the file of a ref, if it has one; of a Hub checkpoint all files, as they are now."""
-    if ref.kind == "package":
+    if ref.kind == "package" or ref.kind == "file":
         return gguf.find(ref)
+    if ref.kind == "hub" and ref.file:
+        return hub.file(ref.repo, hub.commit_of(ref.repo, ref.revision), ref.file)
     if ref.kind == "hub":
         return hub.download(ref.repo, hub.commit_of(ref.repo, ref.revision), files.FROM_HUB + files.WEIGHTS)
     return _path_here(ref)
@@ -231,7 +239,7 @@ def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights
         model = load_model(source, kind=kind) if with_weights else empty_model(source, kind)
         with quiet():
             model = merge.merge(model, path, ref.text)
-        write_merged(model, source, native.without_code(path, source), target, ref.text)
+        write_merged(model, source, native.readable(path, source), target, ref.text)
 
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
     key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"

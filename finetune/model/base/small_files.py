@@ -12,7 +12,7 @@ from finetune.store import cache
 def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
     """Where to open the tokenizer of an adapter on a base. Without a config beside it, it gets the base's, in the cache: transformers
     chooses the class by it, as in training."""
-    adapter = native.without_code(adapter, base_directory)
+    adapter = native.readable(adapter, base_directory)
     if not files.has_tokenizer(adapter) and not (adapter / files.TEMPLATE).is_file():
         return base_directory
     if files.has_tokenizer(adapter) and (adapter / files.CONFIG).is_file():

@@ -4,7 +4,7 @@ Everything that opens the base, writes a checkpoint or makes a package reads the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -35,9 +35,21 @@ class Origin(TypedDict):
     """The class of a tokenizer that only the base's own code has."""
 
 
-def view(kind: str, directory: Path, texts: Mapping[str, str], origin: Origin) -> Path:
-    """The view of a directory with these texts in place of its files. No code is linked, nor what is of a checkpoint alone."""
-    links = [file for file in sorted(directory.iterdir()) if file.name not in texts and _is_linked(file)]
+def view(
+    kind: str,
+    directory: Path,
+    texts: Mapping[str, str],
+    origin: Origin,
+    *,
+    made: Sequence[Path] = (),
+    without: Collection[str] = (),
+) -> Path:
+    """The view of a directory with these texts and `made` files in place of its own.
+
+    Links no code, nothing that belongs to a checkpoint alone, and none of the names in `without`.
+    """
+    gone = {*texts, *without, *(file.name for file in made)}
+    links = [*made, *(file for file in sorted(directory.iterdir()) if file.name not in gone and _is_linked(file))]
 
     def build(target: Path) -> None:
         for name, text in texts.items():
@@ -46,7 +58,7 @@ def view(kind: str, directory: Path, texts: Mapping[str, str], origin: Origin) -
             (target / file.name).symlink_to(file.resolve())
         (target / ORIGIN).write_text(json.dumps(origin))
 
-    facts = [str(directory.resolve()), origin, dict(texts), [file.name for file in links]]
+    facts = [str(directory.resolve()), origin, dict(texts), [file.name for file in links], *map(str, made)]
     return cache.built(kind, blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
 
 

@@ -55,9 +55,11 @@ class Facts:
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:
     """The Hub checkpoint under a run and its commit, if known; None for random weights and a base without a public name."""
-    if plan.base.kind == "hub" and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
+    origin = plan.recipe.base.origin
+    is_of_hub = plan.base.kind == "hub" or (plan.base.kind == "gguf" and plan.base.revision and not origin)
+    if is_of_hub and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
         return ref.repo, plan.base.revision
-    return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
+    return (origin, None) if origin else None
 
 
 def method(plan: Plan) -> str:

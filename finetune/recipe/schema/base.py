@@ -12,7 +12,7 @@ class Base(Section):
     """The checkpoint at the start of training."""
 
     checkpoint: str = Field(min_length=1)
-    """A Hub id (`owner/name`), a directory (of transformers, Trainer or peft), a run's checkpoint (`runs/a@best`), or `package:NAME/file.gguf` inside an installed Python package. An adapter is merged onto its base."""
+    """A Hub id (`owner/name`), a directory (of transformers, Trainer or peft), a run's checkpoint (`runs/a@best`), or a GGUF file: `path/model.gguf`, `owner/name/file.gguf` on the Hub, or `package:NAME/file.gguf` inside an installed Python package. An adapter is merged onto its base."""
     revision: str | None = None
     """Branch, tag or commit of a Hub checkpoint; the plan pins it to a commit. Default: the main branch."""
     origin: HubId | None = None
