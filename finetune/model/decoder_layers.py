@@ -19,13 +19,17 @@ PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modul
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Each decoder layer keeps only its input, and runs again in the backward pass with the same random numbers."""
+def checkpoint_activations(model: PreTrainedModel, is_offloaded: bool = False) -> None:
+    """Each decoder layer keeps only its input, and runs again in the backward pass with the same random numbers.
+
+    `is_offloaded`: in the host's memory. A CPU's inputs are there already, and transformers would lock pages that no GPU reads.
+    """
     inner = _transformers_model(model)
     # transformers 5.17 has the second name alone
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    moved = {"offload": True} if is_offloaded and model.device.type != "cpu" else {}
     try:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False}, **moved)
     except ValueError as error:
         hint = "set train.activation_checkpointing: false"
         raise BaseError(str(error), where="train.activation_checkpointing", hint=hint) from None

@@ -58,7 +58,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
         "memory_bytes": sum(held.values()),
         "memory": held,
         "machine_memory_bytes": device.bytes,
-        "host_memory": (host := memory.host_parts(plan, device)),
+        "host_memory": (host := memory.host_parts(plan, shape, work, device)),
         "host_memory_bytes": sum(host.values()),
         "host_bytes": device.host_bytes,
         "checkpoint_bytes": checkpoint_bytes(plan),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import FinetuneError
-from finetune.model import adapters, attention, base, decoder_layers, losses, optimizer
+from finetune.model import adapters, attention, base, decoder_layers, feed_forward, losses, optimizer
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import Recipe, Train
@@ -38,6 +38,13 @@ def slow_numbers(precision: str) -> str | None:
     return (
         "this CPU has no instructions for bf16, which takes a hundred times as long as fp32: set train.precision: fp32"
     )
+
+
+def notes_here(settings: Train) -> list[str]:
+    """What to say of settings that are slow or do nothing on this machine."""
+    slow, is_host = slow_numbers(settings.precision), not torch.accelerator.is_available()
+    idle = "train.activation_offload moves nothing: this machine has no GPU, so activations are in its memory already"
+    return [*([slow] if slow else []), *([idle] if is_host and settings.activation_offload else [])]
 
 
 def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> PreTrainedModel:
@@ -86,7 +93,9 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
         # Autocast would cast them to the same bits in every step; kept in bf16 they take half the memory.
         adapters.store_frozen_as_bf16(model)
     if recipe.train.activation_checkpointing:
-        decoder_layers.checkpoint_activations(model)
+        decoder_layers.checkpoint_activations(model, recipe.train.activation_offload)
+    if recipe.train.mlp_chunk_tokens:
+        feed_forward.in_pieces(model, recipe.train.mlp_chunk_tokens)
     if recipe.train.compile:
         decoder_layers.compile_layers(model)
     # transformers loads models in eval mode, without dropout.
@@ -96,7 +105,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     wrapped, prepared = strategy.prepare(
         accelerator, objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
     )
-    notes = tuple(filter(None, [losses.note(reason), slow_numbers(recipe.train.precision)]))
+    notes = tuple(filter(None, [losses.note(reason), *notes_here(recipe.train)]))
     return TrainState(accelerator, wrapped, model, prepared, strategy, notes=notes)
 
 

@@ -48,8 +48,7 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin. Its config names no code,
-    and has `base.rope`."""
+    """A directory for `from_pretrained`: downloaded, converted, merged or drawn if needed, checked against the pin, without code."""
     path = native.readable(_directory(base, pinned, with_weights))
     if base.random_weights is not None:
         path = from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
@@ -222,10 +221,7 @@ def _explained(below: Base, where: str) -> Iterator[None]:
 
 
 def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights: bool) -> Path:
-    """An adapter merged onto its base, in fp32: done once, kept in the cache by the pins of both.
-
-    Once it is there, you no longer need the base. Without weights, a directory with config and tokenizer alone.
-    """
+    """An adapter merged onto its base, in fp32: done once, kept in the cache by the pins of both. Without weights, config and tokenizer."""
     path = _adapter(ref, pinned.revision)
     _check_digest(ref, files.digest(path), pinned)
 

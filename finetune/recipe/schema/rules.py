@@ -148,6 +148,16 @@ def bf16_weights_keep_small_updates(recipe: PartlyRead) -> str | None:
     return None
 
 
+def offloaded_inputs_are_checkpointed(recipe: PartlyRead) -> str | None:
+    is_alone = recipe.train and recipe.train.activation_offload and not recipe.train.activation_checkpointing
+    return "train.activation_offload: needs `train.activation_checkpointing: true`" if is_alone else None
+
+
+def pieces_are_not_compiled(recipe: PartlyRead) -> str | None:
+    is_both = recipe.train and recipe.train.compile and recipe.train.mlp_chunk_tokens
+    return "train.mlp_chunk_tokens: does not go with `train.compile`" if is_both else None
+
+
 def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
     if recipe.train and recipe.train.compile and recipe.train.reproducibility == "exact":
         return "train.compile: kernels depend on which lengths came first; it needs `train.reproducibility: fast`"
@@ -168,5 +178,7 @@ RULES = (
     random_weights_are_trained,
     bf16_weights_have_bf16_products,
     bf16_weights_keep_small_updates,
+    offloaded_inputs_are_checkpointed,
+    pieces_are_not_compiled,
     compiled_kernels_are_not_exact,
 )
