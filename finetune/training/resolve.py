@@ -123,7 +123,7 @@ def resolve(
     else:
         plan = draw.with_seen(plan, held_out, loaded.file)
     tokens = _micro_batch_tokens(plan, opened.config)
-    found = (*encoding.notes(train_counts), *counted.notes, *notes)
+    found = (*opened.pinned.notes, *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
     return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.reached)
 
