@@ -50,8 +50,9 @@ def verify(ref: str, key: Path | None) -> Answer:
             from finetune.package.verify.verify import verify as verify_package
 
         report = verify_package(ref, key)
+        under = f"\nlies on: {report['lies_on']}" if "lies_on" in report else ""
         left_out = "".join(f"\nnot checked: {name}: {why}" for name, why in report["not_made"].items())
-        held = f"nothing wrong by {counted(len(report['checks']), 'check')}: {', '.join(report['checks'])}{left_out}"
+        held = f"nothing wrong by {counted(len(report['checks']), 'check')}: {', '.join(report['checks'])}{under}{left_out}"
         facts: Verification = report
     elif key:
         raise click.UsageError("--key goes with a package: checkpoints of a run are not signed")

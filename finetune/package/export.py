@@ -20,7 +20,7 @@ from finetune.package import documents, probe, proof, reference, refusals, weigh
 from finetune.package.assembly import assemble
 from finetune.package.attest import licence, signing
 from finetune.package.card import record
-from finetune.package.card.facts import CheckReport, Facts
+from finetune.package.card.facts import CheckReport, Facts, lies_on
 from finetune.package.card.metadata import FrontMatter
 from finetune.package.proof import Check
 from finetune.package.verify.contents import files_of, sha256
@@ -83,8 +83,7 @@ def package(
     refusals.refuse_unnamed_base(plan, recipe.package.form)
     tokenizer = _tokenizer_of(opened, ref)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
-    if recipe.base.quantization:
-        checks.append(_unquantized(ref, opened.model, tokenizer))
+    checks += _of_base(ref, opened, tokenizer)
     base_directory = _base_directory(plan)
     licences = _licences(plan, base_directory)
     numbers, model = record.figures(scan.read(run), manifest.step), opened.model
@@ -127,9 +126,13 @@ def _tokenizer_of(opened: Opened, ref: str) -> PreTrainedTokenizerBase:
         raise PackageError(f"encoding: {error.message}", where=ref, hint=error.hint) from None
 
 
-def _unquantized(ref: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Check:
-    """Compares a model with the one over the quantized base, as it was trained."""
-    return weights.unquantized(probe.logits(open_model(ref).model, tokenizer), probe.logits(model, tokenizer))
+def _of_base(ref: str, opened: Opened, tokenizer: PreTrainedTokenizerBase) -> Iterator[Check]:
+    """Where the weights under the package are not the base's files, or not those of the training."""
+    if under := lies_on(opened.run_plan):
+        yield Check("base", f"it lies on {under}")
+    if opened.run_plan.recipe.base.quantization:
+        trained = probe.logits(open_model(ref).model, tokenizer)
+        yield weights.unquantized(trained, probe.logits(opened.model, tokenizer))
 
 
 def _licences(plan: Plan, base_directory: Path | None) -> tuple[FrontMatter | None, str | None, tuple[str | None, ...]]:

@@ -1,6 +1,6 @@
 """The records of a plan: the exact base, rows, earlier runs and origin of a run."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from finetune.plan.split import Split
 from finetune.recipe.schema import Data
@@ -19,6 +19,24 @@ class PinnedBase(Pin):
     """`blake3:…` over the files of a local base."""
     beneath: "PinnedBase | None" = None
     """The base of an adapter."""
+    dequantized: str | None = None
+    """How the files of a quantized base store weights that are trained as the numbers they stand for."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user of the base should know of it."""
+        if self.dequantized is None:
+            return ()
+        told = f"its files are quantized ({self.dequantized}); you train the numbers that they stand for"
+        return (f"{told}, written once to the cache",)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not(self, serialized: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Plans of other bases have no key for it, like those of older code."""
+        facts: dict[str, object] = serialized(self)
+        if self.dequantized is None:
+            facts.pop("dequantized", None)
+        return facts
 
 
 class PinnedSource(Pin):

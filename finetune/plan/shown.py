@@ -1,6 +1,6 @@
 """What `plan` prints with `--json`, as far as it follows from the plan and this machine."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class PinFacts(TypedDict):
@@ -10,6 +10,7 @@ class PinFacts(TypedDict):
     revision: str | None
     digest: str | None
     beneath: "PinFacts | None"
+    dequantized: NotRequired[str]
 
 
 class BaseFacts(PinFacts):

@@ -41,7 +41,8 @@ def refuse_unfit_base(resolved: Resolved) -> None:
     """BaseError where files of weights are missing or cut, or are not those of the config. Of a Hub base that is not here yet nothing is said."""
     directory = resolved.base_directory
     base.check_generation_config(directory)
-    if resolved.plan.base.kind != "directory" and not list(directory.glob("*.safetensors")):
+    is_here = resolved.plan.base.kind == "directory" and resolved.plan.base.dequantized is None
+    if not is_here and not list(directory.glob("*.safetensors")):
         return
     base.check_weight_files(directory)
     kind = base.class_named(resolved.plan.text_of)

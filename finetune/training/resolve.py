@@ -124,7 +124,7 @@ def resolve(
         _refuse_change(earlier, plan)
     plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
     tokens = _micro_batch_tokens(plan, opened.config)
-    found = (*base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
+    found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
     return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.reached)
 

@@ -1,19 +1,26 @@
-"""Bases whose files are quantized: MXFP4 is trained and packaged as the numbers that it stands for, other kinds are refused."""
+"""Bases whose files are quantized: they are trained and packaged as the numbers that they stand for; unknown kinds are refused."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune.cli import cli
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.package import export, proof
-from finetune.package.verify.verify import folder_findings
+from finetune.package.verify.verify import folder_findings, verify
 from finetune.recipe.load import load
+from finetune.recipe.schema import Base
+from finetune.store.run import journal
 from finetune.training.resolve import resolve
+from tests.model.quantizing import edit, quantize
+from tests.stories.same_run import assert_same_run
+from tests.stories.workers import Killed, killed
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
 SIZES |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 128}
@@ -36,11 +43,6 @@ def mxfp4(tmp_path_factory, tiny_tokenizer):
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     edit(directory, quantization_config=MXFP4)
     return directory
-
-
-def edit(directory, **changes):
-    said = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(said | changes))
 
 
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 2}])
@@ -66,11 +68,9 @@ def test_what_mxfp4_stands_for_is_trained_and_packaged(trained, mxfp4, adapter):
     assert folder_findings(package)[1] == []
 
 
-@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq", "compressed-tensors", "unheard-of"])
+@pytest.mark.parametrize("method", ["aqlm", "torchao", "quanto", "spqr", "unheard-of"])
 @pytest.mark.parametrize("place", ["config", "text_config"])
-def test_other_kinds_are_refused_before_a_library_asks_for_their_kernels(
-    recipe_file, tiny_base, tmp_path, method, place
-):
+def test_other_kinds_are_refused_before_a_weight_is_read(recipe_file, tiny_base, tmp_path, method, place):
     directory = shutil.copytree(tiny_base, tmp_path / "small")
     said = {"quantization_config": {"quant_method": method, "bits": 4}}
     edit(directory, **(said if place == "config" else {"text_config": said}))
@@ -83,3 +83,65 @@ def test_other_kinds_are_refused_before_a_library_asks_for_their_kernels(
 def test_a_base_is_not_quantized_twice(mxfp4):
     with pytest.raises(BaseError, match=r"base\.quantization: `nf4` cannot be made of a base that is quantized"):
         base.check_quantization(mxfp4)
+
+
+LORA = {"name": "lora", "rank": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "adapter"), [("fp8", LORA), ("fp8", None), ("GPTQ", LORA), ("nf4", LORA)])
+def test_others_are_trained_resumed_and_packaged_as_plain_weights(
+    kind, adapter, recipe_file, train, tiny_base, tmp_path
+):
+    numbers = quantize(tiny_base, tmp_path / "small", kind)
+    train_section = {"steps": 4, "batch_size": 6, "precision": "fp32"}
+    written = recipe_file(base={"checkpoint": str(tmp_path / "small")}, adapter=adapter, train=train_section)
+    run = train(written, tmp_path / "run")
+    with killed(after=3), pytest.raises(Killed):
+        train(written, tmp_path / "interrupted")
+    assert_same_run(run, train(written, tmp_path / "interrupted"))
+    plain = shutil.copytree(tiny_base, tmp_path / "plain")
+    save_file(numbers, plain / "model.safetensors", {"format": "pt"})
+    same = recipe_file("plain", base={"checkpoint": str(plain)}, adapter=adapter, train=train_section)
+    assert losses(train(same, tmp_path / "same")) == losses(run), "it is the training of the plain numbers"
+
+    package = export.package(f"{run}@last", tmp_path / "package", load=proof.load_here)
+    config = json.loads((tmp_path / "package/config.json").read_text())
+    tensors = load_file(tmp_path / "package/model.safetensors")
+    assert "quantization_config" not in config and tensors.keys() == numbers.keys()
+    checks = {check["name"]: check["message"] for check in package["checks"]}
+    assert checks["base"].startswith("it lies on the dequantized weights (")
+    assert "small with the digest blake3:" in checks["base"]
+    assert checks["base"].removeprefix("it lies on ") in (tmp_path / "package/README.md").read_text()
+    report = verify(str(tmp_path / "package"))
+    assert report["ok"] and f"it lies on {report['lies_on']}" == checks["base"]
+
+
+def losses(run):
+    return [step["loss"] for step in journal.steps(journal.read(run)).values()]
+
+
+def test_plan_says_what_is_trained(recipe_file, tiny_base, tmp_path):
+    quantize(tiny_base, tmp_path / "small", "fp8")
+    result = CliRunner().invoke(cli, ["plan", str(recipe_file(base={"checkpoint": str(tmp_path / "small")}))])
+    said = "base: its files are quantized (fp8); you train the numbers that they stand for, written once to the cache"
+    assert said in result.output
+    plan = resolve(load(recipe_file(base={"checkpoint": str(tmp_path / "small")}))).plan
+    assert plan.base.dequantized == "fp8"
+    assert b"dequantized" not in resolve(load(recipe_file(base={"checkpoint": str(tiny_base)}))).plan.dump({})
+
+
+def test_an_adapter_on_a_quantized_base_is_merged_onto_its_numbers(tiny_base, tmp_path):
+    import peft
+
+    numbers = quantize(tiny_base, tmp_path / "small", "nf4")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base.load_model(tiny_base), config)
+    torch.nn.init.normal_(adapted.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "small")
+    adapted.save_pretrained(tmp_path / "adapter")
+    named = Base(checkpoint=str(tmp_path / "adapter"))
+    merged = load_file(base.directory(named, base.pin(named)) / "model.safetensors")
+    name = "model.layers.0.{}.weight"
+    assert torch.equal(merged[name.format("mlp.up_proj")], numbers[name.format("mlp.up_proj")].float())
+    assert not torch.equal(merged[name.format("self_attn.q_proj")], numbers[name.format("self_attn.q_proj")].float())

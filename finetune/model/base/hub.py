@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune.errors import BaseError
 from finetune.store import downloads, hub, leftovers
+from finetune.store.checkpoints.refs import nearest_folder
 
 # `*` matches `/` too: skip exports in folders, and Mistral's second copy of its weights.
 OTHER_FILES = ("*/*", "consolidated*")
@@ -106,3 +107,15 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
         told = hub.refusal(error)
         hint = told.hint or "`finetune fetch` a recipe where there is a network"
         raise BaseError(told.message, where=where, hint=hint) from None
+
+
+@contextmanager
+def nearest_named(text: str) -> Iterator[None]:
+    """The Hub's error about a name that is likely a misspelled folder."""
+    try:
+        yield
+    except BaseError as error:
+        if near := nearest_folder(text):
+            message = f"is no folder here, and as a Hub id: {error.message}"
+            raise BaseError(message, where=text, hint=f"did you mean the folder `{near}`?") from None
+        raise

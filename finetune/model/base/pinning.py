@@ -15,7 +15,7 @@ import blake3
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import files, foreign, from_nothing, gguf, hub, merge, native, rope
+from finetune.model.base import dequantized, files, foreign, from_nothing, gguf, hub, merge, native, rope
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.load import empty_model, load_model
 from finetune.model.base.located import Look, located
@@ -26,7 +26,7 @@ from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 from finetune.store import cache, places
 from finetune.store.checkpoints.manifest import MANIFEST
-from finetune.store.checkpoints.refs import Ref, find, nearest_folder, parse, run_around
+from finetune.store.checkpoints.refs import Ref, find, parse, run_around
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run.directory import RunDirectory
 
@@ -61,6 +61,15 @@ def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
+    if pinned.dequantized is not None:
+        return dequantized.directory(
+            pinned, lambda: native.readable(_as_published(ref, pinned, with_weights)), with_weights
+        )
+    return _as_published(ref, pinned, with_weights, is_drawn)
+
+
+def _as_published(ref: Ref, pinned: PinnedBase, with_weights: bool, is_drawn: bool = False) -> Path:
+    """The directory of a base that is not an adapter; a GGUF file is converted. Weights that are drawn need not be there."""
     if ref.kind == "hub":
         if ref.file:
             return gguf.converted(hub.file(ref.repo, pinned.revision, ref.file))
@@ -106,14 +115,16 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     refuse_foreign(base.checkpoint)
     ref = parse(base.checkpoint)
     if ref.kind == "hub":
-        with _nearest_named(base.checkpoint):
+        with hub.nearest_named(base.checkpoint):
             commit = hub.commit_of(ref.repo, base.revision or ref.revision)
         if base.random_weights is not None:
             return from_nothing.pinned(ref, commit), None
         if ref.file:
             return PinnedBase(kind=gguf.KIND, revision=commit, digest=None), None
-        is_adapter = merge.is_adapter(hub.download(ref.repo, commit, (merge.CONFIG, "config.json")))
-        return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit) if is_adapter else None
+        path = hub.download(ref.repo, commit, (merge.CONFIG, *dequantized.CONFIGS))
+        if merge.is_adapter(path):
+            return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit)
+        return PinnedBase(kind="hub", revision=commit, digest=None, dequantized=dequantized.kind_of(path)), None
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
     if base.random_weights is not None:
@@ -125,20 +136,10 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     path = _local(ref)
     if (path / MANIFEST).exists():
         refuse_damaged(path)
-    pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path))
-    return pinned, path if merge.is_adapter(path) else None
-
-
-@contextmanager
-def _nearest_named(text: str) -> Iterator[None]:
-    """The Hub's error about a name that is likely a misspelled folder."""
-    try:
-        yield
-    except BaseError as error:
-        if near := nearest_folder(text):
-            message = f"is no folder here, and as a Hub id: {error.message}"
-            raise BaseError(message, where=text, hint=f"did you mean the folder `{near}`?") from None
-        raise
+    is_adapter = merge.is_adapter(path)
+    kind = None if is_adapter else dequantized.kind_of(path)
+    pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path), dequantized=kind)
+    return pinned, path if is_adapter else None
 
 
 def _local(ref: Ref) -> Path:

@@ -10,7 +10,7 @@ from finetune.store.tensors import read_header
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
 
 
-def check_weight_files(path: Path) -> None:
+def check_weight_files(path: Path, *, may_be_quantized: bool = False) -> None:
     """Refuses pickles, torn files and missing shards before transformers meets them."""
     index = path / "model.safetensors.index.json"
     named = weight_files(index) if index.exists() else {"model.safetensors"}
@@ -20,9 +20,11 @@ def check_weight_files(path: Path) -> None:
         if not (path / name).is_file():
             raise BaseError(f"lacks its weight file {name}", where=name_of(path), hint="download or copy it again")
         try:
-            quantized.refuse_types(read_header(path / name), name_of(path))
+            places = read_header(path / name)
         except CheckpointError as error:
             raise damaged(path / name, error.message) from None
+        if not may_be_quantized:
+            quantized.refuse_types(places, name_of(path))
 
 
 def weight_files(index: Path) -> set[str]:

@@ -6,11 +6,12 @@ It names every file by its hash. It must hold no time and no host: the same run 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ruamel.yaml import YAML
 
 from finetune.data.heldout import lineage
+from finetune.package.card import facts as card_facts
 from finetune.package.card import record
 from finetune.package.card.facts import Facts, hub_base
 from finetune.package.verify.contents import CARD, Finding, sha256
@@ -21,6 +22,7 @@ from finetune.store.run.directory import step_name
 
 FILE = lineage.PROVENANCE
 STATEMENT = "https://in-toto.io/Statement/v1"
+UNDER = "lies on"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:finetune:package:v1"
 # People edit the card, the signature comes later, and the Hub writes the last one.
@@ -33,6 +35,7 @@ class Resource(TypedDict):
     name: str
     uri: str
     digest: dict[str, str]
+    annotations: NotRequired[dict[str, str]]
 
 
 Statement = dict[str, Any]
@@ -138,7 +141,24 @@ def _subjects(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
     return sorted((name, path) for name, path in files.items() if name not in NOT_SUBJECTS and path.is_file())
 
 
+def lies_on(directory: Path) -> str | None:
+    """The weights under a package, from its statement, where they are not those in its base's files."""
+    try:
+        value = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        made_of = value["predicate"]["buildDefinition"]["resolvedDependencies"]
+        return next((str(one["annotations"][UNDER]) for one in made_of if "annotations" in one), None)
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
 def _base(plan: Plan) -> Resource:
+    found = _named_base(plan)
+    if under := card_facts.lies_on(plan):
+        found["annotations"] = {UNDER: under}
+    return found
+
+
+def _named_base(plan: Plan) -> Resource:
     if plan.recipe.base.random_weights is not None:  # no weights are from there
         name, revision = plan.recipe.base.checkpoint, plan.base.revision
         uri = f"hf://{name.partition('@')[0]}@{revision}" if revision else f"local:{record.public_name(name)}"

@@ -4,7 +4,7 @@ A pure function of the run's record: it must hold no clock, no path, no host, no
 """
 
 from finetune.package.card import figures, record
-from finetune.package.card.facts import Facts, hub_base, method
+from finetune.package.card.facts import Facts, hub_base, lies_on, method
 from finetune.package.card.metadata import FrontMatter
 from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked
 from finetune.plan.plan import Parent, PinnedSource, Plan
@@ -93,6 +93,8 @@ def _summary(facts: Facts) -> str:
     ]
     if plan.recipe.base.origin and plan.base.kind != "hub":
         lines.append(f"The base was a local checkpoint that the recipe declares equal to `{plan.recipe.base.origin}`.")
+    if under := lies_on(plan):
+        lines.append(f"It lies on {under}: the numbers that the quantized files stand for, not the files themselves.")
     if facts.licence is None:
         lines.append(
             "The licence is not known: the base does not state one. Ask its authors before you pass this model on."

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
+from finetune.package.card import record
 from finetune.package.card.metadata import FrontMatter
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
@@ -60,6 +61,16 @@ def hub_base(plan: Plan) -> tuple[str, str | None] | None:
     if is_of_hub and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
         return ref.repo, plan.base.revision
     return (origin, None) if origin else None
+
+
+def lies_on(plan: Plan) -> str | None:
+    """The weights under a package where they are not those in the base's files; None where they are."""
+    if plan.base.dequantized is None:
+        return None
+    hub = hub_base(plan)
+    name = hub[0] if hub else record.public_name(plan.recipe.base.checkpoint)
+    version = f"at commit {hub[1]}" if hub and hub[1] else f"with the digest {plan.base.digest}"
+    return f"the dequantized weights ({plan.base.dequantized}) of {name} {version}"
 
 
 def method(plan: Plan) -> str:

@@ -37,6 +37,8 @@ class Report(Verification):
     not_made: dict[str, str]
     """Names of the others, and why."""
     revision: NotRequired[str]
+    lies_on: NotRequired[str]
+    """The weights under it, where they are not those in its base's files."""
 
 
 def verify(target: str, key: Path | None = None) -> Report:
@@ -80,7 +82,10 @@ def _of_folder(directory: Path, key: Path | None, made: Sequence[str] = (), foun
     elif findings:
         not_made["logits"] = "what has problems is not loaded"
     problems = [finding.report for finding in findings]
-    return {"ok": not problems, "problems": problems, "checks": checks, "not_made": not_made}
+    report: Report = {"ok": not problems, "problems": problems, "checks": checks, "not_made": not_made}
+    if under := provenance.lies_on(directory):
+        report["lies_on"] = under
+    return report
 
 
 def folder_findings(directory: Path, key: Path | None = None) -> tuple[list[str], list[Finding]]:
