@@ -1,6 +1,9 @@
 """LoRA: peft's low-rank matrices beside frozen linear layers."""
 
+import re
 import warnings
+from collections.abc import Collection
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -38,8 +41,8 @@ def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> Pre
         r=settings.rank,
         lora_alpha=cast(int, settings.alpha),  # whatever its type says, peft takes fractions
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if is_all else list(settings.targets),
-        exclude_modules=sorted({*unfit, *frozen}) or None,
+        target_modules=_all(linear, frozen) if is_all else list(settings.targets),
+        exclude_modules=_excluded(linear, frozen, unfit),
         task_type="CAUSAL_LM",
         **options,
     )
@@ -50,6 +53,23 @@ def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> Pre
     ):
         # what peft's model has not itself, it has from the one in it
         return cast(PreTrainedModel, peft.get_peft_model(model, config))
+
+
+def _all(linear: list[str], frozen: frozenset[str]) -> str | list[str]:
+    """What `all-linear` stands for. peft's own takes last names of frozen layers too: `0`, in a vision tower, is every first layer."""
+    return sorted({name.rpartition(".")[2] for name in linear}) if frozen else "all-linear"
+
+
+def _excluded(linear: list[str], frozen: frozenset[str], unfit: Collection[str]) -> str | list[str] | None:
+    """The layers that get no matrices, as names, or as a pattern with the largest modules that have only frozen ones."""
+    if not frozen:
+        return sorted(unfit) or None
+    reached = {prefix for name in linear for prefix in accumulate(name.split("."), "{}.{}".format)}
+    largest = {
+        next(prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix not in reached)
+        for name in frozen
+    }
+    return f"(?:{'|'.join(map(re.escape, sorted({*largest, *unfit})))})(?:\\..*)?"
 
 
 def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:

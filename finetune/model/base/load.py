@@ -22,7 +22,7 @@ from finetune.errors import BaseError, explained, of_libraries
 from finetune.model.base import quantized
 from finetune.model.base.class_in_files import class_in
 from finetune.model.base.damaged import damaged, name_of, read_json
-from finetune.model.base.loading_class import LoadingClass, made, other_than_text
+from finetune.model.base.loading_class import LoadingClass, class_of, made, other_than_text
 from finetune.model.base.quiet import quiet
 from finetune.model.base.text_side import parts_beside
 from finetune.model.base.tokenizer import refuse_remote_code
@@ -56,6 +56,7 @@ def load_config(path: Path) -> PretrainedConfig:
     quantized.refuse(raw, name_of(path))
     try:
         config = AutoConfig.from_pretrained(path)
+        class_of(config)
         config.get_text_config().vocab_size  # noqa: B018 some have several, none of which is the language model's
         quantized.to_numbers(config)
         return config
