@@ -82,6 +82,8 @@ EXTRAS = {
 }
 EXTRAS |= {kind: {"vocabulary_map": {"<image>": 300}} for kind in ("chameleon", "emu3")}
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
+HALF = ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+EXTRAS |= {"glm4v_moe": {"text_config": {"rope_parameters": HALF, "head_dim": 128}}}
 # Bases of these types name the shares of a head for time, height and width; their default configs do not.
 SHARES = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), [16, 24, 24]),
@@ -251,7 +253,7 @@ class Plain:
         """The loss of each row of a step, alone, with the weights that the state has now."""
         settings = resolved.plan.recipe.adapter
         if (settings is None) not in self.models:
-            kind = base.named(resolved.plan.text_of)
+            kind = base.class_named(resolved.plan.text_of)
             model = kind.from_pretrained(resolved.base_directory, dtype=torch.float32)
             self.models[settings is None] = adapters.apply(base.freeze_beside_text(model), settings).eval()
         model = self.models[settings is None]

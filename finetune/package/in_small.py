@@ -79,7 +79,7 @@ def _written_base(resolved: Resolved, way: int, directory: Path) -> PreTrainedMo
         model.save_pretrained(directory)
     with tempfile.TemporaryDirectory() as nothing:
         files.copy_small_files(resolved.base_directory, Path(nothing), directory)
-    return base.load_model(directory, kind=base.named(resolved.plan.text_of))
+    return base.load_model(directory, kind=base.class_named(resolved.plan.text_of))
 
 
 def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> PretrainedConfig:

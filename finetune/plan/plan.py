@@ -200,7 +200,9 @@ class Plan(Pin):
             "skipped_examples",
             "date",
         )
-        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged", *OF_TEXT) if not getattr(self, name)}
+        unused = {
+            name for name in (*optional, "split", "held_out", "seen", "arranged", *OF_TEXT) if not getattr(self, name)
+        }
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}

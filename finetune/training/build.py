@@ -43,7 +43,7 @@ def slow_numbers(precision: str) -> str | None:
 def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> PreTrainedModel:
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     recipe = plan.recipe
-    kind = base.named(plan.text_of)
+    kind = base.class_named(plan.text_of)
     place = _place(recipe, base_directory, device, kind)
     load = base.load_as_stored if plan.keeps_fp32 else base.load_model
     model = load(

@@ -65,7 +65,7 @@ def count_parameters(settings: Adapter | None, directory: Path, like: Plan | Non
 
     def count() -> _Counted:
         wide = like.text_of if like else base.wide_class(base.load_config(directory))
-        model = base.empty_model(directory, base.named(wide))
+        model = base.empty_model(directory, base.class_named(wide))
         beside = _beside(model) if wide else {}
         parts = base.parts_beside(model) if beside else []
         model = base.freeze_beside_text(model) if beside else model
@@ -88,10 +88,16 @@ def count_parameters(settings: Adapter | None, directory: Path, like: Plan | Non
     # Also our code: a fix in it must not leave older results in the cache.
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
     ours = text_of_code(adapters, decoder_layers, loading_class, text_side)
-    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
-    facts += [[like.text_of]] if like else []
+    facts: list[object] = [
+        (directory / "config.json").read_text(),
+        settings and settings.model_dump(mode="json"),
+        code,
+        ours,
+    ]
+    facts += [["as", like.text_of]] if like else []
     found = cache.found("counted", facts, count)
-    return Counted(**{**found, "notes": tuple(found["notes"])})
+    notes, reached = tuple(found["notes"]), found["reached"]
+    return Counted(found["total"], found["trainable"], found["text_of"], found["beside_text"], reached, notes)
 
 
 def text_of_code(*modules: ModuleType) -> list[str]:

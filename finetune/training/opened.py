@@ -79,7 +79,7 @@ def open_model(
     if ref.kind == "base":
         plan, _ = RunDirectory(ref.run).plan()
         directory = base.directory(plan.recipe.base, plan.base)
-        asked["kind"] = base.named(plan.text_of)
+        asked["kind"] = base.class_named(plan.text_of)
         model = _loaded(directory, plan.recipe if is_as_trained else None, asked)
         return Opened(model, directory, directory, plan, None)
     if ref.kind == "run" or ref.kind == "checkpoint":
@@ -118,7 +118,7 @@ def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bo
     if (checkpoint.path / "adapter_config.json").exists():
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
     if plan:
-        asked["kind"] = base.named(plan.text_of)
+        asked["kind"] = base.class_named(plan.text_of)
     model = _loaded(checkpoint.path, recipe, asked)
     directory = checkpoint.path
     if plan and not base.has_tokenizer(directory):  # older code saved only some kinds

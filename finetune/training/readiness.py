@@ -44,7 +44,7 @@ def refuse_unfit_base(resolved: Resolved) -> None:
     if resolved.plan.base.kind != "directory" and not list(directory.glob("*.safetensors")):
         return
     base.check_weight_files(directory)
-    kind = base.named(resolved.plan.text_of)
+    kind = base.class_named(resolved.plan.text_of)
     facts = [resolved.plan.base.model_dump(mode="json"), *map(version, ("finetune", "torch", "transformers"))]
     facts += filter(None, [resolved.plan.text_of])
     # Cached: it makes an empty model of the base, which is slow for a large one.

@@ -34,7 +34,10 @@ SHARES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
 CONFIGS = {
-    "mistral3": {"text_config": {**TEXT, "model_type": "mistral"}, "vision_config": {**VISION, "model_type": "pixtral"}},
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral"},
+        "vision_config": {**VISION, "model_type": "pixtral"},
+    },
     "qwen2_5_vl": {"text_config": TEXT | SHARES, "vision_config": QWEN_VISION},
     "qwen3_5": {"text_config": TEXT | DELTA, "vision_config": QWEN_VISION},
 }
@@ -216,7 +219,9 @@ def test_a_lost_shard_and_a_lost_weight_of_the_images_are_named_before_anything_
     tensors = load_file(tmp_path / "kept")
     lost = min(tensors)
     save_file({name: each for name, each in tensors.items() if name != lost}, base / "model-2.safetensors")
-    with pytest.raises(BaseError, match=r"broken: lacks weights of its own config \(missing keys\): .*vision_tower|projector"):
+    with pytest.raises(
+        BaseError, match=r"broken: lacks weights of its own config \(missing keys\): .*vision_tower|projector"
+    ):
         train(recipe_on(base), tmp_path / "run")
 
 

@@ -12,7 +12,7 @@ from finetune.model.base.load import (
     load_config,
     load_model,
 )
-from finetune.model.base.loading_class import LoadingClass, class_of, named, wide_class
+from finetune.model.base.loading_class import LoadingClass, class_named, class_of, wide_class
 from finetune.model.base.located import located
 from finetune.model.base.merge import class_below
 from finetune.model.base.outline import with_dtype
@@ -38,6 +38,7 @@ __all__ = [
     "check_quantization",
     "check_weight_files",
     "class_below",
+    "class_named",
     "class_of",
     "difference",
     "directory",
@@ -50,7 +51,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "located",
-    "named",
     "parts_beside",
     "pin",
     "read_ahead",

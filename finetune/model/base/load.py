@@ -117,9 +117,11 @@ def load_model(
     check_weight_files(path)
     kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
-    device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
+    options: dict[str, Any] = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
     reading = placed.reading(type(empty_model(path, kind))) if placed and placed.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
+        if quantization:
+            options["quantization_config"] = _nf4(products, path, kind)
         loaded: Any = kind.from_pretrained(
             path,
             config=config,
@@ -128,8 +130,7 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,  # makes it a pair, which its signature does not say
-            **device,
-            **({"quantization_config": _nf4(products, path, kind)} if quantization else {}),
+            **options,
         )
     model: PreTrainedModel = loaded[0]
     refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})

@@ -50,7 +50,7 @@ def _names(mapping: dict[str, Any], model_type: str) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def named(name: str | None) -> LoadingClass:
+def class_named(name: str | None) -> LoadingClass:
     """The class of a plan's `text_of`; None stands for the causal LM that transformers chooses."""
     found: LoadingClass = getattr(transformers, name) if name else AutoModelForCausalLM
     return found
@@ -62,7 +62,7 @@ def class_of(config: PretrainedConfig) -> LoadingClass:
     if wide is None and not causal_names(config.model_type):
         message, hint = "is not a language model: it is an encoder with a decoder", "choose a base that generates text"
         raise BaseError(message, where=config.model_type, hint=hint)
-    return named(wide)
+    return class_named(wide)
 
 
 def made(kind: LoadingClass, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
