@@ -179,7 +179,7 @@ STATES = (
 
 def _smaller(name: str, value: object, max_length: int) -> object:
     if isinstance(value, dict):
-        return {key: _smaller(key, item, max_length) for key, item in value.items()} | _not_grouped(value)
+        return {key: _smaller(str(key), item, max_length) for key, item in value.items()} | _not_grouped(value)
     if isinstance(value, list):
         return [_smaller(name, item, max_length) for item in value]
     if isinstance(value, bool) or not isinstance(value, int):

@@ -104,7 +104,7 @@ def equal(
     _refuse_keys(loaded.facts["keys"], loaded.facts["class"], surplus)
     was, now = trained.facts, loaded.facts
     pairs: tuple[tuple[str, object, object], ...] = (
-        ("weights", *(_without(beside, each["weights"]) for each in (was, now))),
+        ("weights", _without(beside, was["weights"]), _without(beside, now["weights"])),
         ("tied", was["tied"], now["tied"]),
         ("tokenizer", was["tokenizer"], now["tokenizer"]),
         ("template", was["template"], now["template"]),

@@ -124,7 +124,7 @@ def _fitting_loss(plan: Plan, model: PreTrainedModel, base_directory: Path) -> t
 
     def find() -> str | None:
         # weights of two types meet in products that only autocast brings together
-        is_mixed = plan.keeps_fp32 or bool(_place(recipe, base_directory, device).names)
+        is_mixed = plan.keeps_fp32 or bool(_place(recipe, base_directory, device, base.class_named(plan.text_of)).names)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=is_mixed)
         with as_trained(recipe.train, device), mixed:
             if plan.arrangement == "packed":

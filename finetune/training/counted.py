@@ -99,10 +99,15 @@ def count_parameters(
     # Also our code: a fix in it must not leave older results in the cache.
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
     ours = text_of_code(adapters, decoder_layers, loading_class, text_side)
-    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
-    facts += [is_older, [like.text_of] if like else None]
+    facts: list[object] = [
+        *((directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours),
+        *(is_older, [like.text_of] if like else None),
+    ]
     found = cache.found("counted", facts, count)
-    return Counted(**{**found, "notes": tuple(found["notes"])})
+    notes, reached = tuple(found["notes"]), found["reached"]
+    return Counted(
+        found["total"], found["trainable"], found["text_of"], found["beside_text"], reached, notes, found["is_changed"]
+    )
 
 
 def text_of_code(*modules: ModuleType) -> list[str]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import AdapterError, explained
 from finetune.model.adapters.member import quoted
-from finetune.model.adapters.unfit import frozen_layers, unfit_layers
+from finetune.model.adapters.unfit import all_linear, excluded, frozen_layers, unfit_layers
 from finetune.recipe.schema import LoraAdapter
 
 ALL = ["all-linear"]
@@ -36,7 +36,8 @@ class Reach(NamedTuple):
 
     modules: str | list[str]
     parameters: list[str]
-    excluded: list[str]
+    excluded: str | list[str]
+    """Names of layers, or one pattern."""
     patterns: dict[str, dict[str, Any]]
     """peft's own ranks of experts, by the name of the setting."""
     has_fused: bool
@@ -76,8 +77,10 @@ def reach_of(model: PreTrainedModel, settings: LoraAdapter, is_whole: bool = Tru
     is_as_named = not any(_is_pattern(each) or each.rpartition(".")[2] in dropped for each in literal)
     is_as_peft = len(added) == len(config.target_parameters or ())
     if is_as_named and is_as_peft and not settings.exclude and not settings.layers:
-        modules = "all-linear" if is_all else list(settings.targets)
-        return Reach(modules, [*fused, *weights], sorted({*unfit, *frozen}), {}, has_fused, tuple(mended))
+        head_name = next((name for name in linear if model.get_submodule(name) is head), None)
+        modules = all_linear(linear, frozen, head_name) if is_all else list(settings.targets)
+        without = excluded(linear, frozen, unfit)
+        return Reach(modules, [*fused, *weights], without, {}, has_fused, tuple(mended))
     if not kept:
         raise AdapterError("no layer is left to train", where="adapter", hint="exclude less")
     parameters = [*(name for name in dict.fromkeys([*fused, *of_peft]) if name in kept), *weights]
@@ -129,14 +132,14 @@ def _chosen(model: PreTrainedModel, settings: LoraAdapter, names: list[str]) -> 
     known = [name for named in (model.named_modules(), model.named_parameters()) for name, _ in named]
     if missed := [target for target in settings.exclude if not matching([target], known)]:
         raise AdapterError(f"nothing in the base is called {quoted(missed)}", where="adapter.exclude", hint="remove it")
-    excluded = set(matching(settings.exclude, names))
+    without = set(matching(settings.exclude, names))
     numbers = {name: _layer_of(name) for name in names}
     if strange := sorted(set(settings.layers) - set(numbers.values())):
         known = sorted(number for number in set(numbers.values()) if number is not None)
         hint = f"layers are numbered {known[0]} to {known[-1]}" if known else "this base has no numbered layers"
         raise AdapterError(f"there is no layer {strange[0]}", where="adapter.layers", hint=hint)
     of_layers = {name for name in names if not settings.layers or numbers[name] in settings.layers}
-    return of_layers - excluded
+    return of_layers - without
 
 
 def _layer_of(name: str) -> int | None:

@@ -1,5 +1,8 @@
 """Linear layers that LoRA must not wrap."""
 
+import re
+from collections.abc import Collection
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,3 +66,20 @@ def _acts_as_linear(module: Any) -> bool:
     except of_libraries():
         return False
     return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
+
+
+def all_linear(linear: list[str], frozen: frozenset[str], head: str | None) -> str | list[str]:
+    """What `all-linear` is for peft. Its own takes last names of frozen layers too: `0`, in a vision tower, is every first layer."""
+    return sorted({name.rpartition(".")[2] for name in linear if name != head}) if frozen else "all-linear"
+
+
+def excluded(linear: list[str], frozen: frozenset[str], unfit: Collection[str]) -> str | list[str]:
+    """The layers that get no matrices, as names, or as a pattern with the largest modules that have only frozen ones."""
+    if not frozen:
+        return sorted(unfit)
+    reached = {prefix for name in linear for prefix in accumulate(name.split("."), "{}.{}".format)}
+    largest = {
+        next(prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix not in reached)
+        for name in frozen
+    }
+    return f"(?:{'|'.join(map(re.escape, sorted({*largest, *unfit})))})(?:\\..*)?"

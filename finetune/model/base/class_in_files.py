@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from finetune.model.base import outline
 from finetune.model.base.loading_class import LoadingClass, causal_names, class_of, made
@@ -20,16 +20,18 @@ def class_in(path: Path, config: PretrainedConfig) -> LoadingClass:
 
     Runs of older code trained the causal LM of such a base, and their checkpoints declare what the base does.
     """
-    declared = class_of(config)
-    causal = next((getattr(transformers, name) for name in causal_names(config.model_type)), declared)
-    if declared in (AutoModelForCausalLM, causal) or not (places := outline.headers(path)):
+    declared, names = class_of(config), causal_names(config.model_type)
+    if not issubclass(declared, PreTrainedModel) or not names or declared.__name__ in names:
+        return declared
+    causal: type[PreTrainedModel] = getattr(transformers, names[0])
+    if not (places := outline.headers(path)):
         return declared
     tensors = outline.on_meta(places)
     whole = outline.outline(declared, config, tensors)
     if not whole.missing or whole.filled & beside_text(whole.model):
         return declared
-    text = config.get_text_config()
-    alone = outline.outline(causal, text if isinstance(text, causal.config_class) else config, tensors)
+    text, own = config.get_text_config(), causal.config_class
+    alone = outline.outline(causal, text if own and type(text) is own else config, tensors)
     return declared if alone.missing or alone.mismatched else AutoModelForCausalLM
 
 

@@ -23,7 +23,7 @@ from finetune.model import rotary
 from finetune.model.base import quantized
 from finetune.model.base.class_in_files import class_in
 from finetune.model.base.damaged import damaged, name_of, read_json
-from finetune.model.base.loading_class import LoadingClass, made, other_than_text
+from finetune.model.base.loading_class import LoadingClass, class_of, made, other_than_text
 from finetune.model.base.quiet import quiet
 from finetune.model.base.text_side import parts_beside
 from finetune.model.base.tokenizer import refuse_remote_code
@@ -57,6 +57,7 @@ def load_config(path: Path) -> PretrainedConfig:
     quantized.refuse(raw, name_of(path))
     try:
         config = AutoConfig.from_pretrained(path)
+        class_of(config)
         config.get_text_config().vocab_size  # noqa: B018 some have several, none of which is the language model's
         quantized.to_numbers(config)
         return config
@@ -117,9 +118,11 @@ def load_model(
     check_weight_files(path)
     kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
-    device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
+    options: dict[str, Any] = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
     reading = place.reading(type(empty_model(path, kind))) if place and place.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
+        if quantization:
+            options["quantization_config"] = _nf4(products, path, kind)
         loaded: Any = kind.from_pretrained(
             path,
             config=config,
@@ -128,8 +131,7 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,  # makes it a pair, which its signature does not say
-            **device,
-            **({"quantization_config": _nf4(products, path, kind)} if quantization else {}),
+            **options,
         )
     model: PreTrainedModel = loaded[0]
     refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})

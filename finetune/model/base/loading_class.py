@@ -8,6 +8,8 @@ from typing import Any
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from finetune.errors import BaseError
+
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 LoadingClass = type[PreTrainedModel] | type[AutoModelForCausalLM]
 
@@ -55,8 +57,12 @@ def class_named(name: str | None) -> LoadingClass:
 
 
 def class_of(config: PretrainedConfig) -> LoadingClass:
-    """The class that a config declares."""
-    return class_named(wide_class(config))
+    """The class that a config declares. BaseError if none of its type generates text from text alone."""
+    wide = wide_class(config)
+    if wide is None and not causal_names(config.model_type):
+        message, hint = "is not a language model: it is an encoder with a decoder", "choose a base that generates text"
+        raise BaseError(message, where=config.model_type, hint=hint)
+    return class_named(wide)
 
 
 def made(kind: LoadingClass, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
