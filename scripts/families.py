@@ -4,7 +4,7 @@
 
 Each type goes through {LoRA, full} x {packed, padded} x {fp32, bf16}: two steps, whose losses of rows must be those of each row alone
 in plain transformers. `--packages` packages one training of each method, verifies the package and loads it by its declared class. A
-combination that the project refuses counts as such if it does so in one line; a traceback fails.
+combination that the project refuses counts as such if it does so in one line; a traceback fails. With types, `--write` changes their lines alone.
 """
 
 import argparse
@@ -255,15 +255,26 @@ def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> s
     """docs/models.md."""
     lines = [INTRODUCTION.format(version=version, types=len(found), packaged=PACKAGED if has_packages else UNPACKAGED)]
     lines.append("| type | rows | LoRA | full | ways | note |\n|---|---|---|---|---|---|")
-    for kind, outcomes in found.items():
-        ways = {each.packing: each.told for each in outcomes if each.state in ("trained", "packaged")}
-        why = next((each.told for each in outcomes if each.state in ("refused", "wrong")), "")
-        note = why.replace("|", "\\|")[:NOTE] + ("…" if len(why) > NOTE else "")
-        rows = ways.get("packed", ways.get("padded", "-"))
-        count = sum(each.state in ("trained", "packaged") for each in outcomes)
-        cells = [f"`{kind}`", rows, cell(outcomes, "lora"), cell(outcomes, "full"), f"{count} of {len(outcomes)}", note]
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    lines += [line(kind, outcomes) for kind, outcomes in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def line(kind: str, outcomes: list[Outcome]) -> str:
+    """A type's line of the table."""
+    ways = {each.packing: each.told for each in outcomes if each.state in ("trained", "packaged")}
+    why = next((each.told for each in outcomes if each.state in ("refused", "wrong")), "")
+    note = why.replace("|", "\\|")[:NOTE] + ("…" if len(why) > NOTE else "")
+    rows = ways.get("packed", ways.get("padded", "-"))
+    count = sum(each.state in ("trained", "packaged") for each in outcomes)
+    cells = [f"`{kind}`", rows, cell(outcomes, "lora"), cell(outcomes, "full"), f"{count} of {len(outcomes)}", note]
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def with_lines(page: str, found: dict[str, list[Outcome]]) -> str:
+    """docs/models.md with the lines of some types as they are now."""
+    lines = {f"| `{kind}` |": line(kind, outcomes) for kind, outcomes in found.items()}
+    own = [next((new for start, new in lines.items() if old.startswith(start)), old) for old in page.splitlines()]
+    return "\n".join(own) + "\n"
 
 
 NOTE = 160  # characters
@@ -308,7 +319,9 @@ def main() -> int:
             print(f"{kind:28} {'; '.join(told)}", flush=True)
     if asked.json:
         asked.json.write_text(json.dumps({kind: [each._asdict() for each in each_] for kind, each_ in found.items()}))
-    if asked.write and not asked.kinds:
+    if asked.write and asked.kinds:
+        asked.write.write_text(with_lines(asked.write.read_text(), found))
+    elif asked.write:
         from finetune import version
 
         asked.write.write_text(page(found, version("transformers"), asked.packages))

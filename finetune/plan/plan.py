@@ -185,20 +185,9 @@ class Plan(Pin):
     def dump(self, facts: Facts) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
         # fields of extended runs and branches are skipped in other plans
-        optional = (
-            "schedule_start",
-            "segments",
-            "parent",
-            "earlier_orders",
-            "skipped_rows",
-            "skipped_examples",
-            "date",
-        )
-        unused = {
-            name
-            for name in (*optional, "split", "held_out", "seen", "arranged", "pads_least")
-            if not getattr(self, name)
-        }
+        optional = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples")
+        others = ("date", "split", "held_out", "seen", "arranged", "pads_least")
+        unused = {name for name in (*optional, *others) if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}

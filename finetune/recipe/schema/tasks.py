@@ -36,8 +36,9 @@ class TaskFacts(Section):
     @model_validator(mode="before")
     @classmethod
     def _auto_names_nothing(cls, given: object) -> object:
-        is_auto = isinstance(given, Mapping) and given.get("packing") == "auto"
-        return {name: value for name, value in given.items() if name != "packing"} if is_auto else given
+        if not isinstance(given, Mapping) or given.get("packing") != "auto":
+            return given
+        return {name: value for name, value in given.items() if name != "packing"}
 
     @property
     def template_file(self) -> str | None:
