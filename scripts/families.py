@@ -5,7 +5,7 @@ transformers. Of a type that also reads images or sound it is the text side of t
 
 Each type goes through {LoRA, full} x {packed, padded} x {fp32, bf16}: two steps, whose losses of rows must be those of each row alone
 in plain transformers. `--packages` packages one training of each method, verifies the package and loads it by its declared class. A
-combination that the project refuses counts as such if it does so in one line; a traceback fails.
+combination that the project refuses counts as such if it does so in one line; a traceback fails. With types, `--write` changes their lines alone.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, FinetuneError
+from finetune.model.row_by_row import MARK
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,17 +48,21 @@ def check_compiler() -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compiles norms and feed-forward of decoder layers. Layers share graphs, and so do lengths of more than one token.
 
-    It skips attention, which depends on the bounds of rows: it would be compiled again for every number of rows.
+    It skips attention, and what runs by row: both depend on the bounds of rows, and would be compiled again for every number of rows.
     """
     check_compiler()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    parts = [part for layer in layers for part in layer.children() if "Attention" not in type(part).__name__]
+    parts = [part for layer in layers for part in layer.children() if not _depends_on_rows(part)]
     if not parts:
         hint = "set train.compile: false"
         raise BaseError("the layers of this base are not known", where="train.compile", hint=hint)
     for part in parts:
         # random numbers as they are without, so that dropout is the same
         part.compile(dynamic=True, options={"fallback_random": True})
+
+
+def _depends_on_rows(part: torch.nn.Module) -> bool:
+    return "Attention" in type(part).__name__ or any(hasattr(each, MARK) for each in part.modules())
 
 
 def module_of(parameter: str) -> str:
