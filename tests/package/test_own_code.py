@@ -16,6 +16,8 @@ from finetune.errors import BaseError
 from finetune.model import base
 from finetune.model.base.remote_code import asked_by
 from finetune.package import export, proof
+from finetune.package.publish import to_folder
+from finetune.package.verify.contents import files_of
 from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
@@ -85,6 +87,8 @@ def test_the_mapping_is_in_no_checkpoint_and_no_package_and_no_code_is_run(
     assert (package / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     report = verify(str(package))
     assert report["ok"] and {"remote_code", "load", "logits"} <= set(report["checks"])
+    to_folder.publish(files_of(package), tmp_path / "published", is_dry_run=False)
+    assert_names_no_code(tmp_path / "published")
     for options in ({}, {"trust_remote_code": True}):
         model = AutoModelForCausalLM.from_pretrained(package, **options)
         assert type(model).__module__.startswith("transformers.models.")
@@ -103,6 +107,9 @@ def test_the_base_is_evaluated_and_generated_with_by_the_native_class(mapped, ti
 def test_plan_says_once_that_the_code_is_ignored(mapped, recipe_file) -> None:
     resolved = resolve(load(recipe_file(base={"checkpoint": str(mapped)})))
     said = [note for note in resolved.notes if "own code" in note]
+    drawn = resolve(load(recipe_file(base={"checkpoint": str(mapped), "random_weights": 0}, adapter=None)))
+    assert [note for note in drawn.notes if "own code" in note] == said
+    assert_names_no_code(drawn.base_directory)
     files = "config.json, generation_config.json, preprocessor_config.json, tokenizer_config.json"
     assert said == [f"the base's own code (`auto_map` in {files}) is ignored: transformers has `llama` itself"]
 

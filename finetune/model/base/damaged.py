@@ -7,7 +7,12 @@ from typing import Any
 from finetune.errors import BaseError
 from finetune.store import cache, downloads
 
-VIEWS, ORIGIN = "native", ".origin"  # the cache's views of bases (see `native`), and the file there that names the base
+VIEWS = (
+    "native",
+    "random",
+    "random-configs",
+)  # kinds of directories in the cache that are made of a base's small files
+ORIGIN = ".origin"  # the file there that names the base
 Json = dict[str, Any]
 """The content of another program's JSON file: an object, and nothing else is known."""
 
@@ -33,9 +38,14 @@ def damaged(path: Path, reason: str) -> BaseError:
     )
 
 
+def is_view(path: Path) -> bool:
+    """Whether it is ours, with its `ORIGIN`. A base could bring a file of this name, too."""
+    return path.parent.name in VIEWS and path.parent.parent == cache.root() and (path / ORIGIN).is_file()
+
+
 def name_of(path: Path) -> str:
     """The name of a base in errors: its Hub id if it is a snapshot in the Hub's cache, else the directory's name."""
-    if path.parent == cache.root() / VIEWS and (path / ORIGIN).is_file():
+    if is_view(path):
         return str(json.loads((path / ORIGIN).read_bytes())["name"])
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from finetune.errors import BaseError
 from finetune.model.base import tekken
-from finetune.model.base.damaged import ORIGIN, VIEWS, name_of, read_json
+from finetune.model.base.damaged import ORIGIN, is_view, name_of, read_json
 from finetune.store import cache
 
 MAPPING = "auto_map"
@@ -65,12 +65,12 @@ def readable(directory: Path, below: Path | None = None) -> Path:
         (target / ORIGIN).write_text(json.dumps(origin))
 
     facts = [str(directory.resolve()), origin, cleaned, [file.name for file in links], *map(str, made)]
-    return cache.built(VIEWS, blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
+    return cache.built("native", blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
 
 
 def notes(directory: Path) -> list[str]:
     """A line about the code that is ignored; none for other directories."""
-    origin = _origin(directory)
+    origin = origin_of(directory)
     if origin is None or not origin["ignored"]:
         return []
     where = ", ".join(origin["ignored"])
@@ -79,7 +79,7 @@ def notes(directory: Path) -> list[str]:
 
 def refuse_own_tokenizer(directory: Path) -> None:
     """BaseError if only the base's own code can make its tokenizer."""
-    origin = _origin(directory)
+    origin = origin_of(directory)
     if origin and origin["tokenizer"] and not (directory / "tokenizer.json").is_file():
         message = f"has a tokenizer of its own code (`{origin['tokenizer']}`), which is never run"
         raise BaseError(message, where=origin["name"], hint="add a tokenizer.json, which needs no code")
@@ -131,7 +131,5 @@ def _is_of_a_view(file: Path) -> bool:
     return file.is_file() and file.suffix not in (".py", ".pyc") and file.name != ORIGIN
 
 
-def _origin(directory: Path) -> Origin | None:
-    # A base could bring a file of this name: only that of a view counts.
-    is_view = directory.parent == cache.root() / VIEWS and (directory / ORIGIN).is_file()
-    return json.loads((directory / ORIGIN).read_bytes()) if is_view else None
+def origin_of(directory: Path) -> Origin | None:
+    return json.loads((directory / ORIGIN).read_bytes()) if is_view(directory) else None
