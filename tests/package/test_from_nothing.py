@@ -36,6 +36,7 @@ def is_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bo
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_a_package_from_random_weights_says_so_and_names_no_base_model(trained, empty) -> None:
     settings = {"checkpoint": str(empty), "random_weights": 3}
     train = {"steps": 2, "batch_size": 6, "precision": "fp32"}

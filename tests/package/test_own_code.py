@@ -16,6 +16,8 @@ from finetune.errors import BaseError
 from finetune.model import base
 from finetune.model.base.remote_code import asked_by
 from finetune.package import export, proof
+from finetune.package.publish import to_folder
+from finetune.package.verify.contents import files_of
 from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
@@ -76,15 +78,18 @@ def test_the_mapping_is_in_no_checkpoint_and_no_package_and_no_code_is_run(
     trained, mapped, tiny_base, adapter, tmp_path
 ) -> None:
     run = trained("fp32", **recipe_of(mapped, adapter=adapter, checkpoint={}))
-    own = trained("fp32", **recipe_of(tiny_base, adapter=adapter, checkpoint={}))
     assert_names_no_code(run / "checkpoints/step-00000002")
     package, other = tmp_path / "package", tmp_path / "other"
     export.package(f"{run}@last", package, load=proof.load_here)
-    export.package(f"{own}@last", other, load=proof.load_here)
     assert_names_no_code(package)
-    assert (package / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    if adapter:  # the same weights as of a base that names no code
+        own = trained("fp32", **recipe_of(tiny_base, adapter=adapter, checkpoint={}))
+        export.package(f"{own}@last", other, load=proof.load_here)
+        assert (package / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     report = verify(str(package))
     assert report["ok"] and {"remote_code", "load", "logits"} <= set(report["checks"])
+    to_folder.publish(files_of(package), tmp_path / "published", is_dry_run=False)
+    assert_names_no_code(tmp_path / "published")
     for options in ({}, {"trust_remote_code": True}):
         model = AutoModelForCausalLM.from_pretrained(package, **options)
         assert type(model).__module__.startswith("transformers.models.")
@@ -100,9 +105,13 @@ def test_the_base_is_evaluated_and_generated_with_by_the_native_class(mapped, ti
     assert one["text"] == other["text"]
 
 
+@pytest.mark.slow
 def test_plan_says_once_that_the_code_is_ignored(mapped, recipe_file) -> None:
     resolved = resolve(load(recipe_file(base={"checkpoint": str(mapped)})))
     said = [note for note in resolved.notes if "own code" in note]
+    drawn = resolve(load(recipe_file(base={"checkpoint": str(mapped), "random_weights": 0}, adapter=None)))
+    assert [note for note in drawn.notes if "own code" in note] == said
+    assert_names_no_code(drawn.base_directory)
     files = "config.json, generation_config.json, preprocessor_config.json, tokenizer_config.json"
     assert said == [f"the base's own code (`auto_map` in {files}) is ignored: transformers has `llama` itself"]
 
@@ -137,6 +146,7 @@ def test_a_tokenizer_that_is_only_code_is_refused(mapped) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [{"trust_remote_code": True}, {"_attn_implementation": "somebody/kernel"}, {"custom_pipelines": {"own": {}}}],
@@ -146,6 +156,7 @@ def test_other_ways_to_code_stay_refused(mapped, config) -> None:
     assert f"needs its own code (`{next(iter(config))}` in config.json)" in refused(mapped)
 
 
+@pytest.mark.slow
 def test_a_word_of_a_vocabulary_is_no_mapping(mapped, tiny_base) -> None:
     record = json.loads((mapped / "tokenizer.json").read_text())
     record["added_tokens"].append({**record["added_tokens"][-1], "id": 300, "content": "auto_map"})
@@ -156,6 +167,7 @@ def test_a_word_of_a_vocabulary_is_no_mapping(mapped, tiny_base) -> None:
     assert directory_of(tiny_base) == tiny_base, "a base without a mapping is used where it is"
 
 
+@pytest.mark.slow
 def test_the_base_itself_is_left_alone_and_a_change_of_it_is_seen(mapped) -> None:
     before = {file.name: (file.read_bytes(), file.stat().st_mode) for file in mapped.iterdir()}
     view = directory_of(mapped)

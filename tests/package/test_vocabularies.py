@@ -17,7 +17,6 @@ from finetune.training.opened import open_model
 from finetune.training.resolve import resolve
 
 LORA = {"name": "lora", "rank": 2, "alpha": 4}
-slow = pytest.mark.slow
 
 
 def made(base: Path, target: Path, rows: int, is_tied: bool = True, added: int = 0) -> Path:
@@ -42,14 +41,14 @@ def stored_twice(directory: Path, factor: float = 1.0) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("adapter", [pytest.param(LORA, id="lora", marks=slow), pytest.param(None, id="full")])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("rows", "is_tied", "added"),
     [
         pytest.param(320, True, 0, id="padded"),
-        pytest.param(320, False, 0, id="padded, untied", marks=slow),
-        pytest.param(305, True, 5, id="resized", marks=slow),
-        pytest.param(312, False, 5, id="resized and padded, untied", marks=slow),
+        pytest.param(305, True, 5, id="resized"),
+        pytest.param(312, False, 5, id="resized and padded, untied"),
     ],
 )
 def test_every_row_of_the_embeddings_is_kept(trained, tiny_base, tmp_path, adapter, rows, is_tied, added) -> None:

@@ -39,6 +39,7 @@ def gets(hub, pattern: str = SHARD) -> list[str]:
     return [request.path for request in hub.seen("GET", pattern)]
 
 
+@pytest.mark.slow
 def test_shards_are_downloaded_at_once_and_each_of_them_once(hub, online, shards, recipe) -> None:
     names = [name for name in shards.at("main").files if name.startswith("model-0")]
     assert len(names) >= 4

@@ -1,5 +1,6 @@
 """A base of which only config and tokenizer count: its weights are drawn at random, by the seed that the recipe names."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import BaseError
-from finetune.model.base import files
+from finetune.model.base import files, view
 from finetune.model.base.load import empty_model, load_config
+from finetune.model.base.loading_class import class_of, made
 from finetune.model.base.merged import write_merged
 from finetune.model.base.quiet import quiet
 from finetune.plan.plan import PinnedBase
@@ -41,23 +43,29 @@ def directory(source: Path, seed: int, where: str, with_weights: bool) -> Path:
 
     Drawn once and kept in the cache: another version of torch may draw other numbers.
     """
+    origin = view.origin_of(source)
 
     def build(target: Path) -> None:
+        if origin:
+            (target / view.ORIGIN).write_text(json.dumps(origin))
         if not with_weights:
             write_merged(empty_model(source), source, source, target, where)
             return
         print(f"drawing weights for {where}, once", file=sys.stderr, flush=True)
         write_merged(_drawn(source, seed), source, source, target, where)
 
-    key = [digest(source), *([str(seed)] if with_weights else []), *map(version, ("torch", "transformers"))]
+    key = [
+        digest(source),
+        json.dumps(origin),
+        *([str(seed)] if with_weights else []),
+        *map(version, ("torch", "transformers")),
+    ]
     name = blake3.blake3("\0".join(key).encode()).hexdigest()[:32]
     return cache.built("random" if with_weights else "random-configs", f"{name}-{DRAWING}", build)
 
 
 def _drawn(source: Path, seed: int) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return made(class_of(config), config, dtype=torch.float32)

@@ -15,8 +15,9 @@ from finetune.store import cache
 
 ORIGIN = ".origin"
 NATIVE, SCALED = "native", "scaled"
-KINDS = (NATIVE, SCALED)
-"""Of views: without code, and with scaled rotary positions."""
+DRAWN = ("random", "random-configs")
+KINDS = (NATIVE, SCALED, *DRAWN)
+"""Directories in the cache that are made of a base's small files: without code, with scaled rotary positions, with new weights."""
 MORE_TEMPLATES = "additional_chat_templates"
 CODE = (".py", ".pyc")
 
