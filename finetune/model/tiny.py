@@ -126,7 +126,11 @@ def _factors(settings: Any, small: Facts) -> Any:
     if not isinstance(settings, dict):
         return settings
     size = small.get("head_dim") or small.get("hidden_size", 0) // (small.get("num_attention_heads") or 1)
-    pairs = int(size * settings.get("partial_rotary_factor", 1.0)) // 2
+    share = settings.get("partial_rotary_factor", 1.0)
+    if settings.get("rope_type") == "dynamic" and size and int(size * share) < 4:
+        # its formula divides by the rotated dimensions less two
+        return {**settings, "partial_rotary_factor": 4 / size}
+    pairs = int(size * share) // 2
     cut = {key: value[:pairs] for key, value in settings.items() if key in ("short_factor", "long_factor")}
     return {**settings, **cut}
 

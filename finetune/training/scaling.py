@@ -22,7 +22,12 @@ def refuse_without_effect(recipe: Recipe, directory: Path) -> None:
     code = [Path(module.__file__ or "").read_text() for module in (rotary, tiny)]
     versions = [version(package) for package in ("finetune", "torch", "transformers")]
     facts = [*((each / "config.json").read_text() for each in directories), code, versions]
-    if not cache.found("scalings", facts, lambda: not torch.equal(*map(_logits, directories))):
+    try:
+        differs = cache.found("scalings", facts, lambda: not torch.equal(*map(_logits, directories)))
+    except BaseError as error:
+        message, hint = f"cannot be run with base.rope: {error.message}", "remove it, or choose another rope_type"
+        raise BaseError(message, where=recipe.base.checkpoint, hint=hint) from None
+    if not differs:
         message, hint = "computes the same with and without base.rope", "remove base.rope"
         raise BaseError(message, where=recipe.base.checkpoint, hint=hint)
 

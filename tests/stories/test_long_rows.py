@@ -14,7 +14,7 @@ from finetune.errors import BaseError, FinetuneError, RecipeError, RunError
 from finetune.model import base
 from finetune.package import export
 from finetune.recipe.load import load
-from finetune.recipe.schema import Base
+from finetune.recipe.schema import Base, Rope
 from finetune.store import cache
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
@@ -27,6 +27,14 @@ from tests.stories.workers import Killed, Workers, killed
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
 TRAIN = {"steps": 4, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 512}
 YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 1e4,
+}
 LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
 
 
@@ -231,3 +239,42 @@ def test_a_base_whose_code_ignores_the_scaling_is_refused(long_recipe, monkeypat
     monkeypatch.setattr(scaling, "_logits", lambda directory: torch.zeros(1))
     with pytest.raises(BaseError, match="computes the same with and without base.rope"):
         resolve(load(long_recipe(YARN | {"factor": 5.0})))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "falcon_h1"])
+def test_configs_with_nothing_or_infinity_where_a_number_is_wanted_are_scaled(kind, tmp_path):
+    AutoConfig.for_model(kind, architectures=["ForCausalLM"]).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(base.rope.scaled(tmp_path, Rope(rope_type="yarn", factor=2.0)))
+    assert config.rope_parameters["rope_type"] == "yarn" and getattr(config, "head_dim", 32)
+
+
+def test_an_older_spelling_of_rotary_settings_stays(tiny_base, tmp_path):
+    raw = json.loads((tiny_base / "config.json").read_text())
+    theta = raw.pop("rope_parameters")["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": theta, "rope_scaling": None}))
+    scaled = json.loads((base.rope.scaled(tmp_path, Rope(**YARN)) / "config.json").read_text())
+    wanted = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert scaled["rope_scaling"] == wanted and scaled["rope_theta"] == theta and "rope_parameters" not in scaled
+
+
+def test_only_layers_that_see_everything_are_scaled(tmp_path):
+    config = AutoConfig.for_model("gemma3_text", architectures=["Gemma3ForCausalLM"], max_position_embeddings=4096)
+    config.save_pretrained(tmp_path)
+    scaled = AutoConfig.from_pretrained(base.rope.scaled(tmp_path, Rope(**YARN)))
+    assert scaled.rope_parameters["full_attention"]["factor"] == 4.0
+    assert scaled.rope_parameters["sliding_attention"] == config.rope_parameters["sliding_attention"]
+    assert scaled.max_position_embeddings == 16384
+
+
+def test_a_base_that_is_scaled_already_is_scaled_from_its_pretraining(tmp_path, tiny_base):
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    for own, message in ((linear, "does not say the positions of its pretraining"), (LLAMA3, None)):
+        raw = json.loads((tiny_base / "config.json").read_text()) | {"rope_parameters": own}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        if message:
+            with pytest.raises(BaseError, match=message):
+                base.rope.scaled(tmp_path, Rope(**YARN))
+        else:
+            scaled = AutoConfig.from_pretrained(base.rope.scaled(tmp_path, Rope(**YARN | {"factor": 8.0})))
+            assert scaled.max_position_embeddings == 256  # eight times 32, where it had 128
+            assert "low_freq_factor" not in scaled.rope_parameters

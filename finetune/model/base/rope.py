@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from finetune.errors import BaseError, explained, of_libraries
@@ -82,9 +82,7 @@ def scaled_config(raw: Json, config: PretrainedConfig, rope: Rope, where: str) -
     for spelled in (_as_spelled, _nested):
         candidate = json.loads(json.dumps(raw))
         section = _text_section(candidate, config)
-        section["max_position_embeddings"] = positions
-        if hasattr(text, ORIGINAL):
-            section[ORIGINAL] = original  # Phi-3's, which counts more than the one in the entry
+        section |= _beside(text, positions, original)
         spelled(section, entries(config), changed)
         made = _read(candidate, config, changed, positions)
         if made is not None:
@@ -92,6 +90,18 @@ def scaled_config(raw: Json, config: PretrainedConfig, rope: Rope, where: str) -
             return candidate
     message, hint = f"its config takes no `{rope.rope_type}` scaling", "choose another base.rope.rope_type"
     raise BaseError(message, where=where, hint=hint)
+
+
+def _beside(text: PretrainedConfig, positions: int, original: int) -> Json:
+    """What changes in a config beside its rotary settings."""
+    found: Json = {"max_position_embeddings": positions}
+    if hasattr(text, ORIGINAL):
+        found[ORIGINAL] = original  # Phi-3's, which counts more than the one in the entry
+    of_layers = getattr(text, "per_layer_attributes", None) or ()
+    if "head_dim" not in of_layers and getattr(text, "head_dim", 0) is None:
+        # Mixtral's: transformers would multiply None by the share that is rotated
+        found["head_dim"] = text.hidden_size // text.num_attention_heads
+    return found
 
 
 def _original(text: PretrainedConfig, entry: Json, rope: Rope, where: str) -> int:
@@ -158,9 +168,10 @@ def _read(
 ) -> PretrainedConfig | None:
     """What transformers makes of this config; None where that has not the scaling, or for other layers not what they had."""
     try:
-        with quiet():
-            # a copy: it writes defaults into what it is given
-            made: PretrainedConfig = type(config).from_dict(json.loads(json.dumps(raw)))
+        with quiet(), tempfile.TemporaryDirectory() as place:
+            # from a file, as it will be: that has other spellings of some numbers
+            Path(place, CONFIG).write_text(json.dumps(raw))
+            made: PretrainedConfig = AutoConfig.from_pretrained(place)
     except of_libraries():  # such as Phi-3's, which takes longrope alone
         return None
     read, wanted = entries(made), {**entries(config), **changed}
