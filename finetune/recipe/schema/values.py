@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
@@ -85,6 +85,13 @@ def _pair(value: object) -> object:
     return tuple(value)
 
 
+def _router_loss(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if value not in ("off", "base") and not is_number:
+        raise ValueError("must be `off`, `base`, or a number above 0")
+    return float(cast(float, value)) if is_number else value
+
+
 def _hub_id(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(_HUB_ID, value):
         raise ValueError("must be like `owner/name`")
@@ -137,6 +144,11 @@ AutoOrCount = Annotated[
     int | Literal["auto"],
     BeforeValidator(_auto_or_count),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+RouterLoss = Annotated[
+    float | Literal["off", "base"],
+    BeforeValidator(_router_loss),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"enum": ["off", "base"]}]}),
 ]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
