@@ -21,6 +21,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     refuse_unfit_base(resolved)
     recipe = resolved.plan.recipe
     if recipe.base.quantization:
+        base.refuse_unquantized(resolved.base_directory)
         base.check_quantization(resolved.base_directory)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:

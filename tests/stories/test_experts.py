@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.debug.replay import replay
+from finetune.errors import BaseError
+from finetune.model.base import refuse_unquantized
 from finetune.package import export, proof
 from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
@@ -168,3 +170,11 @@ def test_a_balance_that_the_base_lacks_is_refused_in_the_plan(recipe_file, finet
     result = finetune("plan", path, "--run", tmp_path / "run")
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert "train.router_loss: LlamaForCausalLM has no load-balancing loss" in result.stderr
+
+
+def test_nf4_that_leaves_experts_as_they_are_is_refused_with_its_list(random_base, tiny_base):
+    with pytest.raises(BaseError) as caught:
+        refuse_unquantized(random_base("qwen3_moe"))
+    assert "would leave 33% of qwen3_moe as it is: experts 32%, mlp 1%" in str(caught.value)
+    assert caught.value.where == "base.quantization"
+    refuse_unquantized(tiny_base)

@@ -18,6 +18,7 @@ from finetune.model.base.pinning import LOOK, attach, beneath, directory, pin, r
 from finetune.model.base.small_files import small_files_of, tokenizer_directory
 from finetune.model.base.stored import lacking, load_as_stored
 from finetune.model.base.tokenizer import check_generation_config, load_tokenizer, named_stops, stop_tokens
+from finetune.model.base.unquantized import refuse_unquantized
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 from finetune.store.checkpoints.refs import run_around
 
@@ -47,6 +48,7 @@ __all__ = [
     "refuse_damaged",
     "refuse_foreign",
     "refuse_lacking",
+    "refuse_unquantized",
     "run_around",
     "small_files_of",
     "named_stops",
