@@ -37,6 +37,7 @@ RECIPE = (
     Rule(
         ("train.precision", "train.weights", "train.reproducibility"), "refused", "they decide how every sum is rounded"
     ),
+    Rule(("train.router_loss",), "refused", "it is a part of the loss that is trained"),
     Rule(
         ("train.micro_batch_tokens",),
         "taken",

@@ -10,7 +10,17 @@ from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import FinetuneError, explained
-from finetune.model import adapters, attention, base, decoder_layers, feed_forward, losses, optimizer, row_by_row
+from finetune.model import (
+    adapters,
+    attention,
+    base,
+    decoder_layers,
+    feed_forward,
+    losses,
+    optimizer,
+    routing,
+    row_by_row,
+)
 from finetune.model.packing import OURS, Packing
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
@@ -105,13 +115,14 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
         decoder_layers.compile_layers(model)
     # transformers loads models in eval mode, without dropout.
     model.train()
-    objective = Objective(model, TASKS[recipe.task.name].loss, token_losses)
+    routers = routing.watched(model, recipe.train.router_loss, recipe.train.compile)
+    objective = Objective(model, TASKS[recipe.task.name].loss, token_losses, routers)
     strategy = strategy_of(recipe.train)
     wrapped, prepared = strategy.prepare(
         accelerator, objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
     )
     notes = tuple(filter(None, [losses.note(reason), *notes_here(recipe.train)]))
-    return TrainState(accelerator, wrapped, model, prepared, strategy, notes=notes)
+    return TrainState(accelerator, wrapped, model, prepared, strategy, routers=routers, notes=notes)
 
 
 def _fitting_loss(plan: Plan, model: PreTrainedModel, base_directory: Path) -> tuple[losses.TokenLosses, str | None]:

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from finetune.data.batches import Batches
 from finetune.errors import DivergedError
+from finetune.model.routing import Work
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
 from finetune.recipe.schema import Guard
-from finetune.store.run.records import StepFigures
-from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
+from finetune.store.run.records import Balance, StepFigures
+from finetune.store.run.row_losses import Columns, ExpertLoad, ModuleNorms, RowLoss
 from finetune.training import guard
+from finetune.training.gradients import lacking
 from finetune.training.state import TrainState
 
 
@@ -66,18 +68,26 @@ class StepReport:
     """The wishes agreed on before this step."""
     module_norms: dict[str, float]
     """2-norm of the gradient of each group of modules, before clipping."""
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    """By layer, how many tokens went to each expert."""
+    without_gradient: tuple[str, ...] = ()
+    """Trained tensors that got none; looked at once an attempt, in its first step."""
+    router_loss: float | None = None
+    """The balance of experts, if it is trained; `loss` is without it."""
     verdict: guard.Verdict | None = None
     """The guard's verdict, if something is wrong."""
 
     @property
     def figures(self) -> StepFigures:
         """The figures of a step in the journal. They must be the same when it runs again."""
+        balance: Balance = {} if self.router_loss is None else {"router_loss": self.router_loss}
         return {
             "loss": self.loss,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
+            **balance,
         }
 
     @property
@@ -85,7 +95,8 @@ class StepReport:
         """The record beside the journal: the loss of every row, and the gradient norm of every group of modules."""
         places = zip(self.examples.tolist(), self.rows.tolist(), self.row_losses, self.row_tokens, strict=True)
         rows = [RowLoss(self.step, *place) for place in places]
-        return Columns(rows, [ModuleNorms(self.step, self.module_norms)])
+        load = [ExpertLoad(self.step, *each) for each in self.expert_tokens.items()]
+        return Columns(rows, [ModuleNorms(self.step, self.module_norms)], load)
 
     @property
     def is_finished(self) -> bool:
@@ -131,11 +142,13 @@ def train_step(
     # A function of the step alone, so a resumed run needs no state of a data loader.
     ids = plan.examples_of(step)
     total = int(examples.targets[ids].sum())
-    row_sums = _backward(state, plan, batches, ids, total)
+    summed = _backward(state, plan, batches, ids, total)
+    idle = () if state.is_begun else lacking(state)
     norms = state.strategy.gradient_norms(state)
     total_norm = torch.linalg.vector_norm(norms).reshape(1)
-    read = torch.cat([row_sums, total_norm, norms]).tolist()  # the one read of the device
-    sums, grad_norm, of_modules = read[: len(ids)], read[len(ids)], read[len(ids) + 1 :]
+    read = torch.cat([norms, total_norm, summed]).tolist()  # the one read of the device
+    of_modules, (grad_norm, *others) = read[: len(norms)], read[len(norms) :]
+    sums, routed, routers = others[: len(ids)], others[len(ids) :], state.routers
     loss = math.fsum(sums) / total
     # Before the update: a NaN that reaches the weights stays there.
     verdict = judge(step, {"loss": loss, "grad_norm": grad_norm})
@@ -162,8 +175,12 @@ def train_step(
         row_tokens=row_tokens,
         agreed=agreed,
         module_norms=dict(zip(state.modules, of_modules, strict=True)),
+        expert_tokens=routers.load(routed) if routers else {},
+        router_loss=routers.balance_of(routed) if routers else None,
+        without_gradient=idle,
         verdict=verdict,
     )
+    state.is_begun = True
     if report.is_finished:
         state.step = step
     return report
@@ -171,7 +188,7 @@ def train_step(
 
 def _backward(state: TrainState, plan: Plan, batches: Batches, ids: np.ndarray, total: int) -> Tensor:
     """Gradients of the mean loss over the `total` supervised tokens of a step, on every rank; returns the summed loss of each of its
-    examples, fp64 (N,)."""
+    examples, and the figures of routers, fp64 (N + ...,)."""
     accelerator, step = state.accelerator, state.step + 1
     # In fp64, so that the sum does not depend on how rows are spread over micro-batches and ranks.
     row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
@@ -180,18 +197,22 @@ def _backward(state: TrainState, plan: Plan, batches: Batches, ids: np.ndarray, 
     set_seed = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
     # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
     weight = torch.full((), accelerator.num_processes / total, device=accelerator.device)
+    lengths = batches.examples.lengths[ids]
     for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
         # By step and slot: dropout is the same wherever and how often this micro-batch runs.
         set_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
         # Ranks exchange gradients once a step, with the last micro-batch.
         is_last = turn == len(micro_batches) or accelerator.num_processes == 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
-            loss_sum, rows = state.objective(micro_batch.inputs)
+            own = lengths[micro_batch.indices].tolist()
+            work = Work(own, sum(own) / float(lengths.sum()), total, is_counted=not micro_batch.is_idle)
+            loss_sum, rows = state.objective(micro_batch.inputs, *([work] if state.routers else []))
             # A rank with nothing left still runs: collectives wait for every rank. Its weight is zero.
             accelerator.backward(loss_sum, gradient=torch.zeros_like(weight) if micro_batch.is_idle else weight)
         if not micro_batch.is_idle:
             row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
-    return accelerator.reduce(row_sums, "sum")
+    figures = torch.cat([row_sums, state.routers.take()]) if state.routers else row_sums
+    return accelerator.reduce(figures, "sum")
 
 
 def update(state: TrainState, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:

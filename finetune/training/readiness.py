@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune import version
 from finetune.data import gates
 from finetune.errors import RunError
-from finetune.model import base, decoder_layers, optimizer
+from finetune.model import base, decoder_layers, optimizer, routing
 from finetune.plan import disk
 from finetune.store import cache
 from finetune.tasks import TASKS
@@ -21,10 +21,13 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     refuse_unfit_base(resolved)
     recipe = resolved.plan.recipe
     if recipe.base.quantization:
+        base.refuse_unquantized(resolved.base_directory)
         base.check_quantization(resolved.base_directory)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
         decoder_layers.check_compiler()
+    if recipe.train.router_loss != "off":
+        routing.coefficient_of(base.empty_model(resolved.base_directory), recipe.train.router_loss)
     _refuse_place(run)
     disk.refuse_small_disk(resolved.plan, run)
 

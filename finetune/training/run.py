@@ -24,7 +24,7 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import lease
-from finetune.training import attempt, blame, collectives, loop, pins
+from finetune.training import attempt, blame, collectives, gradients, loop, pins
 from finetune.training.build import build, start_accelerator
 from finetune.training.evaluation import batches, evaluate
 from finetune.training.progress import Progress
@@ -34,6 +34,7 @@ from finetune.training.resolve import Resolved
 from finetune.training.respond import SpikeError, judge_of, respond
 from finetune.training.resume import Opened, open_plan, with_same_micro_batches
 from finetune.training.saving import snapshot
+from finetune.training.starving import Loads
 from finetune.training.state import TrainState
 
 
@@ -124,7 +125,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     # At the start, or where a signal cut it short.
     if cadence.is_evaluated(plan, state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
         evaluate_and_record(is_foreseen=True)
-    first, made = state.step + 1, batches(resolved, resolved.train, state.accelerator)
+    first, made, loads = state.step + 1, batches(resolved, resolved.train, state.accelerator), Loads()
     try:
         for report in loop.steps(state, plan, made, end, wishes, judge_of(plan, recorder)):
             if report.verdict:
@@ -134,6 +135,7 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
                 continue
             # Before the evaluation, which may take minutes: `health` sees the step, and a kill does not lose it.
             recorder.step(report)
+            _warn(state, recorder, report, loads)
             if report.agreed.renew and recorder.reports:
                 # At the same step on every rank: making the group waits for all of them.
                 recorder.reports.renew()
@@ -182,6 +184,15 @@ def _evaluate_and_record(
     # Nothing was trained yet, so the base itself must be broken.
     if state.step == 0 and not math.isfinite(metrics["loss"]) and (error := blame.broken(state)):
         raise error
+
+
+def _warn(state: TrainState, recorder: Recorder, report: loop.StepReport, loads: Loads) -> None:
+    """Says which parts a step did not train, and which experts starve."""
+    idle = gradients.told(state, report.without_gradient) if report.without_gradient else None
+    for name, told in (("no_gradient", idle), ("starving_experts", loads.add(report.expert_tokens))):
+        if told:
+            recorder.progress.say(f"warning: step {report.step}: {told}")
+            recorder.event(name, step=report.step, message=told)
 
 
 def _wishes(signals: Signals, recorder: Recorder) -> loop.Wishes:

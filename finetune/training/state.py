@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from finetune.data.batches import Batch
 from finetune.model import decoder_layers
 from finetune.model.losses import TokenLosses
+from finetune.model.routing import Routers, Work
 from finetune.recipe.schema import Train
 from finetune.training.saving.buffers import Copy
 
@@ -20,15 +21,22 @@ Loss = Callable[[PreTrainedModel, Batch, TokenLosses], tuple[torch.Tensor, torch
 class Objective(torch.nn.Module):
     """The model with its loss inside, so that the forward that DDP or FSDP wraps is the one that is differentiated."""
 
-    def __init__(self, model: PreTrainedModel, loss: Loss, token_losses: TokenLosses):
+    def __init__(self, model: PreTrainedModel, loss: Loss, token_losses: TokenLosses, routers: Routers | None = None):
         super().__init__()
         self.model = model
+        self.routers = routers
         self._loss = loss
         self.token_losses = token_losses
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """A collated micro-batch -> summed loss (nats) and the sum of each row."""
-        return self._loss(self.model, batch, self.token_losses)
+    def forward(self, batch: Batch, work: Work | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A collated micro-batch -> summed loss (nats) and the sum of each row. With `work` its routers count, and the loss has their
+        balance; the rows have not."""
+        if self.routers is None or work is None:
+            return self._loss(self.model, batch, self.token_losses)
+        with self.routers.watching():
+            loss_sum, rows = self._loss(self.model, batch, self.token_losses)
+        balance = self.routers.added(work)
+        return (loss_sum if balance is None else loss_sum + balance), rows
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,10 @@ class TrainState:
     step: int = 0
     copy: Copy | None = None
     """A snapshot under way; whatever writes weights awaits it first."""
+    is_begun: bool = False
+    """Whether a step was trained in this process."""
+    routers: Routers | None = None
+    """Of a base with experts."""
     notes: tuple[str, ...] = ()
     """What its user should know of how it trains."""
 

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.debug.replay import replay
+from finetune.errors import BaseError
+from finetune.model.base import refuse_unquantized
 from finetune.package import export, proof
 from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
+from finetune.store.run import journal
+from finetune.store.run.inspect import log
+from finetune.store.run.row_losses import Reader
+from finetune.training import build, starving
 from finetune.training.run import train as train_run
 from tests.stories.same_run import assert_same_run
 
@@ -43,10 +49,12 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def recipe(recipe_file, random_base):
-    def recipe(kind: str = "qwen3_moe", name: str = "tiny", train: dict | None = None, **sections: object) -> Path:
+    def recipe(
+        kind: str = "qwen3_moe", name: str = "tiny", train: dict | None = None, top_k: int = 2, **sections
+    ) -> Path:
         train = {"steps": 3, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128, **(train or {})}
         sections = {"adapter": FUSED, "checkpoint": {"every": "2 steps"}, **sections}
-        base = {"checkpoint": str(random_base(kind)), "origin": "owner/tiny"}
+        base = {"checkpoint": str(random_base(kind, num_experts_per_tok=top_k)), "origin": "owner/tiny"}
         return recipe_file(name, **{"base": base, "train": train, **sections})
 
     return recipe
@@ -93,3 +101,80 @@ def test_an_adapter_on_experts_alone_is_loaded_by_peft_in_plain_transformers(kin
         )
     torch.testing.assert_close(logits, merged, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits, before, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_balance_of_a_step_does_not_depend_on_processes_and_resumes_exactly(recipe, finetune, tmp_path):
+    path = recipe(adapter=None, train={"router_loss": 0.1, "batch_size": 9, "micro_batch_tokens": 64})
+    train_run(load(path), tmp_path / "whole", is_quiet=True)
+    train_run(load(path), tmp_path / "cut", is_quiet=True, until=2)
+    train_run(load(path), tmp_path / "cut", is_quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    result = finetune("launch", "--nproc-per-node", "2", path, "--run", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    one, two = (journal.steps(journal.read(tmp_path / name)) for name in ("whole", "two"))
+    columns, others = (Reader(tmp_path / name) for name in ("whole", "two"))
+    for step in (1, 2, 3):
+        for name in ("loss", "router_loss", "grad_norm"):
+            assert two[step][name] == pytest.approx(one[step][name], rel=1e-4), name
+        assert one[step]["router_loss"] > 1, "what it is when all experts are loaded alike is 2, for two of four"
+        load_of_step = columns.experts(step)
+        assert list(load_of_step) == ["layers.0", "layers.1"]
+        assert all(sum(each) == 2 * one[step]["tokens"] for each in load_of_step.values())
+    assert columns.experts(1) == others.experts(1)
+    plain = recipe(name="plain", adapter=None, train={"batch_size": 9, "micro_batch_tokens": 64})
+    train_run(load(plain), tmp_path / "plain", is_quiet=True)
+    bare = journal.steps(journal.read(tmp_path / "plain"))
+    assert bare[1]["loss"] == one[1]["loss"] and bare[1]["grad_norm"] != one[1]["grad_norm"]
+    assert "router_loss" not in bare[1]
+    evaluated = [journal.evaluations(journal.read(tmp_path / name))[0] for name in ("plain", "whole")]
+    assert evaluated[0] == evaluated[1], "held-out loss is without the balance"
+
+
+def test_a_planted_starving_expert_is_named(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(starving, "EVEN", 50)
+    path = recipe(name="starving", train={"steps": 2, "batch_size": 9}, top_k=1)
+    base = Path(load(path).recipe.base.checkpoint)
+    tensors = stored(base)
+    name = "model.layers.1.mlp.gate.weight"
+    tensors[name][1], tensors[name][2] = -tensors[name][0], 0  # one of two opposite logits is above 0
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    train_run(load(path), tmp_path / "run", is_quiet=True)
+    told = capsys.readouterr().err
+    assert "experts starve, with tokens of an even share: layers.1: expert 2 (" in told
+    (incident,) = log(tmp_path / "run")["incidents"]
+    assert incident["kind"] == "starving_experts" and "layers.1: expert 2" in incident["message"]
+
+
+def test_a_planted_module_without_gradient_is_named(recipe_file, tmp_path, capsys, monkeypatch):
+    made = build.trained_model
+
+    def planted(*arguments: object) -> torch.nn.Module:
+        model = made(*arguments)
+        model.model.layers[1].mlp.planted = torch.nn.Linear(16, 16)
+        return model
+
+    monkeypatch.setattr(build, "trained_model", planted)
+    path = recipe_file(adapter=None, train={"steps": 2, "batch_size": 6, "precision": "fp32"})
+    train_run(load(path), tmp_path / "run", is_quiet=True)
+    told = capsys.readouterr().err
+    names = "model.layers.1.mlp.planted.weight, model.layers.1.mlp.planted.bias"
+    assert "warning: step 1: 2 trained tensors got no gradient, 0.009" in told and names in told
+    assert told.count("no gradient") == 1
+    (incident,) = log(tmp_path / "run")["incidents"]
+    assert incident["kind"] == "no_gradient" and names in incident["message"]
+
+
+def test_a_balance_that_the_base_lacks_is_refused_in_the_plan(recipe_file, finetune, tmp_path):
+    path = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32", "router_loss": "base"})
+    result = finetune("plan", path, "--run", tmp_path / "run")
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "train.router_loss: LlamaForCausalLM has no load-balancing loss" in result.stderr
+
+
+def test_nf4_that_leaves_experts_as_they_are_is_refused_with_its_list(random_base, tiny_base):
+    with pytest.raises(BaseError) as caught:
+        refuse_unquantized(random_base("qwen3_moe"))
+    assert "would leave 33% of qwen3_moe as it is: experts 32%, mlp 1%" in str(caught.value)
+    assert caught.value.where == "base.quantization"
+    refuse_unquantized(tiny_base)

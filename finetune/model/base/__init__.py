@@ -24,6 +24,7 @@ from finetune.model.base.small_files import small_files_of, tokenizer_directory
 from finetune.model.base.stored import lacking, load_as_stored
 from finetune.model.base.text_side import beside_text, freeze_beside_text, parts_beside, refuse_mixed
 from finetune.model.base.tokenizer import check_generation_config, load_tokenizer, named_stops, stop_tokens
+from finetune.model.base.unquantized import refuse_unquantized
 from finetune.model.base.view import source_of
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 from finetune.store.checkpoints.refs import run_around
@@ -64,6 +65,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_lacking",
     "refuse_mixed",
+    "refuse_unquantized",
     "rope_hint",
     "run_around",
     "small_files_of",

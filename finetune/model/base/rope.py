@@ -6,6 +6,7 @@ So everything that opens the base, writes a checkpoint or makes a package has th
 import json
 import math
 import re
+import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig

@@ -164,6 +164,13 @@ def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
     return None
 
 
+def routers_are_seen(recipe: PartlyRead) -> str | None:
+    is_hidden = recipe.train and recipe.train.compile and recipe.train.router_loss != "off"
+    return (
+        "train.router_loss: compiled layers hide their routers; it needs `train.compile: false`" if is_hidden else None
+    )
+
+
 RULES = (
     sources_can_be_mixed,
     train_has_a_length,
@@ -181,4 +188,5 @@ RULES = (
     offloaded_inputs_are_checkpointed,
     pieces_are_not_compiled,
     compiled_kernels_are_not_exact,
+    routers_are_seen,
 )

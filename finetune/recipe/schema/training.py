@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from finetune.recipe.schema.values import AutoOrCount, Cadences, Every, Section, StepCadence
+from finetune.recipe.schema.values import AutoOrCount, Cadences, Every, RouterLoss, Section, StepCadence
 
 
 class Train(Section):
@@ -22,6 +22,8 @@ class Train(Section):
     """`bf16`: matrix products in bfloat16; `fp32`: all in single precision."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """`fp32`: master weights; `bf16`: weights and gradients in half the memory, moments in fp32, and stochastic rounding of every update, so that small ones add up: noisier than `fp32`. Matrices of an adapter stay in fp32."""
+    router_loss: RouterLoss = "off"
+    """The weight of the loss that balances experts, as the base's family defines it: a number, `base` for the `router_aux_loss_coef` of its config, or `off`. It is the mean over the tokens of a step of what their micro-batch gives; the loss in the journal and the held-out loss are without it."""
     micro_batch_tokens: AutoOrCount = "auto"
     """Tokens of one forward on one device. `auto`: the longest example, doubled while a step has more tokens and the forecast stays within nine tenths of the device's memory; on a CPU up to 2,048, because more is no faster there. Decided once a run, and kept on resume."""
     activation_checkpointing: bool = False

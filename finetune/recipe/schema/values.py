@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
@@ -91,6 +91,13 @@ def _pair(value: object) -> object:
     return tuple(value)
 
 
+def _router_loss(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if value not in ("off", "base") and not is_number:
+        raise ValueError("must be `off`, `base`, or a number above 0")
+    return float(cast(float, value)) if is_number else value
+
+
 def _hub_id(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(_HUB_ID, value):
         raise ValueError("must be like `owner/name`")
@@ -151,6 +158,11 @@ Packing = Annotated[
     Field(json_schema_extra={"default": "auto"}),
 ]
 """`auto` is the state of a recipe that does not name it: plans of every age hold `true` there, and keep their ids."""
+RouterLoss = Annotated[
+    float | Literal["off", "base"],
+    BeforeValidator(_router_loss),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"enum": ["off", "base"]}]}),
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
 

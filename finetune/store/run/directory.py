@@ -104,6 +104,10 @@ class RunDirectory:
         return self.path / "modules"
 
     @property
+    def experts(self) -> Path:
+        return self.path / "experts"
+
+    @property
     def figures(self) -> Path:
         """The table of the tracker `csv`."""
         return self.path / "figures.csv"

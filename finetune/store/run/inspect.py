@@ -20,7 +20,17 @@ from finetune.store.run.directory import CHECKPOINTS, RunDirectory, step_of
 from finetune.store.run.records import EventRecord, StepRecord
 from finetune.store.run.shown import BranchLog, Commit, Description, Incident, ParentOfRun, ProblemReport, RunLog
 
-INCIDENTS = ("amended", "not_finite", "spike", "not_exact", "damaged", "skipped_save", "stalled_save")
+INCIDENTS = (
+    "amended",
+    "not_finite",
+    "spike",
+    "not_exact",
+    "damaged",
+    "skipped_save",
+    "stalled_save",
+    "no_gradient",
+    "starving_experts",
+)
 
 MESSAGES = {
     "not_exact": "{quantity} was another one when it ran again",

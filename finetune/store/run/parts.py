@@ -1,4 +1,5 @@
-"""The Parquet files in `rows/` and `modules/`: written a save at a time, merged so that their number stays small, read a step at a time.
+"""The Parquet files in `rows/`, `modules/` and `experts/`: written a save at a time, merged so that their number stays small, read a
+step at a time.
 
 A file is named by its steps, without gaps. If several files hold a step, the later attempt's counts, and of one attempt the later
 file. A merge keeps this order: it takes in the file that ends right before it, unless a newer one lies in between.
@@ -8,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.errors import RunError
 from finetune.store.durable import failures, make_directory, replace_file
@@ -134,7 +135,7 @@ class Reader:
         self._rollbacks = rollbacks
         self._forget()
 
-    def of(self, step: int) -> list[dict[str, float]]:
+    def of(self, step: int) -> list[dict[str, Any]]:
         """The records of a step; empty if no file has them, or a later rollback took them back."""
         for _ in range(3):
             try:
@@ -150,7 +151,7 @@ class Reader:
         self._spans: dict[Path, list[tuple[int, int]]] = {}
         self._held: tuple[tuple[Path, tuple[int, ...]], pa.Table] | None = None
 
-    def _of(self, step: int) -> list[dict[str, float]]:
+    def _of(self, step: int) -> list[dict[str, Any]]:
         covering = tuple(part for part in self._parts if part.meets(step, step))
         given_up = [record["time"] for record in self._rollbacks() if record["to"] < step] if covering else []
         key = (covering, given_up[-1] if given_up else "")
@@ -166,7 +167,7 @@ class Reader:
         fresh = [part for part in covering if self._age(part)[1] >= after]
         return max(fresh, key=self._age, default=None)
 
-    def _read(self, path: Path, step: int) -> list[dict[str, float]]:
+    def _read(self, path: Path, step: int) -> list[dict[str, Any]]:
         import numpy as np
         import pyarrow.parquet as parquet
 

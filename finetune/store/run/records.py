@@ -5,7 +5,12 @@ from typing import Literal, NotRequired, Required, TypedDict, TypeGuard
 from finetune.plan.facts import World
 
 
-class StepFigures(TypedDict):
+class Balance(TypedDict):
+    router_loss: NotRequired[float]
+    """The balance of experts, without its coefficient; only where it is trained."""
+
+
+class StepFigures(Balance):
     """The figures a step must repeat when it runs again. NaN and infinity are read back as "nan", "inf", "-inf"."""
 
     loss: float
@@ -81,6 +86,7 @@ class EventRecord(TypedDict, total=False):
     learning_rate: float
     tokens: int
     supervised_tokens: int
+    router_loss: float
     perplexity: float
     loss_stderr: float
     rows: int

@@ -1,5 +1,5 @@
-"""The columns a run records for each step, beside its line in the journal: the loss of every row, and the gradient norm of every
-group of modules.
+"""The columns a run records for each step, beside its line in the journal: the loss of every row, the gradient norm of every group of
+modules, and the load of every expert.
 
 They are written before a commit, so no checkpoint is ahead of its record.
 """
@@ -8,8 +8,9 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.store.run import journal, parts, scan
 from finetune.store.run.directory import RunDirectory
@@ -36,23 +37,33 @@ class ModuleNorms(NamedTuple):
     norms: Mapping[str, float]
 
 
+class ExpertLoad(NamedTuple):
+    """How many tokens of a step a router sent to each of its experts."""
+
+    step: int
+    layer: str
+    tokens: list[int]
+
+
 @dataclass(frozen=True)
 class Columns:
     """The records of some steps, oldest first."""
 
     rows: list[RowLoss] = field(default_factory=list)
     modules: list[ModuleNorms] = field(default_factory=list)
+    experts: list[ExpertLoad] = field(default_factory=list)
 
     def extend(self, later: "Columns") -> None:
         """Adds the records of later steps."""
         self.rows.extend(later.rows)
         self.modules.extend(later.modules)
+        self.experts.extend(later.experts)
 
     def __add__(self, later: "Columns") -> "Columns":
-        return Columns([*self.rows, *later.rows], [*self.modules, *later.modules])
+        return Columns([*self.rows, *later.rows], [*self.modules, *later.modules], [*self.experts, *later.experts])
 
     def write(self, run: Path, attempt: str) -> None:
-        """Writes to `rows/` and `modules/`, durably."""
+        """Writes to `rows/`, `modules/` and `experts/`, durably."""
         if self.rows:
             rows = dict(zip(RowLoss._fields, zip(*self.rows, strict=True), strict=True))
             parts.write(RunDirectory(run).rows, [item.step for item in self.rows], _table(rows), attempt)
@@ -60,6 +71,9 @@ class Columns:
             steps = [item.step for item in self.modules]
             norms = {name: [item.norms[name] for item in self.modules] for name in self.modules[0].norms}
             parts.write(RunDirectory(run).modules, steps, _table({"step": steps, **norms}), attempt)
+        if self.experts:
+            steps = [item.step for item in self.experts]
+            parts.write(RunDirectory(run).experts, steps, _loads(self.experts), attempt)
 
 
 def read_rows(run: Path, step: int) -> list[RowLoss]:
@@ -76,8 +90,8 @@ class Reader:
     def __init__(self, run: Path):
         self._run = run
         paths = RunDirectory(run)
-        self._rows, self._modules = (
-            parts.Reader(each, lambda: self._rollbacks) for each in (paths.rows, paths.modules)
+        self._rows, self._modules, self._experts = (
+            parts.Reader(each, lambda: self._rollbacks) for each in (paths.rows, paths.modules, paths.experts)
         )
 
     def rows(self, step: int) -> list[RowLoss]:
@@ -90,9 +104,34 @@ class Reader:
         found = self._modules.of(step)
         return {name: value for item in found for name, value in item.items() if name != "step"}
 
+    def experts(self, step: int) -> dict[str, list[int]]:
+        """Tokens of each expert, by layer; empty for a base without experts."""
+        found: list[dict[str, Any]] = self._experts.of(step)
+        return {item["layer"]: item["tokens"] for item in found}
+
     @cached_property
     def _rollbacks(self) -> list[EventRecord]:
         return [event for event in scan.events(self._run) if journal.is_rollback(event)]
+
+
+def _loads(loads: Sequence[ExpertLoad]) -> "pa.Table":
+    import pyarrow as pa
+
+    names = [load.layer.encode() for load in loads]
+    offsets = pa.py_buffer(array("i", [0, *accumulate(map(len, names))]))
+    layers = pa.StringArray.from_buffers(len(loads), offsets, pa.py_buffer(b"".join(names)))
+    ends = array("i", [0, *accumulate(len(load.tokens) for load in loads)])
+    tokens = pa.ListArray.from_arrays(
+        pa.Array.from_buffers(pa.int32(), len(ends), [None, pa.py_buffer(ends)]),
+        _integers([count for load in loads for count in load.tokens]),
+    )
+    return pa.table([_integers([load.step for load in loads]), layers, tokens], ["step", "layer", "tokens"])
+
+
+def _integers(values: Sequence[int]) -> "pa.Array":
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(array("q", values))])
 
 
 def _table(columns: Mapping[str, Sequence[float]]) -> "pa.Table":

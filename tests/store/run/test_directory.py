@@ -11,7 +11,8 @@ OWNER = ROOT / "finetune/store/run/directory.py"
 FIXTURE = ROOT / "tests/fixtures/run_before_rooms/runs/older"
 FILES = {"plan.json", "journal.jsonl", "recipe.yaml", "lease.json", "silence.json", "publish.log"}
 """Named nowhere else, as a whole or as a part of a path."""
-WORDS = {"lock", "checkpoints", "attempts", "trash", "pins", "rows", "modules", "debug", "packages", "published"}
+WORDS = {"lock", "checkpoints", "attempts", "trash", "pins", "rows", "modules", "experts", "debug", "packages"}
+WORDS |= {"published"}
 """Named nowhere else in a path; other things have these names too."""
 
 
