@@ -161,3 +161,14 @@ def test_start_and_resume_are_measured_at_every_position(throughput, tmp_path):
     resume = json.loads(report.read_bytes())["parts"]["resume"]
     names = {"at step 10", "at step 2,000"}
     assert [set(quantity["contestants"]) for quantity in resume["quantities"]] == [names, names]
+
+
+@pytest.mark.slow
+def test_the_bench_of_padding_gives_every_contestant_the_same_rows(bench):
+    padding = bench("padding")
+    lengths = padding.lengths_of_rows()
+    for slots in padding.steps_of(lengths).values():
+        assert sorted(row for step in slots for slot in step for row in slot) == list(range(len(lengths)))
+    found = padding.steps_of(lengths)
+    assert padding.padding_share(found["padded"], lengths, "padded") <= 0.1
+    assert padding.padding_share(found["random"], lengths, "random") > 0.5
