@@ -26,9 +26,6 @@ ROW_RULES = 2
 """The row rules of a new run: 1 trained on whatever a template kept of a row, 2 refuses a row that would lose something."""
 
 
-OF_TEXT = ("text_of", "parameters_beside_text")
-
-
 class Extension(TypedDict):
     """How a run was last extended, as its journal has it."""
 
@@ -200,9 +197,9 @@ class Plan(Pin):
             "skipped_examples",
             "date",
         )
-        unused = {
-            name for name in (*optional, "split", "held_out", "seen", "arranged", *OF_TEXT) if not getattr(self, name)
-        }
+        of_text = ("text_of", "parameters_beside_text")
+        named = (*optional, "split", "held_out", "seen", "arranged", *of_text)
+        unused = {name for name in named if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
