@@ -82,8 +82,7 @@ class Plan(Pin):
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
     text_of: str | None = None
-    """The class of a base that also reads images or sound, if its text side alone is trained. Runs of older code have none: they train
-    all of the class that AutoModelForCausalLM takes."""
+    """The class of a base that also reads images or sound: its text side is trained. Runs of older code train all of a causal LM."""
     parameters_beside_text: int = 0
     """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
 
@@ -197,8 +196,7 @@ class Plan(Pin):
             "skipped_examples",
             "date",
         )
-        of_text = ("text_of", "parameters_beside_text")
-        named = (*optional, "split", "held_out", "seen", "arranged", *of_text)
+        named = (*optional, "split", "held_out", "seen", "arranged", "text_of", "parameters_beside_text")
         unused = {name for name in named if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
