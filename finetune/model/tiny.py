@@ -14,6 +14,7 @@ from finetune.model.base.loading_class import class_of, made
 from finetune.model.base.quiet import quiet
 
 VOCABULARY = 320
+LARGEST = 2**28  # parameters
 EDGE = 16  # where a window, a chunk or an original context ends, if the base's own end lies within its rows
 BEYOND = 512  # where it ends, if no row gets there
 LAYERS = re.compile(
@@ -62,6 +63,10 @@ def model_like(config: PretrainedConfig, max_length: int, **options: object) -> 
 
 
 def _model(config: PretrainedConfig, options: dict[str, object]) -> PreTrainedModel:
+    with torch.device("meta"):  # a tower whose sizes are powers of others may not become small
+        size = sum(each.numel() for each in made(class_of(config), config).parameters())
+    if size > LARGEST:
+        raise BaseError(f"cannot be made small: it still has {size:,} parameters", where=config.model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # not the type of the base's files: rounded to 8 bits, rows that stay apart differ as much as rows that are mixed

@@ -93,8 +93,7 @@ class Plan(Pin):
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
     text_of: str | None = None
-    """The class of a base that also reads images or sound, if its text side alone is trained. Runs of older code have none: they train
-    all of the class that AutoModelForCausalLM takes."""
+    """The class of a base that also reads images or sound: its text side is trained. Runs of older code train all of a causal LM."""
     parameters_beside_text: int = 0
     """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
 
