@@ -11,7 +11,8 @@ from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
 
 FLOAT = 4  # bytes of fp32
-NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
+# Bytes a parameter. nf4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
+QUANTIZED = {"nf4": 0.5625, "int8": 1.004}
 CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
 HOST_PROCESS_BYTES = (
@@ -204,7 +205,7 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
         return {"rest": stored_width(plan) * parameters}
     embeddings = shape.vocabulary * shape.hidden
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
-    each = NF4 if plan.recipe.base.quantization else _width(plan)
+    each = QUANTIZED.get(plan.recipe.base.quantization or "", _width(plan))
     linear = round(each * (parameters - embeddings - head)) + _width(plan) * head
     return {"linear": linear, "rest": stored_width(plan) * embeddings}
 
@@ -223,8 +224,12 @@ def _layer(plan: Plan, shape: Shape) -> int:
     products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
     hidden = (2 if is_beside(plan) else 4) * stored + (6 if width == 2 else 3) * width
-    # of nf4, products come out in the type of the residual stream; of four, attention's kernel takes none
+    # of a quantized base, products come out in the type of the residual stream; of four, attention's kernel takes none
     wider = 3 * shape.intermediate * (max(stored, width) - width) if plan.recipe.base.quantization else 0
+    if (
+        plan.recipe.base.quantization == "int8" and stored == 2
+    ):  # products keep their input beside the adapter's cast of it
+        wider += (2 * shape.hidden + shape.intermediate) * stored
     return hidden * shape.hidden + products * width + wider
 
 

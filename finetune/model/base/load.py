@@ -5,7 +5,7 @@ It must run no code from a checkpoint and read no pickle: it refuses `auto_map`,
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ def load_model(
 
     config = load_config(path)
     if quantization:
-        check_quantization(path)
+        check_quantization(path, quantization)
     check_weight_files(path)
     placed = place if place is not None and place.device.type != "cpu" else None
     device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
@@ -132,7 +132,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,  # makes it a pair, which its signature does not say
             **device,
-            **({"quantization_config": _nf4(products)} if quantization else {}),
+            **({"quantization_config": QUANTIZED[quantization](products)} if quantization else {}),
         )
     model: PreTrainedModel = loaded[0]
     refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
@@ -148,9 +148,9 @@ def _names(keys: Iterable[object]) -> list[str]:
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
-def check_quantization(path: Path) -> None:
-    """BaseError if the base at `path` cannot be quantized during loading."""
-    quantized.check_nf4(read_json(path / "config.json"))
+def check_quantization(path: Path, kind: str) -> None:
+    """BaseError if the base at `path` cannot be quantized in this way during loading."""
+    quantized.check_quantizable(read_json(path / "config.json"), kind)
 
 
 def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
@@ -161,6 +161,15 @@ def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=products,
     )
+
+
+def _int8(products: torch.dtype) -> BitsAndBytesConfig:
+    """Linear layers in 8 bits with a scale for each row (LLM.int8(), arXiv 2208.07339); not the embeddings, norms and head. Products
+    have the type of their input, whatever `products` says."""
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+QUANTIZED: dict[str, Callable[[torch.dtype], BitsAndBytesConfig]] = {"nf4": _nf4, "int8": _int8}
 
 
 def empty_model(path: Path) -> PreTrainedModel:

@@ -16,5 +16,5 @@ class Base(Section):
     """Branch, tag or commit of a Hub checkpoint; the plan pins it to a commit. Default: the main branch."""
     origin: HubId | None = None
     """The Hub checkpoint equal to your local base (`owner/name`). You need it to publish an adapter of a local base."""
-    quantization: Literal["nf4"] | None = None
-    """`nf4`: frozen linear layers in 4 bits under a LoRA adapter (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). They take an eighth of their fp32 memory. Every product dequantizes first, and your package lies on the unquantized base. Needs bitsandbytes."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Frozen linear layers in few bits under a LoRA adapter. `nf4`: 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), an eighth of their fp32 memory; every product dequantizes first. `int8`: 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339), a quarter. Your package lies on the unquantized base. Needs bitsandbytes."""
