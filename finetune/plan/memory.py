@@ -29,8 +29,6 @@ UPDATE_SLICES, UPDATE_BYTES = {"cuda": 2**26}, 14
 MARGIN = 0.9  # of a device's memory, at most, in a forecast
 # On a CPU no more pays: 4,096 tokens through three layers of SmolLM2's took 3.1, 3.0, 3.4 and 3.5 s in micro-batches of 512 to 4,096.
 CPU_TOKENS = 2048
-
-
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
 
 
