@@ -1,10 +1,11 @@
-"""Trains a tiny random model of every causal type of the installed transformers, in every way, and holds it against plain transformers.
+"""Trains a tiny random model of every type of the installed transformers that generates text, in every way, and holds it against plain
+transformers. Of a type that also reads images or sound it is the text side of the class that its bases declare.
 
     python scripts/families.py [TYPE ...] [--packages] [--write docs/models.md] [--json FILE]
 
 Each type goes through {LoRA, full} x {packed, padded} x {fp32, bf16}: two steps, whose losses of rows must be those of each row alone
 in plain transformers. `--packages` packages one training of each method, verifies the package and loads it by its declared class. A
-combination that the project refuses counts as such if it does so in one line; a traceback fails.
+combination that the project refuses counts as such if it does so in one line; a traceback fails. With types, `--write` changes their lines alone.
 """
 
 import argparse
@@ -24,11 +25,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto as auto
 
 from finetune.errors import FinetuneError, explained, of_libraries
-from finetune.model import adapters, tiny
+from finetune.model import adapters, base, tiny
+from finetune.model.base.loading_class import causal_names, wide_names
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.training import loop
 from finetune.training.build import build, start_accelerator
@@ -37,7 +39,15 @@ from finetune.training.resolve import Resolved, resolve
 from finetune.training.run import train
 from finetune.training.state import TrainState
 
-TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TYPES = tuple(
+    sorted(
+        {
+            *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        }
+    )
+)
 METHODS, PACKINGS, PRECISIONS = ("lora", "full"), ("packed", "padded"), ("fp32", "bf16")
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
 TEXTS = ("a row", "the model reads a row and writes an answer that ends", "what was asked of it", "it has said so")
@@ -69,6 +79,19 @@ EXTRAS = {
     "qwen4_exp_text": INDEXER,
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
+}
+EXTRAS |= {kind: {"vocabulary_map": {"<image>": 300}} for kind in ("chameleon", "emu3")}
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+HALF = ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+EXTRAS |= {"glm4v_moe": {"text_config": {"rope_parameters": HALF, "head_dim": 128}}}
+# Bases of these types name the shares of a head for time, height and width; their default configs do not.
+SHARES = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), [16, 24, 24]),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr"), [8, 12, 12]),
+}
+EXTRAS |= {
+    kind: {"text_config": {"rope_parameters": ROPE | {"mrope_section": shares}, "head_dim": 2 * sum(shares)}}
+    for kind, shares in SHARES.items()
 }
 
 
@@ -150,11 +173,27 @@ def make_base(kind: str, directory: Path, tokenizer: PreTrainedTokenizerBase) ->
     }
     if getattr(own, "is_decoder", None) is False:
         changes["is_decoder"] = True
-    own = AutoConfig.for_model(kind, **EXTRAS.get(kind, {}), **changes)
+    own = declared(kind, AutoConfig.for_model(kind, **EXTRAS.get(kind, {}), **changes))
+    for part in own.sub_configs:
+        without_dropout(getattr(own, part, None))
     model = tiny.model_like(own, max_length=64)
     model.generation_config = GenerationConfig()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def without_dropout(part: PretrainedConfig | None) -> None:
+    for name, value in vars(part).items() if part else ():
+        if re.search("drop|jitter", name) and isinstance(value, float):
+            setattr(part, name, 0.0)
+
+
+def declared(kind: str, config: PretrainedConfig) -> PretrainedConfig:
+    """The config as bases of its type have it: it declares the class that reads images or sound, if the type has one."""
+    names = [] if config.is_encoder_decoder else [*wide_names(kind)]
+    config.architectures = (names or [*causal_names(kind)])[:1]
+    base.class_of(config)  # refuses what is no language model
+    return config
 
 
 def small_tokenizer() -> PreTrainedTokenizerBase:
@@ -214,8 +253,9 @@ class Plain:
         """The loss of each row of a step, alone, with the weights that the state has now."""
         settings = resolved.plan.recipe.adapter
         if (settings is None) not in self.models:
-            model = AutoModelForCausalLM.from_pretrained(resolved.base_directory, dtype=torch.float32)
-            self.models[settings is None] = adapters.apply(model, settings).eval()
+            kind = base.class_named(resolved.plan.text_of)
+            model = kind.from_pretrained(resolved.base_directory, dtype=torch.float32)
+            self.models[settings is None] = adapters.apply(base.freeze_beside_text(model), settings).eval()
         model = self.models[settings is None]
         model.load_state_dict({name: tensor.float() for name, tensor in state.model.state_dict().items()})
         for number in resolved.plan.examples_of(step).tolist():
@@ -251,36 +291,50 @@ def cell(outcomes: list[Outcome], method: str) -> str:
     return "no" if all(each.state == "refused" for each in mine) else "in part"
 
 
-def page(found: dict[str, list[Outcome]], version: str, has_packages: bool) -> str:
-    """docs/models.md."""
-    lines = [INTRODUCTION.format(version=version, types=len(found), packaged=PACKAGED if has_packages else UNPACKAGED)]
-    lines.append("| type | rows | LoRA | full | ways | note |\n|---|---|---|---|---|---|")
-    for kind, outcomes in found.items():
-        ways = {each.packing: each.told for each in outcomes if each.state in ("trained", "packaged")}
-        why = next((each.told for each in outcomes if each.state in ("refused", "wrong")), "")
-        note = why.replace("|", "\\|")[:NOTE] + ("…" if len(why) > NOTE else "")
-        rows = ways.get("packed", ways.get("padded", "-"))
-        count = sum(each.state in ("trained", "packaged") for each in outcomes)
-        cells = [f"`{kind}`", rows, cell(outcomes, "lora"), cell(outcomes, "full"), f"{count} of {len(outcomes)}", note]
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
-    return "\n".join(lines) + "\n"
+def page(found: dict[str, list[Outcome]], version: str, has_packages: bool, earlier: str = "") -> str:
+    """docs/models.md; an `earlier` page keeps its rows of other types."""
+    rows = {kind: line for line, kind in re.findall(r"^(\| `([^`]+)` .*)$", earlier, re.MULTILINE)}
+    rows |= {kind: row(kind, outcomes) for kind, outcomes in found.items()}
+    told = PACKAGED if has_packages else UNPACKAGED
+    lines = [INTRODUCTION.format(version=version, types=len(rows), packaged=told), HEAD]
+    return "\n".join([*lines, *(rows[kind] for kind in sorted(rows))]) + "\n"
+
+
+def row(kind: str, outcomes: list[Outcome]) -> str:
+    """A line of the table."""
+    ways = {each.packing: each.told for each in outcomes if each.state in ("trained", "packaged")}
+    why = next((each.told for each in outcomes if each.state in ("refused", "wrong")), "")
+    note = why.replace("|", "\\|")[:NOTE] + ("…" if len(why) > NOTE else "")
+    wide = wide_names(kind)[:1] if ways else ()
+    note = note or "".join(f"the text side of `{name}`" for name in wide)
+    count = sum(each.state in ("trained", "packaged") for each in outcomes)
+    rows = ways.get("packed", ways.get("padded", "-"))
+    cells = [f"`{kind}`", rows, cell(outcomes, "lora"), cell(outcomes, "full"), f"{count} of {len(outcomes)}", note]
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
 NOTE = 160  # characters
 PACKAGED = "Then it\npackages one bf16 training by LoRA and one in full in fp32, verifies them, and loads them by the\nclass in the config."
 UNPACKAGED = "They were not packaged for this table."
+HEAD = "| type | rows | LoRA | full | ways | note |\n|---|---|---|---|---|---|"
 INTRODUCTION = """# Models
 
 <!-- scripts/families writes this file -->
 
 Look up your base here by the `model_type` in its config. You see what you can train, and how. We
-found out with `scripts/families`. It makes a tiny random model of each of the {types} causal types of
+found out with `scripts/families`. It makes a tiny random model of each of {types} types of
 transformers {version}. It trains each by LoRA (`all-linear`) and in full, packed and padded, in fp32
 and bf16, for two steps. The losses equal those of each row alone in plain transformers. {packaged}
 
+Many bases also read images or sound: Qwen3.5, Gemma 3 and 4, Mistral 3, Llama 4, Qwen-VL, SmolVLM. You
+train their text. We load the class that the config declares. Its decoder, embeddings and head are
+trained; `plan` names the other modules and counts their parameters. Those are frozen: no adapter and
+no 4-bit weight reaches them. Your package has them as the base's files do, to the byte, and the
+files of the processors. Load it by the class in its config, with images as before.
+
 | column | meaning |
 |---|---|
-| rows | the way your rows come together if your recipe does not set `task.packing`: `packed`, `padded`, or `alone` |
+| rows | the way your rows come together with `task.packing: auto`: `packed`, `padded`, or `alone` |
 | LoRA, full | `yes`: you can train your base this way; `in part`: some combinations work; `no` or `-`: you get a refusal of one line, the note |
 | ways | how many of the tried combinations trained: of eight, or with `--few` of two |
 
@@ -294,7 +348,7 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", metavar="TYPE")
     parser.add_argument("--packages", action="store_true", help="package what was trained in bf16")
     parser.add_argument("--few", action="store_true", help="two ways a type in place of eight")
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--write", type=Path, help="the page; of some types only, it keeps its other rows")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     quiet()
@@ -308,10 +362,11 @@ def main() -> int:
             print(f"{kind:28} {'; '.join(told)}", flush=True)
     if asked.json:
         asked.json.write_text(json.dumps({kind: [each._asdict() for each in each_] for kind, each_ in found.items()}))
-    if asked.write and not asked.kinds:
+    if asked.write:
         from finetune import version
 
-        asked.write.write_text(page(found, version("transformers"), asked.packages))
+        earlier = asked.write.read_text() if asked.kinds and asked.write.exists() else ""
+        asked.write.write_text(page(found, version("transformers"), asked.packages, earlier))
     wrong = [kind for kind, outcomes in found.items() if any(each.state == "wrong" for each in outcomes)]
     print(f"FAIL: {', '.join(wrong)}" if wrong else f"PASS: {len(found)} types")
     return bool(wrong)

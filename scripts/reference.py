@@ -154,7 +154,7 @@ def _complaint(validator: BeforeValidator) -> str | None:
 
 
 def _default(field: FieldInfo) -> str:
-    value = field.get_default()
+    value = (field.json_schema_extra or {}).get("default", field.get_default())
     if field.is_required():
         return "required"
     if value is None or isinstance(value, Section):

@@ -121,11 +121,8 @@ def run(words: list[str]) -> tuple[int, str]:
     return 0, stdout.getvalue()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [README, *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page != README)],
-    ids=lambda page: page.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs(page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch) -> None:
     place, absent = tmp_path / "workplace", set()
     shutil.copytree(request.getfixturevalue("workplace" if page == README else "trained"), place)

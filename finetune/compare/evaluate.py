@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune.data.heldout import lineage
 from finetune.errors import DataError, FinetuneError
-from finetune.model import attention, base, losses
+from finetune.model import base, losses, rotary
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import are_same_rows
 from finetune.plan.split import Seen
@@ -24,6 +24,7 @@ from finetune.training.evaluation import evaluate as evaluate_objective
 from finetune.training.opened import open_model, run_of
 from finetune.training.resolve import Resolved, resolve, resolve_own
 from finetune.training.state import Objective
+from finetune.training.trial import packing_of
 
 
 class SeenBy(TypedDict):
@@ -91,7 +92,9 @@ def of_model(model: PreTrainedModel, run: Path) -> dict[str, float]:
     if len(resolved.holdout) == 0:
         return {}
     plan = resolved.plan
-    arranged = "padded" if plan.arrangement == "packed" else plan.arrangement
+    # Padding would give a row the rotary frequencies of the longest beside it.
+    apart = "alone" if rotary.is_by_length(model.config) else "padded"
+    arranged = apart if plan.arrangement == "packed" else plan.arrangement
     resolved = replace(resolved, plan=plan.model_copy(update={"arranged": arranged}))
     figures = _figures(model, resolved, start_accelerator(plan.recipe.train))
     model.cpu()
@@ -126,7 +129,8 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
         raise DataError("no rows are held out", where=text, hint="set data.holdout, or give rows with --recipe FILE")
     accelerator = start_accelerator(recipe.train)
     is_packed = resolved.plan.arrangement == "packed"
-    opened = open_model(text, attention.PER_ROW if is_packed else None, device=accelerator.device)
+    packing = packing_of(resolved.base_directory, recipe.task.max_length) if is_packed else None
+    opened = open_model(text, packing and packing.attention, device=accelerator.device)
     model, own = opened.model, base.load_tokenizer(opened.directory)
     if own.backend_tokenizer.to_str() != resolved.tokenizer.backend_tokenizer.to_str():
         raise FinetuneError(
@@ -134,9 +138,10 @@ def _metrics(text: str, resolved: Resolved) -> dict[str, float]:
             where=text,
             hint="evaluate it with its own recipe",
         )
-    if is_packed:
+    if packing:
+        packing.apply(model)
         with as_trained(recipe.train, accelerator.device):
-            check_packing(model, recipe.task.max_length)
+            check_packing(model, recipe.task.max_length, packing)
     return _figures(model, resolved, accelerator)
 
 

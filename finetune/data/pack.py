@@ -6,6 +6,12 @@ indices into the step; its place in the list is its slot, the same for every wor
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+PADDING_SHARE = 0.1
+MICRO_BATCH_COST = 128  # in tokens: reading all weights twice and adding to all gradients takes a device about as long
 
 
 def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -29,7 +35,49 @@ def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def padded(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Examples of similar length together, as many as fit with all padded to the longest; `budget` is in tokens."""
+    """Examples of like length together: the fewest micro-batches with at most `PADDING_SHARE` of padding, if those are enough work.
+
+    `budget` is in tokens, with all examples padded to the longest of their micro-batch. A micro-batch more costs a pass over
+    all weights, so none is made that saves less than `MICRO_BATCH_COST`.
+    """
+    order = _longest_first(lengths)
+    sizes = np.array([lengths[index] for index in order], dtype=np.int64)
+    cost = max(int(sizes.sum()), MICRO_BATCH_COST)
+    bounds = _cheapest(sizes, budget, cost)
+    while _padding_share(sizes, bounds) > PADDING_SHARE and cost > MICRO_BATCH_COST:
+        cost = max(cost // 2, MICRO_BATCH_COST)
+        bounds = _cheapest(sizes, budget, cost)
+    return [order[start:end] for start, end in pairwise(bounds)]
+
+
+def _cheapest(sizes: np.ndarray, budget: int, cost: int) -> list[int]:
+    """Where to cut sizes, longest first, so that padded tokens and the `cost` of each micro-batch are least together.
+
+    The shortest path from 0 to the end, over all groups within the budget. Of equal ways it takes the longer last group.
+    """
+    least, starts = np.zeros(len(sizes) + 1, dtype=np.int64), [0] * (len(sizes) + 1)
+    first = 0
+    for end in range(1, len(sizes) + 1):
+        # A group pays for its first size, and sizes fall: what was too much once stays too much.
+        while first < end - 1 and (end - first) * sizes[first] > budget:
+            first += 1
+        costs = least[first:end] + sizes[first:end] * np.arange(end - first, 0, -1) + cost
+        best = int(costs.argmin())
+        least[end], starts[end] = costs[best], first + best
+    bounds = [len(sizes)]
+    while bounds[-1]:
+        bounds.append(starts[bounds[-1]])
+    return bounds[::-1]
+
+
+def _padding_share(sizes: np.ndarray, bounds: Sequence[int]) -> float:
+    """Of all tokens that are computed."""
+    computed = sum(int(sizes[start]) * (end - start) for start, end in pairwise(bounds))
+    return 1 - int(sizes.sum()) / computed if computed else 0.0
+
+
+def filled(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Examples of similar length together, as many as fit with all padded to the longest: how older runs were padded."""
     groups: list[list[int]] = []
     for index in _longest_first(lengths):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
@@ -44,7 +92,7 @@ def alone(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [[index] for index in _longest_first(lengths)]
 
 
-ARRANGEMENTS = {"packed": packed, "padded": padded, "alone": alone}
+ARRANGEMENTS = {"packed": packed, "padded": padded, "filled": filled, "alone": alone}
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, FinetuneError
+from finetune.model.row_by_row import MARK
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,13 +20,17 @@ PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modul
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Each decoder layer keeps only its input, and runs again in the backward pass with the same random numbers."""
+def checkpoint_activations(model: PreTrainedModel, is_offloaded: bool = False) -> None:
+    """Each decoder layer keeps only its input, and runs again in the backward pass with the same random numbers.
+
+    `is_offloaded`: in the host's memory. A CPU's inputs are there already, and transformers would lock pages that no GPU reads.
+    """
     inner = _transformers_model(model)
     # transformers 5.17 has the second name alone
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    moved = {"offload": True} if is_offloaded and model.device.type != "cpu" else {}
     try:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False}, **moved)
     except ValueError as error:
         hint = "set train.activation_checkpointing: false"
         raise BaseError(str(error), where="train.activation_checkpointing", hint=hint) from None
@@ -43,17 +48,21 @@ def check_compiler() -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compiles norms and feed-forward of decoder layers. Layers share graphs, and so do lengths of more than one token.
 
-    It skips attention, which depends on the bounds of rows: it would be compiled again for every number of rows.
+    It skips attention, and what runs by row: both depend on the bounds of rows, and would be compiled again for every number of rows.
     """
     check_compiler()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    parts = [part for layer in layers for part in layer.children() if "Attention" not in type(part).__name__]
+    parts = [part for layer in layers for part in layer.children() if not _depends_on_rows(part)]
     if not parts:
         hint = "set train.compile: false"
         raise BaseError("the layers of this base are not known", where="train.compile", hint=hint)
     for part in parts:
         # random numbers as they are without, so that dropout is the same
         part.compile(dynamic=True, options={"fallback_random": True})
+
+
+def _depends_on_rows(part: torch.nn.Module) -> bool:
+    return "Attention" in type(part).__name__ or any(hasattr(each, MARK) for each in part.modules())
 
 
 def module_of(parameter: str) -> str:
@@ -78,8 +87,11 @@ def kind_of(parameter: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(parameter)), "other")
 
 
-def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """By kind of module: the number of the base's parameters, tied ones once, and how many are trained or have an adapter."""
+def reached(model: PreTrainedModel, beside: Collection[int] = ()) -> dict[str, tuple[int, int]]:
+    """By kind of module: the number of the base's parameters, tied ones once, and how many are trained or have an adapter.
+
+    `beside` are the ids of parameters that are not of the model's text side.
+    """
     inner = _transformers_model(model)
     found: dict[str, tuple[int, int]] = {}
     special: dict[int, str] = {}
@@ -93,6 +105,7 @@ def reached(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         if isinstance(module, torch.nn.Embedding)
         for each in module.parameters()
     }
+    special |= dict.fromkeys(beside, "beside text")
     wrapped = {id(each) for module in model.modules() if hasattr(module, "lora_A") for each in _wrapped_by(module)}
     for name, each in model.named_parameters():
         if ".lora_" in name:

@@ -57,7 +57,7 @@ def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
         return full, "its head is not one linear layer"
     tokens = torch.arange(2, 10, device=head.weight.device)[None] % len(head.weight)
     with torch.inference_mode():
-        with explained("transformers cannot run it", type(_unwrapped(model)).__name__):
+        with explained("transformers cannot run it", type(unwrapped(model)).__name__):
             logits = model(input_ids=tokens, use_cache=False).logits
         try:
             hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
@@ -76,7 +76,7 @@ def note(reason: str | None) -> str | None:
 
 def takes_places(model: PreTrainedModel) -> bool:
     """Whether the model can compute the logits of given places alone."""
-    return "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 class Head(NamedTuple):
@@ -90,7 +90,7 @@ class Head(NamedTuple):
 
 def head_of(model: PreTrainedModel) -> Head | None:
     """The model's own head, if it is one linear layer; how its logits are scaled and capped is in its config."""
-    layer = _unwrapped(model).get_output_embeddings()
+    layer = _language_model(model).get_output_embeddings()
     # A subclass, like a quantized layer, computes something else with its weight.
     if type(layer) is not torch.nn.Linear:
         return None
@@ -102,10 +102,19 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The module before the head: it computes the hidden states."""
-    return cast(PreTrainedModel, _unwrapped(model).get_decoder())
+    return cast(PreTrainedModel, _language_model(model).get_decoder())
 
 
-def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def _language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the head: of some families with images, it is a whole causal LM inside (Llama 4)."""
+    whole = unwrapped(model)
+    inner = whole.get_decoder()
+    has_head = whole.get_output_embeddings() is None and getattr(inner, "get_output_embeddings", lambda: None)()
+    return cast(PreTrainedModel, inner if has_head else whole)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers under an adapter, or the model itself."""
     inner = cast("PeftModel", model).get_base_model() if hasattr(model, "peft_config") else model
     return cast(PreTrainedModel, inner)
 

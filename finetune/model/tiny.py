@@ -7,9 +7,11 @@ import re
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune.errors import BaseError, explained
+from finetune.model.base.loading_class import class_of, made
+from finetune.model.base.quiet import quiet
 
 VOCABULARY = 320
 EDGE = 16  # where a window, a chunk or an original context ends, if the base's own end lies within its rows
@@ -51,7 +53,8 @@ def model_like(config: PretrainedConfig, max_length: int, **options: object) -> 
     tried = []
     for way in range(WAYS):
         try:
-            with explained("cannot be made small", config.model_type):
+            # quiet: a yarn of a small context seems wrong to transformers
+            with quiet(), explained("cannot be made small", config.model_type):
                 return _model(shrunk(config, max_length, way), options)
         except BaseError as error:
             tried.append(error)
@@ -62,7 +65,7 @@ def _model(config: PretrainedConfig, options: dict[str, object]) -> PreTrainedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # not the type of the base's files: rounded to 8 bits, rows that stay apart differ as much as rows that are mixed
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options).eval()
+        model = made(class_of(config), config, dtype=torch.float32, **options).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)  # else what starts as zero has no part in it
@@ -100,8 +103,32 @@ def shrunk(config: PretrainedConfig, max_length: int, way: int = 0) -> Pretraine
             changes[name] = _smaller(name, value, max_length)
     changes |= _not_grouped(facts)
     changes |= _consistent(facts, changes)
+    changes |= _rotary(facts, facts | changes, max_length)
+    changes |= _sections(facts, changes)
     kept_facts = {name: value for name, value in facts.items() if name not in changes and name not in UNUSED}
     return type(config)(**kept_facts, **changes)
+
+
+def _rotary(facts: Facts, small: Facts, max_length: int) -> Facts:
+    """Settings of rotary positions: a factor for each pair of dimensions, and the context of `dynamic`, which is that of the model."""
+    settings = small.get("rope_parameters")
+    if not isinstance(settings, dict):
+        return {}
+    found = {key: _factors(value, small) for key, value in _factors(settings, small).items()}
+    changes: Facts = {"rope_parameters": found}
+    positions, kinds = facts.get("max_position_embeddings"), [found, *found.values()]
+    if positions and any(isinstance(kind, dict) and kind.get("rope_type") == "dynamic" for kind in kinds):
+        changes["max_position_embeddings"] = min(positions, EDGE if positions < max_length else BEYOND)
+    return changes
+
+
+def _factors(settings: Any, small: Facts) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    size = small.get("head_dim") or small.get("hidden_size", 0) // (small.get("num_attention_heads") or 1)
+    pairs = int(size * settings.get("partial_rotary_factor", 1.0)) // 2
+    cut = {key: value[:pairs] for key, value in settings.items() if key in ("short_factor", "long_factor")}
+    return {**settings, **cut}
 
 
 def _not_grouped(facts: Facts) -> Facts:
@@ -127,6 +154,19 @@ def _consistent(facts: Facts, small: Facts) -> Facts:
     return found
 
 
+def _sections(facts: Facts, small: Facts) -> Facts:
+    """Shares of a head's rotated channels for time, height and width (M-RoPE, arXiv 2409.12191), of a smaller head."""
+    rope = small.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(shares := rope.get("mrope_section"), list):
+        return {}
+    real, tiny = (
+        of.get("head_dim") or of["hidden_size"] // of["num_attention_heads"] for of in (facts, {**facts, **small})
+    )
+    edges = [round(sum(shares[:place]) * tiny / real) for place in range(len(shares) + 1)]
+    sections = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return {"rope_parameters": rope | {"mrope_section": sections}}
+
+
 UNUSED = ("model_type", "transformers_version", "_name_or_path")
 # heads, their size, and how much wider than the model they are together
 STATES = (
@@ -139,7 +179,7 @@ STATES = (
 
 def _smaller(name: str, value: object, max_length: int) -> object:
     if isinstance(value, dict):
-        return {key: _smaller(key, item, max_length) for key, item in value.items()} | _not_grouped(value)
+        return {key: _smaller(str(key), item, max_length) for key, item in value.items()} | _not_grouped(value)
     if isinstance(value, list):
         return [_smaller(name, item, max_length) for item in value]
     if isinstance(value, bool) or not isinstance(value, int):

@@ -42,11 +42,14 @@ def assemble(
         converted = weights.convert(opened.model, form, dtype, tokenizer, base_directory, is_random)
     model = converted.model
     trained = Look(converted.logits, json.loads(json.dumps(probe.facts(model, tokenizer))))
-    found = weights.stored(converted, form, dtype, base_directory)
+    text_of = opened.run_plan.text_of
+    beside = base.beside_text(model) if text_of and form == "merged" and base_directory else frozenset()
+    found = weights.stored(converted, form, dtype, base_directory, beside)
     weights.write(found, opened, form, dtype, directory)
     small_files.write(directory, opened.directory, tokenizer, base_directory, is_adapter=form == "adapter")
-    loaded = load(directory, opened.base_directory if form == "adapter" else None)
-    checks = [*proof.equal(trained, loaded, classes.surplus(model, directory, found.carried)), *converted.checks]
+    loaded = load(directory, opened.base_directory if form == "adapter" else None, text_of)
+    surplus = classes.surplus(model, directory, found.carried)
+    checks = [*proof.equal(trained, loaded, surplus, beside), *converted.checks]
     checks.append(proof.stored_as(directory, found.types, base.STORED_DTYPES[dtype]))
     processors = [file.name for file in small_files.processors(directory)]
     if base_directory and (found.carried or processors):
@@ -56,5 +59,5 @@ def assemble(
         "zeros": weights.zeros(found, base_directory),
         "processors": processors,
     }
-    record = reference.recorded(loaded.logits, base.STORED_DTYPES[dtype])
+    record = reference.recorded(loaded.logits, base.STORED_DTYPES[dtype], text_of)
     return Assembled(model, checks, {**record, "from_base": from_base})

@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune.errors import AdapterError, BaseError, PackageError, explained
 from finetune.model import adapters, base, tiny
 from finetune.model.base import files, outline
+from finetune.model.base.loading_class import made
 from finetune.package import classes, proof
 from finetune.package.assembly import assemble
 from finetune.package.probe import declared_class
@@ -71,14 +72,14 @@ def _written_base(resolved: Resolved, way: int, directory: Path) -> PreTrainedMo
     with torch.random.fork_rng(devices=[]), outline.quiet():
         torch.manual_seed(0)
         small = _with_vocabulary(tiny.shrunk(config, resolved.plan.recipe.task.max_length, way), config)
-        model = AutoModelForCausalLM.from_config(small) if declared is None else declared(small)
+        model = made(base.class_of(small), small) if declared is None else declared(small)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(directory)
     with tempfile.TemporaryDirectory() as nothing:
         files.copy_small_files(resolved.base_directory, Path(nothing), directory)
-    return base.load_model(directory)
+    return base.load_model(directory, kind=base.class_named(resolved.plan.text_of))
 
 
 def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> PretrainedConfig:
@@ -92,6 +93,8 @@ def _with_vocabulary(small: PretrainedConfig, config: PretrainedConfig) -> Pretr
 
 
 def _with_adapter(model: PreTrainedModel, resolved: Resolved) -> PreTrainedModel:
+    if resolved.plan.text_of:
+        model = base.freeze_beside_text(model)
     try:
         return adapters.apply(model, resolved.plan.recipe.adapter).eval()
     except AdapterError:  # it names layers missing in the small model

@@ -1,4 +1,4 @@
-"""A program, `python probe.py DIRECTORY OUT THREADS [BASE]`: logits and facts of a model, trained or packaged.
+"""A program, `python probe.py DIRECTORY OUT THREADS BASE CLASS`: logits and facts of a model, trained or packaged.
 
 The same lines look at both sides. It must import nothing of finetune: a package has to load anywhere.
 """
@@ -126,18 +126,21 @@ def digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
 
 
-def look(directory: Path, base: Path | None = None) -> tuple[dict[str, Tensor], LoadedFacts]:
+def look(
+    directory: Path, base: Path | None = None, trained: str | None = None
+) -> tuple[dict[str, Tensor], LoadedFacts]:
     """Logits and facts of the model in a directory; with a base, the directory has an adapter of it.
 
-    A model is loaded as a causal LM, and also by the class in its config if that differs.
+    A model is loaded by the class that was trained, by default a causal LM, and also by the one in its config if that differs.
     """
+    model_class = getattr(transformers, trained) if trained else AutoModelForCausalLM
     if base:
         from peft import PeftModel
 
-        model, info = _loaded(AutoModelForCausalLM, base, dtype=torch.float32)
+        model, info = _loaded(model_class, base, dtype=torch.float32)
         model = cast(PreTrainedModel, PeftModel.from_pretrained(model, directory).eval())
     else:
-        model, info = _loaded(AutoModelForCausalLM, directory)
+        model, info = _loaded(model_class, directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     seen = logits(model, tokenizer)
     found: LoadedFacts = {
@@ -176,12 +179,12 @@ def _keys(info: dict[str, Any]) -> Keys:
     return {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
 
 
-def main(directory: str, out: str, threads: str, base: str | None = None) -> None:
+def main(directory: str, out: str, threads: str, base: str = "", trained: str = "") -> None:
     """Writes logits.safetensors and facts.json to `out`."""
     from safetensors.torch import save_file
 
     torch.set_num_threads(int(threads))
-    seen, found = look(Path(directory), Path(base) if base else None)
+    seen, found = look(Path(directory), Path(base) if base else None, trained)
     save_file(seen, Path(out, "logits.safetensors"))
     Path(out, "facts.json").write_text(json.dumps(found))
 

@@ -60,11 +60,11 @@ class LoadedLook:
     facts: probe.LoadedFacts
 
 
-# A package, and the base that it is an adapter of -> a look at it
-Loader = Callable[[Path, Path | None], LoadedLook]
+# A package, the base that it is an adapter of, and the trained class (None: a causal LM) -> a look at it
+Loader = Callable[[Path, Path | None, str | None], LoadedLook]
 
 
-def load_back(directory: Path, base: Path | None) -> LoadedLook:
+def load_back(directory: Path, base: Path | None, trained: str | None = None) -> LoadedLook:
     """Probes a package in a fresh process that shares nothing with this one."""
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROBE}
     with tempfile.TemporaryDirectory() as out:
@@ -76,7 +76,8 @@ def load_back(directory: Path, base: Path | None) -> LoadedLook:
             str(directory),
             out,
             str(torch.get_num_threads()),
-            *([str(base)] if base else []),
+            str(base or ""),
+            trained or "",
         ]
         result = subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
         if result.returncode:
@@ -85,22 +86,25 @@ def load_back(directory: Path, base: Path | None) -> LoadedLook:
         return LoadedLook(load_file(Path(out, "logits.safetensors")), json.loads(Path(out, "facts.json").read_bytes()))
 
 
-def load_here(directory: Path, base: Path | None) -> LoadedLook:
+def load_here(directory: Path, base: Path | None, trained: str | None = None) -> LoadedLook:
     """The same in this process, for many models in a row: seconds faster, but a warm process might hide a fault."""
     with quiet():
-        logits, facts = probe.look(directory, base)
+        logits, facts = probe.look(directory, base, trained)
     return LoadedLook(logits, json.loads(json.dumps(facts)))
 
 
-def equal(trained: Look, loaded: LoadedLook, surplus: Mapping[str, Collection[str]]) -> list[Check]:
+def equal(
+    trained: Look, loaded: LoadedLook, surplus: Mapping[str, Collection[str]], beside: Collection[str] = ()
+) -> list[Check]:
     """Checks that the package, loaded in a fresh process, is the trained model: weights, ties, tokenizer, template and logits.
 
-    `surplus` are tensors from the base that a class of models may find in the package and not want.
+    `surplus` are tensors from the base that a class of models may find in the package and not want; `beside` are those of the
+    model beside its text side, which `carried` compares with the base's files.
     """
     _refuse_keys(loaded.facts["keys"], loaded.facts["class"], surplus)
     was, now = trained.facts, loaded.facts
     pairs: tuple[tuple[str, object, object], ...] = (
-        ("weights", was["weights"], now["weights"]),
+        ("weights", _without(beside, was["weights"]), _without(beside, now["weights"])),
         ("tied", was["tied"], now["tied"]),
         ("tokenizer", was["tokenizer"], now["tokenizer"]),
         ("template", was["template"], now["template"]),
@@ -116,7 +120,7 @@ def equal(trained: Look, loaded: LoadedLook, surplus: Mapping[str, Collection[st
             largest = (logits - loaded.logits[name]).abs().max().item()
             raise failed("logits", f"a fresh process computes logits that differ by up to {largest:.3g}")
     tensors, positions = (
-        len(loaded.facts["weights"]),
+        len(_without(beside, loaded.facts["weights"])),
         sum(one.shape[0] * one.shape[1] for one in loaded.logits.values()),
     )
     return [
@@ -142,6 +146,10 @@ def equal(trained: Look, loaded: LoadedLook, surplus: Mapping[str, Collection[st
             {"max_difference": 0.0, "positions": positions},
         ),
     ]
+
+
+def _without(names: Collection[str], found: Mapping[str, str]) -> dict[str, str]:
+    return {name: one for name, one in found.items() if name not in names}
 
 
 def _by_declared_class(found: probe.Declared | None, surplus: Mapping[str, Collection[str]]) -> list[Check]:

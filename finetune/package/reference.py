@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
+import transformers
+from transformers import PreTrainedModel
 
 from finetune.errors import PackageError
 from finetune.model import base
@@ -50,17 +52,20 @@ class Recorded(TypedDict):
     day: str
     sha256: dict[str, str]
     likeliest: dict[str, list[Likeliest]]
+    trained_class: NotRequired[str]
+    """Of a model that also reads images or sound."""
     from_base: NotRequired[FromBase]
 
 
-def recorded(logits: Logits, dtype: str) -> Recorded:
-    """`dtype` is that of most weights, in safetensors' spelling."""
-    return {
+def recorded(logits: Logits, dtype: str, text_of: str | None = None) -> Recorded:
+    """`dtype` is that of most weights, in safetensors' spelling; `text_of` is the plan's."""
+    own: Recorded = {
         "dtype": dtype,
         "day": probe.DAY.date().isoformat(),
         "sha256": {name: _hash(one) for name, one in logits.items()},
         "likeliest": {name: _likeliest(one) for name, one in logits.items()},
     }
+    return {**own, "trained_class": text_of} if text_of else own
 
 
 def findings(directory: Path) -> Iterator[Finding]:
@@ -68,7 +73,7 @@ def findings(directory: Path) -> Iterator[Finding]:
     Raises BaseError if an adapter's base is unavailable."""
     try:
         said = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        loaded = proof.load_back(directory, _base(directory))
+        loaded = proof.load_back(directory, _base(directory), _class(said))
         now = recorded(loaded.logits, said["dtype"])
         if now["sha256"] == said["sha256"]:
             return
@@ -101,6 +106,14 @@ def _likeliest(logits: torch.Tensor) -> list[Likeliest]:
             values, tokens = logits[row, position].topk(min(TOP, logits.shape[-1]))
             found.append({"row": row, "position": position, "tokens": tokens.tolist(), "logits": values.tolist()})
     return found
+
+
+def _class(said: Recorded) -> str | None:
+    """ValueError where the record, which came with the package, names something other than a model."""
+    name = said.get("trained_class")
+    if name is not None and not issubclass(getattr(transformers, str(name), object), PreTrainedModel):
+        raise ValueError(f"{name} is no class of a model")
+    return name
 
 
 def _hash(logits: torch.Tensor) -> str:

@@ -158,13 +158,20 @@ def _cast_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
-def stored(converted: Converted, form: str, dtype: torch.dtype, base_directory: Path | None) -> Stored:
-    """The tensors of a package's files, under the base's names."""
+def stored(
+    converted: Converted,
+    form: str,
+    dtype: torch.dtype,
+    base_directory: Path | None,
+    beside: frozenset[str] = frozenset(),
+) -> Stored:
+    """The tensors of a package's files, under the base's names. Those of the model `beside` its text side are read from the base's files."""
     if form == "adapter":
         return Stored({name: one.to(dtype) for name, one in adapters.weights(converted.model).items()}, {})
     model = converted.model
     own = adapters.weights(model) | dict(converted.exact)
-    own = {name: tensor for name, tensor in own.items() if name not in (model._keys_to_ignore_on_save or ())}
+    unsaved = {*(model._keys_to_ignore_on_save or ()), *beside}
+    own = {name: tensor for name, tensor in own.items() if name not in unsaved}
     tensors = outline.in_file_names(model, own, base_directory)
     names = outline.not_of(model, base_directory, tensors) if base_directory else []
     return Stored(tensors, _read(base_directory, names) if base_directory and names else {})
@@ -204,8 +211,23 @@ def write(found: Stored, opened: Opened, form: str, dtype: torch.dtype, director
     # The base's own config, as on the Hub: other programs read it, and may not know the output of a newer transformers.
     config = json.loads((opened.base_directory / "config.json").read_bytes())
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if _is_untied(opened.model):
+        # transformers does not tie stored weights that differ, whatever the config says; others do
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
     _write_json(directory / "config.json", base.with_dtype(config, dtype))
     _write_shards(found.tensors | found.carried, opened.run_plan.recipe.package.max_shard_bytes, directory)
+
+
+def _is_untied(model: PreTrainedModel) -> bool:
+    """Whether the head has weights of its own, and transformers has tied nothing."""
+    head = model.get_output_embeddings()
+    return (
+        not getattr(model, "all_tied_weights_keys", None)
+        and head is not None
+        and getattr(head, "weight", None) is not model.get_input_embeddings().weight
+    )
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], limit: int, directory: Path) -> None:

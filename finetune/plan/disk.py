@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.errors import RunError
-from finetune.plan import cadence, memory
+from finetune.plan import activations, cadence, memory
 from finetune.plan.memory import state_bytes
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Every
@@ -23,8 +23,8 @@ MATRICES = 7  # of a layer, roughly
 
 def shared_bytes(plan: Plan) -> int:
     """Bytes written by the first checkpoint and linked by later ones: frozen weights, tokenizer and configs."""
-    frozen = memory.stored_width(plan) * (plan.total_parameters - plan.trainable_parameters)
-    return COMPANION_BYTES + (0 if memory.is_beside(plan) else frozen)
+    frozen = activations.stored_width(plan) * (plan.total_parameters - plan.trainable_parameters)
+    return COMPANION_BYTES + (0 if activations.is_beside(plan) else frozen)
 
 
 def checkpoint_bytes(plan: Plan) -> int:

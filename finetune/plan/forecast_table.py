@@ -6,6 +6,12 @@ from finetune.errors import counted
 from finetune.plan.disk import readable
 from finetune.plan.shown import Forecast, RateFacts, WithDevices
 
+COME_TOGETHER = {
+    "packed": "packed: several in one sequence, each apart from the others",
+    "padded": "padded: those of like length in one batch",
+    "alone": "one by one",
+}
+
 
 def table(facts: Forecast) -> str:
     """The forecast for a reader."""
@@ -28,6 +34,7 @@ def table(facts: Forecast) -> str:
             if facts["holdout_copies"]
             else []
         ),
+        ("", f"come together {COME_TOGETHER[facts['arrangement']]}"),
         *(("", note) for note in facts["notes"]),
         (
             "tokens",

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.plan import activations
+from finetune.plan.activations import FLOAT, is_beside, stored_width, width
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
 
-FLOAT = 4  # bytes of fp32
 # Bytes a parameter. nf4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
 QUANTIZED = {"nf4": 0.5625, "int8": 1.004}
 CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
@@ -29,6 +30,8 @@ UPDATE_SLICES, UPDATE_BYTES = {"cuda": 2**26}, 14
 MARGIN = 0.9  # of a device's memory, at most, in a forecast
 # On a CPU no more pays: 4,096 tokens through three layers of SmolLM2's took 3.1, 3.0, 3.4 and 3.5 s in micro-batches of 512 to 4,096.
 CPU_TOKENS = 2048
+
+
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
 
 
@@ -64,7 +67,7 @@ def evaluation_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> di
     tokens = min(max(work.micro_batch, counts.longest), counts.tokens)
     supervised = round(tokens * counts.supervised_tokens / max(1, counts.tokens))
     found = _lasting(plan, shape, device) | {
-        "activations": tokens * _layer(plan, shape),
+        "activations": activations.of_evaluation(plan, shape, tokens),
         "logits": _logits(plan, shape, supervised, is_trained=False) * bool(tokens),
     }
     found["slack"] = _slack(plan, device, found["activations"] + found["logits"])
@@ -82,17 +85,17 @@ def _lasting(plan: Plan, shape: Shape, device: Device) -> dict[str, int]:
 
 
 def _slack(plan: Plan, device: Device, passing: int) -> int:
-    slack_of_lora = SLACK_OF_LORA if _width(plan) == 2 else SLACK_OF_FP32_LORA
+    slack_of_lora = SLACK_OF_LORA if width(plan) == 2 else SLACK_OF_FP32_LORA
     return round((slack_of_lora if is_beside(plan) and not device.is_gpu else SLACK) * passing)
 
 
 def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
     """In the forward and backward of a step, while the one before is saved."""
     share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
-    tokens = min(max(work.micro_batch, plan.counts.longest), work.step)  # a longer row is alone
+    tokens = _tokens(plan, work)
     found = _lasting(plan, shape, device) | {
         "casts": _casts(plan, shape),
-        "activations": tokens * _kept(plan, shape),
+        "activations": activations.of_step(plan, shape, tokens, device.is_gpu),
         "logits": _logits(plan, shape, round(share * tokens)),
     }
     forward = found["casts"] + found["activations"] + found["logits"]
@@ -106,19 +109,26 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     return found
 
 
+def _tokens(plan: Plan, work: Work) -> int:
+    """Of the largest micro-batch: a longer row is alone."""
+    return min(max(work.micro_batch, plan.counts.longest), work.step)
+
+
 def staging_sets(plan: Plan, device: Device) -> int:
     """Copies of the state that saves may hold at once: two, or one if the host of a GPU has no room for two."""
     room = MARGIN * device.host_bytes - device.processes * HOST_PROCESS_BYTES
     return 1 if device.is_gpu and 2 * state_bytes(plan) > room else 2
 
 
-def host_parts(plan: Plan, device: Device) -> dict[str, int]:
+def host_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
     """Bytes of the host beside a GPU, by what holds them; page-locked memory of it cannot be swapped. On a CPU `parts` has it all."""
     if not device.is_gpu:
         return {}
+    offloaded = activations.on_host(plan, shape, _tokens(plan, work))
     return {
         "process": device.processes * HOST_PROCESS_BYTES,
         "staging": staging_sets(plan, device) * state_bytes(plan),
+        **({"activations": device.processes * offloaded} if offloaded else {}),
     }
 
 
@@ -128,8 +138,8 @@ def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
     if world_size == 1:
         return sum(found.values())
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
-    layer = (plan.total_parameters - embeddings) // shape.layers
-    gathered = _width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
+    layer = (plan.total_parameters - plan.parameters_beside_text - embeddings) // shape.layers
+    gathered = width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
     shared = found["weights"] + found["moments"] + trained_bytes(plan)
     passing = gathered + found["activations"] + found["logits"]
     return found["process"] + round((1 + SLACK) * passing) + -(-shared // world_size)
@@ -166,20 +176,6 @@ def machine_bytes() -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
 
 
-def _width(plan: Plan) -> int:
-    return 2 if plan.recipe.train.precision == "bf16" else 4
-
-
-def is_beside(plan: Plan) -> bool:
-    """Whether only matrices beside a frozen base are trained."""
-    return plan.recipe.adapter is not None and plan.recipe.adapter.is_peft
-
-
-def stored_width(plan: Plan) -> int:
-    """Bytes of a weight that is not an adapter's."""
-    return 2 if plan.recipe.train.weights == "bf16" else FLOAT
-
-
 def trained_bytes(plan: Plan) -> int:
     """The trained weights, or their gradients."""
     return (FLOAT if is_beside(plan) else stored_width(plan)) * plan.trainable_parameters
@@ -203,47 +199,25 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
         return {"rest": stored_width(plan) * parameters}
     embeddings = shape.vocabulary * shape.hidden
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
-    each = QUANTIZED.get(plan.recipe.base.quantization or "", _width(plan))
-    linear = round(each * (parameters - embeddings - head)) + _width(plan) * head
+    each = QUANTIZED.get(plan.recipe.base.quantization or "", width(plan))
+    beside = plan.parameters_beside_text  # not quantized either
+    linear = round(each * (parameters - embeddings - head - beside)) + width(plan) * (head + beside)
     return {"linear": linear, "rest": stored_width(plan) * embeddings}
 
 
 def _casts(plan: Plan, shape: Shape) -> int:
     """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
     if is_beside(plan):
-        return 2 * plan.trainable_parameters if _width(plan) == 2 else 0
-    return 2 * (plan.total_parameters - shape.vocabulary * shape.hidden) if _width(plan) < stored_width(plan) else 0
-
-
-def _layer(plan: Plan, shape: Shape) -> int:
-    """Bytes a token of one running gated decoder layer."""
-    width, stored = _width(plan), stored_width(plan)
-    # attention's inputs and outputs, and the gated layer's
-    products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
-    # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
-    hidden = (2 if is_beside(plan) else 4) * stored + (6 if width == 2 else 3) * width
-    # of a quantized base, products come out in the type of the residual stream; of four, attention's kernel takes none
-    wider = 3 * shape.intermediate * (max(stored, width) - width) if plan.recipe.base.quantization else 0
-    if (
-        plan.recipe.base.quantization == "int8" and stored == 2
-    ):  # products keep their input beside the adapter's cast of it
-        wider += (2 * shape.hidden + shape.intermediate) * stored
-    return hidden * shape.hidden + products * width + wider
-
-
-def _kept(plan: Plan, shape: Shape) -> int:
-    """Bytes a token kept by decoder layers for the backward pass, and by one of them while it runs."""
-    layer = _layer(plan, shape)
-    if plan.recipe.train.activation_checkpointing:
-        return shape.layers * stored_width(plan) * shape.hidden + 2 * layer
-    return (shape.layers + 1) * layer
+        return 2 * plan.trainable_parameters if width(plan) == 2 else 0
+    used = plan.total_parameters - plan.parameters_beside_text
+    return 2 * (used - shape.vocabulary * shape.hidden) if width(plan) < stored_width(plan) else 0
 
 
 def _logits(plan: Plan, shape: Shape, supervised_tokens: int, is_trained: bool = True) -> int:
     """A chunk of logits, its fp32 log-probabilities and, in training, their gradients; the head's cast, and its gradient where it is trained."""
-    width, head = _width(plan), shape.vocabulary * shape.hidden
-    copies = 2 * FLOAT + (width * (1 + is_trained) if width == 2 else 0)
+    each, head = width(plan), shape.vocabulary * shape.hidden
+    copies = 2 * FLOAT + (each * (1 + is_trained) if each == 2 else 0)
     chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * copies
     is_stored_so = is_beside(plan) and not shape.is_tied
-    cast = head * width if width < stored_width(plan) and not is_stored_so else 0
+    cast = head * each if each < stored_width(plan) and not is_stored_so else 0
     return chunk + cast + (0 if is_beside(plan) or not is_trained else head * FLOAT + cast)

@@ -12,7 +12,7 @@ class Pin(BaseModel):
 
 class PinnedBase(Pin):
     kind: str
-    """`hub`, `directory`, `package` or `adapter`."""
+    """`hub`, `directory`, `package`, `gguf` (a file, local or on the Hub) or `adapter`; `config` where the weights are drawn at random."""
     revision: str | None
     """The commit of a Hub checkpoint."""
     digest: str | None

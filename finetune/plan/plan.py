@@ -35,6 +35,13 @@ class Extension(TypedDict):
     plan_id: str
 
 
+# Fields that `plan.json` has only where they say something: of extended runs, branches, and newer code.
+OPTIONAL = (
+    *("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "date"),
+    *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all", "text_of", "parameters_beside_text"),
+)
+
+
 class Plan(Pin):
     recipe: Recipe
     base: PinnedBase
@@ -79,8 +86,17 @@ class Plan(Pin):
     """Held-out rows that these, or the run itself, train on."""
     arranged: str | None = None
     """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
+    pads_least: bool = False
+    """Whether padded rows are grouped for least padding; runs of older code filled their micro-batches. Groups, like their size, bind no run."""
+    reaches_all: bool = False
+    """Whether the adapter reaches what its recipe names, if older code reached something else: of runs of that code it is false."""
     keeps_fp32: bool = False
     """Whether tensors in fp32 beside bf16 weights of the base stay in fp32; runs of older code rounded them."""
+    text_of: str | None = None
+    """The class of a base that also reads images or sound, if its text side alone is trained. Runs of older code have none: they train
+    all of the class that AutoModelForCausalLM takes."""
+    parameters_beside_text: int = 0
+    """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
 
     @property
     def plan_id(self) -> str:
@@ -88,7 +104,7 @@ class Plan(Pin):
         # without defaults, so a key added later does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
         facts["recipe"] = binding(facts["recipe"])
-        for name in ("stages", "seen"):  # known of other runs, of which the figures speak, not the training
+        for name in ("stages", "seen", "pads_least"):  # the first two are about other runs
             facts.pop(name, None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()
@@ -182,17 +198,7 @@ class Plan(Pin):
 
     def dump(self, facts: Facts) -> bytes:
         """`plan.json`: the plan, its id, and the recorded facts (versions, devices) of the run's start."""
-        # fields of extended runs and branches are skipped in other plans
-        optional = (
-            "schedule_start",
-            "segments",
-            "parent",
-            "earlier_orders",
-            "skipped_rows",
-            "skipped_examples",
-            "date",
-        )
-        unused = {name for name in (*optional, "split", "held_out", "seen", "arranged") if not getattr(self, name)}
+        unused = {name for name in OPTIONAL if not getattr(self, name)}
         unused |= {"stages"} if self.stages is None else set()
         fields = self.model_dump(mode="json", exclude=unused)
         record = {"schema": SCHEMA, "plan_id": self.plan_id, **fields, "facts": facts}
@@ -221,13 +227,6 @@ def order_of(recipe: Recipe, sizes: tuple[int, ...], earlier: Sequence[EarlierOr
 def steps_of(train: Train, order: Order) -> int:
     """Number of updates; none crosses the end of an epoch."""
     return train.steps or order.last_step_of(train.epochs or 0)
-
-
-def keeps_fp32(recipe: Recipe, like: Plan | None) -> bool:
-    """`Plan.keeps_fp32` of a recipe; `like` is the plan of a run that it goes on with."""
-    if like is not None and like.recipe.train.weights == "bf16":
-        return recipe.train.weights == "bf16" and like.keeps_fp32
-    return recipe.train.weights == "bf16"
 
 
 def are_same_rows(one: Plan, two: Plan) -> bool:

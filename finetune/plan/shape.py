@@ -19,6 +19,7 @@ class Shape(NamedTuple):
     keys: int
     """Key-value heads times their size."""
     is_tied: bool
+    has_experts: bool = False
 
 
 def shape_of(config: "PretrainedConfig") -> Shape:
@@ -43,6 +44,7 @@ def shape_of(config: "PretrainedConfig") -> Shape:
         queries=heads * size,
         keys=(size_of("num_key_value_heads") or heads) * size,
         is_tied=bool(getattr(config, "tie_word_embeddings", False)),
+        has_experts=bool(experts),
     )
 
 

@@ -77,6 +77,8 @@ class Forecast(TypedDict):
     cut_tokens: int
     left_out_rows: int
     longest: int
+    arrangement: str
+    """How rows come together; why they are not packed is in `base_notes`."""
     holdout_rows: int
     holdout_tokens: int
     holdout_copies: int

@@ -102,7 +102,8 @@ def _complaint(details: ErrorDetails, data: Plain) -> Complaint:
         message = str(context["error"])
         if isinstance(context["error"], PatternError):
             return key, message, context["error"].hint
-        return key, message if isinstance(value, dict) else f"{message}, not {shown(value)}", None
+        hint = _type_hint(key, "bool_type", value) if "`true` or `false`" in message else None
+        return key, message if isinstance(value, dict) else f"{message}, not {shown(value)}", hint
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         return key, f"must be {words} {context[name]:g}, not {shown(value)}", None

@@ -43,6 +43,12 @@ RECIPE = (
         "a step has to fit the memory that is there; its sums are taken in another order, so bit equality may be lost",
     ),
     Rule(("train.activation_checkpointing",), "taken", "what is not kept is computed again, to the same bits"),
+    Rule(("train.activation_offload",), "taken", "what is kept elsewhere comes back with the same bits"),
+    Rule(
+        ("train.mlp_chunk_tokens",),
+        "taken",
+        "a long row has to fit the memory that is there; its sums are taken in another order, so bit equality may be lost",
+    ),
     Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),

@@ -187,14 +187,14 @@ def _make(unfinished: Path, build: Callable[[Path], None]) -> None:
                 unfinished.rmdir()
             raise
     for item in list(unfinished.iterdir()):
-        if item.is_dir():
+        if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
 
 
 def _clear(unfinished: Path) -> None:
     """Removes all but sealed parts."""
     for item in list(unfinished.iterdir()):
-        if not item.is_dir():
+        if item.is_symlink() or not item.is_dir():
             item.unlink()
         elif not (item / SEAL).exists():
             shutil.rmtree(item)
@@ -229,8 +229,8 @@ def _sweep(kind: Path) -> None:
 
 
 def _seal(directory: Path) -> None:
-    """Records the content of the entry, and makes it durable, and readable for all users of the cache."""
-    files = [file for file in sorted(directory.iterdir()) if file.is_file()]
+    """Records the content of the entry, without what its links lead to, and makes it durable, and readable for all users of the cache."""
+    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.is_symlink()]
     (directory / SEAL).write_text(json.dumps({file.name: _digest(file) for file in files}))
     for file in [*files, directory / SEAL]:
         file.chmod(0o644)

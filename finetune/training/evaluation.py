@@ -21,9 +21,10 @@ def batches(resolved: Resolved, examples: Examples, accelerator: Accelerator) ->
     """The micro-batches of this rank, arranged and collated as the plan says."""
     plan = resolved.plan
     task = TASKS[plan.recipe.task.name]
+    is_older = plan.arrangement == "padded" and not plan.pads_least
     return Batches(
         examples,
-        arrange=pack.ARRANGEMENTS[plan.arrangement],
+        arrange=pack.ARRANGEMENTS["filled" if is_older else plan.arrangement],
         collate=task.collate_packed if plan.arrangement == "packed" else task.collate_padded,
         budget=resolved.micro_batch_tokens,
         rank=accelerator.process_index,

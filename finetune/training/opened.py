@@ -28,6 +28,7 @@ class _Settings(TypedDict, total=False):
     quantization: str | None
     products: torch.dtype
     place: base.Place | None
+    kind: base.LoadingClass
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def open_model(
     if ref.kind == "base":
         plan, _ = RunDirectory(ref.run).plan()
         directory = base.directory(plan.recipe.base, plan.base)
-        return Opened(
-            _loaded(directory, plan.recipe if is_as_trained else None, asked), directory, directory, plan, None
-        )
+        asked["kind"] = base.class_named(plan.text_of)
+        model = _loaded(directory, plan.recipe if is_as_trained else None, asked)
+        return Opened(model, directory, directory, plan, None)
     if ref.kind == "run" or ref.kind == "checkpoint":
         return _open_checkpoint(find(ref), asked, is_as_trained)
     if ref.kind == "model" and (ref.path / "adapter_config.json").exists():
@@ -116,6 +117,8 @@ def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bo
     recipe = plan.recipe if plan and is_as_trained else None
     if (checkpoint.path / "adapter_config.json").exists():
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
+    if plan:
+        asked["kind"] = base.class_named(plan.text_of)
     model = _loaded(checkpoint.path, recipe, asked)
     directory = checkpoint.path
     if plan and not base.has_tokenizer(directory):  # older code saved only some kinds
@@ -127,7 +130,8 @@ def _open_adapter(path: Path, asked: _Settings, recipe: Recipe | None) -> Opened
     """An adapter on its base: that of its run, or the one that a plain peft directory names. As `recipe` trained it, or in fp32."""
     below, pinned = base.beneath(path, str(path))
     base_directory = base.directory(below, pinned)
-    model = _loaded(base_directory, recipe, asked)
+    kind = base.class_below(path, base_directory, str(path))
+    model = _loaded(base_directory, recipe, {**asked, "kind": kind})
     # Not merged: merging rounds, so the figures would not be those of training.
     model = base.attach(model, path, str(path))
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)

@@ -20,7 +20,7 @@ def pin_base(named: Base, pinned: PinnedBase, run_id: str, directory: Path | Non
     is_adapter = pinned.kind == "adapter"
     if is_adapter:
         named = base.located(named, pinned, base.LOOK)
-    path = _directory(named.checkpoint) if is_adapter or directory is None else directory.resolve()
+    path = _directory(named.checkpoint) if is_adapter or directory is None else base.source_of(directory).resolve()
     step = step_of(path.name) if path else None
     run = base.run_around(path) if path and step is not None else None
     if path is None or step is None or run is None:

@@ -16,7 +16,7 @@ from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
-from finetune.training.build import slow_numbers
+from finetune.training.build import notes_here
 from finetune.training.readiness import refuse_gated, refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
 
@@ -85,7 +85,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
     own = resolved.holdout.said if plan.holdout else []
     for source, read in zip((*facts["train"], *facts["holdout"]), (*resolved.train.said, *own), strict=True):
         source["read"] = read
-    facts["notes"] += filter(None, [slow_numbers(plan.recipe.train.precision)])
+    facts["notes"] += notes_here(plan.recipe.train)
     return {
         **facts,
         **readings.readings(plan, resolved.train, resolved.holdout),

@@ -45,9 +45,11 @@ def refuse_unfit_base(resolved: Resolved) -> None:
     if not is_here and not list(directory.glob("*.safetensors")):
         return
     base.check_weight_files(directory)
+    kind = base.class_named(resolved.plan.text_of)
     facts = [resolved.plan.base.model_dump(mode="json"), *map(version, ("finetune", "torch", "transformers"))]
+    facts += filter(None, [resolved.plan.text_of])
     # Cached: it makes an empty model of the base, which is slow for a large one.
-    base.refuse_lacking(directory, cache.found("lacking", facts, lambda: base.lacking(directory)))
+    base.refuse_lacking(directory, cache.found("lacking", facts, lambda: base.lacking(directory, kind)))
 
 
 def _refuse_place(run: Path) -> None:

@@ -17,19 +17,22 @@ from finetune.data.batches import Examples, select
 from finetune.data.example import Encoded
 from finetune.data.heldout import draw
 from finetune.data.heldout.draw import HeldOut
-from finetune.errors import AdapterError, DataError, Problem, RecipeError, RunError
+from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.curve import warmup_of
+from finetune.plan.older import keeps_fp32
 from finetune.plan.pinned import Counts
-from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, keeps_fp32, order_of, steps_of
+from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
 from finetune.plan.shape import shape_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
 from finetune.tasks import TASKS
+from finetune.training import base_fit
+from finetune.training.counted import counted as count
 from finetune.training.encoding import Encoding, encoding_of, read
-from finetune.training.trial import Counted, arranged_like, count_parameters
+from finetune.training.trial import arranged_like
 
 # what a resume keeps of a plan, and a new plan does not have
 KEPT = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "seen")
@@ -94,9 +97,8 @@ def resolve(
     # Which rows are held out is decided before any is counted: steps and epochs are about the others.
     held_out = draw.held_out(recipe, sources, earlier, draw.origin(recipe, like, stages))
     train, train_counts, holdout, holdout_counts = _selected(loaded, rows, held_out)
-    counted = _counted(loaded, opened.directory)
-    # Some bases mix packed rows. That is tried on a small model of the same kind, before a weight is read.
-    arranged, notes = arranged_like(recipe, opened.directory, like)
+    counted = count(loaded, opened.directory, like)
+    arranged, notes = arranged_like(recipe, opened.directory, like, is_resumed=earlier is not None)
     plan = Plan(
         recipe=recipe,
         base=opened.pinned,
@@ -107,23 +109,22 @@ def resolve(
         holdout_counts=holdout_counts,
         sizes=train.sizes,
         **_course(recipe, train.sizes, earlier),
-        total_parameters=counted.total,
-        trainable_parameters=counted.trainable,
+        **counted.in_plan,
         row_rules=encoding.row_rules,
         split=held_out.split,
         # An older plan has no digest here, and gets none: its id must stay what it is.
         held_out=held_out.digest if earlier is None or earlier.held_out else "",
         stages=stages,
         arranged=arranged,
+        pads_least=like is None or like.pads_least,
         date=encoding.day,
         keeps_fp32=keeps_fp32(recipe, like),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
-    else:
-        plan = draw.with_seen(plan, held_out, loaded.file)
+    plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
     tokens = _micro_batch_tokens(plan, opened.config)
-    found = (*opened.pinned.notes, *encoding.notes(train_counts), *counted.notes, *notes)
+    found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
     return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.reached)
 
@@ -146,7 +147,7 @@ def open_base(loaded: LoadedRecipe, like: Plan | None, stand_in: Path | None, is
         # The disk reads weights into memory while the CPU encodes rows.
         base.read_ahead(directory)
     config, tokenizer = base.load_config(directory), base.load_tokenizer(directory)
-    if problems := _problems(loaded, config, tokenizer, pinned):
+    if problems := base_fit.problems(loaded, config, tokenizer, pinned):
         raise RecipeError(problems)
     return _Base(pinned, directory, config, tokenizer)
 
@@ -167,7 +168,7 @@ def _read_rows(recipe: Recipe, encoding: Encoding, same: Plan | None, like: Plan
 
 
 def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Examples, Counts, Examples, Counts]:
-    """The examples to train on and the held-out ones, with what encoding found in each. DataError where a source has none to train on."""
+    """Examples to train on and held-out ones, with what encoding found. DataError where a source has none to train on."""
     pins, encoded = rows.train
     train, counts = select(encoded, [pin.rows for pin in pins], held_out.untrained, is_kept=False)
     if isinstance(loaded.recipe.data.holdout, list):
@@ -176,13 +177,6 @@ def _selected(loaded: LoadedRecipe, rows: _Rows, held_out: HeldOut) -> tuple[Exa
     if not all(train.sizes):
         raise DataError("no row is left to train on", where=loaded.file, hint="hold out fewer rows, or give more")
     return train, counts, holdout, holdout_counts
-
-
-def _counted(loaded: LoadedRecipe, directory: Path) -> Counted:
-    try:
-        return count_parameters(loaded.recipe.adapter, directory)
-    except AdapterError as error:
-        raise RecipeError([loaded.problem(error.where or "", error.message, error.hint)]) from None
 
 
 def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dict[str, object]:
@@ -222,29 +216,3 @@ def _refuse_change(earlier: Plan, plan: Plan) -> None:
         "what the run trains on has changed since it was planned:\n  " + "\n  ".join(changed),
         hint="restore the old files, or train on the new ones in a branch: `finetune branch RUN@STEP`",
     )
-
-
-def _problems(
-    loaded: LoadedRecipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, pinned: PinnedBase
-) -> list[Problem]:
-    """What base and recipe cannot do together; all of it at once."""
-    recipe, problems = loaded.recipe, []
-    text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or 0
-    # Beyond its positions a base gives nonsense or an index error. XLNet's -1 is no bound.
-    if 0 < longest < recipe.task.max_length:
-        message = f"{recipe.task.max_length} is more than the base's {longest} positions"
-        problems.append(loaded.problem("task.max_length", message))
-    # Ids beyond the embedding would be an index error in the middle of an epoch.
-    if len(tokenizer) > text.vocab_size:
-        message = f"its tokenizer has {len(tokenizer)} tokens, its model only {text.vocab_size}"
-        problems.append(loaded.problem("base.checkpoint", message))
-    if recipe.package.form == "adapter" and pinned.kind != "hub" and recipe.base.origin is None:
-        problems.append(
-            loaded.problem(
-                "package.form",
-                "an adapter of a local base would name a base that others do not have",
-                "set base.origin to the Hub checkpoint it is equal to, or use `merged`",
-            )
-        )
-    return problems

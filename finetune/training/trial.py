@@ -8,25 +8,24 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TypedDict, cast
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, BaseError, explained
-from finetune.model import adapters, attention, base, decoder_layers, losses, tiny
+from finetune.model import adapters, attention, base, losses, packing, rotary, row_by_row, tiny
+from finetune.model.base import loading_class, text_side
+from finetune.model.packing import OURS, Packing
 from finetune.plan.plan import Plan
-from finetune.recipe.schema import Adapter, Recipe
+from finetune.recipe.schema import Recipe
 from finetune.store import cache
+from finetune.training import arrangements, scaling
+from finetune.training.counted import text_of_code
 
-LENGTHS = (40, 8, 24)  # of the rows; the first is beyond `tiny.EDGE`, the others are not both
-TOLERANCE = 1e-3  # of the norm of all logits
 ARRANGEMENTS = ("packed", "padded", "alone")  # from the fastest to the one that is right by itself
 TOLD = {"packed": "packed", "padded": "padded", "alone": "trained one by one"}
-OFF = "set task.packing: false, or leave it out"
+OFF = "set task.packing: auto"
 
 
 @dataclass(frozen=True)
@@ -37,62 +36,44 @@ class Trial:
     """What its user should know."""
 
 
-class _Counted(TypedDict):
-    """`Counted`, as JSON."""
+def arranged_like(
+    recipe: Recipe, directory: Path, like: Plan | None, is_resumed: bool
+) -> tuple[str | None, tuple[str, ...]]:
+    """`Plan.arranged` of a recipe, and what to say: that of a run which it goes on with, or what a trial finds.
 
-    total: int
-    trainable: int
-    reached: dict[str, tuple[int, int]] | None
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class Counted:
-    total: int
-    """Parameters, tied ones once."""
-    trainable: int
-    reached: dict[str, tuple[int, int]] | None
-    """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
-    notes: tuple[str, ...]
-
-
-def count_parameters(settings: Adapter | None, directory: Path) -> Counted:
-    """Of a base with an adapter on it, without loading a weight; asked once. AdapterError where they do not fit."""
-
-    def count() -> _Counted:
-        model = base.empty_model(directory)
-        skipped = adapters.skipped(model, settings)
-        model = adapters.apply(model, settings)
-        parameters, reached = list(model.parameters()), decoder_layers.reached(model) if settings else None
-        missed = decoder_layers.missed(reached) if reached and settings and settings.is_peft else None
-        return {
-            "total": sum(each.numel() for each in parameters),
-            "trainable": sum(each.numel() for each in parameters if each.requires_grad),
-            "reached": reached,
-            "notes": [note for note in (skipped, missed) if note],
-        }
-
-    # Also our code: a fix in it must not leave older results in the cache.
-    code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
-    ours = _text_of(adapters, decoder_layers)
-    facts = [(directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours]
-    found = cache.found("counted", facts, count)
-    return Counted(found["total"], found["trainable"], found["reached"], tuple(found["notes"]))
-
-
-def _text_of(*modules: ModuleType) -> list[str]:
-    """The code of modules, and of all files of those that are packages."""
-    files = [Path(module.__file__ or "") for module in modules]
-    parts = [sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file] for file in files]
-    return [part.read_text() for each in parts for part in each]
-
-
-def arranged_like(recipe: Recipe, directory: Path, like: Plan | None) -> tuple[str | None, tuple[str, ...]]:
-    """`Plan.arranged` of a recipe, and what to say: that of a run which it goes on with, or what a trial finds."""
-    if like is not None and like.recipe.task == recipe.task:
+    A branch whose recipe names `packing: true` is tried, too: its parent may be padded.
+    """
+    if like is not None and like.recipe.task == recipe.task and (is_resumed or not _must_pack(recipe)):
         return like.arranged, ()
     found, told = trial(recipe, directory), "packed" if recipe.task.packing else "padded"
     return None if found.arrangement == told else found.arrangement, found.notes
+
+
+def _must_pack(recipe: Recipe) -> bool:
+    """Whether the recipe itself says so: `auto` is the state without the key."""
+    return recipe.task.packing and "packing" in recipe.task.model_fields_set
+
+
+def packing_of(directory: Path, max_length: int) -> Packing:
+    """How rows are packed on a base. What was not found to be exact is packed by our attention alone: `check_packing` decides there."""
+    attention, by_row = _reasons(directory, max_length)["packing"] or OURS
+    return Packing(attention, tuple(by_row))
+
+
+def _reasons(directory: Path, max_length: int) -> arrangements.Compared:
+    def compare() -> arrangements.Compared:
+        return arrangements.compared(base.load_config(directory), max_length)
+
+    return cache.found("arrangements", _facts(directory, max_length), compare)
+
+
+def _facts(directory: Path, max_length: int) -> list[object]:
+    """What a trial depends on: also our code, so that a fix in it leaves no older results in the cache."""
+    ours = text_of_code(
+        *(adapters, arrangements, attention, text_side, loading_class, losses, packing, row_by_row, rotary, tiny)
+    )
+    code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
+    return [json.loads((directory / "config.json").read_text()), max_length, code]
 
 
 def trial(recipe: Recipe, directory: Path) -> Trial:
@@ -100,119 +81,39 @@ def trial(recipe: Recipe, directory: Path) -> Trial:
 
     BaseError where the base cannot be trained, or not in the way that the recipe names.
     """
-    task, config = recipe.task, json.loads((directory / "config.json").read_text())
-    ours = _text_of(adapters, attention, losses, tiny)
-    code = [Path(__file__).read_text(), *ours, *map(version, ("finetune", "torch", "transformers", "peft"))]
-    is_named = "packing" in task.model_fields_set
-
-    def compare() -> dict[str, str | None]:
-        return _compared(base.load_config(directory), task.max_length)
+    scaling.refuse_without_effect(recipe, directory)
+    task, reasons = recipe.task, _reasons(directory, recipe.task.max_length)
 
     def train() -> str | None:
         return _train_once(tiny.model_like(base.load_config(directory), task.max_length), recipe)
 
-    reasons = cache.found("arrangements", [config, task.max_length, code], compare)
     # Without a small model nothing can be tried, so the recipe decides.
     if reasons["small"]:
-        taken = "packed" if task.packing and is_named else "padded"
+        taken = "packed" if _must_pack(recipe) else "padded"
         return Trial(taken, (f"rows are {taken}, untried: {reasons['small']}",))
-    if reasons["packed"] and task.packing and is_named:
+    if reasons["packed"] and _must_pack(recipe):
         raise BaseError(reasons["packed"], where="task.packing", hint=OFF)
     wanted = ARRANGEMENTS if task.packing else ARRANGEMENTS[1:]
-    # There is always one: `alone` never has a reason against it.
-    found = next(way for way in wanted if not reasons.get(way))
-    notes = [f"rows are {TOLD[found]}: {reasons[wanted[wanted.index(found) - 1]]}"] if found != wanted[0] else []
+    against = {"packed": reasons["packed"], "padded": reasons["padded"], "alone": None}
+    found = next(way for way in wanted if not against[way])
+    notes = [f"rows are {TOLD[found]}: {against[wanted[wanted.index(found) - 1]]}"] if found != wanted[0] else []
+    notes += scaling.notes(recipe, directory)
     settings = recipe.adapter and recipe.adapter.model_dump(mode="json")
-    facts = [config, task.max_length, settings, recipe.train.precision, code]
+    facts = [*_facts(directory, task.max_length), settings, recipe.train.precision]
     if told := cache.found("trials", facts, train):
         notes.append(told)
     return Trial(found, tuple(notes))
 
 
-def _compared(config: PretrainedConfig, max_length: int) -> dict[str, str | None]:
-    """Why rows that come together do not give what each gives alone, by way; and why no small model can be made. BaseError where a
-    token's logits depend on what comes after it."""
-    try:
-        plain = tiny.model_like(config, max_length)
-    except BaseError as error:
-        return {"small": error.message}
-    _refuse_other_way_round(plain)
-    return {"small": None, **{way: _mixes(way, plain, config, max_length) for way in ("packed", "padded")}}
-
-
-def _rows(model: PreTrainedModel) -> list[Tensor]:
-    """Rows of (1, T) tokens that all differ and lie all over the vocabulary, but not among its first ids, which are control tokens."""
-    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    count = min(rows, 256)
-    # Knuth's multiplicative hash spreads them; the first ids are control tokens.
-    tokens = 3 + torch.arange(sum(LENGTHS)) * 2_654_435_761 % (count - 3)
-    return [row[None] for row in tokens.split(LENGTHS)]
-
-
-def _refuse_other_way_round(model: PreTrainedModel) -> None:
-    """BaseError where a token's logits depend on what comes after it."""
-    row = _rows(model)[0]
-    before = _logits(model, input_ids=row)
-    # Only the last 8 tokens change, so a causal model computes the same logits before them.
-    after = _logits(model, input_ids=torch.cat([row[:, :-8], row[:, :8]], dim=1))
-    if _differs(before[:, :-8], after[:, :-8]):
-        hint = "set is_decoder: true in its config.json if it has that key, or choose another base"
-        raise BaseError("is not causal: its tokens see those after them", where=type(model).__name__, hint=hint)
-
-
-def _mixes(way: str, plain: PreTrainedModel, config: PretrainedConfig, max_length: int) -> str | None:
-    """Why rows that come together in a way do not give what each gives alone; None where they do."""
-    rows = _rows(plain)
-    alone = torch.cat([_logits(plain, input_ids=row) for row in rows], dim=1)
-    try:
-        together = _packed(config, max_length, rows) if way == "packed" else _padded(plain, rows)
-    except BaseError as error:
-        return error.message
-    return f"{way}, this base would mix them" if _differs(alone, together) else None
-
-
-def _packed(config: PretrainedConfig, max_length: int, rows: list[Tensor]) -> Tensor:
-    try:
-        model = tiny.model_like(config, max_length, attn_implementation=attention.PER_ROW)
-    except BaseError as error:
-        message = error.message.replace("cannot be made small", "its attention cannot be replaced")
-        raise BaseError(message, where=config.model_type) from None
-    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
-    return _logits(
-        model,
-        input_ids=torch.cat(rows, dim=1),
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
-        row_bounds=bounds,
-        cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
-    )
-
-
-def _padded(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    filled = torch.zeros(len(rows), max(LENGTHS), dtype=torch.long)
-    for place, row in enumerate(rows):
-        filled[place, : row.shape[1]] = row[0]
-    logits = _logits(model, input_ids=filled)
-    return torch.cat([logits[place : place + 1, : row.shape[1]] for place, row in enumerate(rows)], dim=1)
-
-
-def _logits(model: PreTrainedModel, **inputs: object) -> Tensor:
-    with torch.inference_mode(), explained("transformers cannot run it", type(model).__name__):
-        return model(**inputs, use_cache=False).logits
-
-
-def _differs(one: Tensor, two: Tensor) -> bool:
-    # `not <=`, and not `>`: NaN counts as a difference.
-    return one.shape != two.shape or not (one - two).norm() <= TOLERANCE * one.norm()
-
-
 def _train_once(model: PreTrainedModel, recipe: Recipe) -> str | None:
     """A loss of the first row, forward and backward, in the recipe's precision and with its adapter; what to say of that loss.
     BaseError where that fails."""
+    model = base.freeze_beside_text(model)
     try:
         model = adapters.apply(model, recipe.adapter)
     except AdapterError:  # it names layers that the small model does not have
         model.requires_grad_(True)
-    row = _rows(model)[0]
+    row = arrangements.rows_for(model)[0]
     places = torch.arange(len(row[0]) - 1, device=row.device)
     is_bf16 = recipe.train.precision == "bf16"
     with (

@@ -1,6 +1,6 @@
 """What `finetune plan` forecasts beside what `finetune train` then takes: peak memory, and the time of the rest after 20 steps.
 
-    python scripts/bench/forecast.py --work DIRECTORY [--only memory,evaluation,time] [--json FILE] [--tiny]
+    python scripts/bench/forecast.py --work DIRECTORY [--only memory,evaluation,long,time] [--json FILE] [--tiny]
 
 Every cell is a real `finetune train` in a separate process. Memory is that process's VmHWM: all of it, staging buffers and
 the pages of the base's file included. Time is that from the forecast at step 20 to the last step's end, journalled, saves and
@@ -25,7 +25,12 @@ from training import MEDIUM, SMOLLM2, TINY, Shape, Work, write_recipe
 
 from finetune.store.run import journal
 
-LIMITS = {"memory": 0.15, "evaluation": 0.15, "time": 0.25}
+LIMITS = {"memory": 0.15, "evaluation": 0.15, "long": 0.15, "time": 0.25}
+SAVERS = {
+    "no saver": [],
+    "checkpointed": ["train.activation_checkpointing=true"],
+    "checkpointed, feed-forward in pieces": ["train.activation_checkpointing=true", "train.mlp_chunk_tokens=1024"],
+}
 # Tells the peak of the process that it is: what the parent had resident before does not count, as it would in ru_maxrss.
 PEAK = """
 import re
@@ -96,6 +101,30 @@ def evaluation(work: Path, is_tiny: bool) -> Iterator[Row]:
         shutil.rmtree(work / "run")
 
 
+def long(work: Path, is_tiny: bool) -> Iterator[Row]:
+    """One row beyond the positions of its base, whose feed-forward is wide; two steps of it."""
+    shape = Shape(2, 32, 64, 300) if is_tiny else Shape(4, 256, 4096, 1024)
+    for tokens in (2048,) if is_tiny else (8192, 16384):
+        for adapter, (saver, settings) in product(("full", "lora"), SAVERS.items()):
+            if tokens > 8192 and saver != list(SAVERS)[-1]:
+                continue  # gigabytes
+            cell = Cell("wide" if not is_tiny else "tiny", adapter, "fp32", tokens, 1)
+            recipe = write_recipe(
+                work / f"{adapter}.yaml", shape, Work(2, tokens), {"name": "lora"} if adapter == "lora" else None
+            )
+            text = recipe.read_text().replace("base: {", 'base: {"rope": {"rope_type": "linear", "factor": 16.0}, ')
+            recipe.write_text(text)
+            chosen = [*settings_of(cell), *settings, "train.steps=2", "checkpoint.every=1 steps"]
+            facts = planned(recipe, chosen)
+            yield Row(
+                f"{tokens} tokens, {adapter}, {saver}",
+                facts["memory_bytes"],
+                trained(recipe, work / "run", chosen),
+                facts["memory"],
+            )
+            shutil.rmtree(work / "run")
+
+
 def time(work: Path, is_tiny: bool) -> Iterator[Row]:
     for adapter in ("full", "lora"):
         model = next(iter(models(is_tiny)))
@@ -113,7 +142,7 @@ def time(work: Path, is_tiny: bool) -> Iterator[Row]:
         shutil.rmtree(work / "run")
 
 
-PARTS = {"memory": memory, "evaluation": evaluation, "time": time}
+PARTS = {"memory": memory, "evaluation": evaluation, "long": long, "time": time}
 
 
 def recipe_of(work: Path, cell: Cell, known: dict[str, Shape | str], tokens: int) -> Path:

@@ -1,10 +1,11 @@
 """An arrangement holds each example of the step once, keeps to its budget, and depends on nothing but the lengths."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.pack import packed, padded
+from finetune.data.pack import MICRO_BATCH_COST, PADDING_SHARE, filled, packed, padded
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 BUDGETS = st.integers(1, 400)
@@ -16,7 +17,7 @@ def tokens_of(arrange, lengths, slot):
     return sum(within) if arrange is packed else len(within) * max(within)
 
 
-@pytest.mark.parametrize("arrange", [packed, padded])
+@pytest.mark.parametrize("arrange", [packed, padded, filled])
 @settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_each_example_is_in_exactly_one_micro_batch(arrange, lengths, budget):
@@ -25,7 +26,7 @@ def test_each_example_is_in_exactly_one_micro_batch(arrange, lengths, budget):
     assert all(slots)
 
 
-@pytest.mark.parametrize("arrange", [packed, padded])
+@pytest.mark.parametrize("arrange", [packed, padded, filled])
 @settings(deadline=None)
 @given(LENGTHS, BUDGETS)
 def test_a_micro_batch_keeps_to_its_budget_unless_one_example_alone_exceeds_it(arrange, lengths, budget):
@@ -57,9 +58,45 @@ def test_packing_fills_what_padding_leaves_empty():
     assert padded(lengths, 100) == [[0], [4, 2], [3, 1, 5]]
 
 
-@pytest.mark.parametrize("arrange", [packed, padded])
+@pytest.mark.parametrize("arrange", [packed, padded, filled])
 def test_no_examples_make_no_micro_batch(arrange):
     assert arrange([], 100) == []
+
+
+def padding_share(lengths, slots):
+    return 1 - sum(lengths) / sum(tokens_of(padded, lengths, slot) for slot in slots)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 256])
+@pytest.mark.parametrize("budget", [2048, 8192, 32768])
+@pytest.mark.parametrize("spread", [0.3, 0.8, 1.2])
+def test_at_most_a_tenth_of_a_padded_step_is_padding(rows, budget, spread):
+    lengths = np.exp(np.random.default_rng(rows).normal(5.5, spread, rows)).clip(4, 2048).astype(int).tolist()
+    share = padding_share(lengths, padded(lengths, budget))
+    assert share <= PADDING_SHARE and share <= padding_share(lengths, filled(lengths, budget))
+
+
+@settings(deadline=None)
+@given(LENGTHS, BUDGETS)
+def test_padding_takes_more_micro_batches_than_filling_only_where_that_saves_their_cost(lengths, budget):
+    fewer, more = filled(lengths, budget), padded(lengths, budget)
+    least, most = (sum(tokens_of(padded, lengths, slot) for slot in slots) for slots in (more, fewer))
+    assert len(more) <= len(fewer) or least + MICRO_BATCH_COST * (len(more) - len(fewer)) <= most
+    assert len(more) <= len(fewer) or padding_share(lengths, fewer) > PADDING_SHARE
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots"),
+    [
+        ([7], [[0]]),
+        ([3000, 5], [[0], [1]]),
+        ([1] * 4, [[0, 1, 2, 3]]),
+        ([100, 10, 10, 10], [[0], [1, 2, 3]]),
+        ([1000] * 3 + [10], [[0], [1, 2], [3]]),
+    ],
+)
+def test_a_micro_batch_is_added_where_it_saves_more_than_it_costs(lengths, slots):
+    assert padded(lengths, 2048) == slots
 
 
 def by_definition(lengths, budget):

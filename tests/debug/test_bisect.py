@@ -123,6 +123,7 @@ sys.exit(125 if step in {skipped} else int(step >= {first}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "skipped"), [(12, set()), (21, set()), (30, set()), (1, set()), (12, {13, 10, 15})])
 def test_a_command_decides_as_in_git_bisect(first, skipped, sound, tmp_path) -> None:
     script = tmp_path / "check.py"
@@ -138,6 +139,7 @@ def test_a_command_may_end_the_search(sound) -> None:
         bisect(sound, bad_command=f"{sys.executable} -c 'raise SystemExit(200)'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["once", "from then on"])
 def test_a_flipped_bit_is_not_in_the_recipe_and_is_said_to_be_so(fault, poisoned, train, tmp_path, monkeypatch) -> None:
     sound = loop.train_step

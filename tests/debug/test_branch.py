@@ -131,6 +131,7 @@ def test_rows_are_left_out_of_their_steps_alone(run, tmp_path) -> None:
     assert replay(made, 9, 20)["identical"]
 
 
+@pytest.mark.slow
 def test_a_step_whose_rows_are_all_left_out_is_not_made(recipe_file, train, tmp_path) -> None:
     from finetune.store.run.row_losses import read_rows
 
@@ -143,6 +144,7 @@ def test_a_step_whose_rows_are_all_left_out_is_not_made(recipe_file, train, tmp_
     assert replay(made, 9, 20)["identical"]
 
 
+@pytest.mark.slow
 def test_a_branch_is_resumed_extended_and_branched_again(run, tmp_path, train) -> None:
     whole = branch(f"{run}@8", tmp_path / "whole", Choices(("train.seed=3",)))
     parts = branch(f"{run}@8", tmp_path / "parts", Choices(("train.seed=3",)), until=13)
@@ -156,6 +158,7 @@ def test_a_branch_is_resumed_extended_and_branched_again(run, tmp_path, train) -
         replay(whole, 3, 10)
 
 
+@pytest.mark.slow
 def test_the_poisoned_row_that_bisect_finds_is_left_out_by_its_bundle(
     recipe_file, train, tmp_path, monkeypatch, tiny_tokenizer
 ) -> None:
@@ -239,6 +242,7 @@ def test_two_processes_branch_from_a_step_that_was_not_stored(recipe_file, tmp_p
     assert json.loads(both("replay", made, "--steps", "12..15", "--json"))["identical"]
 
 
+@pytest.mark.slow
 def test_a_branch_with_other_keys_is_bisected_from_where_it_begins(run, tmp_path) -> None:
     choices = Choices(("optimizer.learning_rate=0.001", "checkpoint.keep={last: 1}"))
     made = branch(f"{run}@8", tmp_path / "made", choices)
@@ -321,6 +325,7 @@ def rows_of(run):
     return {step: drawn for step, drawn in rows.items() if drawn}  # a branch has no rows of the steps before it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "steps"), [(8, 5), (16, 4), (32, 4), (1, 19), (3, 9)])
 def test_a_branch_with_another_batch_size_goes_on_at_the_next_unseen_example(
     epoch_run, tmp_path, capsys, batch_size, steps

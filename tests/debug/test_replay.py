@@ -37,6 +37,7 @@ def digests(run, step):
     }
 
 
+@pytest.mark.slow
 def test_every_step_comes_out_as_it_was_recorded(run) -> None:
     facts = replay(run, 1, 20)
     assert (facts["identical"], facts["first_difference"], facts["steps"]) == (True, None, [1, 20])
@@ -97,6 +98,7 @@ def test_inspection_shows_rows_tokens_and_modules_and_changes_nothing(run) -> No
     assert list(step["module_grad_norms"]) == ["layers.0", "layers.1"]
 
 
+@pytest.mark.slow
 def test_a_materialized_step_is_the_checkpoint_that_a_save_would_have_made(run, recipe_file, train, tmp_path) -> None:
     every = train(
         recipe_file(
@@ -122,6 +124,7 @@ def test_a_materialized_step_is_the_checkpoint_that_a_save_would_have_made(run, 
     assert Store(run).pinned() == {10, 11, 12}
 
 
+@pytest.mark.slow
 def test_a_materialized_step_outlives_the_keep_rules_and_a_resume(recipe_file, train, tmp_path) -> None:
     recipe = recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 1}})
     run, whole = tmp_path / "run", train(recipe, tmp_path / "whole")

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.checkpoints.store import Store
@@ -34,6 +36,7 @@ def test_the_newest_and_the_best_do_not_depend_on_any_date(tmp_path) -> None:
     assert [find(parse(f"{run}@{name}")).step for name in ("last", "best")] == [300, 300]
 
 
+@pytest.mark.slow
 def test_a_run_whose_clock_jumped_back_resumes_from_its_newest_step(recipe_file, train, tmp_path, capsys) -> None:
     recipe = recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3, "best": 1}})
     whole, run = train(recipe, tmp_path / "whole"), train(recipe, tmp_path / "run")

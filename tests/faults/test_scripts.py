@@ -35,6 +35,7 @@ def test_damages_to_a_checkpoint_of_a_training_are_found_and_named(recipe_file, 
     run("flips", "--damages", 400, "--checkpoint", trained / "checkpoints/step-00000010")
 
 
+@pytest.mark.slow
 def test_kills_and_errors_at_some_calls_of_a_save_leave_a_sound_checkpoint_and_lose_nothing() -> None:
     run("syscalls", "--faults", "SIGKILL,EIO,ENOSPC,EDQUOT,EROFS,EACCES", "--stride", 13)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-ADAPTERS = [pytest.param(None, marks=pytest.mark.slow), {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}]
+ADAPTERS = [None, {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def traced(tracer, traces, recipe_file):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_packed", [True, False])
 def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter, is_packed):
     report = traced(adapter=adapter, task={"name": "chat", "max_length": 64, "packing": is_packed})
     assert report["devices"] == ["cuda:0"]
@@ -82,7 +83,6 @@ def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter
     assert "_fused_adamw_" in report["kernels"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 4, "alpha": 8}])
 def test_memory_savers_read_the_device_once_as_well(traced, adapter):
     saving = {"weights": "bf16", "activation_checkpointing": True}
@@ -102,7 +102,6 @@ def test_a_snapshot_reads_the_counters_of_the_optimizer_at_once(traced, adapter)
     assert report["copy"] == {"device to host: copy_": report["copied"]}
 
 
-@pytest.mark.slow
 def test_fp32_attends_row_by_row(traced):
     report = traced(train={"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64})
     assert "_varlen_attn" not in report["kernels"]

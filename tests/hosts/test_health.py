@@ -133,6 +133,7 @@ def test_a_training_of_older_code_is_not_judged(finished) -> None:
     assert (facts["ok"], facts["state"], facts["limit_seconds"]) == (True, "unknown", None)
 
 
+@pytest.mark.slow
 def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
     recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"}, checkpoint={"every": "99999 steps"})
     monkeypatch.setenv("FINETUNE_RUNS", str(tmp_path / "all"))

@@ -27,6 +27,7 @@ def is_whole(run: Path) -> bool:
     return max(journal.steps(journal.read(run))) == 60 and (run / "checkpoints" / "step-00000060").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", EACH)
 def test_a_training_outlives_the_reader_of_what_it_says(what, recipe, tmp_path) -> None:
     with forks.Popen([*FINETUNE, *WHAT[what], recipe, "--run", tmp_path / "run"], stderr=subprocess.PIPE) as process:
@@ -37,6 +38,7 @@ def test_a_training_outlives_the_reader_of_what_it_says(what, recipe, tmp_path) 
     assert is_whole(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", EACH)
 def test_a_training_whose_log_is_on_a_full_disk_goes_on(what, recipe, tmp_path) -> None:
     with open("/dev/full", "w") as full:

@@ -7,7 +7,7 @@ from finetune.errors import BaseError, FinetuneError
 from finetune.model import decoder_layers
 from finetune.model.adapters import apply
 from finetune.model.attention import PER_ROW
-from finetune.model.base import load_model
+from finetune.model.base import empty_model, load_model
 from finetune.recipe.schema import LoraAdapter
 
 BOUNDS = [[0, 9, 30], [0, 17], [0, 3, 5, 40]]
@@ -99,3 +99,20 @@ def test_without_a_compiler_compiling_is_refused(tiny_base, monkeypatch, tmp_pat
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(FinetuneError, match="train.compile: there is no C\\+\\+ compiler\\nhint: install g\\+\\+"):
         decoder_layers.compile_layers(load_model(tiny_base))
+
+
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["full", "lora"])
+def test_offloaded_activations_are_those_of_the_cpu_to_the_bit(tiny_base, has_adapter):
+    plain, offloaded = model(tiny_base, has_adapter), model(tiny_base, has_adapter)
+    decoder_layers.checkpoint_activations(plain)
+    decoder_layers.checkpoint_activations(offloaded, is_offloaded=True)
+    (expected, _), (found, _) = gradients(plain, BOUNDS[0]), gradients(offloaded, BOUNDS[0])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_transformers_is_asked_to_offload_where_the_model_is_not_on_the_host(tiny_base):
+    for is_offloaded, expected in ((False, {}), (True, {"offload": True})):
+        asked, base = [], empty_model(tiny_base)  # on the meta device
+        base.activation_checkpointing_enable = lambda *_, asked=asked, **named: asked.append(named)
+        decoder_layers.checkpoint_activations(base, is_offloaded)
+        assert asked == [expected]

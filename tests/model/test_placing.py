@@ -10,6 +10,7 @@ from finetune.model import adapters
 from finetune.model.base import Place, empty_model, load_model
 from finetune.recipe.load import load
 from finetune.recipe.schema import LoraAdapter
+from finetune.training import build as build_module
 from finetune.training.build import trained_model
 from finetune.training.opened import open_model
 from finetune.training.resolve import resolve
@@ -67,6 +68,35 @@ def test_an_adapter_beside_bf16_weights_begins_with_the_bits_that_it_has_beside_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     after = models[1].unload().state_dict()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_stored_in_half_precision_are_never_made_fp32_on_a_cpu(
+    untied_base, tiny_base, tiny_tokenizer, recipe_file, tmp_path, monkeypatch, stored
+):
+    """A whole base in fp32 takes twice the memory of the training."""
+    AutoModelForCausalLM.from_pretrained(untied_base, dtype=stored).save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    recipe = recipe_file(base={"checkpoint": str(tmp_path)}, train={"steps": 1, "batch_size": 6, "precision": "bf16"})
+    resolved = resolve(load(recipe))
+    made = trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
+    linear = [name for name in adapters.linear_weights(empty_model(tmp_path)) if "q_proj" not in name]
+    found = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): each
+        for name, each in made.state_dict().items()
+    }
+    types = {found[name].dtype for name in linear}
+    assert types == {torch.float32 if stored == torch.float32 else torch.bfloat16}
+    adapters.store_frozen_as_bf16(made)
+    monkeypatch.setattr(build_module, "_place", lambda recipe, directory, device: Place(device))
+    other = trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
+    adapters.store_frozen_as_bf16(other)
+    expected = other.state_dict()
+    assert all(
+        torch.equal(each, expected[name]) and each.dtype == expected[name].dtype
+        for name, each in made.state_dict().items()
+    )
 
 
 def test_generate_opens_a_model_in_bf16_on_a_gpu_and_as_it_was_on_a_cpu(tiny_base, monkeypatch):

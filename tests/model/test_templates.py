@@ -21,6 +21,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:40])
 def test_a_hostile_or_broken_template_is_refused_and_the_reason_told(template) -> None:
     assert problem(template).startswith(HOSTILE[template])

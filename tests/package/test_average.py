@@ -15,6 +15,8 @@ from finetune.training.opened import open_model
 from tests.hub.client import in_turn
 from tests.package.conftest import LORA
 
+pytestmark = pytest.mark.slow
+
 
 def merged_weights(ref: str) -> dict[str, torch.Tensor]:
     return dict(open_model(ref).model.merge_and_unload().named_parameters())

@@ -148,6 +148,7 @@ def test_what_a_model_keeps_in_fp32_is_in_the_package_as_it_was_trained(packaged
     assert problems(package) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 2}])
 def test_in_bf16_weights_it_stays_in_fp32_through_training_and_checkpoints(packaged, adapter) -> None:
     package = packaged("deepseek_v3", train={"weights": "bf16"}, adapter=adapter)
@@ -158,6 +159,7 @@ def test_in_bf16_weights_it_stays_in_fp32_through_training_and_checkpoints(packa
     assert stored(package)["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_what_is_computed_and_not_stored_is_compared_in_the_type_of_the_package(packaged) -> None:
     package = packaged("falcon_h1")
     buffers = dict(AutoModelForCausalLM.from_pretrained(package).named_buffers())
@@ -174,6 +176,7 @@ def test_parts_attend_in_the_package_as_they_do_in_training(tmp_path) -> None:
     assert [cast.config._attn_implementation, cast.config.get_text_config()._attn_implementation] == before
 
 
+@pytest.mark.slow
 def test_what_the_base_stores_in_fp32_beside_bf16_is_packaged_so(packaged, tiny_base, tmp_path) -> None:
     base, name = shutil.copytree(tiny_base, tmp_path / "mixed"), "model.layers.0.input_layernorm.weight"
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(base / "model.safetensors").items()}
@@ -282,6 +285,7 @@ def test_verify_finds_missing_weights_of_the_declared_class_and_missing_processo
     assert (problem["check"], problem["file"]) == ("processor", "preprocessor_config.json")
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_packaged_in_another_type_on_request(packaged, tmp_path) -> None:
     run = packaged("falcon_h1").parent / "run"
     facts = export.package(f"{run}@last", tmp_path / "fp32", load=proof.load_here, dtype="fp32")

@@ -20,6 +20,7 @@ def taken(run: Path) -> int:
     return sum(found.values())
 
 
+@pytest.mark.slow
 def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_path) -> None:
     kept = {"every": "1 step", "keep": {"every": "1 step", "last": 1}}
     recipe = recipe_file(train=TRAIN, evaluate={"every": "4 steps"}, checkpoint=kept)

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from finetune.model import base, losses
-from finetune.plan import forecast, forecast_table, memory
+from finetune.plan import activations, forecast, forecast_table, memory
 from finetune.plan.memory import Device, Work
 from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import load
@@ -185,14 +185,18 @@ def test_an_update_of_weights_in_bf16_has_room_for_a_slice_on_a_gpu(weightless, 
 
 
 def test_the_host_of_a_gpu_holds_two_copies_of_the_state_or_one(weightless, planned):
-    plan, _ = planned(base=weightless(LARGE["8B"]), adapter=None)
+    plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None)
+    work = Work(1024, 4096)
     state = memory.state_bytes(plan)
     room = 2 * state + memory.HOST_PROCESS_BYTES
     for host, sets in ((room / memory.MARGIN + 1, 2), (room / memory.MARGIN - 1, 1)):
         device = CARD._replace(host_bytes=host)
         assert memory.staging_sets(plan, device) == sets
-        assert memory.host_parts(plan, device) == {"process": memory.HOST_PROCESS_BYTES, "staging": sets * state}
-    assert memory.staging_sets(plan, Device(2**30)) == 2 and memory.host_parts(plan, Device(2**30)) == {}
+        assert memory.host_parts(plan, shape, work, device) == {
+            "process": memory.HOST_PROCESS_BYTES,
+            "staging": sets * state,
+        }
+    assert memory.staging_sets(plan, Device(2**30)) == 2 and memory.host_parts(plan, shape, work, Device(2**30)) == {}
 
 
 def test_the_table_says_what_the_host_of_a_gpu_holds(weightless, planned, tmp_path):
@@ -226,7 +230,7 @@ def test_the_forecast_is_of_the_fuller_moment_a_step_or_an_evaluation_of_longer_
     assert found == memory.evaluation_parts(longer, large, work, here) and "gradients" not in found
     # a chunk of logits and their log-probabilities, bf16 products beside them, and the head's cast
     assert found["logits"] == 512 * 150_000 * (4 + 4 + 2) + 150_000 * shape.hidden * 2
-    assert found["activations"] == 512 * memory._layer(longer, large)
+    assert found["activations"] == 512 * activations.running(longer, large)
     assert found["staging"] == memory.step_parts(longer, large, work, here)["staging"]
     nothing_held_out = plan.holdout_counts.model_copy(update={"longest": 0, "tokens": 0, "supervised_tokens": 0})
     without = plan.model_copy(update={"holdout_counts": nothing_held_out})
@@ -305,3 +309,32 @@ def test_the_forecast_is_within_15_percent_of_a_real_trainings_peak(
     command = [sys.executable, "-c", PEAK, "train", recipe, "--run", tmp_path / "run", "--quiet"]
     peak = int(run(command, capture_output=True, text=True, check=True, timeout=500).stdout)
     assert forecast == pytest.approx(peak, rel=0.15)
+
+
+def test_offloaded_inputs_of_layers_are_on_the_host_of_a_gpu_and_nowhere_else_on_a_cpu(weightless, planned):
+    base, work = weightless(LARGE["8B"]), Work(8192, 16384)
+    device = CARD._replace(host_bytes=2**40)
+    train = {"steps": 4, "activation_checkpointing": True}
+    plan, shape = planned(base=base, adapter=None, train=train)
+    moved, _ = planned(base=base, adapter=None, train=train | {"activation_offload": True})
+    inputs = 8192 * 32 * 4096 * 4
+    kept, left = (memory.step_parts(each, shape, work, device)["activations"] for each in (plan, moved))
+    assert kept - left == inputs == memory.host_parts(moved, shape, work, device)["activations"]
+    assert "activations" not in memory.host_parts(plan, shape, work, device)
+    here = Device(2**40)
+    assert memory.step_parts(moved, shape, work, here) == memory.step_parts(plan, shape, work, here)
+
+
+def test_a_feed_forward_in_pieces_takes_its_wide_part_once_a_piece(planned):
+    long, here = Work(131_072, 131_072), Device(2**40)
+    one_b = Shape(16, 2048, 8192, 128_256, 2048, 512, True)
+    train = {"steps": 4, "precision": "bf16", "activation_checkpointing": True}
+    (whole, _), (pieces, _) = planned(train=train), planned(train=train | {"mlp_chunk_tokens": 4096})
+    wide = 4 * 8192 * 2
+    before, after = (memory.step_parts(plan, one_b, long, here)["activations"] for plan in (whole, pieces))
+    assert before - after == 2 * (131_072 - 4096) * wide
+    assert after < 0.7 * before
+    with_experts = one_b._replace(has_experts=True)
+    assert memory.step_parts(pieces, with_experts, long, here)["activations"] == before
+    short = Work(4096, 4096)
+    assert memory.step_parts(pieces, one_b, short, here) == memory.step_parts(whole, one_b, short, here)

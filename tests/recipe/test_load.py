@@ -88,6 +88,20 @@ def test_true_and_false_are_the_booleans():
     assert edited("name: chat", "name: chat, packing: false").recipe.task.packing is False
 
 
+@pytest.mark.parametrize("name", ["chat", "text"])
+def test_packing_auto_is_a_recipe_that_does_not_name_packing(name):
+    plain, auto = (edited("name: chat", f"name: {name}{packing}").recipe for packing in ("", ", packing: auto"))
+    assert auto == plain and auto.task.model_fields_set == plain.task.model_fields_set
+    named = edited("name: chat", f"name: {name}, packing: true").recipe
+    assert "packing" in named.task.model_fields_set
+
+
+@pytest.mark.parametrize("value", ["Auto", "[auto]", "1", "null", '"true"'])
+def test_packing_is_one_of_three_words(value):
+    with pytest.raises(RecipeError, match="task.packing: must be `auto`, `true` or `false`, not "):
+        edited("name: chat", f"name: chat, packing: {value}")
+
+
 def test_a_list_of_two_numbers_becomes_the_betas():
     assert edited("2e-4", "2e-4\n  betas: [0.9, 0.95]").recipe.optimizer.betas == (0.9, 0.95)
 
@@ -212,7 +226,7 @@ def test_the_variants_that_pydantic_adds_to_locations_are_known():
     tagged = {(name,) for name in ("task", "adapter")} | {("data", "holdout")}
     assert tagged == _TAGGED
     assert complaint(SMALLEST + "adapter: {name: lora, lora: 1}\n") == (
-        "recipe.yaml:10: adapter.lora: unknown key\nhint: the keys here are `name`, `rank`, `alpha`, `dropout`, `targets`, `freeze`"
+        "recipe.yaml:10: adapter.lora: unknown key\nhint: the keys here are `name`, `rank`, `alpha`, `dropout`, `targets`, `parameters`, `exclude`, `layers`, `freeze`"
     )
     assert complaint(SMALLEST.replace("data:", "data:\n  holdout: [{path: 3}]")).startswith(
         "recipe.yaml:4: data.holdout[0].path: must be text, not `3`"

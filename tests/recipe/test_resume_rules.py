@@ -121,6 +121,8 @@ def test_a_run_is_bound_to_all_keys_but_those_that_are_taken(recipe_file):
     assert recipe["train"].keys() - bound["train"].keys() == {
         "micro_batch_tokens",
         "activation_checkpointing",
+        "activation_offload",
+        "mlp_chunk_tokens",
         "compile",
     }
     assert all(bound[name] == recipe[name] for name in bound if name != "train")

@@ -35,11 +35,12 @@ def test_the_page_is_made_of_the_outcomes():
     assert "| `bad` | - | - | - | 0 of 1 | a \\| b |" in lines
 
 
+@pytest.mark.slow
 def test_some_families_are_trained_in_every_way_with_the_losses_of_plain_transformers(tmp_path):
     families = script()
     found = dict(families.combinations(["gptj", "mamba"], tmp_path))
     assert {each.state for outcomes in found.values() for each in outcomes} == {"trained"}
-    assert {each.told for outcomes in found.values() for each in outcomes} == {"padded"}
+    assert {each.told for outcomes in found.values() for each in outcomes} == {"packed", "padded"}
 
 
 @pytest.mark.slow

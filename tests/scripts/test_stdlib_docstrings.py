@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "scripts" / "stdlib_docstrings.py"
 
 
@@ -73,7 +74,6 @@ def test_every_answer_is_one_sentence_on_one_line(train, holdout):
         assert 20 <= len(answer) <= 300, row["source"]
 
 
-@pytest.mark.slow
 def test_the_same_interpreter_writes_the_same_bytes(folder, tmp_path):
     again = write_rows(tmp_path / "again", hash_seed="2")
     for name in ("train.jsonl", "holdout.jsonl"):

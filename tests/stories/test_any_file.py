@@ -62,6 +62,7 @@ def test_a_run_on_many_packed_files_goes_on_until_a_file_is_added(tmp_path, tiny
     assert "\n  train[0].fingerprint: blake3:" in caught.value.message
 
 
+@pytest.mark.slow
 def test_chosen_files_of_a_data_set_are_pinned_read_and_read_again_without_the_hub(
     hub, online, base, recipe_file, finetune
 ) -> None:

@@ -50,6 +50,7 @@ def is_as_the_hub_has_it(done: subprocess.CompletedProcess, base) -> bool:
     return (Path(done.stdout.strip()) / WEIGHTS).read_bytes() == base.at("main").files[WEIGHTS].content
 
 
+@pytest.mark.slow
 def test_weights_come_by_xet_and_are_those_of_the_commit(hub, by_xet, base, recipe) -> None:
     done = fetch(recipe, by_xet)
     assert is_as_the_hub_has_it(done, base) and not hub.seen("GET", WEIGHTS) and hub.seen("GET", "xet-read-token")
@@ -76,6 +77,7 @@ def test_a_bit_that_flips_on_the_way_is_refused_and_mended_as_hinted(way, hub, o
     assert is_as_the_hub_has_it(fetch(recipe, env), base)
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_on_the_disk_is_refused(online, base, recipe) -> None:
     weights = (Path(fetch(recipe, online).stdout.strip()) / WEIGHTS).resolve()
     content = weights.read_bytes()

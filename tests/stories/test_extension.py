@@ -129,6 +129,7 @@ def test_the_learning_rate_rises_again_after_a_restart_and_falls_on_otherwise(re
     assert restarted == rates(runs["restart"])[:10] and restarted[:3] == [0.005, 0.01, 0.01]
 
 
+@pytest.mark.slow
 def test_a_constant_run_that_was_cut_and_extended_is_the_one_that_was_longer_from_the_start(
     recipe, train, finished, tmp_path, killed_after
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_constant_run_that_was_cut_and_extended_is_the_one_that_was_longer_fro
     assert_same_run(unfinished, whole, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["continue", "restart"])
 def test_a_run_that_is_killed_after_it_was_extended_resumes_exactly(
     recipe, finished, tmp_path, killed_after, schedule
@@ -154,6 +156,7 @@ def test_a_run_that_is_killed_after_it_was_extended_resumes_exactly(
     assert len(events(run, "extended")) == 1
 
 
+@pytest.mark.slow
 def test_steps_that_were_recorded_run_again_as_they_were(recipe, train, tmp_path, killed_after) -> None:
     """Step 7 was recorded and not committed when the run was extended; later its commits at 8 and 12 are damaged."""
     falling, run = recipe(), tmp_path / "run"
@@ -169,6 +172,7 @@ def test_steps_that_were_recorded_run_again_as_they_were(recipe, train, tmp_path
     assert rates(run)[7:10] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])  # 13 steps were added, 3 of them warm-up
 
 
+@pytest.mark.slow
 def test_a_run_is_extended_twice(recipe, finished, tmp_path, killed_after) -> None:
     falling, run = recipe(), tmp_path / "run"
     whole = extend(falling, extend(falling, finished(falling, tmp_path / "whole"), 14, "restart"), 20)

@@ -81,6 +81,7 @@ def test_a_step_that_is_skipped_keeps_its_number_and_moves_nothing(poisoned, tra
     assert 13 not in [entry["step"] for entry in history] and 14 in [entry["step"] for entry in history]
 
 
+@pytest.mark.slow
 def test_a_run_with_skips_that_stops_and_goes_on_is_the_same_run(poisoned, tmp_path) -> None:
     from finetune.training.run import train as train_run
 
@@ -116,6 +117,7 @@ def test_a_spike_is_told_left_out_or_ends_the_run(action, poisoned, train, tmp_p
     assert (run / "debug/step-00000045").exists() == (action == "skip")
 
 
+@pytest.mark.slow
 def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
     poisoned, train, tmp_path, capfd
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_before_and_leaves_the_span_out(
     assert not events(run, "not_exact")
 
 
+@pytest.mark.slow
 def test_a_rolled_back_run_that_is_cut_and_resumed_is_the_same_run(poisoned, tmp_path) -> None:
     from finetune.training.run import train as train_run
 
@@ -176,6 +179,7 @@ def test_two_processes_decide_alike(value, guard, poisoned, train, tmp_path, tin
     assert steps[0] == steps[1] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_a_rollback_does_not_take_what_is_pinned(poisoned, tmp_path) -> None:
     from finetune.debug.replay import replay
     from finetune.training.run import train as train_run

@@ -139,6 +139,7 @@ def test_a_first_stage_that_held_out_nothing_trained_on_everything(recipe, train
         resolve(load(recipe("two", base={"checkpoint": f"{run}@6"})))
 
 
+@pytest.mark.slow
 def test_three_seeds_are_compared_on_rows_that_none_of_them_had(recipe, train, tmp_path) -> None:
     runs = [train(recipe(f"seed-{seed}", train=TRAIN | {"seed": seed}), tmp_path / f"seed-{seed}") for seed in range(3)]
     results = evaluate([f"{run}@6" for run in runs], recipe("seed-2", train=TRAIN | {"seed": 2}), ())

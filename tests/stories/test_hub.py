@@ -37,6 +37,7 @@ def parquet(lines: bytes) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_base_and_a_tag_of_a_data_set_are_pinned_to_their_commits(
     hub, online, base, rows, chat_data, recipe_file, finetune
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_branch_of_a_base_and_a_tag_of_a_data_set_are_pinned_to_their_commits(
     assert not hub.seen("GET", r"\.safetensors$"), "a plan downloads nothing heavy"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_from_the_hub_is_one_clear_error(hub, online, base, rows, recipe_file) -> None:
     small = {path: file.content for path, file in base.at("main").files.items() if path != "model.safetensors"}
     gated = hub.add("model", "tiny/gated", is_gated=True).commit(small)

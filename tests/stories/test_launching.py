@@ -57,6 +57,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file, tmp_path) -> None:
     recipe = recipe_file(train=SHORT)
     words = (recipe, "--run", tmp_path / "two", "--set", "train.seed=3", "--until", 8, "--quiet")

@@ -8,8 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from finetune.compare.evaluate import evaluate
+from finetune.recipe.load import load
 from finetune.store.run import journal
 from finetune.store.tensors import read_header
+from finetune.training.preview import preview
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, Workers, killed
 
@@ -19,6 +21,9 @@ TRAIN = {"steps": 5, "batch_size": 6, "precision": "fp32", "micro_batch_tokens":
 SAVERS = {
     "checkpointed-full": {"adapter": None, "train": {"activation_checkpointing": True}},
     "checkpointed-lora": {"adapter": LORA, "train": {"activation_checkpointing": True}},
+    "offloaded-full": {"adapter": None, "train": {"activation_checkpointing": True, "activation_offload": True}},
+    "pieces-full": {"adapter": None, "train": {"activation_checkpointing": True, "mlp_chunk_tokens": 16}},
+    "pieces-lora": {"adapter": LORA, "train": {"mlp_chunk_tokens": 16}},
     "bf16-weights-full": {"adapter": None, "train": {"precision": "bf16", "weights": "bf16"}},
     "bf16-weights-lora": {"adapter": LORA, "train": {"precision": "bf16", "weights": "bf16"}},
     "8bit-full": {"adapter": None, "optimizer": {"learning_rate": 0.01, "name": "adamw_8bit"}},
@@ -115,8 +120,26 @@ def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_re
     assert_same_run(plain, saver)
 
 
+def test_offloaded_activations_give_the_same_run_to_the_bit(write_recipe, train_once, tmp_path):
+    plain = train_once(write_recipe("plain", adapter=None), tmp_path / "plain")
+    saver = train_once(write_recipe("offloaded-full", **SAVERS["offloaded-full"]), tmp_path / "run")
+    assert_same_run(plain, saver)
+
+
+def test_a_feed_forward_in_pieces_trains_the_same_to_float_tolerance(write_recipe, train_once, tmp_path):
+    plain = train_once(write_recipe("plain", adapter=None), tmp_path / "plain")
+    pieces = train_once(write_recipe("pieces-full", **SAVERS["pieces-full"]), tmp_path / "run")
+    assert losses(pieces) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_offload_is_said_to_do_nothing_on_a_cpu(write_recipe, tmp_path):
+    loaded = load(write_recipe("offloaded-full", **SAVERS["offloaded-full"]))
+    notes = preview(loaded, tmp_path / "run", lambda resolved: None).facts["notes"]
+    assert any(note.startswith("train.activation_offload moves nothing: ") for note in notes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["checkpointed-full", "checkpointed-lora", "bf16-weights-full"])
+@pytest.mark.parametrize("name", ["checkpointed-full", "checkpointed-lora", "bf16-weights-full", "pieces-full"])
 def test_two_processes_resume_exactly(name, write_recipe, train, tmp_path):
     recipe, workers = write_recipe(name, **SAVERS[name]), Workers(2, tmp_path)
     try:
@@ -129,7 +152,7 @@ def test_two_processes_resume_exactly(name, write_recipe, train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [each for each in EVERY if each.values[0] not in ("checkpointed-full", "checkpointed-lora")]
+    "name", [each for each in EVERY if not each.values[0].startswith(("checkpointed", "offloaded"))]
 )
 def test_a_saver_learns_what_plain_training_learns(name, write_recipe, train_once, tmp_path):
     saver = SAVERS[name]

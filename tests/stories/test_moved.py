@@ -86,6 +86,7 @@ def renamed(recipe: Path, **names: str) -> None:
     recipe.write_text(yaml.safe_dump(text))
 
 
+@pytest.mark.slow
 def test_a_project_that_was_moved_as_a_whole_goes_on_without_a_word_of_the_user(moved, adapted, capsys) -> None:
     run = moved / "runs/a"
     (result,) = evaluate([f"{run}@4"], None, ())
@@ -223,6 +224,7 @@ def test_a_base_that_is_a_checkpoint_of_a_run_is_found_after_both_were_moved(ful
         assert generate([f"{tmp_path}/new/runs/b@4"], ["the model"], 4, 0.0, 0)
 
 
+@pytest.mark.slow
 def test_a_base_on_the_hub_may_be_another_repository_at_the_same_commit_or_a_folder_that_is_said_not_to_be_compared(
     hub, online, base, recipe_file, tmp_path
 ) -> None:

@@ -82,6 +82,7 @@ def lora(elsewhere) -> Elsewhere:
     return elsewhere("lora", ADAPTER)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_trainer_is_planned_trained_and_packaged_and_no_pickle_of_it_is_read(
     full, recipe_file, train, tmp_path
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_checkpoint_of_trainer_without_a_tokenizer_says_what_is_missing_and_wh
     resolve(load(recipe, ()))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_trainer_is_merged_trained_resumed_without_its_base_and_packaged(
     lora, recipe_file, train, tiny_base, tmp_path
 ) -> None:
@@ -136,6 +138,7 @@ def test_an_adapter_of_trainer_is_merged_trained_resumed_without_its_base_and_pa
     same(logits(packaged), logits(open_model(f"{run}@last").model))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_one_of_our_runs_is_a_base_and_the_next_one_on_it_too(recipe_file, train, tmp_path) -> None:
     first = train(recipe_file(), tmp_path / "first")
     directory = find(parse(f"{first}@8")).path

@@ -132,6 +132,7 @@ def test_a_second_process_on_a_run_directory_refuses(recipe_file, finetune, tmp_
     first.communicate()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_rows_of_one(recipe_file, finetune, tmp_path) -> None:
     recipe = recipe_file(train={"steps": 8, "batch_size": 9, "precision": "fp32", "micro_batch_tokens": 128})
     one, two = tmp_path / "one", tmp_path / "two"
@@ -155,6 +156,7 @@ def accelerate(recipe: Path, run: Path, *flags: str) -> subprocess.CompletedProc
     return forks.run([*command, "--run", str(run)], capture_output=True, text=True, timeout=240, env=environment)
 
 
+@pytest.mark.slow
 def test_accelerate_launch_runs_the_same_program(recipe_file, tmp_path) -> None:
     recipe = recipe_file(train={"steps": 2, "batch_size": 6, "precision": "fp32"})
     result = accelerate(recipe, tmp_path / "run", "--cpu", "--num_processes", "1")

@@ -190,6 +190,7 @@ def test_what_cannot_be_published_is_one_error_before_anything_is_trained(hub, r
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_where_the_hub_is_out_of_reach_a_plan_says_that_rights_are_not_known(hub, recipe_file, tmp_path) -> None:
     recipe = recipe_file(publish={"repo": "tiny/new"})
     env = environment(hub, tmp_path, HF_TOKEN=TOKEN)

@@ -12,6 +12,7 @@ from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Killed, killed
 
 
+@pytest.mark.slow
 def test_bf16_runs_resume_exactly_too(recipe_file, train, tmp_path) -> None:
     recipe = recipe_file(train={"steps": 10, "batch_size": 6, "micro_batch_tokens": 128})
     whole = train(recipe, tmp_path / "whole")
@@ -35,6 +36,7 @@ def assert_same_steps(run: Path, other: Path) -> None:
     assert [journal.difference(steps[step], others[step]) for step in steps] == [None] * len(others)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(recipe_file, train, tmp_path, capsys) -> None:
     recipe = recipe_file(checkpoint={"every": "3 steps", "keep": {"last": 3}})
     whole = train(recipe, tmp_path / "whole")
@@ -68,6 +70,7 @@ def test_a_step_that_changes_when_run_again_is_reported_at_once(recipe_file, tra
     assert [record["step"] for record in journal.read(tmp_path / "run") if record.get("event") == "not_exact"] == [5]
 
 
+@pytest.mark.slow
 def test_retention_counts_on_sound_checkpoints_only(recipe_file, train, tmp_path) -> None:
     recipe = recipe_file(checkpoint={"every": "1 step", "keep": {"last": 1}})
     run = train(recipe, tmp_path / "run", "checkpoint.keep.last=3")
@@ -101,6 +104,7 @@ def test_a_run_starts_from_a_checkpoint_of_another_run(recipe_file, train, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_an_update_waits_for_the_copy_of_the_state_before_it(recipe_file, train, tmp_path, monkeypatch) -> None:
     """A copy that is slower than a step: without the wait, checkpoints would hold a mixture of two steps."""
     from finetune.training.saving.buffers import Copy
@@ -121,6 +125,7 @@ def test_an_update_waits_for_the_copy_of_the_state_before_it(recipe_file, train,
     assert max(record["await_seconds"] for record in journal.steps(journal.read(slow)).values()) > 0.05
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_the_background_ends_the_run_with_its_error(
     recipe_file, train, tmp_path, monkeypatch
 ) -> None:

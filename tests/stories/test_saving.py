@@ -148,6 +148,7 @@ def test_back_pressure_is_in_the_journal(recipe_file, train, tmp_path, monkeypat
     assert waited[0] == 0 and max(waited) > 0.05
 
 
+@pytest.mark.slow
 def test_a_user_signal_saves_now_and_training_goes_on(recipe_file, tmp_path) -> None:
     long = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
     recipe, run = recipe_file(train=long, checkpoint={"every": "60 steps", "keep": {"last": 9}}), tmp_path / "run"

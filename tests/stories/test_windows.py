@@ -6,9 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from finetune.errors import FinetuneError
+from finetune.compare.evaluate import evaluate, of_model
 from finetune.package import export
+from finetune.recipe.load import load
 from finetune.store.run import journal
+from finetune.store.run.directory import RunDirectory
+from finetune.training.opened import open_model
+from finetune.training.run import train as train_run
 
 SMALL = {
     "hidden_size": 32,
@@ -49,16 +53,47 @@ def test_rows_longer_than_the_window_give_the_same_losses_packed_and_padded(base
     assert losses[True][-1] < losses[True][0]
 
 
-def test_a_base_whose_window_is_in_the_mask_alone_is_padded_and_refused_where_packing_is_named(
-    tiny_tokenizer, recipe_file, train, tmp_path, capsys
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("phimoe", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0}),
+    ],
+)
+def test_a_base_with_modules_that_run_by_row_gives_the_same_losses_packed_and_padded(
+    kind, settings, tiny_tokenizer, recipe_file, train, tmp_path
 ):
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    base = {"checkpoint": str(made("phimoe", experts, tiny_tokenizer, tmp_path / "base"))}
-    recipe = recipe_file(base=base, adapter=None)
-    with pytest.raises(FinetuneError, match="task.packing: packed, this base would mix them"):
-        train(recipe, tmp_path / "run", "train.steps=1", "task.packing=true")
-    train(recipe, tmp_path / "padded", "train.steps=1")
-    assert "rows are padded: packed, this base would mix them" in capsys.readouterr().err
+    base = {"checkpoint": str(made(kind, settings, tiny_tokenizer, tmp_path / "base"))}
+    losses = {}
+    for packing in (True, False):
+        task = {"name": "chat", "max_length": 64, "packing": packing}
+        run = train(
+            recipe_file(f"by-row-{packing}", base=base, task=task, adapter=None),
+            tmp_path / f"{kind}-{packing}",
+            "train.steps=2",
+        )
+        losses[packing] = [record["loss"] for record in journal.steps(journal.read(run)).values()]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_a_packed_run_of_such_a_base_resumes_to_the_bit_and_is_evaluated(tiny_tokenizer, recipe_file, train, tmp_path):
+    base = {
+        "checkpoint": str(
+            made("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, tiny_tokenizer, tmp_path / "base")
+        )
+    }
+    recipe = recipe_file(base=base, checkpoint={"every": "2 steps"})
+    whole = train(recipe, tmp_path / "whole", "train.steps=4", "train.activation_checkpointing=true")
+    run = tmp_path / "run"
+    train_run(load(recipe, ["train.steps=4"]), run, until=2, is_quiet=True)
+    train(recipe, run, "train.steps=4")
+    one, two = (journal.steps(journal.read(each)) for each in (whole, run))
+    assert all(journal.difference(one[step], two[step]) is None for step in one)
+    assert RunDirectory(run).plan()[0].arrangement == "packed"
+    packed = evaluate([f"{run}@last"], None, [])[0]["metrics"]["loss"]
+    plain = of_model(open_model(f"{run}@last").model, run)["loss"]
+    assert packed == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -72,6 +72,7 @@ def dated(recipe_file, tmp_path):
     return recipe_file(task=task, train=steps)
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_day_that_its_template_prints_and_keeps_it(dated, recipe_file, train, tmp_path, later, capsys):
     run = train(dated, tmp_path / "run")
     plan, _ = RunDirectory(run).plan()

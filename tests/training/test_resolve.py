@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.data import pack
 from finetune.errors import BaseError, DataError, RecipeError, RunError
 from finetune.model.base import load_tokenizer
 from finetune.plan.memory import CPU_TOKENS
-from finetune.plan.plan import ROW_RULES
+from finetune.plan.plan import ROW_RULES, Plan
 from finetune.recipe.load import load
+from finetune.training.build import start_accelerator
 from finetune.training.encoding import template_and_encoding
+from finetune.training.evaluation import batches
 from finetune.training.resolve import resolve
 
 
@@ -175,6 +178,19 @@ def test_weighted_sources_are_drawn_by_their_weights(recipe_file, chat_data):
     assert all((plan.order.examples_of(step) < 40).sum() == 2 for step in range(1, plan.steps + 1))
 
 
+def test_a_padded_run_of_older_code_keeps_its_micro_batches(recipe_file):
+    task = {"name": "chat", "max_length": 64, "packing": False}
+    new = resolve(load(recipe_file(task=task)))
+    older = Plan.model_validate_json(json.dumps({**new.plan.model_dump(mode="json"), "pads_least": False}))
+    assert new.plan.pads_least and older.plan_id == new.plan.plan_id
+    accelerator = start_accelerator(new.plan.recipe.train)
+    arranged = {
+        batches(each, each.train, accelerator).arrange for each in (new, resolve(load(recipe_file(task=task)), older))
+    }
+    assert arranged == {pack.padded, pack.filled}
+    assert resolve(load(recipe_file(task=task)), like=older).plan.pads_least is False, "a branch goes the same way"
+
+
 def test_the_encoding_changes_with_the_template_and_the_length_and_not_with_packing(recipe_file, tmp_path):
     (tmp_path / "own.jinja").write_text(
         "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -198,14 +214,16 @@ def test_the_encoding_changes_with_the_template_and_the_length_and_not_with_pack
 def test_a_length_beyond_the_positions_of_the_base_is_refused_with_its_line(recipe_file):
     path = recipe_file(task={"name": "chat", "max_length": 256}, train={"steps": 3})
     assert refusal(path, RecipeError) == (
-        f"{path}:{line_of(path, 'max_length')}: task.max_length: 256 is more than the base's 128 positions"
+        f"{path}:{line_of(path, 'max_length')}: task.max_length: 256 is more than the base's 128 positions\n"
+        "hint: shorten it, or set base.rope, like {rope_type: yarn, factor: 2}"
     )
 
 
 def test_a_length_that_is_not_written_counts_at_its_section(recipe_file):
     path = recipe_file(task={"name": "chat"}, train={"steps": 3})
     assert refusal(path, RecipeError) == (
-        f"{path}:{line_of(path, 'task')}: task.max_length: 1024 is more than the base's 128 positions"
+        f"{path}:{line_of(path, 'task')}: task.max_length: 1024 is more than the base's 128 positions\n"
+        "hint: shorten it, or set base.rope, like {rope_type: yarn, factor: 8}"
     )
 
 

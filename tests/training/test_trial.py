@@ -26,7 +26,12 @@ SIZES = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+PADDED = "gpt_neox_japanese"  # its positions are not those it is given
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "max_position_embeddings": 64,
+}
 LONGROPE = {"rope_parameters": LONG, "original_max_position_embeddings": 64}
 
 
@@ -67,14 +72,20 @@ def tried(loaded):
         ("llama", {}, {}, "packed", None),
         ("mistral", {"sliding_window": 16}, {}, "packed", None),
         ("phi3", LONGROPE, {"max_length": 64}, "packed", None),
-        ("phi3", LONGROPE, {"max_length": 128}, "alone", "padded, this base would mix them"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}, "packed", None),
-        ("doge", {}, {}, "padded", "packed, this base would mix them"),
-        ("gptj", {"rotary_dim": 4}, {}, "padded", "its attention cannot be replaced (KeyError: 'finetune_per_row')"),
-        ("gpt_oss", {}, {}, "padded", "its attention takes s_aux, which packing does not know"),
-        ("qwen3_next", {}, {}, "padded", "packed, this base would mix them"),
-        ("llama4_text", {"attention_chunk_size": 32}, {}, "padded", "packed, this base would mix them"),
+        ("phi3", LONGROPE, {"max_length": 128}, "packed", None),
+        ("phi3", LONGROPE, {"max_length": 128, "packing": False}, "alone", "padded, this base would mix them"),
+        ("llama", DYNAMIC, {"max_length": 128}, "packed", None),
+        ("llama", DYNAMIC, {"max_length": 128, "packing": False}, "alone", "padded, this base would mix them"),
+        ("llama", DYNAMIC, {"max_length": 64, "packing": False}, "padded", None),
+        ("doge", {}, {}, "packed", None),
+        ("gptj", {"rotary_dim": 4}, {}, "packed", None),
+        ("gpt_oss", {}, {}, "packed", None),
+        ("qwen3_next", {}, {}, "packed", None),
+        ("llama4_text", {"attention_chunk_size": 32}, {}, "packed", None),
+        (PADDED, {}, {}, "padded", "packed, this base would mix them"),
         ("llama", {}, {"packing": False}, "padded", None),
+        ("llama", {}, {"packing": "auto"}, "packed", None),
+        (PADDED, {}, {"packing": "auto"}, "padded", "packed, this base would mix them"),
         ("gemma2", {"head_dim": 8, "dtype": "bfloat16"}, {}, "packed", None),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -86,12 +97,12 @@ def test_rows_come_together_in_the_first_way_that_is_right(based, kind, settings
     assert [note for note in found.notes if note.startswith("rows")] == ([f"{told}: {reason}"] if reason else [])
 
 
-@pytest.mark.parametrize("kind", ["doge", "gptj", "mamba"])
+@pytest.mark.parametrize("kind", [PADDED, "blt"])
 def test_packing_that_a_recipe_names_is_refused_where_it_mixes_rows(based, kind):
     with pytest.raises(BaseError) as caught:
         resolve(based(kind, has_weights=False, packing=True))
     assert str(caught.value).startswith("task.packing: ")
-    assert str(caught.value).endswith("\nhint: set task.packing: false, or leave it out")
+    assert str(caught.value).endswith("\nhint: set task.packing: auto")
 
 
 def test_a_base_whose_tokens_see_those_after_them_is_refused(based):
@@ -112,9 +123,10 @@ def test_a_base_that_cannot_be_made_small_is_padded_untried(based, monkeypatch):
     assert found.notes == ("rows are padded, untried: cannot be made small (ZeroDivisionError: division by zero)",)
 
 
-@pytest.mark.parametrize("kind", ["doge", "phi3"])
+@pytest.mark.parametrize("kind", [PADDED, "phi3"])
 def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, kind, train, tmp_path, capsys):
-    loaded = based(kind, LONGROPE if kind == "phi3" else {}, max_length=128)
+    task = {"packing": False} if kind == "phi3" else {}
+    loaded = based(kind, LONGROPE if kind == "phi3" else {}, max_length=128, **task)
     run = train(loaded.path if hasattr(loaded, "path") else tmp_path / "tiny.yaml", tmp_path / "run")
     arrangement = "alone" if kind == "phi3" else "padded"
     record = json.loads((run / "plan.json").read_text())
@@ -122,6 +134,25 @@ def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, ki
     assert "rows are" in capsys.readouterr().err
     again = resolve(loaded, RunDirectory(run).plan()[0])
     assert again.plan.arrangement == arrangement and again.plan.plan_id == record["plan_id"]
+
+
+def test_a_branch_packs_only_if_that_is_exact_on_its_base(based):
+    padded = resolve(based(PADDED, has_weights=False)).plan
+    assert resolve(based(PADDED, has_weights=False), like=padded).plan.arrangement == "padded"
+    named = based(PADDED, has_weights=False, packing=True)
+    with pytest.raises(BaseError, match="task.packing: packed, this base would mix them"):
+        resolve(named, like=padded)
+    assert resolve(named, padded).plan.arrangement == "padded", "a resume keeps what its run has"
+
+
+def test_a_plan_says_how_rows_come_together_and_why(based, finetune, tmp_path):
+    based(PADDED)
+    text = finetune("plan", tmp_path / "tiny.yaml", "--run", tmp_path / "run").stdout
+    assert "come together padded: those of like length in one batch" in text
+    assert "base: rows are padded: packed, this base would mix them" in text
+    facts = json.loads(finetune("plan", tmp_path / "tiny.yaml", "--run", tmp_path / "run", "--json").stdout)
+    assert facts["arrangement"] == "padded"
+    assert "rows are padded: packed, this base would mix them" in facts["base_notes"]
 
 
 def test_a_plan_says_nothing_of_rows_that_come_together_as_the_recipe_says(based):

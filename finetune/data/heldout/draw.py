@@ -155,7 +155,9 @@ def stages(recipe: Recipe, earlier: Plan | None, given: tuple[Stage, ...] | None
     """The runs that trained the start of a plan: as recorded in `earlier`, as given for a branch, or else those behind its base."""
     if earlier is not None:
         return earlier.stages
-    return lineage.stages(recipe.base.checkpoint) if given is None else given
+    if given is not None:
+        return given
+    return lineage.stages(recipe.base.checkpoint) if recipe.base.random_weights is None else ()
 
 
 def origin(recipe: Recipe, like: Plan | None, stages: Sequence[Stage] | None) -> Stage | None:

@@ -24,9 +24,19 @@ NAME = "default"  # peft's name of the one adapter; it appears in parameter name
 ADAPTERS: dict[str, Member] = {name: import_module(f"{__name__}.{name}").MEMBER for name in SECTIONS}
 
 
-def apply(model: PreTrainedModel, settings: Adapter | None) -> PreTrainedModel:
-    """The model to train; without an adapter section every parameter is."""
-    return ADAPTERS[settings.name].put_on(model, settings) if settings else model
+def apply(model: PreTrainedModel, settings: Adapter | None, is_older: bool = False) -> PreTrainedModel:
+    """The model to train; without an adapter section every parameter is. `is_older` is for a run that began with code which reached
+    something else (`is_changed`)."""
+    if settings is None:
+        return model
+    member = ADAPTERS[settings.name]
+    return (member.put_on_older if is_older and member.put_on_older else member.put_on)(model, settings)
+
+
+def is_changed(model: PreTrainedModel, settings: Adapter | None) -> bool:
+    """Whether an adapter reaches something else of the bare model than with older code."""
+    member = ADAPTERS[settings.name] if settings else None
+    return bool(member and member.is_changed and member.is_changed(model, settings))
 
 
 def skipped(model: PreTrainedModel, settings: Adapter | None) -> str | None:

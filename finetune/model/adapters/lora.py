@@ -1,44 +1,36 @@
-"""LoRA: peft's low-rank matrices beside frozen linear layers."""
+"""LoRA: peft's low-rank matrices beside frozen linear layers, and beside experts whose matrices are one tensor."""
 
 import warnings
+from functools import partial
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from finetune.errors import AdapterError, explained, of_libraries
+from finetune.errors import AdapterError, explained
 from finetune.model.adapters.member import Member, quoted
+from finetune.model.adapters.reach import ALL, Reach, reach_of
+from finetune.model.adapters.unfit import unfit_layers
 from finetune.recipe.schema import LoraAdapter
 
-ALL = ["all-linear"]
 TARGETS_HINT = "name its layers in adapter.targets, or train without an adapter"
 
 
-def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> PreTrainedModel:
-    """The model with peft's LoRA matrices, fp32; only they are trained. Options go to peft's config."""
+def put_on(model: PreTrainedModel, settings: LoraAdapter, is_whole: bool = True, **options: Any) -> PreTrainedModel:
+    """The model with peft's LoRA matrices, fp32; only they are trained. `is_whole` is of `reach_of`; options go to peft's config."""
     import peft
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    is_all = settings.targets == ALL
-    missed = [target for target in settings.targets if not is_all and not _named(target, linear)]
-    if missed:  # peft itself is silent as long as one of the targets matches
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise AdapterError(
-            f"no linear layer is called {quoted(missed)}",
-            where="adapter.targets",
-            hint=f"the base has {quoted(known)}",
-        )
-    unfit = _unfit(model)
-    if not is_all:
-        _refuse_unfit(settings.targets, unfit)
+    reach = reach_of(model, settings, is_whole)
+    _refuse_dropout(reach, settings)
+    _refuse_quantized(model, reach)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=cast(int, settings.alpha),  # whatever its type says, peft takes fractions
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if is_all else list(settings.targets),
-        exclude_modules=sorted(unfit) or None,
+        target_modules=reach.modules,
+        target_parameters=reach.parameters or None,
+        exclude_modules=reach.excluded or None,
         task_type="CAUSAL_LM",
+        **_patterns(reach, settings),
         **options,
     )
     # peft still asks transformers by an old name
@@ -46,8 +38,32 @@ def put_on(model: PreTrainedModel, settings: LoraAdapter, **options: Any) -> Pre
         warnings.catch_warnings(action="ignore", category=FutureWarning),
         explained("peft cannot put an adapter on this base", "adapter", TARGETS_HINT, AdapterError),
     ):
+        # of ranks it speaks for experts that it has just found itself
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         # what peft's model has not itself, it has from the one in it
         return cast(PreTrainedModel, peft.get_peft_model(model, config))
+
+
+def _patterns(reach: Reach, settings: LoraAdapter) -> dict[str, Any]:
+    """peft's factors of rank and alpha for experts, times the recipe's."""
+    factors = {"rank_pattern": settings.rank, "alpha_pattern": settings.alpha}
+    return {
+        name: {key: factor * factors[name] for key, factor in found.items()} for name, found in reach.patterns.items()
+    }
+
+
+def _refuse_quantized(model: PreTrainedModel, reach: Reach) -> None:
+    """peft adds to these weights before the product, which takes numbers."""
+    if packed := next((name for name in reach.parameters if not model.get_parameter(name).is_floating_point()), None):
+        hint = "name linear layers in adapter.targets alone, or remove base.quantization"
+        raise AdapterError(f"`{packed}` is quantized, and LoRA would add to it", where="adapter", hint=hint)
+
+
+def _refuse_dropout(reach: Reach, settings: LoraAdapter) -> None:
+    if reach.has_fused and settings.dropout:
+        message = "LoRA has no dropout on experts whose matrices are one tensor"
+        hint = "set adapter.dropout: 0, or name only other layers in adapter.targets"
+        raise AdapterError(message, where="adapter.dropout", hint=hint)
 
 
 def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:
@@ -56,70 +72,19 @@ def skipped(model: PreTrainedModel, settings: LoraAdapter) -> str | None:
         return None
     head = model.get_output_embeddings()
     reasons: dict[str, set[str]] = {}
-    for name, reason in _unfit(model).items():
+    for name, reason in unfit_layers(model).items():
         if model.get_submodule(name) is not head:
             reasons.setdefault(reason, set()).add(name.rpartition(".")[2])
     told = [f"{quoted(sorted(names))} ({reason})" for reason, names in reasons.items()]
     return f"all-linear skips {', '.join(told)}" if told else None
 
 
-def _unfit(model: PreTrainedModel) -> dict[str, str]:
-    """Linear layers LoRA must not wrap, by name, each with the reason."""
-    import peft
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as peft_refuses
-
-    config = peft.LoraConfig()
-    found: dict[str, str] = {}
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
-            owners.setdefault(id(module.weight), []).append(name)
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D):
-            continue
-        others = [other for other in owners.get(id(module.weight), []) if other != name]
-        if others:
-            found[name] = "another module has the same weight"
-        elif not _acts_as_linear(module):
-            found[name] = "it is not a plain linear layer"
-        else:
-            try:  # asked name by name: it would raise at the first one, with the model half changed
-                peft_refuses(config, model, name.rpartition(".")[2])
-            except ValueError:
-                found[name] = "peft does not allow it in this family"
-    return found
-
-
-def _acts_as_linear(module: Any) -> bool:
-    """Whether a layer maps (…, in) to (…, out). Some routers and grouped layers are linear by class alone."""
-    kind = type(module)
-    if kind.forward in (torch.nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith(
-        "transformers.models"
-    ):
-        return True
-    weight = module.weight
-    made = weight.new_zeros(1, 2, module.in_features)
+def is_changed(model: PreTrainedModel, settings: LoraAdapter) -> bool:
+    """Whether older code reached something else of the bare model."""
     try:
-        with torch.no_grad():
-            output = module(made)
-    except of_libraries():
-        return False
-    return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
+        return reach_of(model, settings, is_whole=False) != reach_of(model, settings)
+    except AdapterError:  # older code refused it
+        return True
 
 
-def _refuse_unfit(targets: list[str], unfit: dict[str, str]) -> None:
-    """AdapterError for the first target that reaches a forbidden layer."""
-    for target in targets:
-        for name in _named(target, list(unfit)):
-            raise AdapterError(
-                f"LoRA cannot train `{name}`: {unfit[name]}",
-                where="adapter.targets",
-                hint=f"remove `{target}` from adapter.targets",
-            )
-
-
-def _named(target: str, names: list[str]) -> list[str]:
-    return [name for name in names if f".{name}".endswith(f".{target}")]
-
-
-MEMBER = Member(put_on, skipped)
+MEMBER = Member(put_on, skipped, partial(put_on, is_whole=False), is_changed)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import BaseError
+from finetune.model.base.view import origin_of
 from finetune.store import downloads
 
 Json = dict[str, Any]
@@ -34,6 +35,8 @@ def damaged(path: Path, reason: str) -> BaseError:
 
 def name_of(path: Path) -> str:
     """The name of a base in errors: its Hub id if it is a snapshot in the Hub's cache, else the directory's name."""
+    if origin := origin_of(path):
+        return origin["name"]
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return path.name

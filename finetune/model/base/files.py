@@ -16,7 +16,8 @@ from finetune.plan.encodings import TOKENIZER_FILES, VOCABULARIES
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+INDEX = "*.safetensors.index.json"
+WEIGHTS = ("*.safetensors", INDEX)
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, template
 LICENCES = ("README.md", "LICENSE*", "NOTICE*")  # what a package passes on
@@ -37,9 +38,10 @@ def digest(directory: Path) -> str:
     return "blake3:" + total.hexdigest()
 
 
-def small_digest(directory: Path) -> str:
-    """The digest over names and contents of config, tokenizer and template."""
+def small_digest(directory: Path, with_index: bool = True) -> str:
+    """The digest over names and contents of config, tokenizer and template; by name also that of an index of weights."""
     small = sorted({*_matching(directory, SMALL_FILES), *tokenizer_files(directory)})
+    small = [file for file in small if with_index or not file.match(INDEX)]
     return "".join(f"{file.name}\0{file_digest(file)}\0" for file in small)
 
 

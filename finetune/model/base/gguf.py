@@ -1,18 +1,36 @@
-"""A base in a GGUF file of an installed Python package: finds it without importing the package, and converts it."""
+"""A base in a GGUF file: on this machine, on the Hub, or in a Python package, which is never imported. Converts it once."""
 
 import importlib.util
+import json
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from finetune.errors import BaseError
-from finetune.store.checkpoints.refs import PackageRef
+from finetune.errors import BaseError, explained
+from finetune.model.base.files import file_digest
+from finetune.model.base.quiet import quiet
+from finetune.store import cache, downloads
+from finetune.store.checkpoints.refs import FileRef, PackageRef
 
+KIND = "gguf"  # of a pin
 CONVERSION = 1  # of `convert`; part of the cache key
+MAGIC = b"GGUF"
+PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+LICENCE = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+}
+"""Keys of a model card, and of the file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 
-def find(ref: PackageRef) -> Path:
+def find(ref: PackageRef | FileRef) -> Path:
     """The file of a ref."""
+    if ref.kind == "file":
+        return ref.path
     spec = importlib.util.find_spec(ref.repo.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         raise BaseError(f"no installed package is called `{ref.repo}`", where=ref.text, hint="install it with pip")
@@ -23,15 +41,57 @@ def find(ref: PackageRef) -> Path:
     return directory / ref.path
 
 
+def converted(file: Path) -> Path:
+    """A GGUF file as safetensors: converted once, kept in the cache by the file's digest."""
+    _refuse_other(file)
+
+    def build(target: Path) -> None:
+        print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
+        hint = "is it whole, and of a type that transformers reads?"
+        with quiet(), explained("transformers cannot read it", file.name, hint):
+            convert(file, target)
+
+    return cache.built("converted", f"{file_digest(file)[:32]}-{CONVERSION}", build)
+
+
 def convert(file: Path, target: Path) -> None:
-    """Writes the model as safetensors, dequantised to fp32, with its tokenizer."""
+    """Writes the model as safetensors, dequantised to fp32, with its tokenizer, and a card with the licence that it states."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         quantization_config=GgufConfig(dequantize=True),  # else the model stays quantised and refuses to be saved
         dtype=torch.float32,
+        output_loading_info=True,  # makes it a pair, which its signature does not say
     )
+    model, found = loaded
+    if missing := sorted(map(str, found["missing_keys"])):
+        raise BaseError(f"lacks weights of its model: {', '.join(missing[:3])}", where=file.name)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    if said := licence(file):
+        # JSON is YAML: nothing in a value can become another key.
+        lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in said.items())
+        (target / "README.md").write_text(f"---\n{lines}---\n", encoding="utf-8")
+
+
+def licence(file: Path) -> dict[str, str]:
+    """What a file states of its licence, by the keys of a model card."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(file)).fields
+    said = {key: fields[name].contents() for key, name in LICENCE.items() if name in fields}
+    return {key: value for key, value in said.items() if isinstance(value, str)}
+
+
+def _refuse_other(file: Path) -> None:
+    """Refuses what is no GGUF file, or a part of one: transformers would leave out the weights of the other parts."""
+    if downloads.is_pointer(file):
+        raise BaseError("is a pointer of Git LFS, not the file", where=file.name, hint=downloads.PULL)
+    with file.open("rb") as opened:
+        if opened.read(len(MAGIC)) != MAGIC:
+            raise BaseError("is not a GGUF file", where=file.name, hint="download or copy it again")
+    if PART.search(file.name):
+        hint = "merge the parts with `llama-gguf-split --merge`"
+        raise BaseError("is one part of a GGUF model in several files", where=file.name, hint=hint)

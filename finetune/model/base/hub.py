@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import BaseError
-from finetune.store import downloads, hub
+from finetune.store import downloads, hub, leftovers
 from finetune.store.checkpoints.refs import nearest_folder
 
 # `*` matches `/` too: skip exports in folders, and Mistral's second copy of its weights.
@@ -22,9 +22,13 @@ def commit_of(repo: str, revision: str | None) -> str:
 
 
 def download(repo: str, commit: str | None, patterns: tuple[str, ...]) -> Path:
-    """The directory with the matching files of a commit, checked against it; downloads only missing ones."""
+    """The directory with the matching files of a commit, checked against it; downloads only missing ones, eight at once.
+
+    A file that a kill interrupts is downloaded again, the whole ones before it are not.
+    """
     import huggingface_hub
 
+    _remove_leftovers(repo)
     with _errors(repo, commit), hub.waiting(f"files of {repo}"):
         path = huggingface_hub.snapshot_download(
             repo, revision=commit, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FILES)
@@ -32,6 +36,25 @@ def download(repo: str, commit: str | None, patterns: tuple[str, ...]) -> Path:
     files = {file for pattern in patterns for file in Path(path).glob(pattern)}
     downloads.refuse_damaged(files, BaseError, f"{repo}@{commit}")
     return Path(path)
+
+
+def file(repo: str, commit: str | None, name: str) -> Path:
+    """One file of a commit, checked against it."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    where = f"{repo}@{commit}"
+    _remove_leftovers(repo)
+    with _errors(repo, commit), hub.waiting(f"{name} of {repo}"):
+        try:
+            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=commit))
+        except LocalEntryNotFoundError:  # without a network, also an entry that is not found
+            raise
+        except EntryNotFoundError:
+            hint = f"look at https://huggingface.co/{repo}/tree/main"
+            raise BaseError(f"the repository has no file {name}", where=where, hint=hint) from None
+    downloads.refuse_damaged([path], BaseError, where)
+    return path
 
 
 def has_files(repo: str, commit: str | None, patterns: tuple[str, ...]) -> bool:
@@ -51,6 +74,13 @@ def has_files(repo: str, commit: str | None, patterns: tuple[str, ...]) -> bool:
             )
         )
     return True
+
+
+def _remove_leftovers(repo: str) -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    leftovers.remove(Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model")))
 
 
 @contextmanager

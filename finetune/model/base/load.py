@@ -5,7 +5,7 @@ It must run no code from a checkpoint and read no pickle: it refuses `auto_map`,
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from finetune.errors import BaseError, explained, of_libraries
+from finetune.model import rotary
 from finetune.model.base import quantized
+from finetune.model.base.class_in_files import class_in
 from finetune.model.base.damaged import damaged, name_of, read_json
+from finetune.model.base.loading_class import LoadingClass, class_of, made, other_than_text
 from finetune.model.base.quiet import quiet
+from finetune.model.base.text_side import parts_beside
 from finetune.model.base.tokenizer import refuse_remote_code
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 
@@ -32,13 +37,11 @@ STORED_DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }  # as safetensors spells them
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_config(path: Path) -> PretrainedConfig:
     """The config of a language model. Reads it as JSON first and refuses names of code to run."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not (path / "config.json").exists():
         message, hint = "has no config.json, so it is not a checkpoint", "name a transformers checkpoint"
@@ -48,19 +51,13 @@ def load_config(path: Path) -> PretrainedConfig:
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise damaged(path / "config.json", "`architectures` is not a list of names")
-    is_known = str(raw.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not is_known or (architectures and not any(name.endswith(LANGUAGE_MODELS) for name in architectures)):
-        what = (
-            architectures[0]
-            if is_known
-            else f"of type `{raw.get('model_type')}`, which has no causal LM in transformers"
-        )
-        raise BaseError(
-            f"is not a language model: it is {what}", where=name_of(path), hint="choose a base that generates text"
-        )
+    if what := other_than_text(str(raw.get("model_type")), architectures):
+        hint = "choose a base that generates text"
+        raise BaseError(f"is not a language model: it is {what}", where=name_of(path), hint=hint)
     quantized.refuse(raw, name_of(path))
     try:
         config = AutoConfig.from_pretrained(path)
+        class_of(config)
         config.get_text_config().vocab_size  # noqa: B018 some have several, none of which is the language model's
         quantized.to_numbers(config)
         return config
@@ -106,24 +103,27 @@ def load_model(
     quantization: str | None = None,
     products: torch.dtype = torch.float32,
     place: Place | None = None,
+    *,
+    kind: LoadingClass | None = None,
 ) -> PreTrainedModel:
     """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or a wrong shape is an error.
 
     Without `attention` it is the model's own: sdpa, or eager if sdpa would be wrong, as for Gemma 2. `products` is the type in
     which quantized layers compute; they are quantized on the model's device. Skips weights without a place in the model:
-    checkpoints often carry the heads of other tasks.
+    checkpoints often carry the heads of other tasks. `kind` is the class, by default the one whose weights the files hold.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(path)
     if quantization:
         check_quantization(path, quantization)
     check_weight_files(path)
+    kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
-    device = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
-    reading = placed.reading(type(empty_model(path))) if placed and placed.names else contextlib.nullcontext()
+    options: dict[str, Any] = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
+    reading = place.reading(type(empty_model(path, kind))) if place and place.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        if quantization:
+            options["quantization_config"] = _bits(quantization, products, empty_model(path, kind))
+        loaded: Any = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -131,8 +131,7 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed below, not thrown as a table
             output_loading_info=True,  # makes it a pair, which its signature does not say
-            **device,
-            **({"quantization_config": QUANTIZED[quantization](products)} if quantization else {}),
+            **options,
         )
     model: PreTrainedModel = loaded[0]
     refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
@@ -141,7 +140,7 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 a plain attribute of bitsandbytes
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
-    return model
+    return rotary.separate(model)
 
 
 def _names(keys: Iterable[object]) -> list[str]:
@@ -153,9 +152,16 @@ def check_quantization(path: Path, kind: str) -> None:
     quantized.check_quantizable(read_json(path / "config.json"), kind)
 
 
-def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
-    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314); not the embeddings, norms and head."""
+def _bits(quantization: str, products: torch.dtype, model: PreTrainedModel) -> BitsAndBytesConfig:
+    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314), or in 8 (LLM.int8(), arXiv 2208.07339), whose
+    products have the type of their input. Not the embeddings, norms and head, and nothing beside the text side."""
+    beside = parts_beside(model)
+    # a list takes the place of transformers' own, which has the head
+    skipped = [*get_keys_to_not_convert(model), *beside] if beside else None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -163,21 +169,11 @@ def _nf4(products: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _int8(products: torch.dtype) -> BitsAndBytesConfig:
-    """Linear layers in 8 bits with a scale for each row (LLM.int8(), arXiv 2208.07339); not the embeddings, norms and head. Products
-    have the type of their input, whatever `products` says."""
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-QUANTIZED: dict[str, Callable[[torch.dtype], BitsAndBytesConfig]] = {"nf4": _nf4, "int8": _int8}
-
-
-def empty_model(path: Path) -> PreTrainedModel:
+def empty_model(path: Path, kind: LoadingClass | None = None) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory, for counting and for checking an adapter."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(path)
+    kind = kind or class_in(path, config)
     with torch.device("meta"), quiet(), explained("transformers cannot make its model", name_of(path)):
-        model = AutoModelForCausalLM.from_config(config)
+        model = made(kind, config)
         model.tie_weights()
     return model

@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
+from finetune.model.base.class_in_files import class_under
 from finetune.model.base.damaged import Json
+from finetune.model.base.load import load_config
+from finetune.model.base.loading_class import LoadingClass
 from finetune.store.tensors import read_header
 
 if TYPE_CHECKING:
@@ -86,6 +89,12 @@ def check_weights(directory: Path, where: str) -> None:
         read_header(directory / WEIGHTS)
     except CheckpointError as error:
         raise BaseError(f"its {WEIGHTS} is damaged: {error.message}", where=where, hint="copy it again") from None
+
+
+def class_below(directory: Path, below: Path, where: str) -> LoadingClass:
+    """The class of the base at `below` that the adapter was trained on."""
+    check_weights(directory, where)
+    return class_under(read_header(directory / WEIGHTS), below, load_config(below))
 
 
 class Unfit(Protocol):

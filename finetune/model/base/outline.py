@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from finetune.model.base import quantized
 from finetune.model.base.damaged import Json
 from finetune.model.base.quiet import quiet
+from finetune.model.base.text_side import beside_text
 from finetune.store.tensors import Place, read_header
 
 TYPES = {
@@ -80,6 +81,11 @@ def stored_in_fp32(model: PreTrainedModel, path: Path) -> frozenset[str]:
     return outline(type(model), model.config, on_meta(single)).filled
 
 
+def has_halves(path: Path) -> bool:
+    """Whether the files at `path` store weights in half precision."""
+    return any(place.dtype in HALVES for place in headers(path).values())
+
+
 def in_file_names(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], path: Path | None
 ) -> dict[str, torch.Tensor]:
@@ -99,18 +105,29 @@ def _spelled(name: str, prefix: str, places: Mapping[str, Place]) -> str:
 
 
 def not_of(model: PreTrainedModel, path: Path, written: Iterable[str]) -> list[str]:
-    """Names in the files at `path` that are not `written` and fill nothing in this model under another name."""
-    places = headers(path)
+    """Names in the files at `path` that are not `written` and fill nothing of this model's text side under another name."""
+    places, beside = headers(path), beside_text(model)
     left = {name: place for name, place in places.items() if name not in set(written)}
     config = AutoConfig.from_pretrained(path)  # that of a model no longer says that the files are quantized
     is_quantized = quantized.to_numbers(config)
     found = outline(type(model), config if is_quantized else model.config, on_meta(left)) if left else None
-    if found is None or not found.filled:
+    if found is None or not found.filled - beside:
         return sorted(left)
     if is_quantized:  # blocks and scales are a weight together, and nothing alone
-        return sorted(found.unexpected)
+        alone = {name: outline(type(model), config, on_meta({name: left[name]})).filled for name in left if beside}
+        return sorted(found.unexpected | {name for name, filled in alone.items() if filled and not filled - beside})
     # tied weights that are stored twice, or older names
-    return [name for name in sorted(left) if not outline(type(model), model.config, on_meta({name: left[name]})).filled]
+    return sorted(_filling(model, on_meta(left), beside))
+
+
+def _filling(model: PreTrainedModel, tensors: dict[str, torch.Tensor], beside: frozenset[str]) -> Iterator[str]:
+    """Those of the tensors that fill nothing of this model but what is `beside`; by halves, as most do not, or none does."""
+    if not outline(type(model), model.config, tensors).filled - beside:
+        yield from tensors
+    elif len(tensors) > 1:
+        names = sorted(tensors)
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            yield from _filling(model, {name: tensors[name] for name in half}, beside)
 
 
 def headers(path: Path) -> dict[str, Place]:

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import blake3
 from transformers import PreTrainedModel
 
 from finetune.errors import BaseError, CheckpointError
-from finetune.model.base import dequantized, files, foreign, gguf, hub, merge
+from finetune.model.base import dequantized, files, foreign, from_nothing, gguf, hub, merge, native, rope
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.load import empty_model, load_model
 from finetune.model.base.located import Look, located
@@ -47,28 +48,40 @@ def pin(base: Base) -> PinnedBase:
 
 
 def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`, downloaded, converted or merged if needed, and checked against the pin."""
-    base = located(base, pinned, LOOK)
+    """A directory for `from_pretrained`: downloaded, converted, merged or drawn if needed, checked against the pin, without code."""
+    path = native.readable(_directory(base, pinned, with_weights))
+    if base.random_weights is not None:
+        path = from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
+    return rope.scaled(path, base.rope) if base.rope else path
+
+
+def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
+    is_drawn = base.random_weights is not None
+    base = located(base, pinned, replace(LOOK, digest_of=from_nothing.digest) if is_drawn else LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
     if pinned.dequantized is not None:
-        return dequantized.directory(pinned, lambda: _as_published(ref, pinned, with_weights), with_weights)
-    return _as_published(ref, pinned, with_weights)
+        return dequantized.directory(
+            pinned, lambda: native.readable(_as_published(ref, pinned, with_weights)), with_weights
+        )
+    return _as_published(ref, pinned, with_weights, is_drawn)
 
 
-def _as_published(ref: Ref, pinned: PinnedBase, with_weights: bool) -> Path:
-    """The directory of a base that is not an adapter; a GGUF file is converted."""
+def _as_published(ref: Ref, pinned: PinnedBase, with_weights: bool, is_drawn: bool = False) -> Path:
+    """The directory of a base that is not an adapter; a GGUF file is converted. Weights that are drawn need not be there."""
     if ref.kind == "hub":
-        patterns = files.FROM_HUB + (files.WEIGHTS if with_weights else ())
+        if ref.file:
+            return gguf.converted(hub.file(ref.repo, pinned.revision, ref.file))
+        patterns = files.FROM_HUB + (files.WEIGHTS if with_weights and not is_drawn else ())
         path = hub.download(ref.repo, pinned.revision, patterns)
-        if not with_weights and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
+        if not with_weights and not is_drawn and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
             raise BaseError("has no safetensors weights", where=ref.repo, hint=CONVERT)
         return path
-    if ref.kind == "package":
-        return _converted(gguf.find(ref))
+    if ref.kind == "package" or ref.kind == "file":
+        return gguf.converted(gguf.find(ref))
     path = _local(ref)
-    if not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
+    if not is_drawn and not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
         raise BaseError(known[0], where=ref.text, hint=known[1])
     return path
 
@@ -104,14 +117,22 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     if ref.kind == "hub":
         with hub.nearest_named(base.checkpoint):
             commit = hub.commit_of(ref.repo, base.revision or ref.revision)
+        if base.random_weights is not None:
+            return from_nothing.pinned(ref, commit), None
+        if ref.file:
+            return PinnedBase(kind=gguf.KIND, revision=commit, digest=None), None
         path = hub.download(ref.repo, commit, (merge.CONFIG, *dequantized.CONFIGS))
         if merge.is_adapter(path):
             return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit)
         return PinnedBase(kind="hub", revision=commit, digest=None, dequantized=dequantized.kind_of(path)), None
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
+    if base.random_weights is not None:
+        return from_nothing.pinned(ref), None
     if ref.kind == "package":  # the file, not what some version of transformers makes of it
         return PinnedBase(kind="package", revision=None, digest=f"blake3:{files.file_digest(gguf.find(ref))}"), None
+    if ref.kind == "file":
+        return PinnedBase(kind=gguf.KIND, revision=None, digest=f"blake3:{files.file_digest(ref.path)}"), None
     path = _local(ref)
     if (path / MANIFEST).exists():
         refuse_damaged(path)
@@ -125,7 +146,7 @@ def _local(ref: Ref) -> Path:
     """The directory of a local base, outside the Hub and packages."""
     path = _path_here(ref)
     if path is None or not path.is_dir():
-        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or package:NAME/file.gguf")
+        raise BaseError("is not there", where=ref.text, hint="name a directory, a Hub id, or a GGUF file")
     return path
 
 
@@ -143,21 +164,12 @@ def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
         )
 
 
-def _converted(file: Path) -> Path:
-    """A GGUF file as safetensors: converted once, kept in the cache by the file's digest."""
-
-    def convert(target: Path) -> None:
-        print(f"converting {file.name} to safetensors, once (about 20 seconds)", file=sys.stderr, flush=True)
-        with quiet():
-            gguf.convert(file, target)
-
-    return cache.built("converted", f"{files.file_digest(file)[:32]}-{gguf.CONVERSION}", convert)
-
-
 def _place(ref: Ref) -> Path | None:
     """The directory or the file of a ref, if it has one; of a Hub checkpoint all files, as they are now."""
-    if ref.kind == "package":
+    if ref.kind == "package" or ref.kind == "file":
         return gguf.find(ref)
+    if ref.kind == "hub" and ref.file:
+        return hub.file(ref.repo, hub.commit_of(ref.repo, ref.revision), ref.file)
     if ref.kind == "hub":
         return hub.download(ref.repo, hub.commit_of(ref.repo, ref.revision), files.FROM_HUB + files.WEIGHTS)
     return _path_here(ref)
@@ -210,10 +222,7 @@ def _explained(below: Base, where: str) -> Iterator[None]:
 
 
 def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights: bool) -> Path:
-    """An adapter merged onto its base, in fp32: done once, kept in the cache by the pins of both.
-
-    Once it is there, you no longer need the base. Without weights, a directory with config and tokenizer alone.
-    """
+    """An adapter merged onto its base, in fp32: done once, kept in the cache by the pins of both. Without weights, config and tokenizer."""
     path = _adapter(ref, pinned.revision)
     _check_digest(ref, files.digest(path), pinned)
 
@@ -223,10 +232,11 @@ def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights
             source = directory(below, pinned_below, with_weights)
         if with_weights:
             print(f"merging {ref.text} onto {below.checkpoint}, once", file=sys.stderr, flush=True)
-        model = load_model(source) if with_weights else empty_model(source)
+        kind = merge.class_below(path, source, ref.text)
+        model = load_model(source, kind=kind) if with_weights else empty_model(source, kind)
         with quiet():
             model = merge.merge(model, path, ref.text)
-        write_merged(model, source, path, target, ref.text)
+        write_merged(model, source, native.readable(path, source), target, ref.text)
 
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
     key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{MERGING}"

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import blake3
 
-from finetune.model.base import files
+from finetune.model.base import files, native
 from finetune.store import cache
 
 
 def tokenizer_directory(adapter: Path, base_directory: Path) -> Path:
     """Where to open the tokenizer of an adapter on a base. Without a config beside it, it gets the base's, in the cache: transformers
     chooses the class by it, as in training."""
+    adapter = native.readable(adapter, base_directory)
     if not files.has_tokenizer(adapter) and not (adapter / files.TEMPLATE).is_file():
         return base_directory
     if files.has_tokenizer(adapter) and (adapter / files.CONFIG).is_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune.errors import BaseError, DataError, explained, of_libraries
-from finetune.model.base import templates
+from finetune.model.base import native, tekken, templates
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
@@ -30,6 +30,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Every command opens tokenizers here. Only a fast one maps tokens to characters.
     """
     refuse_remote_code(path)
+    native.refuse_own_tokenizer(path)
     _refuse_unreadable_templates(path)
     # A relative path may look like a Hub id with an exception in transformers.
     tokenizer = _tokenizer(path.absolute())
@@ -53,7 +54,9 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        # With mistral-common installed its own class, which is not fast, would come before a tokenizer.json.
+        options = {"mistral_format": False} if (path / tekken.FILE).is_file() else {}
+        return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:
         if not isinstance(error, of_libraries()) and type(error) is not Exception:  # tokenizers raises bare ones
             raise

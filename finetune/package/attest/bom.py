@@ -56,7 +56,7 @@ def bom(facts: Facts, name: str, architecture: str, files: Mapping[str, Path]) -
         "version": step_name(step),
         "description": f"{method(facts.plan)}, {figures.named(facts.figures, step)}, {facts.form}, {facts.dtype}",
         **_licences(facts.licence),
-        "pedigree": {"ancestors": [_ancestor(facts)]},
+        "pedigree": {"ancestors": [] if facts.plan.base.kind == "config" else [_ancestor(facts)]},
         "modelCard": card,
     }
     return {

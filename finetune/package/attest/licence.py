@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from finetune.errors import PackageError
+from finetune.model.base import gguf
 from finetune.package.card import metadata
 from finetune.package.card.metadata import FrontMatter
 from finetune.plan.plan import PinnedSource
@@ -104,17 +105,8 @@ def _of_card(directory: Path) -> Licence:
 
 
 def _of_gguf(package: str, file: Path) -> Licence:
-    """`general.license` and related keys (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
-    import gguf
-
     carriers = importlib.metadata.packages_distributions().get(package.partition(".")[0], [])
     if not carriers:
         return {}
     path = importlib.metadata.distribution(carriers[0]).locate_file(Path(*package.split("."), file))
-    fields = gguf.GGUFReader(str(path)).fields
-    names = {
-        "license": "general.license",
-        "license_name": "general.license.name",
-        "license_link": "general.license.link",
-    }
-    return {key: fields[name].contents() for key, name in names.items() if name in fields}
+    return dict(gguf.licence(Path(str(path))))

@@ -159,6 +159,11 @@ def _base(plan: Plan) -> Resource:
 
 
 def _named_base(plan: Plan) -> Resource:
+    if plan.recipe.base.random_weights is not None:  # no weights are from there
+        name, revision = plan.recipe.base.checkpoint, plan.base.revision
+        uri = f"hf://{name.partition('@')[0]}@{revision}" if revision else f"local:{record.public_name(name)}"
+        digest = {"gitCommit": revision} if revision else _digest(plan.base.digest)
+        return {"name": "config", "uri": uri, "digest": digest}
     if (hub := hub_base(plan)) and hub[1]:
         return {"name": "base", "uri": f"hf://{hub[0]}@{hub[1]}", "digest": {"gitCommit": hub[1]}}
     name = record.public_name(plan.recipe.base.checkpoint)

@@ -130,7 +130,11 @@ def _facts(facts: Facts) -> str:
 
 
 def _base(plan: Plan) -> str:
-    hub = hub_base(plan)
+    hub, settings = hub_base(plan), plan.recipe.base
+    if settings.random_weights is not None:
+        at = f" at revision `{plan.base.revision}`" if plan.base.revision else f" (`{plan.base.digest}`)"
+        like = f"the config of `{record.public_name(settings.checkpoint)}`{at}"
+        return f"random weights, drawn with the seed {settings.random_weights} for {like}"
     if hub:
         return f"[{hub[0]}](https://huggingface.co/{hub[0]})" + (f" at revision `{hub[1]}`" if hub[1] else "")
     return f"the local checkpoint `{record.public_name(plan.recipe.base.checkpoint)}` (`{plan.base.digest}`)"

@@ -55,10 +55,12 @@ class Facts:
 
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:
-    """The Hub checkpoint under a run and its commit, if known; None for a base without a public name."""
-    if plan.base.kind == "hub" and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
+    """The Hub checkpoint under a run and its commit, if known; None for random weights and a base without a public name."""
+    origin = plan.recipe.base.origin
+    is_of_hub = plan.base.kind == "hub" or (plan.base.kind == "gguf" and plan.base.revision and not origin)
+    if is_of_hub and (ref := parse(plan.recipe.base.checkpoint)).kind == "hub":
         return ref.repo, plan.base.revision
-    return (plan.recipe.base.origin, None) if plan.recipe.base.origin else None
+    return (origin, None) if origin else None
 
 
 def lies_on(plan: Plan) -> str | None:
@@ -72,4 +74,6 @@ def lies_on(plan: Plan) -> str | None:
 
 
 def method(plan: Plan) -> str:
+    if plan.recipe.base.random_weights is not None:
+        return "pretraining"
     return plan.recipe.adapter.title if plan.recipe.adapter else "full fine-tuning"

@@ -9,6 +9,7 @@ from finetune.recipe.schema.data import Data, Holdout, Source, drawn_of, is_draw
 from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
+from finetune.recipe.schema.rope import Rope
 from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
 from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Keep, Train
 from finetune.recipe.schema.values import Every, Section, amount_of, count_of
@@ -30,6 +31,7 @@ __all__ = [
     "Package",
     "Publish",
     "Recipe",
+    "Rope",
     "Section",
     "Source",
     "Task",

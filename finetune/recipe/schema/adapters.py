@@ -5,7 +5,7 @@ What is done to a model is in `model/adapters/`, in the file of the adapter's na
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from finetune.recipe.schema.values import Names, Section, members
 
@@ -34,7 +34,19 @@ class LoraAdapter(AdapterFacts):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the first added matrix."""
     targets: Names = ["all-linear"]
-    """Which linear layers get matrices: `all-linear` (all but the output head), or names like `q_proj`."""
+    """Which linear layers get matrices: `all-linear` (all but the output head), or names like `q_proj` or `shared_experts.*`, where `*` matches any characters. `all-linear` also reaches fused experts in families where peft counts them; `plan` lists what is reached. `[]` for none."""
+    parameters: Names = []
+    """Further matrices that get them and are no layers of their own, like `experts.gate_up_proj` and `experts.down_proj`, or `experts.*`: a family's experts in one tensor. `dropout` must then be 0. peft calls them `target_parameters`."""
+    exclude: Names = []
+    """Layers and matrices that get none, by name or pattern, whatever `targets` says."""
+    layers: list[NonNegativeInt] = []
+    """The numbers of the only decoder layers that get them, from 0. Default: all."""
+
+    @model_validator(mode="after")
+    def _something(self) -> "LoraAdapter":
+        if not self.targets and not self.parameters:
+            raise ValueError("has neither `targets` nor `parameters`; name one")
+        return self
 
     title: ClassVar = "LoRA"
     tags: ClassVar = ("lora",)

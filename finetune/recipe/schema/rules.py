@@ -108,11 +108,26 @@ def form_has_its_adapter(recipe: PartlyRead) -> str | None:
     return f"package.form: `adapter` needs {PEFT}" if is_asked and recipe.trains_the_base else None
 
 
+def scaled_positions_stay_with_the_weights(recipe: PartlyRead) -> str | None:
+    """An adapter's package names its base, whose config knows nothing of the scaling."""
+    is_asked = recipe.package and recipe.package.form == "adapter" and recipe.base and recipe.base.rope
+    return "package.form: an `adapter` cannot carry `base.rope`; use `merged`" if is_asked else None
+
+
 def quantized_base_has_an_adapter(recipe: PartlyRead) -> str | None:
     kind = recipe.base and recipe.base.quantization
     if kind and recipe.trains_the_base:
         return f"base.quantization: `{kind}` weights cannot be trained; it needs {PEFT}"
     return None
+
+
+def random_weights_are_trained(recipe: PartlyRead) -> str | None:
+    if recipe.base is None or recipe.base.random_weights is None:
+        return None
+    if recipe.base.origin:
+        return "base.origin: no Hub checkpoint is equal to `base.random_weights`"
+    is_beside = not isinstance(recipe.adapter, Unread) and not recipe.trains_the_base
+    return "base.random_weights: an adapter on random weights learns nothing; remove `adapter`" if is_beside else None
 
 
 def bf16_weights_have_bf16_products(recipe: PartlyRead) -> str | None:
@@ -133,6 +148,16 @@ def bf16_weights_keep_small_updates(recipe: PartlyRead) -> str | None:
     return None
 
 
+def offloaded_inputs_are_checkpointed(recipe: PartlyRead) -> str | None:
+    is_alone = recipe.train and recipe.train.activation_offload and not recipe.train.activation_checkpointing
+    return "train.activation_offload: needs `train.activation_checkpointing: true`" if is_alone else None
+
+
+def pieces_are_not_compiled(recipe: PartlyRead) -> str | None:
+    is_both = recipe.train and recipe.train.compile and recipe.train.mlp_chunk_tokens
+    return "train.mlp_chunk_tokens: does not go with `train.compile`" if is_both else None
+
+
 def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
     if recipe.train and recipe.train.compile and recipe.train.reproducibility == "exact":
         return "train.compile: kernels depend on which lengths came first; it needs `train.reproducibility: fast`"
@@ -148,8 +173,12 @@ RULES = (
     best_has_rows,
     micro_batch_holds_a_row,
     form_has_its_adapter,
+    scaled_positions_stay_with_the_weights,
     quantized_base_has_an_adapter,
+    random_weights_are_trained,
     bf16_weights_have_bf16_products,
     bf16_weights_keep_small_updates,
+    offloaded_inputs_are_checkpointed,
+    pieces_are_not_compiled,
     compiled_kernels_are_not_exact,
 )

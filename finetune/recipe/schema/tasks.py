@@ -6,9 +6,9 @@ What is done with rows is in `tasks/`, in the file of the task's name.
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from finetune.recipe.schema.values import Names, Section, Variable, members
+from finetune.recipe.schema.values import Names, Packing, Section, Variable, members
 
 CROSS_ENTROPY = {"loss": "held-out loss (nats per token)", "perplexity": "held-out perplexity"}
 
@@ -33,6 +33,13 @@ class TaskFacts(Section):
     figures: ClassVar[Mapping[str, str]]
     """What a model card calls each held-out figure; the score of the task has them by these names."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_names_nothing(cls, given: object) -> object:
+        if isinstance(given, Mapping) and given.get("packing") == "auto":
+            return {name: value for name, value in given.items() if name != "packing"}
+        return given
+
     @property
     def template_file(self) -> str | None:
         """The file of the key `template`, which tasks about conversations have."""
@@ -50,8 +57,8 @@ class ChatTask(TaskFacts):
     name: Literal["chat"]
     max_length: PositiveInt = 1024
     """Tokens of the longest example; longer rows are cut, and `plan` tells you how many and by how much."""
-    packing: bool = True
-    """Packs several rows into one sequence and keeps them apart exactly; changes speed, not the loss."""
+    packing: Packing = True
+    """Packing puts several rows into one sequence and keeps them apart exactly. `auto`: packs if that is exact on your base, and pads if not. `true`: packs, or refuses your base. `false`: never packs. Changes speed, not the loss."""
     template: str | None = None
     """The chat template: a built-in one (`chatml`, `llama3`, `mistral`, `gemma`, `alpaca`, `zephyr`, `plain`, …), a file (Jinja), or `base:NAME` for one of several that the base has. Default: the base's own."""
     template_variables: dict[str, Variable] = {}
@@ -84,8 +91,8 @@ class TextTask(TaskFacts):
     name: Literal["text"]
     max_length: PositiveInt = 1024
     """Tokens of the longest example; longer rows are split, and you lose nothing."""
-    packing: bool = True
-    """Packs several rows into one sequence and keeps them apart exactly; changes speed, not the loss."""
+    packing: Packing = True
+    """Packing puts several rows into one sequence and keeps them apart exactly. `auto`: packs if that is exact on your base, and pads if not. `true`: packs, or refuses your base. `false`: never packs. Changes speed, not the loss."""
 
     row_form: ClassVar = "text"
     pipeline_tag: ClassVar = "text-generation"

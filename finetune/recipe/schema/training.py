@@ -26,6 +26,10 @@ class Train(Section):
     """Tokens of one forward on one device. `auto`: the longest example, doubled while a step has more tokens and the forecast stays within nine tenths of the device's memory; on a CPU up to 2,048, because more is no faster there. Decided once a run, and kept on resume."""
     activation_checkpointing: bool = False
     """Keep only the input of each decoder layer for the backward pass, and compute the rest again. You get the same bits, far fewer activations, and about a third more time."""
+    activation_offload: bool = False
+    """Keep the inputs of decoder layers in the host's page-locked memory, and not in that of the GPU. Needs `activation_checkpointing`. You get the same bits, and wait for the copies. On a CPU it changes nothing."""
+    mlp_chunk_tokens: PositiveInt | None = None
+    """Run the feed-forward of each decoder layer on at most this many tokens at a time, and compute each piece again in the backward pass. For rows of tens of thousands of tokens, together with `activation_checkpointing`. Experts stay whole. Default: all tokens at once."""
     compile: bool = False
     """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
     reproducibility: Literal["exact", "fast"] = "exact"

@@ -79,6 +79,12 @@ def _auto_or_count(value: object) -> object:
     raise ValueError("must be `auto` or a count like `2048`")
 
 
+def _auto_or_truth(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("must be `auto`, `true` or `false`")
+    return value
+
+
 def _pair(value: object) -> object:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError("must be two numbers like `[0.9, 0.999]`")
@@ -138,6 +144,13 @@ AutoOrCount = Annotated[
     BeforeValidator(_auto_or_count),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
 ]
+Packing = Annotated[
+    bool,
+    BeforeValidator(_auto_or_truth),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "boolean"}]}),
+    Field(json_schema_extra={"default": "auto"}),
+]
+"""`auto` is the state of a recipe that does not name it: plans of every age hold `true` there, and keep their ids."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 HubId = Annotated[str, BeforeValidator(_hub_id), WithJsonSchema({"type": "string", "pattern": f"^{_HUB_ID}$"})]
 

@@ -26,9 +26,10 @@ from finetune.store.run.directory import PLAN, RunDirectory
 
 _RUN = re.compile(r"(?P<run>.+)@(?P<step>\d{1,8}|last|best)")
 _HUB = re.compile(rf"(?P<repo>{HUB_ID.pattern})(@(?P<revision>[\w./-]+))?")
+_HUB_FILE = re.compile(rf"(?P<repo>{HUB_ID.pattern})/(?P<file>[\w./-]+\.gguf)(@(?P<revision>[\w./-]+))?")
 _PACKAGE = re.compile(r"package:(?P<name>\w+(\.\w+)*)/(?P<file>.+\.gguf)")
 MOST_FOLDERS = 2000  # that a typing error is looked for among
-_FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, or package:NAME/FILE.gguf"
+_FORMS = "name RUN@STEP, RUN@last, RUN@best, a directory, a Hub id OWNER/NAME, or a GGUF file: FILE.gguf, OWNER/NAME/FILE.gguf, package:NAME/FILE.gguf"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,17 @@ class HubRef:
     text: str
     repo: str
     revision: str | None = None
+    file: str | None = None
+    """A GGUF file in the repository; None is the model that the repository is."""
     kind: Literal["hub"] = "hub"
+
+
+@dataclass(frozen=True)
+class FileRef:
+    text: str
+    path: Path
+    """A GGUF file."""
+    kind: Literal["file"] = "file"
 
 
 @dataclass(frozen=True)
@@ -83,13 +94,15 @@ class PackageRef:
     kind: Literal["package"] = "package"
 
 
-Ref = StepRef | OriginRef | CheckpointRef | ModelRef | HubRef | PackageRef
+Ref = StepRef | OriginRef | CheckpointRef | ModelRef | HubRef | FileRef | PackageRef
 
 
 def parse(text: str) -> Ref:
-    """Parses a ref. Existing directories come first, then RUN@STEP, then Hub ids."""
+    """Parses a ref. Existing directories and GGUF files come first, then RUN@STEP, then Hub ids."""
     if Path(text).is_dir():
         return _directory(text)
+    if text.endswith(".gguf") and Path(text).is_file():
+        return FileRef(text, Path(text))
     if match := _RUN.fullmatch(text):
         run, step = Path(match["run"]), match["step"]
         if step in ("last", "best"):
@@ -99,6 +112,8 @@ def parse(text: str) -> Ref:
         return PackageRef(text, match["name"], Path(match["file"]))
     if match := _HUB.fullmatch(text):
         return HubRef(text, match["repo"], match["revision"])
+    if (match := _HUB_FILE.fullmatch(text)) and ".." not in match["file"]:
+        return HubRef(text, match["repo"], match["revision"], match["file"])
     near = nearest_folder(text)
     hint = f"did you mean `{near}`?" if near else _FORMS
     raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=hint)

@@ -108,6 +108,7 @@ def test_an_error_early_in_a_large_array_is_found_without_reading_the_rest(tmp_p
         assert file.tell() <= 1 << 20
 
 
+@pytest.mark.slow
 def test_a_csv_field_of_many_megabytes_and_quotes_across_lines_are_read(tmp_path) -> None:
     long = 'x, "y"\n' * 1_500_000
     quoted = long.replace('"', '""')

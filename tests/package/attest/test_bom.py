@@ -6,6 +6,7 @@ import json
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "full", "alone"])
 def test_a_bill_of_materials_keeps_to_the_schema_and_names_the_files(form, request) -> None:
     from cyclonedx.schema import SchemaVersion

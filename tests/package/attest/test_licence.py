@@ -66,6 +66,7 @@ def edited(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.mark.slow
 def test_what_could_not_be_packaged_is_refused_before_the_training_where_it_is_asked_for(base, recipe_file) -> None:
     (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     edited(base / "tokenizer_config.json", name_or_path="/home/somebody/models/tiny")
@@ -98,6 +99,7 @@ def test_generation_that_would_not_end_where_training_ends_a_turn_is_mended(base
     assert ends == [0, tiny_tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 def test_a_gated_base_does_not_become_public(tmp_path, tiny_base, recipe_file) -> None:
     with Hub(seconds=200) as hub:
         hub.users[TOKEN] = User("tiny")

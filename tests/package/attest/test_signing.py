@@ -41,6 +41,7 @@ def official(package: Path, public: Path) -> int:
     return subprocess.run([str(word) for word in command], capture_output=True).returncode
 
 
+@pytest.mark.slow
 def test_the_official_verifier_accepts_and_rejects_what_ours_does(package, keys) -> None:
     private, public = keys
     signing.sign(package, private)

@@ -201,6 +201,7 @@ def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finish
     assert killed > 40
 
 
+@pytest.mark.slow
 def test_no_right_and_no_name_are_told_before_anything_is_sent(hub, env, package) -> None:
     hub.users["hf_" + "r" * 34] = User("reader", "read")
     without = {name: value for name, value in env.items() if name != "HF_TOKEN"}

@@ -147,6 +147,7 @@ def died(work: Callable[[], object], event: int) -> bool:
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_folder_is_old_or_new_and_a_second_call_finishes(tmp_path, target, new) -> None:
     before, after = content(tmp_path / "old"), content(tmp_path / "new")
     for event in count():

@@ -187,6 +187,7 @@ TAMPERED: dict[str, tuple[str, str, Tamper]] = {  # name: (package, check, what 
 }
 
 
+@pytest.mark.slow
 def test_packages_as_they_were_made_have_nothing_wrong(merged, full, alone) -> None:
     for one in (merged, full, alone):
         facts = verify(str(one.directory))

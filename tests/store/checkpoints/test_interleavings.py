@@ -202,6 +202,7 @@ def check(examples: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_random_interleavings_lose_nothing():
     check(examples=30)
 

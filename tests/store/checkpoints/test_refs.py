@@ -6,7 +6,17 @@ import pytest
 
 from finetune.errors import CheckpointError
 from finetune.store.checkpoints.manifest import Manifest
-from finetune.store.checkpoints.refs import CheckpointRef, HubRef, ModelRef, OriginRef, PackageRef, StepRef, find, parse
+from finetune.store.checkpoints.refs import (
+    CheckpointRef,
+    FileRef,
+    HubRef,
+    ModelRef,
+    OriginRef,
+    PackageRef,
+    StepRef,
+    find,
+    parse,
+)
 from finetune.store.checkpoints.store import Store
 
 
@@ -33,6 +43,7 @@ def run(tmp_path, monkeypatch):
         ("runs/a/checkpoints/step-00000100", CheckpointRef("runs/a/checkpoints/step-00000100", path=Path("runs/a/checkpoints/step-00000100"))),
         ("owner/name", HubRef("owner/name", repo="owner/name")),
         ("owner/na-me.1@v2.0", HubRef("owner/na-me.1@v2.0", repo="owner/na-me.1", revision="v2.0")),
+        ("owner/name/q4/a.gguf@v2", HubRef("owner/name/q4/a.gguf@v2", repo="owner/name", revision="v2", file="q4/a.gguf")),
         ("package:some_pkg/a/b.gguf", PackageRef("package:some_pkg/a/b.gguf", repo="some_pkg", path=Path("a/b.gguf"))),
     ],
 )  # fmt: skip
@@ -46,7 +57,22 @@ def test_a_directory_with_a_models_config_is_a_model(tmp_path, marker):
     assert parse(str(tmp_path)) == ModelRef(str(tmp_path), path=tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "a", "./missing/dir", "a/b/c", "package:x/file.bin", "owner/name@", "/no/such"])
+def test_a_gguf_file_that_is_there_comes_before_names_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "owner/name/a.gguf"
+    assert parse(text) == HubRef(text, repo="owner/name", file="a.gguf")
+    Path(text).parent.mkdir(parents=True)
+    Path(text).write_bytes(b"GGUF")
+    assert parse(text) == FileRef(text, path=Path(text))
+    Path(text).with_suffix(".bin").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="is neither a directory nor a ref"):
+        parse("owner/name/a.bin")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "./missing/dir", "a/b/c", "package:x/file.bin", "owner/name@", "/no/such", "/no/a.gguf", "a/b/../c.gguf"],
+)
 def test_what_is_no_ref_is_answered_with_the_forms(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = text or "?"

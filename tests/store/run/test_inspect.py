@@ -1,9 +1,12 @@
 """What `log` shows of a run: checkpoints, incidents and branches, in the order in which they came."""
 
+import pytest
+
 from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
 from finetune.store.run.inspect import log, tree
 
+pytestmark = pytest.mark.slow
 TRAIN = {"steps": 12, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 
 

@@ -38,6 +38,7 @@ def test_a_line_every_so_many_steps_and_one_for_each_evaluated_step(recipe_file,
     assert [int(line["step"]) for line in table(train(recipe, tmp_path / "run"))] == [3, 4, 6, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_after_a_kill_no_step_has_two_lines(recipe_file, train, tmp_path, monkeypatch) -> None:
     recipe, run = recipe_file(trackers=CSV), tmp_path / "run"
     whole = table(train(recipe, tmp_path / "whole"))
