@@ -64,9 +64,14 @@ def running(plan: Plan, shape: Shape) -> int:
 
 
 def _wider(plan: Plan, shape: Shape) -> int:
-    """What a gated layer takes more of nf4: three of its four outputs come in the type of the residual stream."""
-    difference = max(stored_width(plan), width(plan)) - width(plan)
-    return 3 * shape.intermediate * difference if plan.recipe.base.quantization else 0
+    """What a gated layer takes more of a quantized base: three of its four outputs come in the type of the residual stream.
+
+    Products of int8 also keep their input in bf16, beside the adapter's cast of it.
+    """
+    kind, stored = plan.recipe.base.quantization, stored_width(plan)
+    outputs = 3 * shape.intermediate * (max(stored, width(plan)) - width(plan)) if kind else 0
+    inputs = (2 * shape.hidden + shape.intermediate) * stored if kind == "int8" and stored == 2 else 0
+    return outputs + inputs
 
 
 def _input(plan: Plan, shape: Shape) -> int:

@@ -12,7 +12,8 @@ from finetune.plan.activations import FLOAT, is_beside, stored_width, width
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
 
-NF4 = 0.5625  # bytes a parameter: 4 bits, and an fp32 scale for every 64
+# Bytes a parameter. nf4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
+QUANTIZED = {"nf4": 0.5625, "int8": 1.004}
 CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
 HOST_PROCESS_BYTES = (
@@ -198,7 +199,7 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
         return {"rest": stored_width(plan) * parameters}
     embeddings = shape.vocabulary * shape.hidden
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
-    each = NF4 if plan.recipe.base.quantization else width(plan)
+    each = QUANTIZED.get(plan.recipe.base.quantization or "", width(plan))
     beside = plan.parameters_beside_text  # not quantized either
     linear = round(each * (parameters - embeddings - head - beside)) + width(plan) * (head + beside)
     return {"linear": linear, "rest": stored_width(plan) * embeddings}

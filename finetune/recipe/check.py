@@ -46,6 +46,7 @@ _YES_AND_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "
 _OTHER_TRAINERS = {
     "gradient_checkpointing": "train.activation_checkpointing",
     "load_in_4bit": "base.quantization",
+    "load_in_8bit": "base.quantization",
     "lr": "optimizer.learning_rate",
     "lr_scheduler_type": "optimizer.schedule",
     "max_seq_length": "task.max_length",

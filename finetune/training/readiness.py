@@ -22,7 +22,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     recipe = resolved.plan.recipe
     if recipe.base.quantization:
         base.refuse_unquantized(resolved.base_directory)
-        base.check_quantization(resolved.base_directory)
+        base.check_quantization(resolved.base_directory, recipe.base.quantization)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
         decoder_layers.check_compiler()

@@ -82,7 +82,7 @@ def test_other_kinds_are_refused_before_a_weight_is_read(recipe_file, tiny_base,
 
 def test_a_base_is_not_quantized_twice(mxfp4):
     with pytest.raises(BaseError, match=r"base\.quantization: `nf4` cannot be made of a base that is quantized"):
-        base.check_quantization(mxfp4)
+        base.check_quantization(mxfp4, "nf4")
 
 
 LORA = {"name": "lora", "rank": 2}

@@ -159,6 +159,21 @@ def test_products_of_a_quantized_base_are_as_wide_as_the_residual_stream(weightl
     assert activations(True, "fp32") == pytest.approx(76.5 * 2**30, rel=0.01)  # as traced over fake CUDA tensors
 
 
+def test_products_of_int8_keep_their_input_beside_bf16_weights(weightless, planned):
+    """As the memory of a process on a CPU grew: 5,128 bytes a token and layer more than nf4 at 512 hidden and 1,536 intermediate."""
+    base, work = weightless(LARGE["8B"]), Work(8192, 16384)
+
+    def parts(quantization, weights):
+        sections = {"base": base | {"quantization": quantization}, "adapter": {"name": "lora"}}
+        plan, shape = planned(**sections, train={"steps": 4, "weights": weights})
+        return memory.parts(plan, shape, work, CARD)
+
+    nf4, int8 = (parts(kind, "bf16") for kind in ("nf4", "int8"))
+    assert int8["activations"] == nf4["activations"] + (2 * 4096 + 14336) * 2 * 33 * 8192
+    assert parts("int8", "fp32")["activations"] == parts("nf4", "fp32")["activations"]
+    assert 6 * 2**30 < int8["weights"] < 10 * 2**30 and nf4["weights"] < 0.7 * int8["weights"]
+
+
 def test_an_update_of_weights_in_bf16_has_room_for_a_slice_on_a_gpu(weightless, planned):
     train = {"steps": 4, "weights": "bf16"}
     plan, shape = planned(base=weightless(LARGE["8B"]), adapter=None, train=train)

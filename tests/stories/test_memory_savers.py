@@ -28,6 +28,12 @@ SAVERS = {
     "bf16-weights-lora": {"adapter": LORA, "train": {"precision": "bf16", "weights": "bf16"}},
     "8bit-full": {"adapter": None, "optimizer": {"learning_rate": 0.01, "name": "adamw_8bit"}},
     "nf4": {"adapter": LORA, "base": {"quantization": "nf4"}},
+    "int8": {"adapter": LORA, "base": {"quantization": "int8"}},
+    "int8-bf16": {
+        "adapter": LORA,
+        "base": {"quantization": "int8"},
+        "train": {"precision": "bf16", "weights": "bf16"},
+    },
     "all-at-once": {
         "adapter": LORA,
         "base": {"quantization": "nf4"},
@@ -35,7 +41,7 @@ SAVERS = {
         "train": {"precision": "bf16", "weights": "bf16", "activation_checkpointing": True},
     },
 }
-NEED = {name for name in SAVERS if "8bit" in name or "nf4" in name or name == "all-at-once"}
+NEED = {name for name in SAVERS if "8bit" in name or "nf4" in name or "int8" in name or name == "all-at-once"}
 EVERY = [pytest.param(name, marks=NEEDS_BITSANDBYTES if name in NEED else ()) for name in SAVERS]
 
 

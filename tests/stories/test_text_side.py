@@ -201,11 +201,10 @@ def test_targets_reach_the_text_alone_and_a_name_of_the_images_is_no_target(wide
 
 def test_nothing_beside_text_is_quantized(wide_base) -> None:
     from finetune.model.base import class_of, load_config
-    from finetune.model.base.load import _nf4
 
     for kind, part in (("mistral3", "model.vision_tower"), ("qwen3_5", "model.visual")):
         base = wide_base(kind)
-        skipped = _nf4(torch.bfloat16, base, class_of(load_config(base))).llm_int8_skip_modules
+        skipped = _bits("nf4", torch.bfloat16, empty_model(base, class_of(load_config(base)))).llm_int8_skip_modules
         assert part in skipped and "lm_head" in skipped and not any("language_model" in name for name in skipped)
 
 

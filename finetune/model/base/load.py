@@ -114,7 +114,7 @@ def load_model(
     """
     config = load_config(path)
     if quantization:
-        check_quantization(path)
+        check_quantization(path, quantization)
     check_weight_files(path)
     kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
@@ -122,7 +122,7 @@ def load_model(
     reading = place.reading(type(empty_model(path, kind))) if place and place.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
         if quantization:
-            options["quantization_config"] = _nf4(products, path, kind)
+            options["quantization_config"] = _bits(quantization, products, empty_model(path, kind))
         loaded: Any = kind.from_pretrained(
             path,
             config=config,
@@ -147,19 +147,21 @@ def _names(keys: Iterable[object]) -> list[str]:
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
-def check_quantization(path: Path) -> None:
-    """BaseError if the base at `path` cannot be quantized during loading."""
-    quantized.check_nf4(read_json(path / "config.json"))
+def check_quantization(path: Path, kind: str) -> None:
+    """BaseError if the base at `path` cannot be quantized in this way during loading."""
+    quantized.check_quantizable(read_json(path / "config.json"), kind)
 
 
-def _nf4(products: torch.dtype, path: Path, kind: LoadingClass) -> BitsAndBytesConfig:
-    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314); not the embeddings, norms and head, and
-    nothing beside the text side."""
-    model = empty_model(path, kind)
+def _bits(quantization: str, products: torch.dtype, model: PreTrainedModel) -> BitsAndBytesConfig:
+    """Linear layers in 4 bits with quantized scales (QLoRA, arXiv 2305.14314), or in 8 (LLM.int8(), arXiv 2208.07339), whose
+    products have the type of their input. Not the embeddings, norms and head, and nothing beside the text side."""
     beside = parts_beside(model)
+    # a list takes the place of transformers' own, which has the head
+    skipped = [*get_keys_to_not_convert(model), *beside] if beside else None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
-        # a list takes the place of transformers' own, which has the head
-        llm_int8_skip_modules=[*get_keys_to_not_convert(model), *beside] if beside else None,
+        llm_int8_skip_modules=skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

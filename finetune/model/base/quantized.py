@@ -35,13 +35,13 @@ def to_numbers(config: object) -> bool:
     return bool(said)
 
 
-def check_nf4(config: Json) -> None:
+def check_quantizable(config: Json, kind: str) -> None:
     """BaseError where a base cannot be quantized while it is read: it is so already, or what does it is not installed."""
     if method := _method_of(config):
-        message, hint = f"`nf4` cannot be made of a base that is quantized already ({method})", "remove the key"
+        message, hint = f"`{kind}` cannot be made of a base that is quantized already ({method})", "remove the key"
         raise BaseError(message, where="base.quantization", hint=hint)
     if not find_spec("bitsandbytes"):
-        message, hint = "`nf4` weights need bitsandbytes", "pip install bitsandbytes"
+        message, hint = f"`{kind}` weights need bitsandbytes", "pip install bitsandbytes"
         raise BaseError(message, where="base.quantization", hint=hint)
 
 
