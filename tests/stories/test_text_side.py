@@ -200,7 +200,8 @@ def test_targets_reach_the_text_alone_and_a_name_of_the_images_is_no_target(wide
 
 
 def test_nothing_beside_text_is_quantized(wide_base) -> None:
-    from finetune.model.base import class_of, load_config
+    from finetune.model.base import class_of, empty_model, load_config
+    from finetune.model.base.load import _bits
 
     for kind, part in (("mistral3", "model.vision_tower"), ("qwen3_5", "model.visual")):
         base = wide_base(kind)
