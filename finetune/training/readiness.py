@@ -21,7 +21,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     refuse_unfit_base(resolved)
     recipe = resolved.plan.recipe
     if recipe.base.quantization:
-        base.refuse_unquantized(resolved.base_directory)
+        base.refuse_unquantized(resolved.base_directory, recipe.base.quantization)
         base.check_quantization(resolved.base_directory, recipe.base.quantization)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:

@@ -174,7 +174,7 @@ def test_a_balance_that_the_base_lacks_is_refused_in_the_plan(recipe_file, finet
 
 def test_nf4_that_leaves_experts_as_they_are_is_refused_with_its_list(random_base, tiny_base):
     with pytest.raises(BaseError) as caught:
-        refuse_unquantized(random_base("qwen3_moe"))
+        refuse_unquantized(random_base("qwen3_moe"), "nf4")
     assert "would leave 33% of qwen3_moe as it is: experts 32%, mlp 1%" in str(caught.value)
     assert caught.value.where == "base.quantization"
-    refuse_unquantized(tiny_base)
+    refuse_unquantized(tiny_base, "nf4")
