@@ -326,11 +326,11 @@ found out with `scripts/families`. It makes a tiny random model of each of {type
 transformers {version}. It trains each by LoRA (`all-linear`) and in full, packed and padded, in fp32
 and bf16, for two steps. The losses equal those of each row alone in plain transformers. {packaged}
 
-Many bases also read images or sound: Qwen3.5, Gemma 3 and 4, Mistral 3, Llama 4, Qwen-VL, SmolVLM. You
-train their text. We load the class that the config declares. Its decoder, embeddings and head are
-trained; `plan` names the other modules and counts their parameters. Those are frozen: no adapter and
-no 4-bit weight reaches them. Your package has them as the base's files do, to the byte, and the
-files of the processors. Load it by the class in its config, with images as before.
+Many bases also read images or sound: Qwen3.5, Gemma 3 and 4, Mistral 3, Llama 4, Qwen-VL, SmolVLM.
+You train their text. We load the class that the config declares. Its decoder, embeddings and head
+are trained; `plan` names the other modules and counts their parameters. Those are frozen: no
+adapter and no 4-bit weight reaches them. Your package has them as the base's files do, to the byte,
+and the files of the processors. Load it by the class in its config, with images as before.
 
 | column | meaning |
 |---|---|

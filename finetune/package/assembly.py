@@ -47,7 +47,7 @@ def assemble(
     found = weights.stored(converted, form, dtype, base_directory, beside)
     weights.write(found, opened, form, dtype, directory)
     small_files.write(directory, opened.directory, tokenizer, base_directory, is_adapter=form == "adapter")
-    loaded = load(directory, opened.base_directory if form == "adapter" else None, text_of)
+    loaded = load(directory, opened.base_directory if form == "adapter" else None, *filter(None, [text_of]))
     surplus = classes.surplus(model, directory, found.carried)
     checks = [*proof.equal(trained, loaded, surplus, beside), *converted.checks]
     checks.append(proof.stored_as(directory, found.types, base.STORED_DTYPES[dtype]))

@@ -60,8 +60,8 @@ class LoadedLook:
     facts: probe.LoadedFacts
 
 
-# A package, the base that it is an adapter of, and the trained class (None: a causal LM) -> a look at it
-Loader = Callable[[Path, Path | None, str | None], LoadedLook]
+# A package, the base that it is an adapter of, and the trained class unless that is a causal LM -> a look at it
+Loader = Callable[..., LoadedLook]
 
 
 def load_back(directory: Path, base: Path | None, trained: str | None = None) -> LoadedLook:

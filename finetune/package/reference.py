@@ -73,7 +73,7 @@ def findings(directory: Path) -> Iterator[Finding]:
     Raises BaseError if an adapter's base is unavailable."""
     try:
         said = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        loaded = proof.load_back(directory, _base(directory), _class(said))
+        loaded = proof.load_back(directory, _base(directory), *_class(said))
         now = recorded(loaded.logits, said["dtype"])
         if now["sha256"] == said["sha256"]:
             return
@@ -108,12 +108,12 @@ def _likeliest(logits: torch.Tensor) -> list[Likeliest]:
     return found
 
 
-def _class(said: Recorded) -> str | None:
-    """ValueError where the record, which came with the package, names something other than a model."""
+def _class(said: Recorded) -> list[str]:
+    """The trained class, if it is not a causal LM. ValueError where the record, which came with the package, names something other than a model."""
     name = said.get("trained_class")
     if name is not None and not issubclass(getattr(transformers, str(name), object), PreTrainedModel):
         raise ValueError(f"{name} is no class of a model")
-    return name
+    return [name] if name else []
 
 
 def _hash(logits: torch.Tensor) -> str:
