@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from finetune.errors import AdapterError
 from finetune.model import losses
 from finetune.model.adapters import ADAPTERS, apply, is_changed
+from finetune.model.base import freeze_beside_text
 from finetune.model.tiny import model_like
 from finetune.recipe.schema import LoraAdapter
 
@@ -201,3 +202,13 @@ def test_an_adapter_has_something_to_reach():
     with pytest.raises(ValueError, match="has neither `targets` nor `parameters`"):
         lora(targets=[])
     assert ADAPTERS["frozen"].put_on_older is None
+
+
+def test_parameters_beside_the_text_are_none_that_lora_reaches():
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    model = freeze_beside_text(small("gemma3", vision_config=vision, mm_tokens_per_image=4))
+    assert model.model.multi_modal_projector.mm_input_projection_weight.ndim == 2
+    named = lora(targets=["q_proj"], parameters=["mm_input_projection_weight"])
+    with pytest.raises(AdapterError, match="no parameter is called `mm_input_projection_weight`"):
+        apply(model, named)

@@ -5,6 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.model import attention, decoder_layers, rotary
+from finetune.model.base import rope
+from finetune.recipe.schema import Rope
 
 SIZES = {
     "vocab_size": 320,
@@ -118,3 +120,16 @@ def test_what_generates_with_a_cache_is_as_in_transformers():
     row = rows()[0][:, :20]
     ours = rotary.separate(model_of("llama", "longrope")).generate(row, max_new_tokens=8, do_sample=False)
     assert torch.equal(ours, model_of("llama", "longrope").generate(row, max_new_tokens=8, do_sample=False))
+
+
+def test_a_config_with_its_text_in_no_section_keeps_the_rest_of_the_text():
+    """As Qwen2.5-VL is published: a section for the images, and the text beside it."""
+    raw = {"model_type": "qwen2_5_vl", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8}
+    raw |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 128}
+    raw |= {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "vision_config": {}}
+    config = AutoConfig.for_model(**raw)
+    scaled = rope.scaled_config(raw, config, Rope(rope_type="yarn", factor=4.0), "base")
+    text = AutoConfig.for_model(**scaled).get_text_config()
+    assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (64, 3, 300)
+    assert text.max_position_embeddings == 512
+    assert text.rope_parameters["rope_type"] == "yarn" and text.rope_parameters["mrope_section"] == [1, 1, 2]

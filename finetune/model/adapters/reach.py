@@ -67,9 +67,7 @@ def reach_of(model: PreTrainedModel, settings: LoraAdapter, is_whole: bool = Tru
     fused = _fused(model, settings.parameters)
     # Under `all-linear` peft trains routers of these families alone: one has to name them.
     added = [each for each in config.target_parameters or () if not (is_all and is_whole and each == ROUTER)]
-    # What is beside the text side was frozen before.
-    trained = [name for name, each in model.named_parameters() if each.requires_grad or not each.is_floating_point()]
-    of_peft = matching(sorted(added), trained)
+    of_peft = matching(sorted(added), _trained(model))
     mended = [name for name in named if is_whole and name not in own and f"{name}.weight" not in of_peft]
     kept = _chosen(model, settings, [*own, *of_peft, *mended, *fused])
     weights = [f"{name}.weight" for name in mended if name in kept]
@@ -97,7 +95,7 @@ def matching(targets: Sequence[str], names: Iterable[str]) -> list[str]:
 
 def fused_matrices(model: PreTrainedModel) -> list[str]:
     """Parameters that hold several matrices, like those of experts."""
-    return [name for name, tensor in model.named_parameters() if tensor.ndim == 3 and _reason(model, name) is None]
+    return [name for name in _trained(model) if model.get_parameter(name).ndim == 3 and _reason(model, name) is None]
 
 
 def _is_pattern(target: str) -> bool:
@@ -169,6 +167,11 @@ def _refuse_targets(
             )
 
 
+def _trained(model: PreTrainedModel) -> list[str]:
+    """The parameters that were not frozen before, as those beside the text side are. Quantized ones are integers, and never trainable."""
+    return [name for name, each in model.named_parameters() if each.requires_grad or not each.is_floating_point()]
+
+
 def _short(name: str) -> str:
     """`experts.down_proj` of a parameter's whole name."""
     return ".".join(name.split(".")[-2:])
@@ -176,7 +179,7 @@ def _short(name: str) -> str:
 
 def _fused(model: PreTrainedModel, targets: list[str]) -> list[str]:
     """The parameters of `adapter.parameters`. A pattern takes those that fit, a name must fit."""
-    names, found = [name for name, _ in model.named_parameters()], []
+    names, found = _trained(model), []
     for target in targets:
         matched = matching([target], names)
         reasons = {name: reason for name in matched if (reason := _reason(model, name))}

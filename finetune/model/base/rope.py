@@ -28,6 +28,9 @@ SCALING = frozenset(
     + ["truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"]
 )
 BY_ORIGINAL = ("yarn", "longrope", "llama3")  # whose frequencies are a function of the original positions
+CHANGED = frozenset(
+    ["max_position_embeddings", ORIGINAL, "head_dim", "rope_parameters", "rope_scaling", "rope_theta", "_name_or_path"]
+)
 WITHIN = re.compile("sliding|chunked")  # layers that look no further than a window need no more positions
 
 
@@ -142,10 +145,11 @@ def _entry(entry: Json, original: int, rope: Rope) -> Json:
 
 
 def _text_section(raw: Json, config: PretrainedConfig) -> Json:
-    """The part of a config that is about the language model."""
+    """The part of a config that is about the language model. Qwen2.5-VL's has it beside `vision_config`, in no section of its own."""
     text = config.get_text_config()
     names = [name for name in type(config).sub_configs if getattr(config, name, None) is text]
-    return raw.setdefault(names[0], {}) if names else raw
+    section: Json = raw[names[0]] if names and names[0] in raw else raw
+    return section
 
 
 def _as_spelled(section: Json, own: dict[str | None, Json], changed: dict[str | None, Json]) -> None:
@@ -176,10 +180,16 @@ def _read(
     except of_libraries():  # such as Phi-3's, which takes longrope alone
         return None
     read, wanted = entries(made), {**entries(config), **changed}
-    is_same = read.keys() == wanted.keys() and all(
+    is_same = _rest(made) == _rest(config) and read.keys() == wanted.keys() and all(
         read[name].get(key) == value for name, entry in wanted.items() for key, value in entry.items()
     )
     return made if is_same and made.get_text_config().max_position_embeddings == positions else None
+
+
+def _rest(config: PretrainedConfig) -> Json:
+    """The settings of the text that no scaling changes."""
+    found = config.get_text_config().to_dict()
+    return {key: value for key, value in found.items() if key not in CHANGED}
 
 
 def _check_frequencies(config: PretrainedConfig, changed: dict[str | None, Json], where: str) -> None:
