@@ -89,7 +89,7 @@ def test_weights_stored_in_half_precision_are_never_made_fp32_on_a_cpu(
     types = {found[name].dtype for name in linear}
     assert types == {torch.float32 if stored == torch.float32 else torch.bfloat16}
     adapters.store_frozen_as_bf16(made)
-    monkeypatch.setattr(build_module, "_place", lambda recipe, directory, device: Place(device))
+    monkeypatch.setattr(build_module, "_place", lambda recipe, directory, device, kind: Place(device))
     other = trained_model(resolved.plan, resolved.base_directory, torch.device("cpu"))
     adapters.store_frozen_as_bf16(other)
     expected = other.state_dict()
