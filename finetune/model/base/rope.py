@@ -180,8 +180,10 @@ def _read(
     except of_libraries():  # such as Phi-3's, which takes longrope alone
         return None
     read, wanted = entries(made), {**entries(config), **changed}
-    is_same = _rest(made) == _rest(config) and read.keys() == wanted.keys() and all(
-        read[name].get(key) == value for name, entry in wanted.items() for key, value in entry.items()
+    is_same = (
+        _rest(made) == _rest(config)
+        and read.keys() == wanted.keys()
+        and all(read[name].get(key) == value for name, entry in wanted.items() for key, value in entry.items())
     )
     return made if is_same and made.get_text_config().max_position_embeddings == positions else None
 
