@@ -1,10 +1,8 @@
 """Settings of decoder layers: activation checkpointing and compilation."""
 
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -71,66 +69,6 @@ def module_of(parameter: str) -> str:
     # By the first number: experts within a layer have numbers, too.
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbered[0] - 1 : numbered[0] + 1]) if numbered else parts[-1]
-
-
-# The first kind whose pattern is found in a parameter's name; what has none is `other`.
-KINDS = {
-    "norms": re.compile(r"norm|layernorm|(^|\.)ln_?\w*\."),
-    "experts": re.compile(r"(?<!shared_)experts?\."),
-    "attention": re.compile(r"attn|attention"),
-    "mlp": re.compile(r"mlp|feed_?forward|ffn|(^|\.)ff\.|fc_?\d|shared_experts?\.|dense_(\d?h|4h)|_proj_mlp|moe"),
-}
-
-
-def kind_of(parameter: str) -> str:
-    """The kind of a layer's parameter, by its name."""
-    return next((kind for kind, pattern in KINDS.items() if pattern.search(parameter)), "other")
-
-
-def reached(model: PreTrainedModel, beside: Collection[int] = ()) -> dict[str, tuple[int, int]]:
-    """By kind of module: the number of the base's parameters, tied ones once, and how many are trained or have an adapter.
-
-    `beside` are the ids of parameters that are not of the model's text side.
-    """
-    inner = _transformers_model(model)
-    found: dict[str, tuple[int, int]] = {}
-    special: dict[int, str] = {}
-    for kind, module in (("head", inner.get_output_embeddings()), ("embeddings", inner.get_input_embeddings())):
-        # peft wraps a trained head or embedding.
-        module = getattr(module, "base_layer", module)
-        special |= {id(each): kind for each in module.parameters()} if module is not None else {}
-    special |= {
-        id(each): "embeddings"
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-        for each in module.parameters()
-    }
-    special |= dict.fromkeys(beside, "beside text")
-    wrapped = {id(each) for module in model.modules() if hasattr(module, "lora_A") for each in _wrapped_by(module)}
-    for name, each in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        kind = special.get(id(each)) or kind_of(name)
-        count, held = found.get(kind, (0, 0))
-        is_reached = each.requires_grad or id(each) in wrapped
-        found[kind] = (count + each.numel(), held + is_reached * each.numel())
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
-
-
-def _wrapped_by(module: Any) -> Iterable[torch.nn.Parameter]:
-    """The parameters under an adapter's module: peft wraps one tensor of a module of experts, or a whole layer."""
-    return [module.get_param()] if hasattr(module, "get_param") else module.base_layer.parameters()
-
-
-def missed(kinds: dict[str, tuple[int, int]]) -> str | None:
-    """A line for a user whose adapter misses most of a kind of layer, as `all-linear` misses experts that are not linear layers."""
-    total = sum(count for count, _ in kinds.values())
-    told = [
-        f"{held / count:.0%} of {kind} ({count / total:.0%} of the base)"
-        for kind, (count, held) in kinds.items()
-        if kind in ("attention", "mlp", "experts") and held < count / 2 and count > total / 20
-    ]
-    return f"the adapter reaches {', '.join(told)}" if told else None
 
 
 def _transformers_model(model: PreTrainedModel) -> PreTrainedModel:

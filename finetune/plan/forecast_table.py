@@ -1,7 +1,5 @@
 """The forecast of a plan as text, for `plan`; it must add no fact of its own."""
 
-from collections.abc import Sequence
-
 from finetune.errors import counted
 from finetune.plan.disk import readable
 from finetune.plan.shown import Forecast, RateFacts, WithDevices
@@ -98,16 +96,6 @@ def _host_rows(facts: Forecast) -> list[tuple[str, str]]:
         return []
     found = f"about {readable(facts['host_memory_bytes'])}; there are {readable(facts['host_bytes'])}"
     return [("host", found), *(("", f"{readable(size):>10}  {name}") for name, size in facts["host_memory"].items())]
-
-
-def base_lines(notes: Sequence[str], kinds: dict[str, tuple[int, int]] | None) -> list[str]:
-    """Notes about the base, and the share of it that an adapter reaches, by kind of module."""
-    if not kinds:
-        return [f"base: {note}" for note in notes]
-    total, held = (sum(column) for column in zip(*kinds.values(), strict=True))
-    shares = [f"{name} {held / count:.0%} of {count / total:.0%}" for name, (count, held) in kinds.items()]
-    reached = f"adapter: reaches {held / total:.0%} of the base's weights; by kind: {', '.join(shares)}"
-    return [reached, *(f"base: {note}" for note in notes)]
 
 
 def devices_table(facts: WithDevices) -> str:

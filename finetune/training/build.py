@@ -18,9 +18,11 @@ from finetune.model import (
     feed_forward,
     losses,
     optimizer,
+    rotary,
     routing,
     row_by_row,
 )
+from finetune.model import packing as packed
 from finetune.model.packing import OURS, Packing
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
@@ -129,12 +131,13 @@ def _fitting_loss(plan: Plan, model: PreTrainedModel, base_directory: Path) -> t
     """As `losses.fitting`, after `check_packing`. Both run the model, and would find the same at every start: of the same base, trained in
     the same way by the same code, they are asked once."""
     recipe, device = plan.recipe, next(model.parameters()).device
-    ours = [Path(module.__file__ or "").read_text() for module in (attention, losses, row_by_row)]
+    ours = [Path(module.__file__ or "").read_text() for module in (attention, losses, packed, rotary, row_by_row)]
     packing = packing_of(base_directory, recipe.task.max_length) if plan.arrangement == "packed" else None
     facts = {
         "base": [recipe.base.model_dump(mode="json"), plan.base.model_dump(mode="json")],
         "adapter": recipe.adapter and recipe.adapter.model_dump(mode="json"),
         "task": [packing, recipe.task.max_length],
+        "class": [plan.text_of, plan.reaches_all],
         "numbers": [recipe.train.weights, plan.keeps_fp32, recipe.train.precision, device_name(device)],
         "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
     }

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, RecipeError
-from finetune.model import adapters, base, decoder_layers
+from finetune.model import adapters, base, kinds
 from finetune.model.base import loading_class, text_side
+from finetune.plan.kinds import OfKind
 from finetune.plan.older import reaches_all
 from finetune.plan.plan import Plan
 from finetune.recipe.load import LoadedRecipe
@@ -25,7 +26,7 @@ class _Counted(TypedDict):
     trainable: int
     text_of: str | None
     beside_text: int
-    reached: dict[str, tuple[int, int]] | None
+    kinds: dict[str, OfKind]
     notes: list[str]
     is_changed: bool
 
@@ -39,8 +40,8 @@ class Counted:
     """`Plan.text_of`."""
     beside_text: int
     """`Plan.parameters_beside_text`."""
-    reached: dict[str, tuple[int, int]] | None
-    """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
+    kinds: dict[str, OfKind]
+    """The base's parameters by kind of module."""
     notes: tuple[str, ...]
     is_changed: bool
     """Whether the adapter reaches something else than with older code; `Plan.reaches_all`."""
@@ -82,32 +83,27 @@ def count_parameters(
         of_text = _told(type(model).__name__, parts, beside) if beside else None
         is_changed = not is_older and adapters.is_changed(model, settings)
         model = adapters.apply(model, settings, is_older)
-        parameters, reached = list(model.parameters()), None
-        if settings:
-            reached = decoder_layers.reached(model, frozenset(beside))
-        missed = decoder_layers.missed(reached) if reached and settings and settings.is_peft else None
+        parameters, of_kind = list(model.parameters()), kinds.by_kind(model, frozenset(beside))
+        missed = kinds.missed(of_kind) if settings and settings.is_peft else None
         return {
             "total": sum(each.numel() for each in parameters),
             "trainable": sum(each.numel() for each in parameters if each.requires_grad),
             "text_of": wide,
             "beside_text": sum(beside.values()),
-            "reached": reached,
+            "kinds": of_kind,
             "notes": [note for note in (of_text, skipped, missed) if note],
             "is_changed": is_changed,
         }
 
     # Also our code: a fix in it must not leave older results in the cache.
     code = [version(package) for package in ("finetune", "torch", "transformers", "peft")]
-    ours = text_of_code(adapters, decoder_layers, loading_class, text_side)
+    ours = text_of_code(adapters, kinds, loading_class, text_side)
     facts: list[object] = [
         *((directory / "config.json").read_text(), settings and settings.model_dump(mode="json"), code, ours),
         *(is_older, [like.text_of] if like else None),
     ]
     found = cache.found("counted", facts, count)
-    notes, reached = tuple(found["notes"]), found["reached"]
-    return Counted(
-        found["total"], found["trainable"], found["text_of"], found["beside_text"], reached, notes, found["is_changed"]
-    )
+    return Counted(**{**found, "notes": tuple(found["notes"])})  # type: ignore[arg-type] # the fields are those of `_Counted`
 
 
 def text_of_code(*modules: ModuleType) -> list[str]:

@@ -8,7 +8,8 @@ from finetune.data import readings, unused
 from finetune.data.readings import Readings
 from finetune.data.unused import Unused
 from finetune.model import base
-from finetune.plan import forecast, forecast_table
+from finetune.plan import forecast, forecast_table, kinds
+from finetune.plan.kinds import KindFacts
 from finetune.plan.memory import Work
 from finetune.plan.pace import largest_step
 from finetune.plan.shape import shape_of
@@ -25,8 +26,8 @@ class PlanFacts(WithDevices, Unused, Readings):
     """What `plan --json` prints."""
 
     base_notes: list[str]
-    reached: dict[str, tuple[int, int]] | None
-    """By kind of module the base's parameters, and those that an adapter reaches."""
+    weights: dict[str, KindFacts]
+    """By kind of module."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Preview:
     def text(self) -> str:
         """The facts for a reader."""
         facts, resolved = self.facts, self.resolved
-        found = forecast_table.base_lines(resolved.notes, resolved.reached)
-        lines = [forecast_table.table(facts), *found, *readings.lines(facts), *unused.lines(facts)]
+        listed = kinds.lines(facts["weights"], resolved.plan.recipe.adapter is not None)
+        noted = [f"base: {note}" for note in resolved.notes]
+        lines = [forecast_table.table(facts), *listed, *noted, *readings.lines(facts), *unused.lines(facts)]
         return "\n".join([*lines, "", forecast_table.devices_table(facts)] if self.is_of_devices else lines)
 
     def refuse_unready(self) -> None:
@@ -92,7 +94,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
         "ignored_columns": unused.columns(plan, resolved.train, resolved.holdout),
         **unused.lost(plan, resolved.train),
         "base_notes": list(resolved.notes),
-        "reached": resolved.reached,
+        "weights": kinds.facts_of(plan, resolved.kinds),
         "device_memory_bytes": device_bytes,
         "devices": forecast.on_devices(plan, shape, work, device_bytes),
     }

@@ -4,7 +4,7 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.curve import warmup_of
+from finetune.plan.kinds import OfKind
 from finetune.plan.older import keeps_fp32
 from finetune.plan.pinned import Counts
 from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
@@ -53,8 +54,8 @@ class Resolved:
     held_out: HeldOut
     notes: tuple[str, ...] = ()
     """What was found out about the base that its user should know."""
-    reached: dict[str, tuple[int, int]] | None = None
-    """By kind of module the base's parameters, and those that the adapter reaches; None without an adapter."""
+    kinds: dict[str, OfKind] = field(default_factory=dict)
+    """The base's parameters by kind of module."""
     stand_in: Path | None = None
     """A checkpoint with all weights, where the base is gone: what is loaded to be trained on."""
 
@@ -126,7 +127,7 @@ def resolve(
     tokens = _micro_batch_tokens(plan, opened.config)
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
-    return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.reached)
+    return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.kinds)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,9 @@ def test_an_adapter_alone_is_one_of_the_declared_class_and_names_only_its_text(
 def test_targets_reach_the_text_alone_and_a_name_of_the_images_is_no_target(wide_base, recipe_on) -> None:
     resolved = resolve(load(recipe_on(wide_base(), adapter={**LORA, "targets": ["q_proj"]}), ()))
     assert resolved.plan.trainable_parameters == 2 * (32 * 2 + 2 * 32)
-    assert tuple(resolved.reached["beside text"]) == (resolved.plan.parameters_beside_text, 0)
+    beside = resolved.kinds["beside text"]
+    assert beside["parameters"] == resolved.plan.parameters_beside_text
+    assert beside["trained"] == beside["under_adapter"] == beside["linear"] == 0
     with pytest.raises(RecipeError) as caught:
         resolve(load(recipe_on(wide_base(), adapter={**LORA, "targets": ["linear_1"]}), ()))
     assert "no linear layer is called `linear_1`" in str(caught.value)

@@ -162,7 +162,7 @@ def test_a_plan_says_nothing_of_rows_that_come_together_as_the_recipe_says(based
 
 def test_the_share_of_the_base_under_an_adapter_is_told_by_kind(based):
     resolved = resolve(based("gpt_oss", {"head_dim": 8}, adapter={"name": "lora"}, has_weights=False))
-    count, held = resolved.reached["experts"]
-    assert held == 0 and count > sum(every for every, _ in resolved.reached.values()) / 2
-    assert resolved.reached["attention"][1] > 0
+    experts, total = resolved.kinds["experts"], sum(one["parameters"] for one in resolved.kinds.values())
+    assert experts["under_adapter"] == experts["trained"] == 0 and experts["parameters"] > total / 2
+    assert resolved.kinds["attention"]["under_adapter"] > 0
     assert any(note.startswith("the adapter reaches 0% of experts (") for note in resolved.notes)
