@@ -180,16 +180,19 @@ def _read(
     except of_libraries():  # such as Phi-3's, which takes longrope alone
         return None
     read, wanted = entries(made), {**entries(config), **changed}
-    is_same = _rest(made) == _rest(config) and read.keys() == wanted.keys() and all(
-        read[name].get(key) == value for name, entry in wanted.items() for key, value in entry.items()
+    is_same = (
+        _rest(made) == _rest(config)
+        and read.keys() == wanted.keys()
+        and all(read[name].get(key) == value for name, entry in wanted.items() for key, value in entry.items())
     )
     return made if is_same and made.get_text_config().max_position_embeddings == positions else None
 
 
 def _rest(config: PretrainedConfig) -> Json:
     """The settings of the text that no scaling changes."""
-    found = config.get_text_config().to_dict()
-    return {key: value for key, value in found.items() if key not in CHANGED}
+    text = config.get_text_config()
+    changed = {text.attribute_map.get(key, key) for key in CHANGED}
+    return {key: value for key, value in text.to_dict().items() if key not in changed}
 
 
 def _check_frequencies(config: PretrainedConfig, changed: dict[str | None, Json], where: str) -> None:
