@@ -231,6 +231,8 @@ def _sweep(kind: Path) -> None:
 def _seal(directory: Path) -> None:
     """Records the content of the entry, without what its links lead to, and makes it durable, and readable for all users of the cache."""
     files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.is_symlink()]
+    # of an entry that another one was made of, and copied with its small files
+    files = [file for file in files if file.name != SEAL]
     (directory / SEAL).write_text(json.dumps({file.name: _digest(file) for file in files}))
     for file in [*files, directory / SEAL]:
         file.chmod(0o644)

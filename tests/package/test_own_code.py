@@ -22,6 +22,7 @@ from finetune.package.verify.verify import verify
 from finetune.recipe.load import load
 from finetune.recipe.schema import Base
 from finetune.training.resolve import resolve
+from tests.model.quantizing import quantize
 
 LORA = {"name": "lora", "rank": 2, "alpha": 4}
 MODEL = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
@@ -193,3 +194,14 @@ def test_the_tokenizer_of_an_adapter_names_no_code_either(mapped, trained, tiny_
     assert_names_no_code(directory_of(adapter))
     assert torch.isfinite(base.load_model(directory_of(adapter))(torch.arange(8)[None]).logits).all()
     assert_names_no_code(base.tokenizer_directory(adapter, directory_of(mapped)))
+
+
+def test_quantized_files_with_code_are_made_numbers_once_and_the_code_is_told(mapped, tmp_path, capsys):
+    quantize(mapped, tmp_path / "small", "fp8")
+    named = Base(checkpoint=str(tmp_path / "small"))
+    first, second = (base.directory(named, base.pin(named)) for _ in range(2))
+    assert first == second and capsys.readouterr().err.count("dequantizing small") == 1
+    assert [note for note in base.notes(first) if "is ignored" in note]
+    (tmp_path / "small/tokenizer.json").unlink()
+    with pytest.raises(BaseError, match="small: has a tokenizer of its own code"):
+        base.load_tokenizer(base.directory(named, base.pin(named), with_weights=False))

@@ -163,3 +163,9 @@ def test_where_the_file_system_has_no_locks_each_build_has_its_own_directory(kin
     entry = cache.built("kind", "key", build_within_a_build)
     assert len(set(seen)) == 2 and (entry / "file").read_bytes() == b"content"
     assert not any(path.exists() for path in seen)
+
+
+def test_an_entry_made_of_all_files_of_another_is_sound(kind):
+    first = cache.built("kind", "first", write)
+    second = cache.built("kind", "second", lambda target: shutil.copytree(first, target, dirs_exist_ok=True))
+    assert cache.built("kind", "second", refuse) == second

@@ -190,8 +190,9 @@ def _read(
 
 def _rest(config: PretrainedConfig) -> Json:
     """The settings of the text that no scaling changes."""
-    found = config.get_text_config().to_dict()
-    return {key: value for key, value in found.items() if key not in CHANGED}
+    text = config.get_text_config()
+    changed = {text.attribute_map.get(key, key) for key in CHANGED}
+    return {key: value for key, value in text.to_dict().items() if key not in changed}
 
 
 def _check_frequencies(config: PretrainedConfig, changed: dict[str | None, Json], where: str) -> None:

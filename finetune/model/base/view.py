@@ -16,8 +16,10 @@ from finetune.store import cache
 ORIGIN = ".origin"
 NATIVE, SCALED = "native", "scaled"
 DRAWN = ("random", "random-configs")
-KINDS = (NATIVE, SCALED, *DRAWN)
-"""Directories in the cache that are made of a base's small files: without code, with scaled rotary positions, with new weights."""
+NUMBERS = ("dequantized", "dequantized-configs")
+KINDS = (NATIVE, SCALED, *DRAWN, *NUMBERS)
+"""Directories in the cache that are made of a base's small files: without code, with scaled rotary positions, with new weights, or
+with the numbers that quantized ones stand for."""
 MORE_TEMPLATES = "additional_chat_templates"
 CODE = (".py", ".pyc")
 

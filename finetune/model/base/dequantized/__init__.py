@@ -8,6 +8,7 @@ from pathlib import Path
 import blake3
 
 from finetune.errors import BaseError
+from finetune.model.base import view
 from finetune.model.base.damaged import Json, name_of, read_json
 from finetune.model.base.dequantized import files
 from finetune.model.base.dequantized.methods import METHODS, Method, Refused
@@ -68,8 +69,7 @@ def directory(pinned: PinnedBase, find: Callable[[], Path], with_weights: bool) 
     Without weights, a directory with config and tokenizer alone."""
     facts = json.dumps(pinned.model_dump(exclude_defaults=True), sort_keys=True)
     key = f"{blake3.blake3(facts.encode()).hexdigest()[:32]}-{VERSION}"
-    kind = "dequantized" if with_weights else "dequantized-configs"
-    return cache.built(kind, key, lambda target: write(find(), target, with_weights))
+    return cache.built(view.NUMBERS[0 if with_weights else 1], key, lambda target: write(find(), target, with_weights))
 
 
 def write(path: Path, target: Path, with_weights: bool) -> None:
@@ -87,3 +87,5 @@ def write(path: Path, target: Path, with_weights: bool) -> None:
         print(f"dequantizing {name_of(path)} ({method.name}), once", file=sys.stderr, flush=True)
         files.write(path, method, target)
     files.write_small_files(path, target)
+    if origin := view.origin_of(path):
+        (target / view.ORIGIN).write_text(json.dumps(origin))
