@@ -59,6 +59,7 @@ def spiked(poisoned, train_once, tmp_path):
     return train_once(recipe, tmp_path / "run", patched=30.0), rows[23]
 
 
+@pytest.mark.slow
 def test_a_row_with_a_high_loss_is_found_with_its_step(spiked) -> None:
     run, row = spiked
     facts = bisect(run, "loss > 10")
@@ -77,6 +78,7 @@ def test_every_recorded_quantity_can_be_asked_for(spiked, quantity) -> None:
     assert bisect(spiked[0], quantity)["observed_step"] == 23
 
 
+@pytest.mark.slow
 def test_a_loss_that_ended_the_run_is_found(poisoned, train, tmp_path) -> None:
     recipe, rows = poisoned(math.nan, [23])
     with pytest.raises(NotFiniteError):
@@ -243,6 +245,7 @@ def test_a_command_finds_the_plan_beside_every_state(sound, tmp_path) -> None:
     assert facts["first_bad_step"] == 25  # which is given: every state between is good
 
 
+@pytest.mark.slow
 def test_a_run_that_may_not_be_written_has_its_answer_all_the_same(spiked, capsys, monkeypatch) -> None:
     run, row = spiked
     (run / "debug").write_text("in the way")  # root may write everywhere else

@@ -95,6 +95,7 @@ def test_changed_keys_count_from_the_next_step_on(run, tmp_path) -> None:
     assert records(made)[21]["learning_rate"] == plan.learning_rate(21) > records(run)[20]["learning_rate"]
 
 
+@pytest.mark.slow
 def test_the_schedule_goes_on_or_begins_again(run, tmp_path) -> None:
     ways = {way: branch(f"{run}@8", tmp_path / way, Choices(schedule=way)) for way in ("continue", "restart")}
     rates = {way: [records(made)[step]["learning_rate"] for step in range(9, 21)] for way, made in ways.items()}
@@ -342,6 +343,7 @@ def test_a_branch_with_another_batch_size_goes_on_at_the_next_unseen_example(
     assert replay(made, 4, steps)["identical"]
 
 
+@pytest.mark.slow
 def test_a_branch_with_another_batch_size_keeps_the_course_of_the_learning_rate(epoch_run, tmp_path) -> None:
     made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices(("train.batch_size=8",)))
     old, new = RunDirectory(epoch_run).plan()[0], RunDirectory(made).plan()[0]
@@ -359,6 +361,7 @@ def test_a_branch_with_another_seed_draws_the_rest_of_the_epoch_in_another_order
     assert left[0] != left[1] and sorted(left[0]) == sorted(left[1])
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_branch_goes_on_where_that_one_is(epoch_run, tmp_path) -> None:
     one = branch(f"{epoch_run}@3", tmp_path / "one", Choices(("train.batch_size=8", "train.epochs=2")), until=4)
     two = branch(f"{one}@4", tmp_path / "two", Choices(("train.batch_size=5",)))

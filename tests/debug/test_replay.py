@@ -43,6 +43,7 @@ def test_every_step_comes_out_as_it_was_recorded(run) -> None:
     assert (facts["identical"], facts["first_difference"], facts["steps"]) == (True, None, [1, 20])
 
 
+@pytest.mark.slow
 def test_no_command_holds_the_whole_journal(run, monkeypatch) -> None:
     monkeypatch.setattr(journal, "read", lambda run: pytest.fail("all records of a run"))
     assert replay(run, 13, 13, is_materialized=True)["identical"]

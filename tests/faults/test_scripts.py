@@ -30,6 +30,7 @@ def test_ten_thousand_damages_are_found_and_named() -> None:
     run("flips", "--damages", 10_000)
 
 
+@pytest.mark.slow
 def test_damages_to_a_checkpoint_of_a_training_are_found_and_named(recipe_file, train, tmp_path) -> None:
     trained = train(recipe_file(), tmp_path / "run")
     run("flips", "--damages", 400, "--checkpoint", trained / "checkpoints/step-00000010")

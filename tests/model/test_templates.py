@@ -46,6 +46,7 @@ def test_all_templates_of_a_tokenizer_are_found() -> None:
     assert texts([{"name": "default", "template": "a"}]) == ["a"]
 
 
+@pytest.mark.slow
 def test_a_base_or_a_recipe_with_a_hostile_template_is_refused_by_plan(tiny_base, recipe_file, tmp_path) -> None:
     recipe = recipe_file()
     bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

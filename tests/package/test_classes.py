@@ -295,6 +295,7 @@ def test_a_run_that_has_ended_is_packaged_in_another_type_on_request(packaged, t
     assert problems(tmp_path / "fp32") == []
 
 
+@pytest.mark.slow
 def test_what_transformers_cannot_run_in_the_type_of_the_package_is_told_before_and_in_one_error_after(
     unpackageable, packaged, random_base, monkeypatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_weights_over_the_limit_are_divided_and_tied_ones_stored_once(full) -> N
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_names_its_base_on_the_hub(alone, tiny_base) -> None:
     from peft import PeftModel
 
@@ -222,6 +223,7 @@ def test_the_licence_of_a_base_in_a_python_package_is_read_from_its_gguf_file(tm
     assert licence.of_base(Base(checkpoint="package:carrier/tiny.gguf"), None) == {"license": "apache-2.0"}
 
 
+@pytest.mark.slow
 def test_a_template_edited_after_training_is_packaged_as_it_was_trained_with(
     recipe_file, train, tiny_tokenizer, tmp_path
 ):

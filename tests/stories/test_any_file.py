@@ -37,6 +37,7 @@ def recipe(directory: Path, tiny_base: Path, **source: object) -> Path:
     return directory / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_a_run_on_many_packed_files_goes_on_until_a_file_is_added(tmp_path, tiny_base) -> None:
     corpus, run = tmp_path / "corpus", tmp_path / "runs/a"
     (corpus / "more").mkdir(parents=True)

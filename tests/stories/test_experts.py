@@ -60,6 +60,7 @@ def recipe(recipe_file, random_base):
     return recipe
 
 
+@pytest.mark.slow
 def test_lora_on_experts_resumes_exactly_replays_and_merges_expert_by_expert(recipe, tmp_path):
     path = recipe()
     train_run(load(path), tmp_path / "whole", is_quiet=True)

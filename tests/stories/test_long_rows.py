@@ -95,6 +95,7 @@ def test_a_run_with_scaled_positions_resumes_exactly(adapter, long_recipe, train
     assert found["metrics"]["loss"] == journal.evaluations(journal.read(whole))[4]["loss"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_on_the_scaled_base_wherever_it_is_opened(long_recipe, train, tmp_path):
     run = train(long_recipe(adapter=LORA), tmp_path / "run")
     assert open_model(f"{run}@last").model.config.rope_parameters["factor"] == 4.0

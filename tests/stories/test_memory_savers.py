@@ -76,6 +76,7 @@ def write_recipe(recipe_file, wide_base):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, write_recipe, train, train_once, tmp_path):
     recipe = write_recipe(name, **SAVERS[name])

@@ -179,6 +179,7 @@ def test_whole_weights_need_no_base(full, tmp_path) -> None:
         hidden.rename(full / "models")
 
 
+@pytest.mark.slow
 def test_whole_weights_are_trained_on_without_the_base_as_with_it(full, tmp_path, capsys) -> None:
     runs = {name: shutil.copytree(full / "runs/a", tmp_path / name) for name in ("with", "without")}
     extended(full / "recipe.yaml", 8)

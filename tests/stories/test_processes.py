@@ -89,6 +89,7 @@ def test_under_nohup_a_terminal_that_goes_away_ends_nothing(recipe_file, tmp_pat
     assert process.returncode == 143
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once_and_commits_nothing(recipe_file, tmp_path) -> None:
     command = [sys.executable, "-m", "finetune", "train", str(recipe_file()), "--run", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)  # a fork would have trained before the signal comes

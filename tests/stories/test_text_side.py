@@ -124,6 +124,7 @@ def packaged_as_declared(run: Path, base: Path, package: Path) -> dict[str, torc
     return after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
 def test_the_text_of_a_declared_class_is_trained_and_all_else_is_packaged_to_the_byte(
     wide_base, recipe_on, train, tmp_path, adapter, capsys

@@ -53,6 +53,7 @@ def test_rows_longer_than_the_window_give_the_same_losses_packed_and_padded(base
     assert losses[True][-1] < losses[True][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -77,6 +78,7 @@ def test_a_base_with_modules_that_run_by_row_gives_the_same_losses_packed_and_pa
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_packed_run_of_such_a_base_resumes_to_the_bit_and_is_evaluated(tiny_tokenizer, recipe_file, train, tmp_path):
     base = {
         "checkpoint": str(

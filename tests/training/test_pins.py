@@ -16,6 +16,7 @@ def steps(run) -> list[int]:
     return [checkpoint.step for checkpoint in Store(run).checkpoints()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ref", "directory", "link"])
 def test_it_outlives_the_keep_rules_of_its_run(form, recipe_file, train, tmp_path) -> None:
     kept = {"every": "2 steps", "keep": {"last": 2}}

@@ -97,6 +97,7 @@ def test_rows_come_together_in_the_first_way_that_is_right(based, kind, settings
     assert [note for note in found.notes if note.startswith("rows")] == ([f"{told}: {reason}"] if reason else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PADDED, "blt"])
 def test_packing_that_a_recipe_names_is_refused_where_it_mixes_rows(based, kind):
     with pytest.raises(BaseError) as caught:
