@@ -106,12 +106,17 @@ class Routers:
             logits = output[place].flatten(0, -2)
             self._logits.append(logits)
             with torch.no_grad():
-                chosen = next((each for each in output if not each.is_floating_point()), None)
+                chosen = next((each for each in output if self._are_experts(each, len(logits))), None)
                 # A router that returns only scores has kept those of the highest logits.
                 chosen = logits.topk(self.top_k, dim=-1).indices if chosen is None else chosen
                 self._chosen.append((number, chosen.reshape(len(logits), -1)))
 
         return hook
+
+    def _are_experts(self, output: object, tokens: int) -> bool:
+        """Whether an output of a router holds the experts of each token. JetMoE's have others: an order of tokens, a list, None."""
+        is_of_ids = isinstance(output, Tensor) and not output.is_floating_point() and output.ndim > 1
+        return is_of_ids and output.shape[-1] == self.top_k and output.numel() == tokens * self.top_k  # type: ignore[attr-defined]
 
     def _mask(self, lengths: list[int], tokens: int) -> Tensor | None:
         """1 for tokens of rows, 0 for padding, (T,); None where there is no padding."""
