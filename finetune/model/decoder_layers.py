@@ -2,17 +2,14 @@
 
 import os
 import shutil
-from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, FinetuneError
+from finetune.model.losses import unwrapped
 from finetune.model.row_by_row import MARK
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modules in
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
@@ -23,7 +20,7 @@ def checkpoint_activations(model: PreTrainedModel, is_offloaded: bool = False) -
 
     `is_offloaded`: in the host's memory. A CPU's inputs are there already, and transformers would lock pages that no GPU reads.
     """
-    inner = _transformers_model(model)
+    inner = unwrapped(model)
     # transformers 5.17 has the second name alone
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     moved = {"offload": True} if is_offloaded and model.device.type != "cpu" else {}
@@ -69,8 +66,3 @@ def module_of(parameter: str) -> str:
     # By the first number: experts within a layer have numbers, too.
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbered[0] - 1 : numbered[0] + 1]) if numbered else parts[-1]
-
-
-def _transformers_model(model: PreTrainedModel) -> PreTrainedModel:
-    inner = cast("PeftModel", model).get_base_model() if hasattr(model, "peft_config") else model
-    return cast(PreTrainedModel, inner)

@@ -6,7 +6,7 @@ the backward pass. The sum over tokens in the gradients of weights is then taken
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, of_libraries
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from finetune.model.losses import unwrapped
 
 TOKENS = 8  # of the trial
 TOLERANCE = 1e-3  # of its norm; in bf16 a product of four rows may be rounded otherwise than one of eight
@@ -60,8 +58,7 @@ def _layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 
 def _hidden(model: PreTrainedModel) -> int:
-    inner = cast("PeftModel", model).get_base_model() if hasattr(model, "peft_config") else model
-    return cast(Tensor, cast(PreTrainedModel, inner).get_input_embeddings().weight).shape[1]
+    return cast(Tensor, unwrapped(model).get_input_embeddings().weight).shape[1]
 
 
 def _feed_forwards(layer: torch.nn.Module, hidden: int) -> Iterator[torch.nn.Module]:

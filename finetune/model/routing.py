@@ -6,7 +6,7 @@ It must not change what a model computes. Shapes: T tokens, E experts, L layers 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from finetune.errors import BaseError
 from finetune.model.decoder_layers import module_of
+from finetune.model.losses import unwrapped
 
 NO_LOSS_HINT = "remove train.router_loss"
 
@@ -73,7 +74,7 @@ class Routers:
         for number, each in chosen:
             if work.is_counted:
                 self._counts[number] += self._counted(each, mask_T)
-        if not self.coefficient:
+        if not self.coefficient or self._balance is None:
             return None
         balance = self._balance(tuple(logits), self.experts, self.top_k, mask_T)
         if work.is_counted:
@@ -162,8 +163,8 @@ def coefficient_of(model: PreTrainedModel, setting: str | float) -> float:
     """The number by which the balance is multiplied: 0 for `off`. BaseError where the base has none, or no such loss."""
     if setting == "off":
         return 0.0
-    inner = _inner(model)
-    if not routers_of(model) or not all(_sizes(model)) or _balance_of(model) is _no_balance:
+    inner = unwrapped(model)
+    if not routers_of(model) or not all(_sizes(model)) or _balance_of(model) is None:
         message = f"{type(inner).__name__} has no load-balancing loss"
         raise BaseError(message, where="train.router_loss", hint=NO_LOSS_HINT)
     stated: float | None = getattr(inner.config.get_text_config(), "router_aux_loss_coef", None)
@@ -177,23 +178,14 @@ def coefficient_of(model: PreTrainedModel, setting: str | float) -> float:
 
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Experts, and experts of a token; 0 where its class or config does not say."""
-    inner, config = _inner(model), _inner(model).config.get_text_config()
+    inner, config = unwrapped(model), unwrapped(model).config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     experts = getattr(inner, "num_experts", None) or next(filter(None, (getattr(config, each, 0) for each in names)), 0)
     top_k = getattr(inner, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", 0)
     return (experts, top_k) if isinstance(experts, int) and isinstance(top_k, int) else (0, 0)
 
 
-def _balance_of(model: PreTrainedModel) -> Callable[..., Tensor]:
-    """The family's own function of logits, experts, experts of a token, and mask."""
-    module = sys.modules[type(_inner(model)).__module__]
-    return cast(Callable[..., Tensor], getattr(module, "load_balancing_loss_func", _no_balance))
-
-
-def _no_balance(*_: object) -> Tensor:
-    raise NotImplementedError
-
-
-def _inner(model: PreTrainedModel) -> PreTrainedModel:
-    inner = cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
-    return cast(PreTrainedModel, inner)
+def _balance_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """The family's own function of logits, experts, experts of a token, and mask; None if it has none."""
+    module = sys.modules[type(unwrapped(model)).__module__]
+    return getattr(module, "load_balancing_loss_func", None)
