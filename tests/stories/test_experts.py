@@ -1,6 +1,8 @@
 """Bases with experts: trained, resumed, replayed, packaged and loaded by other programs."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ from finetune.store.run.inspect import log
 from finetune.store.run.row_losses import Reader
 from finetune.training import build, starving
 from finetune.training.run import train as train_run
+from tests import forks
 from tests.stories.same_run import assert_same_run
+from tests.stories.test_processes import wait_for_step
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4}
@@ -179,3 +183,18 @@ def test_nf4_that_leaves_experts_as_they_are_is_refused_with_its_list(random_bas
     assert "would leave 33% of qwen3_moe as it is: experts 32%, mlp 1%" in str(caught.value)
     assert caught.value.where == "base.quantization"
     refuse_unquantized(tiny_base, "nf4")
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_no_trace_in_the_run_or_in_the_load_of_its_experts(recipe, tmp_path):
+    path = recipe(train={"steps": 40, "router_loss": 0.1})
+    train_run(load(path), tmp_path / "whole", is_quiet=True)
+    command = ["-m", "finetune", "train", str(path), "--run", str(tmp_path / "killed")]
+    process = forks.Popen([sys.executable, *command])
+    wait_for_step(tmp_path / "killed", 7)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    train_run(load(path), tmp_path / "killed", is_quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = (Reader(tmp_path / name) for name in ("whole", "killed"))
+    assert all(whole.experts(step) and whole.experts(step) == killed.experts(step) for step in range(1, 41))
