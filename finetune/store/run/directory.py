@@ -108,6 +108,11 @@ class RunDirectory:
         return self.path / "experts"
 
     @property
+    def evaluations(self) -> Path:
+        """The results of evaluations for each row, a folder for each step."""
+        return self.path / "evaluations"
+
+    @property
     def figures(self) -> Path:
         """The table of the tracker `csv`."""
         return self.path / "figures.csv"
