@@ -1,5 +1,6 @@
 """`evaluate` and `generate`: how good models are, and what they answer."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypedDict, Unpack
 
@@ -7,38 +8,63 @@ import click
 
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
-from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is
+from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is, where_it_is_or_files
+from finetune.recipe.schema import HELD_OUT
 
 if TYPE_CHECKING:
     from finetune.compare.evaluate import Evaluated
 
 
+class HowToEvaluate(TypedDict):
+    recipe: Path | None
+    overrides: tuple[str, ...]
+    files: list[str]
+    is_seen_allowed: bool
+    is_again: bool
+
+
 @click.command()
-@REFS
-@click.option("--recipe", type=PATH, help="Evaluate on the held-out rows of this recipe, not of the refs' own runs.")
+@click.argument("refs", nargs=-1, metavar="REF...")
+@click.option("--recipe", type=PATH, help="Evaluate on the rows of this recipe, not of the refs' own runs.")
 @OVERRIDE
+@click.option("--every-checkpoint", "is_every", is_flag=True, help="Evaluate all checkpoints of a RUN without a step.")
+@click.option("--watch", "watched", type=PATH, metavar="RUN", help="Evaluate each commit of this run as it appears.")
+@click.option("--again", "is_again", is_flag=True, help="Also compute what is stored already.")
 @click.option(
     "--seen", "is_seen_allowed", is_flag=True, help="Also evaluate rows that were trained on, and show how many."
 )
 @answers
-@where_it_is
-def evaluate(refs: tuple[str, ...], recipe: Path | None, overrides: tuple[str, ...], is_seen_allowed: bool) -> Answer:
-    """Evaluate models on held-out rows."""
-    if overrides and not recipe:
+@where_it_is_or_files
+def evaluate(refs: tuple[str, ...], is_every: bool, watched: Path | None, **how: Unpack[HowToEvaluate]) -> Answer:
+    """Evaluate models on held-out rows, evaluation sets, or files."""
+    if how["overrides"] and not how["recipe"]:
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
+    if bool(refs) == bool(watched):
+        raise click.UsageError("give REF..., or --watch RUN")
     with importing():
-        from finetune.compare.evaluate import evaluate as evaluate_refs
+        from finetune.compare import evaluate as evaluation
+        from finetune.compare.results import Asked
 
-    results = evaluate_refs(refs, recipe, overrides, is_seen_allowed)
+    asked = Asked(**how)
+    if watched:
+        from finetune.compare.watch import watch
+
+        say = partial(click.echo, err=True)
+        made = watch(watched, asked, lambda results: say("\n".join(map(_line, results))), say)
+    else:
+        made = evaluation.results([*evaluation.every_checkpoint(refs)] if is_every else refs, asked)
+    results = evaluation.shown(made)
     return Answer({"results": results}, "\n".join(map(_line, results)))
 
 
 def _line(result: "Evaluated") -> str:
     """An evaluated model, for a reader."""
-    line = f"{result['ref']}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
+    rows = "" if result["set"] == HELD_OUT else f" on {result['set']}"
+    line = f"{result['ref']}{rows}: " + "  ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
     if result["seen"]:
         line += f"  seen rows {'unknown' if result['seen_rows'] is None else result['seen_rows']}"
-    return line if result["is_comparable"] else f"{line}  other held-out rows"
+    line += "  stored" if result["is_stored"] else ""
+    return line if result["is_comparable"] else f"{line}  other {'held-out ' if result['set'] == HELD_OUT else ''}rows"
 
 
 class Sampling(TypedDict):

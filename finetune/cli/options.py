@@ -45,17 +45,29 @@ def how_to_train(command: Command) -> Command:
 
 def where_it_is(command: Command) -> Command:
     """The options of every command that opens a run: where its base and data are, if they were moved."""
+    return _where_it_is(command, "OLD=NEW", "The new place of a data file or folder of the run.")
 
+
+def where_it_is_or_files(command: Command) -> Command:
+    """The same, where `--data` also names files with other rows than the run's: the command gets them as `files`."""
+    about = (
+        "A file with the rows to evaluate; several are several sets. OLD=NEW: the new place of a data file of the run."
+    )
+    return _where_it_is(command, "FILE|OLD=NEW", about)
+
+
+def _where_it_is(command: Command, metavar: str, about: str) -> Command:
     @functools.wraps(command)
     def with_places(*arguments: object, bases: tuple[str, ...], moved: tuple[str, ...], **others: object) -> object:
+        if metavar != "OLD=NEW":
+            files = [each for each in moved if "=" not in each or Path(each).exists()]
+            others["files"], moved = files, tuple(each for each in moved if each not in files)
         if wrong := [each for each in moved if not all(each.partition("=")[::2])]:
             raise click.UsageError(f"--data {wrong[0]}: give OLD=NEW, the recorded path and the one of today")
         with places.named(bases, dict(each.partition("=")[::2] for each in moved)):
             return command(*arguments, **others)
 
-    data = click.option(
-        "--data", "moved", multiple=True, metavar="OLD=NEW", help="The new place of a data file or folder of the run."
-    )
+    data = click.option("--data", "moved", multiple=True, metavar=metavar, help=about)
     base = click.option("--base", "bases", multiple=True, metavar="PATH_OR_ID", help="The new place of the run's base.")
     return base(data(with_places))
 

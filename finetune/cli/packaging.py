@@ -31,7 +31,7 @@ from finetune.errors import counted
 def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None) -> Answer:
     """Write a checkpoint as a model folder, proven equal to the trained model."""
     with importing():
-        from finetune.compare.evaluate import of_model
+        from finetune.compare.measure import of_model
         from finetune.package import export
 
     facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None, dtype=dtype)

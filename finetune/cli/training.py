@@ -62,10 +62,11 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
     loaded = _looked_at(recipe, overrides)
     with importing():
         from finetune.model import base
+        from finetune.training.evaluation_sets import with_sets
         from finetune.training.resolve import resolve
 
     # This also downloads the data sets and encodes them, which `train` could not do without a network.
-    resolved = resolve(loaded)
+    resolved = with_sets(resolve(loaded))
     click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
 
 

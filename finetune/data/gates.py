@@ -76,9 +76,10 @@ def _cut_rows(encoded: Encoded) -> str | None:
 
 def _seen_holdout(encoded: Encoded) -> str | None:
     """Of held-out rows that are drawn, `data.seen` decides."""
-    if encoded.plan.split is not None:
-        return None
-    said = [seen.told(encoded.plan.holdout_counts.rows) for seen in encoded.plan.seen if seen.rows]
+    plan = encoded.plan
+    said = [] if plan.split is not None else [seen.told(plan.holdout_counts.rows) for seen in plan.seen if seen.rows]
+    of_sets = [(each, seen) for each in plan.sets for seen in each.seen if seen.rows]
+    said += [f"evaluation set {each.name}: {seen.told(each.counts.rows)}" for each, seen in of_sets]
     return "; ".join(said) or None
 
 

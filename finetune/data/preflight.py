@@ -66,10 +66,11 @@ def ignored_columns(source: Source, columns: list[str], task: Task) -> list[str]
 
 def named_sources(loaded: LoadedRecipe) -> Iterator[tuple[str, Source]]:
     """Each source with its key, like `data.train[0]`; the training sources first."""
-    data = loaded.recipe.data
-    for part, sources in (("train", data.train), ("holdout", data.holdout)):
+    data, sets = loaded.recipe.data, loaded.recipe.evaluate.sets
+    rows_of = [(f"evaluate.sets.{name}.rows", each.rows) for name, each in sets.items()]
+    for part, sources in (("data.train", data.train), ("data.holdout", data.holdout), *rows_of):
         for number, source in enumerate(sources if isinstance(sources, list) else []):
-            yield f"data.{part}[{number}]", source
+            yield f"{part}[{number}]", source
 
 
 def _problems(loaded: LoadedRecipe, key: str, source: Source) -> Iterator[Problem]:

@@ -6,9 +6,8 @@ from finetune.errors import PackageError
 from finetune.package.card.facts import hub_base
 from finetune.package.verify.verify import folder_findings
 from finetune.plan.plan import Plan
-from finetune.store.checkpoints.refs import parse
+from finetune.store.checkpoints.refs import parse, run_of
 from finetune.store.durable import failures
-from finetune.training.opened import run_of
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from finetune.plan.split import Split
+from finetune.plan.split import Seen, Split
 from finetune.recipe.schema import Data
 
 
@@ -61,6 +61,18 @@ class Counts(Pin):
     longest: int
     bad_rows: int = 0
     """Training rows skipped with `data.on_bad_row: skip`."""
+
+
+class PinnedSet(Pin):
+    """A named set of rows to evaluate, as it was when an attempt began."""
+
+    name: str
+    sources: tuple[PinnedSource, ...]
+    counts: Counts
+    contents: str
+    """Digest of the content of its rows."""
+    seen: tuple[Seen, ...] = ()
+    """Rows of it that this run or an earlier one trains on."""
 
 
 class Segment(Pin):

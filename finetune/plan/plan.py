@@ -15,7 +15,7 @@ from finetune.plan import schedules
 from finetune.plan.curve import on_curve, warmup_of
 from finetune.plan.facts import Facts
 from finetune.plan.mixture import stretches_of
-from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSource, Segment, Stage
+from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSet, PinnedSource, Segment, Stage
 from finetune.plan.row_order import Order
 from finetune.plan.split import Seen, Split
 from finetune.recipe.resume_rules import binding
@@ -39,6 +39,7 @@ class Extension(TypedDict):
 OPTIONAL = (
     *("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "date"),
     *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all", "text_of", "parameters_beside_text"),
+    "sets",
 )
 
 
@@ -84,6 +85,8 @@ class Plan(Pin):
     """The runs that trained the base or the parent of a branch, the last one first. None: an older version did not record them."""
     seen: tuple[Seen, ...] = ()
     """Held-out rows that these, or the run itself, train on."""
+    sets: tuple[PinnedSet, ...] = ()
+    """The evaluation sets of the recipe. They bind no run, and a resume may change them."""
     arranged: str | None = None
     """The arrangement of rows (`padded`, `alone`), if it differs from the recipe's because the base cannot pack them."""
     pads_least: bool = False
@@ -103,7 +106,7 @@ class Plan(Pin):
         # without defaults, so a key added later does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
         facts["recipe"] = binding(facts["recipe"])
-        for name in ("stages", "seen", "pads_least"):  # the first two are about other runs
+        for name in ("stages", "seen", "sets", "pads_least"):  # the first two are about other runs
             facts.pop(name, None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()

@@ -115,10 +115,11 @@ def _complaint(details: ErrorDetails, data: Plain) -> Complaint:
 
 
 def _key(location: tuple[str | int, ...], data: Plain) -> str:
-    """A dotted key; the names of variants that pydantic adds, and the index of an item that stands without its list, are skipped."""
+    """A dotted key, without what pydantic adds: names of variants, the index of an item without its list, the key of a list without its
+    section."""
     key = ""
     for depth, part in enumerate(location):
-        if location[:depth] in _TAGGED:
+        if location[:depth] in _TAGGED or (isinstance(part, str) and isinstance(data, list)):
             continue
         if isinstance(part, str):
             key = f"{key}.{part}" if key else part

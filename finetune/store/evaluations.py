@@ -15,6 +15,7 @@ import numpy as np
 
 from finetune.errors import RunError
 from finetune.plan.facts import Metrics
+from finetune.recipe.schema import HELD_OUT as HELD_OUT
 from finetune.store import cache
 from finetune.store.durable import failures, make_directory, replace_file
 from finetune.store.run.directory import RunDirectory, step_name
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
-HELD_OUT = "held-out"
-"""The name of the rows that a run holds out; other sets of rows have the names that a recipe or a user gives them."""
 _ABOUT = b"finetune.evaluation"
 _FIXED = ("content", "row", "tokens")
 

@@ -3,8 +3,8 @@
 Its section in `recipe/schema/tasks.py` has its keys, and its facts without torch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from finetune.data.batches import Batch
 from finetune.data.example import Encoder, Example, Row
 from finetune.model.losses import TokenLosses
 from finetune.plan.facts import Metrics
+from finetune.store.evaluations import Measure
 
 
 class RowResults(NamedTuple):
@@ -74,3 +75,5 @@ class Task:
     explainer: Callable[..., Explain] | None = None
     """The arguments of `encoder` -> a function that says of each token why it is learnt or not, for people who look at rows. None: the mask
     of an example says it all."""
+    measures: Mapping[str, Measure] = field(default_factory=lambda: {"loss": {"per": "tokens", "better": "lower"}})
+    """What the columns of `RowResults.sums` measure, in their order. An evaluation keeps each of them for each row."""

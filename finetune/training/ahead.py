@@ -27,14 +27,15 @@ class Report(TypedDict):
 
 
 def encode_ahead(loaded: LoadedRecipe, part: Part, today: date | None = None) -> Report:
-    """The sources of training and held-out rows. A source that is encoded already costs a look at its content."""
+    """The sources of training rows, held-out rows and evaluation sets. A source that is encoded already costs a look at its content."""
     recipe = loaded.recipe
     preflight.check(loaded)
     opened = open_base(loaded, None, None, is_to_load=False)
     encoding = encoding_of(recipe, opened.directory, opened.tokenizer, None, None, today)
     named = recipe.data.holdout if isinstance(recipe.data.holdout, list) else []
     reports: list[SourceReport] = []
-    for source in (*recipe.data.train, *named):
+    of_sets = [source for each in recipe.evaluate.sets.values() for source in each.rows]
+    for source in (*recipe.data.train, *named, *of_sets):
         pin, encoded = read_part(source, encoding, part)
         counts = (None, None) if encoded is None else (len(encoded), len(encoded.tokens))
         reports.append(

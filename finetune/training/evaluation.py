@@ -1,6 +1,8 @@
 """Micro-batches by the plan, and held-out figures from them. An evaluation leaves no trace in training."""
 
+import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +10,10 @@ from accelerate import Accelerator
 
 from finetune.data import pack
 from finetune.data.batches import Batches, Examples
+from finetune.data.row_set import RowSet
+from finetune.store import evaluated as digests
+from finetune.store.evaluations import SCHEMA, About, Evaluation
+from finetune.store.run.journal import now
 from finetune.tasks import TASKS
 from finetune.tasks.task import RowResults
 from finetune.training.loop import Wishes, agree
@@ -42,6 +48,47 @@ def evaluate(
     """Held-out figures of a prepared objective: the results of its rows, reduced by the task. None if a signal stopped it."""
     results = row_results(accelerator, objective, batches(resolved, resolved.holdout, accelerator), wishes, tell=tell)
     return TASKS[resolved.plan.recipe.task.name].score(results) if results else None
+
+
+def evaluated(
+    resolved: Resolved,
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    rows: RowSet,
+    wishes: Callable[[], Wishes] = Wishes,
+    *,
+    tell: Callable[[int], None] | None = None,
+) -> Evaluation | None:
+    """The record of an evaluation, without what stands for the model. None if a signal stopped it."""
+    began = time.monotonic()
+    results = row_results(accelerator, objective, batches(resolved, rows.examples, accelerator), wishes, tell=tell)
+    if results is None:
+        return None
+    plan = resolved.plan
+    about: About = {
+        "schema": SCHEMA,
+        "ref": "",
+        "model": "",
+        "data": digests.rows(plan, rows.contents),
+        "set": rows.name,
+        "task": plan.recipe.task.name,
+        "settings": digests.settings(plan, plan),
+        "measures": dict(TASKS[plan.recipe.task.name].measures),
+        "metrics": TASKS[plan.recipe.task.name].score(results),
+        "created": now(),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    numbers, place = np.unique(results.rows, return_inverse=True)
+    by_row = partial(np.bincount, place, minlength=len(numbers))
+    # a task gives one number an example, or a column for each measure
+    sums = results.sums.reshape(len(results.rows), -1)
+    return Evaluation(
+        about,
+        rows.says[np.searchsorted(rows.rows, numbers)],
+        numbers.astype(np.int64),
+        by_row(results.tokens).astype(np.int64),
+        {name: by_row(sums[:, column]) for column, name in enumerate(about["measures"])},
+    )
 
 
 def row_results(

@@ -15,7 +15,7 @@ from finetune.model.base import templates
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base, Recipe
 from finetune.store.checkpoints.manifest import Checkpoint
-from finetune.store.checkpoints.refs import Ref, find, parse
+from finetune.store.checkpoints.refs import find, parse
 from finetune.store.run.directory import RunDirectory
 from finetune.training.encoding import in_force
 
@@ -99,13 +99,6 @@ def open_tokenizer(opened: Opened) -> PreTrainedTokenizerBase:
     if template := in_force(opened.plan, opened.directory, tokenizer) if opened.plan else own:
         tokenizer.chat_template = template
     return tokenizer
-
-
-def run_of(ref: Ref) -> Path | None:
-    """The run directory that a ref leads to, if any: its own, or the one a checkpoint directory lies in."""
-    if ref.kind == "run" or ref.kind == "base":
-        return ref.run
-    return base.run_around(ref.path) if ref.kind == "checkpoint" else None
 
 
 def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bool) -> Opened:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from finetune.data import readings, unused
 from finetune.data.readings import Readings
 from finetune.data.unused import Unused
+from finetune.errors import counted
 from finetune.model import base
 from finetune.plan import forecast, forecast_table, kinds
 from finetune.plan.kinds import KindFacts
@@ -18,8 +20,15 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
 from finetune.training.build import notes_here
+from finetune.training.evaluation_sets import with_sets
 from finetune.training.readiness import refuse_gated, refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
+
+
+class SetFacts(TypedDict):
+    name: str
+    rows: int
+    tokens: int
 
 
 class PlanFacts(WithDevices, Unused, Readings):
@@ -28,6 +37,8 @@ class PlanFacts(WithDevices, Unused, Readings):
     base_notes: list[str]
     weights: dict[str, KindFacts]
     """By kind of module."""
+    sets: list[SetFacts]
+    """The named evaluation sets."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,8 @@ class Preview:
         facts, resolved = self.facts, self.resolved
         listed = kinds.lines(facts["weights"], resolved.plan.recipe.adapter is not None)
         noted = [f"base: {note}" for note in resolved.notes]
-        lines = [forecast_table.table(facts), *listed, *noted, *readings.lines(facts), *unused.lines(facts)]
+        sets = [f"evaluation set {each['name']}: {counted(each['rows'], 'row')}" for each in facts["sets"]]
+        lines = [forecast_table.table(facts), *listed, *sets, *noted, *readings.lines(facts), *unused.lines(facts)]
         return "\n".join([*lines, "", forecast_table.devices_table(facts)] if self.is_of_devices else lines)
 
     def refuse_unready(self) -> None:
@@ -71,7 +83,7 @@ def preview(
     # A plan for other machines writes nothing here, so this directory does not matter.
     if not is_of_devices:
         refuse_other_directory(run)
-    resolved = resolve(loaded)
+    resolved = with_sets(resolve(loaded))
     if not is_of_devices:  # that table is made from the config alone, so the weights may be elsewhere
         refuse_unfit_base(resolved)
     ask(resolved)
@@ -95,6 +107,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
         **unused.lost(plan, resolved.train),
         "base_notes": list(resolved.notes),
         "weights": kinds.facts_of(plan, resolved.kinds),
+        "sets": [{"name": each.name, "rows": each.counts.rows, "tokens": each.counts.tokens} for each in plan.sets],
         "device_memory_bytes": device_bytes,
         "devices": forecast.on_devices(plan, shape, work, device_bytes),
     }

@@ -25,7 +25,7 @@ class OpenedSource:
 
     @property
     def is_held_out(self) -> bool:
-        return self.key.startswith("data.holdout")
+        return not self.key.startswith("data.train")
 
     @property
     def numbers(self) -> range:

@@ -1,15 +1,17 @@
 """Writes a run directory. Rank 0 writes, and the others' recorders only report to it: what a rank does never depends on its number."""
 
 import time
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from finetune.errors import CheckpointError
+from finetune.plan import metrics as names
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
+from finetune.store.evaluations import Evaluation
 from finetune.store.run import journal as journals
 from finetune.store.run.lease import Lease
 from finetune.store.run.records import Skipped, StepRecord
@@ -18,7 +20,7 @@ from finetune.training import collectives
 from finetune.training.guard import Amendment, Verdict
 from finetune.training.loop import StepReport
 from finetune.training.progress import Progress
-from finetune.training.saving.rank_reports import MissingReport, Report, Reports
+from finetune.training.saving.rank_reports import Reports, await_own
 from finetune.training.saving.saver import Record, Saver
 from finetune.training.saving.writer import Writer
 from finetune.training.so_far import Past
@@ -173,13 +175,15 @@ class Recorder:
             self.progress.say(f"the save of step {stalled} takes too long: does the disk hang? Training goes on")
             self.event("stalled_save", step=stalled)
 
-    def evaluated(self, step: int, metrics: Metrics) -> None:
-        """Records the held-out figures of a step."""
+    def evaluated(self, step: int, metrics: Metrics, by_row: Sequence[Evaluation]) -> None:
+        """Records the held-out figures of a step, and those of each row with the next save."""
         self.past.evaluated[step] = metrics
         self.event("evaluated", step=step, **metrics)
+        if self.pen:
+            self._columns.evaluations.extend(by_row)
         if self.pen and step:  # of step 0 there is no update that the figures could stand beside
-            self.pen.trackers.log(step, {f"held_out_{name}": value for name, value in metrics.items()})
-        self.progress.say(f"held-out loss at step {step}: {metrics['loss']:.4f}")
+            self.pen.trackers.log(step, names.tracked(metrics))
+        self.progress.say(names.told(step, metrics))
 
     def is_evaluated(self, step: int) -> bool:
         return step in self.past.evaluated
@@ -212,7 +216,7 @@ class Recorder:
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
         if not self.pen:
-            self._writer.submit(step, 0, partial(_wait, report))
+            self._writer.submit(step, 0, partial(await_own, report))
             return
         # Taken off now: the next step adds to new ones while the save's thread writes these.
         columns, self._columns = self._columns, Columns()
@@ -239,11 +243,3 @@ class Recorder:
         if self.pen:
             self.pen.trackers.finish()
             self.pen.journal.close()
-
-
-def _wait(report: Report | None) -> None:
-    """For this rank's report; alone there is none."""
-    if report is None:
-        return
-    with suppress(MissingReport):  # rank 0 says so, and gives the save up
-        report.wait()

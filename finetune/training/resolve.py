@@ -17,6 +17,7 @@ from finetune.data.batches import Examples, select
 from finetune.data.example import Encoded
 from finetune.data.heldout import draw
 from finetune.data.heldout.draw import HeldOut
+from finetune.data.row_set import RowSet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
@@ -36,7 +37,7 @@ from finetune.training.encoding import Encoding, encoding_of, read
 from finetune.training.trial import arranged_like
 
 # what a resume keeps of a plan, and a new plan does not have
-KEPT = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "seen")
+KEPT = ("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "seen", "sets")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class Resolved:
     micro_batch_tokens: int
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
     held_out: HeldOut
+    encoding: Encoding
     notes: tuple[str, ...] = ()
     """What was found out about the base that its user should know."""
     kinds: dict[str, OfKind] = field(default_factory=dict)
     """The base's parameters by kind of module."""
     stand_in: Path | None = None
     """A checkpoint with all weights, where the base is gone: what is loaded to be trained on."""
+    sets: tuple[RowSet, ...] = ()
+    """The named evaluation sets, once they are read."""
 
     @property
     def companions(self) -> base.Companions:
@@ -127,7 +131,7 @@ def resolve(
     tokens = _micro_batch_tokens(plan, opened.config)
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
-    return Resolved(plan, *base_of, train, holdout, tokens, held_out, found, counted.kinds)
+    return Resolved(plan, *base_of, train, holdout, tokens, held_out, encoding, found, counted.kinds)
 
 
 @dataclass(frozen=True)

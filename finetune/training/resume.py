@@ -25,6 +25,7 @@ from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
+from finetune.training.evaluation_sets import sets_told, with_sets
 from finetune.training.facts import facts_of, software
 from finetune.training.older_rows import losses_of_older_rules
 from finetune.training.readiness import refuse_gated
@@ -79,7 +80,7 @@ def open_plan(
     # Ignored silently, it would look as if it had worked.
     if schedule:
         raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
-    resolved = resolve(loaded, is_to_load=True, today=today)
+    resolved = with_sets(resolve(loaded, is_to_load=True, today=today))
     refuse_gated(resolved, loaded.file)
     facts: Facts = {
         **now,
@@ -88,7 +89,7 @@ def open_plan(
         "run": secrets.token_hex(8),
         "software": software(),
     }
-    return Opened(resolved, facts, resolved.plan.seen_told)
+    return Opened(resolved, facts, [*resolved.plan.seen_told, *sets_told(resolved.plan)])
 
 
 def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | None, today: date | None) -> Opened:
@@ -113,7 +114,7 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     small_files = base.small_files_of(checkpoint) if checkpoint else None
     # At the old length first: what it trains on is compared with the plan, and only then extended.
     resolved = resolve(_with_length_of(earlier, loaded), earlier, True, today=today, stand_in=small_files)
-    resolved = replace(resolved, stand_in=checkpoint)
+    resolved = replace(with_sets(resolved, earlier), stand_in=checkpoint)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     now["micro_batch_tokens"] = resolved.micro_batch_tokens
@@ -130,7 +131,11 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
 
 def _told(lines: dict[str, list[str]], earlier: Plan, resolved: Resolved) -> list[str]:
     """A line for everything in the recipe, and in how rows are read, that is not as it was."""
-    changes = [*resolved.plan.seen_told, *(f"taken from the recipe: {line}" for line in lines["taken"])]
+    changes = [
+        *resolved.plan.seen_told,
+        *sets_told(resolved.plan, earlier),
+        *(f"taken from the recipe: {line}" for line in lines["taken"]),
+    ]
     if earlier.split is None and is_drawn(earlier.recipe.data):
         changes.append("the held-out rows stay those that an older version drew, by train.seed")
     if extension := resolved.plan.extension if lines["extended"] else None:

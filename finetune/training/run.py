@@ -8,6 +8,7 @@ import secrets
 import signal
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,19 @@ from finetune.errors import FinetuneError, NotFiniteError, Stopped
 from finetune.hosts.signals import Signals
 from finetune.model import base
 from finetune.plan import cadence
+from finetune.plan.facts import Metrics
+from finetune.plan.metrics import named
 from finetune.plan.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan.retention import Saved
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.store import Store
+from finetune.store.evaluations import Evaluation
 from finetune.store.run import lease
 from finetune.training import attempt, blame, collectives, gradients, loop, pins
 from finetune.training.build import build, start_accelerator
-from finetune.training.evaluation import batches, evaluate
+from finetune.training.evaluation import batches, evaluated
+from finetune.training.evaluation_sets import held_out_set
 from finetune.training.progress import Progress
 from finetune.training.readiness import refuse_unready
 from finetune.training.recorder import Recorder
@@ -174,13 +179,16 @@ def _evaluate_and_record(
     is_foreseen: bool,
 ) -> None:
     """Evaluates the state and records the figures. `is_foreseen`: the forecast of the end includes this evaluation."""
-    tell = recorder.progress.evaluation(state.step, len(resolved.holdout))
-    pace = recorder.progress.pace
-    with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
-        metrics = evaluate(resolved, state.accelerator, state.objective, wishes, tell)
-    if metrics is None:  # A signal: the resume evaluates this step again.
-        return
-    recorder.evaluated(state.step, metrics)
+    pace, metrics, made = recorder.progress.pace, Metrics(), list[Evaluation]()
+    for rows in (held_out_set(resolved), *resolved.sets):
+        tell = recorder.progress.evaluation(state.step, len(rows.examples))
+        with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
+            found = evaluated(resolved, state.accelerator, state.objective, rows, wishes, tell=tell)
+        if found is None:  # A signal: the resume evaluates this step again.
+            return
+        made.append(replace(found, about={**found.about, "step": state.step}))
+        metrics |= named(rows.name, found.about["metrics"])
+    recorder.evaluated(state.step, metrics, made)
     # Nothing was trained yet, so the base itself must be broken.
     if state.step == 0 and not math.isfinite(metrics["loss"]) and (error := blame.broken(state)):
         raise error

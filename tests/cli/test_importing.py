@@ -61,7 +61,9 @@ def imported_by(module: str) -> set[str]:
     ("module", "unused"),
     [
         ("finetune.compare.generate", {"finetune.training.run", "finetune.training.state", "accelerate", "pyarrow"}),
-        ("finetune.compare.evaluate", {"finetune.package.export", "pyarrow", "matplotlib"}),
+        ("finetune.compare.evaluate", {"torch", "transformers", "pyarrow"}),
+        ("finetune.compare.watch", {"torch", "transformers", "pyarrow"}),
+        ("finetune.compare.measure", {"finetune.package.export", "pyarrow", "matplotlib"}),
         ("finetune.package.export", {"finetune.training.run", "finetune.training.state", "accelerate", "pyarrow"}),
         ("finetune.package.verify.verify", {"finetune.training.resolve", "finetune.package.export", "pyarrow"}),
         ("finetune.training.run", {"finetune.package.export", "pyarrow"}),

@@ -93,7 +93,7 @@ def test_the_story_of_a_run(recipe_file, train, monkeypatch, capsys, tmp_path) -
     code, out, _ = run_main(monkeypatch, capsys, "show", f"{run}@best", "--json")
     assert json.loads(out)["metrics"]["loss"] == min(checkpoint["metrics"]["loss"] for checkpoint in checkpoints)
 
-    code, out, _ = run_main(monkeypatch, capsys, "evaluate", f"{run}@0", f"{run}@last", "--json")
+    code, out, _ = run_main(monkeypatch, capsys, "evaluate", f"{run}@0", f"{run}@last", "--again", "--json")
     base, tuned = (result["metrics"]["loss"] for result in json.loads(out)["results"])
     assert tuned == checkpoints[1]["metrics"]["loss"]
     assert base > tuned
@@ -114,7 +114,7 @@ def test_the_story_of_a_run(recipe_file, train, monkeypatch, capsys, tmp_path) -
     assert (code, report["ok"]) == (1, False)
     assert report["problems"][0]["file"] == "checkpoints/step-00000010/optimizer.safetensors"
     assert "lora_" in report["problems"][0]["tensor"]
-    code, _, err = run_main(monkeypatch, capsys, "evaluate", f"{run}@last")
+    code, _, err = run_main(monkeypatch, capsys, "evaluate", f"{run}@last", "--again")
     assert (code, "optimizer.safetensors" in err) == (1, True)
 
 

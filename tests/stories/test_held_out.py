@@ -74,7 +74,7 @@ def test_a_branch_with_another_seed_is_evaluated_on_the_rows_of_its_parent(run, 
     made = branch(f"{run}@4", tmp_path / "seed", Choices(("train.seed=1",)), is_quiet=True)
     assert sides(made)[0] == sides(run)[0]
     assert RunDirectory(made).plan()[0].held_out == RunDirectory(run).plan()[0].held_out
-    [result] = evaluate([f"{made}@6"], None, ())
+    [result] = evaluate([f"{made}@6"], None, (), is_again=True)
     assert (result["metrics"]["loss"], result["seen_rows"]) == (loss(made, 6), 0)
     assert RunDirectory(made).plan()[0].seen == ()
     assert [item["is_comparable"] for item in log(run)["branches"]] == [True]
@@ -142,7 +142,7 @@ def test_a_first_stage_that_held_out_nothing_trained_on_everything(recipe, train
 @pytest.mark.slow
 def test_three_seeds_are_compared_on_rows_that_none_of_them_had(recipe, train, tmp_path) -> None:
     runs = [train(recipe(f"seed-{seed}", train=TRAIN | {"seed": seed}), tmp_path / f"seed-{seed}") for seed in range(3)]
-    results = evaluate([f"{run}@6" for run in runs], recipe("seed-2", train=TRAIN | {"seed": 2}), ())
+    results = evaluate([f"{run}@6" for run in runs], recipe("seed-2", train=TRAIN | {"seed": 2}), (), is_again=True)
     assert [(result["seen_rows"], result["is_comparable"]) for result in results] == [(0, True)] * 3
     assert [result["metrics"]["loss"] for result in results] == [loss(run, 6) for run in runs]
     with pytest.raises(DataError, match="held-out rows are training rows of seed-0@6"):

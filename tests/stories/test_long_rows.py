@@ -91,7 +91,7 @@ def test_a_run_with_scaled_positions_resumes_exactly(adapter, long_recipe, train
     with killed(after=3), pytest.raises(Killed):
         train(recipe, tmp_path / "interrupted")
     assert_same_run(whole, train(recipe, tmp_path / "interrupted"))
-    (found,) = evaluate([f"{whole}@4"], None, ())
+    (found,) = evaluate([f"{whole}@4"], None, (), is_again=True)
     assert found["metrics"]["loss"] == journal.evaluations(journal.read(whole))[4]["loss"]
 
 

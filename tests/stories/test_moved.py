@@ -89,7 +89,7 @@ def renamed(recipe: Path, **names: str) -> None:
 @pytest.mark.slow
 def test_a_project_that_was_moved_as_a_whole_goes_on_without_a_word_of_the_user(moved, adapted, capsys) -> None:
     run = moved / "runs/a"
-    (result,) = evaluate([f"{run}@4"], None, ())
+    (result,) = evaluate([f"{run}@4"], None, (), is_again=True)
     assert result["metrics"]["loss"] > 0
     said = capsys.readouterr().err
     assert f"base {adapted}/models/tiny is now {moved}/models/tiny: equal content\n" in said
@@ -112,23 +112,23 @@ def test_base_and_data_are_found_where_the_user_says_and_remembered_by_the_run(
     shutil.move(moved / "data", tmp_path / "rows")
     (tmp_path / "rows/train.jsonl").rename(tmp_path / "rows/renamed.jsonl")
     with pytest.raises(BaseError) as caught:
-        evaluate([f"{run}@4"], None, ())
+        evaluate([f"{run}@4"], None, (), is_again=True)
     assert str(caught.value) == (
         f"{adapted}/models/tiny: is not here any more\n"
         "hint: name the folder where it is now with --base PATH_OR_ID: equal content is the same base"
     )
     with places.named([str(tmp_path / "weights")], {}), pytest.raises(DataError) as caught:
-        evaluate([f"{run}@4"], None, ())
+        evaluate([f"{run}@4"], None, (), is_again=True)
     assert caught.value.message == "is not here any more" and "--data OLD=NEW" in caught.value.hint
     data = {f"{adapted}/data": f"{tmp_path}/rows", f"{adapted}/data/train.jsonl": f"{tmp_path}/rows/renamed.jsonl"}
     with places.named([str(tmp_path / "weights")], dict(reversed(data.items()))):
-        evaluate([f"{run}@4"], None, ())
+        evaluate([f"{run}@4"], None, (), is_again=True)
         extended(moved / "recipe.yaml", 5)
         train(load(moved / "recipe.yaml"), run, is_quiet=True)
     known = json.loads((run / "plan.json").read_text())["facts"]["places"]
     assert known[f"{adapted}/models/tiny"] == f"{tmp_path}/weights"
     places._known.found.clear()
-    assert evaluate([f"{run}@5"], None, ()), "the run knows it by now"
+    assert evaluate([f"{run}@5"], None, (), is_again=True), "the run knows it by now"
 
 
 def test_other_content_is_refused_wherever_it_is_named(moved, adapted, tmp_path) -> None:
@@ -137,7 +137,7 @@ def test_other_content_is_refused_wherever_it_is_named(moved, adapted, tmp_path)
     (tmp_path / "other/config.json").write_text((tmp_path / "other/config.json").read_text() + "\n")
     (tmp_path / "rows.jsonl").write_text((moved / "data/train.jsonl").read_text() + "\n")
     with places.named([str(tmp_path / "other")], {}), pytest.raises(BaseError) as caught:
-        evaluate([f"{run}@4"], None, ())
+        evaluate([f"{run}@4"], None, (), is_again=True)
     assert caught.value.message == f"has other content than {adapted}/models/tiny had"
     named = places.named([str(moved / "models/tiny")], {f"{adapted}/data/train.jsonl": str(tmp_path / "rows.jsonl")})
     with named, pytest.raises(DataError) as caught:
@@ -169,12 +169,12 @@ def test_whole_weights_need_no_base(full, tmp_path) -> None:
     run, hidden = full / "runs/a", full / "elsewhere"
     (full / "models").rename(hidden)
     try:
-        (result,) = evaluate([f"{run}@4"], None, ())
+        (result,) = evaluate([f"{run}@4"], None, (), is_again=True)
         assert result["metrics"]["loss"] > 0
         assert generate([f"{run}@4"], ["the model"], 4, 0.0, 0)
         assert package(f"{run}@4", tmp_path / "dist")["files"]
         with pytest.raises(BaseError, match="is not here any more"):
-            evaluate([f"{run}@0"], None, ())
+            evaluate([f"{run}@0"], None, (), is_again=True)
     finally:
         hidden.rename(full / "models")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.compare.evaluate import evaluate, of_model
+from finetune.compare.evaluate import evaluate
+from finetune.compare.measure import of_model
 from finetune.debug.bisect import bisect
 from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
@@ -63,7 +64,7 @@ def test_its_steps_replay(older, run) -> None:
 
 
 def test_it_is_evaluated_on_the_rows_that_it_held_out(older) -> None:
-    results = evaluate([f"{older}@4", f"{older}@8"], None, ())
+    results = evaluate([f"{older}@4", f"{older}@8"], None, (), is_again=True)
     assert [result["metrics"]["rows"] for result in results] == [12, 12]
     losses = dict(zip((4, 8), (result["metrics"]["loss"] for result in results), strict=True))
     assert losses == pytest.approx({step: recorded(older, "held_out")[step] for step in losses}, rel=1e-4)

@@ -17,7 +17,7 @@ from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses
-from finetune.training.saving import saver
+from finetune.training.saving import room
 from tests import forks
 from tests.stories.test_processes import events, start, wait_for_step
 
@@ -109,7 +109,7 @@ def test_a_save_without_room_is_skipped_loudly_and_the_next_one_makes_up_for_it(
     recipe_file, train, tmp_path, monkeypatch, capsys
 ) -> None:
     answers = iter([1 << 40, 1 << 10, 1 << 40, 1 << 40, 1 << 40])
-    monkeypatch.setattr(saver, "free_bytes", lambda _: next(answers))
+    monkeypatch.setattr(room, "free_bytes", lambda _: next(answers))
     recipe = recipe_file(checkpoint=ALL)
     run = train(recipe, tmp_path / "run")
     said = capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_a_save_without_room_is_skipped_loudly_and_the_next_one_makes_up_for_it(
 
 
 def test_a_last_save_without_room_is_an_error(recipe_file, train, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(saver, "free_bytes", lambda _: 1 << 10)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 1 << 10)
     with pytest.raises(
         CheckpointError, match="the last step is not committed: it needs .* and the disk has 1.0 KiB left\nhint: free"
     ):

@@ -161,7 +161,7 @@ def test_every_command_takes_a_run_on_a_declared_class(wide_base, recipe_on, tra
     assert_same_run(train(recipe, run), whole)
     assert replay(whole, 1, 2)["identical"]
     refs = [f"{whole}@0", f"{whole}@last", str(whole / "checkpoints/step-00000002")]
-    results = evaluate(refs[:2], None, [])
+    results = evaluate(refs[:2], None, [], is_again=True)
     assert results[1]["metrics"]["loss"] < results[0]["metrics"]["loss"]
     assert len(generate(refs, ["the model"], 4, 0.0, 0)) == 3
     packaged_as_declared(whole, wide_base(kind), tmp_path / "package")

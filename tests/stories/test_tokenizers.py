@@ -130,7 +130,7 @@ def test_a_checkpoint_without_the_config_that_chooses_its_class_would_have_anoth
 
 
 def test_it_is_evaluated_and_answers_with_the_template_it_was_trained_with(trained) -> None:
-    results = evaluate([f"{trained}@0", f"{trained}@2"], None, [])
+    results = evaluate([f"{trained}@0", f"{trained}@2"], None, [], is_again=True)
     assert [set(result["metrics"]) >= {"loss"} for result in results] == [True, True]
     for ref in (f"{trained}@0", f"{trained}@2"):
         assert open_tokenizer(open_model(ref)).chat_template == OWN
@@ -143,8 +143,8 @@ def test_its_package_has_the_same_tokenizer(trained, mistral, tmp_path) -> None:
 
 def test_what_older_code_saved_is_opened_as_it_was_encoded(trained, mistral, tmp_path) -> None:
     older = as_older_code_left_it(trained, tmp_path / "older")
-    (result,) = evaluate([f"{older}@2"], None, [])
-    (expected,) = evaluate([f"{trained}@2"], None, [])
+    (result,) = evaluate([f"{older}@2"], None, [], is_again=True)
+    (expected,) = evaluate([f"{trained}@2"], None, [], is_again=True)
     assert result["metrics"] == expected["metrics"]
     tokenizer = open_tokenizer(open_model(f"{older}@2"))
     assert base.difference(base.load_tokenizer(mistral), tokenizer) is None and tokenizer.chat_template == OWN
@@ -175,7 +175,7 @@ def test_a_base_with_the_file_of_mistral_alone_is_trained_evaluated_and_checked_
     path = tmp_path / "run/checkpoints/step-00000001"
     assert (path / "tekken.json").read_bytes() == (directory / "tekken.json").read_bytes()
     assert_alike(path, base.load_tokenizer(directory))
-    (result,) = evaluate([f"{tmp_path}/run@1"], None, [])
+    (result,) = evaluate([f"{tmp_path}/run@1"], None, [], is_again=True)
     assert result["metrics"]["rows"]
     tokenizer = base.load_tokenizer(directory)
     (tmp_path / "package").mkdir()

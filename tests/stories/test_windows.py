@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from finetune.compare.evaluate import evaluate, of_model
+from finetune.compare.evaluate import evaluate
+from finetune.compare.measure import of_model
 from finetune.package import export
 from finetune.recipe.load import load
 from finetune.store.run import journal
@@ -93,7 +94,7 @@ def test_a_packed_run_of_such_a_base_resumes_to_the_bit_and_is_evaluated(tiny_to
     one, two = (journal.steps(journal.read(each)) for each in (whole, run))
     assert all(journal.difference(one[step], two[step]) is None for step in one)
     assert RunDirectory(run).plan()[0].arrangement == "packed"
-    packed = evaluate([f"{run}@last"], None, [])[0]["metrics"]["loss"]
+    packed = evaluate([f"{run}@last"], None, [], is_again=True)[0]["metrics"]["loss"]
     plain = of_model(open_model(f"{run}@last").model, run)["loss"]
     assert packed == pytest.approx(plain, rel=1e-4)
 

@@ -76,9 +76,9 @@ def dated(recipe_file, tmp_path):
 def test_a_plan_has_the_day_that_its_template_prints_and_keeps_it(dated, recipe_file, train, tmp_path, later, capsys):
     run = train(dated, tmp_path / "run")
     plan, _ = RunDirectory(run).plan()
-    before = [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)]
+    before = [evaluate([f"{run}@2"], rows, [], is_again=True) for rows in (None, dated)]
     later()
-    assert [evaluate([f"{run}@2"], rows, []) for rows in (None, dated)] == before
+    assert [evaluate([f"{run}@2"], rows, [], is_again=True) for rows in (None, dated)] == before
     assert resolve(load(dated), plan).plan == plan, "resumed"
     assert resolve(load(dated), like=plan).plan.date == plan.date, "branched"
     another = resolve(load(dated)).plan

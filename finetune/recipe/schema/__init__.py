@@ -6,12 +6,13 @@ Keys, error messages, the JSON Schema and `docs/recipe.md` all come from here. I
 from finetune.recipe.schema.adapters import Adapter, FrozenAdapter, LoraAdapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, Holdout, Source, drawn_of, is_drawn
+from finetune.recipe.schema.evaluation import HELD_OUT, Evaluate, EvaluationSet
 from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
 from finetune.recipe.schema.rope import Rope
 from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
-from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Keep, Train
+from finetune.recipe.schema.training import Checkpoint, Guard, Keep, Train
 from finetune.recipe.schema.values import Every, Section, amount_of, count_of
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Evaluate",
+    "EvaluationSet",
     "Every",
     "FrozenAdapter",
     "Guard",
+    "HELD_OUT",
     "Holdout",
     "Keep",
     "LoraAdapter",

@@ -113,7 +113,7 @@ class Data(Section):
     seen: Literal["refuse", "allow"] = "refuse"
     """A count or share may hold out rows that an earlier run behind the base or branch trained on. `refuse` refuses such a plan. `allow` allows it, and marks its figures everywhere."""
     allow: Annotated[list[Gate], BeforeValidator(listed)] = []
-    """What a new run may start with: `cut_rows` (over 5 % of the rows lose learnt tokens), `lost_text` (a template drops content of rows), `nothing_learnt` (rows without a learnt token), `seen_holdout` (held-out rows of named sources are trained on), `unlearnt_stop` (answers end without a stop token)."""
+    """What a new run may start with: `cut_rows` (over 5 % of the rows lose learnt tokens), `lost_text` (a template drops content of rows), `nothing_learnt` (rows without a learnt token), `seen_holdout` (held-out rows of named sources, or rows of an evaluation set, are trained on), `unlearnt_stop` (answers end without a stop token)."""
 
 
 def has_holdout(data: Data) -> bool:

@@ -5,12 +5,13 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from finetune.recipe.schema.adapters import Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data
+from finetune.recipe.schema.evaluation import Evaluate
 from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.rules import PartlyRead, problems
 from finetune.recipe.schema.tasks import Task
 from finetune.recipe.schema.trackers import Trackers
-from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
+from finetune.recipe.schema.training import Checkpoint, Guard, Train
 from finetune.recipe.schema.values import Section
 
 

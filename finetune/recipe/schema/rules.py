@@ -9,11 +9,12 @@ from finetune.recipe.schema import mixing, source_rules
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, has_holdout
+from finetune.recipe.schema.evaluation import Evaluate
 from finetune.recipe.schema.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.tasks import Task
 from finetune.recipe.schema.trackers import Trackers
-from finetune.recipe.schema.training import Checkpoint, Evaluate, Guard, Train
+from finetune.recipe.schema.training import Checkpoint, Guard, Train
 from finetune.recipe.schema.values import amount_of
 
 PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
@@ -54,7 +55,10 @@ class PartlyRead:
 
 def problems(recipe: PartlyRead) -> list[str]:
     """What does not fit together, as `key: message`; some with a hint on its own line."""
-    return [*(problem for rule in RULES if (problem := rule(recipe))), *source_rules.problems(recipe.data)]
+    return [
+        *(problem for rule in RULES if (problem := rule(recipe))),
+        *source_rules.problems(recipe.data, recipe.evaluate),
+    ]
 
 
 def sources_can_be_mixed(recipe: PartlyRead) -> str | None:
@@ -85,8 +89,10 @@ def the_floor_is_below_the_peak(recipe: PartlyRead) -> str | None:
 
 
 def evaluation_has_rows(recipe: PartlyRead) -> str | None:
-    is_asked = recipe.evaluate and recipe.evaluate.every
-    return "evaluate.every: needs held-out rows; set `data.holdout`" if is_asked and recipe.lacks_rows else None
+    if recipe.evaluate is None or not recipe.lacks_rows:
+        return None
+    asked = next((name for name in ("every", "sets") if getattr(recipe.evaluate, name)), None)
+    return f"evaluate.{asked}: needs held-out rows; set `data.holdout`" if asked else None
 
 
 def best_has_rows(recipe: PartlyRead) -> str | None:

@@ -4,18 +4,20 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from finetune.recipe.schema.data import Data, Source
+from finetune.recipe.schema.evaluation import Evaluate
 
 TEXT_ENDINGS = (".txt", ".md", ".markdown", ".rst")
 PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 
 
-def problems(data: Data | None) -> list[str]:
+def problems(data: Data | None, evaluate: Evaluate | None) -> list[str]:
     """Those of all sources of a recipe."""
+    parts: dict[str, object] = {f"data.{part}": getattr(data, part, None) for part in ("train", "holdout")}
+    parts |= {f"evaluate.sets.{name}.rows": each.rows for name, each in (evaluate.sets if evaluate else {}).items()}
     found = []
-    for part in ("train", "holdout"):
-        sources = getattr(data, part, None)
+    for part, sources in parts.items():
         for number, source in enumerate(sources if isinstance(sources, list) else []):
-            found += [f"data.{part}[{number}].{problem}" for rule in RULES for problem in rule(source)]
+            found += [f"{part}[{number}].{problem}" for rule in RULES for problem in rule(source)]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The sections `train`, `evaluate`, `checkpoint` and `guard`."""
+"""The sections `train`, `checkpoint` and `guard`."""
 
 from typing import Literal
 
@@ -42,13 +42,6 @@ class Train(Section):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("has both `epochs` and `steps`; give one")
         return self
-
-
-class Evaluate(Section):
-    """When to evaluate the held-out rows. This always happens before the first and after the last step."""
-
-    every: StepCadence | None = None
-    """Evaluate every N steps, like `100 steps`."""
 
 
 class Keep(Section):

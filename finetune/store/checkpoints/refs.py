@@ -155,6 +155,13 @@ def run_around(checkpoint: Path) -> Path | None:
     return run if RunDirectory(run).is_run else None
 
 
+def run_of(ref: Ref) -> Path | None:
+    """The run directory that a ref leads to, if any: its own, or the one a checkpoint directory lies in."""
+    if ref.kind == "run" or ref.kind == "base":
+        return ref.run
+    return run_around(ref.path) if ref.kind == "checkpoint" else None
+
+
 def find(ref: Ref) -> Checkpoint:
     """The committed checkpoint of a ref of the kind `run` or `checkpoint`; its manifest is sound, its bytes are not verified."""
     if ref.kind == "checkpoint":

@@ -6,12 +6,13 @@ They are written before a commit, so no checkpoint is ahead of its record.
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune.store.evaluations import Evaluation
 from finetune.store.run import journal, parts, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.records import EventRecord
@@ -52,15 +53,19 @@ class Columns:
     rows: list[RowLoss] = field(default_factory=list)
     modules: list[ModuleNorms] = field(default_factory=list)
     experts: list[ExpertLoad] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """`write` has no part in them: what stands for their weights is known with the files of a save."""
 
     def extend(self, later: "Columns") -> None:
         """Adds the records of later steps."""
         self.rows.extend(later.rows)
         self.modules.extend(later.modules)
         self.experts.extend(later.experts)
+        self.evaluations.extend(later.evaluations)
 
     def __add__(self, later: "Columns") -> "Columns":
-        return Columns([*self.rows, *later.rows], [*self.modules, *later.modules], [*self.experts, *later.experts])
+        both = ([*getattr(self, each.name), *getattr(later, each.name)] for each in fields(self))
+        return Columns(*both)
 
     def write(self, run: Path, attempt: str) -> None:
         """Writes to `rows/`, `modules/` and `experts/`, durably."""

@@ -3,6 +3,7 @@
 Over a separate gloo group with a timeout, beside training: a rank that is stuck costs a checkpoint, not the training.
 """
 
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -76,3 +77,11 @@ class Report:
         self._under_way = []
         if self._group is self._reports.group:
             self._reports.is_broken = True
+
+
+def await_own(report: Report | None) -> None:
+    """Waits for this rank's report; alone there is none."""
+    if report is None:
+        return
+    with suppress(MissingReport):  # rank 0 says so, and gives the save up
+        report.wait()

@@ -3,7 +3,6 @@
 `begin` is what training waits for; `commit` runs on the writer's thread, one save after the other.
 """
 
-import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +10,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from finetune.errors import CheckpointError, FinetuneError
+from finetune.errors import FinetuneError
 from finetune.model.base import Companions
-from finetune.plan.disk import free_bytes, readable
 from finetune.plan.facts import Metrics
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
@@ -22,20 +20,20 @@ from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.trainer_state import History
 from finetune.store.checkpoints.verify import Damage, is_as_recorded
-from finetune.store.durable import HINTS, replace_file
+from finetune.store.durable import replace_file
 from finetune.store.run import journal as journals
-from finetune.store.run.journal import FULL_DISK, Journal
+from finetune.store.run.journal import Journal
 from finetune.store.run.lease import Lease
 from finetune.store.run.records import AmendmentRecord, EventRecord, ParentRecord
 from finetune.store.run.row_losses import Columns
 from finetune.training.resolve import device
+from finetune.training.saving import evaluated_rows
 from finetune.training.saving import snapshot as snapshots
 from finetune.training.saving.buffers import Staging
-from finetune.training.saving.rank_reports import MissingReport, Report
+from finetune.training.saving.rank_reports import Report
+from finetune.training.saving.room import is_passing, refuse_small
 from finetune.training.saving.snapshot import FROZEN, Snapshot
 from finetune.training.state import TrainState
-
-SPARE = 1.2  # times the bytes of a save must be free: journal and row losses grow too, and so do other people's files
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,6 @@ class Save:
     began: float
     """On the clock `time.monotonic`."""
     call_seconds: float
-
-
-class NoRoom(CheckpointError):
-    """The disk has too little space for a save."""
 
 
 class Saver:
@@ -142,7 +136,7 @@ class Saver:
             with journal.saving(snapshots.stored_bytes(save.snapshot, self.last)):
                 self._make_durable(save, columns, journal, lease)
         except FinetuneError as error:
-            if not _is_passing(error):
+            if not is_passing(error):
                 raise
             # The columns go with the next save, so the record has no hole.
             self._left_over, self.given_up = columns, error
@@ -163,14 +157,16 @@ class Saver:
 
     def _make_durable(self, save: Save, columns: Columns, journal: Journal, lease: Lease) -> None:
         cpu_started, step = time.thread_time(), save.snapshot.step
-        self._check_room(save.snapshot)
-        # Both before the checkpoint, so that none is ahead of its record.
+        refuse_small(self._run, snapshots.stored_bytes(save.snapshot, self.last))
+        # All before the checkpoint, so that none is ahead of its record.
         columns.write(self._run, self._manifest.attempt)
         journal.sync()
         attempt = self._store.begin(step, self._manifest.attempt)
         snapshots.write(save.snapshot, self._plan, self._companions, self.last, attempt)
         attempt.write_json("trainer_state.json", save.record.history())
-        committed = self._store.commit(attempt, self._manifest_of(step, save.record), lease.check)
+        manifest = self._manifest_of(step, save.record)
+        evaluated_rows.write(columns.evaluations, self._run, self._plan, manifest, attempt.files)
+        committed = self._store.commit(attempt, manifest, lease.check)
         # The rename is on the disk: from here on a power cut loses nothing of this step.
         durable = time.monotonic()
         # Past the page cache: what the disk really has. A linked file was read back when it was written.
@@ -196,16 +192,9 @@ class Saver:
         try:
             pruning.apply(self._store, actions, lambda name, at: journal.append(self._event(name, step=at)))
         except FinetuneError as error:
-            if not _is_passing(error):
+            if not is_passing(error):
                 raise
             self._say(f"older checkpoints stay for now: {error}")
-
-    def _check_room(self, snapshot: Snapshot) -> None:
-        # Asked before writing: a save that fills the disk also stops the journal.
-        needed, free = round(SPARE * snapshots.stored_bytes(snapshot, self.last)), free_bytes(self._run)
-        if needed > free:
-            message = f"it needs {readable(needed)}, and the disk has {readable(free)} left"
-            raise NoRoom(message, hint=HINTS[errno.ENOSPC])
 
     def _manifest_of(self, step: int, record: Record) -> Manifest:
         last = self.last
@@ -242,9 +231,3 @@ class Saver:
         for kept in restored:
             self._say(f"restored {kept.relative_to(self._run)} from the base")
         return bool(restored)
-
-
-def _is_passing(error: FinetuneError) -> bool:
-    """Whether a later save may go better."""
-    cause = error.__cause__
-    return isinstance(error, NoRoom | MissingReport) or (isinstance(cause, OSError) and cause.errno in FULL_DISK)
