@@ -33,11 +33,12 @@ from finetune.model import adapters, base, tiny
 from finetune.model.base.loading_class import causal_names, wide_names
 from finetune.recipe.load import LoadedRecipe, load
 from finetune.training import loop
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.evaluation import batches
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.run import train
 from finetune.training.state import TrainState
+from finetune.training.strategy.start import start_accelerator
 
 TYPES = tuple(
     sorted(

@@ -27,13 +27,14 @@ from finetune.store.evaluations import About, Evaluation
 from finetune.store.rank import is_first
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
-from finetune.training.build import as_trained, check_packing, start_accelerator
+from finetune.training.build import as_trained, check_packing
 from finetune.training.evaluation import evaluate as evaluate_objective
 from finetune.training.evaluation import evaluated
 from finetune.training.evaluation_sets import held_out_set, read_set, seen_by, with_sets
 from finetune.training.opened import open_model
 from finetune.training.resolve import Resolved, resolve, resolve_own
 from finetune.training.state import Objective
+from finetune.training.strategy.start import start_accelerator
 from finetune.training.trial import packing_of
 
 

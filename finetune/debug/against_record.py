@@ -9,7 +9,7 @@ from finetune.store.run import journal
 from finetune.store.run.records import EventRecord, StepRecord
 from finetune.store.run.row_losses import Reader
 from finetune.training.loop import StepReport
-from finetune.training.saving import snapshot
+from finetune.training.saving import reading, snapshot
 from finetune.training.state import TrainState
 
 
@@ -49,13 +49,20 @@ def of_tensors(state: TrainState, checkpoint: Checkpoint) -> Difference | None:
     """The first tensor that differs from the checkpoint of the state's step; None also where that is not a full one."""
     if checkpoint.manifest.kind != "full":
         return None
-    tensors, _ = snapshot.Live(state).copied()
-    stored = snapshot.stored_tensors(checkpoint)
-    for name, live in tensors.items():
-        is_same = name in stored and torch.equal(_bits(live.detach().cpu()), _bits(stored[name]))
-        if not is_same:
-            return Difference(state.step, f"tensor {name}", "as stored", "another")
-    return None
+    live = snapshot.Live(state)
+    tensors, _ = live.copied()
+    stored = reading.stored_tensors(checkpoint)
+
+    def is_stored(name: str) -> bool:
+        own, whole = live.rows.get(name), stored.get(name)
+        then = whole[own.first : own.end] if own and whole is not None else whole
+        return then is not None and torch.equal(_bits(tensors[name].detach().cpu()), _bits(then))
+
+    names = list(tensors)
+    place = next((place for place, name in enumerate(names) if not is_stored(name)), len(names))
+    if state.strategy.is_sharded:  # each rank has compared what it holds, and all have to know of the first difference
+        place = int(state.accelerator.gather(torch.tensor([place], device=state.accelerator.device)).min())
+    return Difference(state.step, f"tensor {names[place]}", "as stored", "another") if place < len(names) else None
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

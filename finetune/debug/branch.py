@@ -29,12 +29,12 @@ from finetune.store.checkpoints.verify import verify
 from finetune.store.run import lease
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
-from finetune.training.build import start_accelerator
 from finetune.training.facts import facts_of
 from finetune.training.readiness import refuse_gated
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import stand_in
 from finetune.training.run import train
+from finetune.training.strategy.start import start_accelerator
 
 # They decide shape and rounding of a checkpoint's tensors.
 FIXED = ("base", "adapter", "train.weights")

@@ -13,7 +13,7 @@ import torch
 from finetune.data.batches import Batches
 from finetune.debug import against_record
 from finetune.debug.against_record import Difference
-from finetune.errors import CheckpointError, NotFiniteError, RunError
+from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError
 from finetune.model import base
 from finetune.plan.facts import World
 from finetune.recipe.resume_rules import differences, recorded
@@ -24,14 +24,15 @@ from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, row_losses, scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives, guard, loop
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.evaluation import batches
 from finetune.training.facts import facts_of
 from finetune.training.guard import Amendment, amendments
 from finetune.training.resolve import Resolved, resolve_own
 from finetune.training.resume import stand_in
-from finetune.training.saving import snapshot
+from finetune.training.saving import reading
 from finetune.training.state import TrainState
+from finetune.training.strategy.start import start_accelerator
 
 REFUSED = ("not_finite", "spike", "amended")  # events with the figures of a step
 
@@ -81,6 +82,14 @@ class Rerun:
             raise ValueError("nothing was run again yet")
         return self._state
 
+    @property
+    def whole_state(self) -> TrainState:
+        """The same, to be written to a disk. FinetuneError if it is spread over ranks."""
+        if self.state.strategy.is_sharded:
+            hint = "run the command in one process; its steps have the same rows, and may differ in the last bits"
+            raise FinetuneError("a state that is spread over ranks is written by a training alone", hint=hint)
+        return self.state
+
     def is_at(self, step: int) -> bool:
         return self._state is not None and self._state.step == step
 
@@ -126,10 +135,12 @@ class Rerun:
         if self._state is None or checkpoint is None:
             self._state = None
             self.accelerator.free_memory()  # before a second model is built
-            self._state = build(self.plan, self._directory, self.accelerator)
+            several = self.accelerator.num_processes > 1
+            strategy = recorded(self.facts)["strategy"] if several else "ddp"
+            self._state = build(self.plan, self._directory, self.accelerator, str(strategy))
         if checkpoint:
             try:
-                snapshot.read(self._state, self.plan, checkpoint)
+                reading.read(self._state, self.plan, checkpoint)
             except FileNotFoundError as error:
                 hint = "a training that runs removes old checkpoints: raise checkpoint.keep, or try again"
                 raise CheckpointError("was removed meanwhile", where=str(checkpoint.path), hint=hint) from error

@@ -116,7 +116,7 @@ class Committer:
         rerun = self._rerun
         if self._saver is None:
             about = rerun.run, rerun.plan, rerun.resolved.companions
-            self._saver = Saver(*about, self._manifest, rerun.say, rerun.state)
+            self._saver = Saver(*about, self._manifest, rerun.say, rerun.whole_state)
             self._saver.recover()
         before, _ = rerun.store.newest_sound(before=step + 1)  # `nearest` asks all ranks
         if before and before.step == step:  # it is stored already

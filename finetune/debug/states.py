@@ -74,7 +74,7 @@ class States:
             with failures(self._scratch, RunError):
                 # Commands expect the plan beside a checkpoint.
                 shutil.copy(RunDirectory(rerun.run).plan_file, self._scratch)
-            state = rerun.state
+            state = rerun.whole_state
             taken = snapshot.take(state, snapshot.Live(state), rerun.plan, self._staging)
             attempt = store.begin(state.step, "bisect")
             snapshot.write(taken, rerun.plan, rerun.resolved.companions, previous, attempt)

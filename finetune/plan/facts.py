@@ -13,6 +13,8 @@ class World(TypedDict, total=False):
 
     device: str
     world_size: int
+    strategy: str
+    """How its devices shared the work."""
     threads: int
     micro_batch_tokens: int
     update_slice: int

@@ -11,6 +11,7 @@ from finetune.plan import activations
 from finetune.plan.activations import FLOAT, is_beside, stored_width, width
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
+from finetune.recipe.schema.rules import unshardable
 
 # Bytes a parameter. nf4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
 QUANTIZED = {"nf4": 0.5625, "int8": 1.004}
@@ -133,7 +134,7 @@ def host_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
 
 
 def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
-    """The peak where `device.world_size` devices share weights, gradients and moments (FSDP)."""
+    """The peak where `device.world_size` devices share weights, gradients and moments (`strategy: fsdp`)."""
     found, world_size = step_parts(plan, shape, work, device._replace(world_size=1)), device.world_size
     if world_size == 1:
         return sum(found.values())
@@ -159,11 +160,31 @@ def micro_batch_tokens(plan: Plan, shape: Shape, device: Device) -> int:
     """The value of `auto`: the longest example, doubled while the forecast fits and a step or, on a CPU, the caches gain from it."""
     tokens = max(1, plan.counts.longest, plan.holdout_counts.longest)
     step = plan.recipe.train.batch_size * plan.counts.longest
+    is_sharded = strategy(plan, shape, device) == "fsdp"
     while tokens < step and (device.is_gpu or 2 * tokens <= CPU_TOKENS):
-        if not fits(sum(parts(plan, shape, Work(2 * tokens, step), device).values()), device):
+        work = Work(2 * tokens, step)
+        size = sharded_bytes if is_sharded else whole_bytes
+        if not fits(size(plan, shape, work, device), device):
             break
         tokens *= 2
     return tokens
+
+
+def whole_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
+    """The peak where each device holds the whole model (`strategy: ddp`)."""
+    return sum(parts(plan, shape, work, device).values())
+
+
+def strategy(plan: Plan, shape: Shape, device: Device) -> str:
+    """`train.strategy`. `auto` is `fsdp` where several devices train what does not fit one, and can share it."""
+    named = plan.recipe.train.strategy
+    if device.world_size == 1:
+        return "ddp"
+    if named != "auto":
+        return named
+    work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
+    fits_one = fits(whole_bytes(plan, shape, work, device), device)
+    return "fsdp" if not fits_one and unshardable(plan.recipe) is None else "ddp"
 
 
 def fits(size: int, device: Device) -> bool:

@@ -41,6 +41,17 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     data: bytes | bytearray | memoryview
+    first: int = 0
+    """The place of `data` in the bytes of the whole tensor, of which other processes may have the rest."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole tensor."""
+        return ITEM_BYTES[self.dtype] * prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return memoryview(self.data).nbytes == self.bytes
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,12 @@ def write(file: Writable, tensors: Sequence[Tensor], metadata: dict[str, str]) -
 
     Wide items come first and the header is padded to 8 bytes, so every tensor is aligned and there are no holes.
     """
-    ordered = sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
-    header = _header(ordered, metadata)
-    file.write(struct.pack("<Q", len(header)))
-    for piece in pieces(header):
+    for tensor in tensors:
+        if not tensor.is_whole:
+            size = memoryview(tensor.data).nbytes
+            raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.dtype} of shape {tensor.shape}")
+    ordered = in_order(tensors)
+    for piece in pieces(beginning(ordered, metadata)):
         file.write(piece)
     records = []
     for tensor in ordered:
@@ -86,6 +99,11 @@ def write(file: Writable, tensors: Sequence[Tensor], metadata: dict[str, str]) -
     return records
 
 
+def in_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In the order of a file's bytes."""
+    return sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
+
+
 def pieces(data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
     """The bytes of a buffer in views of at most 1 MiB."""
     view = memoryview(data)
@@ -95,20 +113,18 @@ def pieces(data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
             yield view[start : start + PIECE_BYTES]
 
 
-def _header(tensors: Sequence[Tensor], metadata: dict[str, str]) -> bytes:
+def beginning(tensors: Sequence[Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of a file before those of its tensors, which come in this order."""
     entries: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
-        start, end = end, end + ITEM_BYTES[tensor.dtype] * prod(tensor.shape)
-        if memoryview(tensor.data).nbytes != end - start:
-            raise ValueError(
-                f"{tensor.name}: {memoryview(tensor.data).nbytes} bytes are not {tensor.dtype} of shape {tensor.shape}"
-            )
+        start, end = end, end + tensor.bytes
         if tensor.name in entries:
             raise ValueError(f"{tensor.name}: two tensors have this name")
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    return header + b" " * (-len(header) % 8)
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header
 
 
 def read_header(path: Path) -> dict[str, Place]:

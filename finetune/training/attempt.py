@@ -19,6 +19,7 @@ from finetune.training.recorder import Pen, Recorder
 from finetune.training.resume import Opened
 from finetune.training.saving.rank_reports import Reports
 from finetune.training.saving.saver import Saver
+from finetune.training.saving.sharded import OwnRows
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
 from finetune.training.trackers import Tracked
@@ -41,7 +42,9 @@ def begin(
     if lease is None:
         # The journal is read after rank 0 has put it right.
         checkpoint = same_checkpoint(None, path, accelerator)
-        return Attempt(Recorder(path, plan, progress, Past(path, plan, checkpoint), reports), checkpoint)
+        own_rows = OwnRows(path, plan, state) if state.strategy.is_sharded else None
+        recorder = Recorder(path, plan, progress, Past(path, plan, checkpoint), reports, own_rows=own_rows)
+        return Attempt(recorder, checkpoint)
     refuse_strangers(path, plan, opened.facts["run"])
     manifest = of_attempt(opened.facts, plan.plan_id, lease.attempt)
     saver = Saver(path, plan, opened.resolved.companions, manifest, progress.say, state)

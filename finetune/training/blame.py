@@ -5,6 +5,7 @@ import math
 import torch
 
 from finetune.errors import NotFiniteError, counted
+from finetune.model import shards
 from finetune.training.guard import Verdict
 from finetune.training.loop import StepReport
 from finetune.training.state import TrainState
@@ -15,7 +16,7 @@ WRAPPERS = ("base_model.model.", ".base_layer")  # what an adapter puts into the
 def broken(state: TrainState) -> NotFiniteError | None:
     """The error where a weight is NaN or infinite: no update can be made with it, and no row is to blame."""
     for name, parameter in state.model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
+        if parameter.is_floating_point() and not torch.isfinite(shards.local(parameter.detach())).all():
             plain = name.replace(WRAPPERS[0], "").replace(WRAPPERS[1], "")
             # Training never writes a frozen weight, so a broken one was broken before.
             if state.step == 0 or not parameter.requires_grad:

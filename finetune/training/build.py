@@ -29,19 +29,9 @@ from finetune.plan.row_order import derive
 from finetune.recipe.schema import Recipe, Train
 from finetune.store import cache
 from finetune.tasks import TASKS
-from finetune.training.state import Objective, Strategy, TrainState
+from finetune.training.state import Objective, TrainState
 from finetune.training.strategy import STRATEGIES
 from finetune.training.trial import packing_of
-
-
-def strategy_of(settings: Train) -> Strategy:
-    """How the devices share the work. There is one way so far, so no setting chooses it."""
-    return STRATEGIES["ddp"]
-
-
-def start_accelerator(settings: Train) -> Accelerator:
-    """Devices, precision and processes, as the strategy starts them."""
-    return strategy_of(settings).start(settings)
 
 
 def slow_numbers(precision: str) -> str | None:
@@ -100,7 +90,7 @@ def _place(recipe: Recipe, base_directory: Path, device: torch.device, kind: bas
     return base.Place(device, adapters.linear_weights(base.empty_model(base_directory, kind)))
 
 
-def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainState:
+def build(plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_name: str = "ddp") -> TrainState:
     """The state at step 0."""
     recipe = plan.recipe
     model = trained_model(plan, base_directory, accelerator.device)
@@ -119,9 +109,9 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator) -> TrainSt
     model.train()
     routers = routing.watched(model, recipe.train.router_loss, recipe.train.compile)
     objective = Objective(model, TASKS[recipe.task.name].loss, token_losses, routers)
-    strategy = strategy_of(recipe.train)
+    strategy = STRATEGIES[strategy_name]
     wrapped, prepared = strategy.prepare(
-        accelerator, objective, optimizer.build(model, recipe.optimizer, recipe.train.seed)
+        accelerator, objective, lambda: optimizer.build(model, recipe.optimizer, recipe.train.seed)
     )
     notes = tuple(filter(None, [losses.note(reason), *notes_here(recipe.train)]))
     return TrainState(accelerator, wrapped, model, prepared, strategy, routers=routers, notes=notes)

@@ -117,7 +117,8 @@ def row_results(
                 is_asked = turn == 0 or accelerator.device.type == "cpu"
                 if is_asked and agree(accelerator, wishes()).stop:
                     return None
-                with torch.inference_mode():
+                # Not inference mode: FSDP keeps the buffers of its first forward, and training has to write to them.
+                with torch.no_grad():
                     _, rows = objective(micro_batch.inputs)
                 if sums is None:  # a task may give several numbers a row
                     sums = rows.new_zeros((len(ids), *rows.shape[1:]), dtype=torch.float64)

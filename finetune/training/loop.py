@@ -195,8 +195,9 @@ def _backward(state: TrainState, plan: Plan, batches: Batches, ids: np.ndarray, 
     micro_batches = batches.of(ids)
     # on a CPU, torch.manual_seed takes most of a millisecond: it writes down who called, for devices that are not there
     set_seed = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
-    # ranks average their gradients: times their number makes it the sum over all rows, divided once by the step's weight
-    weight = torch.full((), accelerator.num_processes / total, device=accelerator.device)
+    # divided once, by the step's weight; where ranks average their gradients, times their number makes it the sum over all rows
+    ranks = 1 if state.strategy.is_sharded else accelerator.num_processes
+    weight = torch.full((), ranks / total, device=accelerator.device)
     lengths = batches.examples.lengths[ids]
     for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
         # By step and slot: dropout is the same wherever and how often this micro-batch runs.

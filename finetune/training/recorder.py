@@ -20,8 +20,9 @@ from finetune.training import collectives
 from finetune.training.guard import Amendment, Verdict
 from finetune.training.loop import StepReport
 from finetune.training.progress import Progress
-from finetune.training.saving.rank_reports import Reports, await_own
+from finetune.training.saving.rank_reports import Reports
 from finetune.training.saving.saver import Record, Saver
+from finetune.training.saving.sharded import OwnRows, work_beside
 from finetune.training.saving.writer import Writer
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
@@ -48,6 +49,7 @@ class Recorder:
         past: Past,
         reports: Reports | None = None,
         pen: Pen | None = None,
+        own_rows: OwnRows | None = None,
     ):
         self.path = path
         self.plan = plan
@@ -55,11 +57,13 @@ class Recorder:
         self.past = past
         self.reports = reports
         self.pen = pen
+        self.own_rows = own_rows
+        """On ranks that write no journal, and rows of checkpoints."""
         self.committed_at = time.monotonic()
         self.last_step = past.step
         """The newest step that is committed, or is being committed."""
         self._attempt = pen.lease.attempt if pen else ""
-        self._writer = Writer(pen.saver.sets) if pen else Writer()
+        self._writer = Writer(saving.sets) if (saving := pen.saver if pen else own_rows) else Writer()
         self._said_stalled: int | None = None
         self._columns = Columns()
 
@@ -78,8 +82,8 @@ class Recorder:
 
     def warm(self, state: TrainState) -> None:
         """Makes the memory ready that saves are copied to; after the first step, when all of the state is there."""
-        if self.pen:
-            self.pen.saver.warm(state)
+        if saving := self.pen.saver if self.pen else self.own_rows:
+            saving.warm(state)
 
     def step(self, report: StepReport) -> None:
         """Appends a step to the journal. A step that ran before must give the same figures, or the run says so at once.
@@ -216,7 +220,7 @@ class Recorder:
         self.committed_at = time.monotonic()
         self.last_step = step = state.step
         if not self.pen:
-            self._writer.submit(step, 0, partial(await_own, report))
+            self._writer.submit(step, *work_beside(self.own_rows, state, report))
             return
         # Taken off now: the next step adds to new ones while the save's thread writes these.
         columns, self._columns = self._columns, Columns()
@@ -226,7 +230,7 @@ class Recorder:
         lease, journal, saver, _ = self.pen
         save = saver.begin(state, record)
         work = partial(saver.commit, save, journal, lease, report)
-        self._writer.submit(step, save.snapshot.copy.bytes, work)
+        self._writer.submit(step, save.snapshot.bytes, work)
 
     def finish(self, state: TrainState) -> None:
         """Returns when everything that was begun is durable; raises why, where the last save was given up."""

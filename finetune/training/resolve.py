@@ -26,7 +26,7 @@ from finetune.plan.kinds import OfKind
 from finetune.plan.older import keeps_fp32
 from finetune.plan.pinned import Counts
 from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
-from finetune.plan.shape import shape_of
+from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
@@ -50,6 +50,8 @@ class Resolved:
     """The chat template in force; None where rows are not conversations."""
     train: Examples
     holdout: Examples
+    strategy: str
+    """How devices share the work: as the recipe says, or what `auto` stands for here."""
     micro_batch_tokens: int
     """As the recipe says, or what `auto` stands for here; a run that exists keeps the one that it recorded."""
     held_out: HeldOut
@@ -128,10 +130,11 @@ def resolve(
     if earlier is not None:
         _refuse_change(earlier, plan)
     plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
-    tokens = _micro_batch_tokens(plan, opened.config)
+    shape = shape_of(opened.config)
+    strategy, tokens = memory.strategy(plan, shape, device()), _micro_batch_tokens(plan, shape)
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
-    return Resolved(plan, *base_of, train, holdout, tokens, held_out, encoding, found, counted.kinds)
+    return Resolved(plan, *base_of, train, holdout, strategy, tokens, held_out, encoding, found, counted.kinds)
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,9 @@ def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dic
     return {"steps": steps, "warmup_steps": warmup_of(recipe, steps, start, orders), **kept}
 
 
-def _micro_batch_tokens(plan: Plan, config: PretrainedConfig) -> int:
+def _micro_batch_tokens(plan: Plan, shape: Shape) -> int:
     named = plan.recipe.train.micro_batch_tokens
-    return memory.micro_batch_tokens(plan, shape_of(config), device()) if named == "auto" else named
+    return memory.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
 
 
 def device() -> memory.Device:

@@ -9,7 +9,7 @@ from finetune.training import blame, collectives, guard, incident, loop
 from finetune.training.agreement import same_checkpoint
 from finetune.training.recorder import Recorder
 from finetune.training.resolve import Resolved
-from finetune.training.saving import snapshot
+from finetune.training.saving import reading
 from finetune.training.state import TrainState
 
 
@@ -105,5 +105,5 @@ def _roll_back(
 
 def go_back_to(checkpoint: Checkpoint, plan: Plan, state: TrainState, recorder: Recorder) -> None:
     """State and past become those of a checkpoint, on every rank."""
-    snapshot.read(state, plan, checkpoint)
+    reading.read(state, plan, checkpoint)
     recorder.recall(checkpoint)

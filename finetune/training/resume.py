@@ -84,6 +84,7 @@ def open_plan(
     refuse_gated(resolved, loaded.file)
     facts: Facts = {
         **now,
+        "strategy": resolved.strategy,
         "micro_batch_tokens": resolved.micro_batch_tokens,
         # Random, and not the directory's name: a run that you move or copy stays the same run.
         "run": secrets.token_hex(8),
@@ -117,7 +118,7 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     resolved = replace(with_sets(resolved, earlier), stand_in=checkpoint)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
-    now["micro_batch_tokens"] = resolved.micro_batch_tokens
+    now["strategy"], now["micro_batch_tokens"] = resolved.strategy, resolved.micro_batch_tokens
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)
@@ -198,14 +199,15 @@ def _under_the_name_of(source: Source, was: Source) -> Source:
     return source.model_copy(update={"path": was.path})
 
 
-def with_same_micro_batches(opened: Opened, accelerator: Accelerator) -> Opened:
-    """With what fits on the smallest device: all ranks must arrange a step alike."""
+def with_what_fits_all(opened: Opened, accelerator: Accelerator) -> Opened:
+    """With the micro-batches and the strategy that fit the smallest device: all ranks must train alike."""
     if accelerator.num_processes == 1:
         return opened
-    mine = torch.tensor([opened.resolved.micro_batch_tokens], device=accelerator.device)
-    tokens = int(accelerator.gather(mine).min())
-    resolved = replace(opened.resolved, micro_batch_tokens=tokens)
-    return Opened(resolved, opened.facts | {"micro_batch_tokens": tokens}, opened.changes)
+    own = opened.resolved.micro_batch_tokens, int(opened.resolved.strategy == "ddp")
+    tokens, is_whole = accelerator.gather(torch.tensor([own], device=accelerator.device)).amin(0).tolist()
+    resolved = replace(opened.resolved, micro_batch_tokens=tokens, strategy="ddp" if is_whole else "fsdp")
+    facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, "strategy": resolved.strategy}
+    return Opened(resolved, facts, opened.changes)
 
 
 def _sorted_out(earlier: Plan, recipe: Recipe) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.evaluations import Evaluation
 from finetune.store.run import lease
 from finetune.training import attempt, blame, collectives, gradients, loop, pins
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.evaluation import batches, evaluated
 from finetune.training.evaluation_sets import held_out_set
 from finetune.training.progress import Progress
@@ -37,10 +37,11 @@ from finetune.training.readiness import refuse_unready
 from finetune.training.recorder import Recorder
 from finetune.training.resolve import Resolved
 from finetune.training.respond import SpikeError, judge_of, respond
-from finetune.training.resume import Opened, open_plan, with_same_micro_batches
-from finetune.training.saving import snapshot
+from finetune.training.resume import Opened, open_plan, with_what_fits_all
+from finetune.training.saving import reading
 from finetune.training.starving import Loads
 from finetune.training.state import TrainState
+from finetune.training.strategy.start import start_accelerator
 
 
 def train(
@@ -73,14 +74,14 @@ def train(
                 refuse_unready(opened.resolved, path)
             for change in opened.changes:
                 progress.say(change)
-            state = build(plan, base_directory, accelerator)
+            state = build(plan, base_directory, accelerator, opened.resolved.strategy)
             for note in dict.fromkeys([*opened.resolved.notes, *state.notes]):
                 progress.say(note)
             # After `build`: a damaged file of frozen weights is restored from the weights of this model.
             recorder, checkpoint = attempt.begin(path, opened, loaded.text, state, progress, held)
             with closing(recorder), closing(progress):
                 if checkpoint:
-                    snapshot.read(state, plan, checkpoint)
+                    reading.read(state, plan, checkpoint)
                     progress.say(f"resumed from step {state.step}")
                 elif opened.resolved.stand_in:  # The checkpoint that stood in for the base is gone as well.
                     base.directory(plan.recipe.base, plan.base)
@@ -114,7 +115,7 @@ def _open(
             begun = resolved.plan.recipe.base, resolved.plan.base, opened.facts["run"]
             opened.changes.extend(pins.pin_base(*begun, base_directory))
     # A collective, so it cannot be inside `rank_0_first`, where ranks run one after the other.
-    return with_same_micro_batches(opened, accelerator), base_directory
+    return with_what_fits_all(opened, accelerator), base_directory
 
 
 def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: Signals, until: int | None) -> bool:

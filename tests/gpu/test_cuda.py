@@ -11,6 +11,7 @@ from finetune.recipe.load import load
 from finetune.training import build
 from finetune.training.resolve import resolve
 from finetune.training.saving.buffers import Staging
+from finetune.training.strategy.start import start_accelerator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +92,7 @@ def test_packing_is_tried_out_with_the_kernel_that_trains(recipe_file, monkeypat
     monkeypatch.setattr(attention, "_in_one_call", lambda *given: calls.append(given) or kernel(*given))
     monkeypatch.setattr(build.cache, "found", lambda kind, facts, find: find())
     resolved = resolve(load(recipe_file(**BF16)))
-    build.build(resolved.plan, resolved.base_directory, build.start_accelerator(resolved.plan.recipe.train))
+    build.build(resolved.plan, resolved.base_directory, start_accelerator(resolved.plan.recipe.train))
     assert calls
 
 

@@ -30,6 +30,7 @@ from finetune.training.evaluation import batches, row_results  # noqa: E402
 from finetune.training.resolve import resolve  # noqa: E402
 from finetune.training.saving import buffers as staging  # noqa: E402
 from finetune.training.saving.snapshot import Live  # noqa: E402
+from finetune.training.strategy.start import start_accelerator  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -89,7 +90,7 @@ def build(resolved):
     losses.fitting = lambda _: (losses.chunked, None)
     real = torch.Generator
     torch.Generator = lambda device: real()  # without CUDA there is none for it, and no numbers are drawn
-    accelerator = building.start_accelerator(resolved.plan.recipe.train)
+    accelerator = start_accelerator(resolved.plan.recipe.train)
     PartialState._shared_state["device"] = DEVICE
     directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
     return building.build(resolved.plan, directory, accelerator)

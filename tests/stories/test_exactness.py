@@ -56,6 +56,7 @@ FEATURES = {
     # in the save of step 3; as two are under way at most, rank 0 waits for it at step 9 at the latest, the others in step 10
     "signal-in-save": Feature(steps=11, checkpoint={"every": "3 steps"}, killed_after=()),
 }
+SHARDED = 2, "fsdp", ("resumed-twice", "signal-in-save")  # the two that have most
 BY_DEFAULT = {
     (1, method, "packed", name)
     for method, name in product(METHODS, FEATURES)
@@ -101,7 +102,7 @@ def dropout_base(tiny_base, tmp_path_factory) -> Path:
 def write_recipe(recipe_file, dropout_base, tiny_sections):
     """A function that writes the recipe of a cell."""
 
-    def write(world_size: int, method: str, packing: str, feature: Feature) -> Path:
+    def write(world_size: int, method: str, packing: str, feature: Feature, strategy: str = "ddp") -> Path:
         budget = 64 if feature.is_accumulated else ONE_MICRO_BATCH_A_RANK[world_size]
         parts = ("train", "holdout") if feature.evaluate else ("train",)
         return recipe_file(
@@ -109,7 +110,13 @@ def write_recipe(recipe_file, dropout_base, tiny_sections):
             adapter=METHODS[method],
             task={"name": "chat", "max_length": 64, "packing": PACKING[packing]},
             data={part: tiny_sections["data"][part] for part in parts},
-            train={"steps": feature.steps, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": budget},
+            train={
+                "steps": feature.steps,
+                "batch_size": 6,
+                "precision": "fp32",
+                "micro_batch_tokens": budget,
+                "strategy": strategy,
+            },
             evaluate=feature.evaluate,
             checkpoint=feature.checkpoint,
         )
@@ -123,21 +130,28 @@ def cells() -> list:
     return [
         pytest.param(
             world_size,
+            strategy,
             *combination,
             feature,
-            id=f"{world_size}-{'-'.join(combination)}-{feature}",
+            id=f"{world_size}-{strategy}-{'-'.join(combination)}-{feature}",
             marks=() if (world_size, *combination, feature) in BY_DEFAULT else pytest.mark.slow,
         )
-        for world_size, combination, feature in product((1, 2, 3), combinations, FEATURES)
+        for world_size, strategy, features in (
+            (1, "ddp", FEATURES),
+            (2, "ddp", FEATURES),
+            (3, "ddp", FEATURES),
+            SHARDED,
+        )
+        for combination, feature in product(combinations, features)
     ]
 
 
-@pytest.mark.parametrize(("world_size", "method", "packing", "name"), cells())
+@pytest.mark.parametrize(("world_size", "strategy", "method", "packing", "name"), cells())
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    world_size, method, packing, name, workers, whole_run, write_recipe, tmp_path
+    world_size, strategy, method, packing, name, workers, whole_run, write_recipe, tmp_path
 ) -> None:
     feature, ranks, run = FEATURES[name], workers(world_size), tmp_path / "interrupted"
-    recipe = write_recipe(world_size, method, packing, feature)
+    recipe = write_recipe(world_size, method, packing, feature, strategy)
     for step in feature.killed_after:
         assert ranks.train(recipe, run, killed_after=step) == "killed"
     if name == "signal-in-save":

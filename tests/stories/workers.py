@@ -4,6 +4,7 @@
 this file is one of them: it reads a command a line, and answers each with a line that says how its training ended.
 """
 
+import errno
 import json
 import os
 import signal
@@ -36,17 +37,26 @@ class Workers:
         *,
         killed_after: int | None = None,
         signalled: tuple[int, int] | None = None,
+        full_disk: tuple[int, int] | None = None,
+        until: int | None = None,
     ) -> str:
         """Starts or resumes the run on all ranks, and returns how it ended: "finished", "killed" or "stopped".
 
         `killed_after`: the step whose record is the last thing that happens on every rank.
+        `full_disk`: a step, and the rank that finds no room for its rows of that step's checkpoint.
         `signalled`: a step, and the rank that gets SIGTERM while the checkpoint of that step is half written.
         """
         if not self._processes:
             self._start()
         step, rank = signalled or (None, 0)
         process_id = self._processes[rank].pid
-        command = {"recipe": str(recipe), "run": str(run), "killed_after": killed_after}
+        command = {
+            "recipe": str(recipe),
+            "run": str(run),
+            "killed_after": killed_after,
+            "until": until,
+            "full_disk": full_disk,
+        }
         line = json.dumps(command | {"signalled": signalled and (step, process_id)})
         answers = self._ask(line)
         first = answers[0]
@@ -136,6 +146,22 @@ def signalled(step: int, process_id: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_room(step: int, rank: int) -> Iterator[None]:
+    """Within, a rank's rows of a step's checkpoint find a full disk."""
+    from finetune.store.checkpoints import assembled
+
+    write = assembled.write_rows
+
+    def fail(path: Path, made: object) -> list:
+        if f"step-{step:08d}" in str(path) and rank == int(os.environ.get("RANK", "0")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, made)
+
+    with patch.object(assembled, "write_rows", fail):
+        yield
+
+
 def main() -> None:
     """One rank. Prints of the libraries go to stderr; stdout is for answers."""
     answers = os.fdopen(os.dup(1), "w")
@@ -158,9 +184,10 @@ def _train(command: dict) -> str:
 
     dies = killed(command["killed_after"]) if command["killed_after"] else nullcontext()
     stops = signalled(*command["signalled"]) if command["signalled"] else nullcontext()
+    fails = no_room(*command["full_disk"]) if command["full_disk"] else nullcontext()
     try:
-        with dies, stops:
-            train(load(Path(command["recipe"])), Path(command["run"]), is_quiet=True)
+        with dies, stops, fails:
+            train(load(Path(command["recipe"])), Path(command["run"]), is_quiet=True, until=command["until"])
     except Killed:
         return "killed"
     except Stopped:

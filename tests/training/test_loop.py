@@ -11,10 +11,11 @@ from finetune.data.batches import Batches
 from finetune.model import base
 from finetune.recipe.load import load
 from finetune.training import evaluation, loop
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.evaluation import batches as batches_of
 from finetune.training.evaluation import evaluate
 from finetune.training.resolve import resolve
+from finetune.training.strategy.start import start_accelerator
 
 FULL = {"adapter": None, "optimizer": {"learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.5}}
 PACKED, PADDED = ({"task": {"name": "chat", "max_length": 64, "packing": is_packed}} for is_packed in (True, False))

@@ -13,10 +13,10 @@ from finetune.model.base import load_tokenizer
 from finetune.plan.memory import CPU_TOKENS
 from finetune.plan.plan import ROW_RULES, Plan
 from finetune.recipe.load import load
-from finetune.training.build import start_accelerator
 from finetune.training.encoding import template_and_encoding
 from finetune.training.evaluation import batches
 from finetune.training.resolve import resolve
+from finetune.training.strategy.start import start_accelerator
 
 
 def chat(question, answer):

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
+from finetune.model import shards
 from finetune.model.adapters.member import Member, quoted
 from finetune.plan.plan import Plan
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
@@ -68,7 +69,7 @@ def load_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> No
             surprise = sorted(own.keys() ^ tensors.keys())
             raise CheckpointError(f"does not fit the model: {quoted(surprise[:5])} in only one of them")
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            shards.local(tensor).copy_(tensors[name])
 
 
 def store_frozen_as_bf16(model: PreTrainedModel) -> None:

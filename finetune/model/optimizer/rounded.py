@@ -7,6 +7,7 @@ the weight is right in expectation (Gupta et al. 2015, arXiv 1502.02551).
 import torch
 from torch.optim.adamw import adamw
 
+from finetune.model import shards
 from finetune.model.optimizer.member import Group
 from finetune.plan.memory import update_slice
 from finetune.plan.row_order import derive
@@ -48,9 +49,10 @@ class RoundedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is not None:
-                    self._update(
-                        parameter, parameter.grad, group, derive(self._seed, "rounding", self._updates, number)
-                    )
+                    # A rank that holds some rows has other random numbers for them than for those of another rank.
+                    rows = shards.rows_of(parameter)
+                    place = (self._updates, number, *([rows.first] if rows and rows.first else []))
+                    self._update(parameter, parameter.grad, group, derive(self._seed, "rounding", *place))
         self._counter = next((slots["step"] for slots in self.state.values()), None)
 
     def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: Group, seed: int) -> None:
@@ -61,7 +63,8 @@ class RoundedAdamW(torch.optim.Optimizer):
                 slots[name] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
         generator = torch.Generator(parameter.device).manual_seed(seed)
         size, scratch = update_slice(parameter.device.type), self._scratch_on(parameter.device)
-        flat = [tensor.view(-1) for tensor in (parameter.detach(), gradient, slots["exp_avg"], slots["exp_avg_sq"])]
+        tensors = (parameter.detach(), gradient, slots["exp_avg"], slots["exp_avg_sq"])
+        flat = [shards.local(tensor).view(-1) for tensor in tensors]
         for weight, grad, first, second in zip(*(tensor.split(size) for tensor in flat), strict=True):
             updated = scratch.weight[: len(weight)].copy_(weight)
             adamw(

@@ -59,6 +59,8 @@ class OptimizerFacts:
     """Those of the section that have a meaning for it, and not for every optimizer."""
     keeps_small_updates: bool = False
     """Whether updates of weights in bf16 are rounded up or down by chance; rounded to nearest, most of a small learning rate's are lost."""
+    is_by_row: bool = True
+    """Whether its state has the rows of its parameters, and can be spread over devices with them."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class ScheduleFacts:
 OPTIMIZERS: dict[str, OptimizerFacts] = {
     "adamw": OptimizerFacts(lambda settings: 8, ("betas", "eps"), keeps_small_updates=True),
     "sgd": OptimizerFacts(lambda settings: 4 if settings.momentum else 0, ("momentum",)),
-    "adamw_8bit": OptimizerFacts(lambda settings: 2, ("betas", "eps")),
-    "paged_adamw_8bit": OptimizerFacts(lambda settings: 2, ("betas", "eps")),
+    "adamw_8bit": OptimizerFacts(lambda settings: 2, ("betas", "eps"), is_by_row=False),
+    "paged_adamw_8bit": OptimizerFacts(lambda settings: 2, ("betas", "eps"), is_by_row=False),
 }
 SCHEDULES: dict[str, ScheduleFacts] = {
     "constant": ScheduleFacts(),

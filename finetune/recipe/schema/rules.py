@@ -4,6 +4,7 @@ A rule looks at its sections and returns a problem as `key: message`, or None. I
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from finetune.recipe.schema import mixing, source_rules
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
@@ -51,6 +52,17 @@ class PartlyRead:
     def trains_the_base(self) -> bool:
         """Whether surely weights of the base are trained, and not matrices beside them."""
         return not isinstance(self.adapter, Unread) and not (self.adapter and self.adapter.is_peft)
+
+
+class Sharded(Protocol):
+    """What decides whether rows can be spread, of a recipe that is read in part or whole."""
+
+    @property
+    def base(self) -> Base | None: ...
+    @property
+    def optimizer(self) -> Optimizer | None: ...
+    @property
+    def train(self) -> Train | None: ...
 
 
 def problems(recipe: PartlyRead) -> list[str]:
@@ -170,6 +182,20 @@ def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
     return None
 
 
+def what_is_sharded_has_rows(recipe: PartlyRead) -> str | None:
+    is_asked = recipe.train and recipe.train.strategy == "fsdp"
+    return f"train.strategy: {why}" if is_asked and (why := unshardable(recipe)) else None
+
+
+def unshardable(recipe: Sharded) -> str | None:
+    """Why what a recipe trains cannot be spread over devices by rows."""
+    if recipe.optimizer and not recipe.optimizer.facts.is_by_row:
+        return f"`fsdp` cannot spread the blocks of `{recipe.optimizer.name}`; it needs `adamw` or `sgd`"
+    if kind := recipe.base and recipe.base.quantization:
+        return f"`fsdp` cannot spread `{kind}` weights; use `ddp`"
+    return "`fsdp` does not go with `train.compile`" if recipe.train and recipe.train.compile else None
+
+
 def routers_are_seen(recipe: PartlyRead) -> str | None:
     is_hidden = recipe.train and recipe.train.compile and recipe.train.router_loss != "off"
     return (
@@ -194,5 +220,6 @@ RULES = (
     offloaded_inputs_are_checkpointed,
     pieces_are_not_compiled,
     compiled_kernels_are_not_exact,
+    what_is_sharded_has_rows,
     routers_are_seen,
 )

@@ -34,6 +34,8 @@ class Train(Section):
     """Run the feed-forward of each decoder layer on at most this many tokens at a time, and compute each piece again in the backward pass. For rows of tens of thousands of tokens, together with `activation_checkpointing`. Experts stay whole. Default: all tokens at once."""
     compile: bool = False
     """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How devices share the work. `ddp`: each holds the whole model. `fsdp`: each holds its rows of all weights, gradients and moments, and a layer is whole only while it runs. `auto`: `fsdp` if the forecast for a whole model is more than nine tenths of a device's memory."""
     reproducibility: Literal["exact", "fast"] = "exact"
     """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `fast`: the fastest kernels."""
 

@@ -3,12 +3,15 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from finetune.errors import CheckpointError
 from finetune.store import tensors as safetensors
+from finetune.store.checkpoints import assembled
+from finetune.store.checkpoints.assembled import Part
 from finetune.store.checkpoints.manifest import FileRecord, check_name
 from finetune.store.durable import HashedFile, durable, failures
 from finetune.store.strict_json import to_json
@@ -17,15 +20,32 @@ from finetune.store.tensors import PIECE_BYTES, Tensor, pieces
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+class Ranks(Protocol):
+    """The other processes that write rows of the files of a save."""
+
+    def ask(self, path: Path) -> None:
+        """Has each write its rows of a file that has its size."""
+
+    def answers(self) -> Mapping[int, Sequence[Part]]:
+        """What each wrote. CheckpointError where one could not."""
+
+
 class Attempt:
     """A running save, in a directory that is not a checkpoint yet. An error removes the directory; begin another attempt."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, ranks: Ranks | None = None):
         self.path = path
         self.step = step
         self.files: dict[str, FileRecord] = {}
         self.linked: set[str] = set()
         """Those of them that an earlier checkpoint had."""
+        self.ranks = ranks
+        self._assembled: set[str] = set()
+
+    @property
+    def unread(self) -> set[str]:
+        """The files that were written, and have not been read back."""
+        return self.files.keys() - self.linked - self._assembled
 
     @property
     def written_bytes(self) -> int:
@@ -40,6 +60,9 @@ class Attempt:
         self.write_bytes(name, f"{to_json(value)}\n".encode())
 
     def write_tensors(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
+        if self.ranks:
+            self._assemble(name, tensors, metadata, self.ranks)
+            return
         with self._create(name) as file:
             file.tensors = tuple(safetensors.write(file, tensors, metadata))
 
@@ -79,6 +102,17 @@ class Attempt:
         except CheckpointError:
             self.discard()
             raise
+
+    def _assemble(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str], ranks: Ranks) -> None:
+        """A file of which every rank writes its rows. It is read back at once: that gives its digest."""
+        path = self.path / check_name(name)
+        with self.saving(path):
+            made = assembled.layout(tensors, metadata)
+            assembled.create(path, made)
+            ranks.ask(path)
+            own = assembled.write_rows(path, made)
+            self.files[name] = assembled.finished(path, made, {0: own, **ranks.answers()})
+        self._assembled.add(name)
 
     @contextmanager
     def _create(self, name: str) -> Iterator["HashedFile"]:

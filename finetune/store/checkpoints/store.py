@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.errors import CheckpointError
-from finetune.store.checkpoints.attempt import Attempt
+from finetune.store.checkpoints.attempt import Attempt, Ranks
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, Manifest, read
 from finetune.store.checkpoints.stored import Summary, Unreadable, is_whole, opened
 from finetune.store.checkpoints.verify import Damage, verify
@@ -33,9 +33,9 @@ class Store:
         self.directory = self._paths.checkpoints
         self._summaries: dict[str, tuple[tuple[int, ...], Summary | None]] = {}
 
-    def begin(self, step: int, attempt_id: str) -> Attempt:
+    def begin(self, step: int, attempt_id: str, ranks: Ranks | None = None) -> Attempt:
         path = self._paths.attempt(step, attempt_id, secrets.token_hex(4))
-        attempt = Attempt(path, step)
+        attempt = Attempt(path, step, ranks)
         with attempt.saving(path):
             make_directory(self.directory)
             make_directory(path.parent)

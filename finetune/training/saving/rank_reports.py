@@ -1,10 +1,13 @@
 """Before a checkpoint is committed, every rank says that it is at that step of that plan. `recorder` begins a report on all ranks.
 
-Over a separate gloo group with a timeout, beside training: a rank that is stuck costs a checkpoint, not the training.
+Where each rank saves its own rows, they exchange short JSON texts after that. Over a separate gloo group with a timeout, beside
+training: a rank that is stuck costs a checkpoint, not the training.
 """
 
+import json
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,8 @@ import torch.distributed as dist
 from finetune.errors import CheckpointError
 
 REPORT_SECONDS = 60.0
+REPORT, LENGTH, WORDS = range(3)
+"""Tags of messages: the report of the next save may overtake the texts of this one."""
 
 
 class MissingReport(CheckpointError):
@@ -51,10 +56,10 @@ class Report:
         self._under_way: list[tuple[int, torch.Tensor, dist.Work | None]] = []
         try:
             if reports.rank:
-                self._under_way.append((0, self._own, dist.isend(self._own, 0, group=group)))
+                self._under_way.append((0, self._own, dist.isend(self._own, 0, group=group, tag=REPORT)))
             for rank in range(1, reports.world_size) if reports.rank == 0 else ():
                 theirs = torch.empty_like(self._own)
-                self._under_way.append((rank, theirs, dist.irecv(theirs, rank, group=group)))
+                self._under_way.append((rank, theirs, dist.irecv(theirs, rank, group=group, tag=REPORT)))
         except RuntimeError:  # the connections are closed since an earlier report was missed: `wait` says so
             self._break()
 
@@ -72,6 +77,39 @@ class Report:
             if theirs.tolist() != self._own.tolist():
                 self._break()
                 raise MissingReport(f"rank {rank} is at step {theirs[0]}, or follows another plan")
+
+    @property
+    def others(self) -> range:
+        """The ranks beside rank 0."""
+        return range(1, self._reports.world_size)
+
+    def send(self, rank: int, words: object, seconds: float) -> None:
+        """Returns when the rank takes it; MissingReport if it does not in time."""
+        data = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
+        try:
+            for tensor, tag in ((torch.tensor([len(data)]), LENGTH), (data, WORDS)):
+                if work := dist.isend(tensor, rank, group=self._group, tag=tag):
+                    work.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:
+            self._break()
+            raise MissingReport(f"rank {rank} is gone, or did not listen for {seconds:.0f} seconds") from error
+
+    def receive(self, rank: int, seconds: float) -> Any:
+        """The next words of a rank; MissingReport if none come in time."""
+        length = torch.zeros(1, dtype=torch.int64)
+        try:
+            self._receive(length, rank, LENGTH, seconds)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            self._receive(data, rank, WORDS, seconds)
+        except RuntimeError as error:
+            self._break()
+            raise MissingReport(f"rank {rank} is gone, or said nothing for {seconds:.0f} seconds") from error
+        return json.loads(data.numpy().tobytes())
+
+    def _receive(self, into: torch.Tensor, rank: int, tag: int, seconds: float) -> None:
+        work = dist.irecv(into, rank, group=self._group, tag=tag)
+        if work:
+            work.wait(timedelta(seconds=seconds))
 
     def _break(self) -> None:
         self._under_way = []

@@ -32,6 +32,7 @@ from finetune.training.saving import snapshot as snapshots
 from finetune.training.saving.buffers import Staging
 from finetune.training.saving.rank_reports import Report
 from finetune.training.saving.room import is_passing, refuse_small
+from finetune.training.saving.sharded import OtherRanks
 from finetune.training.saving.snapshot import FROZEN, Snapshot
 from finetune.training.state import TrainState
 
@@ -130,11 +131,12 @@ class Saver:
         is given up, loudly; other failures are raised."""
         step, columns = save.snapshot.step, self._left_over + save.record.columns
         self._left_over, self.given_up = Columns(), None
+        ranks = OtherRanks(report, save.snapshot.bytes) if report and save.snapshot.rows else None
         try:
             if report:
                 report.wait()
             with journal.saving(snapshots.stored_bytes(save.snapshot, self.last)):
-                self._make_durable(save, columns, journal, lease)
+                self._make_durable(save, columns, journal, lease, ranks)
         except FinetuneError as error:
             if not is_passing(error):
                 raise
@@ -146,6 +148,8 @@ class Saver:
             self._say(f"committed step {step}")
             self._prune(save, journal, lease)
         finally:
+            if ranks:
+                ranks.end()
             save.snapshot.copy.release()
 
     def commit_kept(self, save: Save, journal: Journal, lease: Lease) -> None:
@@ -155,13 +159,15 @@ class Saver:
         finally:
             save.snapshot.copy.release()
 
-    def _make_durable(self, save: Save, columns: Columns, journal: Journal, lease: Lease) -> None:
+    def _make_durable(
+        self, save: Save, columns: Columns, journal: Journal, lease: Lease, ranks: OtherRanks | None = None
+    ) -> None:
         cpu_started, step = time.thread_time(), save.snapshot.step
         refuse_small(self._run, snapshots.stored_bytes(save.snapshot, self.last))
         # All before the checkpoint, so that none is ahead of its record.
         columns.write(self._run, self._manifest.attempt)
         journal.sync()
-        attempt = self._store.begin(step, self._manifest.attempt)
+        attempt = self._store.begin(step, self._manifest.attempt, ranks)
         snapshots.write(save.snapshot, self._plan, self._companions, self.last, attempt)
         attempt.write_json("trainer_state.json", save.record.history())
         manifest = self._manifest_of(step, save.record)
@@ -170,7 +176,7 @@ class Saver:
         # The rename is on the disk: from here on a power cut loses nothing of this step.
         durable = time.monotonic()
         # Past the page cache: what the disk really has. A linked file was read back when it was written.
-        self._store.read_back(committed, attempt.files.keys() - attempt.linked)
+        self._store.read_back(committed, attempt.unread)
         self.last = committed
         self._damaged.discard(committed.path.name)
         figures = {
@@ -226,7 +232,7 @@ class Saver:
                     restored.append(kept)
             record = checkpoint.manifest.files.get(FROZEN)
             is_damaged = record and not is_as_recorded(checkpoint.path / FROZEN, record)
-            if is_damaged and snapshots.restore_frozen(self._live, checkpoint):
+            if is_damaged and not self._live.rows and snapshots.restore_frozen(self._live, checkpoint):
                 restored.append(checkpoint.path / FROZEN)
         for kept in restored:
             self._say(f"restored {kept.relative_to(self._run)} from the base")

@@ -1,20 +1,19 @@
 """Live state to and from the files of a checkpoint; the only code that knows both torch and the format.
 
 Every checkpoint directory loads with plain `from_pretrained` (peft's, for an adapter). `saver` calls `write` inside an
-attempt of the store, `run` calls `read` on a verified checkpoint.
+attempt of the store, and `reading` brings them back.
 """
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from finetune.errors import CheckpointError
-from finetune.model import adapters, base
+from finetune.model import adapters, base, shards
 from finetune.plan import disk
 from finetune.plan.plan import Plan
 from finetune.store import tensors as safetensors
@@ -28,7 +27,7 @@ from finetune.training.state import TrainState
 # Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.
 WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "model-frozen.safetensors"
 INDEX = f"{WHOLE}.index.json"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,10 @@ class Snapshot:
     frozen: dict[str, torch.Tensor]
     """Weights that cannot change, as they are in the model."""
     scalars: dict[str, float]
+    rows: dict[str, shards.Rows]
+    """Of each tensor that is spread over ranks, by the names of `copy` and of `frozen`, what this rank has."""
+    bytes: int
+    """Of the copied tensors, over all ranks."""
 
 
 class Live:
@@ -64,6 +67,8 @@ class Live:
         """What an update changes."""
         self._parameters = state.trainable
         self._optimizer = state.optimizer
+        self.rows: dict[str, shards.Rows] = {}
+        """Of each tensor that is spread over ranks, what this one has; complete once there are moments."""
 
     def copied(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """What is copied in the background (weights as `weights/<name>`, moments as `moments/<name>.<key>`), and single numbers."""
@@ -77,7 +82,10 @@ class Live:
         live |= {f"moments/{name}": value for name, value in found.items() if value.ndim}
         counters = {name: value for name, value in found.items() if not value.ndim}
         numbers = torch.stack(list(counters.values())).tolist() if counters else []  # one read of the device for all
-        return live, dict(zip(counters, numbers, strict=True))
+        if live.keys() - self.rows.keys() and shards.is_spread(live):
+            found = {name: shards.rows_of(tensor) for name, tensor in (live | self.frozen).items()}
+            self.rows = {name: rows for name, rows in found.items() if rows}
+        return {name: shards.local(tensor) for name, tensor in live.items()}, dict(zip(counters, numbers, strict=True))
 
 
 def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapshot:
@@ -89,7 +97,12 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
     config = adapters.config_of(state.model, plan) if adapters.is_adapter(state.model) else None
     # Small, and written by the next forward, which nothing makes wait: copied at once.
     buffers = {name: tensor.detach().clone().cpu() for name, tensor in live.buffers.items()}
-    return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars)
+    size = sum(_whole_bytes(tensor, live.rows.get(name)) for name, tensor in tensors.items())
+    return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars, live.rows, size)
+
+
+def _whole_bytes(tensor: torch.Tensor, rows: shards.Rows | None) -> int:
+    return tensor.element_size() * prod(rows.shape) if rows else tensor.nbytes
 
 
 def warm(state: TrainState, live: Live, staging: Staging, sets: int) -> None:
@@ -113,41 +126,23 @@ def write(
     """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
     # This is the writer's thread, so training does not wait here.
     snapshot.copy.wait()
-    weights = _tensors(snapshot.copy.tensors, "weights/") + _tensors(snapshot.buffers)
+    files = files_of(snapshot)
+    earlier = previous.manifest.files.get(FROZEN) if previous else None
+    for name, tensors in files.items():
+        if name == FROZEN and previous and earlier:
+            attempt.link(FROZEN, previous.path / FROZEN, earlier)
+        else:
+            attempt.write_tensors(name, tensors, metadata_of(name))
+    if FROZEN in files:
+        _write_index(files, attempt)
     if snapshot.adapter_config is not None:
-        attempt.write_tensors(ADAPTER, weights, {"format": "pt"})
         attempt.write_json("adapter_config.json", snapshot.adapter_config)
     else:
-        _write_model(snapshot, weights, previous, attempt)
         attempt.write_json("config.json", _config(companions.directory, plan.recipe.train.weights))
-    attempt.write_tensors("optimizer.safetensors", _tensors(snapshot.copy.tensors, "moments/"), {})
     record = {"step": snapshot.step, "optimizer": plan.recipe.optimizer.name, "scalars": snapshot.scalars}
     attempt.write_json("state.json", record)
     for name, content in companions.contents(with_config=snapshot.adapter_config is not None).items():
         _write_or_link(name, content, previous, attempt)
-
-
-def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
-    """Brings a state, at whatever step it is, to the checkpoint's step."""
-    state.await_snapshot()
-    names = [ADAPTER] if adapters.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
-    tensors: dict[str, torch.Tensor] = {}
-    for name in names:
-        if name in checkpoint.manifest.files:
-            tensors |= load_file(checkpoint.path / name)
-    adapters.load_weights(state.model, tensors)
-    record = json.loads((checkpoint.path / "state.json").read_bytes())
-    _restore_optimizer(state, load_file(checkpoint.path / "optimizer.safetensors"), record["scalars"], checkpoint)
-    state.step = record["step"]
-
-
-def stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by the names that `Live.copied` gives them."""
-    found: dict[str, torch.Tensor] = {}
-    for path in checkpoint.path.glob("*.safetensors"):
-        kind = "moments" if path.name == "optimizer.safetensors" else "weights"
-        found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
-    return found
 
 
 class _OtherWeightsError(Exception):
@@ -159,7 +154,7 @@ def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
     record = checkpoint.manifest.files[FROZEN]
     path = checkpoint.path / FROZEN
     with suppress(_OtherWeightsError), failures(path), replacing(path) as file:
-        records = safetensors.write(file, _tensors(live.frozen), {"format": "pt"})
+        records = safetensors.write(file, _tensors(live.frozen, live.rows), {"format": "pt"})
         # Raised within `replacing`, so that the damaged file stays for you to look at.
         if FileRecord(file.bytes, file.digest(), tuple(records)) != record:
             raise _OtherWeightsError
@@ -170,20 +165,11 @@ def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
 def stored_bytes(snapshot: Snapshot, previous: Checkpoint | None) -> int:
     """What a commit of the snapshot adds to the disk; what the first one shares with later ones at the large end."""
     shared = 0 if previous else disk.COMPANION_BYTES + sum(tensor.nbytes for tensor in snapshot.frozen.values())
-    return snapshot.copy.bytes + shared
+    return snapshot.bytes + shared
 
 
-def _write_model(snapshot: Snapshot, weights: list[Tensor], previous: Checkpoint | None, attempt: Attempt) -> None:
-    if not snapshot.frozen:
-        attempt.write_tensors(WHOLE, weights, {"format": "pt"})
-        return
-    attempt.write_tensors(TRAINED, weights, {"format": "pt"})
-    earlier = previous.manifest.files.get(FROZEN) if previous else None
-    if previous and earlier:
-        attempt.link(FROZEN, previous.path / FROZEN, earlier)
-    else:
-        attempt.write_tensors(FROZEN, _tensors(snapshot.frozen), {"format": "pt"})
-    places = dict.fromkeys((tensor.name for tensor in weights), TRAINED) | dict.fromkeys(snapshot.frozen, FROZEN)
+def _write_index(files: dict[str, list[Tensor]], attempt: Attempt) -> None:
+    places = {tensor.name: name for name in (TRAINED, FROZEN) for tensor in files[name]}
     total = sum(record.bytes for name in (TRAINED, FROZEN) for record in attempt.files[name].tensors)
     attempt.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
@@ -204,39 +190,30 @@ def _config(base_directory: Path, weights: str) -> dict[str, Any]:
     return base.with_dtype(config, base.DTYPES[weights])
 
 
-def _tensors(live: dict[str, torch.Tensor], prefix: str = "") -> list[Tensor]:
-    """The tensors whose names begin with the prefix, without it, as bytes that can be written."""
-    return [
-        Tensor(
-            name.removeprefix(prefix),
-            base.STORED_DTYPES[tensor.dtype],
-            tuple(tensor.shape),
-            memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data),
-        )
-        for name, tensor in live.items()
-        if name.startswith(prefix)
-    ]
+def files_of(snapshot: Snapshot, is_first: bool = True) -> dict[str, list[Tensor]]:
+    """The safetensors files of a checkpoint: of each tensor what this rank writes. What every rank has, the first one does."""
+    copied = _tensors(snapshot.copy.tensors, snapshot.rows, is_first)
+    buffers, frozen = (_tensors(each, snapshot.rows, is_first) for each in (snapshot.buffers, snapshot.frozen))
+    weights, moments = (
+        [replace(each, name=each.name.removeprefix(kind)) for each in copied if each.name.startswith(kind)]
+        for kind in ("weights/", "moments/")
+    )
+    name = ADAPTER if snapshot.adapter_config is not None else TRAINED if frozen else WHOLE
+    return {name: weights + buffers, **({FROZEN: frozen} if frozen else {}), OPTIMIZER: moments}
 
 
-def _restore_optimizer(
-    state: TrainState, moments: dict[str, torch.Tensor], scalars: dict[str, float], checkpoint: Checkpoint
-) -> None:
-    expected = set(moments) | set(scalars)
-    # A rollback comes here with the moments of later steps.
-    state.optimizer.state.clear()
-    for name, parameter in state.trainable.items():
-        slots = {}
-        # Names of parameters have dots, keys of a state have none.
-        for full_name in [key for key in expected if key.rpartition(".")[0] == name]:
-            key = full_name.rpartition(".")[2]
-            if full_name in moments:
-                slots[key] = moments[full_name].to(parameter.device)
-            else:
-                # torch's optimizers count their updates in fp32.
-                slots[key] = torch.tensor(scalars[full_name], dtype=torch.float32, device=parameter.device)
-            expected.discard(full_name)
-        if slots:
-            state.optimizer.state[parameter] = slots
-    # These moments are of another model. Without them the updates would differ, silently.
-    if expected:
-        raise CheckpointError(f"has moments of unknown parameters: {sorted(expected)[:3]}", where=str(checkpoint.path))
+def metadata_of(name: str) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors."""
+    return {} if name == OPTIMIZER else {"format": "pt"}
+
+
+def _tensors(live: dict[str, torch.Tensor], rows: dict[str, shards.Rows], is_first: bool = True) -> list[Tensor]:
+    """The tensors as bytes that can be written."""
+    made = []
+    for name, tensor in live.items():
+        own = rows.get(name)
+        part = shards.local(tensor.detach()) if own or is_first else tensor.new_empty(0)
+        data = memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        shape, first = (own.shape, own.first_number * tensor.element_size()) if own else (tuple(tensor.shape), 0)
+        made.append(Tensor(name, base.STORED_DTYPES[tensor.dtype], shape, data, first))
+    return made

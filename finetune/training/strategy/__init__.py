@@ -2,5 +2,6 @@
 
 from finetune.training.state import Strategy
 from finetune.training.strategy.ddp import DDP
+from finetune.training.strategy.fsdp import FSDP
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (DDP,)}
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (DDP, FSDP)}

@@ -9,9 +9,10 @@ from job import Answer, operators
 from finetune.model import base
 from finetune.recipe.load import load
 from finetune.training import loop
-from finetune.training.build import build, start_accelerator
+from finetune.training.build import build
 from finetune.training.evaluation import batches
 from finetune.training.resume import open_plan
+from finetune.training.strategy.start import start_accelerator
 
 
 def main() -> None:

@@ -1,0 +1,123 @@
+"""A save of which every rank writes its rows: what rank 0 asks of the others, and what they do.
+
+They exchange texts over the group of `rank_reports`, in the threads of their writers. A rank that fails or is gone costs the save, and
+rank 0 says with which message; training goes on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypedDict
+
+from finetune.errors import FinetuneError
+from finetune.plan.memory import staging_sets
+from finetune.plan.plan import Plan
+from finetune.store.checkpoints import assembled
+from finetune.store.checkpoints.assembled import Part
+from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS, failures
+from finetune.store.run.directory import RunDirectory
+from finetune.training.resolve import device
+from finetune.training.saving import snapshot as snapshots
+from finetune.training.saving.buffers import Staging
+from finetune.training.saving.rank_reports import MissingReport, Report, await_own
+from finetune.training.saving.snapshot import Snapshot
+from finetune.training.state import TrainState
+
+TURNS = 4  # rank 0 writes its rows, reads all of them back and syncs: as many times the bytes of a save may pass between two texts
+
+
+class Order(TypedDict, total=False):
+    """What rank 0 asks: rows of a file of an attempt. An empty one ends the save."""
+
+    attempt: str
+    file: str
+
+
+class Answer(TypedDict, total=False):
+    parts: list[Part]
+    """As lists, once they were JSON."""
+    error: str
+
+
+class FailedRank(MissingReport):
+    """Another rank could not write its rows."""
+
+
+class OtherRanks:
+    """The others, as rank 0 sees them in one save."""
+
+    def __init__(self, report: Report, size: int):
+        self._report = report
+        self._seconds = patience(size)
+
+    def ask(self, path: Path) -> None:
+        for rank in self._report.others:
+            self._report.send(rank, Order(attempt=path.parent.name, file=path.name), self._seconds)
+
+    def answers(self) -> Mapping[int, Sequence[Part]]:
+        # All are heard, so that the texts of the next save are not taken for these.
+        said: dict[int, Answer] = {rank: self._report.receive(rank, self._seconds) for rank in self._report.others}
+        for rank, answer in said.items():
+            if "error" in answer:
+                raise FailedRank(f"rank {rank}: {answer['error']}")
+        return {rank: [Part(*part) for part in answer["parts"]] for rank, answer in said.items()}
+
+    def end(self) -> None:
+        """The save is over, well or not."""
+        for rank in self._report.others:
+            with suppress(MissingReport):
+                self._report.send(rank, Order(), self._seconds)
+
+
+class OwnRows:
+    """What a rank beside rank 0 does for the saves of a run."""
+
+    def __init__(self, run: Path, plan: Plan, state: TrainState):
+        self._attempts = RunDirectory(run).attempts
+        self._plan = plan
+        self._live = snapshots.Live(state)
+        self._staging = Staging()
+        self.sets = staging_sets(plan, device())
+
+    def warm(self, state: TrainState) -> None:
+        snapshots.warm(state, self._live, self._staging, self.sets)
+
+    def begin(self, state: TrainState) -> Snapshot:
+        return snapshots.take(state, self._live, self._plan, self._staging)
+
+    def write(self, snapshot: Snapshot, report: Report) -> None:
+        """Writes what rank 0 asks for, until it says that the save is over, or is gone."""
+        try:
+            snapshot.copy.wait()
+            with suppress(MissingReport):  # rank 0 says so, and gives the save up
+                report.wait()
+                files = snapshots.files_of(snapshot, is_first=False)
+                while order := report.receive(0, patience(snapshot.bytes)):
+                    tensors = files[order["file"]]
+                    made = assembled.layout(tensors, snapshots.metadata_of(order["file"]))
+                    path = self._attempts / order["attempt"] / order["file"]
+                    report.send(0, _written(path, made), patience(snapshot.bytes))
+        finally:
+            snapshot.copy.release()
+
+
+def work_beside(own_rows: OwnRows | None, state: TrainState, report: Report | None) -> tuple[int, Callable[[], None]]:
+    """What a rank beside rank 0 does for a save, in its writer's thread, and the bytes that decide how long that may take."""
+    if own_rows is None or report is None:
+        return 0, partial(await_own, report)
+    snapshot = own_rows.begin(state)
+    return TURNS * snapshot.bytes, partial(own_rows.write, snapshot, report)
+
+
+def _written(path: Path, made: assembled.Layout) -> Answer:
+    try:
+        with failures(path):
+            return {"parts": assembled.write_rows(path, made)}
+    except FinetuneError as error:
+        return {"error": error.message}
+
+
+def patience(size: int) -> float:
+    """Seconds that a rank waits for another one's text in a save of so many bytes."""
+    return STALL_SECONDS + TURNS * size / SLOWEST_DISK
