@@ -22,7 +22,7 @@ from finetune.tasks.chat_rows import ChatRows
 from finetune.tasks.chat_template import refuse_unread, template_of
 from finetune.tasks.reasons import reasons_of, tolerant
 from finetune.tasks.rendering import TEMPLATE_HINT, Renderer
-from finetune.tasks.task import Encode, Explain, Explained, Task
+from finetune.tasks.task import Ask, Encode, Explain, Explained, Task
 from finetune.tasks.turns import Ends, Rendered
 
 
@@ -94,6 +94,22 @@ def explainer(
         return explained
 
     return explain
+
+
+def asker(
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChatTask,
+    stop_tokens: Collection[int],
+    row_rules: int = ROW_RULES,
+    **rendering: Unpack[Rendering],
+) -> Ask:
+    """A function from a row and its place to the tokens before its last learnt turn."""
+    rows_of = _rows(tokenizer, task, stop_tokens, row_rules, **rendering)
+
+    def ask(row: Row, place: str) -> list[int]:
+        return list(tokenizer(rows_of.asked(row, place), add_special_tokens=False)["input_ids"])
+
+    return ask
 
 
 def _rows(
@@ -189,4 +205,5 @@ TASK = Task(
     causal.score,
     template_of,
     explainer,
+    asker,
 )

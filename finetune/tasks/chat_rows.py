@@ -66,6 +66,28 @@ class ChatRows:
                     return self._rendered(conversation, place)[0]
             raise error if not isinstance(error, TemplateError) else self._named(error, conversation) from None
 
+    def asked(self, row: Row, place: str) -> str:
+        """What the model is given when it is asked for the last learnt turn of a row."""
+        try:
+            last = self.rendered(row, place)[-1]
+        except DataError as error:
+            # A template that nothing can be learnt from may still ask, if it shows everything.
+            with suppress(DataError):
+                return self._asked_only(row, place)
+            raise error from None
+        return last.text[: last.spans[-1][0]]
+
+    def _asked_only(self, row: Row, place: str) -> str:
+        conversation = self.conversation(row, place)
+        number = conversation.turns[-1]
+        before = conversation._replace(
+            messages=conversation.messages[:number], places=conversation.places[:number], turns=[]
+        )
+        text = self.renderer.text(before.messages, place, before.tools, with_header=True)
+        answers = (at for at, message in enumerate(before.messages) if message["role"] == "assistant")
+        refuse_lost(before, row, [text, *(self.through(before, at, place) for at in answers)], {}, place)
+        return text
+
     def _named(self, error: TemplateError, conversation: Conversation) -> DataError:
         """The error of a template with the message that it does not take: the first one after which it renders nothing."""
         for number in range(len(conversation.messages) - 1, -1, -1):

@@ -53,6 +53,9 @@ class Explained:
 Explain = Callable[[Row, str], list[Explained]]
 """A row and its place -> its examples, explained."""
 
+Ask = Callable[[Row, str], list[int]]
+"""A row and its place -> the token ids after which a model answers it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -75,5 +78,8 @@ class Task:
     explainer: Callable[..., Explain] | None = None
     """The arguments of `encoder` -> a function that says of each token why it is learnt or not, for people who look at rows. None: the mask
     of an example says it all."""
+    asker: Callable[..., Ask] | None = None
+    """The arguments of `encoder` -> a function to what a model is given when it is asked for the last learnt turn of a row, or for the rest
+    of its text. None: the task's models write nothing."""
     measures: Mapping[str, Measure] = field(default_factory=lambda: {"loss": {"per": "tokens", "better": "lower"}})
     """What the columns of `RowResults.sums` measure, in their order. An evaluation keeps each of them for each row."""

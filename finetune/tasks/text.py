@@ -14,7 +14,7 @@ from finetune.errors import DataError
 from finetune.plan.plan import ROW_RULES
 from finetune.recipe.schema import TextTask
 from finetune.tasks import causal, content
-from finetune.tasks.task import Task
+from finetune.tasks.task import Ask, Task
 
 Encode = Callable[[Sequence[Row], Sequence[str]], list[list[Example]]]
 
@@ -62,12 +62,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[lis
 
 
 def _of_tokens(tokens: Tokens, place: str, vocabulary: int, max_length: int) -> list[Example]:
-    """The examples of a row that is tokens already. Refuses ids that the tokenizer does not have."""
-    if (largest := max(tokens.ids)) >= vocabulary:
-        message = (
-            f"`input_ids[{tokens.ids.index(largest)}]` is {largest}, and the base's tokenizer has {vocabulary} tokens"
-        )
-        raise DataError(message, where=place, hint="encode the rows with the tokenizer of this base")
+    """The examples of a row that is tokens already."""
+    _refuse_unknown(tokens, place, vocabulary)
     supervised = np.array(tokens.supervised, dtype=bool)
     pieces, start = _divided(tokens.ids, max_length), 0
     examples = []
@@ -75,6 +71,29 @@ def _of_tokens(tokens: Tokens, place: str, vocabulary: int, max_length: int) -> 
         examples.append(piece._replace(supervised=supervised[start : start + len(piece.tokens)]))
         start += len(piece.tokens) - 1  # the last token of a piece begins the next one
     return examples
+
+
+def _refuse_unknown(tokens: Tokens, place: str, vocabulary: int) -> None:
+    if (largest := max(tokens.ids)) >= vocabulary:
+        message = (
+            f"`input_ids[{tokens.ids.index(largest)}]` is {largest}, and the base's tokenizer has {vocabulary} tokens"
+        )
+        raise DataError(message, where=place, hint="encode the rows with the tokenizer of this base")
+
+
+def asker(
+    tokenizer: PreTrainedTokenizerBase, task: TextTask, stop_tokens: Collection[int], row_rules: int = ROW_RULES
+) -> Ask:
+    """A function from a row and its place to the tokens of its text, to continue."""
+
+    def ask(row: Row, place: str) -> list[int]:
+        given = content_of(row, place, row_rules)
+        if isinstance(given, str):
+            return beginning(tokenizer, given)
+        _refuse_unknown(given, place, len(tokenizer))
+        return given.ids
+
+    return ask
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -107,4 +126,6 @@ def _divided(ids: list[int], max_length: int) -> list[Example]:
     return [Example(piece := tokens[start : start + max_length], np.ones(len(piece), dtype=bool)) for start in starts]
 
 
-TASK = Task(encoder, content.of_text, causal.collate_packed, causal.collate_padded, causal.loss, causal.score)
+TASK = Task(
+    encoder, content.of_text, causal.collate_packed, causal.collate_padded, causal.loss, causal.score, asker=asker
+)

@@ -72,7 +72,7 @@ def _exact(
     packing: Packing, make: Callable[[], PreTrainedModel], inputs: dict[str, Any], alone: Tensor
 ) -> Packing | None:
     """That way of packing, or with modules that run by row, whichever gives what each row gives alone."""
-    if packing.attention and not _differs(alone, _logits(make(), **inputs)):
+    if packing.attention and not differs(alone, _logits(make(), **inputs)):
         return packing
     try:
         with explained("transformers cannot run it", "a module by row"):
@@ -81,7 +81,7 @@ def _exact(
             return None
         model = _unused(make())
         found.apply(model)
-        return None if _differs(alone, _logits(model, **inputs)) else found
+        return None if differs(alone, _logits(model, **inputs)) else found
     except BaseError:  # it cannot run by row: what speaks against packing is known without that
         return None
 
@@ -113,7 +113,7 @@ def _padded(model: PreTrainedModel, rows: list[Tensor], alone: Tensor) -> str | 
     except BaseError as error:
         return error.message
     together = torch.cat([logits[place : place + 1, : row.shape[1]] for place, row in enumerate(rows)], dim=1)
-    return "padded, this base would mix them" if _differs(alone, together) else None
+    return "padded, this base would mix them" if differs(alone, together) else None
 
 
 def rows_for(model: PreTrainedModel) -> list[Tensor]:
@@ -131,7 +131,7 @@ def _refuse_other_way_round(model: PreTrainedModel) -> None:
     before = _logits(model, input_ids=row)
     # Only the last 8 tokens change, so a causal model computes the same logits before them.
     after = _logits(model, input_ids=torch.cat([row[:, :-8], row[:, :8]], dim=1))
-    if _differs(before[:, :-8], after[:, :-8]):
+    if differs(before[:, :-8], after[:, :-8]):
         hint = "set is_decoder: true in its config.json if it has that key, or choose another base"
         raise BaseError("is not causal: its tokens see those after them", where=type(model).__name__, hint=hint)
 
@@ -141,6 +141,6 @@ def _logits(model: PreTrainedModel, **inputs: object) -> Tensor:
         return model(**inputs, use_cache=False).logits
 
 
-def _differs(one: Tensor, two: Tensor) -> bool:
+def differs(one: Tensor, two: Tensor) -> bool:
     # `not <=`, and not `>`: NaN counts as a difference.
     return one.shape != two.shape or not (one - two).norm() <= TOLERANCE * one.norm()

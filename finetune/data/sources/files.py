@@ -99,7 +99,7 @@ def _opened(file: Path, name: str, most: int | None, reading: Reading) -> Reader
         raise DataError(f"is a {kind.name} file, which has rows of its own", where=name, hint="remove `row`")
     opened = unpacked(str(file), name) if file.stat().st_size else None
     if opened is None or opened.size == 0:
-        raise EmptyFileError("is empty", where=name, hint="training needs at least one row")
+        raise EmptyFileError("is empty", where=name, hint="give it at least one row")
     return READERS[ending_of(str(file))](opened, most, reading)
 
 

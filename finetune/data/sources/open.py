@@ -48,7 +48,7 @@ def open_source(
         _refuse_changed(rows, state)
     if len(rows) == 0:
         kept_none = " that `where` keeps" if source.where else ""
-        raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
+        raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="give it at least one row")
     if not is_first_read:
         return rows
     chosen = rows.choice  # refuses rows that could have two shapes
@@ -155,7 +155,7 @@ def first_rows(source: Source, count: int, form: str | None = None) -> Rows:
     rows = Rows(reader, source.place, "", source, ROW_RULES, form)
     if len(rows) == 0:
         kept_none = " that `where` keeps" if source.where else ""
-        raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="training needs at least one")
+        raise DataError(f"holds no rows{kept_none}", where=rows.name, hint="give it at least one row")
     return rows
 
 
