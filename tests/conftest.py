@@ -149,6 +149,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def endless_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with a million positions: without a temperature it repeats itself, and never stops."""
+    directory = shutil.copytree(tiny_base, tmp_path_factory.mktemp("endless") / "base")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**6}))
+    return directory
+
+
+@pytest.fixture(scope="session")
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 chat rows of different lengths in train.jsonl, 8 in holdout.jsonl."""
     directory = tmp_path_factory.mktemp("data")

@@ -1,14 +1,14 @@
-"""`evaluate` and `generate`: how good models are, and what they answer."""
+"""`evaluate`: how good models are."""
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
-from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is, where_it_is_or_files
+from finetune.cli.options import OVERRIDE, PATH, where_it_is_or_files
 from finetune.recipe.schema import HELD_OUT
 
 if TYPE_CHECKING:
@@ -65,40 +65,3 @@ def _line(result: "Evaluated") -> str:
         line += f"  seen rows {'unknown' if result['seen_rows'] is None else result['seen_rows']}"
     line += "  stored" if result["is_stored"] else ""
     return line if result["is_comparable"] else f"{line}  other {'held-out ' if result['set'] == HELD_OUT else ''}rows"
-
-
-class Sampling(TypedDict):
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-
-@click.command()
-@REFS
-@click.option("--prompt", "prompts", multiple=True, help="A prompt; you may give several.")
-@click.option("--prompt-file", type=click.File(), help="A file with one prompt.")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The longest answer."
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token each time.",
-)
-@click.option("--seed", default=0, show_default=True, help="Decides the samples if the temperature is not 0.")
-@answers
-@where_it_is
-def generate(
-    refs: tuple[str, ...], prompts: tuple[str, ...], prompt_file: TextIO | None, **sampling: Unpack[Sampling]
-) -> Answer:
-    """Let models answer your prompts."""
-    asked = [*prompts, *([prompt_file.read().strip()] if prompt_file else [])]
-    if not asked:
-        raise click.UsageError("give --prompt TEXT or --prompt-file FILE")
-    with importing():
-        from finetune.compare.generate import generate as generate_answers
-
-    results = generate_answers(refs, asked, **sampling)
-    return Answer({"results": results}, "\n".join(f"--- {result['ref']}\n{result['text']}" for result in results))

@@ -14,7 +14,7 @@ from typing import NoReturn, NotRequired, TypedDict
 import click
 
 from finetune import __version__
-from finetune.cli import comparing, data, debugging, encoding, history, machine, packaging, training
+from finetune.cli import answering, comparing, data, debugging, encoding, history, machine, packaging, training
 from finetune.errors import DataError, FinetuneError, RecipeError, Stopped
 from finetune.hosts import stderr
 from finetune.hosts.world import TOLD, prepare_allocator
@@ -34,7 +34,8 @@ COMMANDS = (
     data.data,
     *(history.log, history.show, history.verify, history.prune),
     *(debugging.replay, debugging.bisect, debugging.diff, debugging.branch),
-    *(comparing.evaluate, comparing.generate),
+    comparing.evaluate,
+    *(answering.generate, answering.chat, answering.serve),
     *(packaging.package, packaging.publish),
     *(machine.schema, machine.doctor),
 )

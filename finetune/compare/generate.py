@@ -1,76 +1,66 @@
-"""Answers of models to prompts: the quickest look at the effect of a training."""
+"""Answers of several models to the same prompts: the quickest look at the effect of a training."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict, cast
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from finetune.errors import explained
-from finetune.model import base
-from finetune.tasks.rendering import Renderer
-from finetune.tasks.text import beginning
-from finetune.training.opened import open_model, open_tokenizer
-
-if TYPE_CHECKING:
-    from transformers._typing import GenerativePreTrainedModel
+from finetune.compare.generation.answerer import open_answerer
+from finetune.compare.generation.answers import Generated, generated
+from finetune.compare.generation.settings import Settings
+from finetune.compare.prompts import Prompt, questions_of
 
 
 class Answer(TypedDict):
+    """A result of `generate --json`."""
+
     ref: str
-    prompt: str
+    prompt: object
+    """Text, or a list of messages or of tokens."""
+    where: str
+    """The place of the prompt."""
+    sample: int
+    """From 0."""
     text: str
+    tokens: int
+    """As many as the model wrote, the stop token with them."""
+    is_stopped: bool
+    """By a stop token. False where the answer was cut at the most tokens."""
 
 
 def generate(
-    texts: Sequence[str], prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+    refs: Sequence[str],
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    note: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """One {ref, prompt, text} for each ref and prompt; temperature 0 takes the likeliest token each time.
+    """An answer for each prompt, ref and sample, in this order; a ref counts once. One model is in memory at a time; `note` is called after each answer."""
+    found = {ref: _answers(ref, prompts, settings, note) for ref in dict.fromkeys(refs)}
+    return [answer for number in range(len(prompts)) for ref in found for answer in found[ref][number]]
 
-    With a chat template the prompt is a user's message; without one it is the beginning of a text.
-    """
+
+def _answers(ref: str, prompts: Sequence[Prompt], settings: Settings, note: Callable[[], None]) -> list[list[Answer]]:
+    """The answers of a model to each prompt."""
+    gc.collect()  # the model before this one: its modules and their hooks hold one another
+    answerer = open_answerer(ref)
+    answers: list[list[Generated]] = [[] for _ in prompts]
+    for one in generated(answerer, questions_of(answerer, prompts), settings):
+        answers[one.question].append(one)
+        note()
     return [
-        {"ref": text, "prompt": prompt, "text": answer}
-        for text in texts
-        for prompt, answer in zip(prompts, _answers(text, prompts, max_new_tokens, temperature, seed), strict=True)
+        [_answer(ref, prompt, one, answerer.is_conversational) for one in sorted(of_prompt, key=lambda one: one.sample)]
+        for prompt, of_prompt in zip(prompts, answers, strict=True)
     ]
 
 
-def _answers(text: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[str]:
-    # ask whether a device is there: a build of torch for GPUs names its kind of device on any machine
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    # in fp32 a model of 14 billion parameters would take most of a large GPU
-    opened = open_model(text, device=device, dtype=None if device.type == "cpu" else torch.bfloat16)
-    tokenizer = open_tokenizer(opened)
-    model = opened.model
-    torch.nn.Module.to(model, device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    # of an adapter's checkpoint, too: its model has the base's generation config
-    stops = sorted(
-        base.stop_tokens(opened.directory, tokenizer, opened.plan.recipe.task.stop_names if opened.plan else ())
-    )
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([_ids(tokenizer, prompt, opened.plan.date if opened.plan else None)], device=device)
-        torch.manual_seed(seed)
-        with torch.inference_mode(), explained("transformers cannot generate with it", text):
-            output = cast("GenerativePreTrainedModel", model).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                use_cache=True,
-                eos_token_id=stops or None,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        answers.append(str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip())
-    return answers
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str, date: str | None) -> list[int]:
-    """The tokens before an answer, the same as in training."""
-    if not isinstance(tokenizer.chat_template, str):
-        return beginning(tokenizer, prompt)
-    question = [{"role": "user", "content": prompt}]
-    text = Renderer(tokenizer, tokenizer.chat_template, date).text(question, "the prompt", with_header=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _answer(ref: str, prompt: Prompt, one: Generated, is_turn: bool) -> Answer:
+    # what goes on with a text keeps its blanks
+    text = one.text.strip() if is_turn else one.text
+    return {
+        "ref": ref,
+        "prompt": prompt.shown,
+        "where": prompt.where,
+        "sample": one.sample,
+        "text": text,
+        "tokens": one.tokens,
+        "is_stopped": one.is_stopped,
+    }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, modeling_utils
 
-from finetune.compare import generate as generation
+from finetune.compare.generation import answerer
 from finetune.errors import BaseError
 from finetune.model import adapters
 from finetune.model.base import Place, empty_model, load_model
@@ -106,11 +106,11 @@ def test_generate_opens_a_model_in_bf16_on_a_gpu_and_as_it_was_on_a_cpu(tiny_bas
         asked.append(settings)
         raise BaseError("enough")
 
-    monkeypatch.setattr(generation, "open_model", opened)
+    monkeypatch.setattr(answerer, "open_model", opened)
     for device in (META, None):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=device, **_: found)
         with pytest.raises(BaseError):
-            generation.generate([str(tiny_base)], ["hello"], 1, 0.0, 0)
+            answerer.open_answerer(str(tiny_base))
     assert asked == [{"device": META, "dtype": torch.bfloat16}, {"device": torch.device("cpu"), "dtype": None}]
     model = open_model(str(tiny_base), **asked[0]).model
     assert {(each.device, each.dtype) for each in model.parameters()} == {(META, torch.bfloat16)}

@@ -10,8 +10,10 @@ import torch
 import transformers.dynamic_module_utils
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune.compare import prompts
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import generate
+from finetune.compare.generation.settings import Settings
 from finetune.errors import BaseError
 from finetune.model import base
 from finetune.model.base.remote_code import asked_by
@@ -102,7 +104,7 @@ def test_the_base_is_evaluated_and_generated_with_by_the_native_class(mapped, ti
     texts = [str(mapped), str(tiny_base)]
     own, plain = evaluate(texts, recipe_file(), ())
     assert own["metrics"] == plain["metrics"]
-    one, other = generate(texts, ["the model"], max_new_tokens=3, temperature=0.0, seed=0)
+    one, other = generate(texts, [prompts.of_text("the model", "")], Settings(max_new_tokens=3))
     assert one["text"] == other["text"]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from finetune.compare.generate import _ids
+from finetune.compare.generation.answerer import open_answerer
+from finetune.compare.prompts import of_text, questions_of
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.package.export import package
@@ -107,7 +108,8 @@ def test_variables_of_a_template_are_in_force_wherever_the_run_answers(thinking,
     (tmp_path / "thinking.jinja").unlink()
     opened = open_model(f"{run}@2")
     tokenizer = open_tokenizer(opened)
-    assert tokenizer.decode(_ids(tokenizer, "it was", None)).endswith("<|im_start|>assistant\n<think></think>")
+    (question,) = questions_of(open_answerer(f"{run}@2"), [of_text("it was", "")])
+    assert tokenizer.decode(question.ids).endswith("<|im_start|>assistant\n<think></think>")
     example = resolve(load(recipe), opened.run_plan).train[0]
     assert tokenizer.decode(example.tokens).endswith("assistant\n<think></think>said<|endoftext|>\n")
     plain = tokenizer.apply_chat_template(

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.compare import prompts
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import generate
+from finetune.compare.generation.settings import Settings
 from finetune.debug.branch import Choices, branch
 from finetune.debug.replay import replay
 from finetune.errors import BaseError, CheckpointError, DataError, RunError
@@ -24,6 +26,7 @@ from tests.hub.client import in_turn
 from tests.stories.same_run import _of_directories
 
 ADAPTER = {"name": "lora", "rank": 4, "alpha": 8}
+ASKED = [prompts.of_text("the model", "")]
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +97,7 @@ def test_a_project_that_was_moved_as_a_whole_goes_on_without_a_word_of_the_user(
     said = capsys.readouterr().err
     assert f"base {adapted}/models/tiny is now {moved}/models/tiny: equal content\n" in said
     assert f"data {adapted}/data/holdout.jsonl is now {moved}/data/holdout.jsonl: equal content\n" in said
-    assert generate([f"{run}@2"], ["the model"], 4, 0.0, 0)[0]["text"] is not None
+    assert generate([f"{run}@2"], ASKED, Settings(max_new_tokens=4))[0]["text"] is not None
     assert replay(run, 2, 4)["identical"]
     extended(moved / "recipe.yaml", 6)
     train(load(moved / "recipe.yaml"), run, is_quiet=True)
@@ -171,7 +174,7 @@ def test_whole_weights_need_no_base(full, tmp_path) -> None:
     try:
         (result,) = evaluate([f"{run}@4"], None, (), is_again=True)
         assert result["metrics"]["loss"] > 0
-        assert generate([f"{run}@4"], ["the model"], 4, 0.0, 0)
+        assert generate([f"{run}@4"], ASKED, Settings(max_new_tokens=4))
         assert package(f"{run}@4", tmp_path / "dist")["files"]
         with pytest.raises(BaseError, match="is not here any more"):
             evaluate([f"{run}@0"], None, (), is_again=True)
@@ -217,12 +220,12 @@ def test_a_base_that_is_a_checkpoint_of_a_run_is_found_after_both_were_moved(ful
     (tmp_path / "old/recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(load(tmp_path / "old/recipe.yaml"), tmp_path / "old/runs/b", is_quiet=True)
     (tmp_path / "old").rename(tmp_path / "new")
-    assert generate([f"{tmp_path}/new/runs/b@4"], ["the model"], 4, 0.0, 0)
+    assert generate([f"{tmp_path}/new/runs/b@4"], ASKED, Settings(max_new_tokens=4))
     (tmp_path / "new/runs/a").rename(tmp_path / "first")
     with pytest.raises(BaseError, match="a@4: is not here any more"):
-        generate([f"{tmp_path}/new/runs/b@4"], ["the model"], 4, 0.0, 0)
+        generate([f"{tmp_path}/new/runs/b@4"], ASKED, Settings(max_new_tokens=4))
     with places.named([f"{tmp_path}/first@4"], {}):
-        assert generate([f"{tmp_path}/new/runs/b@4"], ["the model"], 4, 0.0, 0)
+        assert generate([f"{tmp_path}/new/runs/b@4"], ASKED, Settings(max_new_tokens=4))
 
 
 @pytest.mark.slow

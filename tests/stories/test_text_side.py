@@ -11,8 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from finetune.compare import prompts
 from finetune.compare.evaluate import evaluate
 from finetune.compare.generate import generate
+from finetune.compare.generation.settings import Settings
 from finetune.debug.replay import replay
 from finetune.errors import BaseError, RecipeError
 from finetune.package import classes, export, proof
@@ -23,6 +25,7 @@ from finetune.training.preview import preview
 from finetune.training.resolve import resolve
 from tests.stories.same_run import assert_same_run
 
+ASKED = [prompts.of_text("the model", "")]
 TEXT = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.1}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
@@ -163,9 +166,9 @@ def test_every_command_takes_a_run_on_a_declared_class(wide_base, recipe_on, tra
     refs = [f"{whole}@0", f"{whole}@last", str(whole / "checkpoints/step-00000002")]
     results = evaluate(refs[:2], None, [], is_again=True)
     assert results[1]["metrics"]["loss"] < results[0]["metrics"]["loss"]
-    assert len(generate(refs, ["the model"], 4, 0.0, 0)) == 3
+    assert len(generate(refs, ASKED, Settings(max_new_tokens=4))) == 3
     packaged_as_declared(whole, wide_base(kind), tmp_path / "package")
-    assert len(generate([str(tmp_path / "package")], ["the model"], 4, 0.0, 0)) == 1
+    assert len(generate([str(tmp_path / "package")], ASKED, Settings(max_new_tokens=4))) == 1
 
 
 @pytest.mark.slow
@@ -249,7 +252,7 @@ def test_a_run_of_older_code_goes_on_with_the_class_that_it_trained(
         assert any("model.layers.0." in name for name in stored(new / "checkpoints/step-00000002"))
         alone = shutil.copytree(new / "checkpoints/step-00000002", tmp_path / "alone")
         if adapter is None:
-            assert generate([str(alone)], ["the model"], 2, 0.0, 0)[0]["ref"] == str(alone)
+            assert generate([str(alone)], ASKED, Settings(max_new_tokens=2))[0]["ref"] == str(alone)
         packaged_as_declared(new, base, tmp_path / "package")
         for made in (older, new, alone, tmp_path / "package"):
             shutil.rmtree(made)

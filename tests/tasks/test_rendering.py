@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finetune.compare.evaluate import evaluate
-from finetune.compare.generate import _ids
+from finetune.compare.generation.answerer import open_answerer
+from finetune.compare.prompts import of_text, questions_of
 from finetune.errors import DataError
 from finetune.recipe.load import load
 from finetune.store.run.directory import RunDirectory
@@ -84,8 +85,9 @@ def test_a_plan_has_the_day_that_its_template_prints_and_keeps_it(dated, recipe_
     another = resolve(load(dated)).plan
     assert (another.date, another.plan_id == plan.plan_id) == ("2031-05-06", False)
     assert resolve(load(recipe_file("other"))).plan.date is None
-    tokenizer = resolve(load(dated), plan).tokenizer
-    assert "06 May 2031" not in tokenizer.decode(_ids(tokenizer, "it was", plan.date)), "what answers follow"
+    answerer = open_answerer(f"{run}@2")
+    (question,) = questions_of(answerer, [of_text("it was", "")])
+    assert "06 May 2031" not in answerer.tokenizer.decode(question.ids), "what answers follow"
     assert "prints the date" not in capsys.readouterr().err
 
 
