@@ -1,8 +1,12 @@
-"""Every causal family of the installed transformers is trained as plain transformers would, or refused in one line; and has its row."""
+"""Families of the installed transformers are trained as plain transformers would, or refused in one line; and each has its row.
+
+All 285 take four minutes: `scripts/families --few`. Here are those whose way of mixing rows no other one shares, and a fifth of the rest.
+"""
 
 import importlib.util
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -43,14 +47,45 @@ def test_some_families_are_trained_in_every_way_with_the_losses_of_plain_transfo
     assert {each.told for outcomes in found.values() for each in outcomes} == {"packed", "padded"}
 
 
+OF_THEIR_OWN_KIND = (
+    *(
+        "bamba",
+        "bloom",
+        "deepseek_v4",
+        "falcon_h1",
+        "gemma3",
+        "gemma4",
+        "glm_moe_dsa",
+        "gpt_oss",
+        "jamba",
+        "kimi_linear",
+    ),
+    *(
+        "lfm2",
+        "llama4",
+        "mamba2",
+        "mistral3",
+        "mpt",
+        "nemotron_h",
+        "qwen2_5_vl",
+        "qwen3_5",
+        "qwen3_next",
+        "smolvlm",
+        "t5gemma",
+    ),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_family_is_trained_as_plain_transformers_would_or_refused_in_one_line(tmp_path):
+def test_families_are_trained_as_plain_transformers_would_or_refused_in_one_line(tmp_path):
     families = script()
+    assert set(OF_THEIR_OWN_KIND) <= set(families.TYPES)
+    kinds = [kind for kind in families.TYPES if kind in OF_THEIR_OWN_KIND or zlib.crc32(kind.encode()) % 5 == 0]
     trained = 0
-    for kind, outcomes in families.combinations(families.TYPES, tmp_path, ways=families.FEW_WAYS):
+    for kind, outcomes in families.combinations(kinds, tmp_path, ways=families.FEW_WAYS):
         wrong = [each for each in outcomes if each.state == "wrong"]
         assert not wrong, f"{kind}: {wrong}"
         assert all("\n" not in each.told for each in outcomes)
         trained += any(each.state == "trained" for each in outcomes)
-    assert trained >= 80
+    assert trained >= 50
