@@ -46,6 +46,8 @@ class Device(NamedTuple):
     """Of a GPU: the memory of the host, which all its processes share."""
     processes: int = 1
     """Processes of the training on that host."""
+    asked: str = ""
+    """The strategy that the launcher asks for, where the recipe leaves it open."""
 
 
 class Work(NamedTuple):
@@ -180,8 +182,8 @@ def strategy(plan: Plan, shape: Shape, device: Device) -> str:
     named = plan.recipe.train.strategy
     if device.world_size == 1:
         return "ddp"
-    if named != "auto":
-        return named
+    if named != "auto" or device.asked:
+        return device.asked if named == "auto" else named
     work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
     fits_one = fits(whole_bytes(plan, shape, work, device), device)
     return "fsdp" if not fits_one and unshardable(plan.recipe) is None else "ddp"

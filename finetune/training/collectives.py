@@ -15,20 +15,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from finetune.errors import FinetuneError, LostRankError
+from finetune.errors import LostRankError
 
 LONGEST_WORK = timedelta(days=7)
-OFF = ("", "0", "n", "no", "f", "false", "off")
-OTHER_WAYS = {
-    "ACCELERATE_USE_FSDP": ("FSDP", OFF),
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", OFF),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", OFF),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("several kinds of parallelism", OFF),
-    "ACCELERATE_DYNAMO_BACKEND": ("a compiler (train.compile is the recipe's)", OFF),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("accumulation (it follows from train.micro_batch_tokens)", ("", "1")),
-}
-"""What Accelerate would do on its own where its launcher, its configuration file or a variable left over asks for it, and the values that
-ask for nothing."""
 OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has its own class
 
 
@@ -85,15 +74,6 @@ def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.is_main_process:
         wait_for_everyone(accelerator)
     wait_for_everyone(accelerator)
-
-
-def refuse_other_ways() -> None:
-    """FinetuneError where Accelerate is set to train in a way that no recipe asks for: it would, silently."""
-    asked = [name for name, (_, off) in OTHER_WAYS.items() if os.environ.get(name, "").lower() not in off]
-    if asked:
-        what = " and ".join(OTHER_WAYS[name][0] for name in asked)
-        hint = f"unset {', '.join(asked)}, or change the launcher's flags or configuration file that set it"
-        raise FinetuneError(f"Accelerate is set to use {what}", where="environment", hint=hint)
 
 
 def declared() -> int:

@@ -34,6 +34,7 @@ from finetune.tasks import TASKS
 from finetune.training import base_fit
 from finetune.training.counted import counted as count
 from finetune.training.encoding import Encoding, encoding_of, read
+from finetune.training.strategy.asked import ASKED
 from finetune.training.trial import arranged_like
 
 # what a resume keeps of a plan, and a new plan does not have
@@ -203,11 +204,12 @@ def _micro_batch_tokens(plan: Plan, shape: Shape) -> int:
 def device() -> memory.Device:
     """What this process trains on. Its whole memory, not what is free now: `plan`, `train` and all ranks must see the same."""
     world_size, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    asked = os.environ.get(ASKED, "")
     if torch.accelerator.is_available():
         total = torch.accelerator.get_memory_info()[1]
         host = memory.machine_bytes()
-        return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside)
-    return memory.Device(memory.machine_bytes() // beside, world_size=world_size)
+        return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside, asked=asked)
+    return memory.Device(memory.machine_bytes() // beside, world_size=world_size, asked=asked)
 
 
 def _refuse_change(earlier: Plan, plan: Plan) -> None:

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from finetune.errors import FinetuneError
 from finetune.store.run import journal
 from finetune.training import collectives
 from tests import forks
@@ -98,27 +97,3 @@ def test_an_error_of_one_rank_alone_is_a_bug() -> None:
 )
 def test_accelerate_launch_is_known_by_its_command(words, after) -> None:
     assert collectives._after_accelerate(words.split()) == (None if after is None else after.split())
-
-
-@pytest.mark.parametrize(
-    "variable",
-    [
-        "ACCELERATE_USE_FSDP=true",
-        "ACCELERATE_USE_DEEPSPEED=1",
-        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
-    ],
-)
-def test_what_accelerate_would_do_beside_the_recipe_is_refused(variable, monkeypatch) -> None:
-    name, value = variable.split("=")
-    monkeypatch.setenv(name, value)
-    with pytest.raises(FinetuneError, match="Accelerate is set to use") as caught:
-        collectives.refuse_other_ways()
-    assert f"unset {name}" in caught.value.hint
-
-
-def test_what_accelerate_sets_where_nothing_is_asked_of_it_is_not_refused(monkeypatch) -> None:
-    for name, value in (("DYNAMO_BACKEND", "NO"), ("GRADIENT_ACCUMULATION_STEPS", "1"), ("USE_FSDP", "false")):
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    collectives.refuse_other_ways()
-    assert collectives.declared() == 1

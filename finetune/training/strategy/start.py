@@ -12,6 +12,7 @@ from finetune.errors import FinetuneError
 from finetune.hosts.world import cores, refuse_half
 from finetune.recipe.schema import Train
 from finetune.training import collectives
+from finetune.training.strategy import asked
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -19,7 +20,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 def start_accelerator(settings: Train) -> Accelerator:
     """Devices, precision and processes. FinetuneError where the launcher started fewer than it was asked for, or more than know of each other."""
     refuse_half(os.environ)
-    collectives.refuse_other_ways()
+    asked.take(settings)
     if settings.reproducibility == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
         torch.use_deterministic_algorithms(True)
