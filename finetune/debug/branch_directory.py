@@ -23,6 +23,7 @@ from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import Lease
 from finetune.store.run.records import ParentRecord, Record
 from finetune.training import pins
+from finetune.training.saving.snapshot import EMA
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _link(branch: Branch, checkpoint: Checkpoint, store: Store, held: Lease) -> 
     plan = branch.plan
     attempt = store.begin(checkpoint.step, held.attempt)
     left_out = {*(RESUME_FILES if branch.is_optimizer_reset else ()), *(() if branch.is_comparable else (HISTORY,))}
+    left_out |= set() if plan.recipe.train.ema else {EMA}
     for name, record in checkpoint.manifest.files.items():
         if name not in left_out:
             attempt.link(name, checkpoint.path / name, record)

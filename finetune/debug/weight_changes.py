@@ -18,9 +18,8 @@ from safetensors import safe_open
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.model.decoder_layers import module_of
-from finetune.training.saving.snapshot import ADAPTER
+from finetune.training.saving.snapshot import ADAPTER, EMA, OPTIMIZER
 
-OPTIMIZER = "optimizer.safetensors"
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_embedding_A")
 
@@ -174,7 +173,7 @@ def _kind(name: str) -> str:
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name == OPTIMIZER:
+        if path.name in (OPTIMIZER, EMA):
             continue
         with safe_open(path, "pt") as file:
             names = list(file.keys())

@@ -77,3 +77,8 @@ def _wider(plan: Plan, shape: Shape) -> int:
 def _input(plan: Plan, shape: Shape) -> int:
     """Bytes a token of a layer's input, as a checkpointed layer keeps it."""
     return stored_width(plan) * shape.hidden
+
+
+def average_bytes(plan: Plan) -> int:
+    """The moving average of the trained weights, in fp32 if there is one."""
+    return FLOAT * plan.trainable_parameters if plan.recipe.train.ema else 0

@@ -39,8 +39,8 @@ def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
     for_good = _multiples(plan, [rule.every, publish.milestones if publish else None])
     milestones = len(_multiples(plan, [rule.weights_every]) - for_good)
     full = rule.last + (rule.best or int(is_evaluated)) + len(for_good) + 1
-    small = _small_bytes(plan, layers)
-    checkpoints = full * (state_bytes(plan) + small) + milestones * (memory.trained_bytes(plan) + small)
+    small, weights = _small_bytes(plan, layers), memory.trained_bytes(plan) + activations.average_bytes(plan)
+    checkpoints = full * (state_bytes(plan) + small) + milestones * (weights + small)
     packages = package_bytes(plan) if publish and publish.milestones else 0
     return shared_bytes(plan) + checkpoints + _history_bytes(plan, layers) + packages
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.plan import activations
-from finetune.plan.activations import FLOAT, is_beside, stored_width, width
+from finetune.plan.activations import FLOAT, average_bytes, is_beside, stored_width, width
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
 from finetune.recipe.schema.rules import unshardable
@@ -73,6 +73,8 @@ def evaluation_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> di
         "activations": activations.of_evaluation(plan, shape, tokens),
         "logits": _logits(plan, shape, supervised, is_trained=False) * bool(tokens),
     }
+    if plan.recipe.train.ema:  # the weights themselves, while the average is evaluated in their place
+        found["average"] += trained_bytes(plan)
     found["slack"] = _slack(plan, device, found["activations"] + found["logits"])
     return found
 
@@ -83,6 +85,7 @@ def _lasting(plan: Plan, shape: Shape, device: Device) -> dict[str, int]:
         "process": CONTEXT_BYTES if device.is_gpu else PROCESS_BYTES,
         "weights": trained_bytes(plan) + sum(_frozen(plan, shape).values()),
         "moments": _moments(plan) + (_scratch(plan, shape) if device.is_gpu else 0),
+        **({"average": average_bytes(plan)} if plan.recipe.train.ema else {}),
         **({} if device.is_gpu else {"staging": state_bytes(plan)}),
     }
 
@@ -143,14 +146,14 @@ def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
     layer = (plan.total_parameters - plan.parameters_beside_text - embeddings) // shape.layers
     gathered = width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
-    shared = found["weights"] + found["moments"] + trained_bytes(plan)
+    shared = found["weights"] + found["moments"] + average_bytes(plan) + trained_bytes(plan)
     passing = gathered + found["activations"] + found["logits"]
     return found["process"] + round((1 + SLACK) * passing) + -(-shared // world_size)
 
 
 def state_bytes(plan: Plan) -> int:
-    """Bytes newly written by every full checkpoint and staged by a save: trained weights and their moments."""
-    return trained_bytes(plan) + _moments(plan)
+    """Bytes newly written by every full checkpoint and staged by a save: trained weights, their moments and their average."""
+    return trained_bytes(plan) + _moments(plan) + average_bytes(plan)
 
 
 def update_slice(device_type: str) -> int:

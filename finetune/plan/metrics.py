@@ -17,5 +17,6 @@ def tracked(metrics: Metrics) -> Metrics:
 
 def told(step: int, metrics: Metrics) -> str:
     """A line about an evaluation."""
-    others = "".join(f", {name} {value:.4f}" for name, value in metrics.items() if name.endswith("/loss"))
+    shown = ("/loss", "ema_loss")
+    others = "".join(f", {name} {value:.4f}" for name, value in metrics.items() if name.endswith(shown))
     return f"held-out loss at step {step}: {metrics['loss']:.4f}{others}"

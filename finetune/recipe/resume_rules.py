@@ -38,6 +38,7 @@ RECIPE = (
         ("train.precision", "train.weights", "train.reproducibility"), "refused", "they decide how every sum is rounded"
     ),
     Rule(("train.router_loss",), "refused", "it is a part of the loss that is trained"),
+    Rule(("train.ema",), "refused", "the average reaches back to the first step"),
     Rule(
         ("train.micro_batch_tokens",),
         "taken",

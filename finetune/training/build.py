@@ -29,6 +29,8 @@ from finetune.plan.row_order import derive
 from finetune.recipe.schema import Recipe, Train
 from finetune.store import cache
 from finetune.tasks import TASKS
+from finetune.training.ema import Average
+from finetune.training.saving import snapshot
 from finetune.training.state import Objective, TrainState
 from finetune.training.strategy import STRATEGIES
 from finetune.training.trial import packing_of
@@ -114,7 +116,10 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_n
         accelerator, objective, lambda: optimizer.build(model, recipe.optimizer, recipe.train.seed)
     )
     notes = tuple(filter(None, [losses.note(reason), *notes_here(recipe.train)]))
-    return TrainState(accelerator, wrapped, model, prepared, strategy, routers=routers, notes=notes)
+    state = TrainState(accelerator, wrapped, model, prepared, strategy, routers=routers, notes=notes)
+    if recipe.train.ema:
+        state.average = Average(recipe.train.ema, snapshot.Live(state).trained)
+    return state
 
 
 def _fitting_loss(plan: Plan, model: PreTrainedModel, base_directory: Path) -> tuple[losses.TokenLosses, str | None]:

@@ -159,6 +159,8 @@ def train_step(
         # A save may still be copying the weights of the last step.
         await_seconds = state.await_snapshot()
         update(state, learning_rate, grad_norm, plan.recipe.optimizer.max_grad_norm)
+        if state.average:
+            state.average.update(step)
     row_tokens = examples.targets[ids].tolist()
     report = StepReport(
         step=step,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from finetune.errors import FinetuneError, NotFiniteError, Stopped
+from finetune.errors import FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.hosts.signals import Signals
 from finetune.model import base
 from finetune.plan import cadence
@@ -25,6 +25,7 @@ from finetune.plan.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan.retention import Saved
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints import best
+from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.checkpoints.store import Store
 from finetune.store.evaluations import Evaluation
 from finetune.store.run import lease
@@ -59,6 +60,9 @@ def train(
     `schedule` continues the learning rate of an extended run; `take_over` takes a lease without a heartbeat; `ask` may refuse the
     resolved recipe before a new run writes anything. Raises Stopped after a signal, once the last finished step is committed.
     """
+    if (path / MANIFEST).exists():
+        hint = "name it as base.checkpoint of a recipe, and use another --run"
+        raise RunError("is a checkpoint, not a run: nothing resumes from it", where=str(path), hint=hint)
     with Signals() as signals:
         # Before the lease: a process must know its rank first, because rank 0 alone takes the lease.
         accelerator = start_accelerator(loaded.recipe.train)
@@ -184,11 +188,16 @@ def _evaluate_and_record(
     for rows in (held_out_set(resolved), *resolved.sets):
         tell = recorder.progress.evaluation(state.step, len(rows.examples))
         with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
-            found = evaluated(resolved, state.accelerator, state.objective, rows, wishes, tell=tell)
-        if found is None:  # A signal: the resume evaluates this step again.
+            figures = partial(evaluated, resolved, state.accelerator, state.objective, rows, wishes, tell=tell)
+            found = figures()
+            of_average: Metrics | None = {}
+            if found and state.average and state.step:  # at step 0 both are the base
+                state.await_snapshot()
+                of_average = state.average.figures(figures)
+        if not found or of_average is None:  # A signal: the resume evaluates this step again.
             return
         made.append(replace(found, about={**found.about, "step": state.step}))
-        metrics |= named(rows.name, found.about["metrics"])
+        metrics |= named(rows.name, found.about["metrics"] | of_average)
     recorder.evaluated(state.step, metrics, made)
     # Nothing was trained yet, so the base itself must be broken.
     if state.step == 0 and not math.isfinite(metrics["loss"]) and (error := blame.broken(state)):

@@ -12,6 +12,7 @@ from finetune.data.batches import Batch
 from finetune.model import decoder_layers
 from finetune.model.losses import TokenLosses
 from finetune.model.routing import Routers, Work
+from finetune.training.ema import Average
 from finetune.training.saving.buffers import Copy
 
 Loss = Callable[[PreTrainedModel, Batch, TokenLosses], tuple[torch.Tensor, torch.Tensor]]
@@ -74,6 +75,8 @@ class TrainState:
     """Whether a step was trained in this process."""
     routers: Routers | None = None
     """Of a base with experts."""
+    average: Average | None = None
+    """The moving average of the trained weights, if the recipe asks for one."""
     notes: tuple[str, ...] = ()
     """What its user should know of how it trains."""
 

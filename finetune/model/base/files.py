@@ -26,7 +26,14 @@ TEMPLATES = (TEMPLATE, "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"
 FROM_HUB = SMALL_FILES + TOKENIZER_FILES + LICENCES
 # Of our checkpoints: how training went on, not what the model is. Retention may take them away.
-NOT_THE_MODEL = ("manifest.json", "optimizer.safetensors", "state.json", "trainer_state.json")
+NOT_THE_MODEL = (
+    "manifest.json",
+    "optimizer.safetensors",
+    "state.json",
+    "trainer_state.json",
+    "ema.safetensors",
+    "stages.json",
+)
 _LICENCE_LINE = re.compile(r"^license:", re.MULTILINE)
 
 

@@ -12,7 +12,7 @@ from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
 from finetune.recipe.schema.rope import Rope
 from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
-from finetune.recipe.schema.training import Checkpoint, Guard, Keep, Train
+from finetune.recipe.schema.training import Checkpoint, Ema, Guard, Keep, Train
 from finetune.recipe.schema.values import Every, Section, amount_of, count_of
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ChatTask",
     "Checkpoint",
     "Data",
+    "Ema",
     "Evaluate",
     "EvaluationSet",
     "Every",

@@ -1,10 +1,32 @@
 """The sections `train`, `checkpoint` and `guard`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic.config import JsonDict
 
 from finetune.recipe.schema.values import AutoOrCount, Cadences, Every, RouterLoss, Section, StepCadence
+
+
+def _or_decay(schema: JsonDict) -> None:
+    """In the JSON Schema: a number alone is allowed too."""
+    section = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [section, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]
+
+
+class Ema(Section):
+    """An exponential moving average of the trained weights, in fp32 beside them."""
+
+    model_config = ConfigDict(json_schema_extra=_or_decay)
+    decay: float = Field(gt=0, lt=1)
+    """The part of the average that stays at each of its updates. It reaches back about 1 / (1 - decay) of them."""
+    every: PositiveInt = 1
+    """Update the average every N steps."""
+
+
+def _ema(value: object) -> object:
+    return {"decay": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 class Train(Section):
@@ -36,6 +58,8 @@ class Train(Section):
     """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How devices share the work. `ddp`: each holds the whole model. `fsdp`: each holds its rows of all weights, gradients and moments, and a layer is whole only while it runs. `auto`: `fsdp` if the forecast for a whole model is more than nine tenths of a device's memory."""
+    ema: Annotated[Ema, BeforeValidator(_ema)] | None = None
+    """Keep an exponential moving average of the trained weights. A number is its `decay`. Checkpoints hold it as `ema.safetensors`, and evaluations give its figures as `ema_loss` and so on."""
     reproducibility: Literal["exact", "fast"] = "exact"
     """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `fast`: the fastest kernels."""
 

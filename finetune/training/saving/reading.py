@@ -11,7 +11,7 @@ from finetune.errors import CheckpointError
 from finetune.model import adapters, shards
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
-from finetune.training.saving.snapshot import ADAPTER, FROZEN, OPTIMIZER, TRAINED, WHOLE
+from finetune.training.saving.snapshot import ADAPTER, EMA, FROZEN, OPTIMIZER, TRAINED, WHOLE
 from finetune.training.state import TrainState
 
 
@@ -25,6 +25,8 @@ def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
         if name in checkpoint.manifest.files:
             tensors |= _own(checkpoint.path / name, rows)
     adapters.load_weights(state.model, tensors)
+    if state.average:
+        state.average.restore(_own(checkpoint.path / EMA, rows) if EMA in checkpoint.manifest.files else None)
     record = json.loads((checkpoint.path / "state.json").read_bytes())
     of_parameters = {name: shards.rows_of(parameter) for name, parameter in state.trainable.items()}
     with safe_open(checkpoint.path / OPTIMIZER, "pt") as file:
@@ -49,7 +51,7 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by the names that `Live.copied` gives them."""
     found: dict[str, torch.Tensor] = {}
     for path in checkpoint.path.glob("*.safetensors"):
-        kind = "moments" if path.name == OPTIMIZER else "weights"
+        kind = {OPTIMIZER: "moments", EMA: "ema"}.get(path.name, "weights")
         found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
     return found
 

@@ -27,7 +27,7 @@ from finetune.training.state import TrainState
 # Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.
 WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "model-frozen.safetensors"
 INDEX = f"{WHOLE}.index.json"
-ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
+ADAPTER, OPTIMIZER, EMA = "adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Snapshot:
     adapter_config: dict[str, Any] | None
     """None where whole weights are trained."""
     copy: Copy
-    """Trained weights as `weights/<name>`, moments as `moments/<name>`."""
+    """Trained weights as `weights/<name>`, moments as `moments/<name>`, their moving average as `ema/<name>`."""
     buffers: dict[str, torch.Tensor]
     """What a forward may change, already copied."""
     frozen: dict[str, torch.Tensor]
@@ -65,13 +65,15 @@ class Live:
         """What a forward may change."""
         self.trained = {name: tensor for name, tensor in tensors.items() if name not in still | buffers}
         """What an update changes."""
+        self._average = state.average.tensors if state.average else {}
         self._parameters = state.trainable
         self._optimizer = state.optimizer
         self.rows: dict[str, shards.Rows] = {}
         """Of each tensor that is spread over ranks, what this one has; complete once there are moments."""
 
     def copied(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """What is copied in the background (weights as `weights/<name>`, moments as `moments/<name>.<key>`), and single numbers."""
+        """What is copied in the background (weights as `weights/<name>`, moments as `moments/<name>.<key>`, the average as
+        `ema/<name>`), and single numbers."""
         found = {
             f"{name}.{key}": value
             for name, parameter in self._parameters.items()
@@ -80,6 +82,7 @@ class Live:
         }
         live = {f"weights/{name}": tensor for name, tensor in self.trained.items()}
         live |= {f"moments/{name}": value for name, value in found.items() if value.ndim}
+        live |= {f"ema/{name}": tensor for name, tensor in self._average.items()}
         counters = {name: value for name, value in found.items() if not value.ndim}
         numbers = torch.stack(list(counters.values())).tolist() if counters else []  # one read of the device for all
         if live.keys() - self.rows.keys() and shards.is_spread(live):
@@ -194,12 +197,13 @@ def files_of(snapshot: Snapshot, is_first: bool = True) -> dict[str, list[Tensor
     """The safetensors files of a checkpoint: of each tensor what this rank writes. What every rank has, the first one does."""
     copied = _tensors(snapshot.copy.tensors, snapshot.rows, is_first)
     buffers, frozen = (_tensors(each, snapshot.rows, is_first) for each in (snapshot.buffers, snapshot.frozen))
-    weights, moments = (
+    weights, moments, average = (
         [replace(each, name=each.name.removeprefix(kind)) for each in copied if each.name.startswith(kind)]
-        for kind in ("weights/", "moments/")
+        for kind in ("weights/", "moments/", "ema/")
     )
     name = ADAPTER if snapshot.adapter_config is not None else TRAINED if frozen else WHOLE
-    return {name: weights + buffers, **({FROZEN: frozen} if frozen else {}), OPTIMIZER: moments}
+    beside = {FROZEN: frozen, EMA: average}
+    return {name: weights + buffers, **{file: each for file, each in beside.items() if each}, OPTIMIZER: moments}
 
 
 def metadata_of(name: str) -> dict[str, str]:
