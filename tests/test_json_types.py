@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from finetune.cli.main import ErrorReport
+from finetune.compare.average import Averaged
 from finetune.compare.evaluate import Evaluated
 from finetune.compare.generate import Answer
 from finetune.debug.bisect import Bisection
@@ -46,6 +47,7 @@ TYPES = {
     "show: error": ErrorReport,
     "verify": Verification,
     "evaluate: results": Evaluated,
+    "average": Averaged,
     "generate: results": Answer,
     "package": Packaged,
     "publish": Published,

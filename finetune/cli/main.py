@@ -14,7 +14,18 @@ from typing import NoReturn, NotRequired, TypedDict
 import click
 
 from finetune import __version__
-from finetune.cli import answering, comparing, data, debugging, encoding, history, machine, packaging, training
+from finetune.cli import (
+    answering,
+    averaging,
+    comparing,
+    data,
+    debugging,
+    encoding,
+    history,
+    machine,
+    packaging,
+    training,
+)
 from finetune.errors import DataError, FinetuneError, RecipeError, Stopped
 from finetune.hosts import stderr
 from finetune.hosts.world import TOLD, prepare_allocator
@@ -35,6 +46,7 @@ COMMANDS = (
     *(history.log, history.show, history.verify, history.prune),
     *(debugging.replay, debugging.bisect, debugging.diff, debugging.branch),
     comparing.evaluate,
+    averaging.average,
     *(answering.generate, answering.chat, answering.serve),
     *(packaging.package, packaging.publish),
     *(machine.schema, machine.doctor),

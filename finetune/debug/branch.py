@@ -104,7 +104,7 @@ def _origin(ref: str) -> tuple[Path, int]:
     """The run and the step of a ref; the step need not be stored."""
     parsed = parse(ref)
     if parsed.kind != "run" and parsed.kind != "base":
-        raise CheckpointError(f"`{ref}` is not a step of a run", hint="name RUN@STEP, RUN@last or RUN@best")
+        raise CheckpointError(f"`{ref}` is not a step of a run", hint="name RUN@STEP, or use it as base.checkpoint")
     if isinstance(parsed.step, int):
         return parsed.run, parsed.step
     return parsed.run, find(parsed).step

@@ -76,17 +76,18 @@ def package(
     """
     run = refusals.run_of_ref(ref)
     refusals.refuse_existing(directory)
-    opened = open_model(ref, is_as_trained=False)
-    opened = _with_dtype(opened, dtype) if dtype else opened
+    opened = _with_dtype(open_model(ref, is_as_trained=False), dtype)
     plan, manifest = opened.run_plan, opened.run_checkpoint.manifest
     recipe = plan.recipe
     refusals.refuse_unnamed_base(plan, recipe.package.form)
+    if manifest.kind == "average":
+        refusals.refuse_average(ref, opened, is_averaged_again=average is not None)
     tokenizer = _tokenizer_of(opened, ref)
     checks = [Check("checkpoint", f"every byte of step {manifest.step} is as it was committed")]
     checks += _of_base(ref, opened, tokenizer)
     base_directory = _base_directory(plan)
     licences = _licences(plan, base_directory)
-    numbers, model = record.figures(scan.read(run), manifest.step), opened.model
+    numbers, model = record.of_checkpoint(scan.read(run), manifest), opened.model
     averaged: list[Manifest] = []
     if average:
         model, averaged, changes = _averaged(run, opened, tokenizer, average)
@@ -106,7 +107,7 @@ def package(
             *licences,
             averaged,
             _stages(manifest, ref),
-            _seen(plan, ref),
+            _seen(plan, manifest, ref),
         )
         documents.write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
@@ -152,9 +153,11 @@ def _stages(manifest: Manifest, ref: str) -> tuple[Stage, ...]:
     return (stages[0].model_copy(update={"ref": f"{manifest.run}@{manifest.step}"}), *stages[1:])
 
 
-def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
-    """Held-out rows that were trained on: from the plan, or counted now for a run of an older version."""
-    if plan.stages is not None or plan.holdout_counts.rows == 0:
+def _seen(plan: Plan, manifest: Manifest, ref: str) -> tuple[Seen, ...]:
+    """Held-out rows that were trained on: from the plan, or counted now for a run of an older version, and for an average, which may
+    have members of other runs."""
+    is_known = plan.stages is not None and manifest.kind != "average"
+    if is_known or plan.holdout_counts.rows == 0:
         return plan.seen
     try:
         resolved = resolve_own(plan, ref)
@@ -163,7 +166,9 @@ def _seen(plan: Plan, ref: str) -> tuple[Seen, ...]:
     return resolved.held_out.seen_by(lineage.stages(ref)).seen
 
 
-def _with_dtype(opened: Opened, dtype: str) -> Opened:
+def _with_dtype(opened: Opened, dtype: str | None) -> Opened:
+    if dtype is None:
+        return opened
     plan = opened.run_plan
     recipe = plan.recipe
     changed = recipe.model_copy(update={"package": recipe.package.model_copy(update={"dtype": dtype})})

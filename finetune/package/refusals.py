@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from finetune.errors import PackageError
+from finetune.model import adapters
 from finetune.package.card.facts import hub_base
 from finetune.package.verify.verify import folder_findings
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.refs import parse, run_of
 from finetune.store.durable import failures
+from finetune.training.opened import Opened
 
 TEXT_FILES = {".json", ".jsonl", ".jinja", ".yaml", ".md", ".txt"}
 
@@ -21,6 +23,19 @@ def run_of_ref(ref: str) -> Path:
         hint = "name RUN@STEP, RUN@last, RUN@best or a checkpoint in a run"
         raise PackageError(f"{what} not a checkpoint of a run", where=ref, hint=hint)
     return run
+
+
+def refuse_average(ref: str, opened: Opened, is_averaged_again: bool) -> None:
+    """Refuses an average that nobody has evaluated, and a form that it does not have."""
+    plan, manifest = opened.run_plan, opened.run_checkpoint.manifest
+    if is_averaged_again:
+        raise PackageError("is an average already", where=ref, hint="name all members to `finetune average`")
+    if plan.holdout_counts.examples and not manifest.metrics:
+        hint = "make it again without --no-evaluate"
+        raise PackageError("is an average that was not evaluated", where=ref, hint=hint)
+    if plan.recipe.package.form == "adapter" and not adapters.is_adapter(opened.model):
+        hint = "set `package.form: merged`, or average adapters with fewer members or --rank"
+        raise PackageError("is an average of whole weights, and no adapter", where=ref, hint=hint)
 
 
 def refuse_existing(directory: Path) -> None:

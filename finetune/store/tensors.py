@@ -8,8 +8,8 @@ The format: 8 bytes little-endian header length, a JSON header, then the tensors
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -43,6 +43,8 @@ class Tensor:
     data: bytes | bytearray | memoryview
     first: int = 0
     """The place of `data` in the bytes of the whole tensor, of which other processes may have the rest."""
+    make: Callable[[], memoryview] | None = None
+    """Makes the data when it is written, in place of `data`: then one tensor at a time is in memory."""
 
     @property
     def bytes(self) -> int:
@@ -83,20 +85,28 @@ def write(file: Writable, tensors: Sequence[Tensor], metadata: dict[str, str]) -
     Wide items come first and the header is padded to 8 bytes, so every tensor is aligned and there are no holes.
     """
     for tensor in tensors:
-        if not tensor.is_whole:
-            size = memoryview(tensor.data).nbytes
-            raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.dtype} of shape {tensor.shape}")
+        if not tensor.make:  # before a byte is written
+            _refuse_part(tensor)
     ordered = in_order(tensors)
     for piece in pieces(beginning(ordered, metadata)):
         file.write(piece)
     records = []
     for tensor in ordered:
+        if tensor.make:
+            tensor = replace(tensor, data=tensor.make())
+            _refuse_part(tensor)
         digest = xxhash.xxh3_128()
         for piece in pieces(tensor.data):
             file.write(piece)
             digest.update(piece)
         records.append(TensorRecord(tensor.name, tensor.dtype, tensor.shape, f"xxh3-128:{digest.hexdigest()}"))
     return records
+
+
+def _refuse_part(tensor: Tensor) -> None:
+    if not tensor.is_whole:
+        size = memoryview(tensor.data).nbytes
+        raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.dtype} of shape {tensor.shape}")
 
 
 def in_order(tensors: Sequence[Tensor]) -> list[Tensor]:

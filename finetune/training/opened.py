@@ -108,7 +108,10 @@ def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bo
     run = base.run_around(checkpoint.path)
     plan = RunDirectory(run).plan()[0] if run else None
     recipe = plan.recipe if plan and is_as_trained else None
-    if (checkpoint.path / "adapter_config.json").exists():
+    is_adapter = (checkpoint.path / "adapter_config.json").exists()
+    if checkpoint.manifest.kind == "average" and not is_adapter:
+        recipe = None  # its weights are in fp32, whatever those of training were in
+    if is_adapter:
         return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
     if plan:
         asked["kind"] = base.class_named(plan.text_of)

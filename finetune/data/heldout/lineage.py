@@ -29,11 +29,14 @@ VERSION = 1  # of the arrays in the cache
 PLACE = {"path", "dataset", "name", "split", "revision", "files", "weight", "epochs"}
 THIS_RUN = "this run"
 PROVENANCE = "provenance.intoto.jsonl"
+STAGES = "stages.json"  # of an average: the runs behind all of its members
 
 
 def stages(text: str) -> tuple[Stage, ...]:
     """The runs that trained the model of a ref, the last one first; none if the model is not of a run."""
     ref = parse(text)
+    if ref.kind == "checkpoint" and (ref.path / STAGES).is_file():
+        return tuple(map(Stage.model_validate, json.loads((ref.path / STAGES).read_bytes())))
     if ref.kind == "checkpoint":
         run, step = run_around(ref.path), read(ref.path).step
     elif ref.kind == "run" or ref.kind == "base":

@@ -25,7 +25,7 @@ from finetune.model.base.weight_files import CONVERT
 from finetune.plan.plan import PinnedBase
 from finetune.recipe.schema import Base
 from finetune.store import cache, places
-from finetune.store.checkpoints.manifest import MANIFEST
+from finetune.store.checkpoints.manifest import MANIFEST, read
 from finetune.store.checkpoints.refs import Ref, find, parse, run_around
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run.directory import RunDirectory
@@ -197,7 +197,7 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
         return plan.recipe.base, plan.base
     config = merge.read_config(path, where)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if is_ours and not revision:  # it names what only its run can find
+    if is_ours and not revision and read(path).manifest.run:  # it names what only its run can find
         raise CheckpointError("is an adapter whose run directory is not around it", where=where)
     if not name:
         message, hint = (

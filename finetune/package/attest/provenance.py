@@ -46,7 +46,10 @@ def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, st
     """The whole statement. `files` are those of the package, by name; `software` is the run's own record of it."""
     plan, manifest, made = facts.plan, facts.manifest, [*facts.averaged, facts.manifest]
     recipe = YAML(typ="safe", pure=True).load(record.recipe(plan))
-    average = {"average": [each.step for each in made]} if facts.averaged else {}
+    average: dict[str, object] = {"average": [each.step for each in made]} if facts.averaged else {}
+    if manifest.members:
+        weights = [{"ref": each["ref"], "weight": each["weight"]} for each in manifest.members]
+        average = {"average": {"method": manifest.method, "members": weights}}
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": sha256(path)}} for name, path in _subjects(files)],
@@ -73,7 +76,8 @@ def statement(facts: Facts, files: Mapping[str, Path], software: Mapping[str, st
                 "builder": {"id": "urn:finetune"},
                 "metadata": {"invocationId": manifest.run},
                 "byproducts": [
-                    {"name": f"{step_name(each.step)}/{MANIFEST}", "digest": _digest(each.digest)} for each in made
+                    *({"name": f"{step_name(each.step)}/{MANIFEST}", "digest": _digest(each.digest)} for each in made),
+                    *({"name": each["ref"], "digest": _digest(each["digest"])} for each in manifest.members),
                 ],
             },
         },

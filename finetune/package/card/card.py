@@ -3,6 +3,8 @@
 A pure function of the run's record: it must hold no clock, no path, no host, no row.
 """
 
+import re
+
 from finetune.package.card import figures, record
 from finetune.package.card.facts import Facts, hub_base, lies_on, method
 from finetune.package.card.metadata import FrontMatter
@@ -10,6 +12,8 @@ from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked
 from finetune.plan.plan import Parent, PinnedSource, Plan
 from finetune.recipe.load import to_yaml
 from finetune.recipe.schema import Source
+from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.run.records import MemberRecord
 
 LIMITS = (
     "Checked is that these are the weights that were trained, and how they predict held-out rows of the same kind. Not checked: other tasks, "
@@ -81,7 +85,7 @@ def _title(plan: Plan) -> str:
 
 def _summary(facts: Facts) -> str:
     plan, step = facts.plan, facts.manifest.step
-    what = f"the {name}" if (name := figures.named(facts.figures, step)).startswith("mean") else name
+    what = name if (name := figures.named(facts.figures, step)).startswith("step") else f"the {name}"
     form = f"the adapter alone, {facts.dtype}" if facts.form == "adapter" else f"whole weights, {facts.dtype}"
     if facts.form == "merged" and plan.recipe.adapter and plan.recipe.adapter.is_peft:
         form += ", the adapter merged in"
@@ -190,10 +194,22 @@ def _recipe(facts: Facts) -> str:
 
 
 def _commands(facts: Facts) -> str:
-    return (
-        f"finetune train training/recipe.yaml --run runs/again\nfinetune package runs/again@{facts.manifest.step} again"
-        + "".join(f" --average {other.step}" for other in facts.averaged)
-    )
+    train, step = "finetune train training/recipe.yaml --run runs/again\n", facts.manifest.step
+    if facts.manifest.kind == "average":
+        made = f"{_members(facts.manifest)} {facts.manifest.method}".rstrip()
+        return f"{train}finetune average {made} --output runs/again/averages/it\nfinetune package runs/again/averages/it again"
+    others = "".join(f" --average {other.step}" for other in facts.averaged)
+    return f"{train}finetune package runs/again@{step} again{others}"
+
+
+def _members(manifest: Manifest) -> str:
+    """The refs of an average, as a command has them: of a window, and of the last commits, the last one."""
+    of_run = manifest.parent["ref"].rpartition("@")[0] if manifest.parent else ""
+    refs = [each["ref"] for each in manifest.members]
+    if "--with-base" in manifest.method:
+        refs = refs[1:]
+    refs = refs[-1:] if re.search("--(like|last) ", manifest.method) else refs
+    return " ".join(f"runs/again{ref.removeprefix(of_run)}" if ref.startswith(f"{of_run}@") else ref for ref in refs)
 
 
 def _beginning(plan: Plan) -> list[str]:
@@ -211,12 +227,17 @@ def _lineage(facts: Facts) -> str:
         ("base", _base(facts.plan)),
         ("plan", f"`{manifest.plan_id}`"),
         ("run", f"`{manifest.run}`"),
-        ("checkpoint", f"step {manifest.step}, manifest `{manifest.digest}`"),
+        ("checkpoint", f"{figures.named(facts.figures, manifest.step)}, manifest `{manifest.digest}`"),
         *((f"averaged with step {other.step}", f"manifest `{other.digest}`") for other in facts.averaged),
+        *((f"averaged with weight {each['weight']:.6g}", _member(each)) for each in manifest.members),
         *([("branched from", _branch(facts.plan.parent))] if facts.plan.parent else []),
         ("checkpoint before it", f"`{parent['ref']}`, manifest `{parent['digest']}`" if parent else "none"),
     ]
     return figures.table(("", ""), rows)
+
+
+def _member(member: MemberRecord) -> str:
+    return f"`{member['ref']}`" + (f", `{member['digest']}`" if member["digest"] else ", made by replay")
 
 
 def _branch(parent: Parent) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from finetune.errors import counted
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Task
@@ -25,16 +26,15 @@ def held_out(records: Iterable[Record]) -> dict[int, Metrics]:
     return {step: cast(Metrics, item) for step, item in found.items()}
 
 
-def averaged(records: Iterable[Record]) -> list[int]:
-    """The steps in the mean of the packaged weights; empty for one step."""
-    events = (item for item in records if is_event(item))
-    return next((item["steps"] for item in events if item["event"] == "averaged"), [])
-
-
 def named(records: Iterable[Record], step: int) -> str:
     """The packaged step, or the mean of several, in words."""
-    steps = averaged(records)
-    return f"mean of steps {', '.join(map(str, steps))}" if steps else f"step {step}"
+    events = (item for item in records if is_event(item))
+    average = next((item for item in events if item["event"] == "averaged"), None)
+    if average is None:
+        return f"step {step}"
+    if "weights" in average:
+        return f"average of {counted(len(average['weights']), 'checkpoint')} up to step {step}"
+    return f"mean of steps {', '.join(map(str, average['steps']))}"
 
 
 def shown(records: Sequence[Record], step: int, titles: Mapping[str, str]) -> str:

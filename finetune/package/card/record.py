@@ -57,6 +57,16 @@ def of_average(manifests: Sequence[Manifest], metrics: Metrics) -> Record:
     return cast(Record, {"kind": "event", "event": "averaged", "step": steps[-1], "steps": steps, **metrics})
 
 
+def of_checkpoint(found: Scan, manifest: Manifest) -> list[Record]:
+    """The figures up to a checkpoint. An average has no place of its own in the run: it stands at the step of its last member."""
+    records = figures(found, manifest.step)
+    if manifest.kind == "average":
+        weights = [each["weight"] for each in manifest.members]
+        about = {"kind": "event", "event": "averaged", "step": manifest.step, "weights": weights}
+        records.append(cast(Record, about | manifest.metrics))
+    return records
+
+
 def to_lines(records: Iterable[Record]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 

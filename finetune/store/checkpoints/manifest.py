@@ -16,7 +16,7 @@ import blake3
 from finetune.errors import CheckpointError
 from finetune.plan.facts import Facts, Metrics, World, world_of
 from finetune.store.run.directory import step_of
-from finetune.store.run.records import AmendmentRecord, ParentRecord
+from finetune.store.run.records import AmendmentRecord, MemberRecord, ParentRecord
 from finetune.store.strict_json import to_json
 from finetune.store.tensors import TensorRecord
 
@@ -58,8 +58,8 @@ class Manifest:
     step: int
     parent: ParentRecord | None
     plan_id: str
-    kind: Literal["full", "weights"] = "full"
-    """`weights` was demoted: optimizer and counters are gone."""
+    kind: Literal["full", "weights", "average"] = "full"
+    """`weights` was demoted: optimizer and counters are gone. `average` is a weighted sum of other checkpoints, and no step of a run."""
     demoted_from: str | None = None
     """Digest of its manifest before it was demoted: later checkpoints name it as their parent's."""
     amendments: list[AmendmentRecord] = field(default_factory=list)
@@ -67,12 +67,17 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    members: list[MemberRecord] = field(default_factory=list)
+    """What an average was taken over; only averages have this and the next one."""
+    method: str = ""
+    """The options of `finetune average` that chose members and weights."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     digest: str | None = field(default=None, compare=False)
 
     def to_bytes(self) -> bytes:
         """The file: one key a line, the digest last."""
-        entries = {key: value for key, value in asdict(self).items() if key != "digest"}
+        unused = {"digest"} if self.kind == "average" else {"digest", "members", "method"}
+        entries = {key: value for key, value in asdict(self).items() if key not in unused}
         for record in entries["files"].values():
             if not record["tensors"]:
                 del record["tensors"]

@@ -113,6 +113,11 @@ class RunDirectory:
         return self.path / "evaluations"
 
     @property
+    def averages(self) -> Path:
+        """Averages of checkpoints, a folder for each: the keep rules leave them alone."""
+        return self.path / "averages"
+
+    @property
     def figures(self) -> Path:
         """The table of the tracker `csv`."""
         return self.path / "figures.csv"

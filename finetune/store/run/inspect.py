@@ -13,10 +13,10 @@ from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint
 from finetune.store.checkpoints.refs import CheckpointRef, StepRef, find, parse
 from finetune.store.checkpoints.store import Store
-from finetune.store.checkpoints.stored import Summary
+from finetune.store.checkpoints.stored import Summary, opened
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal, scan
-from finetune.store.run.directory import CHECKPOINTS, RunDirectory, step_of
+from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.run.records import EventRecord, StepRecord
 from finetune.store.run.shown import BranchLog, Commit, Description, Incident, ParentOfRun, ProblemReport, RunLog
 
@@ -56,6 +56,7 @@ def log(run: Path) -> RunLog:
             _summary(run, item, trained.get(item.step), evaluated.get(item.step, {}), item.step in pinned)
             for item in stored
         ],
+        "averages": [_summary(run, item, None, {}, False) for item in _averages(run)],
         "incidents": [_incident(record) for record in events if record.get("event") in INCIDENTS],
         "notes": best.notes(saved, evaluated, best.first_step(events)),
         "seen": plan.seen_told,
@@ -79,12 +80,13 @@ def _lines(facts: RunLog, margin: str, are_rows_others: bool = False) -> list[st
     entries: list[tuple[int, int, str | BranchLog]] = [
         (row["step"], 1, _checkpoint_line(row, are_rows_others)) for row in facts["checkpoints"]
     ]
+    entries += [(row["step"], 2, _checkpoint_line(row, are_rows_others)) for row in facts["averages"]]
     entries += [
         (incident["step"], 0, f"! step {incident['step']}: {incident['message']}") for incident in facts["incidents"]
     ]
-    entries += [(_parent_step(branch), 2, branch) for branch in facts["branches"]]
+    entries += [(_parent_step(branch), 3, branch) for branch in facts["branches"]]
     entries.sort(key=lambda entry: entry[:2])
-    entries += [(steps["recorded"], 3, f"! {note}") for note in facts["notes"]]
+    entries += [(steps["recorded"], 4, f"! {note}") for note in facts["notes"]]
     for place, (_, _, entry) in enumerate(entries):
         is_last = place == len(entries) - 1
         if isinstance(entry, str):
@@ -98,7 +100,7 @@ def _lines(facts: RunLog, margin: str, are_rows_others: bool = False) -> list[st
 
 def _checkpoint_line(row: Commit, are_rows_others: bool) -> str:
     losses = (_figure(row["training_loss"]), _figure(row["metrics"].get("loss")))
-    about = [*(["weights alone"] if row["kind"] == "weights" else []), *(["pinned"] if row["pinned"] else [])]
+    about = [*(["weights alone"] if row["kind"] != "full" else []), *(["pinned"] if row["pinned"] else [])]
     about += ["other held-out rows"] if are_rows_others and "loss" in row["metrics"] else []
     return f"{row['ref']:35}{losses[0]:>14}{losses[1]:>14}  {', '.join(about)}".rstrip()
 
@@ -145,6 +147,8 @@ def describe(text: str) -> Description:
         "plan_id": manifest.plan_id,
         "digest": manifest.digest,
         "parent": manifest.parent,
+        "members": manifest.members,
+        "method": manifest.method,
         "metrics": manifest.metrics,
         "versions": manifest.versions,
         "world": manifest.world,
@@ -159,6 +163,7 @@ def listing(facts: Description) -> str:
     """The same for a reader."""
     lines = [f"{name:10}{facts[name]}" for name in ("path", "step", "kind", "created", "plan_id", "digest")]
     lines.append(f"{'parent':10}{facts['parent']['ref'] if facts['parent'] else 'the base'}")
+    lines += [f"{'member':10}{each['weight']:.6f}  {each['ref']}" for each in facts["members"]]
     for part in ("metrics", "versions", "world"):
         lines.append(f"{part:10}" + "  ".join(f"{name} {_figure(value)}" for name, value in facts[part].items()))
     lines += [
@@ -186,12 +191,23 @@ def problems(text: str) -> list[ProblemReport]:
     if isinstance(ref, StepRef) and ref.is_implied:
         store = Store(ref.run)
         paths = sorted([*(item.path for item in store.checkpoints()), *(item.path for item in store.unreadable())])
-        found = [(f"{CHECKPOINTS}/{path.name}/", damage) for path in paths for damage in verify(path)]
+        paths += _places_of_averages(ref.run)
+        found = [(f"{path.parent.name}/{path.name}/", damage) for path in paths for damage in verify(path)]
     else:
         found = [("", damage) for damage in verify(_place_of(ref))]
     return [
         {"check": d.check, "file": f"{prefix}{d.file}", "tensor": d.tensor, "message": d.message} for prefix, d in found
     ]
+
+
+def _averages(run: Path) -> list[Checkpoint]:
+    """The averages of a run with a sound manifest, by name."""
+    found = map(opened, _places_of_averages(run))
+    return [item for item in found if isinstance(item, Checkpoint)]
+
+
+def _places_of_averages(run: Path) -> list[Path]:
+    return sorted(RunDirectory(run).averages.glob("[!.]*"))  # the others are under way
 
 
 def _place_of(ref: StepRef | CheckpointRef) -> Path:
@@ -208,8 +224,9 @@ def _checkpoint(text: str) -> Checkpoint:
 def _summary(
     run: Path, checkpoint: Checkpoint, record: StepRecord | None, evaluated: Metrics, is_pinned: bool
 ) -> Commit:
+    is_average = checkpoint.manifest.kind == "average"
     return {
-        "ref": f"{run}@{checkpoint.step}",
+        "ref": str(checkpoint.path) if is_average else f"{run}@{checkpoint.step}",
         "step": checkpoint.step,
         "path": str(checkpoint.path),
         "kind": checkpoint.manifest.kind,

@@ -44,6 +44,15 @@ class AmendmentRecord(TypedDict):
     step: int
 
 
+class MemberRecord(TypedDict):
+    """A member of an average, as its manifest names it."""
+
+    ref: str
+    digest: str | None
+    """Of its manifest or of its files; None of a step that is not stored, and was made by replay."""
+    weight: float
+
+
 class ParentRecord(TypedDict):
     """The previous checkpoint, as a manifest names it; without a digest if it is the base."""
 
@@ -65,6 +74,7 @@ class EventRecord(TypedDict, total=False):
     world: World
     previous: str | None
     steps: list[int]
+    weights: list[float]
     schedule: str
     ref: str
     run: str

@@ -3,7 +3,7 @@
 from typing import TypedDict
 
 from finetune.plan.facts import Metrics, World
-from finetune.store.run.records import ParentRecord
+from finetune.store.run.records import MemberRecord, ParentRecord
 
 
 class Steps(TypedDict):
@@ -48,6 +48,7 @@ class RunLog(TypedDict):
     parent: ParentOfRun | None
     steps: Steps
     checkpoints: list[Commit]
+    averages: list[Commit]
     incidents: list[Incident]
     notes: list[str]
     seen: list[str]
@@ -78,6 +79,9 @@ class Description(TypedDict):
     plan_id: str
     digest: str | None
     parent: ParentRecord | None
+    members: list[MemberRecord]
+    """Of an average."""
+    method: str
     metrics: Metrics
     versions: dict[str, str]
     world: World
