@@ -67,7 +67,7 @@ def fetch(recipe: Path, overrides: tuple[str, ...]) -> None:
 
     # This also downloads the data sets and encodes them, which `train` could not do without a network.
     resolved = with_sets(resolve(loaded))
-    click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base))
+    click.echo(base.directory(resolved.plan.recipe.base, resolved.plan.base, as_trained=True))
 
 
 class HowToTrain(TypedDict):

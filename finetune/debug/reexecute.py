@@ -67,7 +67,7 @@ class Rerun:
             self.resolved: Resolved = resolve_own(
                 self.plan, RunDirectory(run).plan_file, is_to_load=True, stand_in=small_files
             )
-            self._directory = self._stand_in or base.directory(self.plan.recipe.base, self.plan.base)
+            self._directory = self._stand_in or base.directory(self.plan.recipe.base, self.plan.base, as_trained=True)
         self._state: TrainState | None = None
         self._loaded_step = 0
         self._worlds: dict[str, World] = {

@@ -131,9 +131,11 @@ def _of_base(ref: str, opened: Opened, tokenizer: PreTrainedTokenizerBase) -> It
     """Where the weights under the package are not the base's files, or not those of the training."""
     if under := lies_on(opened.run_plan):
         yield Check("base", f"it lies on {under}")
-    if opened.run_plan.recipe.base.quantization:
+    if opened.run_plan.quantization:
         trained = probe.logits(open_model(ref).model, tokenizer)
-        yield weights.unquantized(trained, probe.logits(opened.model, tokenizer))
+        is_stored = opened.run_plan.base.stored is not None
+        plain = "the numbers that the base's files stand for" if is_stored else "the base itself"
+        yield weights.unquantized(trained, probe.logits(opened.model, tokenizer), plain)
 
 
 def _licences(plan: Plan, base_directory: Path | None) -> tuple[FrontMatter | None, str | None, tuple[str | None, ...]]:

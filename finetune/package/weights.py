@@ -115,9 +115,9 @@ def mean(
     )
 
 
-def unquantized(trained: Logits, packaged: Logits) -> Check:
-    """The distance between the adapter on the original base and on the quantized base of the training."""
-    what = "the base itself, in place of the quantized one under the adapter"
+def unquantized(trained: Logits, packaged: Logits, plain: str) -> Check:
+    """The distance between the adapter on plain weights and on the quantized ones of the training."""
+    what = f"{plain}, in place of the quantized weights under the adapter"
     return bounds.within("quantization", what, trained, packaged, bounds.QUANTIZATION_BOUND)
 
 

@@ -16,7 +16,7 @@ def width(plan: Plan) -> int:
 
 def is_beside(plan: Plan) -> bool:
     """Whether only matrices beside a frozen base are trained."""
-    return plan.recipe.adapter is not None and plan.recipe.adapter.is_peft
+    return plan.recipe.is_adapted
 
 
 def stored_width(plan: Plan) -> int:
@@ -68,7 +68,7 @@ def _wider(plan: Plan, shape: Shape) -> int:
 
     Products of int8 also keep their input in bf16, beside the adapter's cast of it.
     """
-    kind, stored = plan.recipe.base.quantization, stored_width(plan)
+    kind, stored = plan.quantization, stored_width(plan)
     outputs = 3 * shape.intermediate * (max(stored, width(plan)) - width(plan)) if kind else 0
     inputs = (2 * shape.hidden + shape.intermediate) * stored if kind == "int8" and stored == 2 else 0
     return outputs + inputs

@@ -35,7 +35,7 @@ class KindFacts(TypedDict):
 
 def facts_of(plan: Plan, kinds: dict[str, OfKind]) -> dict[str, KindFacts]:
     """The list of a plan, the largest kind first."""
-    quantization = plan.recipe.base.quantization
+    quantization = plan.quantization
     return {
         kind: {
             "parameters": one["parameters"],
@@ -53,7 +53,7 @@ def _bytes(plan: Plan, kind: str, one: OfKind) -> int:
     if not is_beside(plan):
         return stored_width(plan) * one["parameters"]
     products = one["parameters"] if kind == HEAD else one["linear"]
-    each = QUANTIZED.get(plan.recipe.base.quantization or "", width(plan)) if kind != HEAD else width(plan)
+    each = QUANTIZED.get(plan.quantization or "", width(plan)) if kind != HEAD else width(plan)
     return round(each * products) + stored_width(plan) * (one["parameters"] - products)
 
 

@@ -13,8 +13,8 @@ from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
 from finetune.recipe.schema.rules import unshardable
 
-# Bytes a parameter. nf4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
-QUANTIZED = {"nf4": 0.5625, "int8": 1.004}
+# Bytes a parameter. nf4 and fp4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
+QUANTIZED = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.004}
 CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
 HOST_PROCESS_BYTES = (
@@ -189,7 +189,8 @@ def strategy(plan: Plan, shape: Shape, device: Device) -> str:
         return device.asked if named == "auto" else named
     work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
     fits_one = fits(whole_bytes(plan, shape, work, device), device)
-    return "fsdp" if not fits_one and unshardable(plan.recipe) is None else "ddp"
+    can_share = unshardable(plan.recipe) is None and plan.quantization is None
+    return "fsdp" if not fits_one and can_share else "ddp"
 
 
 def fits(size: int, device: Device) -> bool:
@@ -225,7 +226,7 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
         return {"rest": stored_width(plan) * parameters}
     embeddings = shape.vocabulary * shape.hidden
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
-    each = QUANTIZED.get(plan.recipe.base.quantization or "", width(plan))
+    each = QUANTIZED.get(plan.quantization or "", width(plan))
     beside = plan.parameters_beside_text  # not quantized either
     linear = round(each * (parameters - embeddings - head - beside)) + width(plan) * (head + beside)
     return {"linear": linear, "rest": stored_width(plan) * embeddings}

@@ -1,5 +1,7 @@
 """The records of a plan: the exact base, rows, earlier runs and origin of a run."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from finetune.plan.split import Seen, Split
@@ -20,22 +22,27 @@ class PinnedBase(Pin):
     beneath: "PinnedBase | None" = None
     """The base of an adapter."""
     dequantized: str | None = None
-    """How the files of a quantized base store weights that are trained as the numbers they stand for."""
+    """How the files of a quantized base store weights. You train the numbers that they stand for, unless they are `stored`."""
+    stored: Literal["nf4", "fp4", "int8"] | None = None
+    """The bits of bitsandbytes in which they stay under an adapter, as they are in the files."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user of the base should know of it."""
         if self.dequantized is None:
             return ()
-        told = f"its files are quantized ({self.dequantized}); you train the numbers that they stand for"
-        return (f"{told}, written once to the cache",)
+        told = f"its files are quantized ({self.dequantized})"
+        if self.stored:
+            return (f"{told}, and stay so under the adapter",)
+        return (f"{told}; you train the numbers that they stand for, written once to the cache",)
 
     @model_serializer(mode="wrap")
     def _without_what_is_not(self, serialized: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Plans of other bases have no key for it, like those of older code."""
         facts: dict[str, object] = serialized(self)
-        if self.dequantized is None:
-            facts.pop("dequantized", None)
+        for name in ("dequantized", "stored"):
+            if getattr(self, name) is None:
+                facts.pop(name, None)
         return facts
 
 

@@ -117,6 +117,12 @@ class Plan(Pin):
         return self.arranged or ("packed" if self.recipe.task.packing else "padded")
 
     @property
+    def quantization(self) -> str | None:
+        """How frozen linear layers are quantized in the training: as the base's files store them, or while these are read."""
+        asked = self.recipe.base.quantization
+        return self.base.stored or (asked if asked in ("nf4", "int8") else None)
+
+    @property
     def plan_ids(self) -> frozenset[str]:
         """The plan ids that checkpoints of the run may have: this one, and those before each extension."""
         return frozenset({self.plan_id, *(segment.plan_id for segment in self.segments)})

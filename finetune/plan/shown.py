@@ -11,6 +11,7 @@ class PinFacts(TypedDict):
     digest: str | None
     beneath: "PinFacts | None"
     dequantized: NotRequired[str]
+    stored: NotRequired[str]
 
 
 class BaseFacts(PinFacts):

@@ -53,7 +53,7 @@ def settings(plan: "Plan", own: "Plan | None") -> dict[str, str]:
         "arrangement": plan.arrangement,
         "precision": plan.recipe.train.precision,
         "weights": train.weights if train else "fp32",
-        "quantization": (own.recipe.base.quantization if own else None) or "none",
+        "quantization": (own.quantization if own else None) or "none",
     }
 
 

@@ -26,7 +26,7 @@ from finetune.model import packing as packed
 from finetune.model.packing import OURS, Packing
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
-from finetune.recipe.schema import Recipe, Train
+from finetune.recipe.schema import Train
 from finetune.store import cache
 from finetune.tasks import TASKS
 from finetune.training.ema import Average
@@ -57,14 +57,14 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> Pre
     """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
     recipe = plan.recipe
     kind = base.class_named(plan.text_of)
-    place = _place(recipe, base_directory, device, kind)
+    place = _place(plan, base_directory, device, kind)
     packing = packing_of(base_directory, recipe.task.max_length) if plan.arrangement == "packed" else None
     load = base.load_as_stored if plan.keeps_fp32 else base.load_model
     model = load(
         base_directory,
         base.DTYPES[recipe.train.weights],
         packing and packing.attention,
-        recipe.base.quantization,
+        plan.quantization,
         base.DTYPES[recipe.train.precision],
         place,
         kind=kind,
@@ -79,15 +79,15 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> Pre
         return adapters.apply(model, recipe.adapter, is_older=not plan.reaches_all)
 
 
-def _place(recipe: Recipe, base_directory: Path, device: torch.device, kind: base.LoadingClass) -> base.Place:
+def _place(plan: Plan, base_directory: Path, device: torch.device, kind: base.LoadingClass) -> base.Place:
     """The device, and on it what `adapter.store_frozen_as_bf16` would make bf16 in bf16 at once.
 
     On a CPU fp32 files are mapped, and then cast layer by layer. Other files would first become a whole model in fp32.
     """
-    settings = recipe.train
-    is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not recipe.base.quantization
+    recipe, settings = plan.recipe, plan.recipe.train
+    is_halved = settings.precision == "bf16" and settings.weights == "fp32" and not plan.quantization
     is_mapped = device.type == "cpu" and not base.has_halves(base_directory)
-    if is_mapped or not is_halved or not (recipe.adapter and recipe.adapter.is_peft):
+    if is_mapped or not is_halved or not recipe.is_adapted:
         return base.Place(device)
     return base.Place(device, adapters.linear_weights(base.empty_model(base_directory, kind)))
 
@@ -139,7 +139,7 @@ def _fitting_loss(plan: Plan, model: PreTrainedModel, base_directory: Path) -> t
 
     def find() -> str | None:
         # weights of two types meet in products that only autocast brings together
-        is_mixed = plan.keeps_fp32 or bool(_place(recipe, base_directory, device, base.class_named(plan.text_of)).names)
+        is_mixed = plan.keeps_fp32 or bool(_place(plan, base_directory, device, base.class_named(plan.text_of)).names)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=is_mixed)
         with as_trained(recipe.train, device), mixed:
             if packing:

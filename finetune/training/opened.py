@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.model import base
 from finetune.model.base import templates
 from finetune.plan.plan import Plan
-from finetune.recipe.schema import Base, Recipe
+from finetune.recipe.schema import Base
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.run.directory import RunDirectory
@@ -78,9 +78,9 @@ def open_model(
     # RUN@0 is not stored: it is the base that the plan pins.
     if ref.kind == "base":
         plan, _ = RunDirectory(ref.run).plan()
-        directory = base.directory(plan.recipe.base, plan.base)
+        directory = base.directory(plan.recipe.base, plan.base, as_trained=is_as_trained)
         asked["kind"] = base.class_named(plan.text_of)
-        model = _loaded(directory, plan.recipe if is_as_trained else None, asked)
+        model = _loaded(directory, plan if is_as_trained else None, asked)
         return Opened(model, directory, directory, plan, None)
     if ref.kind == "run" or ref.kind == "checkpoint":
         return _open_checkpoint(find(ref), asked, is_as_trained)
@@ -107,43 +107,43 @@ def _open_checkpoint(checkpoint: Checkpoint, asked: _Settings, is_as_trained: bo
     # A checkpoint copied out of its run has no plan beside it.
     run = base.run_around(checkpoint.path)
     plan = RunDirectory(run).plan()[0] if run else None
-    recipe = plan.recipe if plan and is_as_trained else None
+    trained = plan if is_as_trained else None
     is_adapter = (checkpoint.path / "adapter_config.json").exists()
     if checkpoint.manifest.kind == "average" and not is_adapter:
-        recipe = None  # its weights are in fp32, whatever those of training were in
+        trained = None  # its weights are in fp32, whatever those of training were in
     if is_adapter:
-        return replace(_open_adapter(checkpoint.path, asked, recipe), plan=plan, checkpoint=checkpoint)
+        return replace(_open_adapter(checkpoint.path, asked, trained), plan=plan, checkpoint=checkpoint)
     if plan:
         asked["kind"] = base.class_named(plan.text_of)
-    model = _loaded(checkpoint.path, recipe, asked)
+    model = _loaded(checkpoint.path, trained, asked)
     directory = checkpoint.path
     if plan and not base.has_tokenizer(directory):  # older code saved only some kinds
         directory = base.directory(plan.recipe.base, plan.base, with_weights=False)
     return Opened(model, directory, checkpoint.path, plan, checkpoint)
 
 
-def _open_adapter(path: Path, asked: _Settings, recipe: Recipe | None) -> Opened:
-    """An adapter on its base: that of its run, or the one that a plain peft directory names. As `recipe` trained it, or in fp32."""
+def _open_adapter(path: Path, asked: _Settings, plan: Plan | None) -> Opened:
+    """An adapter on its base: that of its run, or the one that a plain peft directory names. As `plan` trained it, or in fp32."""
     below, pinned = base.beneath(path, str(path))
-    base_directory = base.directory(below, pinned)
+    base_directory = base.directory(below, pinned, as_trained=plan is not None)
     kind = base.class_below(path, base_directory, str(path))
-    model = _loaded(base_directory, recipe, {**asked, "kind": kind})
+    model = _loaded(base_directory, plan, {**asked, "kind": kind})
     # Not merged: merging rounds, so the figures would not be those of training.
     model = base.attach(model, path, str(path))
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 
 
-def _loaded(directory: Path, recipe: Recipe | None, asked: _Settings) -> PreTrainedModel:
-    """The model in a directory, with the weights as `recipe` trains them, or in fp32; what is asked for comes first."""
-    settings: _Settings = _as_trained(recipe) if recipe else {}
+def _loaded(directory: Path, plan: Plan | None, asked: _Settings) -> PreTrainedModel:
+    """The model in a directory, with the weights as `plan` trains them, or in fp32; what is asked for comes first."""
+    settings: _Settings = _as_trained(plan) if plan else {}
     settings.update(asked)
     return base.load_model(directory, **settings)
 
 
-def _as_trained(recipe: Recipe) -> _Settings:
+def _as_trained(plan: Plan) -> _Settings:
     """The arguments of `base.load_model` for the weights of training."""
     return {
-        "dtype": base.DTYPES[recipe.train.weights],
-        "products": base.DTYPES[recipe.train.precision],
-        "quantization": recipe.base.quantization,
+        "dtype": base.DTYPES[plan.recipe.train.weights],
+        "products": base.DTYPES[plan.recipe.train.precision],
+        "quantization": plan.quantization,
     }

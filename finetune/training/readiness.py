@@ -20,9 +20,10 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     """RunError, BaseError or FinetuneError with the key to change."""
     refuse_unfit_base(resolved)
     recipe = resolved.plan.recipe
-    if recipe.base.quantization:
-        base.refuse_unquantized(resolved.base_directory, recipe.base.quantization)
-        base.check_quantization(resolved.base_directory, recipe.base.quantization)
+    if quantization := resolved.plan.quantization:
+        if not (is_stored := bool(resolved.plan.base.stored)):
+            base.refuse_unquantized(resolved.base_directory, quantization)
+        base.check_quantization(resolved.base_directory, quantization, is_stored)
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
         decoder_layers.check_compiler()

@@ -94,5 +94,5 @@ def open_rows(loaded: LoadedRecipe, is_first_read: bool = True) -> RecipeRows:
 def open_encoding(loaded: LoadedRecipe) -> Encoding:
     """The tokenizer of the recipe's base, and the template in force."""
     recipe = loaded.recipe
-    directory = base.directory(recipe.base, base.pin(recipe.base), with_weights=False)
+    directory = base.directory(recipe.base, base.pin(recipe.base, recipe.is_adapted), with_weights=False)
     return encoding_of(recipe, directory, base.load_tokenizer(directory), None, None, None)

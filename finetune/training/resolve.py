@@ -150,7 +150,10 @@ def open_base(loaded: LoadedRecipe, like: Plan | None, stand_in: Path | None, is
     """Config and tokenizer of the base. RecipeError where it and the recipe cannot do together."""
     recipe = loaded.recipe
     # A branch on the same base keeps the pin, so that a new commit on the Hub does not change it under way.
-    pinned = like.base if like and like.recipe.base == recipe.base else base.pin(recipe.base)
+    is_same = like is not None and like.recipe.base == recipe.base
+    # Packed bits cannot be spread over devices by rows.
+    is_whole = recipe.is_adapted and recipe.train.strategy != "fsdp"
+    pinned = like.base if like and is_same else base.pin(recipe.base, is_whole)
     directory = stand_in or base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
         # The disk reads weights into memory while the CPU encodes rows.

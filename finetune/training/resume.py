@@ -45,9 +45,8 @@ class Opened(NamedTuple):
 def stand_in(run: Path, plan: Plan) -> Path | None:
     """The newest checkpoint of a run that trains whole weights, where its base cannot be had: it has all that a resume needs. None where
     the base is there, or nothing stands in for it: then loading the base says why."""
-    adapter = plan.recipe.adapter
     # A checkpoint of an adapter has no weights of the base.
-    if (adapter and adapter.is_peft) or places.bases():
+    if plan.recipe.is_adapted or places.bases():
         return None
     try:
         base.directory(plan.recipe.base, plan.base)

@@ -114,7 +114,9 @@ def _open(
         # Rank 0 asks for all. A run that has commits was asked when it began.
         if ask and is_writer and not Store(path).checkpoints():
             ask(resolved)
-        base_directory = resolved.stand_in or base.directory(resolved.plan.recipe.base, resolved.plan.base)
+        base_directory = resolved.stand_in or base.directory(
+            resolved.plan.recipe.base, resolved.plan.base, as_trained=True
+        )
         if is_writer and not resolved.stand_in:
             begun = resolved.plan.recipe.base, resolved.plan.base, opened.facts["run"]
             opened.changes.extend(pins.pin_base(*begun, base_directory))

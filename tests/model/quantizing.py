@@ -6,6 +6,7 @@ Packing goes through whole numbers of Python, and has nothing in common with the
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -224,6 +225,22 @@ def quantize(base: Path, target: Path, kind: str) -> dict[str, torch.Tensor]:
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     edit(target, quantization_config=said, dtype="bfloat16")
     return numbers
+
+
+def in_bits(base: Path, target: Path, kind: str) -> Path:
+    """A copy of a base as transformers and bitsandbytes themselves save it in bf16 and `nf4`, `fp4` or `int8`."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    of_4_bits = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
+    config = BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, **of_4_bits}))
+    shutil.copytree(base, target)
+    (target / "model.safetensors").unlink()
+    with warnings.catch_warnings(action="ignore"):
+        model = AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+        model.save_pretrained(target)
+    return target
 
 
 def edit(directory: Path, **changes: object) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.cli import cli
 from finetune.errors import BaseError
 from finetune.model import base
+from finetune.model.base.damaged import name_of
 from finetune.package import export, proof
 from finetune.package.verify.verify import folder_findings, verify
 from finetune.recipe.load import load
@@ -95,7 +96,8 @@ def test_others_are_trained_resumed_and_packaged_as_plain_weights(
 ):
     numbers = quantize(tiny_base, tmp_path / "small", kind)
     train_section = {"steps": 4, "batch_size": 6, "precision": "fp32"}
-    written = recipe_file(base={"checkpoint": str(tmp_path / "small")}, adapter=adapter, train=train_section)
+    small = {"checkpoint": str(tmp_path / "small"), "quantization": "dequantized"}
+    written = recipe_file(base=small, adapter=adapter, train=train_section)
     run = train(written, tmp_path / "run")
     with killed(after=3), pytest.raises(Killed):
         train(written, tmp_path / "interrupted")
@@ -129,6 +131,62 @@ def test_plan_says_what_is_trained(recipe_file, tiny_base, tmp_path):
     plan = resolve(load(recipe_file(base={"checkpoint": str(tmp_path / "small")}))).plan
     assert plan.base.dequantized == "fp8"
     assert b"dequantized" not in resolve(load(recipe_file(base={"checkpoint": str(tiny_base)}))).plan.dump({})
+
+
+BITS = "bitsandbytes, nf4"
+
+
+def test_files_of_bitsandbytes_stay_as_they_are_under_lora_alone(recipe_file, tiny_base, tmp_path):
+    quantize(tiny_base, tmp_path / "small", "nf4")
+
+    def pinned(adapter, **asked):
+        return resolve(load(recipe_file(base={"checkpoint": str(tmp_path / "small"), **asked}, adapter=adapter))).plan
+
+    kept = pinned(LORA)
+    assert (kept.base.dequantized, kept.base.stored, kept.quantization) == (BITS, "nf4", "nf4")
+    assert kept.base.notes == (f"its files are quantized ({BITS}), and stay so under the adapter",)
+    for asked in ("stored", "nf4"):
+        assert pinned(LORA, quantization=asked).base == kept.base
+    for adapter, asked in ((None, {}), (LORA, {"quantization": "dequantized"})):
+        plan = pinned(adapter, **asked)
+        assert (plan.base.dequantized, plan.base.stored, plan.quantization) == (BITS, None, None)
+        assert b"stored" not in plan.base.model_dump_json().encode()
+    again = pinned(LORA, quantization="int8")
+    assert (again.base.stored, again.quantization) == (None, "int8")
+    # a run of older code goes on with the numbers
+    older = kept.model_copy(update={"base": kept.base.model_copy(update={"stored": None})})
+    assert resolve(load(recipe_file(base={"checkpoint": str(tmp_path / "small")}, adapter=LORA)), older).plan == older
+
+
+@pytest.mark.parametrize("kind", ["fp8", None])
+def test_only_files_of_bitsandbytes_are_kept_as_stored(kind, recipe_file, tiny_base, tmp_path):
+    directory = tmp_path / "small"
+    quantize(tiny_base, directory, kind) if kind else shutil.copytree(tiny_base, directory)
+    with pytest.raises(BaseError, match="base.quantization: `stored` keeps the bits of a checkpoint of bitsandbytes"):
+        resolve(load(recipe_file(base={"checkpoint": str(directory), "quantization": "stored"}, adapter=LORA)))
+
+
+def test_errors_name_a_quantized_base_as_its_user_does(tiny_base, tmp_path):
+    quantize(tiny_base, tmp_path / "small", "nf4")
+    named = Base(checkpoint=str(tmp_path / "small"))
+    pinned = base.pin(named, is_adapted=True)
+    for as_trained in (False, True):
+        directory = base.directory(named, pinned, as_trained=as_trained)
+        assert name_of(directory) == "small"
+        assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("end", "said"), [("absmax", "5 scales for 2048 codes"), ("quant_map", "a table of 5 numbers do not hold")]
+)
+def test_stored_weights_are_checked_before_the_first_training(end, said, tiny_base, tmp_path):
+    quantize(tiny_base, tmp_path / "small", "nf4")
+    tensors = load_file(tmp_path / "small/model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(f".{end}"))
+    save_file(tensors | {name: tensors[name][:5].contiguous()}, tmp_path / "small/model.safetensors", {"format": "pt"})
+    named = Base(checkpoint=str(tmp_path / "small"))
+    with pytest.raises(BaseError, match=said):
+        base.directory(named, base.pin(named, is_adapted=True), as_trained=True)
 
 
 def test_an_adapter_on_a_quantized_base_is_merged_onto_its_numbers(tiny_base, tmp_path):

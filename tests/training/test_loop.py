@@ -35,7 +35,7 @@ class Opened:
         loaded = load(path)
         self.resolved = resolve(loaded)
         self.plan = self.resolved.plan
-        self.base = base.directory(self.plan.recipe.base, self.plan.base)
+        self.base = base.directory(self.plan.recipe.base, self.plan.base, as_trained=True)
         self.state = build(self.plan, self.base, start_accelerator(loaded.recipe.train))
         self.batches = batches_of(self.resolved, self.resolved.train, self.state.accelerator)
         self.gradients = []

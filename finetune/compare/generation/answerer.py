@@ -63,7 +63,7 @@ def answerer_of(opened: Opened, ref: str) -> Answerer:
         _asking("conversation", plan, tokenizer, stops) if has_template else None,
         _asking("text", plan, tokenizer, stops),
         has_template and (task is None or task.row_form != "text"),
-        bool(plan and plan.recipe.base.quantization == "int8"),
+        bool(plan and plan.quantization == "int8"),
     )
 
 

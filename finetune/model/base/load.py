@@ -23,6 +23,7 @@ from finetune.model import rotary
 from finetune.model.base import quantized
 from finetune.model.base.class_in_files import class_in
 from finetune.model.base.damaged import damaged, name_of, read_json
+from finetune.model.base.dequantized import stored
 from finetune.model.base.loading_class import LoadingClass, class_of, made, other_than_text
 from finetune.model.base.quiet import quiet
 from finetune.model.base.text_side import parts_beside
@@ -109,7 +110,7 @@ def load_model(
     """The model with all its weights, at `place` or on the CPU, in eval mode. A missing weight or a wrong shape is an error.
 
     Without `attention` it is the model's own: sdpa, or eager if sdpa would be wrong, as for Gemma 2. `products` is the type in
-    which quantized layers compute; they are quantized on the model's device. Skips weights without a place in the model:
+    which quantized layers compute; they are quantized on the model's device, or are so in the files. Skips weights without a place in the model:
     checkpoints often carry the heads of other tasks. `kind` is the class, by default the one whose weights the files hold.
     """
     config = load_config(path)
@@ -119,9 +120,12 @@ def load_model(
     kind = kind or class_in(path, config)
     placed = place if place is not None and place.device.type != "cpu" else None
     options: dict[str, Any] = {"device_map": {"": placed.device if placed else "cpu"}} if placed or quantization else {}
+    own = stored.settings(path, products) if quantization else None
     reading = place.reading(type(empty_model(path, kind))) if place and place.names else contextlib.nullcontext()
     with quiet(), explained("transformers cannot open it", name_of(path)), reading:
-        if quantization:
+        if own:
+            setattr(config, quantized.KEY, own)
+        elif quantization:
             options["quantization_config"] = _bits(quantization, products, empty_model(path, kind))
         loaded: Any = kind.from_pretrained(
             path,
@@ -135,6 +139,9 @@ def load_model(
         )
     model: PreTrainedModel = loaded[0]
     refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
+    if own:
+        stored.refuse_undeclared(model, name_of(path))
+        stored.cast_others(model, dtype)
     for module in model.modules():
         # else some CPUs repack quantized weights in the first evaluation, for good, and no gradient passes from then on
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -147,9 +154,9 @@ def _names(keys: Iterable[object]) -> list[str]:
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
-def check_quantization(path: Path, kind: str) -> None:
-    """BaseError if the base at `path` cannot be quantized in this way during loading."""
-    quantized.check_quantizable(read_json(path / "config.json"), kind)
+def check_quantization(path: Path, kind: str, is_stored: bool = False) -> None:
+    """BaseError if the base at `path` cannot be quantized in this way during loading, or if nothing here can read it as it is stored."""
+    quantized.check_quantizable(read_json(path / "config.json"), kind, is_stored)
 
 
 def _bits(quantization: str, products: torch.dtype, model: PreTrainedModel) -> BitsAndBytesConfig:

@@ -30,16 +30,19 @@ from finetune.store.checkpoints.refs import Ref, find, parse, run_around
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run.directory import RunDirectory
 
+RESTORE = "restore it, or start a new run"
 MERGING = 1  # of `write_merged`; part of the cache key
 
 
-def pin(base: Base) -> PinnedBase:
-    """The exact base: the commit of a Hub id, or a digest over local files; for an adapter, its base too."""
+def pin(base: Base, is_adapted: bool = False) -> PinnedBase:
+    """The exact base: the commit of a Hub id, or a digest over local files; for an adapter, its base too. `is_adapted`: it stays
+    frozen under a new adapter, whole on each device."""
     try:
-        pinned, adapter = _pin_itself(base)
+        pinned, adapter = _pin_itself(base, is_adapted)
     except PermissionError:
         hint = f"let user {os.geteuid()} read it and all that is in it, or train as another one"
         raise BaseError("may not be read", where=base.checkpoint, hint=hint) from None
+    dequantized.refuse_unstored(base, pinned)
     if adapter is None:
         return pinned
     merge.check_weights(adapter, base.checkpoint)
@@ -47,20 +50,23 @@ def pin(base: Base) -> PinnedBase:
     return PinnedBase(kind="adapter", revision=pinned.revision, digest=files.digest(adapter), beneath=below)
 
 
-def directory(base: Base, pinned: PinnedBase, with_weights: bool = True) -> Path:
-    """A directory for `from_pretrained`: downloaded, converted, merged or drawn if needed, checked against the pin, without code."""
-    path = native.readable(_directory(base, pinned, with_weights))
+def directory(base: Base, pinned: PinnedBase, with_weights: bool = True, *, as_trained: bool = False) -> Path:
+    """A directory for `from_pretrained`: downloaded, converted, merged or drawn if needed, checked against the pin, without code. Weights
+    are numbers, unless they are wanted `as_trained` and the pin says that they stay as they are stored: see `load_model`."""
+    path = native.readable(_directory(base, pinned, with_weights, as_trained))
     if base.random_weights is not None:
         path = from_nothing.directory(path, base.random_weights, base.checkpoint, with_weights)
     return rope.scaled(path, base.rope) if base.rope else path
 
 
-def _directory(base: Base, pinned: PinnedBase, with_weights: bool) -> Path:
+def _directory(base: Base, pinned: PinnedBase, with_weights: bool, as_trained: bool) -> Path:
     is_drawn = base.random_weights is not None
     base = located(base, pinned, replace(LOOK, digest_of=from_nothing.digest) if is_drawn else LOOK)
     ref = parse(base.checkpoint)
     if pinned.beneath is not None:
         return _merged(ref, pinned, pinned.beneath, with_weights)
+    if pinned.stored is not None and with_weights and as_trained:
+        return dequantized.stored_directory(pinned, native.readable(_as_published(ref, pinned, with_weights)))
     if pinned.dequantized is not None:
         return dequantized.directory(
             pinned, lambda: native.readable(_as_published(ref, pinned, with_weights)), with_weights
@@ -110,7 +116,7 @@ def refuse_damaged(checkpoint: Path) -> None:
         raise CheckpointError(message, where=str(checkpoint), hint="use another checkpoint of the run")
 
 
-def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
+def _pin_itself(base: Base, is_adapted: bool = False) -> tuple[PinnedBase, Path | None]:
     """The pin of a base without its own base, and its directory if it is an adapter."""
     refuse_foreign(base.checkpoint)
     ref = parse(base.checkpoint)
@@ -124,7 +130,8 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
         path = hub.download(ref.repo, commit, (merge.CONFIG, *dequantized.CONFIGS))
         if merge.is_adapter(path):
             return PinnedBase(kind="hub", revision=commit, digest=None), _adapter(ref, commit)
-        return PinnedBase(kind="hub", revision=commit, digest=None, dequantized=dequantized.kind_of(path)), None
+        kept = dequantized.pinned_as(path, base.quantization, is_adapted)
+        return PinnedBase(kind="hub", revision=commit, digest=None, **kept), None
     if base.revision is not None:
         raise BaseError("`base.revision` goes with a Hub checkpoint only", where=base.checkpoint, hint="remove it")
     if base.random_weights is not None:
@@ -136,10 +143,10 @@ def _pin_itself(base: Base) -> tuple[PinnedBase, Path | None]:
     path = _local(ref)
     if (path / MANIFEST).exists():
         refuse_damaged(path)
-    is_adapter = merge.is_adapter(path)
-    kind = None if is_adapter else dequantized.kind_of(path)
-    pinned = PinnedBase(kind="directory", revision=None, digest=files.digest(path), dequantized=kind)
-    return pinned, path if is_adapter else None
+    if merge.is_adapter(path):
+        return PinnedBase(kind="directory", revision=None, digest=files.digest(path)), path
+    kept = dequantized.pinned_as(path, base.quantization, is_adapted)
+    return PinnedBase(kind="directory", revision=None, digest=files.digest(path), **kept), None
 
 
 def _local(ref: Ref) -> Path:
@@ -155,13 +162,6 @@ def _path_here(ref: Ref) -> Path | None:
     if ref.kind == "run":
         return find(ref).path
     return ref.path if ref.kind == "checkpoint" or ref.kind == "model" else None
-
-
-def _check_digest(ref: Ref, digest: str, pinned: PinnedBase) -> None:
-    if digest != pinned.digest:
-        raise BaseError(
-            "is not what it was when the run was planned", where=ref.text, hint="restore it, or start a new run"
-        )
 
 
 def _place(ref: Ref) -> Path | None:
@@ -224,7 +224,8 @@ def _explained(below: Base, where: str) -> Iterator[None]:
 def _merged(ref: Ref, pinned: PinnedBase, pinned_below: PinnedBase, with_weights: bool) -> Path:
     """An adapter merged onto its base, in fp32: done once, kept in the cache by the pins of both. Without weights, config and tokenizer."""
     path = _adapter(ref, pinned.revision)
-    _check_digest(ref, files.digest(path), pinned)
+    if files.digest(path) != pinned.digest:
+        raise BaseError("is not what it was when the run was planned", where=ref.text, hint=RESTORE)
 
     def build(target: Path) -> None:
         below, _ = _named(path, ref.text)

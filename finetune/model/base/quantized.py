@@ -35,13 +35,16 @@ def to_numbers(config: object) -> bool:
     return bool(said)
 
 
-def check_quantizable(config: Json, kind: str) -> None:
+def check_quantizable(config: Json, kind: str, is_stored: bool = False) -> None:
     """BaseError where a base cannot be quantized while it is read: it is so already, or what does it is not installed."""
     if method := _method_of(config):
         message, hint = f"`{kind}` cannot be made of a base that is quantized already ({method})", "remove the key"
         raise BaseError(message, where="base.quantization", hint=hint)
     if not find_spec("bitsandbytes"):
         message, hint = f"`{kind}` weights need bitsandbytes", "pip install bitsandbytes"
+        if is_stored:
+            message = f"the base's files are in `{kind}` and stay so under the adapter, which needs bitsandbytes"
+            hint += ", or set base.quantization: dequantized"
         raise BaseError(message, where="base.quantization", hint=hint)
 
 

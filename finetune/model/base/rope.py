@@ -38,13 +38,7 @@ def scaled(directory: Path, rope: Rope) -> Path:
     """The base in `directory` with its rotary positions scaled. BaseError where its config takes no such scaling."""
     config = scaled_config(read_json(directory / CONFIG), load_config(directory), rope, name_of(directory))
     text = json.dumps(config, indent=2) + "\n"
-    plain: view.Origin = {"name": "", "source": "", "ignored": [], "type": "", "tokenizer": None}
-    origin: view.Origin = {
-        **(view.origin_of(directory) or plain),
-        "name": name_of(directory),
-        "source": str(directory),
-    }
-    return view.view(view.SCALED, directory, {CONFIG: text}, origin)
+    return view.view(view.SCALED, directory, {CONFIG: text}, view.origin(directory, name_of(directory)))
 
 
 def unscaled(directory: Path) -> Path:

@@ -17,9 +17,10 @@ ORIGIN = ".origin"
 NATIVE, SCALED = "native", "scaled"
 DRAWN = ("random", "random-configs")
 NUMBERS = ("dequantized", "dequantized-configs")
-KINDS = (NATIVE, SCALED, *DRAWN, *NUMBERS)
-"""Directories in the cache that are made of a base's small files: without code, with scaled rotary positions, with new weights, or
-with the numbers that quantized ones stand for."""
+STORED = "stored"
+KINDS = (NATIVE, SCALED, STORED, *DRAWN, *NUMBERS)
+"""Directories in the cache that are made of a base's small files: without code, with scaled rotary positions, with new weights,
+with the numbers that quantized ones stand for, or without the mark of quantized ones that stay as they are."""
 MORE_TEMPLATES = "additional_chat_templates"
 CODE = (".py", ".pyc")
 
@@ -63,6 +64,12 @@ def view(
 
     facts = [str(directory.resolve()), origin, dict(texts), [file.name for file in links], *map(str, made)]
     return cache.built(kind, blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32], build)
+
+
+def origin(directory: Path, name: str) -> Origin:
+    """For a view of a directory, which may be a view itself."""
+    plain: Origin = {"name": "", "source": "", "ignored": [], "type": "", "tokenizer": None}
+    return {**(origin_of(directory) or plain), "name": name, "source": str(directory)}
 
 
 def origin_of(directory: Path) -> Origin | None:

@@ -87,7 +87,7 @@ def _summary(facts: Facts) -> str:
     plan, step = facts.plan, facts.manifest.step
     what = name if (name := figures.named(facts.figures, step)).startswith("step") else f"the {name}"
     form = f"the adapter alone, {facts.dtype}" if facts.form == "adapter" else f"whole weights, {facts.dtype}"
-    if facts.form == "merged" and plan.recipe.adapter and plan.recipe.adapter.is_peft:
+    if facts.form == "merged" and plan.recipe.is_adapted:
         form += ", the adapter merged in"
     lines = [
         f"A language model made by {method(plan)} of {_base(plan)}; this is {what} of {plan.steps} ({form}).",
@@ -98,7 +98,9 @@ def _summary(facts: Facts) -> str:
     if plan.recipe.base.origin and plan.base.kind != "hub":
         lines.append(f"The base was a local checkpoint that the recipe declares equal to `{plan.recipe.base.origin}`.")
     if under := lies_on(plan):
-        lines.append(f"It lies on {under}: the numbers that the quantized files stand for, not the files themselves.")
+        is_stored = plan.base.stored and facts.form == "adapter"
+        about = "" if is_stored else ": the numbers that the quantized files stand for, not the files themselves"
+        lines.append(f"It lies on {under}{about}.")
     if facts.licence is None:
         lines.append(
             "The licence is not known: the base does not state one. Ask its authors before you pass this model on."

@@ -70,6 +70,8 @@ def lies_on(plan: Plan) -> str | None:
     hub = hub_base(plan)
     name = hub[0] if hub else record.public_name(plan.recipe.base.checkpoint)
     version = f"at commit {hub[1]}" if hub and hub[1] else f"with the digest {plan.base.digest}"
+    if plan.base.stored and plan.recipe.package.form == "adapter":
+        return f"the weights of {name} {version} as its files store them ({plan.base.dequantized})"
     return f"the dequantized weights ({plan.base.dequantized}) of {name} {version}"
 
 

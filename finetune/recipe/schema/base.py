@@ -19,7 +19,7 @@ class Base(Section):
     """The Hub checkpoint equal to your local base (`owner/name`). You need it to publish an adapter of a local base."""
     random_weights: int | None = Field(default=None, ge=0, lt=2**63)
     """A seed: draws new weights with it, as for pretraining, tests and benchmarks. Of the checkpoint you then need config and tokenizer only. Not with an adapter."""
-    quantization: Literal["nf4", "int8"] | None = None
-    """Frozen linear layers in few bits under a LoRA adapter. `nf4`: 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), an eighth of their fp32 memory; every product dequantizes first. `int8`: 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339), a quarter. Your package lies on the unquantized base. Needs bitsandbytes."""
+    quantization: Literal["nf4", "int8", "stored", "dequantized"] | None = None
+    """Frozen linear layers in few bits under a LoRA adapter. `nf4`: 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), an eighth of their fp32 memory; every product dequantizes first. `int8`: 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339), a quarter. Your package lies on the unquantized base. `stored`: as the files of bitsandbytes store them, the default for such a base under LoRA. `dequantized`: the numbers that quantized files stand for, the default otherwise. All but the last need bitsandbytes."""
     rope: Rope | None = None
     """Stretch the rotary positions, like `{rope_type: yarn, factor: 4}`, so that `task.max_length` may go beyond the base's positions. Default: as the base's config says."""

@@ -32,6 +32,11 @@ class Recipe(Section):
     package: Package = Package()
     publish: Publish | None = None
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether only matrices beside frozen weights of the base are trained."""
+        return self.adapter is not None and self.adapter.is_peft
+
     @field_validator("*")
     @classmethod
     def _collect(cls, section: object, info: ValidationInfo) -> object:

@@ -134,7 +134,7 @@ def scaled_positions_stay_with_the_weights(recipe: PartlyRead) -> str | None:
 
 def quantized_base_has_an_adapter(recipe: PartlyRead) -> str | None:
     kind = recipe.base and recipe.base.quantization
-    if kind and recipe.trains_the_base:
+    if kind and kind != "dequantized" and recipe.trains_the_base:
         return f"base.quantization: `{kind}` weights cannot be trained; it needs {PEFT}"
     return None
 
@@ -191,7 +191,8 @@ def unshardable(recipe: Sharded) -> str | None:
     """Why what a recipe trains cannot be spread over devices by rows."""
     if recipe.optimizer and not recipe.optimizer.facts.is_by_row:
         return f"`fsdp` cannot spread the blocks of `{recipe.optimizer.name}`; it needs `adamw` or `sgd`"
-    if kind := recipe.base and recipe.base.quantization:
+    kind = recipe.base and recipe.base.quantization
+    if kind and kind != "dequantized":
         return f"`fsdp` cannot spread `{kind}` weights; use `ddp`"
     return "`fsdp` does not go with `train.compile`" if recipe.train and recipe.train.compile else None
 

@@ -63,11 +63,13 @@ def find(path: Path, method: Method) -> Found:
     return Found(quantized, plain, file_of)
 
 
-def check(path: Path, method: Method) -> None:
-    """As `find`, and BaseError where shapes do not fit. Reads headers alone."""
-    places, _ = _headers(path)
-    for one in find(path, method).quantized:
-        if all(layout.has_shape for layout in one.layouts):
+def check(path: Path, method: Method, *, reads_weights: bool = False) -> None:
+    """As `find`, and BaseError where shapes do not fit; where codes and scales do not, if they are to be read."""
+    found, (places, _) = find(path, method), _headers(path)
+    for one in found.quantized:
+        if reads_weights:
+            _decoded(one, _parts(one, found), path)
+        elif all(layout.has_shape for layout in one.layouts):
             parts = {end: _on_meta(places[name]) for end, name in one.parts.items()}
             _decoded(one, parts, path)
 
@@ -91,8 +93,13 @@ def write_small_files(path: Path, target: Path) -> None:
     """The config without its quantization, tokenizer and licence."""
     files.copy_small_files(path, path, target)
     (target / "hf_quant_config.json").unlink(missing_ok=True)
-    config = _plain(read_json(path / "config.json"))
+    config = plain_config(path)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def plain_config(path: Path) -> Json:
+    """The config of the files at `path`, which says nothing of their quantization."""
+    return _plain(read_json(path / "config.json"))
 
 
 def dtype_of(config: Json) -> torch.dtype:
@@ -136,8 +143,11 @@ def _tensors(found: Found, dtype: torch.dtype, path: Path) -> Iterator[tuple[str
     for name in found.plain:
         yield name, _read(found.file_of[name], name)
     for one in found.quantized:
-        parts = {end: _read(found.file_of[name], name) for end, name in one.parts.items()}
-        yield one.weight, _decoded(one, parts, path).to(dtype).contiguous()
+        yield one.weight, _decoded(one, _parts(one, found), path).to(dtype).contiguous()
+
+
+def _parts(one: Quantized, found: Found) -> Parts:
+    return {end: _read(found.file_of[name], name) for end, name in one.parts.items()}
 
 
 def _decoded(one: Quantized, parts: Parts, path: Path) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, cast
 
 from finetune.model.base.damaged import Json
 from finetune.model.base.dequantized import bits_and_bytes, floats, hqq, integers
@@ -26,6 +26,8 @@ class Method:
     layouts: tuple[Layout, ...]
     ignored: tuple[str, ...] = ()
     """Ends of names of tensors that only a quantized model uses, as for its activations."""
+    stored: Literal["nf4", "fp4", "int8"] | None = None
+    """The kind of bitsandbytes' weights, which may stay so under an adapter."""
 
 
 def _fp8(said: Json) -> Method:
@@ -62,9 +64,9 @@ def _awq(said: Json) -> Method:
 
 def _bitsandbytes(said: Json) -> Method:
     if said.get("load_in_8bit"):
-        return Method("bitsandbytes, int8", (bits_and_bytes.eight_bits(),))
+        return Method("bitsandbytes, int8", (bits_and_bytes.eight_bits(),), stored="int8")
     kind = _one_of(said, "bnb_4bit_quant_type", ("nf4", "fp4"))
-    return Method(f"bitsandbytes, {kind}", (bits_and_bytes.four_bits(kind),))
+    return Method(f"bitsandbytes, {kind}", (bits_and_bytes.four_bits(kind),), stored=cast(Literal["nf4", "fp4"], kind))
 
 
 def _hqq(said: Json) -> Method:
