@@ -1,4 +1,7 @@
-"""What `base.quantization` leaves as it is: bitsandbytes quantizes linear layers, and experts in one tensor are none."""
+"""What `base.quantization` leaves as it is: bitsandbytes quantizes linear layers, and experts in one tensor are none.
+
+Its `replace_parameter_4bit` saves no memory in a backward pass, and breaks under peft: docs/experts.md has the figures.
+"""
 
 from pathlib import Path
 
