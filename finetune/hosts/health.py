@@ -12,6 +12,7 @@ from finetune.errors import RunError, duration
 from finetune.store.run import holder as holders
 from finetune.store.run import journal, silence
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.records import is_event
 
 
 def trainings(run_of: Callable[[str, Sequence[str]], Path | None]) -> dict[Path, float]:
@@ -56,6 +57,8 @@ class Health(TypedDict):
     limit_seconds: float | None
     """Seconds it may be silent."""
     is_finished: bool
+    warnings: list[str]
+    """What does not end a training, and may make it useless: experts that starve, tensors without a gradient."""
 
 
 class HealthReport(TypedDict):
@@ -93,6 +96,7 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
         "quiet_seconds": round(quiet_seconds, 1),
         "limit_seconds": None,
         "is_finished": False,
+        "warnings": _warnings(run, mine) if mine else [],
     }
     if holder.released is not None:
         return _ended(run, facts)
@@ -109,6 +113,15 @@ def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
     if mine.committed == RunDirectory(run).plan()[0].steps:
         return {**facts, "state": "finished"}
     return {**facts, **_judged(mine, quiet_seconds, patience_seconds)}
+
+
+def _warnings(run: Path, said: silence.Silence) -> list[str]:
+    """The newest warning of each kind of an attempt. Reads the journal only if there is one."""
+    steps = [(name, getattr(said, name)) for name in silence.WARNINGS]
+    found = [journal.newest_pair(run, name)[-1:] for name, step in steps if step is not None]
+    return [
+        f"step {record['step']}: {record['message']}" for records in found for record in records if is_event(record)
+    ]
 
 
 class _Judgement(TypedDict):
@@ -151,10 +164,12 @@ def _line(
     quiet_seconds: float,
     limit_seconds: float | None,
     is_finished: bool = False,
+    warnings: Sequence[str] = (),
 ) -> str:
+    told = "".join(f"\n  warning: {warning}" for warning in warnings)
     if state == "ended":
         how = "finished" if is_finished else "stopped, and the same command resumes"
-        return f"{run}: {how}: step {step}, {duration(quiet_seconds)} ago"
+        return f"{run}: {how}: step {step}, {duration(quiet_seconds)} ago{told}"
     at = f" at step {step}" if step is not None else ""
     limit = f", {'more than' if not ok else 'hung after'} {limit_seconds:.0f}" if limit_seconds is not None else ""
-    return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}"
+    return f"{run}: {state}{at}, nothing recorded for {quiet_seconds:.0f} seconds{limit}{told}"

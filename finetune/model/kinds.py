@@ -37,16 +37,19 @@ def by_kind(model: PreTrainedModel, beside: Collection[int] = ()) -> dict[str, O
     special |= dict.fromkeys(_weights_of(model, torch.nn.Embedding), EMBEDDINGS)
     special |= dict.fromkeys(beside, BESIDE_TEXT)
     linear = _weights_of(model, torch.nn.Linear, Conv1D) - special.keys()
-    wrapped = {id(each) for module in model.modules() if hasattr(module, "lora_A") for each in _wrapped_by(module)}
+    adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
+    wrapped = {id(each) for module in adapters for each in _wrapped_by(module)}
+    summed = {id(each) for module in adapters if hasattr(module, "get_param") for each in _wrapped_by(module)}
     found: dict[str, OfKind] = {}
     for name, each in model.named_parameters():
         if ".lora_" in name:
             continue
         kind, count = special.get(id(each)) or kind_of(name), each.numel()
-        one = found.setdefault(kind, OfKind(parameters=0, trained=0, under_adapter=0, linear=0))
+        one = found.setdefault(kind, OfKind(parameters=0, trained=0, under_adapter=0, summed=0, linear=0))
         one["parameters"] += count
         one["trained"] += each.requires_grad * count
         one["under_adapter"] += (id(each) in wrapped and not each.requires_grad) * count
+        one["summed"] += (id(each) in summed) * count
         one["linear"] += (id(each) in linear) * count
     return found
 
@@ -69,6 +72,12 @@ def missed(kinds: dict[str, OfKind]) -> str | None:
         if held < count / 2 and count > total / 20:
             told.append(f"{held / count:.0%} of {kind} ({count / total:.0%} of the base)")
     return f"the adapter reaches {', '.join(sorted(told))}" if told else None
+
+
+def active(model: PreTrainedModel, experts: int, of_token: int) -> int:
+    """The parameters that a token uses: of a layer's `experts` it goes to `of_token`."""
+    shares = ((kind_of(name) == "experts", each.numel()) for name, each in model.named_parameters())
+    return sum(count * of_token // experts if is_of_experts and experts else count for is_of_experts, count in shares)
 
 
 def unquantized(kinds: dict[str, OfKind]) -> dict[str, int]:

@@ -45,7 +45,7 @@ class Routers:
         found = routers_of(model)
         self.layers = [module_of(f"{name}.weight") for name in found]
         self.coefficient = coefficient_of(model, setting)
-        self.experts, self.top_k = _sizes(model)
+        self.experts, self.top_k = sizes_of(model)
         self._balance = _balance_of(model)
         self._is_watching = False
         self._logits: list[Tensor] = []
@@ -156,7 +156,7 @@ def watched(model: PreTrainedModel, setting: str | float, is_compiled: bool) -> 
     """Routers to watch; None for a base without, and under compilation, which hooks would break up."""
     if setting != "off":
         coefficient_of(model, setting)
-    return Routers(model, setting) if routers_of(model) and all(_sizes(model)) and not is_compiled else None
+    return Routers(model, setting) if routers_of(model) and all(sizes_of(model)) and not is_compiled else None
 
 
 def coefficient_of(model: PreTrainedModel, setting: str | float) -> float:
@@ -164,7 +164,7 @@ def coefficient_of(model: PreTrainedModel, setting: str | float) -> float:
     if setting == "off":
         return 0.0
     inner = unwrapped(model)
-    if not routers_of(model) or not all(_sizes(model)) or _balance_of(model) is None:
+    if not routers_of(model) or not all(sizes_of(model)) or _balance_of(model) is None:
         message = f"{type(inner).__name__} has no load-balancing loss"
         raise BaseError(message, where="train.router_loss", hint=NO_LOSS_HINT)
     stated: float | None = getattr(inner.config.get_text_config(), "router_aux_loss_coef", None)
@@ -176,7 +176,7 @@ def coefficient_of(model: PreTrainedModel, setting: str | float) -> float:
     return stated
 
 
-def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+def sizes_of(model: PreTrainedModel) -> tuple[int, int]:
     """Experts, and experts of a token; 0 where its class or config does not say."""
     inner, config = unwrapped(model), unwrapped(model).config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

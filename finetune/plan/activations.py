@@ -39,10 +39,16 @@ def of_evaluation(plan: Plan, shape: Shape, tokens: int) -> int:
     return tokens * (running(plan, shape) - wide) + piece
 
 
+def of_sums(plan: Plan, shape: Shape) -> int:
+    """The sums of experts and an adapter's matrices: a layer keeps its own for the backward pass, and one that runs has the gradient too."""
+    whole = stored_width(plan) * shape.summed
+    return whole // shape.layers + (whole // shape.layers if plan.recipe.train.activation_checkpointing else whole)
+
+
 def _wide(plan: Plan, shape: Shape, tokens: int) -> tuple[int, int]:
     """Where the feed-forward runs on pieces: bytes a token of what exists for one piece alone, and bytes of a piece."""
     limit = plan.recipe.train.mlp_chunk_tokens
-    if limit is None or limit >= tokens or shape.has_experts:
+    if limit is None or limit >= tokens or shape.experts:
         return 0, 0
     each = 4 * shape.intermediate * width(plan) + _wider(plan, shape)
     return each, limit * each
@@ -57,10 +63,17 @@ def running(plan: Plan, shape: Shape) -> int:
     """Bytes a token of one running gated decoder layer."""
     stored = stored_width(plan)
     # attention's inputs and outputs, and the gated layer's
-    products = 2 * shape.queries + 2 * shape.keys + 4 * shape.intermediate
+    products = 2 * shape.queries + 2 * shape.keys + 4 * (shape.intermediate - shape.routed)
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
     hidden = (2 if is_beside(plan) else 4) * stored + (6 if width(plan) == 2 else 3) * width(plan)
-    return hidden * shape.hidden + products * width(plan) + _wider(plan, shape)
+    return hidden * shape.hidden + products * width(plan) + stored * _of_experts(plan, shape) + _wider(plan, shape)
+
+
+def _of_experts(plan: Plan, shape: Shape) -> int:
+    """Numbers a token of its experts, in the type of their weights: autocast does not reach them. Where weights are trained, or sums of
+    them and an adapter's, each has its own copy of the token, before and after."""
+    copies = 3 if not is_beside(plan) else 2 if shape.summed else 0
+    return 4 * shape.routed + copies * shape.experts * shape.hidden
 
 
 def _wider(plan: Plan, shape: Shape) -> int:

@@ -1,6 +1,6 @@
 """Facts recorded beside a plan: machine and software. None of them decides the training."""
 
-from typing import NotRequired, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
 from finetune.recipe.resume_rules import FACT_NAMES, recorded
 
@@ -30,6 +30,15 @@ class Facts(Machine):
     software: NotRequired[dict[str, str]]
     places: NotRequired[dict[str, str]]
     """The places of base and data, if they moved since the plan."""
+
+
+class Extension(TypedDict):
+    """How a run was last extended, as its journal has it."""
+
+    step: int
+    steps: list[int]
+    schedule: Literal["continue", "restart"]
+    plan_id: str
 
 
 def world_of(facts: Facts) -> World:

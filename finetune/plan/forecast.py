@@ -54,6 +54,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
         "notes": [*([f"held out by the rule of {plan.kept_rule}"] if plan.kept_rule else []), *plan.seen_told],
         "total_parameters": plan.total_parameters,
         "trainable_parameters": plan.trainable_parameters,
+        "active_parameters": plan.active_parameters or plan.total_parameters,
         "micro_batch_tokens": work.micro_batch,
         "memory_bytes": sum(held.values()),
         "memory": held,

@@ -47,6 +47,7 @@ def table(facts: Forecast) -> str:
         ("rate", _rate(facts["learning_rate"])),
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
+        *_active_rows(facts),
         ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
         *(("", f"{readable(size):>10}  {name}") for name, size in facts["memory"].items() if size),
         ("", f"at {facts['micro_batch_tokens']:,} tokens a micro-batch"),
@@ -69,6 +70,14 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _active_rows(facts: Forecast) -> list[tuple[str, str]]:
+    """Which parameters decide speed and activations; nothing for a base without experts."""
+    if facts["active_parameters"] == facts["total_parameters"]:
+        return []
+    total, active = facts["total_parameters"], facts["active_parameters"]
+    return [("", f"{active:,} are used by a token: they decide its time and activations, all {total:,} the weights")]
 
 
 def _mixture_rows(facts: Forecast) -> list[tuple[str, str]]:

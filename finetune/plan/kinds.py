@@ -6,6 +6,7 @@ from finetune.plan.activations import is_beside, stored_width, width
 from finetune.plan.disk import readable
 from finetune.plan.memory import QUANTIZED
 from finetune.plan.plan import Plan
+from finetune.plan.shape import Shape
 
 BESIDE_TEXT, EMBEDDINGS, HEAD = "beside text", "embeddings", "head"
 HEADING = ("kind", "parameters", "trained", "under adapters", "quantized", "bytes")
@@ -18,6 +19,8 @@ class OfKind(TypedDict):
     trained: int
     under_adapter: int
     """Frozen, with an adapter's matrices beside them."""
+    summed: int
+    """Of those under adapters, the ones to which the matrices are added before the product."""
     linear: int
     """The weights of linear layers of the text side, without its head: what `base.quantization` quantizes."""
 
@@ -46,6 +49,13 @@ def facts_of(plan: Plan, kinds: dict[str, OfKind]) -> dict[str, KindFacts]:
         }
         for kind, one in sorted(kinds.items(), key=lambda item: -item[1]["parameters"])
     }
+
+
+def shaped(shape: Shape, kinds: dict[str, OfKind]) -> Shape:
+    """A shape from a config, with what only the modules tell."""
+    others = [one for kind, one in kinds.items() if kind not in (BESIDE_TEXT, EMBEDDINGS, HEAD)]
+    not_linear = sum(one["parameters"] - one["linear"] for one in others)
+    return shape._replace(not_linear=not_linear, summed=sum(one["summed"] for one in others))
 
 
 def _bytes(plan: Plan, kind: str, one: OfKind) -> int:

@@ -17,9 +17,8 @@ from finetune.recipe.schema.rules import unshardable
 QUANTIZED = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.004}
 CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
-HOST_PROCESS_BYTES = (
-    4 * 2**30
-)  # of the host, for one that trains on a GPU: a guess, with CUDA's libraries and data; never measured
+# Of the host, for one that trains on a GPU: a guess, with CUDA's libraries and data; never measured.
+HOST_PROCESS_BYTES = 4 * 2**30
 CONTEXT_BYTES = 2**30  # of a GPU's libraries, beside tensors
 # Holes that freed tensors leave between live ones, as a share of what a micro-batch needs. With glibc 13 % (bf16) and 22 % (fp32)
 # of a full fine-tune were seen, and 51 % and 63 to 150 % of LoRA, whose sums of products are short-lived tensors among those that stay: the same training
@@ -101,10 +100,11 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     tokens = _tokens(plan, work)
     found = _lasting(plan, shape, device) | {
         "casts": _casts(plan, shape),
+        "sums": activations.of_sums(plan, shape),
         "activations": activations.of_step(plan, shape, tokens, device.is_gpu),
         "logits": _logits(plan, shape, round(share * tokens)),
     }
-    forward = found["casts"] + found["activations"] + found["logits"]
+    forward = found["casts"] + found["sums"] + found["activations"] + found["logits"]
     found["slack"] = _slack(plan, device, forward)
     gradients = trained_bytes(plan)
     is_alone = work.step <= work.micro_batch * device.world_size
@@ -189,8 +189,7 @@ def strategy(plan: Plan, shape: Shape, device: Device) -> str:
         return device.asked if named == "auto" else named
     work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
     fits_one = fits(whole_bytes(plan, shape, work, device), device)
-    can_share = unshardable(plan.recipe) is None and plan.quantization is None
-    return "fsdp" if not fits_one and can_share else "ddp"
+    return "fsdp" if not fits_one and unshardable(plan.recipe) is None and not plan.base.stored else "ddp"
 
 
 def fits(size: int, device: Device) -> bool:
@@ -228,15 +227,16 @@ def _frozen(plan: Plan, shape: Shape) -> dict[str, int]:
     head = 0 if shape.is_tied else embeddings  # a linear layer that is not quantized
     each = QUANTIZED.get(plan.quantization or "", width(plan))
     beside = plan.parameters_beside_text  # not quantized either
-    linear = round(each * (parameters - embeddings - head - beside)) + width(plan) * (head + beside)
-    return {"linear": linear, "rest": stored_width(plan) * embeddings}
+    rest = embeddings + shape.not_linear
+    linear = round(each * (parameters - rest - head - beside)) + width(plan) * (head + beside)
+    return {"linear": linear, "rest": stored_width(plan) * rest}
 
 
 def _casts(plan: Plan, shape: Shape) -> int:
     """The bf16 copies of fp32 weights that autocast makes for products, kept until the backward pass has used them."""
     if is_beside(plan):
         return 2 * plan.trainable_parameters if width(plan) == 2 else 0
-    used = plan.total_parameters - plan.parameters_beside_text
+    used = plan.total_parameters - plan.parameters_beside_text - shape.not_linear
     return 2 * (used - shape.vocabulary * shape.hidden) if width(plan) < stored_width(plan) else 0
 
 

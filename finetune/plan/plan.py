@@ -6,14 +6,13 @@ On resume, the plan in the run directory is the authority.
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, TypedDict
 
 import blake3
 import numpy as np
 
 from finetune.plan import schedules
 from finetune.plan.curve import on_curve, warmup_of
-from finetune.plan.facts import Facts
+from finetune.plan.facts import Extension, Facts
 from finetune.plan.mixture import stretches_of
 from finetune.plan.pinned import Counts, EarlierOrder, Parent, Pin, PinnedBase, PinnedSet, PinnedSource, Segment, Stage
 from finetune.plan.row_order import Order
@@ -26,20 +25,11 @@ ROW_RULES = 2
 """The row rules of a new run: 1 trained on whatever a template kept of a row, 2 refuses a row that would lose something."""
 
 
-class Extension(TypedDict):
-    """How a run was last extended, as its journal has it."""
-
-    step: int
-    steps: list[int]
-    schedule: Literal["continue", "restart"]
-    plan_id: str
-
-
 # Fields that `plan.json` has only where they say something: of extended runs, branches, and newer code.
 OPTIONAL = (
     *("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "date"),
     *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all", "text_of", "parameters_beside_text"),
-    "sets",
+    *("sets", "active_parameters"),
 )
 
 
@@ -99,6 +89,8 @@ class Plan(Pin):
     """The class of a base that also reads images or sound: its text side is trained. Runs of older code train all of a causal LM."""
     parameters_beside_text: int = 0
     """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
+    active_parameters: int = 0
+    """Parameters that a token uses, with the adapter's; 0 where it uses all, and in plans of older code. It decides nothing."""
 
     @property
     def plan_id(self) -> str:
@@ -106,7 +98,8 @@ class Plan(Pin):
         # without defaults, so a key added later does not change the id of an old plan
         facts = self.model_dump(mode="json", exclude_defaults=True)
         facts["recipe"] = binding(facts["recipe"])
-        for name in ("stages", "seen", "sets", "pads_least"):  # the first two are about other runs
+        # the first two are about other runs
+        for name in ("stages", "seen", "sets", "pads_least", "active_parameters"):
             facts.pop(name, None)
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "blake3:" + blake3.blake3(canonical.encode()).hexdigest()

@@ -12,14 +12,21 @@ class Shape(NamedTuple):
     layers: int
     hidden: int
     intermediate: int
-    """Of one token, over all experts that it goes to."""
+    """Of one token, over all experts that it goes to, shared ones too."""
     vocabulary: int
     queries: int
     """Heads times their size."""
     keys: int
     """Key-value heads times their size."""
     is_tied: bool
-    has_experts: bool = False
+    routed: int = 0
+    """Of `intermediate`, that of experts which a router chooses."""
+    experts: int = 0
+    """Those that a token goes to."""
+    not_linear: int = 0
+    """Parameters of the text side that are neither in linear layers nor embeddings, like experts in one tensor."""
+    summed: int = 0
+    """Parameters to which an adapter's matrices are added before the product, as to those of experts."""
 
 
 def shape_of(config: "PretrainedConfig") -> Shape:
@@ -36,15 +43,18 @@ def shape_of(config: "PretrainedConfig") -> Shape:
     size = size_of("head_dim") or hidden // heads
     experts = size_of("num_experts_per_tok")
     wide = size_of("intermediate_size") or 4 * hidden
+    each = size_of("moe_intermediate_size") or wide
+    shared = size_of("shared_expert_intermediate_size") or size_of("n_shared_experts", "num_shared_experts") * each
     return Shape(
         layers=size_of("num_hidden_layers", "num_blocks") or 1,
         hidden=hidden,
-        intermediate=experts * (size_of("moe_intermediate_size") or wide) if experts else wide,
+        intermediate=experts * each + shared if experts else wide,
         vocabulary=size_of("vocab_size"),
         queries=heads * size,
         keys=(size_of("num_key_value_heads") or heads) * size,
         is_tied=bool(getattr(config, "tie_word_embeddings", False)),
-        has_experts=bool(experts),
+        routed=experts * each,
+        experts=experts,
     )
 
 

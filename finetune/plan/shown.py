@@ -88,6 +88,8 @@ class Forecast(TypedDict):
     notes: list[str]
     total_parameters: int
     trainable_parameters: int
+    active_parameters: int
+    """Those that a token uses: of experts only some."""
     micro_batch_tokens: int
     memory_bytes: int
     memory: dict[str, int]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import AdapterError, RecipeError
-from finetune.model import adapters, base, kinds
+from finetune.model import adapters, base, kinds, routing
 from finetune.model.base import loading_class, text_side
 from finetune.plan.kinds import OfKind
 from finetune.plan.older import reaches_all
@@ -24,6 +24,7 @@ class _Counted(TypedDict):
 
     total: int
     trainable: int
+    active: int
     text_of: str | None
     beside_text: int
     kinds: dict[str, OfKind]
@@ -36,6 +37,8 @@ class Counted:
     total: int
     """Parameters, tied ones once."""
     trainable: int
+    active: int
+    """Those that a token uses."""
     text_of: str | None
     """`Plan.text_of`."""
     beside_text: int
@@ -51,6 +54,7 @@ class Counted:
         return {
             "total_parameters": self.total,
             "trainable_parameters": self.trainable,
+            "active_parameters": self.active if self.active < self.total else 0,
             "text_of": self.text_of,
             "parameters_beside_text": self.beside_text,
             "reaches_all": self.is_changed,
@@ -88,6 +92,7 @@ def count_parameters(
         return {
             "total": sum(each.numel() for each in parameters),
             "trainable": sum(each.numel() for each in parameters if each.requires_grad),
+            "active": kinds.active(model, *routing.sizes_of(model)),
             "text_of": wide,
             "beside_text": sum(beside.values()),
             "kinds": of_kind,

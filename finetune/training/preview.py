@@ -92,7 +92,7 @@ def preview(
 
 def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts:
     plan, here = resolved.plan, device()
-    shape = shape_of(base.load_config(resolved.base_directory))
+    shape = kinds.shaped(shape_of(base.load_config(resolved.base_directory)), resolved.kinds)
     work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))
     device_bytes = round(device_gib * 2**30) if device_gib else here.bytes if here.is_gpu else forecast.CARD_BYTES
     facts = forecast.forecast(plan, shape, work, here, run, resolved.train.tokens_of_sources())

@@ -22,7 +22,7 @@ from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan.curve import warmup_of
-from finetune.plan.kinds import OfKind
+from finetune.plan.kinds import OfKind, shaped
 from finetune.plan.older import keeps_fp32
 from finetune.plan.pinned import Counts
 from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
@@ -131,7 +131,7 @@ def resolve(
     if earlier is not None:
         _refuse_change(earlier, plan)
     plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
-    shape = shape_of(opened.config)
+    shape = shaped(shape_of(opened.config), counted.kinds)
     strategy, tokens = memory.strategy(plan, shape, device()), _micro_batch_tokens(plan, shape)
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template

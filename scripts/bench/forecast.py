@@ -1,6 +1,6 @@
 """What `finetune plan` forecasts beside what `finetune train` then takes: peak memory, and the time of the rest after 20 steps.
 
-    python scripts/bench/forecast.py --work DIRECTORY [--only memory,evaluation,long,time] [--json FILE] [--tiny]
+    python scripts/bench/forecast.py --work DIRECTORY [--only memory,evaluation,long,experts,time] [--json FILE] [--tiny]
 
 Every cell is a real `finetune train` in a separate process. Memory is that process's VmHWM: all of it, staging buffers and
 the pages of the base's file included. Time is that from the forecast at step 20 to the last step's end, journalled, saves and
@@ -25,7 +25,7 @@ from training import MEDIUM, SMOLLM2, TINY, Shape, Work, write_recipe
 
 from finetune.store.run import journal
 
-LIMITS = {"memory": 0.15, "evaluation": 0.15, "long": 0.15, "time": 0.25}
+LIMITS = {"memory": 0.15, "evaluation": 0.15, "long": 0.15, "experts": 0.15, "time": 0.25}
 SAVERS = {
     "no saver": [],
     "checkpointed": ["train.activation_checkpointing=true"],
@@ -125,6 +125,33 @@ def long(work: Path, is_tiny: bool) -> Iterator[Row]:
             shutil.rmtree(work / "run")
 
 
+def experts(work: Path, is_tiny: bool) -> Iterator[Row]:
+    """A base whose experts are most of it: trained in full, by LoRA beside them, and by LoRA on them."""
+    shape = Shape(2, 32, 32, 300, 4) if is_tiny else Shape(6, 256, 512, 1024, 16)
+    ways = {
+        "full": None,
+        "lora beside": {"name": "lora", "targets": ["q_proj", "v_proj"]},
+        "lora on experts": {"name": "lora", "targets": ["q_proj"], "parameters": ["experts.*"]},
+    }
+    savers = list(SAVERS.items())[:2]
+    for (way, adapter), precision, (saver, settings) in product(ways.items(), ("fp32", "bf16"), savers):
+        recipe = write_recipe(work / f"{way}.yaml".replace(" ", "-"), shape, Work(8, 16 if is_tiny else 512), adapter)
+        chosen = [
+            *settings_of(Cell("", way, precision, 1024, 4)),
+            *settings,
+            "train.steps=2",
+            "checkpoint.every=1 steps",
+        ]
+        facts = planned(recipe, chosen)
+        yield Row(
+            f"{way}, {precision}, {saver}",
+            facts["memory_bytes"],
+            trained(recipe, work / "run", chosen),
+            facts["memory"],
+        )
+        shutil.rmtree(work / "run")
+
+
 def time(work: Path, is_tiny: bool) -> Iterator[Row]:
     for adapter in ("full", "lora"):
         model = next(iter(models(is_tiny)))
@@ -142,7 +169,7 @@ def time(work: Path, is_tiny: bool) -> Iterator[Row]:
         shutil.rmtree(work / "run")
 
 
-PARTS = {"memory": memory, "evaluation": evaluation, "long": long, "time": time}
+PARTS = {"memory": memory, "evaluation": evaluation, "long": long, "experts": experts, "time": time}
 
 
 def recipe_of(work: Path, cell: Cell, known: dict[str, Shape | str], tokens: int) -> Path:

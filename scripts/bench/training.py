@@ -32,12 +32,14 @@ KEEP_ALL = 1_000_000
 
 
 class Shape(NamedTuple):
-    """A random Llama."""
+    """A random Llama, or a random Qwen3-MoE if it has experts."""
 
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int
+    experts: int = 0
+    """Of which a token goes to two, each of the width `intermediate`."""
 
 
 TINY = Shape(8, 32, 64, 300)
@@ -120,19 +122,23 @@ def write_recipe(path: Path, model: Shape | str, work: Work, adapter: dict | Non
 
 
 def _random_base(parent: Path, shape: Shape) -> str:
-    """A Llama with tied embeddings and a tokenizer whose tokens are bytes; made once."""
+    """A model with tied embeddings and a tokenizer whose tokens are bytes; made once."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    directory = parent.absolute() / f"llama-{shape.layers}x{shape.hidden}"
+    kind = "qwen3_moe" if shape.experts else "llama"
+    directory = parent.absolute() / f"{kind}-{shape.layers}x{shape.hidden}"
     if directory.exists():
         return str(directory)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(["<end>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
+    of_experts = {"moe_intermediate_size": shape.intermediate, "num_experts": shape.experts, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(
+        kind,
+        **(of_experts if shape.experts else {}),
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -143,6 +149,6 @@ def _random_base(parent: Path, shape: Shape) -> str:
         eos_token_id=0,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(directory)
     return str(directory)

@@ -334,7 +334,7 @@ def test_a_feed_forward_in_pieces_takes_its_wide_part_once_a_piece(planned):
     before, after = (memory.step_parts(plan, one_b, long, here)["activations"] for plan in (whole, pieces))
     assert before - after == 2 * (131_072 - 4096) * wide
     assert after < 0.7 * before
-    with_experts = one_b._replace(has_experts=True)
+    with_experts = one_b._replace(experts=2)
     assert memory.step_parts(pieces, with_experts, long, here)["activations"] == before
     short = Work(4096, 4096)
     assert memory.step_parts(pieces, one_b, short, here) == memory.step_parts(whole, one_b, short, here)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.debug.replay import replay
 from finetune.errors import BaseError
+from finetune.hosts import health
 from finetune.model.base import refuse_unquantized
 from finetune.package import export, proof
 from finetune.package.verify.verify import verify
@@ -20,6 +21,7 @@ from finetune.store.run import journal
 from finetune.store.run.inspect import log
 from finetune.store.run.row_losses import Reader
 from finetune.training import build, starving
+from finetune.training.preview import preview
 from finetune.training.run import train as train_run
 from tests import forks
 from tests.stories.same_run import assert_same_run
@@ -149,6 +151,9 @@ def test_a_planted_starving_expert_is_named(recipe, tmp_path, capsys, monkeypatc
     assert "experts starve, with tokens of an even share: layers.1: expert 2 (" in told
     (incident,) = log(tmp_path / "run")["incidents"]
     assert incident["kind"] == "starving_experts" and "layers.1: expert 2" in incident["message"]
+    facts = health.look(tmp_path / "run", 300)
+    assert facts["ok"] and facts["warnings"] == [f"step {incident['step']}: {incident['message']}"]
+    assert f"\n  warning: step {incident['step']}: experts starve" in health.listing({"ok": True, "runs": [facts]})
 
 
 def test_a_planted_module_without_gradient_is_named(recipe_file, tmp_path, capsys, monkeypatch):
@@ -168,6 +173,29 @@ def test_a_planted_module_without_gradient_is_named(recipe_file, tmp_path, capsy
     assert told.count("no gradient") == 1
     (incident,) = log(tmp_path / "run")["incidents"]
     assert incident["kind"] == "no_gradient" and names in incident["message"]
+    assert health.look(tmp_path / "run", 300)["warnings"] == [f"step 1: {incident['message']}"]
+
+
+def test_plan_counts_what_a_token_uses_and_forecasts_experts_in_their_type(recipe, random_base, tmp_path):
+    def facts(**sections):
+        return preview(load(recipe(**sections)), tmp_path / "run", lambda _: None)
+
+    experts = 2 * 4 * 3 * 32 * 16
+    whole = facts(adapter=None)
+    assert whole.facts["total_parameters"] - whole.facts["active_parameters"] == experts // 2
+    assert f"{whole.facts['active_parameters']:,} are used by a token" in whole.text
+    halved = {"precision": "bf16"}
+    lora, on_experts = facts(adapter={"name": "lora", "targets": ["q_proj"]}, train=halved), facts(train=halved)
+    shown = lora.facts["weights"]["experts"]
+    assert shown["bytes"] == 4 * shown["parameters"] == 4 * experts
+    assert (lora.facts["memory"]["sums"], on_experts.facts["memory"]["sums"]) == (0, 4 * experts * 3 // 2)
+    saved = facts(train=halved | {"activation_checkpointing": True})
+    assert saved.facts["memory"]["sums"] == 4 * experts
+    assert lora.facts["memory"]["weights"] >= 4 * experts
+    plan = whole.resolved.plan
+    older = plan.model_copy(update={"active_parameters": 0})
+    assert plan.active_parameters and older.plan_id == plan.plan_id, "it decides nothing"
+    assert b"active_parameters" not in older.dump({})
 
 
 def test_a_balance_that_the_base_lacks_is_refused_in_the_plan(recipe_file, finetune, tmp_path):

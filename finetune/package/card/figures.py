@@ -105,18 +105,20 @@ def eval_results(records: Sequence[Record], step: int, plan: Plan) -> list[dict[
 
 
 def cost(records: Sequence[Record], plan: Plan, world_size: int) -> list[tuple[str, str]]:
-    """Rows of a table: tokens, operations and device hours. A token costs 6 operations for each trained weight and 4 for each
-    frozen one (Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1; the gradient of a weight is a third of it)."""
+    """Rows of a table: tokens, operations and device hours. A token costs 6 operations for each trained weight that it uses and 4 for
+    each frozen one (Kaplan et al., https://arxiv.org/abs/2001.08361, section 2.1; the gradient of a weight is a third of it)."""
     steps = [item for item in records if is_step(item)]
     tokens, seconds = sum(item.get("tokens", 0) for item in steps), sum(item.get("seconds", 0.0) for item in steps)
     trained = plan.trainable_parameters
-    operations = tokens * (6 * trained + 4 * (plan.total_parameters - trained))
+    active = plan.active_parameters or plan.total_parameters
+    operations = tokens * (6 * min(trained, active) + 4 * max(0, active - trained))
+    used = f", and {number(active)} used by a token" if plan.active_parameters else ""
     return [
-        ("parameters", f"{number(plan.total_parameters)}, of them {number(trained)} trained"),
+        ("parameters", f"{number(plan.total_parameters)}, of them {number(trained)} trained{used}"),
         ("tokens in training", number(tokens)),
         (
             "training compute",
-            f"{operations:.3g} floating-point operations (6 a token and trained weight, 4 a frozen one)",
+            f"{operations:.3g} floating-point operations (6 a token and trained weight that it uses, 4 a frozen one)",
         ),
         ("time in steps", f"{seconds * world_size / 3600:.3g} device hours, on {number(world_size)} devices"),
     ]

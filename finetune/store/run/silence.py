@@ -21,6 +21,8 @@ from finetune.store.run.records import Record
 
 SLOW = 10
 """A training is slow, not hung, up to this many times its usual time."""
+WARNINGS = ("no_gradient", "starving_experts")
+"""Events of the journal; older code did not write their steps into the file."""
 RECENT = 100  # pauses that say what is usual
 _BYTES = 512
 
@@ -41,13 +43,19 @@ class Silence:
     """The usual pause for an evaluation; the next attempt needs it before its first one."""
     save_seconds: float = 0.0
     """How much longer it may be silent during a save, by the speed of the slowest disk; else 0."""
+    no_gradient: int | None = None
+    """The step of its last event of this kind, which is rare and easily missed; ..."""
+    starving_experts: int | None = None
+    """... and of this one."""
 
 
 def read(run: Path) -> Silence | None:
     """None if no training by code that writes the file has begun."""
     try:
         known = json.loads(RunDirectory(run).silence.read_bytes())
-        return Silence(**{name: known[name] for name in Silence.__dataclass_fields__})
+        return Silence(
+            **{name: known[name] for name in Silence.__dataclass_fields__ if name in known or name not in WARNINGS}
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -76,6 +84,10 @@ class Watch:
                 now = replace(now, step=record["step"])
             elif kind == "committed":
                 now = replace(now, committed=record["step"])
+            elif kind == "no_gradient":
+                now = replace(now, no_gradient=record["step"])
+            elif kind == "starving_experts":
+                now = replace(now, starving_experts=record["step"])
             steps, evaluations = (statistics.median(pauses or [0.0]) for pauses in self._pauses.values())
             limit = round(SLOW * max(steps, evaluations), 1)
             self._write(replace(now, may_last_seconds=limit, evaluation_seconds=round(evaluations, 3)))
