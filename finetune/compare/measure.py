@@ -15,7 +15,7 @@ from finetune.compare.results import Asked, Result, Weights, remember, set_names
 from finetune.data.heldout import lineage
 from finetune.data.row_set import RowSet
 from finetune.errors import DataError, FinetuneError, RunError
-from finetune.model import base, losses, rotary
+from finetune.model import base, losses
 from finetune.plan.plan import Plan
 from finetune.plan.split import Seen
 from finetune.recipe.load import load
@@ -35,7 +35,7 @@ from finetune.training.opened import open_model
 from finetune.training.resolve import Resolved, resolve, resolve_own
 from finetune.training.state import Objective
 from finetune.training.strategy.start import start_accelerator
-from finetune.training.trial import packing_of
+from finetune.training.trial import packing_of, unpacked
 
 
 class Measurer:
@@ -130,9 +130,10 @@ def of_model(model: PreTrainedModel, run: Path) -> dict[str, float]:
     if len(resolved.holdout) == 0:
         return {}
     plan = resolved.plan
-    # Padding would give a row the rotary frequencies of the longest beside it.
-    apart = "alone" if rotary.is_by_length(model.config) else "padded"
-    arranged = apart if plan.arrangement == "packed" else plan.arrangement
+    # Our attention is not in this model, so packed rows are not told apart.
+    arranged = plan.arrangement
+    if arranged == "packed":
+        arranged = unpacked(resolved.base_directory, plan.recipe.task.max_length)
     resolved = replace(resolved, plan=plan.model_copy(update={"arranged": arranged}))
     accelerator = start_accelerator(plan.recipe.train)
     figures = evaluate_objective(resolved, accelerator, _objective(model, resolved, accelerator)) or {}

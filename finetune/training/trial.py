@@ -60,6 +60,12 @@ def packing_of(directory: Path, max_length: int) -> Packing:
     return Packing(attention, tuple(by_row))
 
 
+def unpacked(directory: Path, max_length: int) -> str:
+    """How rows come together exactly on a base without packing: `padded` if the trial found it right, else `alone`."""
+    reasons = _reasons(directory, max_length)
+    return "alone" if reasons["small"] or reasons["padded"] else "padded"
+
+
 def _reasons(directory: Path, max_length: int) -> arrangements.Compared:
     def compare() -> arrangements.Compared:
         return arrangements.compared(base.load_config(directory), max_length)

@@ -11,7 +11,7 @@ from finetune.model import base
 from finetune.recipe.load import load
 from finetune.store.run.directory import RunDirectory
 from finetune.training.resolve import resolve
-from finetune.training.trial import trial
+from finetune.training.trial import trial, unpacked
 
 SIZES = {
     "vocab_size": 320,
@@ -91,8 +91,12 @@ def tried(loaded):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_rows_come_together_in_the_first_way_that_is_right(based, kind, settings, task, arrangement, reason):
-    found = tried(based(kind, settings, has_weights=False, **task))
+    loaded = based(kind, settings, has_weights=False, **task)
+    found = tried(loaded)
     assert found.arrangement == arrangement
+    if arrangement != "packed":
+        directory = base.directory(loaded.recipe.base, base.pin(loaded.recipe.base), with_weights=False)
+        assert unpacked(directory, loaded.recipe.task.max_length) == arrangement
     told = {"padded": "rows are padded", "alone": "rows are trained one by one"}.get(arrangement)
     assert [note for note in found.notes if note.startswith("rows")] == ([f"{told}: {reason}"] if reason else [])
 
