@@ -15,6 +15,8 @@ from finetune.recipe.check import check
 from finetune.recipe.schema import Recipe
 from finetune.recipe.yaml_nodes import MAX_BYTES, override, parse, plain, shown, where
 
+SHOWN = 5  # of the recipes in a hint
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -37,8 +39,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         with open(path, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        near = difflib.get_close_matches(file, map(str, Path(path).parent.glob("*.yaml")), n=1)
-        _refuse(file, "no such file", f"did you mean `{near[0]}`?" if near else None)
+        _refuse(file, "no such file", _hint_for(Path(path)))
     except IsADirectoryError:
         _refuse(file, "is a directory, not a recipe", "name a `.yaml` file in it")
     except OSError as error:
@@ -48,6 +49,20 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except UnicodeDecodeError as error:
         _refuse(where(file, content.count(b"\n", 0, error.start) + 1), "is not UTF-8 text", "save the file as UTF-8")
     return loads(text, file, overrides)
+
+
+def _hint_for(path: Path) -> str:
+    """The recipes that may be meant by a name that is not there."""
+    files = {file.stem: str(file) for pattern in ("*.yml", "*.yaml") for file in path.parent.glob(pattern)}
+    # by the part that differs: every ending is alike
+    if near := difflib.get_close_matches(path.stem, files, n=1):
+        return f"did you mean `{files[near[0]]}`?"
+    there = sorted(files.values())
+    named = ", ".join(f"`{file}`" for file in there[:SHOWN])
+    more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
+    if there:
+        return f"there are {named}{more}" if len(there) > 1 else f"there is {named}"
+    return f"write it, or copy one from recipes/; `{path.parent}` has no .yaml file"
 
 
 def loads(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -197,6 +197,18 @@ def test_a_recipe_that_is_not_there_is_answered_with_the_nearest_name(tmp_path):
     )
 
 
+def test_where_no_name_is_near_the_recipes_beside_it_are_named(tmp_path):
+    def hint() -> str:
+        with pytest.raises(RecipeError) as caught:
+            load(tmp_path / "moe.yaml")
+        return str(caught.value).partition("hint: ")[2]
+
+    assert hint() == f"write it, or copy one from recipes/; `{tmp_path}` has no .yaml file"
+    for name in ("quickstart.yaml", "chat-lora.yml"):
+        (tmp_path / name).write_text(SMALLEST)
+    assert hint() == f"there are `{tmp_path}/chat-lora.yml`, `{tmp_path}/quickstart.yaml`"
+
+
 def test_a_directory_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="is a directory, not a recipe\nhint: name a `.yaml` file in it"):
         load(tmp_path)
