@@ -1,11 +1,17 @@
 """Templates of strangers are rendered in a process with limits before they are rendered here."""
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from finetune.errors import BaseError
+from finetune.model.base import load_tokenizer
 from finetune.model.base.templates import ANSWERED, LONGEST, decoded, default, names, problem, texts
+from finetune.package.verify.checks import CHECKS
+from finetune.package.verify.folder import Folder
 from tests.hub.client import in_turn
 
 PLAIN = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -19,6 +25,8 @@ HOSTILE = {
     "{{ raise_exception('never') }}": "renders no conversation: TemplateError: never",
     "x" * (LONGEST + 1): "has 200,001 characters, more than 200,000",
 }
+
+HOSTILE_OLDER = "{{ ''.__class__.__mro__ }}"
 
 
 @pytest.mark.slow
@@ -61,6 +69,24 @@ def test_a_base_or_a_recipe_with_a_hostile_template_is_refused_by_plan(tiny_base
     )
     assert refused[0] == 1 and "base: has a chat template that takes more than 2 seconds of a processor" in refused[2]
     assert other[0] == 1 and "own.jinja: the template reaches for what the sandbox forbids" in other[2]
+
+
+def test_the_template_that_only_a_processor_would_read_is_taken_where_there_is_no_other(tiny_base, tmp_path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
+    assert load_tokenizer(base).chat_template != "another", "chat_template.jinja comes first"
+    own = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    assert load_tokenizer(base).chat_template == "another"
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+    assert load_tokenizer(base).chat_template == own
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": HOSTILE_OLDER}))
+    with pytest.raises(BaseError, match="has a chat template that reaches for what the sandbox forbids"):
+        load_tokenizer(base)
+    assert [each.check for each in CHECKS["template"](Folder(base))] == ["template"]
+    (base / "chat_template.json").write_text('{"chat_template": 7}')
+    with pytest.raises(BaseError, match="its chat_template.json is damaged: its `chat_template` is not text"):
+        load_tokenizer(base)
 
 
 def test_a_template_is_read_without_its_mark_and_with_plain_line_ends(tmp_path) -> None:

@@ -13,6 +13,7 @@ from finetune.model.base.files import TEMPLATES, has_tokenizer
 from finetune.model.base.quiet import quiet
 from finetune.model.base.remote_code import asked_by
 
+OLDER_TEMPLATE = "chat_template.json"
 RELOAD = "download or copy its tokenizer's files again"
 
 
@@ -34,6 +35,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     _refuse_unreadable_templates(path)
     # A relative path may look like a Hub id with an exception in transformers.
     tokenizer = _tokenizer(path.absolute())
+    if not tokenizer.chat_template and (path / OLDER_TEMPLATE).is_file():
+        tokenizer.chat_template = _older_template(path / OLDER_TEMPLATE)
     if not tokenizer.is_fast or not len(tokenizer):
         raise BaseError("has no fast tokenizer, which is needed to tell assistant tokens apart", where=name_of(path))
     with explained("its tokenizer cannot encode a text", name_of(path), RELOAD):
@@ -70,6 +73,14 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
             where=name_of(path),
             hint=RELOAD if (path / "tokenizer.json").exists() else "add its tokenizer.json",
         ) from error
+
+
+def _older_template(file: Path) -> str:
+    """The template that transformers reads for a processor alone: models with images were once published with no other."""
+    template = read_json(file).get("chat_template")
+    if not isinstance(template, str):
+        raise damaged(file, "its `chat_template` is not text")
+    return template
 
 
 def _refuse_unreadable_templates(path: Path) -> None:

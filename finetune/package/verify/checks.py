@@ -22,6 +22,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 HALVES = ("BF16", "F16")
+OLDER_TEMPLATE = "chat_template.json"  # of processors
 PIECE = 1 << 22  # items checked at once
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -167,6 +168,12 @@ def template(folder: Folder) -> Iterator[Finding]:
     """Chat templates render a short conversation in the sandbox, within bounds of time and memory."""
     settings = folder.configs.get("tokenizer_config.json", {})
     found = [("tokenizer_config.json", text) for text in templates.texts(settings.get("chat_template"))]
+    if (folder.path / OLDER_TEMPLATE).is_file():
+        value = folder.json(OLDER_TEMPLATE, "template")
+        found += [
+            (OLDER_TEMPLATE, text)
+            for text in templates.texts(value.get("chat_template") if isinstance(value, dict) else None)
+        ]
     for path in [*folder.path.glob("chat_template.jinja"), *sorted(folder.path.glob("additional_chat_templates/*"))]:
         found.append((path.relative_to(folder.path).as_posix(), path.read_text(encoding="utf-8", errors="replace")))
     for file, text in found:
