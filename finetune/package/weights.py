@@ -84,7 +84,11 @@ def convert(
         if form == "adapter":
             _cast_adapter(model, dtype)
         else:
-            names = outline.stored_in_fp32(model, base_directory) if base_directory else frozenset()
+            names = (
+                outline.stored_in_fp32(model, base_directory)
+                if base_directory
+                else outline.rounded_beside(model, dtype)
+            )
             exact = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in names}
             model = as_loaded(model, dtype)
         logits = probe.logits(model, tokenizer)

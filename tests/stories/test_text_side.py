@@ -151,6 +151,22 @@ def test_the_text_of_a_declared_class_is_trained_and_all_else_is_packaged_to_the
     packaged_as_declared(run, base, tmp_path / "package")
 
 
+@pytest.mark.slow
+def test_without_its_base_a_full_run_is_packaged_with_what_is_beside_text_unrounded(
+    wide_base, recipe_on, train, tmp_path
+) -> None:
+    base = Path(shutil.copytree(wide_base(beside=torch.float32), tmp_path / "base"))
+    tensors = load_file(base / "model-2.safetensors")
+    finer = {name: tensor + torch.randn_like(tensor) / 1e4 for name, tensor in tensors.items()}
+    save_file(finer, base / "model-2.safetensors", {"format": "pt"})
+    run = train(recipe_on(base), tmp_path / "run")
+    shutil.rmtree(base)
+    export.package(f"{run}@last", tmp_path / "package", load=proof.load_here)
+    after = stored(tmp_path / "package")
+    assert all(torch.equal(after[name], tensor) for name, tensor in finer.items())
+    assert folder_findings(tmp_path / "package")[1] == []
+
+
 @pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", ["mistral3", "qwen2_5_vl", "qwen3_5"])
 @pytest.mark.slow

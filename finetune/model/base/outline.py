@@ -81,6 +81,15 @@ def stored_in_fp32(model: PreTrainedModel, path: Path) -> frozenset[str]:
     return outline(type(model), model.config, on_meta(single)).filled
 
 
+def rounded_beside(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:
+    """What is beside the text side, and would be rounded: where the base is gone, only a checkpoint has it."""
+    tensors, beside = model.state_dict(), beside_text(model)
+    held = {name: tensor for name, tensor in tensors.items() if name in beside and tensor.is_floating_point()}
+    return frozenset(
+        name for name, tensor in held.items() if not torch.equal(tensor, tensor.to(dtype).to(tensor.dtype))
+    )
+
+
 def has_halves(path: Path) -> bool:
     """Whether the files at `path` store weights in half precision."""
     return any(place.dtype in HALVES for place in headers(path).values())
