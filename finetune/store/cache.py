@@ -64,7 +64,8 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
         if not os.access(entry.parent, os.W_OK):
             message, hint = "the cache cannot be written", "set FINETUNE_CACHE to a directory of yours"
             raise FinetuneError(f"{message}: {error.strerror}", where=str(entry.parent), hint=hint) from error
-        raise FinetuneError(f"the cache entry cannot be written: {error.strerror}", where=str(entry)) from error
+        message, hint = f"the cache entry cannot be written: {error.strerror}", "set FINETUNE_CACHE to another disk"
+        raise FinetuneError(message, where=str(entry), hint=hint) from error
     return entry
 
 
@@ -107,8 +108,7 @@ def is_sound(entry: Path) -> bool:
 
 def _is_verified(entry: Path) -> bool:
     """Whether the entry is intact. Hashes every byte, of a large entry only once a boot: while its files keep their inodes, sizes and
-    times, no process has written to them. So it notices later bit rot only after the next boot.
-    """
+    times, no process has written to them. So it notices later bit rot only after the next boot."""
     try:
         files = {file.name: file.stat() for file in sorted(entry.iterdir())}
     except OSError:

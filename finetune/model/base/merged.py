@@ -11,6 +11,7 @@ from finetune.model.base.damaged import read_json
 from finetune.model.base.outline import with_dtype
 from finetune.model.base.quiet import quiet
 from finetune.model.base.tokenizer import no_tokenizer
+from finetune.model.base.weight_files import written
 
 
 def write_merged(model: PreTrainedModel, source: Path, adapter: Path, target: Path, where: str) -> None:
@@ -27,7 +28,7 @@ def write_merged(model: PreTrainedModel, source: Path, adapter: Path, target: Pa
     if model.device.type != "meta":
         # The base's own may be one that refuses to be saved; its file is copied below.
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        with quiet():
+        with quiet(), written():
             model.save_pretrained(target)
         (target / "generation_config.json").unlink()
     files.copy_small_files(source, adapter, target)

@@ -1,13 +1,32 @@
 """The weight files of a checkpoint, looked at before transformers meets them: pickles, torn files, missing shards and weights."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from finetune.errors import BaseError, CheckpointError
 from finetune.model.base import quantized
 from finetune.model.base.damaged import damaged, name_of, read_json
 from finetune.store.tensors import read_header
 
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 CONVERT = "convert it: load it in transformers once and call save_pretrained"
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Use it around writing weights: safetensors has its own error for a full disk, and here it is one of the disk again."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def check_weight_files(path: Path, *, may_be_quantized: bool = False) -> None:

@@ -17,6 +17,7 @@ from finetune.model.base import files
 from finetune.model.base.damaged import Json, name_of, read_json
 from finetune.model.base.dequantized.layouts import Layout, Parts, Unreadable
 from finetune.model.base.dequantized.methods import Method
+from finetune.model.base.weight_files import written
 from finetune.store.tensors import Place, read_header
 
 SHARD_BYTES = 2 << 30
@@ -183,7 +184,8 @@ def _save(shard: dict[str, torch.Tensor], target: Path) -> dict[str, str]:
     if not shard:
         return {}
     name = f"model-{len(list(target.glob('model-*.safetensors'))) + 1:05}.safetensors"
-    save_file(shard, target / name, {"format": "pt"})
+    with written():
+        save_file(shard, target / name, {"format": "pt"})
     return dict.fromkeys(shard, name)
 
 
