@@ -84,6 +84,7 @@ STARTING = (
     "model.base.templates",
     "debug.rehearse.trainings",
     "debug.predicates",
+    "training.trackers.processes",
 )
 
 

@@ -27,6 +27,7 @@ from finetune.store.checkpoints.pruning import Action, PinnedStep
 from finetune.store.run.shown import Description, RunLog, Verification
 from finetune.training.ahead import Report
 from finetune.training.preview import PlanFacts
+from finetune.training.trackers.catching_up import Tracking
 from tests.test_docs import ROOT, commands, fences
 
 TYPES = {
@@ -39,6 +40,7 @@ TYPES = {
     "prune: actions": Action,
     "prune: pinned": PinnedStep,
     "health": HealthReport,
+    "track": Tracking,
     "log": RunLog,
     "replay": Replay,
     "bisect": Bisection,

@@ -24,6 +24,7 @@ from finetune.cli import (
     history,
     machine,
     packaging,
+    tracking,
     training,
 )
 from finetune.errors import DataError, FinetuneError, RecipeError, Stopped
@@ -41,6 +42,7 @@ COMMANDS = (
         training.launch,
         training.health,
         training.rehearse,
+        tracking.track,
     ),
     data.data,
     *(history.log, history.show, history.verify, history.prune),

@@ -24,6 +24,7 @@ _TAGGED = {
     ("task",),
     ("adapter",),
     ("data", "holdout"),
+    ("track", 0),
 }  # below these pydantic's locations also name the chosen variant
 _WANTED = {
     "int_type": "a whole number",
@@ -119,7 +120,8 @@ def _key(location: tuple[str | int, ...], data: Plain) -> str:
     section."""
     key = ""
     for depth, part in enumerate(location):
-        if location[:depth] in _TAGGED or (isinstance(part, str) and isinstance(data, list)):
+        places = tuple(0 if isinstance(each, int) else each for each in location[:depth])
+        if places in _TAGGED or (isinstance(part, str) and isinstance(data, list)):
             continue
         if isinstance(part, str):
             key = f"{key}.{part}" if key else part
@@ -200,7 +202,9 @@ def _item(key: str) -> str:
 
 
 def _tags(key: str) -> list[str]:
-    return [get_args(variant.model_fields["name"].annotation)[0] for variant in _sections()[key]]
+    # One that stands without its list has no index.
+    variants = _sections().get(_item(key)) or _sections()[f"{_item(key)}[0]"]
+    return [get_args(variant.model_fields["name"].annotation)[0] for variant in variants]
 
 
 def _places_of(names: list[str]) -> list[str]:

@@ -13,9 +13,11 @@ from ruamel.yaml import YAML
 from finetune.errors import Problem, RecipeError
 from finetune.recipe.check import check
 from finetune.recipe.schema import Recipe
+from finetune.recipe.secret_forms import secrets_of
 from finetune.recipe.yaml_nodes import MAX_BYTES, override, parse, plain, shown, where
 
 SHOWN = 5  # of the recipes in a hint
+SECRET_HINT = "keep it in your environment, and replace it by a new one: it was written to a file"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ def loads(text: str, file: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
             found += [(0, problem) for problem in error.problems]
     lines: dict[str, int] = {}
     data = plain(root, lines)
+    if "trackers" in lines:  # the older key
+        lines.setdefault("track", lines["trackers"])
+    for key, kind in secrets_of(data):
+        line = _line(lines, key)
+        found.append((line, Problem(where(file, line), key, f"holds {kind}; a recipe takes no secrets", SECRET_HINT)))
     checked = check(data if isinstance(data, dict) else {})
     if isinstance(checked, Recipe) and not found:
         return LoadedRecipe(checked, text, file, lines)

@@ -60,7 +60,7 @@ RECIPE = (
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),
     Rule(("guard",), "taken", "it decides which updates are not made; what was decided before is recorded, and stays"),
-    Rule(("trackers",), "taken", "a tracker only listens"),
+    Rule(("track",), "taken", "a tracker only listens"),
     Rule(("package", "publish"), "taken", "they are about what is made of the run afterwards"),
 )
 

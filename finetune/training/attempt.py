@@ -22,8 +22,7 @@ from finetune.training.saving.saver import Saver
 from finetune.training.saving.sharded import OwnRows
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
-from finetune.training.trackers import Tracked
-from finetune.training.trackers.tracker import Start
+from finetune.training.trackers.processes import Tracked
 
 
 class Attempt(NamedTuple):
@@ -58,8 +57,8 @@ def begin(
     # The plan is written before the first step, so whatever a kill leaves can be resumed.
     replace_file(run.recipe, recipe_text.encode())
     replace_file(run.plan_file, plan.dump(opened.facts))
-    trackers = Tracked(Start(run, opened.facts["run"], plan, past.step), progress.say)
-    pen = Pen(lease, journals.Journal(path, Watch(path)), saver, trackers)
+    journal = journals.Journal(path, Watch(path))
+    pen = Pen(lease, journal, saver, Tracked(path, [tracker.name for tracker in plan.recipe.track], progress.say))
     recorder = Recorder(path, plan, progress, past, reports, pen)
     _write_down(recorder, lease, manifest, opened.changes, saver.last, damages)
     _say_what_is_lost(recorder, past, damages)

@@ -23,6 +23,7 @@ from finetune.training.build import notes_here
 from finetune.training.evaluation_sets import with_sets
 from finetune.training.readiness import refuse_gated, refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
+from finetune.training.trackers import refuse_absent
 
 
 class SetFacts(TypedDict):
@@ -48,8 +49,7 @@ class Preview:
     is_of_devices: bool
     """Made for other machines: what this one lacks is no reason to refuse."""
     facts: PlanFacts
-    file: str
-    """The recipe's, for errors."""
+    loaded: LoadedRecipe
 
     @property
     def text(self) -> str:
@@ -64,8 +64,9 @@ class Preview:
     def refuse_unready(self) -> None:
         """Raises what `train` would raise before its first step on this machine."""
         if not RunDirectory(self.run).is_run:
-            refuse_gated(self.resolved, self.file)
+            refuse_gated(self.resolved, self.loaded.file)
         if not self.is_of_devices:
+            refuse_absent(self.loaded.recipe.track, self.loaded.problem)
             refuse_unready(self.resolved, self.run)
 
 
@@ -87,7 +88,7 @@ def preview(
     if not is_of_devices:  # that table is made from the config alone, so the weights may be elsewhere
         refuse_unfit_base(resolved)
     ask(resolved)
-    return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib), loaded.file)
+    return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib), loaded)
 
 
 def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts:

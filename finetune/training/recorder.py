@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from finetune.errors import CheckpointError
 from finetune.plan import metrics as names
@@ -26,7 +26,7 @@ from finetune.training.saving.sharded import OwnRows, work_beside
 from finetune.training.saving.writer import Writer
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
-from finetune.training.trackers import Tracked
+from finetune.training.trackers.processes import Tracked
 
 
 class Pen(NamedTuple):
@@ -100,8 +100,7 @@ class Recorder:
         self.past.add(record)
         if self.pen:
             self.pen.journal.append(record)
-            told = cast(dict[str, float], {**report.figures, "seconds": record["seconds"]})
-            self.pen.trackers.log(report.step, told)
+            self.pen.trackers.look()
             # Written with the next save: a file a step would be thousands of files.
             self._columns.extend(report.columns)
             if earlier and (changed := journals.difference(earlier, record)):
@@ -185,8 +184,6 @@ class Recorder:
         self.event("evaluated", step=step, **metrics)
         if self.pen:
             self._columns.evaluations.extend(by_row)
-        if self.pen and step:  # of step 0 there is no update that the figures could stand beside
-            self.pen.trackers.log(step, names.tracked(metrics))
         self.progress.say(names.told(step, metrics))
 
     def is_evaluated(self, step: int) -> bool:
@@ -245,5 +242,7 @@ class Recorder:
         if self.reports:
             self.reports.close()
         if self.pen:
-            self.pen.trackers.finish()
-            self.pen.journal.close()
+            try:
+                self.pen.journal.close()
+            finally:  # they read what it has written
+                self.pen.trackers.finish()

@@ -43,6 +43,7 @@ from finetune.training.saving import reading
 from finetune.training.starving import Loads
 from finetune.training.state import TrainState
 from finetune.training.strategy.start import start_accelerator
+from finetune.training.trackers import refuse_absent
 
 
 def train(
@@ -63,6 +64,7 @@ def train(
     if (path / MANIFEST).exists():
         hint = "name it as base.checkpoint of a recipe, and use another --run"
         raise RunError("is a checkpoint, not a run: nothing resumes from it", where=str(path), hint=hint)
+    refuse_absent(loaded.recipe.track, loaded.problem)
     with Signals() as signals:
         # Before the lease: a process must know its rank first, because rank 0 alone takes the lease.
         accelerator = start_accelerator(loaded.recipe.train)

@@ -8,7 +8,7 @@ from finetune.data.checks.broken_text import double_encoded
 from finetune.data.checks.facts import language_of, picture, spread
 from finetune.data.checks.looked import Context, Looked, Part, parts_of
 from finetune.data.checks.near_copies import compared, similarity
-from finetune.data.checks.secret_keys import secrets_in
+from finetune.recipe.secret_forms import secrets_in
 
 GOOD = [
     "Ein Spaß«, sagte er. CAFÉ», SÃO PAULO, AÇÃO… É’ vero. Ärger, Öl, ÂGE, naïve Æsop, Ñandú, €5 £3 ½ ©",

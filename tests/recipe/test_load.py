@@ -235,7 +235,7 @@ def test_an_alias_bomb_is_refused_at_its_first_anchor():
 
 
 def test_the_variants_that_pydantic_adds_to_locations_are_known():
-    tagged = {(name,) for name in ("task", "adapter")} | {("data", "holdout")}
+    tagged = {(name,) for name in ("task", "adapter")} | {("data", "holdout"), ("track", 0)}
     assert tagged == _TAGGED
     assert complaint(SMALLEST + "adapter: {name: lora, lora: 1}\n") == (
         "recipe.yaml:10: adapter.lora: unknown key\nhint: the keys here are `name`, `rank`, `alpha`, `dropout`, `targets`, `parameters`, `exclude`, `layers`, `freeze`"

@@ -154,14 +154,15 @@ TRAPEZOID = '''def trapezoid(progress: float, *, ramp: float) -> float:
 
 # progress in [0, 1]'''
 
-LINES_SECTION = '''class LinesTracker(Section):
+LINES_SECTION = '''class LinesTracker(TrackerFacts):
     """A line a step, in a file of your choice."""
 
+    name: Literal["lines"]
     path: str
     """Where."""
 
 
-class Trackers(Section):'''
+class _OrName:'''
 
 LINES = '''"""A line a step."""
 
@@ -169,23 +170,38 @@ from pathlib import Path
 
 
 class Lines:
+    had = None
+
     def __init__(self, about, path):
-        self.path = path
-        self.say(f"start {about.id} at {about.step}")
+        self.path, self.place = path, str(path)
+        self.say(f"start {about.id}")
+
+    def back_to(self, step):
+        lines = self.path.read_text().splitlines()
+        self.path.write_text("")
+        for line in lines:
+            if not line.split()[0].isdecimal() or int(line.split()[0]) <= step:
+                self.say(line)
 
     def say(self, line):
         with self.path.open("a") as file:
             print(line, file=file)
 
-    def log(self, step, figures):
+    def log(self, step, figures, time):
         self.say(f"{step} {' '.join(figures)}")
+
+    def note(self, step, kind, text, time):
+        self.say(f"{kind} at {step}")
+
+    def flush(self):
+        pass
 
     def finish(self):
         self.say("finish")
 
 
 def start(about):
-    return Lines(about, Path(about.plan.recipe.trackers.lines.path))
+    return Lines(about, Path(about.settings("lines").path))
 '''
 
 MEMBERS: dict[str, dict[str, Edit]] = {
@@ -210,8 +226,8 @@ MEMBERS: dict[str, dict[str, Edit]] = {
     },
     "tracker": {
         "recipe/schema/trackers.py": {
-            "class Trackers(Section):": LINES_SECTION,
-            "    csv: CsvTracker": '    lines: LinesTracker | None = None\n    """Leave out to write none."""\n    csv: CsvTracker',
+            "class _OrName:": LINES_SECTION,
+            "    CsvTracker | Tensor": "    LinesTracker | CsvTracker | Tensor",
         },
         "training/trackers/lines.py": LINES,
     },
@@ -282,7 +298,7 @@ def toy_recipe(tmp_path: Path, tiny_base: Path) -> dict:
         "optimizer": {"name": "lion", "learning_rate": 0.01, "schedule": "trapezoid", "ramp": 0.5, "warmup": 0},
         "train": {"steps": 8, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128},
         "checkpoint": {"every": "4 steps"},
-        "trackers": {"lines": {"path": str(tmp_path / "lines.txt")}},
+        "track": [{"name": "lines", "path": str(tmp_path / "lines.txt")}],
     }
 
 
@@ -304,7 +320,15 @@ def test_toy_members_of_two_files_each_train_together(tree, toy_recipe, tmp_path
 
     started, *lines = (tmp_path / "lines.txt").read_text().splitlines()
     identity = started.split()[1]
-    assert started == f"start {identity} at 0" and lines.count(f"start {identity} at 4") == 1, "the tracker"
+    assert lines.count(started) == 1 and identity == json.loads((run / "plan.json").read_text())["facts"]["run"], (
+        "the tracker"
+    )
+    assert [line for line in lines if " at " in line] == [
+        "started at 0",
+        "committed at 4",
+        "started at 4",
+        "committed at 8",
+    ]
     assert [line.split()[0] for line in lines if " loss" in line] == [str(step) for step in range(1, 9)]
     assert lines.count("finish") == 2 and lines[-1] == "finish"
 

@@ -10,7 +10,7 @@ from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.rules import PartlyRead, problems
 from finetune.recipe.schema.tasks import Task
-from finetune.recipe.schema.trackers import Trackers
+from finetune.recipe.schema.trackers import Track, as_a_list
 from finetune.recipe.schema.training import Checkpoint, Guard, Train
 from finetune.recipe.schema.values import Section
 
@@ -28,7 +28,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
-    trackers: Trackers = Trackers()
+    track: Track = []
+    """Where the figures of a training also go: names like `tensorboard`, or sections with keys. The journal has them all, whatever you choose here."""
     package: Package = Package()
     publish: Publish | None = None
 
@@ -36,6 +37,11 @@ class Recipe(Section):
     def is_adapted(self) -> bool:
         """Whether only matrices beside frozen weights of the base are trained."""
         return self.adapter is not None and self.adapter.is_peft
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_keys(cls, given: object) -> object:
+        return as_a_list(given)
 
     @field_validator("*")
     @classmethod

@@ -14,7 +14,7 @@ from finetune.recipe.schema.evaluation import Evaluate
 from finetune.recipe.schema.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.tasks import Task
-from finetune.recipe.schema.trackers import Trackers
+from finetune.recipe.schema.trackers import Track
 from finetune.recipe.schema.training import Checkpoint, Guard, Train
 from finetune.recipe.schema.values import amount_of
 
@@ -39,7 +39,7 @@ class PartlyRead:
     evaluate: Evaluate | None = None
     checkpoint: Checkpoint | None = None
     guard: Guard | None = None
-    trackers: Trackers | None = None
+    track: Track | None = None
     package: Package | None = None
     publish: Publish | None = None
 
@@ -204,6 +204,12 @@ def routers_are_seen(recipe: PartlyRead) -> str | None:
     )
 
 
+def a_tracker_is_named_once(recipe: PartlyRead) -> str | None:
+    names = [tracker.name for tracker in recipe.track or ()]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    return f"track: has `{repeated}` twice; give it once" if repeated else None
+
+
 RULES = (
     sources_can_be_mixed,
     train_has_a_length,
@@ -223,4 +229,5 @@ RULES = (
     compiled_kernels_are_not_exact,
     what_is_sharded_has_rows,
     routers_are_seen,
+    a_tracker_is_named_once,
 )

@@ -123,6 +123,22 @@ class RunDirectory:
         return self.path / "figures.csv"
 
     @property
+    def tensorboard(self) -> Path:
+        """The event files of the tracker `tensorboard`."""
+        return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
+
+    def tracker(self, name: str) -> Path:
+        """What a tracker has got."""
+        return self.trackers / f"{name}.json"
+
+    def tracker_lock(self, name: str) -> Path:
+        return self.trackers / f"{name}.lock"
+
+    @property
     def debug(self) -> Path:
         return self.path / "debug"
 

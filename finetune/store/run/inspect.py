@@ -57,7 +57,7 @@ def log(run: Path) -> RunLog:
             for item in stored
         ],
         "averages": [_summary(run, item, None, {}, False) for item in _averages(run)],
-        "incidents": [_incident(record) for record in events if record.get("event") in INCIDENTS],
+        "incidents": [incident(record) for record in events if record.get("event") in INCIDENTS],
         "notes": best.notes(saved, evaluated, best.first_step(events)),
         "seen": plan.seen_told,
         "branches": _branches(run, facts["run"], plan),
@@ -105,7 +105,8 @@ def _checkpoint_line(row: Commit, are_rows_others: bool) -> str:
     return f"{row['ref']:35}{losses[0]:>14}{losses[1]:>14}  {', '.join(about)}".rstrip()
 
 
-def _incident(record: EventRecord) -> Incident:
+def incident(record: EventRecord) -> Incident:
+    """One of `INCIDENTS`, for a reader."""
     kind = record["event"]
     message = record.get("message") or MESSAGES[kind].format(**{"quantity": "something"} | record)
     if kind == "amended":
