@@ -122,7 +122,7 @@ def _words(annotation: object, metadata: list[object]) -> str:
     if origin is Literal:
         return " or ".join(f"`{word}`" for word in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(_words(item, metadata) for item in arguments)
+        return " or ".join(dict.fromkeys(_words(item, metadata) for item in arguments))
     if origin is dict and arguments[1] is not str:
         return f"names, each with {_words(arguments[1], [])}"
     if origin is list:

@@ -29,20 +29,28 @@ class HowToEvaluate(TypedDict):
 @OVERRIDE
 @click.option("--every-checkpoint", "is_every", is_flag=True, help="Evaluate all checkpoints of a RUN without a step.")
 @click.option("--watch", "watched", type=PATH, metavar="RUN", help="Evaluate each commit of this run as it appears.")
+@click.option(
+    "--lm-eval", "tasks", multiple=True, metavar="TASK", help="Evaluate a task of lm-eval: a name, or a YAML file."
+)
 @click.option("--again", "is_again", is_flag=True, help="Also compute what is stored already.")
 @click.option(
     "--seen", "is_seen_allowed", is_flag=True, help="Also evaluate rows that were trained on, and show how many."
 )
 @answers
 @where_it_is_or_files
-def evaluate(refs: tuple[str, ...], is_every: bool, watched: Path | None, **how: Unpack[HowToEvaluate]) -> Answer:
+def evaluate(
+    refs: tuple[str, ...], is_every: bool, watched: Path | None, tasks: tuple[str, ...], **how: Unpack[HowToEvaluate]
+) -> Answer:
     """Evaluate models on held-out rows, evaluation sets, or files."""
     if how["overrides"] and not how["recipe"]:
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
     if bool(refs) == bool(watched):
         raise click.UsageError("give REF..., or --watch RUN")
+    if tasks and (watched or how["recipe"] or how["files"]):
+        raise click.UsageError("--lm-eval has its own rows: give it REF... alone")
     with importing():
         from finetune.compare import evaluate as evaluation
+        from finetune.compare import harness
         from finetune.compare.results import Asked
 
     asked = Asked(**how)
@@ -52,7 +60,8 @@ def evaluate(refs: tuple[str, ...], is_every: bool, watched: Path | None, **how:
         say = partial(click.echo, err=True)
         made = watch(watched, asked, lambda results: say("\n".join(map(_line, results))), say)
     else:
-        made = evaluation.results([*evaluation.every_checkpoint(refs)] if is_every else refs, asked)
+        refs = (*evaluation.every_checkpoint(refs),) if is_every else refs
+        made = harness.results(refs, tasks, how["is_again"]) if tasks else evaluation.results(refs, asked)
     results = evaluation.shown(made)
     return Answer({"results": results}, "\n".join(map(_line, results)))
 

@@ -69,7 +69,7 @@ def shown(results: Iterable[Result]) -> list[Evaluated]:
         {
             "ref": result.ref,
             "set": result.rows,
-            "metrics": {name: _number(value) for name, value in result.evaluation.about["metrics"].items()},
+            "metrics": {name: _number(value) for name, value in _metrics(result).items()},
             "seen_rows": result.found.rows,
             "seen": [cast(SeenBy, item.model_dump()) for item in result.found.seen],
             "is_comparable": first.setdefault(result.rows, result.evaluation.about["data"])
@@ -78,6 +78,10 @@ def shown(results: Iterable[Result]) -> list[Evaluated]:
         }
         for result in results
     ]
+
+
+def _metrics(result: Result) -> Metrics:
+    return result.evaluation.about["metrics"] | (result.scores.about["metrics"] if result.scores else {})
 
 
 def every_checkpoint(texts: Sequence[str]) -> Iterator[str]:

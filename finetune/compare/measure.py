@@ -1,6 +1,5 @@
 """Evaluates models, and keeps the result of each row beside what was evaluated."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,11 +10,11 @@ from typing import cast
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from finetune.compare.results import Asked, Result, Weights, remember, set_names, weights_of
+from finetune.compare.results import Asked, Result, Weights, keep, remember, set_names, wanted_of, weights_of
 from finetune.data.heldout import lineage
 from finetune.data.row_set import RowSet
 from finetune.errors import DataError, FinetuneError, RunError
-from finetune.model import base, losses
+from finetune.model import base, losses, rotary
 from finetune.plan.plan import Plan
 from finetune.plan.split import Seen
 from finetune.recipe.load import load
@@ -24,7 +23,6 @@ from finetune.store import evaluated as digests
 from finetune.store import evaluations
 from finetune.store.checkpoints.refs import Ref, find, parse, run_of
 from finetune.store.evaluations import About, Evaluation
-from finetune.store.rank import is_first
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
 from finetune.training.build import as_trained, check_packing
@@ -61,7 +59,7 @@ class Measurer:
         resolved = self._shared or self._rows_of_run(text)
         # the plan of the run itself: a resolved one has no digests of an older version's rows, or other defaults
         settings = digests.settings(resolved.plan, own)
-        weights = _weights(ref, run, own)
+        weights = weights_at(ref, run, own)
         found: list[tuple[RowSet, lineage.Found, Evaluation | None]] = []
         sets, stages = self._sets(text, resolved), lineage.stages(text)
         for rows in sets:
@@ -81,11 +79,19 @@ class Measurer:
             made = iter(_evaluations(text, resolved, missing) if missing else ())
             results = []
             for rows, seen, known in found:
-                evaluation = known or _kept(next(made), text, weights, settings)
-                results.append(Result(text, rows.name, evaluation, seen, is_stored=known is not None))
+                evaluation = known or keep(weights, _about(next(made), text, weights, settings))
+                result = Result(text, rows.name, evaluation, seen, is_stored=known is not None)
+                results.append(self._with_scores(result, rows, resolved, weights))
             return results
 
         return measured
+
+    def _with_scores(self, result: Result, rows: RowSet, resolved: Resolved, weights: Weights) -> Result:
+        if not self._asked.functions and wanted_of(resolved.plan, rows.name, self._asked) is None:
+            return result
+        from finetune.compare.answered import with_scores  # here: few evaluations generate
+
+        return with_scores(result, rows, resolved, weights, self._asked)
 
     def _sets(self, text: str, resolved: Resolved) -> list[RowSet]:
         files = self._asked.files
@@ -177,7 +183,7 @@ def _whole(ref: Ref) -> Path | None:
     return path if (path / "config.json").is_file() and base.has_tokenizer(path) else None
 
 
-def _weights(ref: Ref, run: Path | None, own: Plan | None) -> Weights:
+def weights_at(ref: Ref, run: Path | None, own: Plan | None) -> Weights:
     if run and own:
         return weights_of(ref, run, own)[1]
     if ref.kind == "checkpoint":
@@ -218,13 +224,6 @@ def _objective(model: PreTrainedModel, resolved: Resolved, accelerator: Accelera
     return cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
 
 
-def _kept(made: Evaluation, text: str, weights: Weights, settings: dict[str, str]) -> Evaluation:
-    """The evaluation, written to its place. Where that cannot be written, a line says so: its figures are right all the same."""
+def _about(made: Evaluation, text: str, weights: Weights, settings: dict[str, str]) -> Evaluation:
     about = {**made.about, "ref": text, "model": weights.digest, "settings": settings}
-    made = replace(made, about=cast(About, about))
-    if is_first(os.environ):
-        try:
-            evaluations.write(weights.folder, made)
-        except RunError as error:
-            print(f"the results of {text} are not kept: {error.message}", file=sys.stderr, flush=True)
-    return made
+    return replace(made, about=cast(About, about))

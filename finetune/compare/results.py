@@ -1,19 +1,25 @@
 """The results of evaluations that are stored already, found by plans and manifests alone: no model, and no torch."""
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from finetune.compare.scores import Function, definition
 from finetune.data.heldout import lineage
 from finetune.data.heldout.lineage import Found
 from finetune.data.sources.open import open_source
+from finetune.errors import RunError
 from finetune.plan.plan import Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import HELD_OUT, Source
+from finetune.recipe.schema.metrics import Metric
 from finetune.store import cache, evaluated, evaluations
 from finetune.store.checkpoints.refs import Ref, find, parse, run_of
 from finetune.store.evaluations import Evaluation
+from finetune.store.rank import is_first
 from finetune.store.run.directory import RunDirectory
 
 
@@ -29,6 +35,10 @@ class Asked:
     is_seen_allowed: bool = False
     is_again: bool = False
     """Whether nothing that is stored is taken."""
+    functions: Sequence[Function] = ()
+    """Metrics of the user's own, of the model's answers to every set. Nothing stands for what they do, so they are called every time."""
+    max_new_tokens: int = 128
+    """Of answers to sets for which the recipe does not say it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Result:
     found: Found
     """Its rows that a run behind the ref trained on."""
     is_stored: bool
+    scores: Evaluation | None = None
+    """The evaluation of the model's own answers to the same rows, where metrics of them are asked for."""
 
 
 class Weights(NamedTuple):
@@ -66,7 +78,7 @@ class _UnknownError(Exception):
 
 def stored(text: str, asked: Asked) -> list[Result] | None:
     """All results that are asked for of a ref; None where one of them has to be computed first."""
-    if asked.is_again or asked.recipe:
+    if asked.is_again or asked.recipe or asked.functions:
         return None
     ref = parse(text)
     run = run_of(ref)
@@ -81,11 +93,15 @@ def stored(text: str, asked: Asked) -> list[Result] | None:
     for name, contents, found in kept:
         if found.seen and not asked.is_seen_allowed:  # its error comes with what it takes to say it
             return None
-        settings = evaluated.settings(plan, plan)
-        evaluation = evaluations.find(weights.folder, evaluated.rows(plan, contents), weights.digest, settings)
+        settings, data = evaluated.settings(plan, plan), evaluated.rows(plan, contents)
+        evaluation = evaluations.find(weights.folder, data, weights.digest, settings)
         if evaluation is None:
             return None
-        results.append(Result(text, name, evaluation, found, is_stored=True))
+        wanted = wanted_of(plan, name, asked)
+        scores = evaluations.find(weights.folder, data, weights.digest, settings | wanted.settings) if wanted else None
+        if wanted and scores is None:
+            return None
+        results.append(Result(text, name, evaluation, found, is_stored=True, scores=scores))
     return results
 
 
@@ -97,6 +113,34 @@ def weights_of(ref: Ref, run: Path, plan: Plan) -> tuple[int, Weights]:
     checkpoint = find(ref)
     digest = evaluated.weights(checkpoint.manifest.files, base)
     return checkpoint.step, Weights(digest, evaluations.of_step(run, checkpoint.step))
+
+
+def keep(weights: Weights, made: Evaluation) -> Evaluation:
+    """Writes an evaluation to its place. Where that cannot be written, a line says so: its figures are right all the same."""
+    if is_first(os.environ):
+        try:
+            evaluations.write(weights.folder, made)
+        except RunError as error:
+            print(f"the results of {made.about['ref']} are not kept: {error.message}", file=sys.stderr, flush=True)
+    return made
+
+
+class Wanted(NamedTuple):
+    """Metrics of answers to a set of rows."""
+
+    metrics: Sequence[Metric]
+    max_new_tokens: int
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What they add to the settings of an evaluation."""
+        return {"max_new_tokens": str(self.max_new_tokens), "metrics": definition(self.metrics)}
+
+
+def wanted_of(plan: Plan, rows: str, asked: Asked) -> Wanted | None:
+    """Those that the recipe of a plan names for one of its sets."""
+    given = None if asked.files else plan.recipe.evaluate.sets.get(rows)
+    return Wanted(given.metrics, given.max_new_tokens) if given and given.metrics else None
 
 
 def set_names(files: Sequence[str]) -> list[str]:

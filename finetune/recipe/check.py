@@ -20,12 +20,9 @@ from finetune.recipe.yaml_nodes import NUMBER, Plain, shown
 Complaint = tuple[str, str, str | None]
 """Dotted key, message, hint."""
 
-_TAGGED = {
-    ("task",),
-    ("adapter",),
-    ("data", "holdout"),
-    ("track", 0),
-}  # below these pydantic's locations also name the chosen variant
+# below these pydantic's locations also name the chosen variant
+_TAGGED = re.compile(r"task|adapter|data\.holdout|track\.\d+|evaluate\.sets\.[^.]+\.metrics\.\d+")
+_OF_A_SET = re.compile(r"^evaluate\.sets\.[^.\[]+")
 _WANTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -96,7 +93,7 @@ def _complaint(details: ErrorDetails, data: Plain) -> Complaint:
     if kind == "union_tag_not_found":
         return f"{key}.name", "is required", f"one of {_either(_tags(key))}"
     if kind == "union_tag_invalid":
-        return _choice(f"{key}.name", _tags(key), value["name"])
+        return _choice(f"{key}.name", _tags(key), value["name"] if isinstance(value, dict) else value)
     if kind == "literal_error":
         return _choice(key, re.findall(r"'([^']*)'", context["expected"]), value)
     if kind == "value_error":
@@ -120,8 +117,8 @@ def _key(location: tuple[str | int, ...], data: Plain) -> str:
     section."""
     key = ""
     for depth, part in enumerate(location):
-        places = tuple(0 if isinstance(each, int) else each for each in location[:depth])
-        if places in _TAGGED or (isinstance(part, str) and isinstance(data, list)):
+        is_variant = _TAGGED.fullmatch(".".join(map(str, location[:depth])))
+        if is_variant or (isinstance(part, str) and isinstance(data, list)):
             continue
         if isinstance(part, str):
             key = f"{key}.{part}" if key else part
@@ -170,8 +167,8 @@ def _place_hint(key: str, name: str) -> str | None:
     section = key.removesuffix(name).removesuffix(".")
     here = _sections().get(_item(section), [])
     owner = next((variant for variant in here if name in variant.model_fields), None)
-    if owner:
-        return f"`{name}` goes with `name: {get_args(owner.model_fields['name'].annotation)[0]}`"
+    if owner and (tag := get_args(owner.model_fields["name"].annotation)):
+        return f"`{name}` goes with `name: {tag[0]}`"
     if name in _places():
         outer, _, inner = name.rpartition(".")
         return f"write it as `{outer}: {{{inner}: ...}}`"
@@ -197,14 +194,15 @@ def _keys_hint(key: str) -> str | None:
 
 
 def _item(key: str) -> str:
-    """The key with every index 0, as `_sections` writes it."""
-    return re.sub(r"\[\d+\]", "[0]", key)
+    """The key with every index 0 and without names of the user's, as `_sections` writes it."""
+    return re.sub(r"\[\d+\]", "[0]", _OF_A_SET.sub("evaluate.sets", key))
 
 
 def _tags(key: str) -> list[str]:
     # One that stands without its list has no index.
     variants = _sections().get(_item(key)) or _sections()[f"{_item(key)}[0]"]
-    return [get_args(variant.model_fields["name"].annotation)[0] for variant in variants]
+    names = (get_args(variant.model_fields["name"].annotation) for variant in variants)
+    return [name[0] for name in names if name]
 
 
 def _places_of(names: list[str]) -> list[str]:

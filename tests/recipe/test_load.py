@@ -8,7 +8,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from finetune.errors import RecipeError
-from finetune.recipe.check import _TAGGED
 from finetune.recipe.load import LoadedRecipe, load, loads
 from finetune.recipe.schema import Recipe
 
@@ -235,14 +234,44 @@ def test_an_alias_bomb_is_refused_at_its_first_anchor():
 
 
 def test_the_variants_that_pydantic_adds_to_locations_are_known():
-    tagged = {(name,) for name in ("task", "adapter")} | {("data", "holdout"), ("track", 0)}
-    assert tagged == _TAGGED
     assert complaint(SMALLEST + "adapter: {name: lora, lora: 1}\n") == (
         "recipe.yaml:10: adapter.lora: unknown key\nhint: the keys here are `name`, `rank`, `alpha`, `dropout`, `targets`, `parameters`, `exclude`, `layers`, `freeze`"
     )
     assert complaint(SMALLEST.replace("data:", "data:\n  holdout: [{path: 3}]")).startswith(
         "recipe.yaml:4: data.holdout[0].path: must be text, not `3`"
     )
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ("{docs: [{pth: x}]}", "evaluate.sets.docs[0].pth: unknown key\nhint: did you mean `data.train[0].path`, "),
+        ("{docs: {rows: [{path: x, takee: 3}]}}", "evaluate.sets.docs.rows[0].takee: unknown key\nhint: did you mean "),
+        ("{docs: []}", "evaluate.sets.docs: must not be empty"),
+        ("{'a b': [{path: x}]}", "evaluate.sets: `a b` cannot be the name of a set"),
+        ("{held-out: [{path: x}]}", "evaluate.sets: `held-out` cannot be the name of a set"),
+        ("{docs: {rows: [{path: x}], metrics: [bleu]}}", "evaluate.sets.docs.metrics[0].name: must be `exact_match`, "),
+        (
+            "{docs: {rows: [{path: x}], metrics: [{name: json, foo: 1}]}}",
+            "evaluate.sets.docs.metrics[0].foo: unknown key",
+        ),
+        (
+            "{docs: {rows: [{path: x}], metrics: [{name: regex, pattern: '('}]}}",
+            "evaluate.sets.docs.metrics[0].pattern: is no",
+        ),
+        (
+            "{docs: {rows: [{path: x}], metrics: [rouge, rouge]}}",
+            "evaluate.sets.docs.metrics: must have each metric once",
+        ),
+        (
+            "{docs: {rows: [{path: x}], metrics: [{name: loss, program: [a]}]}}",
+            "evaluate.sets.docs.metrics[0].name: cannot",
+        ),
+    ],
+)
+def test_a_mistake_in_an_evaluation_set_is_named_by_its_key(sets, said):
+    text = SMALLEST.replace("data:", "data:\n  holdout: 2") + f"evaluate: {{sets: {sets}}}\n"
+    assert complaint(text).partition(": ")[2].startswith(said)
 
 
 def test_a_recipe_made_in_python_is_held_to_the_same_rules():

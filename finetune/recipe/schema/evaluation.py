@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from finetune.recipe.schema.data import Source
+from finetune.recipe.schema.metrics import Metric
 from finetune.recipe.schema.values import Section, StepCadence
 
 HELD_OUT = "held-out"
@@ -19,6 +20,17 @@ class EvaluationSet(Section):
 
     rows: list[Source] = Field(min_length=1)
     """The sources of its rows."""
+    metrics: list[Metric] = []
+    """What to measure of the model's own answers: names like `[exact_match, rouge]`, or sections. `finetune evaluate` computes them; training does not, because answers take long."""
+    max_new_tokens: PositiveInt = 128
+    """Tokens of the longest answer."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _differ(cls, metrics: list[Metric]) -> list[Metric]:
+        if len({each.name for each in metrics}) < len(metrics):
+            raise ValueError("must have each metric once")
+        return metrics
 
 
 def _set(value: object) -> object:

@@ -107,6 +107,16 @@ def evaluation_has_rows(recipe: PartlyRead) -> str | None:
     return f"evaluate.{asked}: needs held-out rows; set `data.holdout`" if asked else None
 
 
+def metrics_have_prompts(recipe: PartlyRead) -> str | None:
+    if recipe.evaluate is None or recipe.task is None:
+        return None
+    asked = next((name for name, each in recipe.evaluate.sets.items() if each.metrics), None)
+    is_all_learnt = recipe.task.row_form == "text" or getattr(recipe.task, "learn", None) == "all"
+    if asked is None or not is_all_learnt:
+        return None
+    return f"evaluate.sets.{asked}.metrics: need rows with a prompt that is not learnt"
+
+
 def best_has_rows(recipe: PartlyRead) -> str | None:
     is_asked = recipe.checkpoint and recipe.checkpoint.keep.best
     return "checkpoint.keep.best: needs held-out rows; set `data.holdout`" if is_asked and recipe.lacks_rows else None
@@ -216,6 +226,7 @@ RULES = (
     optimizer_has_its_settings,
     the_floor_is_below_the_peak,
     evaluation_has_rows,
+    metrics_have_prompts,
     best_has_rows,
     micro_batch_holds_a_row,
     form_has_its_adapter,
