@@ -1,0 +1,74 @@
+"""The verbs of the command line as functions of the package, with typed arguments and results; errors are FinetuneErrors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.cli.options import default_run
+from finetune.recipe.load import load
+
+if TYPE_CHECKING:
+    from finetune.compare.evaluate import Evaluated
+    from finetune.compare.scores import Function
+    from finetune.package.export import Packaged
+    from finetune.training.preview import PlanFacts
+
+
+def plan(recipe: Path | str, overrides: Sequence[str] = (), *, run: Path | str | None = None) -> "PlanFacts":
+    """What a recipe will do: pins, rows, tokens, steps, memory, disk. Trains nothing. `overrides` are like `train.seed=1`."""
+    from finetune.package.preflight import refuse_unpackageable
+    from finetune.training.preview import preview
+
+    found = preview(load(recipe, overrides), Path(run or default_run(Path(recipe))), refuse_unpackageable)
+    found.refuse_unready()
+    return found.facts
+
+
+def train(
+    recipe: Path | str,
+    run: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    until: int | None = None,
+    is_quiet: bool = False,
+) -> Path:
+    """Starts the run of a recipe, or resumes it, in this process. Its directory, once it is finished or step `until` is committed."""
+    from finetune.package.preflight import refuse_unpackageable
+    from finetune.training.run import train as train_run
+
+    path = Path(run or default_run(Path(recipe)))
+    train_run(load(recipe, overrides), path, is_quiet=is_quiet, until=until, ask=refuse_unpackageable)
+    return path
+
+
+def evaluate(
+    refs: Sequence[str] | str,
+    *,
+    recipe: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    files: Sequence[Path | str] = (),
+    metrics: Sequence["Function"] = (),
+    max_new_tokens: int = 128,
+    is_seen_allowed: bool = False,
+    is_again: bool = False,
+) -> "list[Evaluated]":
+    """One result for each ref and set of rows: those of each ref's run, of a recipe, or of files. What is stored is not computed again.
+
+    Each of `metrics` gets a row with the model's answer, as `{row, prompt, answer, expected, loss, tokens}`, and returns a number. Their
+    mean is the figure, under the function's name; more is better, unless the function has the attribute `better = "lower"`.
+    """
+    from finetune.compare.evaluate import results, shown
+    from finetune.compare.results import Asked
+
+    named = [str(file) for file in files]
+    asked = Asked(
+        Path(recipe) if recipe else None, overrides, named, is_seen_allowed, is_again, metrics, max_new_tokens
+    )
+    return shown(results([refs] if isinstance(refs, str) else refs, asked))
+
+
+def package(ref: str, directory: Path | str, *, key: Path | str | None = None, dtype: str | None = None) -> "Packaged":
+    """Writes a checkpoint as a model folder, proven equal to the trained model. `key` is a PEM file to sign it with."""
+    from finetune.package.export import package as package_ref
+
+    return package_ref(ref, Path(directory), Path(key) if key else None, dtype=dtype)
