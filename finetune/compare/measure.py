@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from finetune.compare.results import Asked, Result, Weights, keep, remember, set_names, wanted_of, weights_of
 from finetune.data.heldout import lineage
 from finetune.data.row_set import RowSet
-from finetune.errors import DataError, FinetuneError, RunError
-from finetune.model import base, losses, rotary
+from finetune.errors import DataError, FinetuneError
+from finetune.model import base, losses
 from finetune.plan.plan import Plan
 from finetune.plan.split import Seen
 from finetune.recipe.load import load
