@@ -5,8 +5,9 @@ import hashlib
 from collections.abc import Iterator
 from html import escape
 
+from finetune.data.visible import visible
 from finetune.debug.rows.show import Shown, ShownExample, Token
-from finetune.debug.rows.terminal import kind_of, visible
+from finetune.debug.rows.terminal import kind_of
 from finetune.errors import counted
 
 STYLE = """

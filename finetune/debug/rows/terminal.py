@@ -5,16 +5,11 @@ from itertools import groupby
 
 import click
 
+from finetune.data.visible import visible
 from finetune.debug.rows.show import Shown, ShownExample, Token
 from finetune.errors import counted
 
 LEARNT, CUT = ("⟦", "⟧"), ("⟪", "⟫")
-SIGNS = {"\n": "↵\n", "\t": "→", "\u00a0": "⍽", "\r": "␍", "\x7f": "␡"}
-# They change what is seen, or how: of no width, or they turn the order of the text.
-HIDDEN: tuple[str, ...] = (
-    *("\u00ad", "\u034f", "\u061c", "\u200b\u200f", "\u2028\u202e", "\u2060\u206f", "\ufeff", "\ufff9\ufffb"),
-    *("\x80\x9f", "\ud800\udfff", "\U000e0000\U000e007f"),
-)
 
 
 def text(shown: Shown, numbers: tuple[int, ...], is_colored: bool) -> str:
@@ -93,23 +88,3 @@ def _colored(written: str, kind: str) -> str:
         return written
     style = {"fg": "green", "bold": True} if kind == "learnt" else {"dim": True, "strikethrough": True}
     return "\n".join(click.style(line, **style) if line else line for line in written.split("\n"))
-
-
-def visible(text: str, start: int = 0, end: int | None = None) -> str:
-    """A piece of a text, without what would move the cursor, change colors, or not be seen."""
-    end = len(text) if end is None else end
-    return "".join(_sign(text, place) for place in range(start, end))
-
-
-def _sign(text: str, place: int) -> str:
-    sign = text[place]
-    if sign == " ":
-        is_between = 0 < place < len(text) - 1 and not (text[place - 1].isspace() or text[place + 1].isspace())
-        return sign if is_between else "·"
-    if sign in SIGNS:
-        return SIGNS[sign]
-    if sign < " ":
-        return chr(0x2400 + ord(sign))
-    if any(span[0] <= sign <= span[-1] for span in HIDDEN):
-        return f"⟨U+{ord(sign):04X}⟩"
-    return sign
