@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from finetune.cli.main import ErrorReport
+from finetune.compare import shown
 from finetune.compare.average import Averaged
 from finetune.compare.evaluate import Evaluated
 from finetune.compare.generate import Answer
@@ -50,6 +51,7 @@ TYPES = {
     "verify": Verification,
     "evaluate: results": Evaluated,
     "average": Averaged,
+    "compare": shown.Comparison,
     "generate: results": Answer,
     "package": Packaged,
     "publish": Published,

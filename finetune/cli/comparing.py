@@ -1,4 +1,4 @@
-"""`evaluate`: how good models are."""
+"""`evaluate` and `compare`: how good models are, and which is better."""
 
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
-from finetune.cli.options import OVERRIDE, PATH, where_it_is_or_files
+from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is_or_files
 from finetune.recipe.schema import HELD_OUT
 
 if TYPE_CHECKING:
@@ -74,3 +74,61 @@ def _line(result: "Evaluated") -> str:
         line += f"  seen rows {'unknown' if result['seen_rows'] is None else result['seen_rows']}"
     line += "  stored" if result["is_stored"] else ""
     return line if result["is_comparable"] else f"{line}  other {'held-out ' if result['set'] == HELD_OUT else ''}rows"
+
+
+class HowToCompare(TypedDict):
+    metric: str
+    baseline: str | None
+    margin: float | None
+    cluster: str | None
+    changed: int
+
+
+@click.command()
+@REFS
+@click.option("--metric", default="loss", show_default=True, help="The measure to compare by.")
+@click.option("--baseline", metavar="REF", help="Compare each ref with this one. Default: the first.")
+@click.option(
+    "--margin",
+    type=click.FloatRange(min=0, min_open=True),
+    help="A difference that does not matter to you: within it, refs are equivalent.",
+)
+@click.option("--cluster", metavar="COLUMN", help="Rows with the same value here belong together, like one author's.")
+@click.option("--rows", metavar="NAME", help="The evaluation set to compare on. Default: the held-out rows.")
+@click.option("--recipe", type=PATH, help="Compare on the rows of this recipe, not of the refs' own runs.")
+@OVERRIDE
+@click.option("--every-checkpoint", "is_every", is_flag=True, help="Compare all checkpoints of a RUN without a step.")
+@click.option("--seen", "is_seen_allowed", is_flag=True, help="Also compare on rows that were trained on, and say so.")
+@click.option(
+    "--changed", type=click.IntRange(min=0), default=3, show_default=True, help="Show the N rows that changed most."
+)
+@click.option("--csv", "form", flag_value="comma_separated", help="Print a line for each ref as CSV.")
+@click.option("--markdown", "form", flag_value="markdown", help="Print a Markdown table.")
+@answers
+@where_it_is_or_files
+def compare(
+    refs: tuple[str, ...],
+    rows: str | None,
+    is_every: bool,
+    form: str | None,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    is_seen_allowed: bool,
+    files: list[str],
+    **question: Unpack[HowToCompare],
+) -> Answer:
+    """Compare models on the same rows: which are better, and which the rows cannot tell apart."""
+    if overrides and not recipe:
+        raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
+    from finetune.compare import table
+    from finetune.compare.candidates import candidates
+    from finetune.compare.compare import Question
+    from finetune.compare.compare import compare as compare_found
+    from finetune.compare.evaluate import every_checkpoint
+    from finetune.compare.results import Asked
+
+    texts = [*every_checkpoint(refs)] if is_every else refs
+    found = candidates(texts, Asked(recipe, overrides, files, is_seen_allowed), rows)
+    facts = compare_found(found.candidates, Question(**question), found.sources)
+    facts["notes"] = [*found.notes, *facts["notes"]]
+    return Answer(facts, getattr(table, form or "text")(facts))

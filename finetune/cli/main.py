@@ -47,7 +47,7 @@ COMMANDS = (
     data.data,
     *(history.log, history.show, history.verify, history.prune),
     *(debugging.replay, debugging.bisect, debugging.diff, debugging.branch),
-    comparing.evaluate,
+    *(comparing.evaluate, comparing.compare),
     averaging.average,
     *(answering.generate, answering.chat, answering.serve),
     *(packaging.package, packaging.publish),

@@ -20,6 +20,7 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
 from finetune.training.build import notes_here
+from finetune.training.detectable import Detectable, detectable, line
 from finetune.training.evaluation_sets import with_sets
 from finetune.training.readiness import refuse_gated, refuse_unfit_base, refuse_unready
 from finetune.training.resolve import Resolved, device, resolve
@@ -38,6 +39,8 @@ class PlanFacts(WithDevices, Unused, Readings):
     base_notes: list[str]
     weights: dict[str, KindFacts]
     """By kind of module."""
+    detectable: Detectable | None
+    """The smallest difference that the held-out rows can show."""
     sets: list[SetFacts]
     """The named evaluation sets."""
 
@@ -56,9 +59,17 @@ class Preview:
         """The facts for a reader."""
         facts, resolved = self.facts, self.resolved
         listed = kinds.lines(facts["weights"], resolved.plan.recipe.adapter is not None)
-        noted = [f"base: {note}" for note in resolved.notes]
         sets = [f"evaluation set {each['name']}: {counted(each['rows'], 'row')}" for each in facts["sets"]]
-        lines = [forecast_table.table(facts), *listed, *sets, *noted, *readings.lines(facts), *unused.lines(facts)]
+        shown, rows = facts["detectable"], facts["holdout_rows"]
+        noted = [*([line(shown, rows)] if shown else []), *(f"base: {note}" for note in resolved.notes)]
+        lines = [
+            forecast_table.table(facts),
+            *listed,
+            *sets,
+            *noted,
+            *readings.lines(facts),
+            *unused.lines(facts),
+        ]
         return "\n".join([*lines, "", forecast_table.devices_table(facts)] if self.is_of_devices else lines)
 
     def refuse_unready(self) -> None:
@@ -106,6 +117,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
         **readings.readings(plan, resolved.train, resolved.holdout),
         "ignored_columns": unused.columns(plan, resolved.train, resolved.holdout),
         **unused.lost(plan, resolved.train),
+        "detectable": detectable(resolved, run),
         "base_notes": list(resolved.notes),
         "weights": kinds.facts_of(plan, resolved.kinds),
         "sets": [{"name": each.name, "rows": each.counts.rows, "tokens": each.counts.tokens} for each in plan.sets],
