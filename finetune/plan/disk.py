@@ -38,7 +38,9 @@ def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
     is_evaluated = plan.holdout_counts.examples > 0
     for_good = _multiples(plan, [rule.every, publish.milestones if publish else None])
     milestones = len(_multiples(plan, [rule.weights_every]) - for_good)
-    full = rule.last + (rule.best or int(is_evaluated)) + len(for_good) + 1
+    # the lowest losses, and what `@best` names: it may be later than all of these
+    best = (rule.best or 1) + 1 if is_evaluated else 0
+    full = rule.last + best + len(for_good) + 1
     small, weights = _small_bytes(plan, layers), memory.trained_bytes(plan) + activations.average_bytes(plan)
     checkpoints = full * (state_bytes(plan) + small) + milestones * (weights + small)
     packages = package_bytes(plan) if publish and publish.milestones else 0

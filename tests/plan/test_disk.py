@@ -32,14 +32,14 @@ def test_the_disk_of_a_run_that_keeps_much_is_forecast(recipe_file, train, tmp_p
 @pytest.mark.parametrize(
     ("sections", "count"),
     [
-        ({}, 2 + 1 + 1),
-        ({"checkpoint": {"keep": {"last": 3, "best": 2}}}, 3 + 2 + 1),
+        ({}, 2 + 2 + 1),
+        ({"checkpoint": {"keep": {"last": 3, "best": 2}}}, 3 + 3 + 1),
         (
             {"checkpoint": {"keep": {"every": "6 steps"}}, "publish": {"repo": "a/b", "milestones": "4 steps"}},
-            4 + 4 + 6 - 2,
+            5 + 4 + 6 - 2,
         ),
     ],
-    ids=["the best stays by default", "more of them", "milestones stay and count once"],
+    ids=["the lowest loss and what @best names stay by default", "more of them", "milestones stay and count once"],
 )
 def test_checkpoints_that_stay_are_counted(sections, count, recipe_file, monkeypatch) -> None:
     for name in ("_small_bytes", "_history_bytes"):

@@ -8,6 +8,7 @@ from finetune.errors import CheckpointError
 from finetune.plan.facts import Metrics
 from finetune.plan.retention import Saved, keep
 from finetune.recipe.schema import Keep, Publish
+from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.store import RESUME_FILES, Store
 from finetune.store.checkpoints.stored import Summary
@@ -79,12 +80,15 @@ def due(
     are_pins_kept: bool = True,
 ) -> list[tuple[Summary, str]]:
     """Actions on checkpoints that the rules do not keep, oldest first, demotions before removals. Directories in `damaged` do not
-    count. Pinned checkpoints stay, and so do milestones, published or not yet."""
+    count. Pinned checkpoints stay, and so do milestones, published or not yet, and what `@best` names."""
     sound = [item for item in store.summaries() if item.path.name not in damaged]
     saved = [Saved.of(item, evaluated) for item in sound]
     cadence = publish.milestones.steps if publish and publish.milestones else None
     milestones = {item.step for item in sound if cadence and item.step % cadence == 0}
-    kept = keep(saved, rule, protected=milestones | (store.pinned() if are_pins_kept else set()))
+    # the lowest loss stays by the rules
+    chosen = best.chosen(store.run, saved, evaluated)
+    named = {chosen.step} if chosen else set()
+    kept = keep(saved, rule, protected=milestones | named | (store.pinned() if are_pins_kept else set()))
     demoted = [item for item in sound if item.step in kept.weights and item.kind == "full"]
     removed = [item for item in sound if item.step not in kept.full | kept.weights]
     return [(item, "demote") for item in demoted] + [(item, "remove") for item in removed]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.errors import CheckpointError
-from finetune.plan import retention
 from finetune.plan.retention import Saved
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, read
@@ -184,14 +183,17 @@ def find(ref: Ref) -> Checkpoint:
     evaluated = journal.evaluations(events)
     saved = [Saved.of(item, evaluated) for item in committed.values()]
     notes = best.notes(saved, evaluated, best.first_step(events))
-    if not (steps := retention.best(saved, 1)):
+    chosen = best.chosen(ref.run, saved, evaluated)
+    if chosen is None:
         names, also = ", ".join(map(str, committed)), "".join(f"; {note}" for note in notes)
         raise CheckpointError(
             f"{ref.run} has no evaluated checkpoint; committed: {names}{also}", hint=_to_have_a_best(ref.run)
         )
     for note in notes:
         _say_once(f"warning: {ref.run}: {note}")
-    return read(committed[steps.pop()].path)
+    for line in chosen.told:
+        _say_once(f"{ref.run}: {line}")
+    return read(committed[chosen.step].path)
 
 
 def _to_have_a_best(run: Path) -> str:
