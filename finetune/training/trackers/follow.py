@@ -14,6 +14,7 @@ from finetune.training.trackers import sent
 from finetune.training.trackers.feed import Feed
 from finetune.training.trackers.journal_tail import JournalTail
 from finetune.training.trackers.sent import Sent
+from finetune.training.trackers.told import without_secrets
 from finetune.training.trackers.tracker import Has, Start, Starter, TakesBack, Tracker
 
 LOOK_SECONDS = 1.0
@@ -40,7 +41,7 @@ def follow(
         set_alarm(CALL_SECONDS)
         about = Start(directory, facts["run"], plan)
         tracker = start(about)
-        say(tracker.place)
+        say(without_secrets(tracker.place))
         stream = _Stream(about, name, tracker)
         seconds = 0.0
         is_last = False
@@ -59,6 +60,7 @@ class _Stream:
 
     def __init__(self, about: Start, name: str, tracker: Tracker):
         self._run, self._name, self._tracker = about.run.path, name, tracker
+        self._place = without_secrets(tracker.place)
         parent = about.plan.parent
         # The steps of its parent's are no figures of a branch.
         origin = Has(parent.step if parent else 0, parent.step - 1 if parent else -1)
@@ -85,7 +87,7 @@ class _Stream:
                 break
         self._feed.release(is_caught_up)
         place = self._feed.place_to_go_on
-        now = Sent(*self._feed.has, self._feed.noted, place, self._tail.before(place), self._tracker.place)
+        now = Sent(*self._feed.has, self._feed.noted, place, self._tail.before(place), self._place)
         if now != self._sent:
             self._tracker.flush()
             sent.write(self._run, self._name, now)

@@ -1,4 +1,4 @@
-"""What is said of a client's error: one line, without what may be a secret."""
+"""What is said and written down of a client, without what may be a secret."""
 
 import os
 import re
@@ -12,10 +12,14 @@ _LEAST_SECRET = 6  # characters; a shorter value is a word
 
 
 def told(error: BaseException) -> str:
-    line = " ".join(f"{type(error).__name__}: {error}".split())
+    """One line."""
+    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:_LENGTH]
+
+
+def without_secrets(line: str) -> str:
     secrets = [
         value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and len(value) >= _LEAST_SECRET
     ]
     for secret in [*secrets, *(found for _, found in secrets_in(line))]:
         line = line.replace(secret, "…")
-    return _IN_ADDRESS.sub("://…@", line)[:_LENGTH]
+    return _IN_ADDRESS.sub("://…@", line)

@@ -62,8 +62,10 @@ def test_a_figure_that_no_rollback_takes_back_is_there_at_once(kept, tmp_path) -
     told = Told(tmp_path / "run", "csv")
     told.begin(0)
     told.train(3)
+    kept.place = "http://me:word@host/runs/1"
     feed(told.run, "csv")
     assert kept.steps == [1, 2, 3] and kept.evaluated == [0, 3]
+    assert "word" not in RunDirectory(told.run).tracker("csv").read_text()
 
 
 def test_events_are_noted_once(kept, tmp_path) -> None:
