@@ -100,6 +100,7 @@ def test_a_process_that_is_killed_with_its_training_loses_nothing(said, tmp_path
     tracked = Tracked(told.run, ["csv"], said.append)
     (process,) = tracked._processes
     os.kill(process._process.pid, signal.SIGKILL)
+    assert process.has_ended_within(10)
     told.begin(8)
     told.train(STEPS)
     assert tracked.finish() == {}
