@@ -13,6 +13,7 @@ from finetune.compare import shown
 from finetune.compare.average import Averaged
 from finetune.compare.evaluate import Evaluated
 from finetune.compare.generate import Answer
+from finetune.compare.report.write import Reported
 from finetune.debug.bisect import Bisection
 from finetune.debug.diff import Comparison
 from finetune.debug.rehearse.shown import Outcome
@@ -53,6 +54,7 @@ TYPES = {
     "average": Averaged,
     "compare": shown.Comparison,
     "generate: results": Answer,
+    "report": Reported,
     "package": Packaged,
     "publish": Published,
     "doctor": Machine,

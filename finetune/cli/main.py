@@ -24,6 +24,7 @@ from finetune.cli import (
     history,
     machine,
     packaging,
+    seeing,
     tracking,
     training,
 )
@@ -48,6 +49,7 @@ COMMANDS = (
     *(history.log, history.show, history.verify, history.prune),
     *(debugging.replay, debugging.bisect, debugging.diff, debugging.branch),
     *(comparing.evaluate, comparing.compare),
+    *(seeing.curves, seeing.report),
     averaging.average,
     *(answering.generate, answering.chat, answering.serve),
     *(packaging.package, packaging.publish),

@@ -15,7 +15,7 @@ from finetune.training.loop import StepReport
 from finetune.training.state import TrainState
 
 LEAST = "row_loss_min"
-NOT_OF_ROWS = ("learning_rate", "seconds", "await_seconds")
+NOT_OF_ROWS = ("learning_rate", "seconds", "await_seconds", "memory_bytes")
 
 
 def loss_shares(report: StepReport) -> dict[int, float]:

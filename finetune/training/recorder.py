@@ -27,6 +27,7 @@ from finetune.training.saving.writer import Writer
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
 from finetune.training.trackers.processes import Tracked
+from finetune.training.used_memory import used_bytes
 
 
 class Pen(NamedTuple):
@@ -95,7 +96,7 @@ class Recorder:
         # Another process may have taken the run over: then nothing more may be written.
         if self.pen:
             self.pen.lease.check()
-        # After a kill, steps run again. They must give the same figures, or the resume was not exact.
+            # After a kill, steps run again. They must give the same figures, or the resume was not exact.
         earlier = self.past.earlier(report.step)
         self.past.add(record)
         if self.pen:
@@ -121,6 +122,7 @@ class Recorder:
             **skipped,
             "seconds": round(report.seconds, 6),
             "await_seconds": round(report.await_seconds, 6),
+            "memory_bytes": used_bytes(),
             "attempt": self._attempt,
             "time": journals.now(),
         }

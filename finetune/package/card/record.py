@@ -3,7 +3,6 @@
 Everything comes from the plan and the journal, so the same run gives the same bytes.
 """
 
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+from finetune.package.card.figures import WITHIN
+from finetune.package.card.pictures import Drawn, plot
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.recipe.load import to_yaml
@@ -72,26 +73,19 @@ def to_lines(records: Iterable[Record]) -> str:
 
 
 def loss_curve(records: Sequence[Record]) -> bytes:
-    """A PNG of training loss and held-out loss over steps; the same records give the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    """A PNG of training loss and held-out loss over steps, with the 95 % interval of the latter."""
     made = [record for record in records if journal.is_step(record) and "skipped" not in record]
-    trained = [(record["step"], record["loss"]) for record in made]
-    events = [record for record in records if journal.is_event(record)]
-    held_out = [(record["step"], record["loss"]) for record in events if record["event"] == "evaluated"]
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | {"backend": matplotlib.rcParams["backend"]}):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=0.8, alpha=0.7, label="training, each step")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out")
-        axes.set(xlabel="step (optimizer updates)", ylabel="loss (nats per supervised token)", title="Loss")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})  # else bytes hold the version
-    return stream.getvalue()
+    found = [item for item in records if journal.is_event(item) and item["event"] == "evaluated"]
+    steps, losses = [item["step"] for item in made], [float(item["loss"]) for item in made]
+    drawn = [Drawn("training, each step", steps, losses, "tab:blue")]
+    if found:
+        values = [float(item["loss"]) for item in found]
+        errors = [WITHIN * float(item.get("loss_stderr", 0.0)) for item in found]
+        low, high = ([value + sign * error for value, error in zip(values, errors, strict=True)] for sign in (-1, 1))
+        drawn.append(
+            Drawn("held-out", [item["step"] for item in found], values, "tab:orange", low, high, are_points=True)
+        )
+    return plot(drawn, "Loss", "loss (nats per supervised token)")
 
 
 def _numbers(record: Record) -> Record:

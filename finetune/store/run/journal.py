@@ -24,7 +24,7 @@ from finetune.store.strict_json import to_json
 RecordT = TypeVar("RecordT", bound=Record)
 
 # What differs between two runs of one step, besides durations and rates.
-VOLATILE = frozenset({"time", "seconds", "attempt"})
+VOLATILE = frozenset({"time", "seconds", "memory_bytes", "attempt"})
 _VOLATILE_ENDINGS = ("_time", "_seconds", "_per_second")
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

@@ -6,7 +6,7 @@ file. A merge keeps this order: it takes in the file that ends right before it, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from finetune.store.run.directory import part_name, steps_of_part
 from finetune.store.run.records import EventRecord
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 SEALED_BYTES = 8 << 20  # a file of this size is merged no more: what a merge reads and writes is bounded
@@ -143,6 +144,29 @@ class Reader:
             except FileNotFoundError:  # a training merged it meanwhile
                 self._forget()
         return self._of(step)
+
+    def whole(self, first: int, last: int) -> Iterator[tuple["np.ndarray", dict[str, "np.ndarray"]]]:
+        """The steps from the first to the last one and their columns of numbers, a file at a time, the latest first; each step from the file
+        that counts. FileNotFoundError if a training merges a file meanwhile."""
+        import numpy as np
+        import pyarrow.parquet as parquet
+
+        self._forget()
+        is_taken = np.zeros(last - first + 1, dtype=bool)
+        covering = [part for part in self._parts if part.meets(first, last)]
+        for part in sorted(covering, key=self._age, reverse=True):
+            with parquet.ParquetFile(part.path) as file:
+                columns = {
+                    name: column.to_numpy() for name, column in zip(file.schema_arrow.names, file.read(), strict=True)
+                }
+            steps = columns.pop("step")
+            counts = (first <= steps) & (steps <= last)
+            for record in self._rollbacks():
+                if self._age(part)[1] < record["time"]:
+                    counts &= steps <= record["to"]
+            counts[counts] = ~is_taken[steps[counts] - first]
+            is_taken[steps[counts] - first] = True
+            yield steps[counts], {name: column[counts] for name, column in columns.items()}
 
     def _forget(self) -> None:
         self._parts = parts(self._directory)

@@ -30,6 +30,8 @@ class StepRecord(StepFigures, Skipped):
     step: int
     seconds: float
     await_seconds: float
+    memory_bytes: NotRequired[int]
+    """Of the process that writes; see `used_bytes`. Older code did not write it down."""
     attempt: str
     time: str
 
