@@ -5,7 +5,8 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 ├── DataError                         rows that are missing, empty or of the wrong shape
 ├── BaseError                         a base checkpoint that is not there or cannot be trained
 ├── AdapterError             exit 2   an adapter that does not fit the base
-├── RunError                          a run directory that is in use, unwritable or of another recipe
+├── RunError                          a run directory that is unwritable or of another recipe
+│   └── RunInUseError                 a run directory that another process writes
 ├── CheckpointError                   a checkpoint that is missing, damaged, foreign or from the future
 ├── LostRankError                     another process of the training has ended, or does not answer
 ├── DivergedError                     processes of a training that came to different results
@@ -135,6 +136,10 @@ UNKNOWN = "choose another base, or another version of transformers"
 
 class RunError(FinetuneError):
     code = "run"
+
+
+class RunInUseError(RunError):
+    pass
 
 
 class CheckpointError(FinetuneError):

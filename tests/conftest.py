@@ -83,6 +83,7 @@ STARTING = (
     "package.publish.queue",
     "model.base.templates",
     "debug.rehearse.trainings",
+    "compare.sweep.trainings",
     "debug.predicates",
     "training.trackers.processes",
 )

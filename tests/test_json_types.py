@@ -14,6 +14,7 @@ from finetune.compare.average import Averaged
 from finetune.compare.evaluate import Evaluated
 from finetune.compare.generate import Answer
 from finetune.compare.report.write import Reported
+from finetune.compare.sweep.report import SweepReport
 from finetune.debug.bisect import Bisection
 from finetune.debug.diff import Comparison
 from finetune.debug.rehearse.shown import Outcome
@@ -55,6 +56,7 @@ TYPES = {
     "compare": shown.Comparison,
     "generate: results": Answer,
     "report": Reported,
+    "sweep": SweepReport,
     "package": Packaged,
     "publish": Published,
     "doctor": Machine,

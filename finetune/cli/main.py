@@ -25,11 +25,13 @@ from finetune.cli import (
     machine,
     packaging,
     seeing,
+    sweeping,
     tracking,
     training,
 )
 from finetune.errors import DataError, FinetuneError, RecipeError, Stopped
 from finetune.hosts import stderr
+from finetune.hosts.signals import PARENT, end_with
 from finetune.hosts.world import TOLD, prepare_allocator
 from finetune.store.rank import is_alone, is_first
 from finetune.training.saving.writer import WRITER
@@ -50,7 +52,7 @@ COMMANDS = (
     *(debugging.replay, debugging.bisect, debugging.diff, debugging.branch),
     *(comparing.evaluate, comparing.compare),
     *(seeing.curves, seeing.report),
-    averaging.average,
+    *(averaging.average, sweeping.sweep),
     *(answering.generate, answering.chat, answering.serve),
     *(packaging.package, packaging.publish),
     *(machine.schema, machine.doctor),
@@ -88,6 +90,8 @@ def main() -> None:
     stderr.secure()
     prepare_allocator(os.environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if parent := os.environ.pop(PARENT, None):
+        end_with(int(parent))
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as request:

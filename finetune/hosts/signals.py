@@ -1,5 +1,6 @@
 """Turns signals into wishes of a training: to end, or to save."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,6 +10,9 @@ from collections.abc import Callable
 
 from finetune.store.rank import is_first
 
+PARENT = "FINETUNE_PARENT"
+"""The process that a training ends with."""
+SET_PDEATHSIG = 1  # of prctl(2)
 SAME_SIGNAL_SECONDS = 2.0
 STOPPING = "stopping: what is under way is finished and committed; a second signal ends at once"
 
@@ -17,6 +21,16 @@ def ending_signals() -> tuple[signal.Signals, ...]:
     """The signals that end a training. SIGHUP, a closed terminal, is one of them unless `nohup` ignores it."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT) if is_ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def end_with(parent: int) -> None:
+    """Sends this process SIGTERM once the one that started it is dead, however it died."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        os.kill(parent, 0)
+    except ProcessLookupError:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Signals:

@@ -6,6 +6,8 @@ the file system it uses a file as a lock, and a killed process leaves that behin
 
 import errno
 import fcntl
+import os
+from pathlib import Path
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -24,3 +26,18 @@ def take(descriptor: int, is_waiting: bool = False) -> bool:
             raise
         return False
     return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock on a file; False also without a file, or without locks in the file system."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        take(descriptor)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -39,3 +39,13 @@ def test_any_other_refusal_is_an_error(tmp_path) -> None:
     with pytest.raises(OSError) as refused:
         lock.take(descriptor)
     assert refused.value.errno == errno.EBADF
+
+
+def test_a_lock_is_seen_while_its_holder_lives_and_looking_takes_nothing(tmp_path) -> None:
+    path = tmp_path / "lock"
+    assert not lock.is_held(path)
+    with path.open("w") as file:
+        assert not lock.is_held(path)
+        assert lock.take(file.fileno())
+        assert lock.is_held(path)
+    assert not lock.is_held(path)

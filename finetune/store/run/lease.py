@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from finetune.errors import RunError
+from finetune.errors import RunError, RunInUseError
 from finetune.store import lock
 from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.durable import failures, make_directory, sync_directory
@@ -233,5 +233,5 @@ def _is_gone(holder: Holder, is_locked: bool) -> bool:
     return holder.released is not None or (is_locked and holder.beat is None) or holders.is_dead_here(holder)
 
 
-def _in_use(run: Path, holder: Holder | str, hint: str) -> RunError:
-    return RunError(f"is in use by {holder}", where=str(run), hint=hint)
+def _in_use(run: Path, holder: Holder | str, hint: str) -> RunInUseError:
+    return RunInUseError(f"is in use by {holder}", where=str(run), hint=hint)
