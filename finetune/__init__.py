@@ -6,7 +6,7 @@ from functools import cache
 from types import ModuleType
 
 __version__ = "0.1.0"
-VERBS = ("evaluate", "package", "plan", "train")
+VERBS = ("compare", "evaluate", "package", "plan", "train")
 
 
 @cache  # of a package it parses all metadata, and a training asks 28 times: a fifth of what its start costs

@@ -1,3 +1,4 @@
+from finetune.cli.functions import compare as compare
 from finetune.cli.functions import evaluate as evaluate
 from finetune.cli.functions import package as package
 from finetune.cli.functions import plan as plan

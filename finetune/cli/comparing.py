@@ -121,14 +121,11 @@ def compare(
     if overrides and not recipe:
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
     from finetune.compare import table
-    from finetune.compare.candidates import candidates
+    from finetune.compare.candidates import compared
     from finetune.compare.compare import Question
-    from finetune.compare.compare import compare as compare_found
     from finetune.compare.evaluate import every_checkpoint
     from finetune.compare.results import Asked
 
     texts = [*every_checkpoint(refs)] if is_every else refs
-    found = candidates(texts, Asked(recipe, overrides, files, is_seen_allowed), rows)
-    facts = compare_found(found.candidates, Question(**question), found.sources)
-    facts["notes"] = [*found.notes, *facts["notes"]]
+    facts = compared(texts, Asked(recipe, overrides, files, is_seen_allowed), rows, Question(**question))
     return Answer(facts, getattr(table, form or "text")(facts))

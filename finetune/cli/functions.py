@@ -10,6 +10,7 @@ from finetune.recipe.load import load
 if TYPE_CHECKING:
     from finetune.compare.evaluate import Evaluated
     from finetune.compare.scores import Function
+    from finetune.compare.shown import Comparison
     from finetune.package.export import Packaged
     from finetune.training.preview import PlanFacts
 
@@ -65,6 +66,29 @@ def evaluate(
         Path(recipe) if recipe else None, overrides, named, is_seen_allowed, is_again, metrics, max_new_tokens
     )
     return shown(results([refs] if isinstance(refs, str) else refs, asked))
+
+
+def compare(
+    refs: Sequence[str],
+    *,
+    metric: str = "loss",
+    baseline: str | None = None,
+    margin: float | None = None,
+    cluster: str | None = None,
+    rows: str | None = None,
+    recipe: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    files: Sequence[Path | str] = (),
+    is_seen_allowed: bool = False,
+) -> "Comparison":
+    """Which refs are better than the baseline, the first one, on the same rows, and which the rows cannot tell apart. `rows` names a set of
+    rows, `cluster` a column whose equal values belong together, and `margin` a difference that does not matter."""
+    from finetune.compare.candidates import compared
+    from finetune.compare.compare import Question
+    from finetune.compare.results import Asked
+
+    asked = Asked(Path(recipe) if recipe else None, overrides, [str(file) for file in files], is_seen_allowed)
+    return compared(refs, asked, rows, Question(metric, baseline, margin, cluster))
 
 
 def package(ref: str, directory: Path | str, *, key: Path | str | None = None, dtype: str | None = None) -> "Packaged":

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.compare.compare import Candidate
+from finetune.compare.compare import Candidate, Question, compare
 from finetune.compare.evaluate import results
 from finetune.compare.origins import origins
 from finetune.compare.results import Asked, Result, set_names
+from finetune.compare.shown import Comparison
 from finetune.data.reread import Reread, held_out_rows, rows_of_set, rows_of_sources
 from finetune.errors import DataError
 from finetune.recipe.load import load
@@ -22,6 +23,13 @@ class Found(NamedTuple):
     sources: Reread | None
     """Through which the rows of the first candidate are counted; None where that is not known."""
     notes: list[str]
+
+
+def compared(texts: Sequence[str], asked: Asked, rows: str | None, question: Question) -> Comparison:
+    """Refs on a set of rows: the named one, or else the first that is asked for. What is stored is not computed again."""
+    found = candidates(texts, asked, rows)
+    facts = compare(found.candidates, question, found.sources)
+    return {**facts, "notes": [*found.notes, *facts["notes"]]}
 
 
 def candidates(texts: Sequence[str], asked: Asked, rows: str | None) -> Found:

@@ -87,8 +87,7 @@ def trained(work: Path, name: str, base: str, rows: str, steps: int, **settings:
 
 
 def compared(one: str, two: str) -> Comparison:
-    found = candidates.candidates([one, two], Asked(), None)
-    return compare.compare(found.candidates, compare.Question(changed=0), found.sources)
+    return candidates.compared([one, two], Asked(), None, compare.Question(changed=0))
 
 
 def measure(work: Path, pairs: int, steps: int, base_steps: int) -> None:

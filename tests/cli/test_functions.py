@@ -24,6 +24,7 @@ def test_importing_the_package_imports_nothing_of_it() -> None:
 def test_a_verb_can_be_called_whatever_was_imported(name) -> None:
     importlib.import_module("finetune.plan.facts")
     importlib.import_module("finetune.package.bounds")
+    importlib.import_module("finetune.compare.paired")
     assert callable(getattr(finetune, name))
     stub = ast.parse((ROOT / "finetune/__init__.pyi").read_text())
     typed = {each.asname for node in stub.body if isinstance(node, ast.ImportFrom) for each in node.names}
@@ -41,6 +42,8 @@ def test_a_recipe_is_planned_trained_and_evaluated_in_python(recipe_file, tmp_pa
     assert run == tmp_path / "run"
     [result] = finetune.evaluate(f"{run}@last")
     assert result["is_stored"] and result["metrics"]["loss"] > 0
+    compared = finetune.compare([f"{run}@0", f"{run}@last"])
+    assert compared["results"][1]["value"] == pytest.approx(result["metrics"]["loss"]) and len(compared["pairs"]) == 1
     with pytest.raises(finetune.FinetuneError, match="was started with another recipe"):
         finetune.train(recipe, run)
     assert finetune.FinetuneError is FinetuneError
