@@ -17,6 +17,7 @@ from finetune.recipe.yaml_nodes import Plain
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.distributions import BaseDistribution
 
 NAME = "sweep"
 
@@ -100,7 +101,7 @@ def _tell(study: "Study", trials: Mapping[int, Trial]) -> None:
             study.tell(asked.number, loss)
 
 
-def _distribution(axis: Axis) -> object:
+def _distribution(axis: Axis) -> "BaseDistribution":
     kinds = optuna().distributions
     if isinstance(axis, Values):
         return kinds.CategoricalDistribution([*range(len(axis.values))])  # their places: a value may be a list
