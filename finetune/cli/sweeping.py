@@ -16,6 +16,7 @@ from finetune.hosts.world import devices_here
 if TYPE_CHECKING:
     from finetune.compare.sweep.asked import Question
     from finetune.compare.sweep.directory import Sweep
+    from finetune.compare.sweep.report import SweepReport
     from finetune.training.resolve import Resolved
 
 
@@ -157,7 +158,7 @@ def _begun(question: "Question", path: Path, options: Options) -> Answer:
 
 def _worked(sweep: "Sweep", options: Options) -> Answer:
     """Trains what is due, and answers with all that became of the sweep."""
-    from finetune.compare.sweep import report, work
+    from finetune.compare.sweep import conclusion, report, work
 
     if options["is_dry"]:
         return _answer(sweep, [], None)
@@ -165,16 +166,23 @@ def _worked(sweep: "Sweep", options: Options) -> Answer:
         work.retry(sweep, _say)
     if workers := _workers(options):
         work.work(sweep, workers, _say)
-        report.write(sweep)
-    else:
-        _say(f"prepared: start `finetune sweep {sweep.path} --worker` on each host, in this folder")
+        facts = report.report_of(sweep, leaders=conclusion.leaders)
+        report.write(sweep, facts)
+        conclusion.report(sweep, facts["trials"])
+        return _told(sweep, facts, [])
+    _say(f"prepared: start `finetune sweep {sweep.path} --worker` on each host, in this folder")
     return _answer(sweep, [], None)
 
 
 def _answer(sweep: "Sweep", before: list[str], seconds: float | None) -> Answer:
     from finetune.compare.sweep import report
 
-    facts = report.report_of(sweep, seconds)
+    return _told(sweep, report.report_of(sweep, seconds), before)
+
+
+def _told(sweep: "Sweep", facts: "SweepReport", before: list[str]) -> Answer:
+    from finetune.compare.sweep import report
+
     return Answer(
         facts, "\n".join([*before, report.table(facts, sweep.spec.tried)]), refuse=partial(report.refuse_failed, facts)
     )

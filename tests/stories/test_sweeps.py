@@ -63,6 +63,8 @@ def test_halving_trains_the_best_further_and_tells_what_became_of_the_others(hal
     losses = [trial["metrics"]["loss"] for trial in found["trials"]]
     assert losses[2] < losses[3]
     assert json.loads((sweep / "table.json").read_bytes()) == found
+    assert found["leaders"] == [], "one trial alone came to the end"
+    assert b"trials/000" in (sweep / "report.html").read_bytes()
     trained = sum(last_step(sweep / "trials" / f"{number:03}") for number in range(4))
     assert trained == found["steps"] == 4 * 2 + 2 * 2 + 1 * 4
     assert sum(trial["tokens"] for trial in found["trials"]) == pytest.approx(found["tokens"], rel=0.05)
@@ -117,14 +119,16 @@ def test_failed_trials_are_recorded_with_their_reason_and_do_not_end_the_sweep(
 ) -> None:
     # A moment of zero over an eps of zero: NaN in the weights after the first step.
     recipe, sweep = recipe_file(train=SHORT), tmp_path / "sweep"
-    found = answer(finetune("sweep", recipe, "--set=optimizer.eps=[1e-60, 1e-8]", "--sweep", sweep, "--json"))
-    assert [trial["state"] for trial in found["trials"]] == ["finished", "failed"]
-    assert found["trials"][1]["reason"]["code"] == "not_finite"
-    assert found["best"].endswith("001@8")
+    found = answer(finetune("sweep", recipe, "--set=optimizer.eps=[1e-60, 1e-8, 1.01e-8]", "--sweep", sweep, "--json"))
+    assert [trial["state"] for trial in found["trials"]] == ["finished", "finished", "failed"]
+    assert found["trials"][2]["reason"]["code"] == "not_finite"
+    assert sorted(found["leaders"]) == [f"{sweep}/trials/{number}@8" for number in ("001", "002")]
+    assert found["best"] in found["leaders"]
     tried_again = finetune("sweep", sweep, "--retry-failed")
     assert tried_again.returncode == 0
     assert "trial 000 is tried again" in tried_again.stderr
     assert "trials/000: the weights after step 1 are broken: " in tried_again.stdout
+    assert "\nnot distinguishable from it on these rows: " in tried_again.stdout
 
 
 @pytest.mark.slow

@@ -83,6 +83,10 @@ class Sweep:
         return self.path / "table.json"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def optuna(self) -> Path:
         """Optuna's own storage."""
         return self.path / "optuna.jsonl"

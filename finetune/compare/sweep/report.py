@@ -1,7 +1,7 @@
 """What became of a sweep: each trial with its settings and held-out figures, the best first, and the best of all."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from finetune.compare.sweep.directory import Sweep, Trial
@@ -38,6 +38,8 @@ class SweepReport(TypedDict):
     method: str
     trials: list[TrialReport]
     best: str | None
+    leaders: list[str]
+    """The finished trials that the held-out rows cannot tell from the best; empty while trials are due."""
     steps: int
     """Planned, of all trials."""
     tokens: int
@@ -45,7 +47,9 @@ class SweepReport(TypedDict):
     """The forecast of --dry-run."""
 
 
-def report_of(sweep: Sweep, seconds: float | None = None) -> SweepReport:
+def report_of(
+    sweep: Sweep, seconds: float | None = None, leaders: Callable[[Sequence[TrialReport]], list[str]] | None = None
+) -> SweepReport:
     """The trials from the best to the worst: finished ones, then those that halving stopped last, then the others."""
     trials = sweep.trials()
     alive = standing(sweep.spec, trials).alive
@@ -60,6 +64,7 @@ def report_of(sweep: Sweep, seconds: float | None = None) -> SweepReport:
         "steps": sweep.spec.steps,
         "tokens": sweep.spec.tokens,
         "seconds": seconds,
+        "leaders": leaders(rows) if leaders and all(row["state"] != "unfinished" for row in rows) else [],
     }
 
 
@@ -82,10 +87,10 @@ def _row(sweep: Sweep, trial: Trial, state: State) -> TrialReport:
     }
 
 
-def write(sweep: Sweep) -> None:
+def write(sweep: Sweep, report: SweepReport) -> None:
     """The report as `table.json` in the sweep."""
     with failures(sweep.table, RunError):
-        replace_file(sweep.table, (json.dumps(strict(report_of(sweep)), indent=1) + "\n").encode())
+        replace_file(sweep.table, (json.dumps(strict(report), indent=1) + "\n").encode())
 
 
 def refuse_failed(report: SweepReport) -> None:
@@ -111,6 +116,8 @@ def table(report: SweepReport, tried: Sequence[str]) -> str:
     ]
     reasons = [f"{trial['ref']}: {trial['reason']['message']}" for trial in report["trials"] if trial["reason"]]
     best = [f"best: {report['best']}"] if report["best"] else []
+    if others := [ref for ref in report["leaders"] if ref != report["best"]]:
+        best.append(f"not distinguishable from it on these rows: {', '.join(others)}")
     return "\n".join([*lines, *(["", *reasons] if reasons else []), *best])
 
 
