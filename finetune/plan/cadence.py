@@ -36,8 +36,9 @@ def is_saved_as_best(plan: Plan, step: int, evaluated: Mapping[int, Metrics]) ->
     rule = plan.recipe.checkpoint
     if not rule.save_best or step not in evaluated:
         return False
-    so_far = [Saved(at, metrics) for at, metrics in evaluated.items() if first_own_step(plan) <= at <= step]
-    return step in best(so_far, rule.keep.best or 1)
+    by, first = rule.keep.chosen_by, first_own_step(plan)
+    so_far = [Saved(at, metrics, by=by) for at, metrics in evaluated.items() if first <= at <= step]
+    return step in best(so_far, by.count)
 
 
 def first_own_step(plan: Plan) -> int:

@@ -39,7 +39,7 @@ def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
     for_good = _multiples(plan, [rule.every, publish.milestones if publish else None])
     milestones = len(_multiples(plan, [rule.weights_every]) - for_good)
     # the lowest losses, and what `@best` names: it may be later than all of these
-    best = (rule.best or 1) + 1 if is_evaluated else 0
+    best = rule.chosen_by.count + 1 if is_evaluated else 0
     full = rule.last + best + len(for_good) + 1
     small, weights = _small_bytes(plan, layers), memory.trained_bytes(plan) + activations.average_bytes(plan)
     checkpoints = full * (state_bytes(plan) + small) + milestones * (weights + small)

@@ -9,7 +9,9 @@ from math import isfinite
 from typing import NamedTuple, Protocol
 
 from finetune.plan.facts import Metrics
-from finetune.recipe.schema import Every, Keep
+from finetune.recipe.schema import Best, Every, Keep
+
+LOSS = Best()
 
 
 class Committed(Protocol):
@@ -30,17 +32,24 @@ class Saved:
     step: int
     metrics: Metrics
     is_full: bool = True
+    by: Best = LOSS
+    """The figure that chooses."""
 
     @classmethod
-    def of(cls, item: Committed, evaluated: Mapping[int, Metrics]) -> "Saved":
+    def of(cls, item: Committed, evaluated: Mapping[int, Metrics], by: Best = LOSS) -> "Saved":
         """With the figures of its manifest, or those that were computed later."""
-        return cls(item.step, item.metrics or evaluated.get(item.step, {}), item.kind == "full")
+        return cls(item.step, item.metrics or evaluated.get(item.step, {}), item.kind == "full", by)
 
     @property
-    def loss(self) -> float | None:
-        """The held-out loss, if the checkpoint was evaluated and the loss is a number that can be compared."""
-        loss = self.metrics.get("loss")
-        return float(loss) if isinstance(loss, int | float) and isfinite(loss) else None
+    def figure(self) -> float | None:
+        """The figure that chooses, if the checkpoint was evaluated and it is a number that can be compared."""
+        figure = self.metrics.get(self.by.metric)
+        return float(figure) if isinstance(figure, int | float) and isfinite(figure) else None
+
+    @property
+    def rank(self) -> float | None:
+        """The same as a number of which the lowest is best."""
+        return self.figure if self.figure is None or self.by.is_lower else -self.figure
 
 
 def last(saved: Sequence[Saved], count: int) -> set[int]:
@@ -49,8 +58,8 @@ def last(saved: Sequence[Saved], count: int) -> set[int]:
 
 
 def best(saved: Sequence[Saved], count: int) -> set[int]:
-    """The lowest held-out losses among those evaluated; of two equal ones the later, which has seen more rows."""
-    evaluated = [(item.loss, -item.step) for item in saved if item.loss is not None]
+    """The best figures among those evaluated; of two equal ones the later, which has seen more rows."""
+    evaluated = [(item.rank, -item.step) for item in saved if item.rank is not None]
     return {-step for _, step in sorted(evaluated)[:count]}
 
 
@@ -76,6 +85,7 @@ def keep(checkpoints: Sequence[Saved], rule: Keep, protected: set[int]) -> Kept:
     weights: set[int] = set()
     for name, setting in rule:
         if setting is not None:
-            (weights if name in AS_WEIGHTS else full).update(RULES[name](checkpoints, setting))
+            count = setting.count if isinstance(setting, Best) else setting
+            (weights if name in AS_WEIGHTS else full).update(RULES[name](checkpoints, count))
     demoted = {item.step for item in checkpoints if not item.is_full}
     return Kept(full - demoted, (weights | full & demoted) - (full - demoted))

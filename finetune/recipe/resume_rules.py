@@ -56,6 +56,7 @@ RECIPE = (
         "taken",
         "every step has the same rows; devices share its sums in another way, so bit equality may be lost",
     ),
+    Rule(("train.early_stopping",), "taken", "it decides when training ends, and none of its steps"),
     Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),

@@ -3,12 +3,10 @@
 All ranks must evaluate, save and stop together: each is a function of the step, or they agree on it first.
 """
 
-import math
 import secrets
 import signal
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -19,20 +17,18 @@ from finetune.errors import FinetuneError, NotFiniteError, RunError, Stopped
 from finetune.hosts.signals import Signals
 from finetune.model import base
 from finetune.plan import cadence
-from finetune.plan.facts import Metrics
-from finetune.plan.metrics import named
 from finetune.plan.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan.retention import Saved
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.checkpoints.store import Store
-from finetune.store.evaluations import Evaluation
 from finetune.store.run import lease
-from finetune.training import attempt, blame, collectives, gradients, loop, pins
+from finetune.training import attempt, collectives, gradients, loop, pins
 from finetune.training.build import build
-from finetune.training.evaluation import batches, evaluated
-from finetune.training.evaluation_sets import held_out_set
+from finetune.training.early_stopping import Patience
+from finetune.training.evaluated_step import evaluate_step
+from finetune.training.evaluation import batches
 from finetune.training.progress import Progress
 from finetune.training.readiness import refuse_unready
 from finetune.training.recorder import Recorder
@@ -134,11 +130,14 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     plan = resolved.plan
     end = min(plan.steps, until or plan.steps)
     wishes = partial(_wishes, signals, recorder)
-    evaluate_and_record = partial(_evaluate_and_record, resolved, state, recorder, wishes)
+    evaluate = partial(evaluate_step, resolved, state, recorder, wishes)
     pace = recorder.progress.pace = ahead(plan, state.step, end)
+    patience = Patience(plan, recorder)
     # At the start, or where a signal cut it short.
     if cadence.is_evaluated(plan, state.step, is_saved=state.step > 0) and not recorder.is_evaluated(state.step):
-        evaluate_and_record(is_foreseen=True)
+        patience.add(state.step, evaluate(is_foreseen=True))
+    if is_over := patience.is_over(state):
+        end = state.step
     first, made, loads = state.step + 1, batches(resolved, resolved.train, state.accelerator), Loads()
     try:
         for report in loop.steps(state, plan, made, end, wishes, judge_of(plan, recorder)):
@@ -156,7 +155,9 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
             is_due = report.step == end or cadence.is_saved(plan, report.step)
             is_saved = report.agreed.save or is_due
             if cadence.is_evaluated(plan, report.step, is_saved):
-                evaluate_and_record(is_foreseen=cadence.is_evaluated(plan, report.step, is_due))
+                patience.add(report.step, evaluate(is_foreseen=cadence.is_evaluated(plan, report.step, is_due)))
+                if is_over := patience.is_over(state):
+                    break  # what follows the loop commits it
             # After the evaluation, whose figures a commit carries and may be made for.
             if is_saved or cadence.is_saved_as_best(plan, report.step, recorder.evaluations):
                 # Before the commit: a signal that comes meanwhile asks for one more save.
@@ -175,37 +176,9 @@ def execute(resolved: Resolved, state: TrainState, recorder: Recorder, signals: 
     _commit_last(state, recorder)
     # A signal may have stopped the last evaluation. Then the run is not done: its resume repeats it.
     is_evaluated = recorder.is_evaluated(state.step) or not cadence.is_evaluated(plan, state.step, is_saved=True)
-    if is_evaluated and state.step == plan.steps:
+    if is_evaluated and (is_over or state.step == plan.steps):
         _say_finished(state, recorder, first)
-    return is_evaluated and state.step >= end
-
-
-def _evaluate_and_record(
-    resolved: Resolved,
-    state: TrainState,
-    recorder: Recorder,
-    wishes: Callable[[], loop.Wishes],
-    is_foreseen: bool,
-) -> None:
-    """Evaluates the state and records the figures. `is_foreseen`: the forecast of the end includes this evaluation."""
-    pace, metrics, made = recorder.progress.pace, Metrics(), list[Evaluation]()
-    for rows in (held_out_set(resolved), *resolved.sets):
-        tell = recorder.progress.evaluation(state.step, len(rows.examples))
-        with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
-            figures = partial(evaluated, resolved, state.accelerator, state.objective, rows, wishes, tell=tell)
-            found = figures()
-            of_average: Metrics | None = {}
-            if found and state.average and state.step:  # at step 0 both are the base
-                state.await_snapshot()
-                of_average = state.average.figures(figures)
-        if not found or of_average is None:  # A signal: the resume evaluates this step again.
-            return
-        made.append(replace(found, about={**found.about, "step": state.step}))
-        metrics |= named(rows.name, found.about["metrics"] | of_average)
-    recorder.evaluated(state.step, metrics, made)
-    # Nothing was trained yet, so the base itself must be broken.
-    if state.step == 0 and not math.isfinite(metrics["loss"]) and (error := blame.broken(state)):
-        raise error
+    return is_evaluated and (is_over or state.step >= end)
 
 
 def _warn(state: TrainState, recorder: Recorder, report: loop.StepReport, loads: Loads) -> None:
@@ -229,8 +202,9 @@ def _say_finished(state: TrainState, recorder: Recorder, first: int) -> None:
     """Also prints warnings about `@best`. Call it after the last save."""
     if state.step >= first and recorder.is_writer:
         evaluated = recorder.evaluations
-        committed = [Saved.of(checkpoint, evaluated) for checkpoint in Store(recorder.path).summaries()]
-        for note in best.notes(committed, evaluated, cadence.first_own_step(recorder.plan)):
+        by = recorder.plan.recipe.checkpoint.keep.chosen_by
+        committed = [Saved.of(checkpoint, evaluated, by) for checkpoint in Store(recorder.path).summaries()]
+        for note in best.notes(committed, evaluated, cadence.first_own_step(recorder.plan), by):
             recorder.progress.say(f"warning: {note}")
     recorder.progress.say(f"finished at step {state.step}")
 

@@ -26,7 +26,7 @@ protected_steps = st.sets(st.integers(1, 500), max_size=5)
 def test_the_newest_the_best_and_the_protected_stay(saved, rule, protected):
     kept = keep(saved, rule, protected)
     steps, full = {item.step for item in saved}, {item.step for item in saved if item.is_full}
-    finite = [(item.loss, -item.step) for item in saved if item.loss is not None]
+    finite = [(item.figure, -item.step) for item in saved if item.figure is not None]
     assert kept.full | kept.weights <= steps
     assert kept.full <= full and not kept.full & kept.weights
     assert protected & steps <= kept.full | kept.weights

@@ -124,6 +124,7 @@ def test_a_run_is_bound_to_all_keys_but_those_that_are_taken(recipe_file):
         "micro_batch_tokens",
         "activation_checkpointing",
         "activation_offload",
+        "early_stopping",
         "mlp_chunk_tokens",
         "strategy",
         "compile",

@@ -12,16 +12,18 @@ from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
 from finetune.recipe.schema.rope import Rope
 from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
-from finetune.recipe.schema.training import Checkpoint, Ema, Guard, Keep, Train
+from finetune.recipe.schema.training import Best, Checkpoint, EarlyStopping, Ema, Guard, Judged, Keep, Train
 from finetune.recipe.schema.values import Every, Section, amount_of, count_of
 
 __all__ = [
     "Adapter",
     "Base",
+    "Best",
     "ChatTask",
     "Checkpoint",
     "Data",
     "Ema",
+    "EarlyStopping",
     "Evaluate",
     "EvaluationSet",
     "Every",
@@ -29,6 +31,7 @@ __all__ = [
     "Guard",
     "HELD_OUT",
     "Holdout",
+    "Judged",
     "Keep",
     "LoraAdapter",
     "Optimizer",

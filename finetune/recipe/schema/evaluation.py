@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from finetune.recipe.schema.data import Source
 from finetune.recipe.schema.metrics import Metric
-from finetune.recipe.schema.values import Section, StepCadence
+from finetune.recipe.schema.values import Section, Short, StepCadence
 
 HELD_OUT = "held-out"
 """The name of the rows that a run holds out; no set can have it."""
@@ -42,7 +42,7 @@ class Evaluate(Section):
 
     every: StepCadence | None = None
     """Evaluate every N steps, like `100 steps`."""
-    sets: dict[str, Annotated[EvaluationSet, BeforeValidator(_set)]] = {}
+    sets: dict[str, Annotated[EvaluationSet, BeforeValidator(_set), Short("rows")]] = {}
     """More rows to evaluate at the same steps, by name, like `{docs: [{path: data/docs.jsonl}]}`. Their figures are named `docs/loss`; the held-out rows alone choose the best checkpoint."""
 
     @field_validator("sets")

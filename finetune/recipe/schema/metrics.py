@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag, field_validator
 
-from finetune.recipe.schema.values import Section
+from finetune.recipe.schema.values import Section, Short
 
 Better = Literal["lower", "higher"]
 METRIC_NAME = re.compile(r"[A-Za-z_][\w-]*")
@@ -99,4 +99,5 @@ Metric = Annotated[
     | Annotated[Program, Tag("program")],
     Discriminator(_kind),
     BeforeValidator(_named),
+    Short({"enum": ["exact_match", "rouge", "json"]}),
 ]

@@ -6,7 +6,7 @@ A rule looks at its sections and returns a problem as `key: message`, or None. I
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetune.recipe.schema import mixing, source_rules
+from finetune.recipe.schema import figure_rules, mixing, source_rules
 from finetune.recipe.schema.adapters import SECTIONS, Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, has_holdout
@@ -69,6 +69,7 @@ def problems(recipe: PartlyRead) -> list[str]:
     """What does not fit together, as `key: message`; some with a hint on its own line."""
     return [
         *(problem for rule in RULES if (problem := rule(recipe))),
+        *figure_rules.problems(recipe.task, recipe.evaluate, recipe.checkpoint, recipe.train),
         *source_rules.problems(recipe.data, recipe.evaluate),
     ]
 
@@ -105,16 +106,6 @@ def evaluation_has_rows(recipe: PartlyRead) -> str | None:
         return None
     asked = next((name for name in ("every", "sets") if getattr(recipe.evaluate, name)), None)
     return f"evaluate.{asked}: needs held-out rows; set `data.holdout`" if asked else None
-
-
-def metrics_have_prompts(recipe: PartlyRead) -> str | None:
-    if recipe.evaluate is None or recipe.task is None:
-        return None
-    asked = next((name for name, each in recipe.evaluate.sets.items() if each.metrics), None)
-    is_all_learnt = recipe.task.row_form == "text" or getattr(recipe.task, "learn", None) == "all"
-    if asked is None or not is_all_learnt:
-        return None
-    return f"evaluate.sets.{asked}.metrics: need rows with a prompt that is not learnt"
 
 
 def best_has_rows(recipe: PartlyRead) -> str | None:
@@ -226,7 +217,6 @@ RULES = (
     optimizer_has_its_settings,
     the_floor_is_below_the_peak,
     evaluation_has_rows,
-    metrics_have_prompts,
     best_has_rows,
     micro_batch_holds_a_row,
     form_has_its_adapter,

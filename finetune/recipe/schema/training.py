@@ -2,23 +2,48 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
-from pydantic.config import JsonDict
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from finetune.recipe.schema.values import AutoOrCount, Cadences, Every, RouterLoss, Section, StepCadence
+from finetune.recipe.schema.evaluation import HELD_OUT
+from finetune.recipe.schema.values import AutoOrCount, Cadences, Every, RouterLoss, Section, Short, StepCadence
+
+DECAY = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 
 
-def _or_decay(schema: JsonDict) -> None:
-    """In the JSON Schema: a number alone is allowed too."""
-    section = dict(schema)
-    schema.clear()
-    schema["anyOf"] = [section, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]
+class Judged(Section):
+    """A held-out figure that decides something."""
+
+    metric: str = Field(default="loss", min_length=1)
+    """The held-out figure that decides: `loss`, another figure of the task, or one of an evaluation set, like `docs/loss`. It must be one that training computes."""
+    better: Literal["lower", "higher"] | None = None
+    """Which way is better. Default: `lower` for losses and perplexities, else `higher`."""
+
+    @property
+    def is_lower(self) -> bool:
+        return self.better == "lower" if self.better else self.metric.endswith(("loss", "perplexity"))
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The set of rows, and its figure."""
+        rows, _, figure = self.metric.rpartition("/")
+        return rows or HELD_OUT, figure
+
+    @property
+    def measure(self) -> str:
+        """The results of rows that it is made of: a perplexity orders checkpoints as its loss does."""
+        return "loss" if self.parts[1] == "perplexity" else self.parts[1]
+
+
+class EarlyStopping(Judged):
+    """Ends the run before its last step, once evaluations at `evaluate.every` show no improvement."""
+
+    patience: PositiveInt = 3
+    """The run ends if none of the last N evaluations is better than the best one before them, by a paired test over the rows."""
 
 
 class Ema(Section):
     """An exponential moving average of the trained weights, in fp32 beside them."""
 
-    model_config = ConfigDict(json_schema_extra=_or_decay)
     decay: float = Field(gt=0, lt=1)
     """The part of the average that stays at each of its updates. It reaches back about 1 / (1 - decay) of them."""
     every: PositiveInt = 1
@@ -58,8 +83,10 @@ class Train(Section):
     """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How devices share the work. `ddp`: each holds the whole model. `fsdp`: each holds its rows of all weights, gradients and moments, and a layer is whole only while it runs. `auto`: `fsdp` if the forecast for a whole model is more than nine tenths of a device's memory."""
-    ema: Annotated[Ema, BeforeValidator(_ema)] | None = None
+    ema: Annotated[Ema, BeforeValidator(_ema), Short(DECAY)] | None = None
     """Keep an exponential moving average of the trained weights. A number is its `decay`. Checkpoints hold it as `ema.safetensors`, and evaluations give its figures as `ema_loss` and so on."""
+    early_stopping: EarlyStopping | None = None
+    """Without this section the run goes to its last step."""
     reproducibility: Literal["exact", "fast"] = "exact"
     """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `fast`: the fastest kernels."""
 
@@ -70,17 +97,36 @@ class Train(Section):
         return self
 
 
+class Best(Judged):
+    """How the best checkpoints are chosen, and how many of them stay. `@best` names one of them. A count is short for `{count: N}`."""
+
+    count: PositiveInt = 1
+    """How many to keep."""
+
+
+def _best(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return {"count": value}
+    if isinstance(value, dict | Best) or value is None:
+        return value
+    raise ValueError("must be a count like `1`, or a section like `{count: 1, metric: accuracy}`")
+
+
 class Keep(Section):
     """The checkpoints to keep. The newest and the best always stay."""
 
     last: PositiveInt = 2
     """Keep the newest N checkpoints."""
-    best: PositiveInt | None = None
-    """Keep the N checkpoints with the lowest held-out loss. Every checkpoint is then evaluated at its step."""
+    best: Annotated[Best | None, BeforeValidator(_best), Short({"type": "integer", "exclusiveMinimum": 0})] = None
+    """Keep the N checkpoints with the lowest held-out loss, or the best of another figure. Every checkpoint is then evaluated at its step."""
     every: StepCadence | None = None
     """Keep every multiple of N steps for good. These are committed whatever `checkpoint.every` says."""
     weights_every: StepCadence | None = None
     """Keep every multiple of N steps for good, as weights alone: a third of the bytes of a full fine-tune's. You can evaluate, compare and package them, but not resume from them."""
+
+    @property
+    def chosen_by(self) -> Best:
+        return self.best or Best()
 
 
 class Checkpoint(Section):

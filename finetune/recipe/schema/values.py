@@ -4,7 +4,17 @@ import math
 import re
 from typing import Annotated, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 class Section(BaseModel):
@@ -108,6 +118,21 @@ def _scalar(value: object) -> object:
     if value is not None and not isinstance(value, bool | int | float | str):
         raise ValueError("must be text, a number, `true`, `false` or null")
     return value
+
+
+class Short:
+    """In a type: the JSON Schema also takes a short form of the value, which a validator makes the long one. A name is that of the one key
+    that the short form gives."""
+
+    def __init__(self, form: JsonSchemaValue | str):
+        self._form = form
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        long = handler(core)
+        short = (
+            handler.resolve_ref_schema(long)["properties"][self._form] if isinstance(self._form, str) else self._form
+        )
+        return {"anyOf": [short, long]}
 
 
 def listed(value: object) -> object:

@@ -7,78 +7,92 @@ from typing import NamedTuple
 import numpy as np
 
 from finetune.plan.facts import Metrics
-from finetune.plan.retention import Saved, best
+from finetune.plan.retention import LOSS, Saved, best
 from finetune.plan.statistics import choice
+from finetune.recipe.schema import Best, Judged
 from finetune.store import evaluations
-from finetune.store.evaluations import HELD_OUT, Evaluation
+from finetune.store.evaluations import Evaluation
 from finetune.store.run.records import EventRecord
 
 
 class Chosen(NamedTuple):
     step: int
     lowest: int
-    """The commit with the lowest held-out loss."""
+    """The commit with the best figure."""
+    metric: str = "loss"
 
     @property
     def told(self) -> list[str]:
         if self.step == self.lowest:
             return []
         return [
-            f"the best commit is step {self.step}: step {self.lowest} has the lowest held-out loss, and the held-out rows cannot tell them apart"
+            f"the best commit is step {self.step}: step {self.lowest} has the best held-out {self.metric}, and the rows cannot tell them apart"
         ]
 
 
 def chosen(run: Path, commits: Sequence[Saved], evaluated: Mapping[int, Metrics]) -> Chosen | None:
-    """The latest commit whose held-out loss is not distinguishable from the lowest, row by row: a lowest loss among many is luck in part,
-    and a later commit has seen more rows. Where the results of rows are missing, the commit with the lowest loss. None without a loss.
+    """The latest commit whose figure is not distinguishable from the best one, row by row: the best among many is luck in part, and a
+    later commit has seen more rows. Where the results of rows are missing, the commit with the best figure. None without a figure.
     """
     if not (steps := best(commits, 1)):
         return None
     lowest = steps.pop()
-    losses = {commit.step: commit.loss for commit in commits if commit.loss is not None}
-    later = sorted((step for step in losses if step > lowest), reverse=True)
-    candidates = max(len(losses), len(evaluated))
-    if later and (rows := _rows(run, lowest, losses[lowest])):
+    figures = {commit.step: commit.figure for commit in commits if commit.figure is not None}
+    by = commits[0].by
+    later = sorted((step for step in figures if step > lowest), reverse=True)
+    candidates = max(len(figures), len(evaluated))
+    if later and (rows := rows_of(run, lowest, figures[lowest], by)):
         for step in later:
-            others = _rows(run, step, losses[step])
-            if others and _is_as_good(others, rows, candidates):
-                return Chosen(step, lowest)
-    return Chosen(lowest, lowest)
+            others = rows_of(run, step, figures[step], by)
+            if others and _is_as_good(others, rows, by, candidates):
+                return Chosen(step, lowest, by.metric)
+    return Chosen(lowest, lowest, by.metric)
 
 
-def _rows(run: Path, step: int, loss: float) -> Evaluation | None:
-    """The evaluation that gave a commit its figure: after a rollback, a step has some of weights that were given up."""
+def rows_of(run: Path, step: int, figure: float, by: Judged) -> Evaluation | None:
+    """The evaluation that gave a step its figure: after a rollback, a step has some of weights that were given up."""
+    name, metric = by.parts
     found = evaluations.read_all(evaluations.of_step(run, step))
-    own = (each for each in found if each.about["set"] == HELD_OUT and each.about["metrics"].get("loss") == loss)
-    return next(own, None)
+    own = (each for each in found if each.about["set"] == name and each.about["metrics"].get(metric) == figure)
+    return next((each for each in own if by.measure in each.columns), None)
 
 
-def _is_as_good(one: Evaluation, lowest: Evaluation, candidates: int) -> bool:
+def _is_as_good(one: Evaluation, lowest: Evaluation, by: Best, candidates: int) -> bool:
     if one.about["data"] != lowest.about["data"] or not np.array_equal(one.contents, lowest.contents):
         return False
-    sums, others = (each.columns["loss"] for each in (one, lowest))
-    return not choice.is_worse(sums, others, lowest.tokens.astype(np.float64), candidates)
+    return not is_worse(one, lowest, by, candidates)
 
 
-def notes(commits: Sequence[Saved], evaluated: Mapping[int, Metrics], first: int) -> list[str]:
+def is_worse(one: Evaluation, other: Evaluation, by: Judged, candidates: int) -> bool:
+    """Whether the figure of one is worse than that of another on the same rows, which is the best of so many, and not by luck."""
+    sign = 1 if by.is_lower else -1
+    sums, others = (sign * each.columns[by.measure] for each in (one, other))
+    is_by_token = other.about["measures"][by.measure]["per"] == "tokens"
+    weights = other.tokens.astype(np.float64) if is_by_token else np.ones(len(others))
+    return choice.is_worse(sums, others, weights, candidates)
+
+
+def notes(commits: Sequence[Saved], evaluated: Mapping[int, Metrics], first: int, by: Best = LOSS) -> list[str]:
     """Lines to read before you use the best commit; none if all is well. `first` is the first step the run could commit."""
+    name = f"held-out {by.metric}"
     chosen = _best(commits)
-    seen = _best([Saved(step, metrics) for step, metrics in evaluated.items() if step >= first])
+    seen = _best([Saved(step, metrics, by=by) for step, metrics in evaluated.items() if step >= first])
     found = []
-    if seen and (chosen is None or seen.loss < chosen.loss):
-        kept = f"; the best commit is step {chosen.step}, at {chosen.loss:.4f}" if chosen else ""
-        found.append(f"step {seen.step} had held-out loss {seen.loss:.4f} and was not kept{kept}")
-    base = Saved(0, evaluated.get(0, {})).loss
-    if chosen and base is not None and chosen.loss > base:
+    if seen and (chosen is None or seen.rank < chosen.rank):
+        kept = f"; the best commit is step {chosen.step}, at {chosen.figure:.4f}" if chosen else ""
+        found.append(f"step {seen.step} had {name} {seen.figure:.4f} and was not kept{kept}")
+    base = _best([Saved(0, evaluated.get(0, {}), by=by)])
+    if chosen and base and chosen.rank > base.rank:
         found.append(
-            f"the best commit, step {chosen.step}, is worse than the base: held-out loss {chosen.loss:.4f}, the base has {base:.4f}"
+            f"the best commit, step {chosen.step}, is worse than the base: {name} {chosen.figure:.4f}, the base has {base.figure:.4f}"
         )
     return found
 
 
 class _Best(NamedTuple):
     step: int
-    loss: float
+    figure: float
+    rank: float
 
 
 def first_step(events: Sequence[EventRecord]) -> int:
@@ -88,4 +102,7 @@ def first_step(events: Sequence[EventRecord]) -> int:
 
 def _best(saved: Sequence[Saved]) -> _Best | None:
     steps = best(saved, 1)
-    return next((_Best(item.step, item.loss) for item in saved if item.step in steps and item.loss is not None), None)
+    for item in saved:
+        if item.step in steps and item.figure is not None and item.rank is not None:
+            return _Best(item.step, item.figure, item.rank)
+    return None

@@ -46,9 +46,11 @@ def prune(run: Path, changes: dict[str, int | None], is_dry_run: bool) -> Pruned
     """
     plan, _ = RunDirectory(run).plan()
     cadences = {"every", "weights_every"}
-    given = {
+    given: dict[str, object] = {
         name: f"{value} steps" if name in cadences else value for name, value in changes.items() if value is not None
     }
+    if "best" in given:  # as many by the run's own figure
+        given["best"] = plan.recipe.checkpoint.keep.chosen_by.model_copy(update={"count": given["best"]})
     rule = Keep.model_validate(plan.recipe.checkpoint.keep.model_dump() | given)
     with lease.acquire(run, "prune"):
         store = Store(run)
@@ -82,7 +84,7 @@ def due(
     """Actions on checkpoints that the rules do not keep, oldest first, demotions before removals. Directories in `damaged` do not
     count. Pinned checkpoints stay, and so do milestones, published or not yet, and what `@best` names."""
     sound = [item for item in store.summaries() if item.path.name not in damaged]
-    saved = [Saved.of(item, evaluated) for item in sound]
+    saved = [Saved.of(item, evaluated, rule.chosen_by) for item in sound]
     cadence = publish.milestones.steps if publish and publish.milestones else None
     milestones = {item.step for item in sound if cadence and item.step % cadence == 0}
     # the lowest loss stays by the rules

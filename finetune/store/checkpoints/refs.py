@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, RunError
 from finetune.plan.retention import Saved
+from finetune.recipe.schema import Best
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, read
 from finetune.store.checkpoints.store import Store
@@ -181,8 +182,9 @@ def find(ref: Ref) -> Checkpoint:
         return read(committed[max(committed)].path)
     events = scan.events(ref.run)
     evaluated = journal.evaluations(events)
-    saved = [Saved.of(item, evaluated) for item in committed.values()]
-    notes = best.notes(saved, evaluated, best.first_step(events))
+    by = _chosen_by(ref.run)
+    saved = [Saved.of(item, evaluated, by) for item in committed.values()]
+    notes = best.notes(saved, evaluated, best.first_step(events), by)
     chosen = best.chosen(ref.run, saved, evaluated)
     if chosen is None:
         names, also = ", ".join(map(str, committed)), "".join(f"; {note}" for note in notes)
@@ -194,6 +196,13 @@ def find(ref: Ref) -> Checkpoint:
     for line in chosen.told:
         _say_once(f"{ref.run}: {line}")
     return read(committed[chosen.step].path)
+
+
+def _chosen_by(run: Path) -> Best:
+    try:
+        return RunDirectory(run).plan()[0].recipe.checkpoint.keep.chosen_by
+    except RunError:  # without its plan its checkpoints may still be sound
+        return Best()
 
 
 def _to_have_a_best(run: Path) -> str:

@@ -55,7 +55,8 @@ def trainer_state(
     for at, metrics in evaluated.items():
         figures = {f"eval_{name}": value for name, value in metrics.items()}
         entries.append({"epoch": order.epochs_after(at), "step": at, **figures})
-    best_steps = best([Saved(at, figures) for at, figures in evaluated.items() if at <= step], 1)
+    by = plan.recipe.checkpoint.keep.chosen_by
+    best_steps = best([Saved(at, figures, by=by) for at, figures in evaluated.items() if at <= step], 1)
     best_step = best_steps.pop() if best_steps else None
     recipe = plan.recipe
     return {
@@ -69,7 +70,7 @@ def trainer_state(
         "save_steps": _steps_of(recipe.checkpoint.every),
         "num_input_tokens_seen": tokens,
         "total_flos": 0.0,
-        "best_metric": evaluated[best_step]["loss"] if best_step is not None else None,
+        "best_metric": evaluated[best_step][by.metric] if best_step is not None else None,
         "best_global_step": best_step,
         # sorted is stable: of one step the loss comes first
         "log_history": sorted((entry for entry in entries if entry["step"] <= step), key=lambda entry: entry["step"]),

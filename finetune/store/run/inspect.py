@@ -30,6 +30,7 @@ INCIDENTS = (
     "stalled_save",
     "no_gradient",
     "starving_experts",
+    "stopped_early",
 )
 
 MESSAGES = {
@@ -47,7 +48,8 @@ def log(run: Path) -> RunLog:
     events, trained = scan.read(run)
     evaluated = journal.evaluations(events)
     pinned, stored = Store(run).pinned(), Store(run).checkpoints()
-    saved = [Saved.of(Summary.of(item), evaluated) for item in stored]
+    by = plan.recipe.checkpoint.keep.chosen_by
+    saved = [Saved.of(Summary.of(item), evaluated, by) for item in stored]
     return {
         "run": str(run),
         "parent": cast(ParentOfRun, plan.parent.model_dump(mode="json")) if plan.parent else None,
@@ -58,7 +60,7 @@ def log(run: Path) -> RunLog:
         ],
         "averages": [_summary(run, item, None, {}, False) for item in _averages(run)],
         "incidents": [incident(record) for record in events if record.get("event") in INCIDENTS],
-        "notes": best.notes(saved, evaluated, best.first_step(events)),
+        "notes": best.notes(saved, evaluated, best.first_step(events), by),
         "seen": plan.seen_told,
         "branches": _branches(run, facts["run"], plan),
     }

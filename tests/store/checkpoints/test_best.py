@@ -69,7 +69,9 @@ def test_a_later_commit_is_best_where_the_rows_cannot_tell_it_from_the_lowest(st
         commit(store, step, shift)
     assert chosen(store) == (30, 20)
     assert find(parse("runs/a@best")).step == 30
-    told = "runs/a: the best commit is step 30: step 20 has the lowest held-out loss, and the held-out rows cannot tell them apart\n"
+    told = (
+        "runs/a: the best commit is step 30: step 20 has the best held-out loss, and the rows cannot tell them apart\n"
+    )
     assert capsys.readouterr().err == told
 
 
@@ -125,4 +127,4 @@ def test_no_prune_removes_what_best_names_whenever_it_comes(store, seed):
             pruning.apply(store, [action], lambda name, at: None)
             assert chosen(store) == before
     kept = {item.step for item in store.summaries()}
-    assert len(kept) <= rule.last + (rule.best or 1) + 1
+    assert len(kept) <= rule.last + rule.chosen_by.count + 1
