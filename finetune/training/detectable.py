@@ -70,7 +70,7 @@ def _known(contents: np.ndarray, run: Path) -> _Spread | None:
 
 def _held_out(run: Path, contents: np.ndarray, data: str | None) -> Iterator[tuple[str, Evaluation]]:
     """The two newest evaluations of trained steps; none if the newest step was evaluated on other rows."""
-    folders = RunDirectory(run).evaluations.glob("step-*")
+    folders = RunDirectory(run).evaluations.glob("*")
     steps = sorted((step for folder in folders if (step := step_of(folder.name))), reverse=True)
     for step in steps[:2]:
         for each in reversed(evaluations.read_all(evaluations.of_step(run, step))):

@@ -19,6 +19,7 @@ from finetune.recipe.resume_rules import differences
 from finetune.store import beside
 from finetune.store.durable import failures, make_directory, rename, replace_file
 from finetune.store.run import lease
+from finetune.store.run.directory import RECIPE
 from finetune.store.strict_json import from_json, to_json
 
 SPEC = "sweep.json"
@@ -133,7 +134,7 @@ class Sweep:
 
 def recipe_of(path: Path) -> Path:
     """The copy of the recipe that all trials are trained with."""
-    return path / "recipe.yaml"
+    return path / RECIPE
 
 
 def exists(path: Path) -> bool:
