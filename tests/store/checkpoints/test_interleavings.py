@@ -208,5 +208,6 @@ def test_random_interleavings_lose_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_thousand_random_interleavings_lose_nothing():
     check(examples=1000)
