@@ -14,7 +14,7 @@ from finetune.plan.row_order import Order
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.verify import verify
-from finetune.training.saving import snapshot
+from finetune.training.saving import reading
 
 POSITION = 10**9
 
@@ -30,7 +30,7 @@ def resumed(training: Training, rounds: int) -> Part:
     resume = Quantity(f"to resume from {state_bytes(training.state):,} bytes: verify and load", "s")
     pieces: dict[str, Callable[[], object]] = {
         f"  {OURS}: every byte verified (Store.newest_sound)": store.newest_sound,
-        f"  {OURS}: files to model and optimizer (snapshot.read)": lambda: snapshot.read(
+        f"  {OURS}: files to model and optimizer (reading.read)": lambda: reading.read(
             training.state, training.plan, checkpoint
         ),
         "    of these load_file alone": lambda: [load_file(path) for path in checkpoint.path.glob("*.safetensors")],
