@@ -82,6 +82,7 @@ def branch(
                 refuse_gated(resolved, parent.ref)
             facts = {
                 **facts_of(accelerator),
+                "strategy": resolved.strategy,
                 "micro_batch_tokens": resolved.micro_batch_tokens,
                 "run": secrets.token_hex(8),
             }

@@ -83,6 +83,11 @@ class Rerun:
         return self._state
 
     @property
+    def strategy(self) -> str:
+        """How devices share the work: as the run did, or a single one has it all."""
+        return str(recorded(self.facts)["strategy"]) if self.accelerator.num_processes > 1 else "ddp"
+
+    @property
     def whole_state(self) -> TrainState:
         """The same, to be written to a disk. FinetuneError if it is spread over ranks."""
         if self.state.strategy.is_sharded:
@@ -95,7 +100,8 @@ class Rerun:
 
     def notes(self) -> list[str]:
         """A line for every recorded fact of the machine that differs here."""
-        now = facts_of(self.accelerator) | {"micro_batch_tokens": self.facts["micro_batch_tokens"]}
+        own = {"micro_batch_tokens": self.facts["micro_batch_tokens"], "strategy": self.strategy}
+        now = facts_of(self.accelerator) | own
         found = differences(recorded(self.facts), recorded(now))
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
 
@@ -135,9 +141,7 @@ class Rerun:
         if self._state is None or checkpoint is None:
             self._state = None
             self.accelerator.free_memory()  # before a second model is built
-            several = self.accelerator.num_processes > 1
-            strategy = recorded(self.facts)["strategy"] if several else "ddp"
-            self._state = build(self.plan, self._directory, self.accelerator, str(strategy))
+            self._state = build(self.plan, self._directory, self.accelerator, self.strategy)
         if checkpoint:
             try:
                 reading.read(self._state, self.plan, checkpoint)

@@ -1,5 +1,7 @@
 """Weights, gradients and moments spread over ranks: the steps of one process, and checkpoints that know no number of ranks."""
 
+import json
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
+from tests import forks
 from tests.stories.workers import Workers
 
 pytestmark = pytest.mark.slow
@@ -127,14 +130,30 @@ def test_a_sharded_run_in_bf16_is_the_same_every_time(weights, write_recipe, wor
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
-def test_a_rank_that_cannot_write_costs_a_save_with_its_message(write_recipe, workers, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_costs_a_save_with_its_message(rank, write_recipe, workers, tmp_path):
     recipe, whole, run = write_recipe("fsdp", steps=6), tmp_path / "whole", tmp_path / "run"
     workers(2).train(recipe, whole)
-    assert workers(2).train(recipe, run, full_disk=(2, 1)) == "finished"
+    assert workers(2).train(recipe, run, full_disk=(2, rank)) == "finished"
     skipped = [record for record in journal.read(run) if record.get("event") == "skipped_save"]
     assert [record["step"] for record in skipped] == [2]
-    assert skipped[0]["message"] == "rank 1: cannot write: no space left on device"
+    who = "rank 1: " if rank else ""
+    assert skipped[0]["message"] == f"{who}cannot write: no space left on device"
     assert [each.step for each in Store(run).checkpoints()] == [4, 6]
     assert not list((run / "attempts").iterdir())
     assert files(run, 6) == files(whole, 6)
     assert losses(run) == losses(whole)
+
+
+def test_the_same_ranks_replay_a_sharded_run_to_the_bit_and_write_no_state(write_recipe, workers, tmp_path):
+    workers(2).train(write_recipe("fsdp"), tmp_path / "run")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    replay = [*launcher, "finetune", "replay", str(tmp_path / "run"), "--steps"]
+    replayed = forks.run([*replay, "2..4", "--json"], capture_output=True, text=True, timeout=240)
+    assert replayed.returncode == 0, replayed.stderr
+    found = json.loads(replayed.stdout)
+    assert (found["identical"], found["notes"]) == (True, [])
+    refused = forks.run([*replay, "3", "--materialize"], capture_output=True, text=True, timeout=240)
+    assert refused.returncode != 0
+    assert "a state that is spread over ranks is written by a training alone" in refused.stderr
+    assert [each.step for each in Store(tmp_path / "run").checkpoints()] == [2, 4]

@@ -110,8 +110,12 @@ class Attempt:
             made = assembled.layout(tensors, metadata)
             assembled.create(path, made)
             ranks.ask(path)
-            own = assembled.write_rows(path, made)
-            self.files[name] = assembled.finished(path, made, {0: own, **ranks.answers()})
+            try:
+                own = assembled.write_rows(path, made)
+            finally:
+                # Heard whatever happens here: an answer that is left would be taken for one about the next save.
+                others = ranks.answers()
+            self.files[name] = assembled.finished(path, made, {0: own, **others})
         self._assembled.add(name)
 
     @contextmanager
