@@ -85,7 +85,7 @@ class Series:
         if self._follower.is_replaced:
             self._begin()
         before = len(self._step) + len(self.events)
-        for record in self._follower.read():
+        for _, _, record in self._follower.read():
             if is_step(record):
                 self._step.append(record["step"])
                 for name, column in self._figures.items():

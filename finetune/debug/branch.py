@@ -81,8 +81,7 @@ def branch(
             if (old.recipe.data, old.recipe.task) != (loaded.recipe.data, loaded.recipe.task):
                 refuse_gated(resolved, parent.ref)
             facts = {
-                **facts_of(accelerator),
-                "strategy": resolved.strategy,
+                **facts_of(accelerator) | {"strategy": resolved.strategy},
                 "micro_batch_tokens": resolved.micro_batch_tokens,
                 "run": secrets.token_hex(8),
             }

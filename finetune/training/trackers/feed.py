@@ -11,9 +11,9 @@ from typing import NamedTuple
 from finetune.plan.metrics import tracked
 from finetune.plan.plan import Plan
 from finetune.recipe.schema.trackers import TrackerFacts
+from finetune.store.run.follow import Line
 from finetune.store.run.inspect import INCIDENTS, incident
 from finetune.store.run.records import EventRecord, Record, StepRecord, is_event, is_number, is_rollback, is_step
-from finetune.training.trackers.journal_tail import Line
 from finetune.training.trackers.tracker import Has, TakesBack, Tracker
 
 _ABOUT = ("kind", "event", "step", "attempt", "time", "skipped")

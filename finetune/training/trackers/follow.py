@@ -10,9 +10,9 @@ from pathlib import Path
 from finetune.store import lock
 from finetune.store.durable import make_directory
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.follow import Follower
 from finetune.training.trackers import sent
 from finetune.training.trackers.feed import Feed
-from finetune.training.trackers.journal_tail import JournalTail
 from finetune.training.trackers.sent import Sent
 from finetune.training.trackers.told import without_secrets
 from finetune.training.trackers.tracker import Has, Start, Starter, TakesBack, Tracker
@@ -71,23 +71,23 @@ class _Stream:
             has = Has(known.step - 1, min(known.evaluated, known.step - 1))
         else:
             has = tracker.had or origin
-        self._tail = JournalTail(about.run.journal)
-        is_known = has.step >= known.step - 1 and self._tail.go_to(known.read, known.before)
-        place = known.read if is_known else self._tail.go_to_start()
+        self._follower = Follower(self._run)
+        is_known = has.step >= known.step - 1 and self._follower.go_to(known.read, known.before)
+        place = known.read if is_known else self._follower.go_to_start()
         self._feed = Feed(tracker, about.plan, about.settings(name), has, place)
         self._feed.noted = known.noted
 
     def pass_on(self) -> bool:
         """Reads a batch and logs what it may. Whether that was all for now."""
         is_caught_up = True
-        for count, line in enumerate(self._tail.read(), start=1):
+        for count, line in enumerate(self._follower.read(), start=1):
             self._feed.hear(line)
             if count == BATCH:
                 is_caught_up = False
                 break
         self._feed.release(is_caught_up)
         place = self._feed.place_to_go_on
-        now = Sent(*self._feed.has, self._feed.noted, place, self._tail.before(place), self._place)
+        now = Sent(*self._feed.has, self._feed.noted, place, self._follower.before(place), self._place)
         if now != self._sent:
             self._tracker.flush()
             sent.write(self._run, self._name, now)

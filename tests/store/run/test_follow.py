@@ -8,7 +8,7 @@ from tests.compare.made_runs import made, step, write
 
 
 def losses(follower: Follower) -> list[float]:
-    return [record["loss"] for record in follower.read()]
+    return [line.record["loss"] for line in follower.read()]
 
 
 def test_each_record_is_read_once(tmp_path) -> None:

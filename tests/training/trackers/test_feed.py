@@ -9,9 +9,9 @@ from finetune.errors import RecipeError
 from finetune.recipe.load import loads
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
+from finetune.store.run.follow import Follower
 from finetune.training import trackers
 from finetune.training.trackers import follow, refuse_absent
-from finetune.training.trackers.journal_tail import JournalTail
 from finetune.training.trackers.tracker import Has
 from tests.training.trackers.story import PLANNED, Told, feed
 
@@ -119,14 +119,14 @@ def test_a_torn_line_is_read_when_it_is_whole_and_a_damaged_one_is_refused(tmp_p
     path = RunDirectory(told.run).journal
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    tail = JournalTail(path)
+    follower = Follower(told.run)
     count = len(whole.splitlines())
-    assert len([*tail.read()]) == count - 1
+    assert len([*follower.read()]) == count - 1
     path.write_bytes(whole)
-    assert len([*tail.read()]) == 1 and [*tail.read()] == []
+    assert len([*follower.read()]) == 1 and [*follower.read()] == []
     path.write_bytes(whole + b"no record\n" + whole)
-    with pytest.raises(Exception, match="is damaged at byte"):
-        [*tail.read()]
+    with pytest.raises(Exception, match=f"journal.jsonl:{count + 1}: is not a record"):
+        [*follower.read()]
 
 
 def test_memory_for_a_long_journal_is_that_of_a_batch(kept, tmp_path, monkeypatch) -> None:
