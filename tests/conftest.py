@@ -9,13 +9,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from finetune.store import places
 from tests import forks
 from tests.prices import (  # noqa: F401 - hooks
+    pytest_addoption,
     pytest_collection_finish,
     pytest_runtest_logreport,
     pytest_runtest_makereport,
@@ -76,6 +79,13 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _knows_no_other_run() -> Iterator[None]:
+    """Data is looked for near all runs that a process has opened: those of other tests have equal files."""
+    with places.anew():
+        yield
 
 
 STARTING = (

@@ -3,6 +3,7 @@
 import resource
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,12 @@ SHOWN = 10
 _costs: Counter[str] = Counter()
 _workers: list[float] = []
 _before = 0.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--prices", metavar="FILE", help="Write the CPU seconds of every test to this file, dearest first."
+    )
 
 
 def spent() -> float:
@@ -55,6 +62,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section(f"the {SHOWN} dearest tests, in CPU seconds")
     for name, seconds in _costs.most_common(SHOWN):
         terminalreporter.line(f"{seconds:7.1f} {name}")
+    if file := terminalreporter.config.getoption("--prices"):
+        Path(file).write_text("".join(f"{seconds:.2f} {name}\n" for name, seconds in _costs.most_common()))
     # workers that have ended are in `spent` already, as children
     everything = max(spent(), sum(_workers))
     terminalreporter.line(f"{sum(_costs.values()):7.1f} all {len(_costs)} tests; {everything:.1f} with imports")

@@ -28,11 +28,15 @@ def at_default(section: Section, key: str = "") -> Iterator[str]:
     """The keys that a recipe sets to the value that they have anyway."""
     for name in section.model_fields_set:
         value, place = getattr(section, name), f"{key}.{name}".removeprefix(".")
-        if value == type(section).model_fields[name].get_default():
+        is_default = value == type(section).model_fields[name].get_default()
+        if is_default:
             yield place
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Section):
-                yield from at_default(item, place)
+                found = list(at_default(item, place))
+                # `best: 1` asks for a section that is not there by itself: all its keys are at their defaults, and one must be said
+                asks_for_it = not is_default and len(found) == len(item.model_fields_set)
+                yield from [] if asks_for_it else found
 
 
 @EVERY_RECIPE

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.cli.options import default_run
 from finetune.recipe.load import load
+from finetune.store import places
 
 if TYPE_CHECKING:
     from finetune.compare.evaluate import Evaluated
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from finetune.training.preview import PlanFacts
 
 
+@places.anew()
 def plan(recipe: Path | str, overrides: Sequence[str] = (), *, run: Path | str | None = None) -> "PlanFacts":
     """What a recipe will do: pins, rows, tokens, steps, memory, disk. Trains nothing. `overrides` are like `train.seed=1`."""
     from finetune.package.preflight import refuse_unpackageable
@@ -25,6 +27,7 @@ def plan(recipe: Path | str, overrides: Sequence[str] = (), *, run: Path | str |
     return found.facts
 
 
+@places.anew()
 def train(
     recipe: Path | str,
     run: Path | str | None = None,
@@ -42,6 +45,7 @@ def train(
     return path
 
 
+@places.anew()
 def evaluate(
     refs: Sequence[str] | str,
     *,
@@ -68,6 +72,7 @@ def evaluate(
     return shown(results([refs] if isinstance(refs, str) else refs, asked))
 
 
+@places.anew()
 def compare(
     refs: Sequence[str],
     *,
@@ -91,6 +96,7 @@ def compare(
     return compared(refs, asked, rows, Question(metric, baseline, margin, cluster))
 
 
+@places.anew()
 def package(ref: str, directory: Path | str, *, key: Path | str | None = None, dtype: str | None = None) -> "Packaged":
     """Writes a checkpoint as a model folder, proven equal to the trained model. `key` is a PEM file to sign it with."""
     from finetune.package.export import package as package_ref

@@ -44,6 +44,17 @@ def named(bases: Sequence[str], data: Mapping[str, str]) -> Iterator[None]:
         _known.bases, _known.data = before
 
 
+@contextmanager
+def anew() -> Iterator[None]:
+    """Within it, nothing is known of the runs that this process has read before."""
+    global _known
+    before, _known = _known, _Known()
+    try:
+        yield
+    finally:
+        _known = before
+
+
 def opened(run: Path, checkpoints: Path, places: Mapping[str, str]) -> None:
     """Reading a run: also search near it, and its recorded places."""
     _known.runs.setdefault(run.absolute(), checkpoints.absolute())

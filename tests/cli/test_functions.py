@@ -10,6 +10,7 @@ import pytest
 
 import finetune
 from finetune.errors import FinetuneError
+from finetune.store import places
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +48,15 @@ def test_a_recipe_is_planned_trained_and_evaluated_in_python(recipe_file, tmp_pa
     with pytest.raises(finetune.FinetuneError, match="was started with another recipe"):
         finetune.train(recipe, run)
     assert finetune.FinetuneError is FinetuneError
+
+
+def test_a_function_knows_nothing_of_the_runs_that_earlier_calls_have_read(recipe_file, tmp_path) -> None:
+    places.found("data/train.jsonl", str(tmp_path), "the data")
+    finetune.plan(recipe_file(), run=tmp_path / "run")
+    assert places.moved() == {"data/train.jsonl": str(tmp_path)}
+
+    @places.anew()
+    def within() -> dict[str, str]:
+        return places.moved()
+
+    assert within() == {}

@@ -71,7 +71,7 @@ OF_THEIR_OWN_KIND = (
         "qwen3_5",
         "qwen3_next",
         "smolvlm",
-        "t5gemma",
+        "t5gemma2",
     ),
 )
 

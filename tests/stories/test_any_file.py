@@ -15,11 +15,6 @@ from finetune.training.run import train
 from tests.conftest import chat_row
 
 
-@pytest.fixture(autouse=True)
-def _forgotten(monkeypatch) -> None:
-    monkeypatch.setattr(places, "_known", places._Known())
-
-
 def lines(first: int, count: int) -> bytes:
     rows = ({**chat_row(number), "lang": "en" if number % 2 else "de"} for number in range(first, first + count))
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

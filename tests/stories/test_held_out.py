@@ -15,7 +15,6 @@ from finetune.debug.branch import Choices, branch
 from finetune.debug.diff import diff, listing
 from finetune.errors import DataError, FinetuneError, RunError
 from finetune.recipe.load import load
-from finetune.store import places
 from finetune.store.run import journal
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.inspect import log, tree
@@ -29,12 +28,6 @@ FIXTURE = Path(__file__).parents[1] / "fixtures/older_run"
 def write(path: Path, numbers) -> str:
     path.write_text("".join(json.dumps(chat_row(number)) + "\n" for number in numbers))
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def _knows_no_other_run(monkeypatch) -> None:
-    """Data is looked for near all runs that a process has opened: those of other tests have equal files."""
-    monkeypatch.setattr(places, "_known", places._Known())
 
 
 @pytest.fixture

@@ -29,12 +29,6 @@ ADAPTER = {"name": "lora", "rank": 4, "alpha": 8}
 ASKED = [prompts.of_text("the model", "")]
 
 
-@pytest.fixture(autouse=True)
-def _forgotten(monkeypatch) -> None:
-    """What other tests of this process have found."""
-    monkeypatch.setattr(places, "_known", places._Known())
-
-
 def project(directory: Path, tiny_base: Path, chat_data: Path, **sections: object) -> Path:
     """A folder with models/, data/, a recipe that names them absolutely, and a run of four steps."""
     shutil.copytree(tiny_base, directory / "models/tiny")

@@ -25,11 +25,6 @@ from finetune.store import places
 FILES = {"b.jsonl": ["3"], "a/z.jsonl": ["1", "2"], "é.jsonl": ["5"], "b.jsonl.gz": ["4"]}
 
 
-@pytest.fixture(autouse=True)
-def _forgotten(monkeypatch) -> None:
-    monkeypatch.setattr(places, "_known", places._Known())
-
-
 @pytest.fixture
 def corpus(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
