@@ -16,7 +16,7 @@ from finetune.debug.against_record import Difference
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError
 from finetune.model import base
 from finetune.plan.facts import World
-from finetune.recipe.resume_rules import differences, recorded
+from finetune.recipe.resume_rules import recorded, that_may_cost_bits
 from finetune.recipe.schema import Guard
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
@@ -102,7 +102,7 @@ class Rerun:
         """A line for every recorded fact of the machine that differs here."""
         own = {"micro_batch_tokens": self.facts["micro_batch_tokens"], "strategy": self.strategy}
         now = facts_of(self.accelerator) | own
-        found = differences(recorded(self.facts), recorded(now))
+        found = that_may_cost_bits(self.facts, now, self.plan.recipe.train.reproducibility)
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
 
     def nearest(self, step: int) -> Checkpoint | None:

@@ -85,6 +85,16 @@ def recorded(facts: Mapping[str, object]) -> dict[str, object]:
     return {name: facts.get(name, UNRECORDED.get(name)) for name in FACT_NAMES}
 
 
+def that_may_cost_bits(
+    old: Mapping[str, object], new: Mapping[str, object], reproducibility: str
+) -> Iterator[tuple[str, object, object]]:
+    """The facts that differ between two machines, where sums may then be taken in another order: name, old value, new value."""
+    promised = ("world_size",) if reproducibility == "elastic" else ()
+    for name, before, now in differences(recorded(old), recorded(new)):
+        if name not in promised:
+            yield name, before, now
+
+
 def rule_of(key: str) -> Rule:
     return next(rule for rule in RECIPE if rule.covers(key))
 

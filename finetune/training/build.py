@@ -31,6 +31,7 @@ from finetune.store import cache
 from finetune.tasks import TASKS
 from finetune.training.ema import Average
 from finetune.training.saving import snapshot
+from finetune.training.slot_sums import SlotSums
 from finetune.training.state import Objective, TrainState
 from finetune.training.strategy import STRATEGIES
 from finetune.training.trial import packing_of
@@ -117,6 +118,9 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_n
     )
     notes = tuple(filter(None, [losses.note(reason), *notes_here(recipe.train)]))
     state = TrainState(accelerator, wrapped, model, prepared, strategy, routers=routers, notes=notes)
+    if recipe.train.reproducibility == "elastic" and accelerator.num_processes > 1:
+        trained = list(state.trainable.values())
+        state.slot_sums = SlotSums(trained, accelerator.process_index, accelerator.num_processes)
     if recipe.train.ema:
         state.average = Average(recipe.train.ema, snapshot.Live(state).trained)
     return state

@@ -191,29 +191,33 @@ def train_step(
 def _backward(state: TrainState, plan: Plan, batches: Batches, ids: np.ndarray, total: int) -> Tensor:
     """Gradients of the mean loss over the `total` supervised tokens of a step, on every rank; returns the summed loss of each of its
     examples, and the figures of routers, fp64 (N + ...,)."""
-    accelerator, step = state.accelerator, state.step + 1
+    accelerator, step, slot_sums = state.accelerator, state.step + 1, state.slot_sums
     # In fp64, so that the sum does not depend on how rows are spread over micro-batches and ranks.
     row_sums = torch.zeros(len(ids), dtype=torch.float64, device=accelerator.device)
     micro_batches = batches.of(ids)
     # on a CPU, torch.manual_seed takes most of a millisecond: it writes down who called, for devices that are not there
     set_seed = torch.default_generator.manual_seed if accelerator.device.type == "cpu" else torch.manual_seed
     # divided once, by the step's weight; where ranks average their gradients, times their number makes it the sum over all rows
-    ranks = 1 if state.strategy.is_sharded else accelerator.num_processes
+    ranks = 1 if state.strategy.is_sharded or slot_sums else accelerator.num_processes
     weight = torch.full((), ranks / total, device=accelerator.device)
     lengths = batches.examples.lengths[ids]
     for turn, micro_batch in enumerate(micro_batches.on(accelerator.device), 1):
         # By step and slot: dropout is the same wherever and how often this micro-batch runs.
         set_seed(derive(plan.recipe.train.seed, step, micro_batch.slot))
-        # Ranks exchange gradients once a step, with the last micro-batch.
-        is_last = turn == len(micro_batches) or accelerator.num_processes == 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.objective):
+        # Ranks exchange gradients once a step, with the last micro-batch; `slot_sums` exchanges them itself.
+        is_exchanged = accelerator.num_processes == 1 or (turn == len(micro_batches) and not slot_sums)
+        with contextlib.nullcontext() if is_exchanged else accelerator.no_sync(state.objective):
             own = lengths[micro_batch.indices].tolist()
             work = Work(own, sum(own) / float(lengths.sum()), total, is_counted=not micro_batch.is_idle)
             loss_sum, rows = state.objective(micro_batch.inputs, *([work] if state.routers else []))
             # A rank with nothing left still runs: collectives wait for every rank. Its weight is zero.
             accelerator.backward(loss_sum, gradient=torch.zeros_like(weight) if micro_batch.is_idle else weight)
+        if slot_sums:
+            slot_sums.add(micro_batch.is_idle)
         if not micro_batch.is_idle:
             row_sums.index_copy_(0, micro_batch.places, rows.detach().double())
+    if slot_sums:
+        slot_sums.finish()
     figures = torch.cat([row_sums, state.routers.take()]) if state.routers else row_sums
     return accelerator.reduce(figures, "sum")
 

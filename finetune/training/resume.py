@@ -19,7 +19,7 @@ from finetune.model import base
 from finetune.plan.facts import Facts, Machine
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.resume_rules import differences, outcome, recorded, rule_of
+from finetune.recipe.resume_rules import differences, outcome, rule_of, that_may_cost_bits
 from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
@@ -121,7 +121,7 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)
-    changes = [*_told(lines, earlier, resolved), *_differences_told(facts, now)]
+    changes = [*_told(lines, earlier, resolved), *_differences_told(facts, now, loaded.recipe.train.reproducibility)]
     renewed: Facts = {**now, "run": facts["run"], "software": software()}
     # Where base and data were found this time, so that the next resume looks there first.
     if moved := facts.get("places", {}) | places.moved():
@@ -146,11 +146,11 @@ def _told(lines: dict[str, list[str]], earlier: Plan, resolved: Resolved) -> lis
     return changes
 
 
-def _differences_told(facts: Machine, now: Machine) -> list[str]:
+def _differences_told(facts: Machine, now: Machine, reproducibility: str) -> list[str]:
     """A line for everything about the machine and its libraries that changed since the run was planned."""
     return [
         f"{name} changed: {old} -> {new}; bit equality may be lost"
-        for name, old, new in differences(recorded(facts), now)
+        for name, old, new in that_may_cost_bits(facts, now, reproducibility)
     ]
 
 

@@ -14,6 +14,7 @@ from finetune.model.losses import TokenLosses
 from finetune.model.routing import Routers, Work
 from finetune.training.ema import Average
 from finetune.training.saving.buffers import Copy
+from finetune.training.slot_sums import SlotSums
 
 Loss = Callable[[PreTrainedModel, Batch, TokenLosses], tuple[torch.Tensor, torch.Tensor]]
 
@@ -77,6 +78,8 @@ class TrainState:
     """Of a base with experts."""
     average: Average | None = None
     """The moving average of the trained weights, if the recipe asks for one."""
+    slot_sums: SlotSums | None = None
+    """Of several ranks whose sums must not depend on their number."""
     notes: tuple[str, ...] = ()
     """What its user should know of how it trains."""
 

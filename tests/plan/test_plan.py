@@ -67,6 +67,7 @@ def changed(plan, key, value):
         ("recipe.train.seed", 1),
         ("recipe.train.precision", "bf16"),
         ("recipe.train.reproducibility", "fast"),
+        ("recipe.train.reproducibility", "elastic"),
     ],
 )
 def test_the_id_changes_with_what_decides_training(plan, key, value):

@@ -178,7 +178,7 @@ def pieces_are_not_compiled(recipe: PartlyRead) -> str | None:
 
 
 def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
-    if recipe.train and recipe.train.compile and recipe.train.reproducibility == "exact":
+    if recipe.train and recipe.train.compile and recipe.train.reproducibility != "fast":
         return "train.compile: kernels depend on which lengths came first; it needs `train.reproducibility: fast`"
     return None
 
@@ -195,6 +195,8 @@ def unshardable(recipe: Sharded) -> str | None:
     kind = recipe.base and recipe.base.quantization
     if kind and kind != "dequantized":
         return f"`fsdp` cannot spread `{kind}` weights; use `ddp`"
+    if recipe.train and recipe.train.reproducibility == "elastic":
+        return "`fsdp` adds gradients by rank, and `train.reproducibility: elastic` by slot; use `ddp`"
     return "`fsdp` does not go with `train.compile`" if recipe.train and recipe.train.compile else None
 
 
@@ -203,6 +205,12 @@ def routers_are_seen(recipe: PartlyRead) -> str | None:
     return (
         "train.router_loss: compiled layers hide their routers; it needs `train.compile: false`" if is_hidden else None
     )
+
+
+def elastic_sums_are_of_gradients(recipe: PartlyRead) -> str | None:
+    is_asked = recipe.train and recipe.train.reproducibility == "elastic" and recipe.train.router_loss != "off"
+    why = "ranks add up the figures of routers by rank; it needs `train.router_loss: off`"
+    return f"train.reproducibility: {why}" if is_asked else None
 
 
 def a_tracker_is_named_once(recipe: PartlyRead) -> str | None:
@@ -230,5 +238,6 @@ RULES = (
     compiled_kernels_are_not_exact,
     what_is_sharded_has_rows,
     routers_are_seen,
+    elastic_sums_are_of_gradients,
     a_tracker_is_named_once,
 )

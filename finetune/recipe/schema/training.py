@@ -87,8 +87,8 @@ class Train(Section):
     """Keep an exponential moving average of the trained weights. A number is its `decay`. Checkpoints hold it as `ema.safetensors`, and evaluations give its figures as `ema_loss` and so on."""
     early_stopping: EarlyStopping | None = None
     """Without this section the run goes to its last step."""
-    reproducibility: Literal["exact", "fast"] = "exact"
-    """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `fast`: the fastest kernels."""
+    reproducibility: Literal["exact", "elastic", "fast"] = "exact"
+    """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `elastic`: also at another number of processes. They then exchange gradients with every micro-batch, which suits adapters. `fast`: the fastest kernels."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":

@@ -21,7 +21,7 @@ def start_accelerator(settings: Train) -> Accelerator:
     """Devices, precision and processes. FinetuneError where the launcher started fewer than it was asked for, or more than know of each other."""
     refuse_half(os.environ)
     asked.take(settings)
-    if settings.reproducibility == "exact":
+    if settings.reproducibility != "fast":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose another order of summation
         torch.use_deterministic_algorithms(True)
         # a check for careless kernels that writes every buffer twice
