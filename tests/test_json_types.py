@@ -14,6 +14,7 @@ from finetune.compare.average import Averaged
 from finetune.compare.evaluate import Evaluated
 from finetune.compare.generate import Answer
 from finetune.compare.report.write import Reported
+from finetune.compare.searched import Searched
 from finetune.compare.sweep.report import SweepReport
 from finetune.debug.bisect import Bisection
 from finetune.debug.diff import Comparison
@@ -53,6 +54,7 @@ TYPES = {
     "verify": Verification,
     "evaluate: results": Evaluated,
     "average": Averaged,
+    "average --search": Searched,
     "compare": shown.Comparison,
     "generate: results": Answer,
     "report": Reported,
@@ -72,6 +74,7 @@ def documented() -> dict[str, object]:
                 assert below, shlex.join(words)
                 shape = yaml.safe_load(below)
                 command = " ".join(words[1 : 3 if words[1] == "data" else 2])
+                command += " --search" if "--search" in words else ""
                 inner = {f"{command}: {name}": part for name, part in shape.items()}
                 shown |= {command: shape} if "error" not in shape else {}
                 shown |= {name: part[0] if isinstance(part, list) else part for name, part in inner.items()}

@@ -37,6 +37,7 @@ class Ways(TypedDict):
     like: str | None
     window: int | None
     every: int
+    is_stored: bool
     with_base: float | None
     is_kept_ema: bool
     rank: int | None
@@ -59,9 +60,10 @@ class Ways(TypedDict):
     "--window",
     type=click.IntRange(min=1),
     metavar="N",
-    help="With --like: N steps. Those not stored are made by replay.",
+    help="With --like or --search: N steps. Those not stored are made by replay.",
 )
 @click.option("--every", type=click.IntRange(min=1), default=1, metavar="N", help="Take every Nth step of the window.")
+@click.option("--stored", "is_stored", is_flag=True, help="Take only the stored steps of the window.")
 @click.option(
     "--with-base", type=SHARE, metavar="ALPHA", help="ALPHA of the average and the rest of the base (WiSE-FT)."
 )
@@ -72,13 +74,32 @@ class Ways(TypedDict):
 @click.option("--merged", "is_merged", is_flag=True, help="Of adapters: merge the average onto the base.")
 @click.option("--output", type=PATH, metavar="DIR", help="The new checkpoint. Default: <run>/averages/<what it is>.")
 @click.option("--no-evaluate", is_flag=True, help="Do not evaluate it on the held-out rows of its run.")
+@click.option(
+    "--search", "is_search", is_flag=True, help="Try the usual averages up to REF, and keep one that is better."
+)
+@click.option("--keep-all", "is_all_kept", is_flag=True, help="With --search: keep all averages.")
 @answers
 @where_it_is
-def average(refs: tuple[str, ...], output: Path | None, no_evaluate: bool, **ways: Unpack[Ways]) -> Answer:
+def average(
+    refs: tuple[str, ...],
+    output: Path | None,
+    no_evaluate: bool,
+    is_search: bool,
+    is_all_kept: bool,
+    **ways: Unpack[Ways],
+) -> Answer:
     """Average checkpoints into a new one."""
+    if is_all_kept and not is_search:
+        raise click.UsageError("--keep-all goes with --search")
     with importing():
         from finetune.compare import average as averages
         from finetune.compare.average_choice import Choices
 
+    if is_search:
+        from finetune.compare import searched
+        from finetune.compare.average_search import search
+
+        found = search(refs, Choices(**ways), output, not no_evaluate, is_all_kept)
+        return Answer(found, searched.text(found))
     facts = averages.average(refs, Choices(**ways), output, not no_evaluate)
     return Answer(facts, averages.listing(facts))

@@ -52,9 +52,7 @@ class Averaged(TypedDict):
 
 def average(refs: Sequence[str], choices: Choices, output: Path | None = None, is_evaluated: bool = True) -> Averaged:
     """Writes the average of the members that refs and choices name, and evaluates it if its run holds out rows."""
-    if not is_alone(os.environ):
-        hint = "run it without a launcher; steps that only several processes can replay: `finetune replay --materialize` first"
-        raise FinetuneError("an average is made by one process", hint=hint)
+    refuse_launcher()
     named = chosen(refs, choices)
     home = _home(named, choices, output)
     with ExitStack() as files:
@@ -82,6 +80,12 @@ def average(refs: Sequence[str], choices: Choices, output: Path | None = None, i
         "notes": [*parts.notes, *home.notes],
     }
     return facts if parts.lost is None else {**facts, "lost": parts.lost}
+
+
+def refuse_launcher() -> None:
+    if not is_alone(os.environ):
+        hint = "run it without a launcher; steps that only several processes can replay: `finetune replay --materialize` first"
+        raise FinetuneError("an average is made by one process", hint=hint)
 
 
 def _made(

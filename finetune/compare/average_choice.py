@@ -32,6 +32,8 @@ class Choices:
     """A shape of `averaging.DECAYS`."""
     window: int | None = None
     every: int = 1
+    is_stored: bool = False
+    """Takes only stored steps of the window."""
     with_base: float | None = None
     is_kept_ema: bool = False
     """Takes the moving average that each run kept, in place of its weights."""
@@ -51,9 +53,9 @@ class Choices:
             "--with-base": self.with_base,
             "--rank": self.rank,
         }
-        flags = [*(["--kept-ema"] if self.is_kept_ema else []), *(["--merged"] if self.is_merged else [])]
+        flags = {"--stored": self.is_stored, "--kept-ema": self.is_kept_ema, "--merged": self.is_merged}
         options = (f"{name} {value}" for name, value in shown.items() if value not in (None, ""))
-        return " ".join([*options, *flags])
+        return " ".join([*options, *(name for name, is_given in flags.items() if is_given)])
 
 
 class Named(NamedTuple):
@@ -65,7 +67,7 @@ def chosen(refs: Sequence[str], choices: Choices) -> list[Named]:
     """The members with weights that sum to 1, the base first if it is one of them. FinetuneError for options that do not fit."""
     _refuse_others(refs, choices)
     if choices.like:
-        named = _of_window(refs[0], choices.like, choices.window or 0, choices.every)
+        named = _of_window(refs[0], choices.like, choices.window or 0, choices)
     else:
         named = _of_refs(_last(refs[0], choices.last) if choices.last else refs, choices)
     if choices.with_base is None:
@@ -91,6 +93,10 @@ def _refuse_others(refs: Sequence[str], choices: Choices) -> None:
         raise OptionError("--like and --window go together", hint="as in --like cosine --window 100")
     if choices.every > 1 and not choices.like:
         raise OptionError("--every goes with --like and --window", hint="remove it")
+    if choices.is_stored and not choices.like:
+        raise OptionError("--stored goes with --like and --window", hint="remove it")
+    if choices.is_stored and choices.every > 1:
+        raise OptionError("--stored and --every choose steps of the window in different ways", hint="give one of them")
     if choices.weights and (min(choices.weights) < 0 or not any(choices.weights)):
         raise OptionError("--weights has to be numbers of at least 0, not all 0", hint="as in --weights 1,2,1")
     if choices.weights and len(choices.weights) != len(refs):
@@ -117,26 +123,35 @@ def step_of_run(text: str) -> tuple[Path, int]:
     return ref.run, ref.step if isinstance(ref.step, int) else find(ref).step
 
 
+def stored_up_to(run: Path, last: int) -> list[int]:
+    """The committed steps of a run up to one of its steps, oldest first."""
+    return [item.step for item in Store(run).summaries() if item.step <= last]
+
+
 def _last(text: str, count: int) -> list[str]:
     """The newest commits up to a ref, oldest first."""
     run, last = step_of_run(text)
-    stored = [item.step for item in Store(run).summaries() if item.step <= last]
+    stored = stored_up_to(run, last)
     if len(stored) < count:
         hint = f"committed: {', '.join(map(str, stored)) or 'none'}; `--like linear --window N` makes other steps by replay"
         raise CheckpointError(f"has {counted(len(stored), 'checkpoint')} up to step {last}", where=str(run), hint=hint)
     return [f"{run}@{step}" for step in stored[-count:]]
 
 
-def _of_window(text: str, like: str, window: int, every: int) -> list[Named]:
+def _of_window(text: str, like: str, window: int, choices: Choices) -> list[Named]:
     run, last = step_of_run(text)
     plan, _ = RunDirectory(run).plan()
     first = plan.parent.step if plan.parent else 0
     if window > last - first:
         hint = f"the run has {counted(last - first, 'step')} up to step {last}: give at most that to --window"
         raise FinetuneError(f"a window of {window} steps begins before step {first + 1}", where=text, hint=hint)
-    if every > window:
+    if choices.every > window:
         raise FinetuneError("--every is larger than --window", where=text, hint="give a smaller one")
-    steps = list(range(last, last - window, -every))[::-1]
+    if choices.is_stored:
+        find(parse(text))  # a decay ends with the last step
+        steps = [step for step in stored_up_to(run, last) if step > last - window]
+    else:
+        steps = list(range(last, last - window, -choices.every))[::-1]
     return [
         Named(f"{run}@{step}", weight)
         for step, weight in zip(steps, averaging.of_decay(like, steps, window), strict=True)

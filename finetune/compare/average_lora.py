@@ -91,7 +91,7 @@ def adapters_of(members: Sequence[Member], files: ExitStack, is_kept_ema: bool =
         config = json.loads((member.directory / CONFIG).read_bytes())
         if config["peft_type"] != "LORA":
             return f"{member.ref} is an adapter of the type {config['peft_type']}"
-        if extra := sorted(key for key, value in config.items() if value and key not in PLAIN and value != "none"):
+        if extra := beside_factors(config):
             return f"{member.ref} is more than factors of matrices ({', '.join(extra)})"
         path = kept_ema(member) if is_kept_ema else member.directory / ADAPTER
         key = json.dumps([config.get(name) for name in (*RANKS, *REACH, *SCALES)])
@@ -109,6 +109,11 @@ def adapters_of(members: Sequence[Member], files: ExitStack, is_kept_ema: bool =
     if any(_sorted(each.config.get(key)) != _sorted(first.get(key)) for each in found for key in same):
         return "the adapters reach different layers"
     return found
+
+
+def beside_factors(config: Mapping[str, object]) -> list[str]:
+    """The settings by which an adapter of the type LORA is more than factors of matrices."""
+    return sorted(key for key, value in config.items() if value and key not in PLAIN and value != "none")
 
 
 def layers_of(member: Member) -> dict[str, Layer]:
