@@ -18,10 +18,10 @@ from finetune.training.saving.snapshot import ADAPTER, FROZEN
 def announced(averages: Path, found: Sequence[Usual], needed: int) -> str:
     """The line that says what is needed. FinetuneError where the disk has less left."""
     free = disk.free_bytes(averages)
-    line = f"{counted(len(found), 'average')} to try: at most {disk.readable(needed)} of disk at a time"
+    line = f"{counted(len(found), 'average')} to try: at most {disk.readable(needed)} of disk"
     if needed > free:
         hint = "free some space on this disk"
-        raise FinetuneError(f"{line}, and it has {disk.readable(free)} left", where=str(averages), hint=hint)
+        raise FinetuneError(f"{line}, and {disk.readable(free)} is free", where=str(averages), hint=hint)
     return f"{line}, {disk.readable(free)} free"
 
 

@@ -56,7 +56,7 @@ def refuse_options(choices: Choices, others: dict[str, bool]) -> None:
         **others,
     }
     if names := [name for name, value in given.items() if value]:
-        hint = "it tries the usual averages by itself: remove it, or the other"
+        hint = "--search chooses members and weights by itself: give it alone, or remove it"
         raise OptionError(f"--search does not go with {' and '.join(names)}", hint=hint)
     if choices.every > 1 and not choices.window:
         raise OptionError("--search takes --every together with --window", hint="add --window, or remove it")
