@@ -32,10 +32,12 @@ def needed_bytes(found: Sequence[Usual], checkpoint: Checkpoint, plan: Plan, is_
 
 
 def _bytes(members: int, checkpoint: Checkpoint, plan: Plan) -> int:
+    files = checkpoint.manifest.files
+    small = sum(record.bytes for name, record in files.items() if not name.endswith(".safetensors"))
     if _is_adapter(members, checkpoint):
-        return disk.COMPANION_BYTES + members * memory.FLOAT * plan.trainable_parameters
-    changing = plan.trainable_parameters if FROZEN in checkpoint.manifest.files else plan.total_parameters
-    return disk.COMPANION_BYTES + memory.FLOAT * changing
+        return small + members * memory.FLOAT * plan.trainable_parameters
+    changing = plan.trainable_parameters if FROZEN in files else plan.total_parameters
+    return small + memory.FLOAT * changing
 
 
 def _is_adapter(members: int, checkpoint: Checkpoint) -> bool:

@@ -15,8 +15,8 @@ import pytest
 from finetune.compare import searched
 from finetune.compare.average import average
 from finetune.compare.average_choice import Choices, chosen
-from finetune.compare.average_search import search
-from finetune.compare.average_usual import checkpoint_of, usual
+from finetune.compare.average_search import _Place, search
+from finetune.compare.average_usual import Usual, checkpoint_of, usual
 from finetune.compare.candidates import compared
 from finetune.compare.compare import Question
 from finetune.compare.results import Asked
@@ -162,7 +162,7 @@ def test_a_second_search_and_a_full_disk_leave_other_folders_alone(trained) -> N
 def test_a_disk_that_is_too_small_is_said_before_anything_is_made(trained, monkeypatch) -> None:
     run = trained(every=8)
     monkeypatch.setattr("finetune.plan.disk.free_bytes", lambda _: 1000)
-    with pytest.raises(FinetuneError, match=r"3 averages to try: at most 16\.2 MiB of disk, and 1000 B is free"):
+    with pytest.raises(FinetuneError, match=r"3 averages to try: at most 2.* KiB of disk, and 1000 B is free"):
         search([f"{run}@8"], Choices())
     assert names(run) == []
 
@@ -218,6 +218,20 @@ def test_what_is_there_is_used_and_not_removed(restless, capfd) -> None:
     capfd.readouterr()
     assert search([f"{run}@6"], Choices())["results"] == whole["results"]
     assert "to try" not in capfd.readouterr().err and len(names(run)) == 8
+
+
+@pytest.mark.slow
+def test_an_average_that_was_removed_is_made_again_to_be_kept(trained) -> None:
+    """The best of those that are better need not be the one with the lowest loss."""
+    run = trained(every=4)
+    place = _Place(Usual((f"{run}@8",), Choices(last=2)), run / "averages/it", is_there=False, is_kept=False)
+    place.make()
+    assert names(run) == [".it.search"]
+    place.drop()
+    place.drop()
+    assert names(run) == []
+    place.keep()
+    assert names(run) == ["it"] and not verify(place.final) and inspect.log(run)["averages"][0]["metrics"]
 
 
 @pytest.mark.slow
