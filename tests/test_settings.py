@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from finetune.recipe.schema import Recipe, Section
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,7 @@ def test_every_setting_is_read_by_some_code() -> None:
     assert unread(Recipe) == []
 
 
+@pytest.mark.slow
 def test_a_setting_that_nobody_reads_is_found() -> None:
     class Shelf(Section):
         never_read_by_anyone: int = 0

@@ -5,6 +5,8 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import finetune
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ def test_the_version_is_that_of_the_project():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == finetune.__version__
 
 
+@pytest.mark.slow
 def test_nothing_else_asks_for_a_version():
     for path in (ROOT / "finetune").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

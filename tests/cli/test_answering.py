@@ -28,6 +28,7 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_answers_are_printed_by_prompt_and_as_json(finetune, tiny_base, endless_base, lines) -> None:
     asked = ("generate", tiny_base, endless_base, "--prompts", lines, "--max-new-tokens", 3)
     done = finetune(*asked)
@@ -63,6 +64,7 @@ def test_what_cannot_be_asked_is_one_error(finetune, tiny_base, tmp_path, option
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_lines_of_a_pipe_are_answered_one_after_the_other(tiny_base, tmp_path) -> None:
     said = f"the model\n\n/undo\n /a question\n/save {tmp_path}/rows.jsonl\n"
     asked = command("chat", tiny_base, "--max-new-tokens", 4, "--system", "be short")

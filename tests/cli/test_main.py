@@ -130,6 +130,7 @@ def test_train_on_a_run_of_another_recipe_refuses_and_names_every_difference(
     assert "finetune branch" in err
 
 
+@pytest.mark.slow
 def test_what_may_change_on_resume_is_taken_and_recorded(recipe_file, train, capsys, tmp_path) -> None:
     from finetune.store.run import journal
 
@@ -154,6 +155,7 @@ def test_every_command_has_help_and_documented_options() -> None:
         )
 
 
+@pytest.mark.slow
 def test_plan_names_ignored_columns_and_counts_what_is_cut(recipe_file, monkeypatch, capsys, tmp_path) -> None:
     rows = [{"prompt": "ask", "completion": "yes", "id": 1}] * 99 + [{"prompt": "ask", "completion": "y" * 80, "of": 2}]
     file = tmp_path / "rows.jsonl"

@@ -147,6 +147,7 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path) -> None:
     assert not (run / "averages").exists() or not list((run / "averages").iterdir())
 
 
+@pytest.mark.slow
 def test_an_average_is_a_ref_like_any_other(trained, finetune, train, recipe_file, tmp_path) -> None:
     run = trained("lora")
     made = average([f"{run}@4", f"{run}@8"], Choices())

@@ -125,6 +125,7 @@ def test_what_is_stored_needs_neither_torch_nor_base_nor_data(recipe, train, tin
     assert [each["is_comparable"] for each in results] == [True] * 6
 
 
+@pytest.mark.slow
 def test_results_of_other_weights_are_never_taken(run, recipe, train_once, tmp_path) -> None:
     train = {"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128, "seed": 1}
     other = train_once(recipe("other", train=train), tmp_path / "other")
@@ -290,6 +291,7 @@ def test_a_set_that_is_gone_keeps_no_run_from_being_evaluated(run, capsys) -> No
     assert f"evaluation set docs of {run} is skipped: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_delays_the_rows_of_an_evaluation_and_no_training(recipe, train, tmp_path, monkeypatch) -> None:
     written, refused = evaluations.write, []
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 
+import pytest
 import torch
 
 from finetune.compare import generate as generation
@@ -49,6 +50,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tiny_base, tiny_
     assert question.ids == tiny_tokenizer("the row", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_answers_come_by_prompt_then_ref_then_sample(tiny_base, tmp_path) -> None:
     plain = without_template(tiny_base, tmp_path / "plain")
     some = [prompts.of_text("it has said what was asked of it", "p:1"), prompts.of_text("a", "p:2")]
@@ -60,6 +62,7 @@ def test_answers_come_by_prompt_then_ref_then_sample(tiny_base, tmp_path) -> Non
     assert alone == results[-2:], "neither other prompts nor other refs change an answer"
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time(tiny_base, tmp_path, monkeypatch) -> None:
     opened: list[weakref.ref] = []
 
@@ -91,6 +94,7 @@ def test_a_run_of_texts_continues_them_on_a_base_with_a_chat_template(recipe_fil
         assert answerer.converse is not None, "you can still talk to it"
 
 
+@pytest.mark.slow
 def test_what_continues_a_text_keeps_its_blanks(tiny_base, tmp_path, monkeypatch) -> None:
     plain = without_template(tiny_base, tmp_path / "plain")
     monkeypatch.setattr(generation, "generated", lambda *_: iter([generation.Generated(0, 0, " a row\n", 3, True)]))

@@ -49,6 +49,7 @@ def test_json_is_what_a_strict_reader_takes(answer, found) -> None:
     assert score(Json(name="json"), answer) == found
 
 
+@pytest.mark.slow
 def test_json_may_have_to_match_a_schema(tmp_path) -> None:
     pytest.importorskip("jsonschema")
     file = tmp_path / "schema.json"

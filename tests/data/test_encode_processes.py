@@ -64,6 +64,7 @@ def without_memory(result):
     return {name: value for name, value in result.items() if name != "most_bytes"}
 
 
+@pytest.mark.slow
 def test_worker_processes_make_the_same_bytes_as_one_process(encoded, tmp_path):
     alone, together = encoded("alone"), encoded("together", workers=2)
     assert together["servers"] == 0, "what workers were forked from has ended"
@@ -76,12 +77,14 @@ def test_worker_processes_make_the_same_bytes_as_one_process(encoded, tmp_path):
     assert files[0] == files[1] and "digests.json" in files[0]
 
 
+@pytest.mark.slow
 def test_the_same_bad_rows_are_told_however_many_processes_find_them(encoded, tmp_path):
     results = [encoded(name, bad=[42, 45, 90], **options) for name, options in (("one", {}), ("two", {"workers": 2}))]
     assert results == 2 * [{"error": "rows:42: is bad\n  also rows:45\n2 of 72 rows are refused\nhint: correct it"}]
     assert not list((tmp_path / "two/encoded").iterdir())
 
 
+@pytest.mark.slow
 def test_skipped_rows_are_the_same_however_many_processes_find_them(encoded):
     bad = {"bad": [42, 45, 70], "skips_bad": True}
     results = [
@@ -117,6 +120,7 @@ def test_workers_do_not_outlive_a_killed_parent(start, tmp_path):
     wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in workers))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_encoding_and_its_work_is_kept(start, tmp_path):
     process = start(hangs_at=50, workers=2)
     wait_until(lambda: (tmp_path / "cache.log").exists() and any(first == 48 for _, first, _ in calls(tmp_path)))

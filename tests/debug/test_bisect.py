@@ -101,6 +101,7 @@ def sound(poisoned, train_once, tmp_path):
     return train_once(poisoned(1.0, [])[0], tmp_path / "run", patched=1.0)
 
 
+@pytest.mark.slow
 def test_a_state_that_went_bad_is_found_between_two_checkpoints(wrecked) -> None:
     run, row = wrecked
     facts = bisect(run, bad_evaluation="loss > 8")
@@ -163,6 +164,7 @@ def test_a_flipped_bit_is_not_in_the_recipe_and_is_said_to_be_so(fault, poisoned
     assert any("is not in the recipe" in note for note in facts["notes"])
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_not_the_plans_is_seen_without_a_step(poisoned, train, tmp_path, monkeypatch) -> None:
     from finetune.plan.plan import Plan
 

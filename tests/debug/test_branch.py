@@ -32,6 +32,7 @@ def records(run):
     return journal.steps(journal.read(run))
 
 
+@pytest.mark.slow
 def test_a_run_that_may_not_be_written_can_be_branched_off(run, capsys) -> None:
     (run / "pins").write_text("in the way")  # root may write everywhere else
     made = branch(f"{run}@8", None, Choices(), until=9)
@@ -74,6 +75,7 @@ def test_a_run_that_may_not_be_written_is_branched_from_all_the_same(run, capsys
     assert [item.step for item in Store(made).checkpoints()] == [8, 9]
 
 
+@pytest.mark.slow
 def test_a_step_that_was_not_stored_is_made_real_first(run) -> None:
     made = branch(f"{run}@11", None, Choices())
     assert [item.step for item in Store(run).checkpoints()] == [8, 11, 16, 20]
@@ -119,6 +121,7 @@ def test_another_optimizer_needs_a_reset(run, tmp_path) -> None:
     assert max(records(made)) == 20
 
 
+@pytest.mark.slow
 def test_rows_are_left_out_of_their_steps_alone(run, tmp_path) -> None:
     from finetune.store.run.row_losses import read_rows
 
@@ -272,6 +275,7 @@ def test_a_run_that_lost_its_plan_is_not_taken_for_an_empty_place(run, tmp_path)
     assert [item.step for item in Store(other).checkpoints()] == [8, 16, 20]
 
 
+@pytest.mark.slow
 def test_rows_stay_left_out_in_a_branch_of_a_branch_with_another_seed(run, tmp_path) -> None:
     from finetune.store.run.row_losses import read_rows
 

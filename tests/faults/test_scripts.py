@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import forks
+from tests.lengths import length
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/faults"
 
@@ -37,18 +38,13 @@ def test_damages_to_a_checkpoint_of_a_training_are_found_and_named(recipe_file, 
 
 
 @pytest.mark.slow
-def test_kills_and_errors_at_some_calls_of_a_save_leave_a_sound_checkpoint_and_lose_nothing() -> None:
-    run("syscalls", "--faults", "SIGKILL,EIO,ENOSPC,EDQUOT,EROFS,EACCES", "--stride", 13)
-
-
-@pytest.mark.slow
 def test_a_kill_at_any_call_of_a_save_leaves_a_sound_checkpoint() -> None:
     run("syscalls", "--faults", "SIGKILL")
 
 
 @pytest.mark.slow
 def test_every_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing() -> None:
-    run("syscalls", "--faults", "EIO,ENOSPC,EDQUOT,EROFS,EACCES")
+    run("syscalls", "--faults", "EIO,ENOSPC,EDQUOT,EROFS,EACCES", "--stride", length(3, 1))
 
 
 @pytest.mark.slow
@@ -60,7 +56,7 @@ def test_faults_in_the_saves_of_a_training_leave_no_trace(tmp_path) -> None:
         "--faults",
         "SIGKILL,EIO,ENOSPC,EDQUOT",
         "--trials",
-        4,
+        length(2, 4),
         "--set",
         "train.steps=60",
         "--work",
@@ -70,14 +66,11 @@ def test_faults_in_the_saves_of_a_training_leave_no_trace(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_power_cuts_leave_every_step_that_was_printed_as_committed(tmp_path) -> None:
-    run("power_cuts", "--cuts", 8, "--resumes", 0, "--set", "train.steps=100", "--work", tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_trainings_whose_power_was_cut_end_as_if_it_had_not_been(tmp_path) -> None:
-    run("power_cuts", "--cuts", 40, "--resumes", 2, "--set", "train.steps=100", "--work", tmp_path, seconds=580)
+def test_power_cuts_leave_every_step_that_was_printed_and_trainings_end_as_if_none_had_been(tmp_path) -> None:
+    cuts, resumes = length((12, 1), (40, 2))
+    words = ("--cuts", cuts, "--resumes", resumes, "--set", "train.steps=100", "--work", tmp_path)
+    run("power_cuts", *words, seconds=580)
 
 
 @pytest.mark.slow

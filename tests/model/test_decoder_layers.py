@@ -1,5 +1,7 @@
 """What the layers keep and how they are compiled changes memory and speed, and not what is computed."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from finetune.model.adapters import apply
 from finetune.model.attention import PER_ROW
 from finetune.model.base import empty_model, load_model
 from finetune.recipe.schema import LoraAdapter
+from tests.lengths import length
 
 BOUNDS = [[0, 9, 30], [0, 17], [0, 3, 5, 40]]
 
@@ -75,8 +78,11 @@ def test_a_base_that_cannot_be_checkpointed_is_named(tiny_base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("has_adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("has_adapter", "is_checkpointed"),
+    length([(True, True)], list(product((False, True), repeat=2))),
+    ids=lambda value: str(value).lower(),
+)
 def test_compiled_layers_give_the_same_gradients_to_float_tolerance(tiny_base, has_adapter, is_checkpointed):
     plain, compiled = model(tiny_base, has_adapter), model(tiny_base, has_adapter)
     if is_checkpointed:

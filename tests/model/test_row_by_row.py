@@ -119,6 +119,7 @@ def test_one_row_alone_is_run_as_it_is():
     torch.testing.assert_close(packed.logits, alone.logits)
 
 
+@pytest.mark.slow
 def test_what_differs_in_width_from_row_to_row_goes_to_the_next_module_apart():
     model, packing = packing_model("glm_moe_dsa")
     assert packing.by_row == ("GlmMoeDsaAttention",)

@@ -136,6 +136,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KEPT if kind not in ("deepseek_v3", "olmo_hybrid")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deepseek_v3", "olmo_hybrid", *SLOW])
 def test_what_a_model_keeps_in_fp32_is_in_the_package_as_it_was_trained(packaged, kind) -> None:
     package = packaged(kind)
@@ -245,6 +246,7 @@ def test_a_package_of_a_small_model_of_its_kind_is_made_before_a_base_is_trained
     assert unpackageable(random_base(kind), adapter=None) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_adapters_of_families_whose_layers_peft_renames_are_merged_or_refused_before_the_training(
     unpackageable, random_base, form
@@ -264,6 +266,7 @@ def test_a_head_by_another_name_is_one_and_another_matrix_is_none(random_base, t
     assert "ties no embeddings" in problems(directory)[0].message
 
 
+@pytest.mark.slow
 def test_what_a_package_would_lack_is_found_before_the_training(unpackageable, random_base, monkeypatch) -> None:
     monkeypatch.setattr(outline, "not_of", lambda model, path, written: [])
     told = unpackageable(random_base("qwen3_5"), adapter=None)
@@ -307,6 +310,7 @@ def test_what_transformers_cannot_run_in_the_type_of_the_package_is_told_before_
     assert caught.value.message.startswith(told) and caught.value.hint == "set package.dtype: fp32"
 
 
+@pytest.mark.slow
 def test_where_no_small_model_can_be_made_or_written_it_is_said_that_nothing_was_tried(
     recipe_file, tiny_base, monkeypatch, capsys
 ) -> None:

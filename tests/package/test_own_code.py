@@ -198,6 +198,7 @@ def test_the_tokenizer_of_an_adapter_names_no_code_either(mapped, trained, tiny_
     assert_names_no_code(base.tokenizer_directory(adapter, directory_of(mapped)))
 
 
+@pytest.mark.slow
 def test_quantized_files_with_code_are_made_numbers_once_and_the_code_is_told(mapped, tmp_path, capsys):
     quantize(mapped, tmp_path / "small", "fp8")
     named = Base(checkpoint=str(tmp_path / "small"))

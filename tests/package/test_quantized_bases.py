@@ -46,6 +46,7 @@ def mxfp4(tmp_path_factory, tiny_tokenizer):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 2}])
 def test_what_mxfp4_stands_for_is_trained_and_packaged(trained, mxfp4, adapter):
     run = trained(

@@ -111,6 +111,7 @@ def test_tokens_of_very_many_steps_are_their_mean(recipe_file):
     assert tokens_of(plan, resolved.train.lengths, 7, plan.steps) == 999 * plan.counts.tokens
 
 
+@pytest.mark.slow
 def test_training_says_how_long_the_rest_takes_once_and_journals_it(recipe_file, train, tmp_path, capfd):
     recipe = recipe_file(
         train={"steps": FORECAST_AFTER_STEPS + 4, "batch_size": 6, "precision": "fp32"}, evaluate={"every": "10 steps"}
@@ -124,6 +125,7 @@ def test_training_says_how_long_the_rest_takes_once_and_journals_it(recipe_file,
     assert "forecast" not in capfd.readouterr().err  # --quiet
 
 
+@pytest.mark.slow
 def test_the_forecast_is_on_stderr(recipe_file, tmp_path, finetune):
     steps = FORECAST_AFTER_STEPS + 1
     recipe = recipe_file(train={"steps": steps, "batch_size": 2, "precision": "fp32"}, checkpoint={"every": "30 steps"})

@@ -62,6 +62,7 @@ def test_a_derived_seed_depends_on_every_part_and_on_their_order():
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 50), st.integers(0, 5), st.integers(0, 3))
 def test_every_example_comes_exactly_once_an_epoch_and_no_update_crosses_its_edge(sizes, batch_size, seed, epoch):
@@ -82,6 +83,7 @@ def test_unweighted_sources_are_spread_evenly_over_an_epoch(sizes, data):
     assert all(abs(count - until * size / total) < len(sizes) for count, size in zip(drawn, sizes, strict=True))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.integers(1, 60),
@@ -137,6 +139,7 @@ def test_equal_weights_are_equal_however_they_are_written():
     assert np.array_equal(first.examples_at(np.arange(500)), second.examples_at(np.arange(500)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, (0.7, 0.2, 0.1)])
 def test_seeking_far_finds_what_walking_there_finds(weights):
     """The source of a position is found by closed formula; here it is counted, source by source, from the start."""

@@ -1,6 +1,6 @@
 """Families of the installed transformers are trained as plain transformers would, or refused in one line; and each has its row.
 
-All 285 take four minutes: `scripts/families --few`. Here are those whose way of mixing rows no other one shares, and a fifth of the rest.
+All 285 take four minutes: `scripts/families --few`. Here are those whose way of mixing rows no other one shares, and a few of the rest.
 """
 
 import importlib.util
@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+
+from tests.lengths import length
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,11 +83,13 @@ OF_THEIR_OWN_KIND = (
 def test_families_are_trained_as_plain_transformers_would_or_refused_in_one_line(tmp_path):
     families = script()
     assert set(OF_THEIR_OWN_KIND) <= set(families.TYPES)
-    kinds = [kind for kind in families.TYPES if kind in OF_THEIR_OWN_KIND or zlib.crc32(kind.encode()) % 5 == 0]
+    kinds = [
+        kind for kind in families.TYPES if kind in OF_THEIR_OWN_KIND or zlib.crc32(kind.encode()) % length(12, 1) == 0
+    ]
     trained = 0
     for kind, outcomes in families.combinations(kinds, tmp_path, ways=families.FEW_WAYS):
         wrong = [each for each in outcomes if each.state == "wrong"]
         assert not wrong, f"{kind}: {wrong}"
         assert all("\n" not in each.told for each in outcomes)
         trained += any(each.state == "trained" for each in outcomes)
-    assert trained >= 50
+    assert trained >= 30

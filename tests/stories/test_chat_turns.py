@@ -79,6 +79,7 @@ def test_one_example_a_turn_has_the_loss_of_that_turn_as_plain_transformers_sees
         assert torch.equal(of_ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_adapter", [True, False])
 def test_a_named_stop_token_ends_generation_of_checkpoints_packages_and_what_goes_on_from_them(
     thinking, train, tmp_path, recipe_file, has_adapter

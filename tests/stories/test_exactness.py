@@ -16,6 +16,7 @@ from finetune.data import pack
 from finetune.recipe.load import load
 from finetune.store.run import journal
 from finetune.training.resolve import resolve
+from tests.lengths import length
 from tests.stories.same_run import assert_same_run
 from tests.stories.workers import Workers
 
@@ -56,11 +57,9 @@ FEATURES = {
     # in the save of step 3; as two are under way at most, rank 0 waits for it at step 9 at the latest, the others in step 10
     "signal-in-save": Feature(steps=11, checkpoint={"every": "3 steps"}, killed_after=()),
 }
-SHARDED = 2, "fsdp", ("resumed-twice", "signal-in-save")  # the two that have most
+MOST = "resumed-twice", "signal-in-save"  # the two that have most
 BY_DEFAULT = {
-    (1, method, "packed", name)
-    for method, name in product(METHODS, FEATURES)
-    if method == "lora" or name in ("resumed-twice", "signal-in-save")
+    (1, method, "packed", name) for method, name in product(METHODS, FEATURES) if method == "lora" or name in MOST
 }
 
 
@@ -139,8 +138,8 @@ def cells() -> list:
         for world_size, strategy, features in (
             (1, "ddp", FEATURES),
             (2, "ddp", FEATURES),
-            (3, "ddp", FEATURES),
-            SHARDED,
+            (3, "ddp", length(MOST, FEATURES)),
+            (2, "fsdp", MOST),
         )
         for combination, feature in product(combinations, features)
     ]

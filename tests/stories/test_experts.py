@@ -138,6 +138,7 @@ def test_the_balance_of_a_step_does_not_depend_on_processes_and_resumes_exactly(
     assert evaluated[0] == evaluated[1], "held-out loss is without the balance"
 
 
+@pytest.mark.slow
 def test_a_planted_starving_expert_is_named(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(starving, "EVEN", 50)
     path = recipe(name="starving", train={"steps": 2, "batch_size": 9}, top_k=1)

@@ -105,6 +105,7 @@ def damage(run: Path, step: int) -> None:
     file.write_bytes(file.read_bytes()[:-8] + bytes(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["continue", "restart"])
 def test_a_finished_run_that_is_extended_keeps_what_it_recorded(recipe, finished, tmp_path, schedule, capsys) -> None:
     short = finished(recipe(), tmp_path / "short")
@@ -119,6 +120,7 @@ def test_a_finished_run_that_is_extended_keeps_what_it_recorded(recipe, finished
     assert plan.plan_ids == {before.plan_id, event["plan_id"]}
 
 
+@pytest.mark.slow
 def test_the_learning_rate_rises_again_after_a_restart_and_falls_on_otherwise(recipe, finished, tmp_path) -> None:
     runs = {
         schedule: extend(recipe(), finished(recipe(), tmp_path / schedule), 20, schedule)
@@ -184,6 +186,7 @@ def test_a_run_is_extended_twice(recipe, finished, tmp_path, killed_after) -> No
     assert [(event["step"], event["steps"]) for event in events(run, "extended")] == [(10, [10, 14]), (14, [14, 20])]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_longer_plan_and_its_event_loses_neither(recipe, finished, tmp_path, monkeypatch) -> None:
     falling, run, event = recipe(), tmp_path / "run", Recorder.event
 

@@ -62,6 +62,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_state_before_and_a_bundl
     assert first["row"] == rows[13] and first["loss"] == "nan" and "~" in first["text"]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_skipped_keeps_its_number_and_moves_nothing(poisoned, train, tmp_path) -> None:
     recipe, _ = poisoned(math.nan, [13, 25], total=30, guard={"not_finite": "skip"})
     run = train(recipe, tmp_path / "run")
@@ -92,6 +93,7 @@ def test_a_run_with_skips_that_stops_and_goes_on_is_the_same_run(poisoned, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_skips_are_bounded(poisoned, train, tmp_path) -> None:
     recipe, _ = poisoned(math.nan, [13, 25, 31], guard={"not_finite": "skip", "limit": 2})
     with pytest.raises(NotFiniteError, match="not finite"):
@@ -100,6 +102,7 @@ def test_skips_are_bounded(poisoned, train, tmp_path) -> None:
     assert "guard.limit" in events(tmp_path / "run", "not_finite")[0]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["warn", "skip", "stop"])
 def test_a_spike_is_told_left_out_or_ends_the_run(action, poisoned, train, tmp_path) -> None:
     recipe, rows = poisoned(30.0, [45], total=46, guard={"spike": action})
@@ -152,6 +155,7 @@ def test_a_rolled_back_run_that_is_cut_and_resumed_is_the_same_run(poisoned, tmp
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_rollback_with_no_checkpoint_before_it_stops(poisoned, train, tmp_path) -> None:
     recipe, _ = poisoned(30.0, [45], guard={"spike": "rollback"}, checkpoint={"every": "1000 steps"})
     with pytest.raises(SpikeError):

@@ -63,6 +63,7 @@ def loss(run: Path, step: int) -> float:
     return journal.evaluations(journal.read(run))[step]["loss"]
 
 
+@pytest.mark.slow
 def test_a_branch_with_another_seed_is_evaluated_on_the_rows_of_its_parent(run, tmp_path) -> None:
     made = branch(f"{run}@4", tmp_path / "seed", Choices(("train.seed=1",)), is_quiet=True)
     assert sides(made)[0] == sides(run)[0]
@@ -73,6 +74,7 @@ def test_a_branch_with_another_seed_is_evaluated_on_the_rows_of_its_parent(run, 
     assert [item["is_comparable"] for item in log(run)["branches"]] == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows.jsonl", "renamed.jsonl"])
 def test_a_branch_with_more_rows_holds_out_nothing_that_its_parent_trained_on(run, rows, tmp_path, name) -> None:
     held_out, trained = sides(run)
@@ -85,6 +87,7 @@ def test_a_branch_with_more_rows_holds_out_nothing_that_its_parent_trained_on(ru
     assert "other held-out rows" in tree(log(run))
 
 
+@pytest.mark.slow
 def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_trained_on(run, tmp_path) -> None:
     for change in ("data.split_seed=1", "data.holdout=20", "data.holdout=40%"):
         with pytest.raises(RunError, match=r"\d+ of \d+ held-out rows are training rows of one@4") as caught:
@@ -107,6 +110,7 @@ def test_a_branch_that_asks_for_other_held_out_rows_is_refused_where_they_were_t
     assert [line.endswith("  other held-out rows") for line in answer.stdout.splitlines()] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_second_stage_holds_out_what_the_first_one_did(run, recipe, train, tmp_path) -> None:
     two = train(recipe("two", base={"checkpoint": f"{run}@6"}, train=TRAIN | {"seed": 7}), tmp_path / "two")
     assert sides(two)[0] == sides(run)[0]
@@ -145,6 +149,7 @@ def test_three_seeds_are_compared_on_rows_that_none_of_them_had(recipe, train, t
     )  # it is the base
 
 
+@pytest.mark.slow
 def test_rows_of_a_named_file_that_a_run_trained_on_are_found_in_any_format(run, recipe, tmp_path, capsys) -> None:
     pairs = [[message["content"] for message in chat_row(number)["messages"]] for number in range(50, 70)]
     file = tmp_path / "held.csv"
@@ -161,6 +166,7 @@ def test_rows_of_a_named_file_that_a_run_trained_on_are_found_in_any_format(run,
     assert result["seen_rows"] == trained > 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_checked_is_refused_as_well(run, recipe, rows, tmp_path, monkeypatch) -> None:
     other = recipe("other", data={"split_seed": 1}, path=write(tmp_path / "same.jsonl", range(59, -1, -1)))
     Path(rows).unlink()
@@ -172,6 +178,7 @@ def test_what_cannot_be_checked_is_refused_as_well(run, recipe, rows, tmp_path, 
     assert evaluate([f"{run}@6"], other, (), is_seen_allowed=True)[0]["seen_rows"] is None
 
 
+@pytest.mark.slow
 def test_a_branch_of_an_older_run_keeps_its_held_out_rows(tmp_path, monkeypatch) -> None:
     shutil.copytree(FIXTURE, tmp_path / "older")
     monkeypatch.chdir(tmp_path / "older")

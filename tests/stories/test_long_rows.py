@@ -84,6 +84,7 @@ def test_losses_are_those_of_plain_transformers_with_that_config(rope, long_reci
     assert journal.evaluations(journal.read(run))[1]["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_a_run_with_scaled_positions_resumes_exactly(adapter, long_recipe, train, tmp_path):
     recipe = long_recipe({"rope_type": "dynamic", "factor": 4.0}, adapter)
@@ -107,6 +108,7 @@ def test_an_adapter_is_on_the_scaled_base_wherever_it_is_opened(long_recipe, tra
     assert packaged.rope_parameters == merged.rope_parameters and packaged.max_position_embeddings == 512
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_scaled_as_a_base_is_pinned_in_its_run(long_recipe, train, tmp_path):
     first = train(long_recipe(None, task={"name": "text", "max_length": 128}), tmp_path / "first", "train.steps=2")
     rope = {"rope_type": "linear", "factor": 2.0}

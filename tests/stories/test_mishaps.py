@@ -23,6 +23,7 @@ def flip(file: Path, at: int = -7) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_tokenizer_is_restored_from_the_base(recipe_file, train, train_once, tmp_path, capsys) -> None:
     run = train_once(recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3}}), tmp_path / "run")
     flip(run / "checkpoints/step-00000010/tokenizer.json")  # one file, linked into all three
@@ -35,6 +36,7 @@ def test_a_damaged_tokenizer_is_restored_from_the_base(recipe_file, train, train
     assert not any(verify(path) for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_not_taken_for_a_step_of_this_one(
     recipe_file, train, train_once, tmp_path
 ) -> None:
@@ -67,6 +69,7 @@ def test_a_stray_file_among_the_attempts_does_no_harm(recipe_file, train, train_
     assert not list((run / "attempts").iterdir())
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(
     recipe_file, train, train_once, tmp_path, monkeypatch
 ) -> None:
@@ -92,6 +95,7 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_up_on_resume(
     assert find(parse(f"{tmp_path / 'cut'}@best")).step == find(parse(f"{whole}@best")).step
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_made_anew(recipe_file, train, cache, tmp_path) -> None:
     whole = train(recipe_file(), tmp_path / "whole")
     for file in (cache / "encoded").glob("*/tokens.npy"):
@@ -129,6 +133,7 @@ def test_a_model_with_another_tokenizer_is_not_evaluated_on_these_rows(recipe_fi
         evaluate([str(other)], recipe_file(), [])
 
 
+@pytest.mark.slow
 def test_stop_tokens_count_in_the_encoding(recipe_file, train, tiny_base, tmp_path) -> None:
     train(recipe_file(), tmp_path / "run")
     other = tmp_path / "other"

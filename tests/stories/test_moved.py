@@ -162,6 +162,7 @@ def test_a_recipe_with_new_names_for_equal_content_resumes_and_one_for_other_con
     assert "data.train[0].path" in caught.value.message and "finetune branch" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_whole_weights_need_no_base(full, tmp_path) -> None:
     run, hidden = full / "runs/a", full / "elsewhere"
     (full / "models").rename(hidden)
@@ -207,6 +208,7 @@ def test_whole_weights_are_trained_on_without_the_base_as_with_it(full, tmp_path
         extended(full / "recipe.yaml", 4)
 
 
+@pytest.mark.slow
 def test_a_base_that_is_a_checkpoint_of_a_run_is_found_after_both_were_moved(full, tmp_path, chat_data) -> None:
     shutil.copytree(full / "runs/a", tmp_path / "old/runs/a")
     recipe = yaml.safe_load((full / "recipe.yaml").read_text())

@@ -100,6 +100,7 @@ def test_a_checkpoint_of_trainer_is_planned_trained_and_packaged_and_no_pickle_o
     assert {"checkpoint", "private"} <= {check["name"] for check in facts["checks"]}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_trainer_without_a_tokenizer_says_what_is_missing_and_where(
     elsewhere, recipe_file, tiny_tokenizer
 ) -> None:

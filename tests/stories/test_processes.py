@@ -77,6 +77,7 @@ def test_a_signal_ends_with_the_last_finished_step_committed(number, code, recip
     assert [checkpoint["step"] for checkpoint in log["checkpoints"]][-1] == last
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("hangups", [signal.SIG_IGN], indirect=True)
 def test_under_nohup_a_terminal_that_goes_away_ends_nothing(recipe_file, tmp_path) -> None:
@@ -183,6 +184,7 @@ def test_half_of_what_a_launcher_sets_is_refused(recipe_file, finetune, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_does_nothing(recipe_file, finetune, tmp_path) -> None:
     recipe, run = recipe_file(train={"steps": 3, "batch_size": 6, "precision": "fp32"}), tmp_path / "run"
     first = finetune("train", recipe, "--run", run, "--quiet")

@@ -22,6 +22,7 @@ def test_bf16_runs_resume_exactly_too(recipe_file, train, tmp_path) -> None:
     assert_same_run(whole, tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_evaluating_and_saving_leave_no_trace_in_training(recipe_file, train, tmp_path) -> None:
     often = train(
         recipe_file(evaluate={"every": "1 step"}, checkpoint={"every": "1 step", "keep": {"last": 20}}),
@@ -55,6 +56,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_run(recipe_file, train,
     assert not [record for record in journal.read(damaged) if record.get("event") == "not_exact"]
 
 
+@pytest.mark.slow
 def test_a_step_that_changes_when_run_again_is_reported_at_once(recipe_file, train, tmp_path, capsys) -> None:
     recipe = recipe_file(checkpoint={"every": "3 steps"})
     with killed(after=5), pytest.raises(Killed):
@@ -93,6 +95,7 @@ def test_small_files_are_linked_from_checkpoint_to_checkpoint(recipe_file, train
     assert tokenizers[0].stat().st_nlink == 3
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint_of_another_run(recipe_file, train, tmp_path) -> None:
     first = train(recipe_file(adapter=None), tmp_path / "first")
     second = train(recipe_file("second", base={"checkpoint": f"{first}@last"}), tmp_path / "second")

@@ -45,6 +45,7 @@ def test_frozen_weights_are_written_once_and_every_checkpoint_loads(recipe_file,
     assert max(committed[1:]) < committed[0] - 0.9 * frozen
 
 
+@pytest.mark.slow
 def test_damaged_frozen_weights_are_restored_from_the_base_and_cost_no_step(
     recipe_file, train, tmp_path, capsys
 ) -> None:
@@ -64,6 +65,7 @@ def test_damaged_frozen_weights_are_restored_from_the_base_and_cost_no_step(
     assert not [damage for checkpoint in Store(run).checkpoints() for damage in verify(checkpoint.path)]
 
 
+@pytest.mark.slow
 def test_milestones_lose_what_only_a_resume_needs_and_are_never_resumed_from(recipe_file, train, tmp_path) -> None:
     keep = {"last": 1, "weights_every": "2 steps"}
     run = train(recipe_file(checkpoint={"every": "5 steps", "keep": keep}), tmp_path / "run")
@@ -84,6 +86,7 @@ def test_milestones_lose_what_only_a_resume_needs_and_are_never_resumed_from(rec
     assert Store(run).newest_sound()[0] is None
 
 
+@pytest.mark.slow
 def test_pruning_by_hand_says_first_what_it_would_do(recipe_file, train, finetune, tmp_path) -> None:
     run = train(recipe_file(checkpoint=ALL), tmp_path / "run")
     arguments = ("prune", run, "--last", 1, "--weights-every", 4, "--json")
@@ -105,6 +108,7 @@ def test_pruning_by_hand_says_first_what_it_would_do(recipe_file, train, finetun
     assert finetune("prune", run, "--last", 1, "--weights-every", 4).stdout == "freed 0 B\n"
 
 
+@pytest.mark.slow
 def test_a_save_without_room_is_skipped_loudly_and_the_next_one_makes_up_for_it(
     recipe_file, train, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -128,6 +132,7 @@ def test_a_last_save_without_room_is_an_error(recipe_file, train, tmp_path, monk
         train(recipe_file(), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_a_save_cost_is_in_the_journal(recipe_file, train, tmp_path) -> None:
     run = train(recipe_file(checkpoint=ALL), tmp_path / "run")
     for record in events(run, "committed"):
@@ -135,6 +140,7 @@ def test_what_a_save_cost_is_in_the_journal(recipe_file, train, tmp_path) -> Non
         assert record["blocked_ms"] > 0 and record["save_seconds"] > 0 and record["read_back_seconds"] >= 0
 
 
+@pytest.mark.slow
 def test_back_pressure_is_in_the_journal(recipe_file, train, tmp_path, monkeypatch) -> None:
     commit = Store.commit
 
@@ -173,7 +179,7 @@ rank_reports.REPORT_SECONDS = 0.3
 begin = rank_reports.Reports.begin
 
 def forgetful(self, step, plan_id):
-    if step == 100 and os.environ["RANK"] == "1":
+    if step == 20 and os.environ["RANK"] == "1":
         return begin(self, 99, plan_id) if sys.argv[3] == "wrong" else SimpleNamespace(wait=lambda: None)
     return begin(self, step, plan_id)
 
@@ -192,16 +198,16 @@ train(load(Path(sys.argv[1]), []), Path(sys.argv[2]))
 )
 def test_a_rank_that_does_not_report_costs_a_save_and_not_the_training(how, said, recipe_file, tmp_path) -> None:
     (tmp_path / "silent.py").write_text(SILENT_RANK)
-    long = {"steps": 300, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
-    recipe = recipe_file(train=long, checkpoint={"every": "100 steps", "keep": {"last": 99}})
+    long = {"steps": 60, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    recipe = recipe_file(train=long, checkpoint={"every": "20 steps", "keep": {"last": 99}})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "silent.py"), str(recipe), str(tmp_path / "run"), how]
     root = Path(__file__).parents[2]
     result = forks.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(root)})
     assert result.returncode == 0, result.stderr
-    assert f"save of step 100 skipped: {said}; training goes on" in result.stderr
-    assert "finished at step 300" in result.stderr.splitlines()
-    assert steps_of(tmp_path / "run") == [200, 300]
+    assert f"save of step 20 skipped: {said}; training goes on" in result.stderr
+    assert "finished at step 60" in result.stderr.splitlines()
+    assert steps_of(tmp_path / "run") == [40, 60]
 
 
 SLOW_DISK = """

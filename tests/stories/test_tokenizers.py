@@ -202,6 +202,7 @@ def test_what_older_code_saved_is_packaged(trained, mistral, tmp_path) -> None:
     assert_alike(tmp_path / "dist", base.load_tokenizer(mistral))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "GPT2Tokenizer"}])
 def test_whatever_class_the_type_of_a_model_chooses_travels_with_a_checkpoint(tmp_path, settings) -> None:
     """One type of every kind that transformers knows of among causal models."""
@@ -234,6 +235,7 @@ def test_every_file_that_a_tokenizer_class_reads_travels() -> None:
     assert [name for name in read if not any(fnmatch(name, pattern) for pattern in encodings.TOKENIZER_FILES)] == []
 
 
+@pytest.mark.slow
 def test_a_template_file_that_is_gone_is_taken_from_a_checkpoint_of_its_run(trained, tmp_path, capsys) -> None:
     """An edited one is refused by `train`: that may be what its user wants to train with."""
     folder, file = trained.parent, trained.parent / "own.jinja"

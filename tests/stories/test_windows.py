@@ -43,6 +43,7 @@ def made(kind: str, settings: dict, tokenizer: PreTrainedTokenizerFast, director
     return directory
 
 
+@pytest.mark.slow
 def test_rows_longer_than_the_window_give_the_same_losses_packed_and_padded(base, recipe_file, train, tmp_path) -> None:
     losses = {}
     for packing in (True, False):

@@ -45,6 +45,7 @@ def recipe(tiny_sections, tmp_path):
     return recipe
 
 
+@pytest.mark.slow
 def test_a_run_without_improvement_ends_early_and_stays_ended(recipe, train, tmp_path, capsys) -> None:
     run = train(recipe(), tmp_path / "run")
     said = "none of the last 2 evaluations is better than that of step 0, by held-out loss"
@@ -57,6 +58,7 @@ def test_a_run_without_improvement_ends_early_and_stays_ended(recipe, train, tmp
     assert max(item.step for item in Store(run).checkpoints()) == 12
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, train, tmp_path) -> None:
     run = tmp_path / "run"
     for until in (1, 2, 3):
@@ -65,11 +67,13 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(recipe, train, tmp_path)
     assert max(journal.steps(journal.read(run))) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_improves_goes_to_its_end(recipe, train, tmp_path) -> None:
     run = train(recipe("learns", rate=0.01), tmp_path / "run")
     assert max(item.step for item in Store(run).checkpoints()) == 12
 
 
+@pytest.mark.slow
 def test_the_best_is_by_the_figure_that_the_recipe_names(recipe, train, tmp_path) -> None:
     keep = {"last": 1, "best": {"count": 1, "metric": "docs/loss", "better": "higher"}}
     sections = {"early_stopping": None, "checkpoint": {"every": "2 steps", "keep": keep}}

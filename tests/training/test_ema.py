@@ -69,6 +69,7 @@ def test_it_is_what_plain_code_makes_of_the_weights_of_every_step(method, every,
         assert not verify(checkpoint)
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_in_the_training_and_is_evaluated_beside_it(
     trained, recipe_file, train_once, tmp_path
 ) -> None:

@@ -42,6 +42,7 @@ def test_it_outlives_the_keep_rules_of_its_run(form, recipe_file, train, tmp_pat
     train(second, tmp_path / "second", "train.steps=2")
 
 
+@pytest.mark.slow
 def test_beneath_an_adapter_its_own_base_is_pinned_as_well(recipe_file, train, tmp_path) -> None:
     whole = train(recipe_file(adapter=None, **BASE_ONLY), tmp_path / "whole", "train.steps=1")
     adapter = train(

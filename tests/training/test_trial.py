@@ -150,6 +150,7 @@ def test_a_branch_packs_only_if_that_is_exact_on_its_base(based):
     assert resolve(named, padded).plan.arrangement == "padded", "a resume keeps what its run has"
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_rows_come_together_and_why(based, finetune, tmp_path):
     based(PADDED)
     text = finetune("plan", tmp_path / "tiny.yaml", "--run", tmp_path / "run").stdout

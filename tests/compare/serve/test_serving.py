@@ -225,6 +225,7 @@ def test_only_this_machine_is_served_unless_it_is_asked_for(host, said) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr("finetune.cli.answering.find_spec", lambda name: None)
     done = CliRunner().invoke(cli, ["serve", "a"])

@@ -172,6 +172,7 @@ def test_the_first_rows_do_not_open_the_files_after_them(corpus) -> None:
     assert texts("corpus", take=3) == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_thousands_of_small_files_need_few_descriptors(tmp_path) -> None:
     import resource
 

@@ -17,6 +17,7 @@ def pair(recipe_file, train_once, tmp_path):
     return [train_once(recipe_file(), tmp_path / name, *settings) for name in ("one", "two")]
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_plan_are_equal(pair) -> None:
     assert first_difference(*pair, LAST) is None
     assert compared(pair[0], LAST) == {"steps": 4, "rows": 24, "tensors": 84, "files": 7}

@@ -22,6 +22,7 @@ from tests.hub.client import environment, in_turn
 from tests.hub.forks import Forks
 from tests.hub.repos import File
 from tests.hub.writes import User
+from tests.lengths import length
 
 TOKEN = "hf_" + "w" * 34
 
@@ -177,7 +178,7 @@ def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finish
     repo = hub.add("model", "tiny/new")
     weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
     command = ("publish", package, "--to", "tiny/new", "--tag", "v1")
-    killed, number = 0, 0
+    stride, killed, number = length(3, 1), 0, 0
     while True:
         repo.commits, repo.branches, repo.tags, repo.objects = {}, {}, {}, {}
         repo.__post_init__()
@@ -197,8 +198,8 @@ def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finish
         assert list(repo.branches) == ["main"]
         assert len(repo.commits) == 4, f"request {number // 2}: a commit was made twice"
         assert sum(len(r.body) for r in hub.requests[before:] if r.method == "PUT") <= 2 * weights
-        number += 1
-    assert killed > 40
+        number += stride  # odd: a request is lost now before, now after it was done
+    assert killed > 40 // stride
 
 
 @pytest.mark.slow
@@ -232,6 +233,7 @@ def test_a_folder_is_a_target_as_well(env, package, tmp_path) -> None:
     assert code == 1 and "has something else" in said, "without a provenance nobody knows whose it is"
 
 
+@pytest.mark.slow
 def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, package) -> None:
     empty = f"{CARD}\n{NOTES_BEGIN}\n{NOTES_END}\n"
     (package / "README.md").write_text(empty)
@@ -244,6 +246,7 @@ def test_what_people_wrote_into_the_card_stays_and_is_no_change(hub, env, packag
     assert content(hub)["README.md"].decode() == noted.replace("# New", "# Newer")
 
 
+@pytest.mark.slow
 def test_a_repository_that_everybody_sees_is_refused_before_anything_is_sent(hub, env, package) -> None:
     repo = hub.add("model", "tiny/new", is_private=False)
     repo.commit(OLD)
@@ -280,6 +283,7 @@ def test_what_people_added_on_the_hub_stays_and_what_an_earlier_publish_had_goes
     assert publish(env, package)["commits"] == 0
 
 
+@pytest.mark.slow
 def test_what_people_changed_is_named_and_overwritten_only_where_that_is_asked_for(hub, env, package) -> None:
     theirs = {"config.json": b"{}", "old.txt": b"their notes", "added.txt": b"stays"}
     hub.add("model", "tiny/new").commit(OLD | theirs)
@@ -365,6 +369,7 @@ def test_a_xet_store_that_cannot_be_written_is_one_error_and_nothing_is_committe
     assert content(hub) == files(package)
 
 
+@pytest.mark.slow
 def test_what_came_by_xet_is_read_back_by_xet_past_a_fault_or_refused_with_one_error(hub, xet, package) -> None:
     publish(xet, package)
     hub.fail("HEAD", "model-00001", 503)
@@ -415,6 +420,7 @@ def test_a_publish_by_xet_that_was_killed_is_finished_by_the_next_call(hub, xet,
     assert uploaded and stored(hub, XORBS) == uploaded
 
 
+@pytest.mark.slow
 def test_what_the_hubs_scanners_found_is_told_and_what_waits_is_no_fault(hub, env, package) -> None:
     publish(env, package)
     hub.scans = {"config.json": "safe", "model-00001-of-00002.safetensors": "queued"}

@@ -23,6 +23,7 @@ from tests.hub import Hub
 from tests.hub.client import environment
 from tests.hub.forks import Forks
 from tests.hub.writes import User
+from tests.lengths import length
 
 TOKEN = "hf_" + "w" * 34
 STEPS = (3, 6)
@@ -128,7 +129,7 @@ def test_killed_at_a_request_a_second_call_publishes_what_is_missing(where, hub,
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_each_request_a_second_call_publishes_what_is_missing(hub, forks, whole, tmp_path) -> None:
-    number = 0
+    stride, tried, number = length(3, 1), 0, 0
     while True:
         hub.repos, hub.faults, hub.requests = {}, [], []
         run = shutil.copytree(whole, tmp_path / "run")
@@ -136,8 +137,8 @@ def test_killed_at_each_request_a_second_call_publishes_what_is_missing(hub, for
         if not killed_and_finished(hub, forks, whole, run, fault):
             break
         shutil.rmtree(run)
-        number += 1
-    assert number > 60
+        tried, number = tried + 1, number + stride  # odd: a request is lost now before, now after it was done
+    assert number > 60 and tried > 60 // stride
 
 
 @pytest.mark.slow
@@ -183,6 +184,7 @@ def test_milestones_do_not_go_to_a_folder_and_it_stays_as_it_is(hub, forks, run,
     assert forks.said.read_text().startswith(said) and not (tmp_path / "folder").exists()
 
 
+@pytest.mark.slow
 def test_milestones_do_not_go_where_everybody_sees_them_unless_that_is_asked_for(hub, forks, run) -> None:
     repo = hub.add("model", "tiny/new", is_private=False)
     assert forks.run("publish", run, "--milestones") == 1

@@ -20,6 +20,7 @@ from finetune.store.checkpoints.manifest import Manifest, read
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.verify import verify
 from finetune.store.tensors import Tensor
+from tests.lengths import length
 
 OPERATIONS = ("open", "mkdir", "fsync", "link", "rename", "replace", "unlink", "rmdir")
 
@@ -203,11 +204,6 @@ def check(examples: int) -> None:
 
 
 @pytest.mark.slow
-def test_random_interleavings_lose_nothing():
-    check(examples=30)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_thousand_random_interleavings_lose_nothing():
-    check(examples=1000)
+def test_random_interleavings_lose_nothing():
+    check(examples=length(200, 1000))

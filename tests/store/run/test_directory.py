@@ -30,6 +30,7 @@ def spelled(code: str) -> Iterator[str]:
                 yield f"{node.lineno}: {node.value}"
 
 
+@pytest.mark.slow
 def test_no_other_file_spells_a_name_of_a_run() -> None:
     found = {path: [*spelled(path.read_text())] for path in (ROOT / "finetune").rglob("*.py")}
     assert {path: names for path, names in found.items() if names and path != OWNER} == {}

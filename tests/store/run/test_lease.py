@@ -309,6 +309,7 @@ def test_a_lock_that_cannot_be_seen_is_not_taken_over(run, start):
     assert refusal.endswith(f"cannot be seen from here; if you are sure that it is dead, remove {run / 'lease.json'}")
 
 
+@pytest.mark.slow
 @without_locks
 def test_of_processes_that_take_over_at_the_same_moment_one_wins(tmp_path, start):
     contenders = [start(*NO_LOCKS) for _ in range(3)]

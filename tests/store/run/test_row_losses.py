@@ -94,6 +94,7 @@ def names(directory):
     return [path.name for path in sorted(directory.iterdir())]
 
 
+@pytest.mark.slow
 def test_the_number_of_files_does_not_grow_with_that_of_saves(tmp_path):
     for step in range(1, 201):
         Columns([row(step, step % 7, step / 7), row(step, 8)], [norms(step, step / 3)]).write(

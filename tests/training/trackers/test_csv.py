@@ -34,6 +34,7 @@ def test_the_table_has_the_figures_of_the_journal(recipe_file, train, tmp_path) 
     assert held_out == evaluated and set(held_out) == {10}
 
 
+@pytest.mark.slow
 def test_a_line_every_so_many_steps_and_one_for_each_evaluated_step(recipe_file, train, tmp_path) -> None:
     recipe = recipe_file(track=[{"name": "csv", "every": "4 steps"}], evaluate={"every": "3 steps"})
     assert [int(line["step"]) for line in table(train(recipe, tmp_path / "run"))] == [3, 4, 6, 8, 9, 10]
@@ -93,6 +94,7 @@ def test_twenty_kills_leave_each_step_once(guard, tmp_path, monkeypatch) -> None
     assert_each_once(has, told, lambda name, step: step == 0)
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_written_ends_no_training(recipe_file, train, tmp_path, capsys) -> None:
     run = tmp_path / "run"
     train_run(load(recipe_file()), run, is_quiet=True, until=4)
@@ -103,6 +105,7 @@ def test_a_table_that_cannot_be_written_ends_no_training(recipe_file, train, tmp
     assert "tracker csv: steps 1 to 10 did not arrive (IsADirectoryError: [Errno 21] Is a directory" in said
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_with_a_tracker_that_it_did_not_begin_with(recipe_file, train, tmp_path) -> None:
     run = tmp_path / "run"
     train_run(load(recipe_file()), run, is_quiet=True, until=4)
