@@ -78,6 +78,7 @@ def test_package_takes_nothing_of_training_but_what_opens_a_checkpoint() -> None
     }
 
 
+@pytest.mark.slow
 def test_every_file_says_what_it_is_for() -> None:
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -13,6 +13,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", GOLDEN)
 def test_ten_steps_give_the_golden_losses(method, recipe_file, train, tmp_path: Path) -> None:
     run = train(recipe_file(adapter=LORA if method == "lora" else None), tmp_path / "run")

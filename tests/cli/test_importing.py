@@ -35,6 +35,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_help_and_a_recipe_error_import_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("base: {checkpoint: a/b}\nlearning_rte: 1\n")
     commands = [["--help"], *([name, "--help"] for name in cli.commands), ["schema"]]

@@ -118,6 +118,7 @@ def test_the_story_of_a_run(recipe_file, train, monkeypatch, capsys, tmp_path) -
     assert (code, "optimizer.safetensors" in err) == (1, True)
 
 
+@pytest.mark.slow
 def test_train_on_a_run_of_another_recipe_refuses_and_names_every_difference(
     recipe_file, train, monkeypatch, capsys, tmp_path
 ) -> None:

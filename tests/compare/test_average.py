@@ -86,6 +86,7 @@ def test_a_replayed_window_is_to_the_bit_that_of_stored_steps(method, base, trai
     assert digests == [*([True] if base else []), False, True, False, False, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_one_ref_and_the_same_ref_twice_are_that_ref(method, trained) -> None:
     run = trained(method)

@@ -69,6 +69,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "averages").iterdir())
 
 
+@pytest.mark.slow
 def test_the_usual_averages_follow_from_the_stored_steps(trained) -> None:
     run = trained()
     mixed = [f"--with-base {share}" for share in ("0.5", "0.75", "0.9")]

@@ -99,6 +99,7 @@ def arrays(evaluation: evaluations.Evaluation) -> list[np.ndarray]:
     return [evaluation.contents, evaluation.rows, evaluation.tokens, *evaluation.columns.values()]
 
 
+@pytest.mark.slow
 def test_the_rows_of_an_evaluation_add_up_to_its_figures(run) -> None:
     for step in (0, 2, 4, 10):
         found = of_step(run, step)

@@ -119,6 +119,7 @@ def test_bad_rows_are_on_neither_side_and_move_no_other_row(recipe_file, files, 
     assert mixed.holdout_counts == good.holdout_counts and good.plan_id != mixed.plan_id
 
 
+@pytest.mark.slow
 def test_plan_says_how_rows_were_read_and_lists_bad_ones(recipe_file, files, monkeypatch, capsys) -> None:
     _, file = files
     recipe = recipe_file(data={"train": [{"path": str(file)}], "on_bad_row": "skip"})

@@ -90,6 +90,7 @@ def test_columns_that_no_field_takes_are_the_ignored_ones(recipe_file) -> None:
     assert preflight.ignored_columns(source, ["text", "prompt"], TextTask(name="text")) == ["prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["plan", "train", "launch"])
 def test_a_missing_file_is_told_before_torch_is_imported(command, recipe_file, tmp_path) -> None:
     (tmp_path / "torch").mkdir()

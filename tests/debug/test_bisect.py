@@ -73,6 +73,7 @@ def test_a_row_with_a_high_loss_is_found_with_its_step(spiked) -> None:
     assert any("not for good" in note for note in facts["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", ["row_loss > 20", "grad_norm > 3", "grad_norm/layers.1 > 2", "loss~2 > 6"])
 def test_every_recorded_quantity_can_be_asked_for(spiked, quantity) -> None:
     assert bisect(spiked[0], quantity)["observed_step"] == 23
@@ -111,6 +112,7 @@ def test_a_state_that_went_bad_is_found_between_two_checkpoints(wrecked) -> None
     assert [item.step for item in Store(run).checkpoints()] == [5, 10, 15, 20, 25, 30]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_bad_because_of_the_update_before_blames_that(wrecked) -> None:
     run, row = wrecked
     facts = bisect(run, "loss > 20", good=23)
@@ -137,6 +139,7 @@ def test_a_command_decides_as_in_git_bisect(first, skipped, sound, tmp_path) -> 
     assert any("could not tell" in note for note in facts["notes"]) == bool(skipped)
 
 
+@pytest.mark.slow
 def test_a_command_may_end_the_search(sound) -> None:
     with pytest.raises(FinetuneError, match="ends the search"):
         bisect(sound, bad_command=f"{sys.executable} -c 'raise SystemExit(200)'")

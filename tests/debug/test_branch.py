@@ -41,6 +41,7 @@ def test_a_run_that_may_not_be_written_can_be_branched_off(run, capsys) -> None:
     assert max(records(made)) == 9
 
 
+@pytest.mark.slow
 def test_a_branch_with_nothing_changed_goes_the_same_way(run) -> None:
     made = branch(f"{run}@8", None, Choices())
     assert made.name == "run-8"
@@ -358,6 +359,7 @@ def test_a_branch_with_another_batch_size_keeps_the_course_of_the_learning_rate(
     assert records(smaller)[4]["learning_rate"] == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_a_branch_with_another_seed_draws_the_rest_of_the_epoch_in_another_order(epoch_run, tmp_path) -> None:
     made = branch(f"{epoch_run}@3", tmp_path / "branch", Choices(("train.seed=1",)))
     before, after = rows_of(epoch_run), rows_of(made)

@@ -25,6 +25,7 @@ def trained(recipe_file, train_once, tmp_path):
     return trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, FULL], ids=["lora", "full"])
 def test_a_checkpoint_does_not_differ_from_itself(trained, sections) -> None:
     run = trained(**sections)
@@ -84,6 +85,7 @@ def test_factors_that_are_turned_add_the_same(trained, tmp_path) -> None:
     assert all(item.change < 1e-5 * max(1e-3, item.norm) for item in found)
 
 
+@pytest.mark.slow
 def test_runs_part_where_a_branch_begins_to_differ(trained) -> None:
     run = trained()
     made = branch(f"{run}@4", None, Choices(("optimizer.learning_rate=0.001",)))
@@ -108,6 +110,7 @@ def test_other_models_are_told_apart_by_their_tensors(trained, tiny_base, tmp_pa
     assert "only in A" in listing(facts)
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_same_bytes_each_time(trained, tmp_path) -> None:
     run = trained()
     for name in ("one.png", "two.png"):

@@ -54,6 +54,7 @@ def test_no_command_holds_the_whole_journal(run, monkeypatch) -> None:
     assert prune(run, {"last": 1}, is_dry_run=True).actions
 
 
+@pytest.mark.slow
 def test_a_step_between_checkpoints_is_reached_from_the_one_before(run, capfd) -> None:
     assert replay(run, 13, 14)["identical"]
     assert "running steps 9 to 12 again" in capfd.readouterr().err

@@ -22,6 +22,7 @@ def run(name: str, *arguments: object, seconds: float = 280, **variables: str) -
     assert "PASS: " in result.stdout
 
 
+@pytest.mark.slow
 def test_a_thousand_damages_are_found_and_named() -> None:
     run("flips", "--damages", 1_000)
 

@@ -145,6 +145,7 @@ def test_a_crash_is_begun_again_and_the_rank_that_began_it_is_named(launched) ->
     assert said.count("launch: rank 1 crashed (killed by SIGKILL); starting again from the last commit") == 2, said
 
 
+@pytest.mark.slow
 def test_an_error_that_a_rank_tells_is_not_tried_again_and_that_of_a_lost_rank_is(launched) -> None:
     code, said = ended(launched('[ "$RANK" = 0 ] && echo -n data >&$FINETUNE_TOLD; exit 1', restarts=3))
     assert (code, said.count("starting again")) == (1, 0), said

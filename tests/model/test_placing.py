@@ -70,6 +70,7 @@ def test_an_adapter_beside_bf16_weights_begins_with_the_bits_that_it_has_beside_
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_stored_in_half_precision_are_never_made_fp32_on_a_cpu(
     untied_base, tiny_base, tiny_tokenizer, recipe_file, tmp_path, monkeypatch, stored

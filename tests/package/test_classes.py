@@ -239,6 +239,7 @@ def unpackageable(recipe_file) -> Callable[..., str | None]:
     return unpackageable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5", "llama4", "gemma3"])
 def test_a_package_of_a_small_model_of_its_kind_is_made_before_a_base_is_trained(
     unpackageable, random_base, kind

@@ -125,6 +125,7 @@ def test_a_folder_of_this_machine_is_refused_by_name(tmp_path) -> None:
         refusals.refuse_private(tmp_path, [Path("/home/somebody/models/tiny")])
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(merged) -> None:
     again = export.package(f"{merged.run}@best", merged.run.parent / "dist" / "again")
     assert again["files"] == merged.facts["files"]

@@ -140,6 +140,7 @@ def test_what_transformers_lacks_is_refused_with_its_name(mapped) -> None:
     assert refused(mapped).startswith(f"{asked}type `None`\nhint: ")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_only_code_is_refused(mapped) -> None:
     (mapped / "tokenizer.json").unlink()
     (mapped / "own.tiktoken").write_text("AA== 0\n")

@@ -124,6 +124,7 @@ def losses(run):
     return [step["loss"] for step in journal.steps(journal.read(run)).values()]
 
 
+@pytest.mark.slow
 def test_plan_says_what_is_trained(recipe_file, tiny_base, tmp_path):
     quantize(tiny_base, tmp_path / "small", "fp8")
     result = CliRunner().invoke(cli, ["plan", str(recipe_file(base={"checkpoint": str(tmp_path / "small")}))])
@@ -137,6 +138,7 @@ def test_plan_says_what_is_trained(recipe_file, tiny_base, tmp_path):
 BITS = "bitsandbytes, nf4"
 
 
+@pytest.mark.slow
 def test_files_of_bitsandbytes_stay_as_they_are_under_lora_alone(recipe_file, tiny_base, tmp_path):
     quantize(tiny_base, tmp_path / "small", "nf4")
 

@@ -104,6 +104,7 @@ def test_a_branch_counts_from_the_step_that_it_begins_with(overfits) -> None:
     assert cadence.is_saved_as_best(branched, 8, figures) and not cadence.is_saved_as_best(made, 8, figures)
 
 
+@pytest.mark.slow
 def test_where_it_is_switched_off_plan_warns_and_best_and_log_name_the_better_step(
     overfits, train, tmp_path, capsys
 ) -> None:

@@ -148,6 +148,7 @@ def test_the_parts_add_up_and_say_what_each_setting_costs(planned):
     assert "staging" not in memory.parts(plan, shape, work, CARD)  # it is in the host's memory
 
 
+@pytest.mark.slow
 def test_products_of_a_quantized_base_are_as_wide_as_the_residual_stream(weightless, planned):
     """Held against tensors that a Llama of 4 layers keeps on a CPU: 3 of the 4 that a gated layer keeps are fp32 beside fp32 weights."""
     base, work = weightless(LARGE["8B"]), Work(8192, 16384)

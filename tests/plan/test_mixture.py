@@ -74,6 +74,7 @@ def test_a_source_is_as_near_to_its_share_as_is_said(shares, start):
     assert abs(drawn(shares, positions, is_even=True) - ideal).max() <= most + 1e-6
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0.5, 1, 2, 2.5, 3])), min_size=1, max_size=4),

@@ -101,6 +101,7 @@ def test_each_of_two_weighted_sources_has_its_share_of_every_stretch_to_within_o
     assert abs(drawn[0] - length * weight / (weight + other)) < 1 + 1e-9
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0, 3.5]), min_size=3, max_size=5),
@@ -195,6 +196,7 @@ def test_the_order_never_changes():
     assert permute(np.array([0, 10**9]), 10**10 + 7, 1).tolist() == [6463257952, 3399766440]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(SIZES, st.booleans(), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2), st.integers(1, 50)), max_size=3))
 def test_a_branch_draws_what_is_left_of_its_epoch_once_whatever_its_seed_and_batch_size(sizes, is_weighted, branches):

@@ -151,6 +151,7 @@ def test_a_cache_that_cannot_be_written(refuse, recipe_file, tmp_path, monkeypat
     assert "hint: set FINETUNE_CACHE to a directory of yours" in refuse("plan", recipe_file())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_newer_format_is_not_taken_for_a_damaged_one(recipe_file, train, refuse, tmp_path) -> None:
     import blake3
 

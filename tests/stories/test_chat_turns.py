@@ -100,6 +100,7 @@ def test_a_named_stop_token_ends_generation_of_checkpoints_packages_and_what_goe
     )
 
 
+@pytest.mark.slow
 def test_variables_of_a_template_are_in_force_wherever_the_run_answers(thinking, train, tmp_path):
     task = thinking()[1] | {"template_variables": {"is_quiet": True}}
     rows = tmp_path / "quiet.jsonl"

@@ -72,6 +72,7 @@ def test_two_ranks_train_as_one_and_the_launcher_says_which_and_why(recipe_file,
     assert [record["world"]["world_size"] for record in started] == [2]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_recipe_or_the_data_is_told_once_and_not_tried_again(recipe_file, tmp_path) -> None:
     gone = recipe_file("gone", data={"train": [{"path": str(tmp_path / "gone.jsonl")}]})
     wrong = recipe_file("wrong", train={"steps": 0})

@@ -96,6 +96,7 @@ def test_checkpoints_hold_moments_in_8_bits(write_recipe, train_once, tmp_path):
     assert moments["model.embed_tokens.weight.exp_avg"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, train_once, tmp_path):
     run = train_once(write_recipe("bf16", **SAVERS["bf16-weights-full"]), tmp_path / "run")
     checkpoint = run / "checkpoints/step-00000005"
@@ -104,6 +105,7 @@ def test_checkpoints_of_bf16_weights_say_so_and_have_fp32_moments(write_recipe, 
     assert {place.dtype for place in read_header(checkpoint / "optimizer.safetensors").values()} == {"F32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16-weights-full", "bf16-weights-lora"])
 def test_a_checkpoint_of_bf16_weights_is_evaluated_as_it_was_in_training(name, write_recipe, train_once, tmp_path):
     run = train_once(write_recipe(name, **SAVERS[name]), tmp_path / "run")
@@ -112,6 +114,7 @@ def test_a_checkpoint_of_bf16_weights_is_evaluated_as_it_was_in_training(name, w
     assert found["metrics"]["loss"] == recorded["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_recipe, train_once, tmp_path):
     plain = train_once(write_recipe("plain", adapter=adapter), tmp_path / "plain")
@@ -121,12 +124,14 @@ def test_checkpointed_activations_give_the_same_run_to_the_bit(adapter, write_re
     assert_same_run(plain, saver)
 
 
+@pytest.mark.slow
 def test_offloaded_activations_give_the_same_run_to_the_bit(write_recipe, train_once, tmp_path):
     plain = train_once(write_recipe("plain", adapter=None), tmp_path / "plain")
     saver = train_once(write_recipe("offloaded-full", **SAVERS["offloaded-full"]), tmp_path / "run")
     assert_same_run(plain, saver)
 
 
+@pytest.mark.slow
 def test_a_feed_forward_in_pieces_trains_the_same_to_float_tolerance(write_recipe, train_once, tmp_path):
     plain = train_once(write_recipe("plain", adapter=None), tmp_path / "plain")
     pieces = train_once(write_recipe("pieces-full", **SAVERS["pieces-full"]), tmp_path / "run")

@@ -47,6 +47,7 @@ def test_a_checkpoint_of_another_run_is_not_taken_for_a_step_of_this_one(
         train(recipe_file(), run)
 
 
+@pytest.mark.slow
 def test_a_run_without_its_plan_does_not_get_a_new_one(recipe_file, train, train_once, tmp_path) -> None:
     run = train_once(recipe_file(), tmp_path / "run")
     (run / "plan.json").unlink()

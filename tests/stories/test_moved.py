@@ -101,6 +101,7 @@ def test_a_project_that_was_moved_as_a_whole_goes_on_without_a_word_of_the_user(
     assert package(f"{run}@6", moved / "dist")["files"]
 
 
+@pytest.mark.slow
 def test_base_and_data_are_found_where_the_user_says_and_remembered_by_the_run(
     moved, adapted, tmp_path, capsys
 ) -> None:

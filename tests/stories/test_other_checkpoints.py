@@ -153,6 +153,7 @@ def test_an_adapter_of_one_of_our_runs_is_a_base_and_the_next_one_on_it_too(reci
     same(logits(open_model(f"{third}@0").model), logits(open_model(f"{second}@last").model))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_ours_is_no_base(recipe_file, train, tmp_path) -> None:
     run = train(recipe_file(), tmp_path / "first")
     weights = find(parse(f"{run}@8")).path / "adapter_model.safetensors"
@@ -192,6 +193,7 @@ def test_the_hub_commit_beneath_an_adapter_is_pinned_and_holds_when_the_branch_m
         assert "finished at step 10" in resumed.stderr and resumed.returncode == 0, resumed.stderr
 
 
+@pytest.mark.slow
 def test_tools_that_read_runs_of_trainer_read_ours(recipe_file, train, tmp_path) -> None:
     run = train(recipe_file(evaluate={"every": "4 steps"}), tmp_path / "run")
     state = TrainerState.load_from_json(str(find(parse(f"{run}@last")).path / "trainer_state.json"))

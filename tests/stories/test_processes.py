@@ -121,6 +121,7 @@ def is_open(port: int) -> bool:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_run_directory_refuses(recipe_file, finetune, tmp_path) -> None:
     recipe, run = recipe_file(train=LONG), tmp_path / "run"
     first = start("train", recipe, "--run", run)

@@ -175,6 +175,7 @@ def test_a_training_that_cannot_be_published_says_so_before_it_begins(hub, miles
     assert "tiny/new: cannot be published to: the token of tiny only reads\nhint: " in done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_published_is_one_error_before_anything_is_trained(hub, recipe_file, tmp_path) -> None:
     recipe = recipe_file(base={"checkpoint": "tiny/base"}, publish={"repo": "tiny/new", "milestones": "4 steps"})
     env, run = environment(hub, tmp_path, HF_TOKEN=TOKEN), tmp_path / "run"

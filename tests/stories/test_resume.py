@@ -88,6 +88,7 @@ def test_retention_counts_on_sound_checkpoints_only(recipe_file, train, tmp_path
     assert not verify(run / "checkpoints/step-00000010")
 
 
+@pytest.mark.slow
 def test_small_files_are_linked_from_checkpoint_to_checkpoint(recipe_file, train, tmp_path) -> None:
     run = train(recipe_file(checkpoint={"every": "4 steps", "keep": {"last": 3}}), tmp_path / "run")
     tokenizers = [path / "tokenizer.json" for path in (run / "checkpoints").iterdir()]

@@ -29,6 +29,7 @@ def steps_of(run: Path) -> list[int]:
     return [checkpoint.step for checkpoint in Store(run).checkpoints()]
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_written_once_and_every_checkpoint_loads(recipe_file, train, tiny_base, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -136,6 +136,7 @@ def test_it_is_evaluated_and_answers_with_the_template_it_was_trained_with(train
         assert open_tokenizer(open_model(ref)).chat_template == OWN
 
 
+@pytest.mark.slow
 def test_its_package_has_the_same_tokenizer(trained, mistral, tmp_path) -> None:
     export.package(f"{trained}@2", tmp_path / "dist")
     assert_alike(tmp_path / "dist", base.load_tokenizer(mistral))
@@ -161,6 +162,7 @@ def test_what_older_code_saved_is_not_packaged_with_a_template_that_was_edited_s
     assert not (tmp_path / "dist").exists()
 
 
+@pytest.mark.slow
 def test_a_base_with_the_file_of_mistral_alone_is_trained_evaluated_and_checked_before(tmp_path, tiny_sections) -> None:
     directory = save_base(tmp_path / "base", "mistral", llama_tokenizer())
     (directory / "tokenizer.json").unlink()

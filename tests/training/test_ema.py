@@ -146,6 +146,7 @@ def test_two_processes_keep_the_average_of_one(strategy, recipe_file, train, tmp
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_it_and_a_branch_may_begin_or_end_it(trained, recipe_file, train, tmp_path) -> None:
     run = trained()
     with pytest.raises(RunError, match="train.ema.decay: 0.8 -> 0.9"):

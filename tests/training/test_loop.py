@@ -137,6 +137,7 @@ def test_packing_changes_neither_the_loss_nor_the_gradients_of_a_step(opened):
     torch.testing.assert_close(packed.gradients[0], padded.gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 9])
 def test_the_shares_of_the_ranks_add_up_to_the_step_and_an_idle_rank_adds_nothing(opened, world_size):
     """A rank's share is what it would do alone; the launcher's reduction, which tests with processes cover, is left out."""
@@ -193,6 +194,7 @@ def test_a_step_is_the_same_again_from_the_same_state(opened):
     assert_equal(first[1:], second[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dropout", "count"), [(0.0, 1), (0.5, 3)])
 def test_every_step_drops_out_anew(opened, dropout, count):
     """All rows in every step, at a learning rate of almost zero: only dropout can tell the steps apart."""

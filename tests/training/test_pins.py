@@ -54,6 +54,7 @@ def test_beneath_an_adapter_its_own_base_is_pinned_as_well(recipe_file, train, t
     assert Store(adapter).pinned() == Store(whole).pinned() == {1}
 
 
+@pytest.mark.slow
 def test_a_run_that_may_not_be_written_is_begun_with_all_the_same(recipe_file, train, tmp_path, capsys) -> None:
     first = train(recipe_file(adapter=None, **BASE_ONLY), tmp_path / "first", "train.steps=1")
     (first / "pins").write_text("in the way")  # root may write everywhere else

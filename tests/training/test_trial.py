@@ -128,6 +128,7 @@ def test_a_base_that_cannot_be_made_small_is_padded_untried(based, monkeypatch):
     assert found.notes == ("rows are padded, untried: cannot be made small (ZeroDivisionError: division by zero)",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PADDED, "phi3"])
 def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, kind, train, tmp_path, capsys):
     task = {"packing": False} if kind == "phi3" else {}

@@ -34,6 +34,7 @@ def found(answerer: Answerer, questions: Sequence[Question], settings: Settings)
     return {(questions[one.question].where, one.sample): one._replace(question=0) for one in answers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [Settings(max_new_tokens=8), SAMPLED], ids=["likeliest", "sampled"])
 def test_an_answer_does_not_depend_on_what_is_beside_it(answerer, questions, settings) -> None:
     together = found(answerer, questions, settings)

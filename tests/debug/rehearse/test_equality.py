@@ -23,6 +23,7 @@ def test_two_runs_of_one_plan_are_equal(pair) -> None:
     assert compared(pair[0], LAST) == {"steps": 4, "rows": 24, "tensors": 84, "files": 7}
 
 
+@pytest.mark.slow
 def test_the_first_step_that_differs_is_named_with_both_values(pair, recipe_file, train, tmp_path) -> None:
     other = train(recipe_file(), tmp_path / "other", "train.steps=4", "train.micro_batch_tokens=64")
     records = [journal.steps(journal.read(run)) for run in (pair[0], other)]

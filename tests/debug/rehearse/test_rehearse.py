@@ -70,6 +70,7 @@ def test_a_killed_run_equals_one_left_alone(launcher, recipe_file, finetune, tmp
     assert listing(facts).startswith("exact ")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_trainings_and_leaves_no_directory(recipe_file, tmp_path) -> None:
     command = [
         sys.executable,

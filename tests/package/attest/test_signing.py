@@ -57,6 +57,7 @@ def test_the_official_verifier_accepts_and_rejects_what_ours_does(package, keys)
     assert official(package, public) == 1
 
 
+@pytest.mark.slow
 def test_what_was_signed_by_somebody_else_or_edited_afterwards_is_found(package, keys, tmp_path) -> None:
     private, public = keys
     signing.sign(package, private)

@@ -170,6 +170,7 @@ def test_the_same_facts_give_the_same_bytes(adapter) -> None:
     assert card(facts(adapter=adapter)) == card(facts(adapter=adapter))
 
 
+@pytest.mark.slow
 def test_a_loss_curve_has_no_date_and_the_same_bytes_each_time() -> None:
     curve = record.loss_curve(list(FIGURES))
     assert curve == record.loss_curve(list(FIGURES))

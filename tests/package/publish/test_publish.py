@@ -359,6 +359,7 @@ def test_weights_go_by_xet_and_nothing_is_stored_twice(hub, xet, package) -> Non
     assert len(hub.seen("GET", "xet-write-token")) == tokens
 
 
+@pytest.mark.slow
 def test_a_xet_store_that_cannot_be_written_is_one_error_and_nothing_is_committed(hub, xet, package) -> None:
     hub.add("model", "tiny/new").commit(OLD)
     place, hub.xet_directory = hub.xet_directory, Path("/proc/nothing")

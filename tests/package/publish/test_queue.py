@@ -120,6 +120,7 @@ REQUESTS = {  # whether the Hub had acted on it is the last
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", REQUESTS.values(), ids=REQUESTS)
 def test_killed_at_a_request_a_second_call_publishes_what_is_missing(where, hub, forks, whole, run) -> None:
     fault = dict(zip(("method", "pattern", "skip", "is_landed"), where, strict=True))

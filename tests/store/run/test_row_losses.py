@@ -40,6 +40,7 @@ def test_gradient_norms_of_modules_are_written_beside_them(tmp_path):
     assert Reader(tmp_path).modules(3) == {}
 
 
+@pytest.mark.slow
 def test_writing_them_loads_no_pandas_beside_a_training(tmp_path):
     code = """
 import sys

@@ -21,6 +21,7 @@ def table(run: Path) -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_the_table_has_the_figures_of_the_journal(recipe_file, train, tmp_path) -> None:
     run = train(recipe_file(track=CSV), tmp_path / "run")
     records = journal.read(run)
