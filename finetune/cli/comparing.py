@@ -21,10 +21,17 @@ class HowToEvaluate(TypedDict):
     files: list[str]
     is_seen_allowed: bool
     is_again: bool
+    rows: tuple[str, ...]
 
 
 @click.command()
 @click.argument("refs", nargs=-1, metavar="REF...")
+@click.option(
+    "--rows",
+    multiple=True,
+    metavar="NAME",
+    help="Evaluate only this set: held-out, or a name of evaluate.sets. You may give several. Needed for evaluate.test_set.",
+)
 @click.option("--recipe", type=PATH, help="Evaluate on the rows of this recipe, not of the refs' own runs.")
 @OVERRIDE
 @click.option("--every-checkpoint", "is_every", is_flag=True, help="Evaluate all checkpoints of a RUN without a step.")
@@ -46,7 +53,7 @@ def evaluate(
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
     if bool(refs) == bool(watched):
         raise click.UsageError("give REF..., or --watch RUN")
-    if tasks and (watched or how["recipe"] or how["files"]):
+    if tasks and (watched or how["recipe"] or how["files"] or how["rows"]):
         raise click.UsageError("--lm-eval has its own rows: give it REF... alone")
     with importing():
         from finetune.compare import evaluate as evaluation

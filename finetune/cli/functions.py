@@ -56,8 +56,10 @@ def evaluate(
     max_new_tokens: int = 128,
     is_seen_allowed: bool = False,
     is_again: bool = False,
+    rows: Sequence[str] = (),
 ) -> "list[Evaluated]":
     """One result for each ref and set of rows: those of each ref's run, of a recipe, or of files. What is stored is not computed again.
+    `rows` names sets; without it, all but `evaluate.test_set` are evaluated.
 
     Each of `metrics` gets a row with the model's answer, as `{row, prompt, answer, expected, loss, tokens}`, and returns a number. Their
     mean is the figure, under the function's name; more is better, unless the function has the attribute `better = "lower"`.
@@ -67,7 +69,7 @@ def evaluate(
 
     named = [str(file) for file in files]
     asked = Asked(
-        Path(recipe) if recipe else None, overrides, named, is_seen_allowed, is_again, metrics, max_new_tokens
+        Path(recipe) if recipe else None, overrides, named, is_seen_allowed, is_again, metrics, max_new_tokens, rows
     )
     return shown(results([refs] if isinstance(refs, str) else refs, asked))
 
@@ -97,8 +99,18 @@ def compare(
 
 
 @places.anew()
-def package(ref: str, directory: Path | str, *, key: Path | str | None = None, dtype: str | None = None) -> "Packaged":
-    """Writes a checkpoint as a model folder, proven equal to the trained model. `key` is a PEM file to sign it with."""
+def package(
+    ref: str,
+    directory: Path | str,
+    *,
+    key: Path | str | None = None,
+    dtype: str | None = None,
+    is_held_out: bool = False,
+) -> "Packaged":
+    """Writes a checkpoint as a model folder, proven equal to the trained model. `key` is a PEM file to sign it with. `is_held_out` puts
+    figures of the held-out rows on the card, although the recipe has `evaluate.test_set`."""
+    from finetune.compare.reported import reported
     from finetune.package.export import package as package_ref
 
-    return package_ref(ref, Path(directory), Path(key) if key else None, dtype=dtype)
+    report = None if is_held_out else reported
+    return package_ref(ref, Path(directory), Path(key) if key else None, dtype=dtype, report=report)

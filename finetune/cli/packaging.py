@@ -1,7 +1,7 @@
 """`package` and `publish`: a checkpoint as a model that others can load, and where they find it."""
 
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -9,6 +9,11 @@ from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import PATH, REF, where_it_is
 from finetune.errors import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from finetune.package.card.reported import Reported
 
 
 @click.command()
@@ -26,17 +31,32 @@ from finetune.errors import counted
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp32"]), help="Type of the weights. Default: package.dtype of the recipe."
 )
+@click.option(
+    "--held-out",
+    "is_held_out",
+    is_flag=True,
+    help="Take the card's figures from the held-out rows, even if the recipe has evaluate.test_set.",
+)
 @answers
 @where_it_is
-def package(ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None) -> Answer:
+def package(
+    ref: str, directory: Path, key: Path | None, steps: tuple[int, ...], dtype: str | None, is_held_out: bool
+) -> Answer:
     """Write a checkpoint as a model folder, proven equal to the trained model."""
     with importing():
         from finetune.compare.measure import of_model
         from finetune.package import export
 
-    facts = export.package(ref, directory, key, export.Average(steps, of_model) if steps else None, dtype=dtype)
+    average, report = export.Average(steps, of_model) if steps else None, None if is_held_out else _report
+    facts = export.package(ref, directory, key, average, dtype=dtype, report=report)
     lines = [f"{check['name']}: {check['message']}" for check in facts["checks"]]
     return Answer(facts, "\n".join([*lines, f"packaged {ref} as {directory}"]))
+
+
+def _report(ref: str, mean: "PreTrainedModel | None") -> "Reported | None":
+    from finetune.compare.reported import reported  # here: it imports torch, and a package is published without it
+
+    return reported(ref, mean)
 
 
 class Commit(TypedDict):
@@ -77,7 +97,7 @@ def publish(
     with importing():
         from finetune.package.publish import publish as publishing
 
-    directory, target, is_private = publishing.prepared(source, target, is_public)
+    directory, target, is_private = publishing.prepared(source, target, is_public, _report)
     chosen = publishing.Choices(is_private=is_private, is_replacing=is_replacing, **choices)
     facts = publishing.publish(directory, target, chosen)
     return Answer(facts, publishing.listing(facts))

@@ -38,6 +38,8 @@ def candidates(texts: Sequence[str], asked: Asked, rows: str | None) -> Found:
     texts = list(dict.fromkeys(texts))
     runs = {text: run_of(parse(text)) for text in texts}
     first = next(filter(None, runs.values()), None)
+    if rows and not asked.files:
+        asked = replace(asked, rows=(rows,))
     lent = [text for text in texts if first and not runs[text] and not asked.recipe and not asked.files]
     made = results([text for text in texts if text not in lent], asked)
     if lent and first:
@@ -49,7 +51,11 @@ def candidates(texts: Sequence[str], asked: Asked, rows: str | None) -> Found:
         raise DataError(f"has no rows named `{name}`", where=missing[0], hint=f"the sets of rows are: {known}")
     found = [Candidate(origin, of_set[origin.text].evaluation) for origin in origins(texts)]
     run = first if texts[0] in lent else runs[texts[0]]
-    return Found(found, _sources(asked, run, name), [note for text in texts for note in _seen(of_set[text])])
+    notes = [note for text in texts for note in _seen(of_set[text])]
+    test_sets = {each.origin.plan.recipe.evaluate.test_set for each in found if each.origin.plan}
+    if name in test_sets and not asked.files:
+        notes.append(f"{name} is evaluate.test_set: if you choose by it, its figures on a card are too good")
+    return Found(found, _sources(asked, run, name), notes)
 
 
 def _sources(asked: Asked, run: Path | None, name: str) -> Reread | None:

@@ -10,7 +10,7 @@ from typing import cast
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from finetune.compare.results import Asked, Result, Weights, keep, remember, set_names, wanted_of, weights_of
+from finetune.compare.results import Asked, Result, Weights, asked_of, keep, remember, set_names, wanted_of, weights_of
 from finetune.data.heldout import lineage
 from finetune.data.row_set import RowSet
 from finetune.errors import DataError, FinetuneError
@@ -18,7 +18,7 @@ from finetune.model import base, losses
 from finetune.plan.plan import Plan
 from finetune.plan.split import Seen
 from finetune.recipe.load import load
-from finetune.recipe.schema import Base, Source
+from finetune.recipe.schema import HELD_OUT, Base, Source
 from finetune.store import evaluated as digests
 from finetune.store import evaluations
 from finetune.store.checkpoints.refs import Ref, find, parse, run_of
@@ -101,21 +101,23 @@ class Measurer:
         if len(resolved.holdout) == 0:
             hint = "set data.holdout, or give rows with --recipe FILE or --data FILE"
             raise DataError("no rows are held out", where=text, hint=hint)
-        return [held_out_set(resolved), *resolved.sets]
+        names = asked_of(resolved.plan, self._asked, text)
+        return [rows for rows in (held_out_set(resolved), *resolved.sets) if rows.name in names]
 
     def _rows_of_run(self, text: str) -> Resolved:
         run = run_of(parse(text))
         if run is None or run not in self._of_runs:
             resolved = rows_of_run(text)
-            made = resolved if self._asked.files or run is None else _with_own_sets(resolved, run)
+            made = resolved if self._asked.files or run is None else _with_own_sets(resolved, run, self._asked)
             return self._of_runs.setdefault(run or Path(text), made)
         return self._of_runs[run]
 
 
-def _with_own_sets(resolved: Resolved, run: Path) -> Resolved:
-    """With the evaluation sets of a run, as its plan has them. One that is gone, or has other rows, is skipped with a line."""
-    sets = []
-    for pinned in resolved.plan.sets:
+def _with_own_sets(resolved: Resolved, run: Path, asked: Asked) -> Resolved:
+    """With the evaluation sets of a run that are asked for, as its plan has them. One that is gone, or has other rows, is skipped with a
+    line; DataError where it was named."""
+    sets, names = [], asked_of(resolved.plan, asked, str(run))
+    for pinned in (each for each in resolved.plan.sets if each.name in names):
         try:
             rows = read_set(
                 pinned.name, resolved.plan.recipe.evaluate.sets[pinned.name].rows, resolved.encoding, pinned.sources
@@ -123,6 +125,9 @@ def _with_own_sets(resolved: Resolved, run: Path) -> Resolved:
             why = None if rows.contents == pinned.contents else "it has other rows than when it was planned"
         except DataError as error:
             why = f"{error.where}: {error.message}"
+        if why and asked.rows:
+            hint = "restore its file, or say with --data OLD=NEW where it is"
+            raise DataError(f"evaluation set {pinned.name}: {why}", where=str(run), hint=hint)
         if why:
             print(f"evaluation set {pinned.name} of {run} is skipped: {why}", file=sys.stderr, flush=True)
         else:
@@ -130,11 +135,14 @@ def _with_own_sets(resolved: Resolved, run: Path) -> Resolved:
     return replace(resolved, sets=tuple(sets))
 
 
-def of_model(model: PreTrainedModel, run: Path) -> dict[str, float]:
-    """Held-out figures of a live model on the rows of a run, one row in a sequence; empty where none are held out. It stays on the CPU."""
+def of_model(model: PreTrainedModel, run: Path, rows: str = HELD_OUT) -> dict[str, float]:
+    """Figures of a live model on a set of rows of a run, one row in a sequence; empty where none are held out. It stays on the CPU."""
     resolved = rows_of_run(str(run))
     if len(resolved.holdout) == 0:
         return {}
+    if rows != HELD_OUT:
+        (named,) = _with_own_sets(resolved, run, Asked(rows=(rows,))).sets
+        resolved = replace(resolved, holdout=named.examples)
     plan = resolved.plan
     # Our attention is not in this model, so packed rows are not told apart.
     arranged = plan.arrangement

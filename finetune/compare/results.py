@@ -11,7 +11,7 @@ from finetune.compare.scores import Function, definition
 from finetune.data.heldout import lineage
 from finetune.data.heldout.lineage import Found
 from finetune.data.sources.open import open_source
-from finetune.errors import RunError
+from finetune.errors import DataError, FinetuneError, RunError
 from finetune.plan.plan import Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import HELD_OUT, Source
@@ -39,6 +39,13 @@ class Asked:
     """Metrics of the user's own, of the model's answers to every set. Nothing stands for what they do, so they are called every time."""
     max_new_tokens: int = 128
     """Of answers to sets for which the recipe does not say it."""
+    rows: Sequence[str] = ()
+    """Names of sets of a run or recipe, where not all are asked for. `evaluate.test_set` is evaluated only if it is named."""
+
+    def __post_init__(self) -> None:
+        if self.rows and self.files:
+            message = f"`{self.rows[0]}` names a set of a recipe, and the rows are those of files"
+            raise FinetuneError(message, hint="give --rows or --data FILE, not both")
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def stored(text: str, asked: Asked) -> list[Result] | None:
         return None
     plan, _ = RunDirectory(run).plan()
     step, weights = weights_of(ref, run, plan)
-    kept = _files(text, plan, asked.files) if asked.files else _own(plan, run, step)
+    kept = _files(text, plan, asked.files) if asked.files else _own(plan, run, step, asked_of(plan, asked, text))
     if kept is None:
         return None
     results = []
@@ -143,6 +150,16 @@ def wanted_of(plan: Plan, rows: str, asked: Asked) -> Wanted | None:
     return Wanted(given.metrics, given.max_new_tokens) if given and given.metrics else None
 
 
+def asked_of(plan: Plan, asked: Asked, text: str) -> list[str]:
+    """The names of a plan's sets of rows that are evaluated, in their order. DataError where a named one is not among them."""
+    known = [HELD_OUT, *(each.name for each in plan.sets)]
+    if unknown := [name for name in asked.rows if name not in known]:
+        hint = f"the sets of rows are: {', '.join(known)}"
+        raise DataError(f"has no rows named `{unknown[0]}`", where=text, hint=hint)
+    test_set = plan.recipe.evaluate.test_set
+    return [name for name in known if (name in asked.rows if asked.rows else name != test_set)]
+
+
 def set_names(files: Sequence[str]) -> list[str]:
     """Of files: their names, or their paths where two have one name."""
     names = [Path(file).name for file in files]
@@ -153,13 +170,15 @@ _Kept = tuple[str, str, Found]
 """Name and contents of a set, and what is known of its rows."""
 
 
-def _own(plan: Plan, run: Path, step: int) -> list[_Kept] | None:
-    """The held-out rows and the evaluation sets of a run, as its plan has them; None where the plan does not say enough."""
+def _own(plan: Plan, run: Path, step: int, names: Sequence[str]) -> list[_Kept] | None:
+    """Sets of rows of a run, as its plan has them; None where the plan does not say enough."""
     if not plan.held_out:  # nothing is held out, or an older version drew the rows
         return None
     known: list[_Kept] = []
     sets = [(each.name, each.contents, each.seen) for each in plan.sets]
     for name, contents, seen in ((HELD_OUT, plan.held_out, plan.seen), *sets):
+        if name not in names:
+            continue
         found = _at(seen, run, step)
         if found is None:
             return None

@@ -22,6 +22,7 @@ from finetune.package.attest import licence, signing
 from finetune.package.card import record
 from finetune.package.card.facts import CheckReport, Facts, lies_on
 from finetune.package.card.metadata import FrontMatter
+from finetune.package.card.reported import Reported
 from finetune.package.proof import Check
 from finetune.package.verify.contents import files_of, sha256
 from finetune.plan.facts import Metrics
@@ -45,6 +46,10 @@ class Average:
     """Held-out figures of a model on the rows of a run, empty if none are held out: a mean is never packaged unevaluated."""
 
 
+Report = Callable[[str, PreTrainedModel | None], Reported | None]
+"""Evaluates a ref, or a mean that is not stored, on the test set; None where its recipe names none."""
+
+
 class PackagedFile(TypedDict):
     name: str
     bytes: int
@@ -66,16 +71,19 @@ def package(
     average: Average | None = None,
     load: proof.Loader | None = None,
     dtype: str | None = None,
+    report: Report | None = None,
 ) -> Packaged:
     """Writes a checkpoint, or the mean of several, as a package, signed if you name a private key; returns {path, files: [{name, bytes, digest}], checks:
     [{name, message, …}]}.
     `dtype` takes the place of the recipe's `package.dtype`, also in the packaged recipe. `load` loads it back, by default in a fresh
-    process (`proof.load_here`: many packages in one warm process).
+    process (`proof.load_here`: many packages in one warm process). Without `report` the card has the figures of the held-out rows.
 
     Raises PackageError with the name of the failed check; then no folder is left.
     """
     run = refusals.run_of_ref(ref)
     refusals.refuse_existing(directory)
+    # Before the weights are opened here: they are then in memory once.
+    reported = report(ref, None) if report and not average else None
     opened = _with_dtype(open_model(ref, is_as_trained=False), dtype)
     plan, manifest = opened.run_plan, opened.run_checkpoint.manifest
     recipe = plan.recipe
@@ -93,6 +101,8 @@ def package(
         model, averaged, changes = _averaged(run, opened, tokenizer, average)
         numbers.append(record.of_average([*averaged, manifest], average.evaluate(model, run)))
         checks += changes
+        reported = report(ref, model) if report else None
+    numbers += reported.records(plan, manifest.step) if reported else []
     with _staged(directory) as staging:
         made = assemble(replace(opened, model=model), tokenizer, base_directory, staging, load or proof.load_back)
         checks += [*made.checks, Check("private", "no file names a folder of the machine it was made on")]
@@ -107,7 +117,8 @@ def package(
             *licences,
             averaged,
             _stages(manifest, ref),
-            _seen(plan, manifest, ref),
+            reported.seen if reported else _seen(plan, manifest, ref),
+            reported,
         )
         documents.write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ them in the data again.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
@@ -123,6 +124,18 @@ def read_all(folder: Path) -> list[Evaluation]:
     """All evaluations in a folder, oldest first."""
     found = [each for each in map(read, sorted(folder.glob("*.parquet"))) if each]
     return sorted(found, key=lambda each: each.about["created"])
+
+
+def read_abouts(folder: Path) -> list[About]:
+    """What all evaluations in a folder are about, without the results of rows; damaged files are skipped."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    found: list[About] = []
+    for path in sorted(folder.glob("*.parquet")):
+        with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            found.append(cast(About, from_json((parquet.read_schema(path).metadata or {})[_ABOUT])))
+    return found
 
 
 def read(path: Path) -> Evaluation | None:

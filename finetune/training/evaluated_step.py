@@ -1,4 +1,7 @@
-"""A step of a training is evaluated on the held-out rows and on the evaluation sets, and recorded."""
+"""A step of a training is evaluated on the held-out rows and on the evaluation sets, and recorded.
+
+It must not look at the test set: a figure that is seen at every step is chosen by.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,7 +14,7 @@ from finetune.plan.metrics import named
 from finetune.store.evaluations import Evaluation
 from finetune.training import blame, loop
 from finetune.training.evaluation import evaluated
-from finetune.training.evaluation_sets import held_out_set
+from finetune.training.evaluation_sets import watched_sets
 from finetune.training.recorder import Recorder
 from finetune.training.resolve import Resolved
 from finetune.training.state import TrainState
@@ -26,7 +29,7 @@ def evaluate_step(
 ) -> list[Evaluation]:
     """Evaluates the state and records the figures; nothing where a signal stops it. `is_foreseen`: the forecast of the end includes this evaluation."""
     pace, metrics, made = recorder.progress.pace, Metrics(), list[Evaluation]()
-    for rows in (held_out_set(resolved), *resolved.sets):
+    for rows in watched_sets(resolved):
         tell = recorder.progress.evaluation(state.step, len(rows.examples))
         with pace.aside("evaluation", is_foreseen) if pace else nullcontext():
             figures = partial(evaluated, resolved, state.accelerator, state.objective, rows, wishes, tell=tell)

@@ -13,7 +13,7 @@ from finetune.data.heldout import lineage
 from finetune.data.heldout.draw import HeldOut
 from finetune.data.heldout.lineage import Found
 from finetune.data.row_set import RowSet
-from finetune.errors import DataError
+from finetune.errors import DataError, counted
 from finetune.plan.pinned import PinnedSet, PinnedSource, Stage
 from finetune.plan.plan import Plan
 from finetune.plan.split import BAD
@@ -27,8 +27,17 @@ def held_out_set(resolved: Resolved) -> RowSet:
     return RowSet(HELD_OUT, resolved.holdout, held_out.evaluated, held_out.says)
 
 
+def watched_sets(resolved: Resolved) -> list[RowSet]:
+    """What a training evaluates: the held-out rows, and all sets but the test set."""
+    test_set = resolved.plan.recipe.evaluate.test_set
+    return [held_out_set(resolved), *(rows for rows in resolved.sets if rows.name != test_set)]
+
+
 def with_sets(resolved: Resolved, earlier: Plan | None = None) -> Resolved:
-    """With the evaluation sets of its recipe, pinned. Of a set that the plan `earlier` names as well, the commits of Hub data sets hold."""
+    """With the evaluation sets of its recipe, pinned. Of a set that the plan `earlier` names as well, the commits of Hub data sets hold.
+
+    DataError where the test set has rows of another one.
+    """
     recipe = resolved.plan.recipe
     before = {each.name: each.sources for each in earlier.sets} if earlier else {}
     held = earlier.recipe.evaluate.sets if earlier else {}
@@ -39,7 +48,21 @@ def with_sets(resolved: Resolved, earlier: Plan | None = None) -> Resolved:
         pinned, rows = read_set(name, given.rows, resolved.encoding, known)
         pins.append(pinned.model_copy(update={"seen": seen_by(rows, resolved, stages).seen}))
         sets.append(rows)
-    return replace(resolved, plan=resolved.plan.model_copy(update={"sets": tuple(pins)}), sets=tuple(sets))
+    made = replace(resolved, plan=resolved.plan.model_copy(update={"sets": tuple(pins)}), sets=tuple(sets))
+    _refuse_shared(made)
+    return made
+
+
+def _refuse_shared(resolved: Resolved) -> None:
+    """The test set must have no row by which anything may be chosen. Its rows of training are counted as those of other sets."""
+    name = resolved.plan.recipe.evaluate.test_set
+    for rows in (each for each in resolved.sets if each.name == name):
+        for other in watched_sets(resolved):
+            if shared := int(np.isin(rows.says, other.says).sum()):
+                of = f"{HELD_OUT} rows" if other.name == HELD_OUT else f"rows of the set {other.name}"
+                message = f"{shared:,} of {counted(len(rows.says), 'row')} of {name} are also {of}"
+                hint = "give rows that are nowhere else in the recipe: nothing may be chosen by them"
+                raise DataError(message, where="evaluate.test_set", hint=hint)
 
 
 def read_set(

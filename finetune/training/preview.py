@@ -11,9 +11,12 @@ from finetune.data.unused import Unused
 from finetune.errors import counted
 from finetune.model import base
 from finetune.plan import forecast, forecast_table, kinds
+from finetune.plan.choosing import choosing_rows
 from finetune.plan.kinds import KindFacts
 from finetune.plan.memory import Work
 from finetune.plan.pace import largest_step
+from finetune.plan.pinned import PinnedSet
+from finetune.plan.plan import Plan
 from finetune.plan.shape import shape_of
 from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
@@ -31,6 +34,8 @@ class SetFacts(TypedDict):
     name: str
     rows: int
     tokens: int
+    is_test_set: bool
+    """Whether it is `evaluate.test_set`: nothing is chosen by it."""
 
 
 class PlanFacts(WithDevices, Unused, Readings):
@@ -43,6 +48,8 @@ class PlanFacts(WithDevices, Unused, Readings):
     """The smallest difference that the held-out rows can show."""
     sets: list[SetFacts]
     """The named evaluation sets."""
+    choosing_rows: dict[str, int]
+    """The sets by which checkpoints are chosen, with their number of rows; none where only the ends of the training are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,10 @@ class Preview:
         """The facts for a reader."""
         facts, resolved = self.facts, self.resolved
         listed = kinds.lines(facts["weights"], resolved.plan.recipe.adapter is not None)
-        sets = [f"evaluation set {each['name']}: {counted(each['rows'], 'row')}" for each in facts["sets"]]
+        sets = [_line(each) for each in facts["sets"]]
+        if by := facts["choosing_rows"]:
+            chosen = " and ".join(f"{count:,} {name} rows" for name, count in by.items())
+            sets.insert(0, f"checkpoints are chosen by {chosen}")
         shown, rows = facts["detectable"], facts["holdout_rows"]
         noted = [*([line(shown, rows)] if shown else []), *(f"base: {note}" for note in resolved.notes)]
         lines = [
@@ -120,7 +130,20 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
         "detectable": detectable(resolved, run),
         "base_notes": list(resolved.notes),
         "weights": kinds.facts_of(plan, resolved.kinds),
-        "sets": [{"name": each.name, "rows": each.counts.rows, "tokens": each.counts.tokens} for each in plan.sets],
+        "sets": [_set(each, plan) for each in plan.sets],
+        "choosing_rows": choosing_rows(plan),
         "device_memory_bytes": device_bytes,
         "devices": forecast.on_devices(plan, shape, work, device_bytes),
     }
+
+
+def _set(pinned: PinnedSet, plan: Plan) -> SetFacts:
+    is_test_set = pinned.name == plan.recipe.evaluate.test_set
+    counts = pinned.counts
+    return {"name": pinned.name, "rows": counts.rows, "tokens": counts.tokens, "is_test_set": is_test_set}
+
+
+def _line(facts: SetFacts) -> str:
+    kind = "test set" if facts["is_test_set"] else "evaluation set"
+    use = ", for the card of a package alone" if facts["is_test_set"] else ""
+    return f"{kind} {facts['name']}: {counted(facts['rows'], 'row')}{use}"

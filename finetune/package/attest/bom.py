@@ -100,9 +100,9 @@ def _described(pinned: PinnedSource) -> str:
 
 
 def _metrics(facts: Facts) -> list[dict[str, str]]:
-    found: Metrics = figures.held_out(facts.figures).get(facts.manifest.step, {})
+    found: Metrics = figures.of_card(facts.figures).get(facts.manifest.step, {})
     return [
-        {"type": title, "value": str(found[key]), "slice": "held-out rows"}
+        {"type": title, "value": str(found[key]), "slice": figures.kind_of_rows(facts.figures)}
         for key, title in METRICS.items()
         if key in found
     ]

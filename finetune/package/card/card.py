@@ -5,7 +5,7 @@ A pure function of the run's record: it must hold no clock, no path, no host, no
 
 import re
 
-from finetune.package.card import figures, record
+from finetune.package.card import figures, record, reported
 from finetune.package.card.facts import Facts, hub_base, lies_on, method
 from finetune.package.card.metadata import FrontMatter
 from finetune.package.card.notes import NOTES_BEGIN, NOTES_END, marked
@@ -30,7 +30,8 @@ def card(facts: Facts) -> str:
         _summary(facts),
         "## Figures",
         figures.shown(facts.figures, facts.manifest.step, facts.plan.recipe.task.figures),
-        *(f"**{record.public_line(item.told(facts.plan.holdout_counts.rows))}.** {SEEN}" for item in facts.seen),
+        *reported.warned(facts.plan, facts.report is not None),
+        *(f"**{record.public_line(item.told(facts.rows))}.** {SEEN}" for item in facts.seen),
         "![Training and held-out loss over steps](training/loss.png)",
         "Every step and evaluation: [training/journal.jsonl](training/journal.jsonl).",
         "## How to use it",

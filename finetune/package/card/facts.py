@@ -6,6 +6,7 @@ from typing import NotRequired, TypedDict
 
 from finetune.package.card import record
 from finetune.package.card.metadata import FrontMatter
+from finetune.package.card.reported import Reported
 from finetune.plan.plan import Plan, Stage
 from finetune.plan.split import Seen
 from finetune.store.checkpoints.manifest import Manifest
@@ -51,7 +52,14 @@ class Facts:
     stages: Sequence[Stage] = ()
     """The run and those before it, in the form that `lineage` reads from the package."""
     seen: Sequence[Seen] = ()
-    """Held-out rows that this or an earlier run trained on, or may have."""
+    """Rows of the figures that this or an earlier run trained on, or may have."""
+    report: Reported | None = None
+    """The figures on the test set, if the recipe names one."""
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that the figures are of."""
+        return int(self.report.own["rows"]) if self.report else self.plan.holdout_counts.rows
 
 
 def hub_base(plan: Plan) -> tuple[str, str | None] | None:

@@ -7,6 +7,7 @@ commit anything twice.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.errors import CheckpointError, PackageError, PublishError, counted
 from finetune.package.attest import provenance
@@ -18,6 +19,9 @@ from finetune.package.verify.contents import files_of
 from finetune.package.verify.verify import folder_findings
 from finetune.store.checkpoints.refs import parse
 from finetune.store.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from finetune.package.export import Report
 
 STAGING = "staging-"
 
@@ -61,9 +65,11 @@ def _sound(directory: Path) -> dict[str, Path]:
     return files_of(directory)
 
 
-def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, str, bool]:
+def prepared(
+    source: str, target: str | None, is_public: bool, report: "Report | None" = None
+) -> tuple[Path, str, bool]:
     """The package, its target, and whether that is private. A checkpoint is packaged first, in its run; a second call reuses that
-    package."""
+    package. `report` is that of `export.package`."""
     directory = Path(source)
     if directory.is_dir() and not RunDirectory(directory).is_run and not (directory / "manifest.json").exists():
         if target is None:
@@ -82,7 +88,7 @@ def prepared(source: str, target: str | None, is_public: bool) -> tuple[Path, st
     named, is_private = (asked.repo, asked.private) if asked else (None, True)
     directory = RunDirectory(run).package(step)
     if not directory.exists():
-        export.package(f"{run}@{step}", directory)
+        export.package(f"{run}@{step}", directory, report=report)
     return directory, target or named or "", is_private and not is_public
 
 

@@ -122,7 +122,7 @@ def _of_card(directory: Path, is_ours: bool) -> Iterator[Finding]:
         records = [json.loads(line) for line in (directory / FIGURES).read_text().splitlines()]
         step = provenance.step_of(directory)
         ways = {figures.shown(records, step, section.figures) for section in tasks.SECTIONS.values()}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         yield Finding("card", FIGURES, None, f"cannot be read: {error!r}")
         return
     if not any(said in text for said in ways):

@@ -44,6 +44,8 @@ class Evaluate(Section):
     """Evaluate every N steps, like `100 steps`."""
     sets: dict[str, Annotated[EvaluationSet, BeforeValidator(_set), Short("rows")]] = {}
     """More rows to evaluate at the same steps, by name, like `{docs: [{path: data/docs.jsonl}]}`. Their figures are named `docs/loss`; the held-out rows alone choose the best checkpoint."""
+    test_set: str | None = Field(default=None, min_length=1)
+    """The name of the set for the figures of a package's card. Training does not evaluate it, and nothing is chosen by it. It is refused if it has held-out rows, rows of another set, or training rows."""
 
     @field_validator("sets")
     @classmethod

@@ -102,6 +102,11 @@ class EventRecord(TypedDict, total=False):
     perplexity: float
     loss_stderr: float
     rows: int
+    # reported, which a package's record has: the figures on the test set
+    set: str
+    answers: dict[str, float]
+    chosen: dict[str, int]
+    earlier: int
     # committed
     newest_step: int
     bytes: int
