@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from finetune.compare.evaluate import results
 from finetune.compare.measure import of_model
 from finetune.compare.results import Asked, Result
-from finetune.errors import BaseError, CheckpointError
+from finetune.errors import BaseError, CheckpointError, DataError, PackageError
 from finetune.package.card.reported import Reported
 from finetune.plan.plan import Plan
 from finetune.store import evaluated, evaluations
@@ -20,15 +20,19 @@ from finetune.store.run.directory import RunDirectory, step_of
 def reported(ref: str, mean: PreTrainedModel | None = None) -> Reported | None:
     """Of a ref of a run, or of a mean of weights in its place; None where the run has no test set.
 
-    DataError where the rows are gone, or are not those that were planned.
+    PackageError where the rows are gone, or are not those that were planned.
     """
     run = run_of(parse(ref))
     plan = RunDirectory(run).plan()[0] if run else None
     if run is None or plan is None or (name := plan.recipe.evaluate.test_set) is None:
         return None
     asked = Asked(rows=(name,), is_seen_allowed=True)
-    own = results([ref], asked)[0] if mean is None else None
-    figures = own.evaluation.about["metrics"] if own else of_model(cast(PreTrainedModel, mean), run, name)
+    try:
+        own = results([ref], asked)[0] if mean is None else None
+        figures = own.evaluation.about["metrics"] if own else of_model(cast(PreTrainedModel, mean), run, name)
+    except DataError as error:
+        hint = f"{error.hint}; or package it with the figures of the held-out rows: --held-out"
+        raise PackageError(error.message, where=error.where, hint=hint) from None
     base = _of_base(run, asked)
     checkpoint = find(parse(ref))
     seen = next(each.seen for each in plan.sets if each.name == name)

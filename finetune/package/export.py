@@ -33,6 +33,7 @@ from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.durable import failures, rename, sync_tree
 from finetune.store.run import scan
+from finetune.store.run.directory import RunDirectory
 from finetune.training.opened import Opened, open_model, open_tokenizer
 from finetune.training.resolve import resolve_own
 
@@ -82,12 +83,13 @@ def package(
     """
     run = refusals.run_of_ref(ref)
     refusals.refuse_existing(directory)
+    asked = RunDirectory(run).plan()[0]
+    refusals.refuse_unnamed_base(asked, asked.recipe.package.form)
     # Before the weights are opened here: they are then in memory once.
     reported = report(ref, None) if report and not average else None
     opened = _with_dtype(open_model(ref, is_as_trained=False), dtype)
     plan, manifest = opened.run_plan, opened.run_checkpoint.manifest
     recipe = plan.recipe
-    refusals.refuse_unnamed_base(plan, recipe.package.form)
     if manifest.kind == "average":
         refusals.refuse_average(ref, opened, is_averaged_again=average is not None)
     tokenizer = _tokenizer_of(opened, ref)
@@ -107,19 +109,9 @@ def package(
         made = assemble(replace(opened, model=model), tokenizer, base_directory, staging, load or proof.load_back)
         checks += [*made.checks, Check("private", "no file names a folder of the machine it was made on")]
         found = [check.report for check in checks]
-        facts = Facts(
-            plan,
-            manifest,
-            numbers,
-            found,
-            recipe.package.form,
-            recipe.package.dtype or recipe.train.precision,
-            *licences,
-            averaged,
-            _stages(manifest, ref),
-            reported.seen if reported else _seen(plan, manifest, ref),
-            reported,
-        )
+        form, dtype = recipe.package.form, recipe.package.dtype or recipe.train.precision
+        stages, seen = _stages(manifest, ref), reported.seen if reported else _seen(plan, manifest, ref)
+        facts = Facts(plan, manifest, numbers, found, form, dtype, *licences, averaged, stages, seen, reported)
         documents.write_record(facts, staging)
         (staging / reference.FILE).write_text(json.dumps(made.record) + "\n", encoding="utf-8")
         documents.write_attestations(facts, made.model.config.architectures, run, staging)

@@ -13,10 +13,10 @@ import yaml
 from click.testing import CliRunner
 
 from finetune.cli import cli
-from finetune.compare.evaluate import evaluate, every_checkpoint
+from finetune.compare.evaluate import evaluate, every_checkpoint, results
 from finetune.compare.results import Asked
 from finetune.compare.watch import watch
-from finetune.errors import DataError, RunError
+from finetune.errors import DataError, FinetuneError, RunError
 from finetune.store import evaluations
 from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.store import Store
@@ -277,6 +277,52 @@ def test_a_set_with_training_rows_is_refused(recipe, train, tmp_path) -> None:
     seen = {"sets": {"seen": [{"path": rows(tmp_path / "seen.jsonl", range(3, 6))}]}}
     with pytest.raises(DataError, match="evaluation set seen: 3 of 3 held-out rows are training rows of this run"):
         train(recipe("seen", evaluate=seen), tmp_path / "refused")
+    assert not (tmp_path / "refused/plan.json").exists()
+
+
+def with_test_set(path: Path, numbers, docs: str) -> dict:
+    sets = {"docs": [{"path": docs}], "final": [{"path": rows(path / "final.jsonl", numbers)}]}
+    return {"every": "2 steps", "sets": sets, "test_set": "final"}
+
+
+@pytest.mark.slow
+def test_a_test_set_is_evaluated_only_if_it_is_named(recipe, train, capsys, tmp_path) -> None:
+    docs = rows(tmp_path / "docs.jsonl", range(100, 106))
+    run = tmp_path / "run"
+    train(recipe("tested", evaluate=with_test_set(tmp_path, range(110, 115), docs)), run)
+    assert [each["set"] for each in evaluate([f"{run}@4"])] == ["held-out", "docs"]
+    asked = Asked(rows=("final", "held-out"))
+    assert [(each.rows, each.is_stored) for each in results([f"{run}@4"], asked)] == [
+        ("held-out", True),
+        ("final", False),
+    ]
+    assert [(each.rows, each.is_stored) for each in results([f"{run}@4"], Asked(rows=("final",)))] == [("final", True)]
+    with pytest.raises(DataError, match="has no rows named `other`\nhint: the sets of rows are: held-out, docs, final"):
+        results([f"{run}@4"], Asked(rows=("other",)))
+    with pytest.raises(FinetuneError, match="`final` names a set of a recipe, and the rows are those of files"):
+        Asked(rows=("final",), files=(docs,))
+
+    printed = CliRunner().invoke(cli, ["compare", f"{run}@0", f"{run}@4", "--rows", "final", "--json"])
+    found = json.loads(printed.stdout)
+    assert (found["set"], found["rows"]) == ("final", 5) and "evaluate.test_set: if you choose by it" in found["notes"][
+        0
+    ]
+    printed = CliRunner().invoke(cli, ["compare", f"{run}@0", f"{run}@4"])
+    assert printed.stdout.startswith("held-out: loss") and "evaluate.test_set" not in printed.stdout
+
+
+def test_a_test_set_with_rows_of_another_set_is_refused(recipe, train, chat_data, tmp_path) -> None:
+    docs = rows(tmp_path / "docs.jsonl", range(100, 106))
+    with pytest.raises(
+        DataError, match="evaluate.test_set: 1 of 2 rows of final are also rows of the set docs\nhint: "
+    ):
+        train(recipe("shared", evaluate=with_test_set(tmp_path, (105, 110), docs)), tmp_path / "refused")
+    held_out = with_test_set(tmp_path, (), docs)
+    held_out["sets"]["final"] = [{"path": str(chat_data / "holdout.jsonl"), "take": 3}]
+    with pytest.raises(DataError, match="evaluate.test_set: 3 of 3 rows of final are also held-out rows"):
+        train(recipe("held", evaluate=held_out), tmp_path / "refused")
+    with pytest.raises(DataError, match="evaluation set final: 2 of 3 held-out rows are training rows of this run"):
+        train(recipe("seen", evaluate=with_test_set(tmp_path, (3, 4, 110), docs)), tmp_path / "refused")
     assert not (tmp_path / "refused/plan.json").exists()
 
 

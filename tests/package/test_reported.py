@@ -5,15 +5,19 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune.compare import measure
+from finetune.compare import reported as of_card
 from finetune.compare.reported import reported
-from finetune.errors import DataError
+from finetune.errors import BaseError, PackageError
 from finetune.package import export, proof
 from finetune.package.card import metadata
 from finetune.package.verify.verify import verify
+from finetune.recipe.load import load
 from finetune.store import evaluations
-from tests.conftest import chat_row
+from finetune.training.run import train
+from tests.conftest import chat_row, copied
 from tests.hub.client import in_turn
 from tests.package.conftest import LORA
 
@@ -124,14 +128,27 @@ def test_rows_that_are_gone_or_changed_are_refused_until_you_ask_for_the_held_ou
     gone = tmp_path / "final.gone"
     final.rename(gone)
     try:
-        with pytest.raises(DataError, match="evaluation set final: .*final.jsonl"):
+        with pytest.raises(PackageError, match="evaluation set final: .*final.jsonl"):
             export.package(f"{run}@4", tmp_path / "dist", load=proof.load_here, report=reported)
         rows(final, range(110, 121))
-        with pytest.raises(DataError, match="evaluation set final: it has other rows than when it was planned"):
+        with pytest.raises(PackageError, match="evaluation set final: it has other rows than when it was planned"):
             reported(f"{run}@4")
     finally:
         final.write_text(sound)
     assert not (tmp_path / "dist").exists()
+
+
+def test_an_average_is_evaluated_on_the_test_set(run, tmp_path) -> None:
+    average = run / "averages/it"
+    ((code, _, said), (again, _, why)) = in_turn(
+        dict(os.environ),
+        ("average", f"{run}@4", f"{run}@6", "--output", average),
+        ("package", average, tmp_path / "dist"),
+    )
+    assert code == 0 == again, said + why
+    own = records(tmp_path / "dist", "reported")
+    assert own[6]["loss"] < own[0]["loss"] and own[6]["loss"] != reported(f"{run}@6").own["loss"]
+    assert verify(str(tmp_path / "dist"))["ok"]
 
 
 def test_a_mean_of_steps_is_evaluated_on_the_test_set(run, tmp_path) -> None:
@@ -147,3 +164,38 @@ def test_a_mean_of_steps_is_evaluated_on_the_test_set(run, tmp_path) -> None:
     assert result["set"] == "final" and own["loss"] == pytest.approx(result["metrics"]["loss"], abs=1e-5)
     assert verify(str(directory))["ok"]
     assert not records(tmp_path / "plain", "reported")
+
+
+def test_a_set_that_training_evaluated_before_it_became_the_test_set_is_told(run, tmp_path) -> None:
+    finished = copied(run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["evaluate"]["test_set"] = "docs"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(load(tmp_path / "recipe.yaml"), finished, is_quiet=True)
+    export.package(f"{finished}@6", tmp_path / "dist", load=proof.load_here, report=reported)
+    card = (tmp_path / "dist/README.md").read_text()
+    assert "reported on 6 other rows (`docs`, " in card and "2 other checkpoints of the run were evaluated" in card
+
+
+def test_without_its_base_a_package_has_figures_of_its_own_alone(run, tmp_path, monkeypatch, capsys) -> None:
+    honest = of_card.results
+
+    def without_base(texts, asked):
+        if texts[0].endswith("@0"):
+            raise BaseError("is gone")
+        return honest(texts, asked)
+
+    monkeypatch.setattr(of_card, "results", without_base)
+    export.package(f"{run}@6", tmp_path / "dist", load=proof.load_here, report=reported)
+    assert "| held-out loss (nats per token) | not evaluated | " in (tmp_path / "dist/README.md").read_text()
+    assert "the base is not evaluated on final: is gone" in capsys.readouterr().err
+    assert verify(str(tmp_path / "dist"))["ok"]
+
+
+def test_a_damaged_result_is_computed_again(run, packaged) -> None:
+    expected = reported(f"{run}@6")
+    for path in evaluations.of_step(run, 6).glob("*.parquet"):
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-40])
+    assert reported(f"{run}@6").own["loss"] == expected.own["loss"]
+    assert "final" in abouts(run, 6)

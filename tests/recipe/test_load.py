@@ -274,6 +274,29 @@ def test_a_mistake_in_an_evaluation_set_is_named_by_its_key(sets, said):
     assert complaint(text).partition(": ")[2].startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ("evaluate: {test_set: final}", "evaluate.test_set: needs its rows in `evaluate.sets`"),
+        ("evaluate: {test_set: final, sets: {docs: [{path: x}]}}", "evaluate.test_set: must be `docs`"),
+        ("evaluate: {test_set: held-out, sets: {docs: [{path: x}]}}", "evaluate.test_set: must be `docs`"),
+        (
+            "evaluate: {test_set: docs, sets: {docs: [{path: x}]}}\ncheckpoint: {keep: {best: {metric: docs/loss}}}",
+            "checkpoint.keep.best.metric: nothing is chosen by `docs`, since it is `evaluate.test_set`; use another set",
+        ),
+        (
+            "evaluate: {every: 2 steps, test_set: docs, sets: {docs: [{path: x}]}}",
+            "train.early_stopping.metric: nothing is chosen by `docs`, since it is `evaluate.test_set`; use another set",
+        ),
+    ],
+)
+def test_nothing_is_chosen_by_the_test_set(sections, said):
+    text = SMALLEST.replace("data:", "data:\n  holdout: 2") + sections + "\n"
+    if said.startswith("train."):
+        text = text.replace("train: {", "train: {early_stopping: {metric: docs/loss}, ")
+    assert complaint(text).partition(": ")[2] == said
+
+
 def test_a_recipe_made_in_python_is_held_to_the_same_rules():
     sections = loads(SMALLEST, "recipe.yaml").recipe.model_dump(exclude_unset=True) | {"package": {"form": "adapter"}}
     with pytest.raises(ValueError, match="package.form: `adapter` needs"):

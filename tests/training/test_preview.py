@@ -1,7 +1,10 @@
 """`plan` says how much of each source is drawn, and how the learning rate goes."""
 
+import json
+
 from finetune.recipe.load import load
 from finetune.training.preview import preview
+from tests.conftest import chat_row
 
 
 def shown(path, tmp_path):
@@ -39,3 +42,21 @@ def test_plan_does_not_speak_of_the_order_of_one_shuffled_source(recipe_file, ch
     found = shown(recipe_file(data={"train": [{"path": str(chat_data / "train.jsonl")}]}), tmp_path)
     assert not any(line.startswith("order") for line in found.text.splitlines())
     assert found.facts["tokens_per_epoch"] == found.resolved.plan.counts.tokens
+
+
+def test_plan_says_which_rows_choose_and_which_are_for_the_card(recipe_file, tmp_path):
+    texts = {"docs": range(100, 106), "final": range(110, 120)}
+    for name, numbers in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(chat_row(number)) + "\n" for number in numbers))
+    sets = {name: [{"path": str(tmp_path / f"{name}.jsonl")}] for name in texts}
+    checkpoint = {"every": "4 steps", "keep": {"best": {"metric": "docs/loss"}}}
+    found = shown(recipe_file(evaluate={"sets": sets, "test_set": "final"}, checkpoint=checkpoint), tmp_path)
+    assert [(each["name"], each["is_test_set"]) for each in found.facts["sets"]] == [("docs", False), ("final", True)]
+    assert found.facts["choosing_rows"] == {"docs": 6}
+    lines = found.text.splitlines()
+    assert "checkpoints are chosen by 6 docs rows" in lines
+    assert "test set final: 10 rows, for the card of a package alone" in lines
+    plain = shown(recipe_file(evaluate={"sets": sets}, checkpoint=checkpoint), tmp_path)
+    assert plain.resolved.plan.plan_id == found.resolved.plan.plan_id
+    alone = shown(recipe_file(checkpoint={"every": "4 steps"}), tmp_path)
+    assert alone.facts["choosing_rows"] == {} and "chosen" not in alone.text

@@ -46,17 +46,15 @@ class Reported:
 def told(event: EventRecord) -> str:
     """A sentence about the rows of an event `reported`."""
     rows = f"(`{event['set']}`, {event['tokens']:,} tokens with a loss)"
-    count, chosen, earlier = counted(event["rows"], "row"), event["chosen"], event["earlier"]
-    if not chosen:
-        begin = f"Reported on {count} {rows}"
+    chosen, earlier = event["chosen"], event["earlier"]
+    if chosen:
+        begin = f"Chosen on {_listed(chosen)}, reported on {counted(event['rows'], 'other row')} {rows}"
     else:
-        other = counted(event["rows"], "other row")
-        begin = f"Chosen on {_listed(chosen)}, reported on {other} {rows}"
-    if not earlier:
-        return f"{begin} that no choice has seen."
-    others = counted(earlier, "other checkpoint")
-    verb = "was" if earlier == 1 else "were"
-    return f"{begin}. {others} of the run {verb} evaluated on these rows before, so a choice may have seen them."
+        begin = f"Reported on {counted(event['rows'], 'row')} {rows}"
+    if earlier:
+        was = f"{counted(earlier, 'other checkpoint')} of the run {'was' if earlier == 1 else 'were'}"
+        return f"{begin}. {was} evaluated on these rows before, so a choice may have seen them."
+    return f"{begin} that no choice has seen."
 
 
 def _listed(chosen: Mapping[str, int]) -> str:

@@ -42,7 +42,7 @@ def figure_is_computed(
 ) -> Iterator[str]:
     """By training: it does not wait for answers. `averages` begin the names of figures of averaged weights."""
     rows, figure = by.parts
-    if rows == evaluate.test_set:
+    if rows == evaluate.test_set and rows in evaluate.sets:
         yield f"{key}.metric: nothing is chosen by `{rows}`, since it is `evaluate.test_set`; use another set"
         return
     known = {"loss", *task.figures}

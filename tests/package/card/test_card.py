@@ -11,6 +11,8 @@ import yaml
 from finetune.package.card import figures, record
 from finetune.package.card.card import card
 from finetune.package.card.facts import Facts
+from finetune.package.card.reported import CHOSEN, Reported, told
+from finetune.plan.pinned import PinnedSet
 from finetune.plan.plan import Counts, PinnedBase, PinnedSource, Plan
 from finetune.plan.split import Seen
 from finetune.recipe.schema import Recipe
@@ -220,3 +222,66 @@ def test_figures_have_intervals_where_the_record_has_errors() -> None:
     assert "interval" not in figures.shown(FIGURES, 2, CROSS_ENTROPY)
     grown = figures.shown([*FIGURES[:-1], FIGURES[-1] | {"loss": "inf", "perplexity": "inf"}], 2, CROSS_ENTROPY)
     assert "| 3.0000 | inf |" in grown
+
+
+def reported(**more: object) -> Reported:
+    """The evaluation of step 2 on a test set of 30 rows."""
+    measured = {"rows": 30, "tokens": 400, "perplexity": 7.0}
+    return Reported("final", {**measured, "loss": 3.1}, {**measured, "loss": 2.2, "loss_stderr": 0.1}, **more)
+
+
+def chosen(**sections: object) -> Facts:
+    """Facts of a run that chooses among its checkpoints."""
+    data = {"train": [{"path": "train.jsonl"}], "holdout": 8}
+    one = facts(evaluate={"every": "1 steps"}, data=data, **sections)
+    return replace(one, plan=one.plan.model_copy(update={"holdout_counts": COUNTS.model_copy(update={"rows": 8})}))
+
+
+def test_figures_on_a_test_set_take_the_place_of_the_held_out_ones() -> None:
+    one, own = chosen(), reported()
+    said = card(replace(one, figures=[*FIGURES, *own.records(one.plan, 2)], report=own))
+    assert "| held-out loss (nats per token) | 3.1000 | 2.2000 (2.0040 to 2.3960) |" in said and "2.0000" not in said
+    assert "Chosen on 8 held-out rows, reported on 30 other rows (`final`, 400 tokens with a loss) that no" in said
+    seen = replace(own, seen=(Seen(by="one@4", rows=3),))
+    said = card(replace(one, figures=[*FIGURES, *seen.records(one.plan, 2)], report=seen, seen=seen.seen))
+    assert "**3 of 30 held-out rows are training rows of one@4.**" in said
+
+
+def test_a_card_says_where_its_checkpoint_may_be_chosen_by_its_own_rows() -> None:
+    assert CHOSEN in card(chosen()) and CHOSEN not in card(facts())
+    by_docs = {"keep": {"best": {"metric": "docs/loss"}}}
+    sets = {"every": "1 steps", "sets": {"docs": [{"path": "docs.jsonl"}]}}
+    one = facts(evaluate=sets, checkpoint=by_docs, data={"train": [{"path": "train.jsonl"}], "holdout": 8})
+    assert CHOSEN not in card(one)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"chosen": {}}, "Reported on 30 rows (`final`, 400 tokens with a loss) that no choice has seen."),
+        ({"chosen": {"docs": 1}}, "Chosen on 1 row of `docs`, reported on 30 other rows (`final`, 400 "),
+        ({"earlier": 2}, "2 other checkpoints of the run were evaluated on these rows before, so a choice may have"),
+    ],
+)
+def test_the_sentence_about_a_test_set_fits_what_was_chosen(more, said) -> None:
+    (_, event) = reported().records(chosen().plan, 2)
+    assert said in told({**event, **more})
+
+
+def test_a_figure_that_is_not_finite_is_a_word_of_the_record() -> None:
+    (event,) = replace(reported(), base=None, own={"rows": 3, "tokens": 9, "loss": float("nan")}).records(
+        facts().plan, 2
+    )
+    assert event["loss"] == "nan" and "| not evaluated | nan |" in figures.shown([event], 2, {"loss": "loss"})
+
+
+def test_a_test_set_on_the_hub_has_its_result_in_the_hubs_own_form() -> None:
+    evaluate = {"every": "1 steps", "sets": {"final": [{"dataset": "owner/final"}]}, "test_set": "final"}
+    one = facts(evaluate=evaluate, data={"train": [{"path": "train.jsonl"}], "holdout": [{"dataset": "owner/test"}]})
+    pinned = PinnedSource(name="owner/final", revision="f00d", fingerprint="blake3:0", rows=30)
+    plan = one.plan.model_copy(
+        update={"sets": (PinnedSet(name="final", sources=(pinned,), counts=COUNTS, contents="0"),)}
+    )
+    records = [*FIGURES, *reported().records(plan, 2)]
+    (entry,) = figures.eval_results(records, 2, plan)
+    assert (entry["dataset"]["id"], entry["dataset"]["revision"], entry["value"]) == ("owner/final", "f00d", 2.2)
