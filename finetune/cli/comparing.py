@@ -10,6 +10,7 @@ from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
 from finetune.cli.options import OVERRIDE, PATH, REFS, where_it_is_or_files
 from finetune.recipe.schema import HELD_OUT
+from finetune.recipe.schema.metrics import BY_NAME
 
 if TYPE_CHECKING:
     from finetune.compare.evaluate import Evaluated
@@ -22,6 +23,7 @@ class HowToEvaluate(TypedDict):
     is_seen_allowed: bool
     is_again: bool
     rows: tuple[str, ...]
+    max_new_tokens: int
 
 
 @click.command()
@@ -39,6 +41,20 @@ class HowToEvaluate(TypedDict):
 @click.option(
     "--lm-eval", "tasks", multiple=True, metavar="TASK", help="Evaluate a task of lm-eval: a name, or a YAML file."
 )
+@click.option(
+    "--metric",
+    "names",
+    multiple=True,
+    type=click.Choice([*BY_NAME]),
+    help="Also measure this of the model's own answers. You may give several.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens of the longest answer, where the recipe does not say it.",
+)
 @click.option("--again", "is_again", is_flag=True, help="Also compute what is stored already.")
 @click.option(
     "--seen", "is_seen_allowed", is_flag=True, help="Also evaluate rows that were trained on, and show how many."
@@ -46,21 +62,26 @@ class HowToEvaluate(TypedDict):
 @answers
 @where_it_is_or_files
 def evaluate(
-    refs: tuple[str, ...], is_every: bool, watched: Path | None, tasks: tuple[str, ...], **how: Unpack[HowToEvaluate]
+    refs: tuple[str, ...],
+    is_every: bool,
+    watched: Path | None,
+    tasks: tuple[str, ...],
+    names: tuple[str, ...],
+    **how: Unpack[HowToEvaluate],
 ) -> Answer:
     """Evaluate models on held-out rows, evaluation sets, or files."""
     if how["overrides"] and not how["recipe"]:
         raise click.UsageError("--set goes with --recipe: a run's own rows are those of its plan")
     if bool(refs) == bool(watched):
         raise click.UsageError("give REF..., or --watch RUN")
-    if tasks and (watched or how["recipe"] or how["files"] or how["rows"]):
+    if tasks and (watched or how["recipe"] or how["files"] or how["rows"] or names):
         raise click.UsageError("--lm-eval has its own rows: give it REF... alone")
     with importing():
         from finetune.compare import evaluate as evaluation
         from finetune.compare import harness
         from finetune.compare.results import Asked
 
-    asked = Asked(**how)
+    asked = Asked(**how, metrics=[BY_NAME[name] for name in dict.fromkeys(names)])
     if watched:
         from finetune.compare.watch import watch
 

@@ -39,6 +39,8 @@ class Asked:
     """Metrics of the user's own, of the model's answers to every set. Nothing stands for what they do, so they are called every time."""
     max_new_tokens: int = 128
     """Of answers to sets for which the recipe does not say it."""
+    metrics: Sequence[Metric] = ()
+    """Of answers to every set, beside those that the recipe names for it."""
     rows: Sequence[str] = ()
     """Names of sets of a run or recipe, where not all are asked for. `evaluate.test_set` is evaluated only if it is named."""
 
@@ -145,9 +147,13 @@ class Wanted(NamedTuple):
 
 
 def wanted_of(plan: Plan, rows: str, asked: Asked) -> Wanted | None:
-    """Those that the recipe of a plan names for one of its sets."""
+    """Those that the recipe of a plan names for one of its sets, and those that are asked for."""
     given = None if asked.files else plan.recipe.evaluate.sets.get(rows)
-    return Wanted(given.metrics, given.max_new_tokens) if given and given.metrics else None
+    own = given.metrics if given else []
+    metrics = [*own, *(each for each in asked.metrics if each.name not in {one.name for one in own})]
+    if not metrics:
+        return None
+    return Wanted(metrics, given.max_new_tokens if own and given else asked.max_new_tokens)
 
 
 def asked_of(plan: Plan, asked: Asked, text: str) -> list[str]:

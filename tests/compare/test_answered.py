@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
 import finetune
+from finetune.cli import cli
 from finetune.compare import answered
 from finetune.compare.evaluate import evaluate
 from finetune.errors import FinetuneError, RecipeError
@@ -62,6 +64,27 @@ def test_another_metric_needs_no_model_where_the_answers_are_kept(run, recipe, t
     metrics = evaluate([f"{run}@2"])[1]["metrics"]
     words = [len(chat_row(number)["messages"][1]["content"].split()) for number in range(100, 104)]
     assert metrics["words"] == sum(words) / 4 and {"exact_match", "regex"} <= metrics.keys()
+
+
+def test_metrics_are_asked_for_by_name_of_any_rows(run, tmp_path, monkeypatch) -> None:
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps(chat_row(number)) + "\n" for number in range(110, 113)))
+    short = ["--metric", "json", "--max-new-tokens", "4", "--json"]
+
+    def asked(*arguments: str) -> list[dict]:
+        result = CliRunner().invoke(cli, ["evaluate", f"{run}@2", *arguments], catch_exceptions=False)
+        return json.loads(result.stdout)["results"]
+
+    (found,) = asked("--data", str(file), *short)
+    assert found["metrics"]["json"] == 0 and found["metrics"]["rows"] == 3 and not found["is_stored"]
+    held_out, of_recipe = asked(*short)
+    assert "json" in held_out["metrics"] and {"json", "exact_match"} <= of_recipe["metrics"].keys()
+    monkeypatch.setattr(answered, "_answers", None)
+    assert asked("--data", str(file), *short)[0] == found | {"is_stored": True}
+    assert asked("--data", str(file), "--metric", "exact_match", *short)[0]["metrics"].keys() >= {"json", "exact_match"}
+    assert "json" not in asked("--data", str(file), "--json")[0]["metrics"]
+    refused = CliRunner().invoke(cli, ["evaluate", f"{run}@2", "--metric", "bleu"])
+    assert refused.exit_code == 2 and "'bleu' is not one of" in refused.stderr
 
 
 def test_functions_of_the_api_get_each_row_with_its_answer(run) -> None:

@@ -82,6 +82,14 @@ RESERVED = {
 }
 
 
+BY_NAME: dict[str, ExactMatch | Rouge | Json] = {
+    "exact_match": ExactMatch(name="exact_match"),
+    "rouge": Rouge(name="rouge"),
+    "json": Json(name="json"),
+}
+"""The metrics that are asked for by their name alone."""
+
+
 def _kind(value: object) -> str | None:
     given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     return "program" if "program" in given else given.get("name")
@@ -99,5 +107,5 @@ Metric = Annotated[
     | Annotated[Program, Tag("program")],
     Discriminator(_kind),
     BeforeValidator(_named),
-    Short({"enum": ["exact_match", "rouge", "json"]}),
+    Short({"enum": [*BY_NAME]}),
 ]
