@@ -69,7 +69,14 @@ def evaluate(
 
     named = [str(file) for file in files]
     asked = Asked(
-        Path(recipe) if recipe else None, overrides, named, is_seen_allowed, is_again, metrics, max_new_tokens, rows
+        Path(recipe) if recipe else None,
+        overrides,
+        named,
+        is_seen_allowed,
+        is_again,
+        functions=metrics,
+        max_new_tokens=max_new_tokens,
+        rows=rows,
     )
     return shown(results([refs] if isinstance(refs, str) else refs, asked))
 

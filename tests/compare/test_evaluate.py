@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import finetune
 from finetune.cli import cli
 from finetune.compare.evaluate import evaluate, every_checkpoint, results
 from finetune.compare.results import Asked
@@ -299,6 +300,7 @@ def test_a_test_set_is_evaluated_only_if_it_is_named(recipe, train, capsys, tmp_
     assert [(each.rows, each.is_stored) for each in results([f"{run}@4"], Asked(rows=("final",)))] == [("final", True)]
     with pytest.raises(DataError, match="has no rows named `other`\nhint: the sets of rows are: held-out, docs, final"):
         results([f"{run}@4"], Asked(rows=("other",)))
+    assert [each["set"] for each in finetune.evaluate(f"{run}@4", rows=["final"])] == ["final"]
     with pytest.raises(FinetuneError, match="`final` names a set of a recipe, and the rows are those of files"):
         Asked(rows=("final",), files=(docs,))
 

@@ -192,6 +192,12 @@ def test_without_its_base_a_package_has_figures_of_its_own_alone(run, tmp_path, 
     assert verify(str(tmp_path / "dist"))["ok"]
 
 
+def test_a_checkpoint_is_published_with_figures_of_the_test_set(run, tmp_path) -> None:
+    ((code, _, said),) = in_turn(dict(os.environ), ("publish", f"{run}@6", "--to", f"folder:{tmp_path / 'out'}"))
+    assert code == 0, said
+    assert "reported on 10 other rows (`final`, " in (tmp_path / "out/README.md").read_text()
+
+
 def test_a_damaged_result_is_computed_again(run, packaged) -> None:
     expected = reported(f"{run}@6")
     for path in evaluations.of_step(run, 6).glob("*.parquet"):
