@@ -12,7 +12,8 @@ FinetuneError                exit 1   what happened, where, and on its own line 
 ├── DivergedError                     processes of a training that came to different results
 ├── NotFiniteError                    a loss or gradient norm that is not a number: the step was refused
 ├── PackageError                      a package that is not what was trained, or has what must not go out
-└── PublishError                      a Hub or a folder that refuses, or ends up with something else
+├── PublishError                      a Hub or a folder that refuses, or ends up with something else
+└── MirrorError                       a mirror that cannot be reached, is damaged, or belongs to another run
 Stopped                      exit 143, 130 or 129: a signal asked for the end, and the last finished step is committed
 """
 
@@ -174,6 +175,10 @@ class Stopped(Exception):
 
 class PublishError(FinetuneError):
     code = "publish"
+
+
+class MirrorError(FinetuneError):
+    code = "mirror"
 
 
 UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))

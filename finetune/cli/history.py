@@ -7,7 +7,7 @@ import click
 
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
-from finetune.cli.options import PATH, REF, RUN
+from finetune.cli.options import PATH, REF, RUN, RUN_TO_READ
 from finetune.errors import counted
 from finetune.store.run.directory import PINS
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@RUN
+@RUN_TO_READ
 @answers
 def log(run: Path) -> Answer:
     """Show a run: its checkpoints, incidents, and branches."""

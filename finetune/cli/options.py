@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from finetune.recipe.addresses import is_place
 from finetune.store import places
 
 Command = Callable[..., Any]
@@ -85,3 +86,20 @@ class Steps(click.ParamType[tuple[int, int]]):
 
 
 STEPS = Steps()
+
+
+class RunOrMirror(click.ParamType[Path]):
+    """A run directory, or the address of a mirror: then the one in the cache that stands for it."""
+
+    name = "run"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, context: click.Context | None) -> Path:
+        if isinstance(value, Path) or not is_place(value):
+            return Path(value)
+        from finetune.store.mirror import replica
+
+        return replica.run_of(value.rstrip("/"))
+
+
+RUN_TO_READ = click.argument("run", type=RunOrMirror(), metavar="RUN")
+"""For commands that write nothing there."""

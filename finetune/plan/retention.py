@@ -9,7 +9,7 @@ from math import isfinite
 from typing import NamedTuple, Protocol
 
 from finetune.plan.facts import Metrics
-from finetune.recipe.schema import Best, Every, Keep
+from finetune.recipe.schema import Best, Every, KeepWhole
 
 LOSS = Best()
 
@@ -79,7 +79,7 @@ class Kept(NamedTuple):
     """Steps that stay as weights alone; disjoint from `full`."""
 
 
-def keep(checkpoints: Sequence[Saved], rule: Keep, protected: set[int]) -> Kept:
+def keep(checkpoints: Sequence[Saved], rule: KeepWhole, protected: set[int]) -> Kept:
     """The steps that stay: the newest, the best, the protected ones (parents of branches, published), and what the rules name."""
     full = last(checkpoints, 1) | best(checkpoints, 1) | protected & {item.step for item in checkpoints}
     weights: set[int] = set()

@@ -62,6 +62,7 @@ RECIPE = (
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),
     Rule(("guard",), "taken", "it decides which updates are not made; what was decided before is recorded, and stays"),
     Rule(("track",), "taken", "a tracker only listens"),
+    Rule(("mirror",), "taken", "a copy leaves no trace in training"),
     Rule(("package", "publish"), "taken", "they are about what is made of the run afterwards"),
 )
 

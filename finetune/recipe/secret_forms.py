@@ -41,7 +41,7 @@ def secrets_of(value: Plain, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, str):
         kinds = [name for name, _ in secrets_in(value)]
         # Elsewhere 40 hexadecimal digits are the commit of a base or a data set.
-        if key.startswith("track"):
+        if key.startswith(("track", "mirror")):
             kinds += [name for pattern, name in OF_TRACKERS if pattern.search(value)]
         yield from ((key, name) for name in kinds[:1])
 

@@ -13,7 +13,9 @@ from finetune.store.run import journal as journals
 from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.run.lease import Lease
 from finetune.store.run.silence import Watch
+from finetune.training import mirroring
 from finetune.training.agreement import same_checkpoint
+from finetune.training.followers import Followers
 from finetune.training.progress import Progress
 from finetune.training.recorder import Pen, Recorder
 from finetune.training.resume import Opened
@@ -22,7 +24,6 @@ from finetune.training.saving.saver import Saver
 from finetune.training.saving.sharded import OwnRows
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
-from finetune.training.trackers.processes import Tracked
 
 
 class Attempt(NamedTuple):
@@ -58,7 +59,8 @@ def begin(
     replace_file(run.recipe, recipe_text.encode())
     replace_file(run.plan_file, plan.dump(opened.facts))
     journal = journals.Journal(path, Watch(path))
-    pen = Pen(lease, journal, saver, Tracked(path, [tracker.name for tracker in plan.recipe.track], progress.say))
+    mirroring.claim(path)
+    pen = Pen(lease, journal, saver, Followers(path, plan.recipe, progress.say))
     recorder = Recorder(path, plan, progress, past, reports, pen)
     _write_down(recorder, lease, manifest, opened.changes, saver.last, damages)
     _say_what_is_lost(recorder, past, damages)

@@ -17,6 +17,7 @@ from finetune.store.run.lease import Lease
 from finetune.store.run.records import Skipped, StepRecord
 from finetune.store.run.row_losses import Columns
 from finetune.training import collectives
+from finetune.training.followers import Followers
 from finetune.training.guard import Amendment, Verdict
 from finetune.training.loop import StepReport
 from finetune.training.progress import Progress
@@ -26,7 +27,6 @@ from finetune.training.saving.sharded import OwnRows, work_beside
 from finetune.training.saving.writer import Writer
 from finetune.training.so_far import Past
 from finetune.training.state import TrainState
-from finetune.training.trackers.processes import Tracked
 from finetune.training.used_memory import used_bytes
 
 
@@ -36,7 +36,7 @@ class Pen(NamedTuple):
     lease: Lease
     journal: journals.Journal
     saver: Saver
-    trackers: Tracked
+    followers: Followers
 
 
 class Recorder:
@@ -101,7 +101,7 @@ class Recorder:
         self.past.add(record)
         if self.pen:
             self.pen.journal.append(record)
-            self.pen.trackers.look()
+            self.pen.followers.look()
             # Written with the next save: a file a step would be thousands of files.
             self._columns.extend(report.columns)
             if earlier and (changed := journals.difference(earlier, record)):
@@ -247,4 +247,4 @@ class Recorder:
             try:
                 self.pen.journal.close()
             finally:  # they read what it has written
-                self.pen.trackers.finish()
+                self.pen.followers.finish()

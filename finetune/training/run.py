@@ -20,11 +20,12 @@ from finetune.plan import cadence
 from finetune.plan.pace import FORECAST_AFTER_STEPS, ahead, tokens_of
 from finetune.plan.retention import Saved
 from finetune.recipe.load import LoadedRecipe
+from finetune.store import places
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import lease
-from finetune.training import attempt, collectives, gradients, loop, pins
+from finetune.training import attempt, collectives, gradients, loop, mirroring, pins
 from finetune.training.build import build
 from finetune.training.early_stopping import Patience
 from finetune.training.evaluated_step import evaluate_step
@@ -61,6 +62,7 @@ def train(
         hint = "name it as base.checkpoint of a recipe, and use another --run"
         raise RunError("is a checkpoint, not a run: nothing resumes from it", where=str(path), hint=hint)
     refuse_absent(loaded.recipe.track, loaded.problem)
+    mirroring.refuse_absent(loaded.recipe.mirror, loaded.problem)
     with Signals() as signals:
         # Before the lease: a process must know its rank first, because rank 0 alone takes the lease.
         accelerator = start_accelerator(loaded.recipe.train)
@@ -107,6 +109,8 @@ def _open(
     # Ranks may start on both sides of midnight, and a template may print the day.
     today = date.fromordinal(collectives.of_rank_0(accelerator, date.today().toordinal()))
     with collectives.rank_0_first(accelerator):
+        if is_writer:
+            mirroring.restore(loaded, path, places.say)
         opened = open_plan(loaded, path, accelerator, schedule, today)
         resolved = opened.resolved
         # Rank 0 asks for all. A run that has commits was asked when it began.

@@ -88,10 +88,11 @@ def command(sweep: Sweep, trial: Trial, until: int | None, run: Path) -> list[st
 def _of_every_trial(sweep: Sweep, trial: Trial) -> dict[str, Plain]:
     """Settings beside a trial's own. They do not change what is trained."""
     recipe = sweep.recipe_with(trial.settings).recipe
-    # Trials must not publish their milestones, and a rung needs the held-out loss of its commit.
-    publish: dict[str, Plain] = {"publish": None} if recipe.publish else {}
+    # Trials must not publish their milestones, and a mirror has one run.
+    copies: dict[str, Plain] = {name: None for name in ("publish", "mirror") if getattr(recipe, name)}
+    # A rung needs the held-out loss of its commit.
     is_evaluated = not sweep.spec.halving or recipe.checkpoint.keep.best
-    return publish if is_evaluated else {**publish, "checkpoint.keep.best": 1}
+    return copies if is_evaluated else {**copies, "checkpoint.keep.best": 1}
 
 
 def _popen(words: Sequence[str], log: BinaryIO, slot: int, threads: int, told: int) -> subprocess.Popen[bytes]:

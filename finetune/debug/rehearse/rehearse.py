@@ -57,7 +57,7 @@ class Rehearsal:
         else:
             start = [sys.executable, "-m", "finetune", "train"]
         added = [f"checkpoint.every={every} steps", "checkpoint.keep={last: 1}", "evaluate.every=null"]
-        added += ["track=[]", "trackers=null"]  # the older key, too
+        added += ["mirror=null", "track=[]", "trackers=null"]  # the older key, too
         settings = [word for setting in [*self.overrides, *added] for word in ("--set", setting)]
         return [*start, self.loaded.file, "--run", str(run), "--until", str(until), "--quiet", *settings]
 

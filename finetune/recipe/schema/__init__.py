@@ -7,12 +7,13 @@ from finetune.recipe.schema.adapters import Adapter, FrozenAdapter, LoraAdapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, Holdout, Source, drawn_of, is_drawn
 from finetune.recipe.schema.evaluation import HELD_OUT, Evaluate, EvaluationSet
+from finetune.recipe.schema.mirror import Mirror
 from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.recipe import Recipe
 from finetune.recipe.schema.rope import Rope
 from finetune.recipe.schema.tasks import ChatTask, Task, TextTask
-from finetune.recipe.schema.training import Best, Checkpoint, EarlyStopping, Ema, Guard, Judged, Keep, Train
+from finetune.recipe.schema.training import Best, Checkpoint, EarlyStopping, Ema, Guard, Judged, Keep, KeepWhole, Train
 from finetune.recipe.schema.values import Every, Section, amount_of, count_of
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "Holdout",
     "Judged",
     "Keep",
+    "KeepWhole",
     "LoraAdapter",
+    "Mirror",
     "Optimizer",
     "Package",
     "Publish",

@@ -1,18 +1,21 @@
 """The whole recipe: all sections together."""
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from typing import Annotated
+
+from pydantic import BeforeValidator, ValidationInfo, field_validator, model_validator
 
 from finetune.recipe.schema.adapters import Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data
 from finetune.recipe.schema.evaluation import Evaluate
+from finetune.recipe.schema.mirror import Mirror, named
 from finetune.recipe.schema.optimizers import Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.rules import PartlyRead, problems
 from finetune.recipe.schema.tasks import Task
 from finetune.recipe.schema.trackers import Track, as_a_list
 from finetune.recipe.schema.training import Checkpoint, Guard, Train
-from finetune.recipe.schema.values import Section
+from finetune.recipe.schema.values import Section, Short
 
 
 class Recipe(Section):
@@ -30,6 +33,8 @@ class Recipe(Section):
     guard: Guard = Guard()
     track: Track = []
     """Where the figures of a training also go: names like `tensorboard`, or sections with keys. The journal has them all, whatever you choose here."""
+    mirror: Annotated[Mirror, BeforeValidator(named), Short("to")] | None = None
+    """A copy of the run in a bucket. Without this section a run is only on your disk."""
     package: Package = Package()
     publish: Publish | None = None
 

@@ -11,6 +11,7 @@ from finetune.recipe.schema.adapters import SECTIONS, Adapter
 from finetune.recipe.schema.base import Base
 from finetune.recipe.schema.data import Data, has_holdout
 from finetune.recipe.schema.evaluation import Evaluate
+from finetune.recipe.schema.mirror import Mirror
 from finetune.recipe.schema.optimizers import OPTIMIZERS, SCHEDULES, Optimizer
 from finetune.recipe.schema.package import Package, Publish
 from finetune.recipe.schema.tasks import Task
@@ -40,6 +41,7 @@ class PartlyRead:
     checkpoint: Checkpoint | None = None
     guard: Guard | None = None
     track: Track | None = None
+    mirror: Mirror | None = None
     package: Package | None = None
     publish: Publish | None = None
 

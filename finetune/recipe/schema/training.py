@@ -112,7 +112,7 @@ def _best(value: object) -> object:
     raise ValueError("must be a count like `1`, or a section like `{count: 1, metric: accuracy}`")
 
 
-class Keep(Section):
+class KeepWhole(Section):
     """The checkpoints to keep. The newest and the best always stay."""
 
     last: PositiveInt = 2
@@ -120,13 +120,20 @@ class Keep(Section):
     best: Annotated[Best | None, BeforeValidator(_best), Short({"type": "integer", "exclusiveMinimum": 0})] = None
     """Keep the N checkpoints with the lowest held-out loss, or the best of another figure. Every checkpoint is then evaluated at its step."""
     every: StepCadence | None = None
-    """Keep every multiple of N steps for good. These are committed whatever `checkpoint.every` says."""
-    weights_every: StepCadence | None = None
-    """Keep every multiple of N steps for good, as weights alone: a third of the bytes of a full fine-tune's. You can evaluate, compare and package them, but not resume from them."""
+    """Keep every multiple of N steps for good."""
 
     @property
     def chosen_by(self) -> Best:
         return self.best or Best()
+
+
+class Keep(KeepWhole):
+    """The checkpoints to keep. The newest and the best always stay."""
+
+    every: StepCadence | None = None
+    """Keep every multiple of N steps for good. These are committed whatever `checkpoint.every` says."""
+    weights_every: StepCadence | None = None
+    """Keep every multiple of N steps for good, as weights alone: a third of the bytes of a full fine-tune's. You can evaluate, compare and package them, but not resume from them."""
 
 
 class Checkpoint(Section):

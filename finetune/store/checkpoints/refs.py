@@ -8,18 +8,20 @@ import itertools
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from finetune.errors import CheckpointError, RunError
 from finetune.plan.retention import Saved
+from finetune.recipe.addresses import is_place
 from finetune.recipe.schema import Best
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, read
 from finetune.store.checkpoints.store import Store
 from finetune.store.hub import HUB_ID
+from finetune.store.mirror import replica
 from finetune.store.rank import is_first
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import PLAN, RunDirectory
@@ -98,7 +100,12 @@ Ref = StepRef | OriginRef | CheckpointRef | ModelRef | HubRef | FileRef | Packag
 
 
 def parse(text: str) -> Ref:
-    """Parses a ref. Existing directories and GGUF files come first, then RUN@STEP, then Hub ids."""
+    """Parses a ref. Existing directories and GGUF files come first, then RUN@STEP, then Hub ids.
+
+    A RUN may be the address of a mirror, like `s3://bucket/prefix`: the ref is then one of a run in the cache, as the mirror is now.
+    """
+    if is_place(text):
+        return _of_mirror(text)
     if Path(text).is_dir():
         return _directory(text)
     if text.endswith(".gguf") and Path(text).is_file():
@@ -117,6 +124,13 @@ def parse(text: str) -> Ref:
     near = nearest_folder(text)
     hint = f"did you mean `{near}`?" if near else _FORMS
     raise CheckpointError(f"`{text}` is neither a directory nor a ref", hint=hint)
+
+
+def _of_mirror(text: str) -> Ref:
+    match = _RUN.fullmatch(text)
+    place, step = (match["run"], match["step"]) if match else (text, None)
+    run = replica.run_of(place.rstrip("/"))
+    return replace(parse(f"{run}@{step}" if step else str(run)), text=text)
 
 
 def nearest_folder(text: str) -> str | None:
@@ -163,7 +177,13 @@ def run_of(ref: Ref) -> Path | None:
 
 
 def find(ref: Ref) -> Checkpoint:
-    """The committed checkpoint of a ref of the kind `run` or `checkpoint`; its manifest is sound, its bytes are not verified."""
+    """The committed checkpoint of a ref of the kind `run` or `checkpoint`; its manifest is sound, its bytes are not verified. Of a mirror,
+    its files are fetched."""
+    return replica.completed(described(ref))
+
+
+def described(ref: Ref) -> Checkpoint:
+    """The same; of a mirror, it may have nothing but its manifest."""
     if ref.kind == "checkpoint":
         return read(ref.path)
     if ref.kind != "run":

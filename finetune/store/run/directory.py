@@ -139,6 +139,16 @@ class RunDirectory:
         return self.trackers / f"{name}.lock"
 
     @property
+    def mirror_lock(self) -> Path:
+        """Held by the process that mirrors the run."""
+        return self.path / "mirror.lock"
+
+    @property
+    def mirrored_from(self) -> Path:
+        """In a copy that was fetched from a mirror for reading: what the mirror has."""
+        return self.path / "mirrored_from.json"
+
+    @property
     def debug(self) -> Path:
         return self.path / "debug"
 
@@ -190,6 +200,13 @@ class RunDirectory:
         """The steps with a directory in a checkpoint's place, sound or not, oldest first."""
         names = (path.name for path in self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ()
         return sorted(step for step in map(step_of, names) if step is not None)
+
+    def records(self) -> Iterator[Path]:
+        """The files of a run beside plan, journal and checkpoints that nothing else could make again."""
+        kept = (self.rows, self.modules, self.experts, self.evaluations, self.pins, self.published)
+        for path in sorted(path for folder in kept for path in folder.rglob("*")):
+            if path.is_file() and path.suffix != ".tmp" and not path.name.startswith("."):
+                yield path
 
     @property
     def is_run(self) -> bool:

@@ -11,10 +11,11 @@ from finetune.plan.plan import Plan, are_same_rows
 from finetune.plan.retention import Saved
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint
-from finetune.store.checkpoints.refs import CheckpointRef, StepRef, find, parse
+from finetune.store.checkpoints.refs import CheckpointRef, StepRef, described, find, parse
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.stored import Summary, opened
 from finetune.store.checkpoints.verify import verify
+from finetune.store.mirror import replica
 from finetune.store.run import journal, scan
 from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.run.records import EventRecord, StepRecord
@@ -51,7 +52,7 @@ def log(run: Path) -> RunLog:
     by = plan.recipe.checkpoint.keep.chosen_by
     saved = [Saved.of(Summary.of(item), evaluated, by) for item in stored]
     return {
-        "run": str(run),
+        "run": replica.name_of(run),
         "parent": cast(ParentOfRun, plan.parent.model_dump(mode="json")) if plan.parent else None,
         "steps": {"planned": plan.steps, "recorded": max(trained, default=0)},
         "checkpoints": [
@@ -193,6 +194,8 @@ def problems(text: str) -> list[ProblemReport]:
         )
     if isinstance(ref, StepRef) and ref.is_implied:
         store = Store(ref.run)
+        for item in store.checkpoints():
+            replica.completed(item)
         paths = sorted([*(item.path for item in store.checkpoints()), *(item.path for item in store.unreadable())])
         paths += _places_of_averages(ref.run)
         found = [(f"{path.parent.name}/{path.name}/", damage) for path in paths for damage in verify(path)]
@@ -215,13 +218,13 @@ def _places_of_averages(run: Path) -> list[Path]:
 
 def _place_of(ref: StepRef | CheckpointRef) -> Path:
     """The place of a checkpoint, without opening it: it may be damaged."""
-    if isinstance(ref, StepRef) and isinstance(ref.step, int):
+    if isinstance(ref, StepRef) and isinstance(ref.step, int) and not replica.place_of(ref.run):
         return RunDirectory(ref.run).checkpoint(ref.step)
     return find(ref).path
 
 
 def _checkpoint(text: str) -> Checkpoint:
-    return find(parse(text))
+    return described(parse(text))
 
 
 def _summary(
@@ -229,7 +232,7 @@ def _summary(
 ) -> Commit:
     is_average = checkpoint.manifest.kind == "average"
     return {
-        "ref": str(checkpoint.path) if is_average else f"{run}@{checkpoint.step}",
+        "ref": str(checkpoint.path) if is_average else f"{replica.name_of(run)}@{checkpoint.step}",
         "step": checkpoint.step,
         "path": str(checkpoint.path),
         "kind": checkpoint.manifest.kind,

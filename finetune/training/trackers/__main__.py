@@ -13,8 +13,8 @@ from pathlib import Path
 def main(run: Path, name: str) -> int:
     # Before the imports: the training comes first.
     os.nice(19)
+    from finetune.store.told import told
     from finetune.training.trackers.follow import follow
-    from finetune.training.trackers.told import told
 
     # Kills a process that stands in native code too, which an exception would not.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -11,10 +11,10 @@ from finetune.store import lock
 from finetune.store.durable import make_directory
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.follow import Follower
+from finetune.store.told import without_secrets
 from finetune.training.trackers import sent
 from finetune.training.trackers.feed import Feed
 from finetune.training.trackers.sent import Sent
-from finetune.training.trackers.told import without_secrets
 from finetune.training.trackers.tracker import Has, Start, Starter, TakesBack, Tracker
 
 LOOK_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""A process for each tracker beside the training, which never waits for one before its end.
+"""Processes beside the training, like one for each tracker. It never waits for one before its end.
 
 A process that fails is started again a while later: the figures are in the journal.
 """
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from finetune.errors import counted
 from finetune.store.run import scan
@@ -23,12 +24,26 @@ SILENT_SECONDS = 1.0
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 60.0, 3600.0
 
 
-class Process:
-    """The process of one tracker, and after it failed the next one."""
+class Work(NamedTuple):
+    """What a process does beside a training."""
 
-    def __init__(self, run: Path, name: str, say: Callable[[str], None]):
-        self.name = name
-        self._run = run
+    name: str
+    """What a person calls it, like `tracker csv`."""
+    arguments: tuple[str, ...]
+    """Of Python."""
+    kept: str
+    """What is not lost if it fails."""
+    call_seconds: int = CALL_SECONDS
+    """Without an answer for so long, it ends itself."""
+    is_heard: bool = False
+    """Whether all that it says is for the person, and not only its first line."""
+
+
+class Process:
+    """A process beside the training, and after it failed the next one."""
+
+    def __init__(self, work: Work, say: Callable[[str], None]):
+        self.work = work
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
         self._said: list[str] = []
@@ -61,27 +76,26 @@ class Process:
             return False
         return True
 
-    def close(self, seconds: float | None) -> str | None:
-        """Waits so long, and ends it; returns why not all has arrived."""
+    def hear(self) -> None:
+        """Says what there is to say."""
+        if self._process:
+            self._hear(self._process)
+
+    def close(self, seconds: float | None, limit: float | None = None) -> str | None:
+        """Waits so long, and ends it; returns why not all has arrived. `limit` is what the wait was before others had a part of it."""
         if self._process is None:
             return "no process could be started"
         reason = None
         if not self.has_ended_within(seconds):
-            reason = f"it did not end within {counted(round(FINISH_SECONDS), 'second')}"
+            reason = f"it did not end within {counted(round(limit or seconds or 0), 'second')}"
         elif self._process.returncode:
             reason = self._reason(self._process)
-        self._hear(self._process)
+        self.hear()
         self._kill(is_in_order=reason is None)
         return reason
 
-    def missing(self) -> str:
-        """The steps that the tracker does not have."""
-        known = sent.read(self._run, self.name)
-        newest, last = max(scan.read(self._run).steps, default=0), known.step if known else 0
-        return f"steps {last + 1} to {newest}" if last < newest else "the last figures"
-
     def _start(self) -> None:
-        command = [sys.executable, "-m", "finetune.training.trackers", str(self._run), self.name]
+        command = [sys.executable, *self.work.arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         try:
             # A session for itself: signals to the training are not for it.
@@ -104,22 +118,25 @@ class Process:
         self._process, self._heard = None, b""
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, LONGEST_RETRY_SECONDS)
-        self._tell(f"tracker {self.name} stopped: {reason}; training goes on, and the journal has its figures")
+        self._tell(f"{self.work.name} stopped: {reason}; training goes on, and {self.work.kept}")
 
     def _hear(self, process: subprocess.Popen[bytes]) -> None:
-        """Its first line is the place of the run."""
+        """Its first line is where the run is, for a person."""
         with suppress(BlockingIOError):
             while process.stdout and (part := os.read(process.stdout.fileno(), 4096)):
                 self._heard += part
-        if b"\n" in self._heard:
-            place = self._heard.split(b"\n")[0].decode(errors="replace")
-            self._tell(f"tracker {self.name}: {place}")
+        *whole, torn = self._heard.split(b"\n")
+        for line in whole if self.work.is_heard else whole[:1]:
+            self._tell(f"{self.work.name}: {line.decode(errors='replace')}")
+        if self.work.is_heard and whole:
+            # Only the last line is needed once more, for the reason of a failure.
+            self._heard = whole[-1] + b"\n" + torn
 
     def _reason(self, process: subprocess.Popen[bytes]) -> str:
         self._hear(process)
         code = process.returncode
         if code == -signal.SIGALRM:
-            return f"it did not answer for {counted(CALL_SECONDS, 'second')}"
+            return f"it did not answer for {counted(self.work.call_seconds, 'second')}"
         if code < 0:
             return f"its process was ended by {signal.Signals(-code).name}"
         lines = self._heard.decode(errors="replace").splitlines()
@@ -149,7 +166,8 @@ class Tracked:
     def __init__(self, run: Path, names: Sequence[str], say: Callable[[str], None]):
         self._run = run
         self._say = say
-        self._processes = [Process(run, name, say) for name in names]
+        self._names = names
+        self._processes = [Process(_work(run, name), say) for name in names]
 
     def look(self) -> None:
         for process in self._processes:
@@ -160,13 +178,26 @@ class Tracked:
         for process in self._processes:
             process.end()
         until = None if seconds is None else time.monotonic() + seconds
-        late = [process.name for process in self._processes if not process.has_ended_within(SILENT_SECONDS)]
+        both = list(zip(self._names, self._processes, strict=True))
+        late = [name for name, process in both if not process.has_ended_within(SILENT_SECONDS)]
         if late and seconds:
             self._say(f"waiting up to {counted(round(seconds), 'second')} for the last figures: {', '.join(late)}")
         left: dict[str, str] = {}
-        for process in self._processes:
-            if reason := process.close(max(0.0, until - time.monotonic()) if until else None):
+        for name, process in both:
+            if reason := process.close(max(0.0, until - time.monotonic()) if until else None, seconds):
                 hint = f"they are in the journal, and `finetune track {self._run}` sends them"
-                self._say(f"tracker {process.name}: {process.missing()} did not arrive ({reason}); {hint}")
-                left[process.name] = reason
+                self._say(f"tracker {name}: {_missing(self._run, name)} did not arrive ({reason}); {hint}")
+                left[name] = reason
         return left
+
+
+def _work(run: Path, name: str) -> Work:
+    arguments = ("-m", "finetune.training.trackers", str(run), name)
+    return Work(f"tracker {name}", arguments, "the journal has its figures")
+
+
+def _missing(run: Path, name: str) -> str:
+    """The steps that the tracker does not have."""
+    known = sent.read(run, name)
+    newest, last = max(scan.read(run).steps, default=0), known.step if known else 0
+    return f"steps {last + 1} to {newest}" if last < newest else "the last figures"

@@ -1,0 +1,83 @@
+"""Reads one commit of a run, with the rest of the run as it is now, and sends its pieces."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from finetune.errors import CheckpointError
+from finetune.store.checkpoints.manifest import MANIFEST, Manifest, read
+from finetune.store.mirror.pieces import LOG_PIECE_BYTES, Sending
+from finetune.store.mirror.records import CommitRecord, MirroredFile
+from finetune.store.run.directory import RunDirectory
+
+TRIES = 5
+"""To read a set of files that a training merges meanwhile."""
+Files = dict[str, MirroredFile]
+
+
+class DamagedHereError(CheckpointError):
+    """A commit on this disk is not as it was committed."""
+
+
+def send(
+    run: RunDirectory, step: int, sending: Sending, known: Iterable[CommitRecord]
+) -> tuple[Manifest, Files] | None:
+    """The manifest and all files by their paths in the run directory; None if the commit was removed meanwhile. What `known` has is not
+    read again. DamagedHereError if a file has other bytes than were committed."""
+    path = run.checkpoint(step)
+    with ExitStack() as held:
+        try:
+            manifest = read(path).manifest
+            names = [MANIFEST, *manifest.files]
+            # All at once: what is open can be read to its end, also if the keep rules remove the checkpoint.
+            files = {name: held.enter_context((path / name).open("rb")) for name in names}
+        except (OSError, CheckpointError) as error:
+            if not path.exists():
+                return None
+            raise DamagedHereError(f"step {step} is damaged here: {error}", where=str(path)) from error
+        there = {file.digest: file for record in known for file in record.files.values()}
+        found = {}
+        for name, opened in files.items():
+            record = manifest.files.get(name)
+            same = there.get(record.digest) if record else None
+            found[name_of(run, path / name)] = sent = same if same and sending.has(same) else sending.file(opened)
+            if record and sent.digest != record.digest:
+                message = f"step {step} is damaged here: {name} has other bytes than were committed"
+                raise DamagedHereError(message, where=str(path))
+    return manifest, {**found, **_rest(run, sending)}
+
+
+def name_of(run: RunDirectory, path: Path) -> str:
+    return path.relative_to(run.path).as_posix()
+
+
+def _rest(run: RunDirectory, sending: Sending) -> Files:
+    """The files of the run beside its checkpoints, the journal last."""
+    for left in reversed(range(TRIES)):
+        found: Files = {}
+        try:
+            for path in (run.recipe, run.plan_file, *run.records()):
+                with path.open("rb") as file:
+                    found[name_of(run, path)] = sending.file(file)
+            break
+        except FileNotFoundError:  # a training merged it meanwhile
+            if not left:
+                raise
+    with run.journal.open("rb") as file:
+        found[name_of(run, run.journal)] = sending.file(file, LOG_PIECE_BYTES, _whole_lines(file))
+    return found
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """The size of a file without a torn last line, which a training may be writing now."""
+    end = file.seek(0, 2)
+    while end:
+        start = max(0, end - LOG_PIECE_BYTES)
+        file.seek(start)
+        if found := file.read(end - start).rfind(b"\n") + 1:
+            end = start + found
+            break
+        end = start
+    file.seek(0)
+    return end
