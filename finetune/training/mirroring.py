@@ -47,7 +47,9 @@ def restore(loaded: LoadedRecipe, path: Path, say: Say) -> None:
             say(f"warning: {error.message}; whether the mirror is ahead of this disk is not known")
         return
     bucket = opened(place)
-    step = pulled.restore(bucket, path, say)
+    # A rollback goes back to a checkpoint before the newest one.
+    count = 2 if loaded.recipe.guard.spike == "rollback" else 1
+    step = pulled.restore(bucket, path, say, count)
     if step is not None:
         say(f"restored step {step} from {place}")
 

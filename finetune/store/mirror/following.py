@@ -87,6 +87,7 @@ def follow(
         return
     with _alone(run, is_waiting=True):
         writer, sender = writer_of(run, rules), None
+        say(writer.bucket.place)
         pause, seconds, tries, is_taken = RETRY_SECONDS, 0.0, 0, False
         while True:
             set_alarm(0)

@@ -3,14 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from finetune.errors import MirrorError, RunError
 from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.checkpoints.stored import is_whole
-from finetune.store.durable import failures, make_directory, rename, sync_directory
+from finetune.store.durable import failures, make_directory, rename, replace_file, sync_directory
 from finetune.store.mirror.bucket import Bucket
-from finetune.store.mirror.pieces import fetch
+from finetune.store.mirror.pieces import content_of, fetch
 from finetune.store.mirror.records import COMMITS, CommitRecord, DamagedError, MirroredFile, parse, place_of
 from finetune.store.run.directory import RunDirectory
 
@@ -35,67 +35,85 @@ def records(bucket: Bucket, run: str | None, say: Say) -> Iterator[CommitRecord]
         yield record
 
 
-def restore(bucket: Bucket, path: Path, say: Say) -> int | None:
-    """Makes the run directory at `path` as it was at the newest commit that is whole in the mirror; its step, or None if the mirror has
-    none. The plan is written last: a directory without it is no run, and the next call continues there.
+def restore(bucket: Bucket, path: Path, say: Say, count: int = 1) -> int | None:
+    """Makes the run directory at `path` as it was at the newest commit that is whole in the mirror, with `count` checkpoints if there are
+    so many; the step, or None if the mirror has none. The plan is written last: a directory without it is no run, and the next call
+    continues there.
 
     MirrorError names each damaged object, and is raised if there are commits and none is whole.
     """
-    is_empty = True
+    run, is_empty = RunDirectory(path), True
+    taken: list[CommitRecord] = []
+    plan = b""
     for record in records(bucket, None, say):
-        if record.kind != "full":
+        if record.kind != "full" or (taken and (record.run != taken[0].run or record.step == taken[-1].step)):
             continue
         is_empty = False
         try:
-            _restore(bucket, record, path)
+            _fetch_checkpoint(bucket, record, run)
+            if not taken:
+                plan = _fetch_rest(bucket, record, run)
+            taken.append(record)
         except DamagedError as error:
             say(f"damaged: {error.message}; step {record.step} of the mirror is passed over")
             if error.object_name:
                 # Gone, it is sent again: the steps that run again make the same bytes.
                 bucket.remove([error.object_name])
                 bucket.settle(f"Remove {error.object_name}, which is damaged")
-            continue
-        return record.step
+        if len(taken) == count:
+            break
+    if taken:
+        _put_in_place(taken, plan, run)
+        return taken[0].step
     if is_empty:
         return None
-    raise MirrorError(
-        "has no commit that is whole",
-        where=bucket.place,
-        hint="name another mirror, or begin again with another `mirror.to`",
-    )
+    hint = "name another mirror, or begin again with another `mirror.to`"
+    raise MirrorError("has no commit that is whole", where=bucket.place, hint=hint)
 
 
-def _restore(bucket: Bucket, record: CommitRecord, path: Path) -> None:
-    run = RunDirectory(path)
-    destination = run.checkpoint(record.step)
-    inside = destination.relative_to(path)
-    own = {name: file for name, file in record.files.items() if PurePosixPath(name).is_relative_to(inside.as_posix())}
-    last = run.plan_file.relative_to(path).as_posix()
-    staging = run.attempt(record.step, "mirror", f"{record.number:08d}")
-    with failures(path, RunError):
-        make_directory(staging)
-    for name, file in own.items():
-        fetch_once(bucket, file, staging / PurePosixPath(name).name)
+def _staging(run: RunDirectory, record: CommitRecord) -> Path:
+    return run.attempt(record.step, "mirror", f"{record.number:08d}")
+
+
+def _own(run: RunDirectory, record: CommitRecord) -> dict[str, MirroredFile]:
+    """The files of the checkpoint, by their names in its directory."""
+    inside = f"{run.checkpoint(record.step).relative_to(run.path).as_posix()}/"
+    return {name.removeprefix(inside): file for name, file in record.files.items() if name.startswith(inside)}
+
+
+def _fetch_checkpoint(bucket: Bucket, record: CommitRecord, run: RunDirectory) -> None:
+    staging = _staging(run, record)
+    for name, file in _own(run, record).items():
+        # Renamed when it was whole, and compared below: a cut call need not be repeated.
+        if not (staging / name).exists():
+            write(bucket, file, staging / name)
     if not is_whole(staging):
+        shutil.rmtree(staging)
         raise DamagedError(f"the files of step {record.step} are not those of its {MANIFEST}", where=bucket.place)
+
+
+def _fetch_rest(bucket: Bucket, record: CommitRecord, run: RunDirectory) -> bytes:
+    """Recipe, journal and records, as they were when this commit was sent. Returns the plan."""
+    beside = (f"{run.checkpoints.relative_to(run.path)}/", run.plan_file.name)
     for name, file in record.files.items():
-        if name not in own and name != last:
-            write(bucket, file, path / name, is_appended=path / name == run.journal)
-    with failures(path, RunError):
-        _remove_others(run, record)
-        sync_directory(staging)
+        if not name.startswith(beside):
+            write(bucket, file, run.path / name, is_appended=run.path / name == run.journal)
+    with failures(run.path, RunError):
+        for path in [*run.records()]:  # of another commit, by a call that was cut
+            if path.relative_to(run.path).as_posix() not in record.files:
+                path.unlink()
+    return content_of(bucket, record.files[run.plan_file.name])
+
+
+def _put_in_place(taken: list[CommitRecord], plan: bytes, run: RunDirectory) -> None:
+    with failures(run.path, RunError):
         make_directory(run.checkpoints)
-        if destination.exists():
-            shutil.rmtree(destination)
-        rename(staging, destination)
-    write(bucket, record.files[last], run.plan_file)
-
-
-def fetch_once(bucket: Bucket, file: MirroredFile, path: Path) -> None:
-    """As `fetch`; a file that an earlier call completed stays."""
-    # Written under its name only when it is whole, so its size is enough for now: the caller verifies it.
-    if not path.exists():
-        write(bucket, file, path)
+        for step in run.stored_steps():
+            shutil.rmtree(run.checkpoint(step))
+        for record in taken:
+            sync_directory(_staging(run, record))
+            rename(_staging(run, record), run.checkpoint(record.step))
+        replace_file(run.plan_file, plan)
 
 
 def write(bucket: Bucket, file: MirroredFile, path: Path, is_appended: bool = False) -> None:
@@ -108,13 +126,3 @@ def write(bucket: Bucket, file: MirroredFile, path: Path, is_appended: bool = Fa
     with failures(path, RunError):
         os.replace(beside, path)
         sync_directory(path.parent)
-
-
-def _remove_others(run: RunDirectory, record: CommitRecord) -> None:
-    """What an earlier call restored of another commit, and was cut."""
-    for path in [*run.records()]:
-        if path.relative_to(run.path).as_posix() not in record.files:
-            path.unlink()
-    for step in run.stored_steps():
-        if step != record.step:
-            shutil.rmtree(run.checkpoint(step))

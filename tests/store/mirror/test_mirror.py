@@ -1,13 +1,16 @@
 """A run in a folder as its mirror: what is sent, what is kept, what comes back."""
 
+import contextlib
 import json
+import random
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from finetune.errors import MirrorError
+from finetune.errors import MirrorError, RunError
 from finetune.recipe.schema import KeepWhole, Mirror
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.store import Store
@@ -248,3 +251,101 @@ def test_the_command_sends_what_is_missing(made, tmp_path) -> None:
     facts = following.send(made.path, f"file://{tmp_path}/other/{{run}}")
     assert facts == {"mirror": f"file://{tmp_path}/other/a", "sent": [4], "steps": [4], "missing": []}
     assert following.send(made.path, facts["mirror"])["sent"] == []
+
+
+def test_two_checkpoints_come_back_where_two_are_asked_for(made, bucket, tmp_path) -> None:
+    made.commit(4)
+    made.commit(8)
+    made.commit(12)
+    sender(made.path, bucket, rules(last=3)).round(is_last=False)
+    assert pulled.restore(bucket, tmp_path / "b", print, 2) == 12
+    assert RunDirectory(tmp_path / "b").stored_steps() == [8, 12]
+
+
+def test_a_really_full_disk_leaves_no_run_and_the_same_call_goes_on(made, bucket, tmp_path) -> None:
+    made.commit(4)
+    sender(made.path, bucket).round(is_last=False)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(RunError, match="cannot write: no space left on device\nhint: free some space"):
+            pulled.restore(bucket, disk / "a", print)
+        assert not RunDirectory(disk / "a").is_run
+        kept = [path.name for path in (disk / "a/attempts").rglob("*") if path.is_file()]
+        assert kept
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", disk], check=True)
+        assert pulled.restore(bucket, disk / "a", print) == 4
+        assert verify(RunDirectory(disk / "a").checkpoint(4)) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+class CutError(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Cut(Folder):
+    """A folder whose writer is killed after so many bytes: what it was writing is lost, or there in part."""
+
+    def __init__(self, place: str, after: int):
+        super().__init__(place)
+        self.left = after
+
+    def put(self, name: str, content: bytes) -> None:
+        self.left -= len(content)
+        if self.left < 0:
+            beside = self._root / f"{name}.tmp"
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)
+            beside.write_bytes(content[: self.left])
+            raise CutError
+        super().put(name, content)
+
+    def remove(self, names) -> None:
+        for name in names:
+            self.left -= 500
+            if self.left < 0:
+                raise CutError
+            super().remove([name])
+
+
+def cut_anywhere(made: Made, tmp_path: Path, cuts: int, seed: int) -> int:
+    """Sends commits, killed at random bytes; after each kill what the mirror gives is whole, and no older than what it had."""
+    draw, had, step = random.Random(seed), 0, 0
+    place = f"file://{tmp_path}/bucket/a"
+    for number in range(cuts):
+        if number % 2 == 0:
+            step += 4
+            made.commit(step)
+            if step > 8:
+                made.store.remove(made.store.find(step - 8))
+        with contextlib.suppress(CutError):
+            cut = sender(made.path, Cut(place, draw.randrange(40_000 + made.paths.journal.stat().st_size)))
+            cut.round(is_last=False)
+        back = tmp_path / "back"
+        restored = pulled.restore(Folder(place), back, print)
+        if had or restored is not None:
+            assert restored is not None and restored >= had
+            checkpoint = RunDirectory(back).checkpoint(restored)
+            assert verify(checkpoint) == []
+            assert (checkpoint / "model.bin").read_bytes() == bytes(
+                (restored + at // 100) % 256 for at in range(10_000)
+            )
+            had = restored
+            shutil.rmtree(back)
+    return had
+
+
+def test_a_cut_at_any_byte_of_the_upload_leaves_a_whole_commit(made, tmp_path) -> None:
+    assert cut_anywhere(made, tmp_path, 12, seed=0) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_cuts_at_random_bytes_of_the_upload(seed, made, tmp_path, capsys) -> None:
+    assert cut_anywhere(made, tmp_path, 20, seed) >= 20
+    assert "damaged" not in capsys.readouterr().out
