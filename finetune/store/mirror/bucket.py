@@ -76,7 +76,7 @@ def opened(place: str) -> Bucket:
         raise MirrorError(
             f"`{scheme}://` needs the package `{client.package}`, which is not installed", where=place, hint=hint
         )
-    if scheme == "hf" and not place.startswith("hf://buckets/"):
+    if scheme == "hf":
         from finetune.store.mirror.repository import RepositoryBucket
 
         return RepositoryBucket(place)

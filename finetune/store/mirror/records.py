@@ -75,8 +75,9 @@ class CommitRecord:
 
 
 def piece_name(digest: str) -> str:
-    """The object of a piece: 256 folders, because some stores are slow with many objects in one."""
-    return f"{PIECES}/{digest[:2]}/{digest}"
+    """The object of a piece. In 256 folders, because some stores are slow with many objects in one; `.bin`, because the Hub keeps such
+    files outside of Git."""
+    return f"{PIECES}/{digest[:2]}/{digest}.bin"
 
 
 def digest_of(content: bytes) -> str:
