@@ -28,6 +28,7 @@ from finetune.hosts.health import HealthReport
 from finetune.package.export import Packaged
 from finetune.package.publish.shown import Published
 from finetune.store.checkpoints.pruning import Action, PinnedStep
+from finetune.store.mirror.following import Mirrored
 from finetune.store.run.shown import Description, RunLog, Verification
 from finetune.training.ahead import Report
 from finetune.training.preview import PlanFacts
@@ -45,6 +46,7 @@ TYPES = {
     "prune: pinned": PinnedStep,
     "health": HealthReport,
     "track": Tracking,
+    "mirror": Mirrored,
     "log": RunLog,
     "replay": Replay,
     "bisect": Bisection,

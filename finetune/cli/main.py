@@ -82,7 +82,7 @@ class ErrorReport(TypedDict):
 def cli() -> None:
     """Fine-tune pretrained checkpoints; every checkpoint is a commit.
 
-    A REF is RUN@STEP, RUN@last, RUN@best, a checkpoint or model directory, or a Hub id with @revision.
+    A REF is RUN@STEP, RUN@last, RUN@best, a checkpoint or model directory, or a Hub id with @revision. For RUN you may give the address of a mirror, like s3://bucket/prefix.
     """
 
 

@@ -22,6 +22,7 @@ from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
+from finetune.training import mirroring
 from finetune.training.build import notes_here
 from finetune.training.detectable import Detectable, detectable, line
 from finetune.training.evaluation_sets import with_sets
@@ -88,6 +89,7 @@ class Preview:
             refuse_gated(self.resolved, self.loaded.file)
         if not self.is_of_devices:
             refuse_absent(self.loaded.recipe.track, self.loaded.problem)
+            mirroring.refuse_absent(self.loaded.recipe.mirror, self.loaded.problem)
             refuse_unready(self.resolved, self.run)
 
 

@@ -118,7 +118,7 @@ class KeepWhole(Section):
     last: PositiveInt = 2
     """Keep the newest N checkpoints."""
     best: Annotated[Best | None, BeforeValidator(_best), Short({"type": "integer", "exclusiveMinimum": 0})] = None
-    """Keep the N checkpoints with the lowest held-out loss, or the best of another figure. Every checkpoint is then evaluated at its step."""
+    """Keep the N checkpoints with the lowest held-out loss, or the best of another figure."""
     every: StepCadence | None = None
     """Keep every multiple of N steps for good."""
 
@@ -130,6 +130,8 @@ class KeepWhole(Section):
 class Keep(KeepWhole):
     """The checkpoints to keep. The newest and the best always stay."""
 
+    best: Annotated[Best | None, BeforeValidator(_best), Short({"type": "integer", "exclusiveMinimum": 0})] = None
+    """Keep the N checkpoints with the lowest held-out loss, or the best of another figure. Every checkpoint is then evaluated at its step."""
     every: StepCadence | None = None
     """Keep every multiple of N steps for good. These are committed whatever `checkpoint.every` says."""
     weights_every: StepCadence | None = None

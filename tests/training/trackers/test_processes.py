@@ -10,10 +10,10 @@ import pytest
 
 from finetune.recipe.load import load
 from finetune.store.run import journal
+from finetune.store.told import told as told_of
 from finetune.training.run import train as train_run
 from finetune.training.trackers import catching_up, processes, sent
 from finetune.training.trackers.processes import Tracked
-from finetune.store.told import told as told_of
 from tests import forks
 from tests.training.trackers.story import STEPS, Told
 
