@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,35 @@ def store():
 
 
 @pytest.fixture
+def google():
+    """The same of Google's store, as its emulator has it."""
+    pytest.importorskip("gcsfs", reason="pip install 'finetune[gs]'")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="runs")
+    server.start()
+    # The client asks what kind of bucket it is, which the emulator cannot tell.
+    about = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_PROXY": "127.0.0.1"}
+    yield {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", **about}
+    server.stop()
+
+
+@pytest.fixture
 def place(request, tmp_path):
     """The address of a mirror, and the environment of who uses it."""
     if request.param == "s3":
         yield "s3://runs/of/{run}", {**os.environ, **request.getfixturevalue("store")}
+    elif request.param == "gs":
+        yield "gs://runs/of/{run}", {**os.environ, **request.getfixturevalue("google")}
     else:
         with Hub(seconds=280) as hub:
             hub.users[TOKEN] = User("owner")
             yield "hf://owner/{run}/mirror", environment(hub, tmp_path, HF_TOKEN=TOKEN)
 
 
-@pytest.mark.parametrize("place", ["s3", "hf"], indirect=True)
+@pytest.mark.parametrize("place", ["s3", "gs", "hf"], indirect=True)
 def test_a_run_goes_on_elsewhere_from_its_mirror(place, recipe_file, train, tmp_path) -> None:
     to, env = place
     # The Hub is also asked for nothing else: the base is a folder.
@@ -100,7 +119,10 @@ def test_objects_of_a_store_are_put_listed_and_removed(store) -> None:
 
 
 def test_what_the_store_refuses_is_said_without_the_key(store, monkeypatch) -> None:
-    with pytest.raises(MirrorError, match="the mirror does not answer as it should") as caught:
+    with pytest.raises(MirrorError, match="there is no such bucket\nhint: make the bucket first"):
         bucket.opened("s3://another-bucket/a").put("mirror.json", b"{}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(MirrorError, match="the mirror does not answer as it should: ") as caught:
+        bucket.opened("s3://runs/a").read("mirror.json")
     assert "set AWS_ACCESS_KEY_ID" in caught.value.hint
     assert KEY not in str(caught.value)

@@ -130,7 +130,11 @@ class ObjectStore:
 
     def put(self, name: str, content: bytes) -> None:
         with self._asked():
-            self._fs.pipe_file(f"{self._root}/{name}", content)
+            try:
+                self._fs.pipe_file(f"{self._root}/{name}", content)
+            except FileNotFoundError:
+                hint = "make the bucket first, or correct the address"
+                raise MirrorError("there is no such bucket", where=self.place, hint=hint) from None
 
     def remove(self, names: Collection[str]) -> None:
         with self._asked():

@@ -1,5 +1,6 @@
 """Reads one commit of a run, with the rest of the run as it is now, and sends its pieces."""
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,8 @@ from finetune.store.run.directory import RunDirectory
 TRIES = 5
 """To read a set of files that a training merges meanwhile."""
 Files = dict[str, MirroredFile]
+Seen = dict[str, tuple[str, MirroredFile]]
+"""Records beside the checkpoints that were sent, by their paths, with what changes with them: some are gigabytes, and never change."""
 
 
 class DamagedHereError(CheckpointError):
@@ -21,10 +24,10 @@ class DamagedHereError(CheckpointError):
 
 
 def send(
-    run: RunDirectory, step: int, sending: Sending, known: Iterable[CommitRecord]
+    run: RunDirectory, step: int, sending: Sending, known: Iterable[CommitRecord], seen: Seen
 ) -> tuple[Manifest, Files] | None:
-    """The manifest and all files by their paths in the run directory; None if the commit was removed meanwhile. What `known` has is not
-    read again. DamagedHereError if a file has other bytes than were committed."""
+    """The manifest and all files by their paths in the run directory; None if the commit was removed meanwhile. What `known` and `seen`
+    have is not read again. DamagedHereError if a file has other bytes than were committed."""
     path = run.checkpoint(step)
     with ExitStack() as held:
         try:
@@ -45,21 +48,29 @@ def send(
             if record and sent.digest != record.digest:
                 message = f"step {step} is damaged here: {name} has other bytes than were committed"
                 raise DamagedHereError(message, where=str(path))
-    return manifest, {**found, **_rest(run, sending)}
+    return manifest, {**found, **_rest(run, sending, seen)}
+
+
+def sign_of(status: os.stat_result) -> str:
+    """What changes with a file."""
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
 def name_of(run: RunDirectory, path: Path) -> str:
     return path.relative_to(run.path).as_posix()
 
 
-def _rest(run: RunDirectory, sending: Sending) -> Files:
+def _rest(run: RunDirectory, sending: Sending, seen: Seen) -> Files:
     """The files of the run beside its checkpoints, the journal last."""
     for left in reversed(range(TRIES)):
         found: Files = {}
         try:
             for path in (run.recipe, run.plan_file, *run.records()):
                 with path.open("rb") as file:
-                    found[name_of(run, path)] = sending.file(file)
+                    name, sign = name_of(run, path), sign_of(os.fstat(file.fileno()))
+                    before, same = seen.get(name, ("", None))
+                    found[name] = same if same and before == sign and sending.has(same) else sending.file(file)
+                    seen[name] = sign, found[name]
             break
         except FileNotFoundError:  # a training merged it meanwhile
             if not left:

@@ -91,12 +91,13 @@ class RepositoryBucket:
 
     def settle(self, title: str) -> None:
         """One commit. MirrorError if somebody else has made one since the last read: nothing is changed then."""
-        from huggingface_hub import CommitOperationDelete
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         if not self._added and not self._removed:
             return
         there = {f"{self._prefix}{name}" for name in self.sizes("")} if self._removed else set()
-        changes = [*self._added.values(), *(CommitOperationDelete(path) for path in sorted(self._removed & there))]
+        changes: list[CommitOperationAdd | CommitOperationDelete] = [*self._added.values()]
+        changes += [CommitOperationDelete(path) for path in sorted(self._removed & there)]
         self._added, self._removed = {}, set()
         if changes:
             with self._asked():

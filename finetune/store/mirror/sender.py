@@ -53,6 +53,7 @@ class Sender:
         """Of each local commit that is mirrored or damaged, what changes with its manifest."""
         self._damaged: dict[int, str] = {}
         """The same of those that are damaged here."""
+        self._read: commit.Seen = {}
         self._is_tidy = False
 
     @property
@@ -133,7 +134,7 @@ class Sender:
         sign = _sign(self._run.checkpoint(step))
         sending = Sending(self._bucket, self._sizes, self._alive)
         try:
-            read = commit.send(self._run, step, sending, self._records.values())
+            read = commit.send(self._run, step, sending, self._records.values(), self._read)
             sending.finish()
         finally:
             sending.close()
@@ -209,7 +210,6 @@ class Sender:
 def _sign(checkpoint: Path) -> str:
     """What changes with a manifest; empty if it was removed."""
     try:
-        status = (checkpoint / MANIFEST).stat()
+        return commit.sign_of((checkpoint / MANIFEST).stat())
     except OSError:
         return ""
-    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
