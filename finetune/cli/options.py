@@ -12,12 +12,40 @@ from finetune.recipe.addresses import is_place
 from finetune.store import places
 
 Command = Callable[..., Any]
+
+
+class RunHere(click.ParamType[Path]):
+    """A run directory on this disk: the command writes there, or needs all of it."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, context: click.Context | None) -> Path:
+        if isinstance(value, str) and is_place(value):
+            self.fail(f"`{value}` is a mirror; name a directory on this disk, where `finetune train` restores the run")
+        return Path(value)
+
+
+class RunOrMirror(click.ParamType[Path]):
+    """A run directory, or the address of a mirror: then the one in the cache that stands for it."""
+
+    name = "run"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, context: click.Context | None) -> Path:
+        if isinstance(value, Path) or not is_place(value):
+            return Path(value)
+        from finetune.store.mirror import replica
+
+        return replica.run_of(value.rstrip("/"))
+
+
 PATH = click.Path(path_type=Path)
 RECIPE = click.argument("recipe", type=PATH)
 REF = click.argument("ref")
 REFS = click.argument("refs", nargs=-1, required=True, metavar="REF...")
-RUN = click.argument("run", type=PATH)
-NEW_RUN = click.option("--run", type=PATH, help="The run directory. Default: runs/<recipe name>.")
+RUN = click.argument("run", type=RunHere())
+RUN_TO_READ = click.argument("run", type=RunOrMirror(), metavar="RUN")
+"""For commands that write nothing there."""
+NEW_RUN = click.option("--run", type=RunHere(), help="The run directory. Default: runs/<recipe name>.")
 OVERRIDE = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, like train.seed=1."
 )
@@ -86,20 +114,3 @@ class Steps(click.ParamType[tuple[int, int]]):
 
 
 STEPS = Steps()
-
-
-class RunOrMirror(click.ParamType[Path]):
-    """A run directory, or the address of a mirror: then the one in the cache that stands for it."""
-
-    name = "run"
-
-    def convert(self, value: str | Path, param: click.Parameter | None, context: click.Context | None) -> Path:
-        if isinstance(value, Path) or not is_place(value):
-            return Path(value)
-        from finetune.store.mirror import replica
-
-        return replica.run_of(value.rstrip("/"))
-
-
-RUN_TO_READ = click.argument("run", type=RunOrMirror(), metavar="RUN")
-"""For commands that write nothing there."""

@@ -12,7 +12,7 @@ import click
 
 from finetune.cli.answer import Answer, answers
 from finetune.cli.importing import importing
-from finetune.cli.options import PATH, where_it_is
+from finetune.cli.options import PATH, RunOrMirror, where_it_is
 from finetune.store.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finetune.compare.report.payload import Report
     from finetune.compare.series import Axis, Series
 
-RUNS = click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+RUNS = click.argument("runs", nargs=-1, required=True, type=RunOrMirror(), metavar="RUN...")
 NARROW, WIDE = 24, 1000
 WHOLE_SCREEN = "\x1b[H\x1b[J"
 

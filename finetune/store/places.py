@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from finetune.recipe.addresses import is_place
 from finetune.store.rank import is_first
 
 _STEP = re.compile(r"(?P<path>.+?)(?P<step>@(?:\d{1,8}|last|best))?")
@@ -102,8 +103,9 @@ def in_checkpoints(name: str) -> Iterator[str]:
 
 
 def is_there(name: str) -> bool:
-    """Whether there is such a file or folder, a file that a glob matches, or such a run of a ref like RUN@500."""
-    if os.path.exists(name) or os.path.exists(_without_step(name)[0]):
+    """Whether there is such a file or folder, a file that a glob matches, or such a run of a ref like RUN@500. In a mirror, who fetches it
+    sees."""
+    if is_place(name) or os.path.exists(name) or os.path.exists(_without_step(name)[0]):
         return True
     return glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None
 

@@ -11,6 +11,7 @@ import yaml
 
 from finetune.errors import CheckpointError, MirrorError
 from finetune.recipe.load import load
+from finetune.store import cache
 from finetune.store.checkpoints.refs import find, parse
 from finetune.store.mirror import following, replica
 from finetune.store.run import inspect, journal
@@ -89,6 +90,21 @@ def test_a_ref_of_a_mirror_is_fetched_and_used_like_one_of_a_run(place, finetune
     assert packaged.returncode == 0, packaged.stderr
     assert (tmp_path / "package" / "model.safetensors").exists()
     assert finetune("verify", place).stdout == "every byte is as it was committed\n"
+    assert "loss" in finetune("curves", place).stdout
+    refused = finetune("replay", place, "--steps", 5)
+    assert refused.returncode == 2
+    assert "is a mirror; name a directory on this disk, where `finetune train` restores the run" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_may_begin_with_a_checkpoint_in_a_mirror(place, recipe_file, train, tmp_path, capsys) -> None:
+    recipe = recipe_file(base={"checkpoint": f"{place}@6"}, adapter=None, train={"steps": 2, "precision": "fp32"})
+    run = train(recipe, tmp_path / "run")
+    before = (RunDirectory(run).checkpoint(2) / "model.safetensors").read_bytes()
+    shutil.rmtree(cache.root() / replica.KIND)
+    assert train(recipe, run) == run
+    assert "resumed from step 2" in capsys.readouterr().err
+    assert (RunDirectory(run).checkpoint(2) / "model.safetensors").read_bytes() == before
 
 
 def test_a_flipped_byte_is_named_where_a_ref_is_fetched(place, tmp_path, monkeypatch) -> None:
@@ -133,3 +149,26 @@ def test_the_last_commit_after_a_signal_is_mirrored(recipe, tmp_path) -> None:
     assert process.wait(60) == 128 + signal.SIGTERM
     last = RunDirectory(run).stored_steps()[-1]
     assert f"mirror: mirrored step {last}\n" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_its_disk_again_and_again_ends_with_the_same_bits(recipe_file, tmp_path) -> None:
+    sections = {"checkpoint": {"every": "1 step", "save_best": False}, "evaluate": {"every": "5 steps"}}
+    sections["train"] = {"steps": 16, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
+    train_run(load(recipe_file("alone", **sections)), tmp_path / "alone", is_quiet=True)
+    recipe = recipe_file(mirror=f"file://{tmp_path}/bucket", **sections)
+    run, restored = tmp_path / "runs" / "a", []
+    for attempt in range(4):
+        command = [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run), "--quiet"]
+        process = forks.Popen(command, stderr=forks.PIPE, text=True)
+        for line in iter(process.stderr.readline, ""):
+            restored += [int(line.split()[2])] if line.startswith("restored step") else []
+            if line.startswith("mirror: mirrored step") and attempt < 3:
+                process.kill()
+        if process.wait(60) == 0:
+            break
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)  # its mirror may have written its lock meanwhile
+    assert process.returncode == 0
+    assert restored and restored == sorted(restored)
+    assert_same_run(run, tmp_path / "alone")

@@ -44,7 +44,7 @@ def rules_of(run: Path) -> Mirror | None:
 def writer_of(run: Path, rules: Mirror) -> Writer:
     """A writer that has not taken the mirror yet. MirrorError if the client for its address is not installed."""
     name = run.absolute().name
-    return Writer(opened(rules.place_of(name)), RunDirectory(run).plan()[1]["run"], name, journal.now())
+    return Writer(opened(rules.place_of(name)), RunDirectory(run).plan()[1]["run"], run, journal.now())
 
 
 def send(run: Path, to: str | None) -> Mirrored:

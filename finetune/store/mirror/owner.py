@@ -10,6 +10,9 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import blake3
 
 from finetune.errors import MirrorError
 from finetune.store.boot import boot_id
@@ -19,8 +22,6 @@ from finetune.store.strict_json import to_json
 SCHEMA = 1
 OWNER = "mirror.json"
 GRACE_SECONDS = 60.0
-LOOKED_SECONDS = 20.0
-"""How long a look counts; less than the grace by more than a request takes."""
 
 
 class UnusableError(MirrorError):
@@ -38,7 +39,8 @@ class Owner:
     """Of the run directory."""
     token: str
     host: str
-    boot_id: str | None
+    here: str | None
+    """Stands for the run directory, in this boot of this host; None if the system does not name its boots."""
     since: str
     is_released: bool = False
     schema: int = SCHEMA
@@ -73,10 +75,11 @@ def refuse_other(bucket: Bucket, run: str, name: str) -> Owner | None:
 class Writer:
     """The right to write a mirror, until another process takes it."""
 
-    def __init__(self, bucket: Bucket, run: str, name: str, since: str):
+    def __init__(self, bucket: Bucket, run: str, path: Path, since: str):
         self.bucket = bucket
-        self._looked = 0.0
-        self.owner = Owner(run, name, secrets.token_hex(8), socket.gethostname(), boot_id(), since)
+        host, boot = socket.gethostname(), boot_id()
+        here = blake3.blake3(f"{host} {boot} {path.resolve()}".encode()).hexdigest() if boot else None
+        self.owner = Owner(run, path.absolute().name, secrets.token_hex(8), host, here, since)
 
     def claim(self) -> Owner | None:
         """Writes the owner, and returns the one before. MirrorError if this is the mirror of another run, or cannot be written."""
@@ -85,28 +88,21 @@ class Writer:
         return before
 
     def take(self, say: Callable[[str], object]) -> None:
-        """The same, and waits for the writer before. Call it under the run directory's own lock: then one of this boot of this host
-        has ended."""
+        """The same, and waits for the writer before. Call it under the run directory's own lock: then one of this directory has ended."""
         before = self.claim()
-        here = (self.owner.host, self.owner.boot_id)
-        if before and not before.is_released and ((before.host, before.boot_id) != here or None in here):
+        is_here = before is not None and before.here is not None and before.here == self.owner.here
+        if before and not before.is_released and not is_here:
             say(f"taking over from {before}; waiting {GRACE_SECONDS:.0f} s until it has noticed")
             time.sleep(GRACE_SECONDS)
         self.check()
 
     def check(self) -> None:
-        """TakenOverError if another process has taken the mirror; right before a record is written."""
+        """TakenOverError if another process has taken the mirror; right before a record is written, or objects are removed."""
         owner = read(self.bucket)
         if owner is None or owner.token != self.owner.token:
             taker = owner or f"somebody who removed {OWNER}"
             hint = "commits of this host are no longer mirrored; `finetune mirror RUN` takes the mirror back"
             raise TakenOverError(f"was taken over by {taker}", where=self.bucket.place, hint=hint)
-        self._looked = time.monotonic()
-
-    def check_lately(self) -> None:
-        """The same, unless that was seconds ago; right before each deletion."""
-        if time.monotonic() - self._looked > LOOKED_SECONDS:
-            self.check()
 
     def release(self) -> None:
         """The next writer need not wait. Call it when nothing will be written or removed any more."""

@@ -189,7 +189,7 @@ class Sender:
     def _remove_objects(self, names: set[str], what: str) -> None:
         ordered = sorted(names)
         for start in range(0, len(ordered), BATCH):
-            self._writer.check_lately()
+            self._writer.check()
             self._bucket.remove(ordered[start : start + BATCH])
             self._alive()
         if ordered:

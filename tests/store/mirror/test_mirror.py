@@ -75,7 +75,7 @@ def rules(**keep: object) -> Mirror:
 
 def sender(run: Path, bucket: Folder, mirror: Mirror | None = None) -> Sender:
     plan, facts = RunDirectory(run).plan()
-    writer = owner.Writer(bucket, facts["run"], run.name, "now")
+    writer = owner.Writer(bucket, facts["run"], run, "now")
     writer.take(print)
     return Sender(run, mirror or rules(), writer, print, lambda: None)
 
@@ -200,7 +200,7 @@ def test_a_mirror_without_a_whole_commit_is_an_error_and_an_empty_one_is_none(ma
 def test_another_run_is_refused(made, bucket, tmp_path) -> None:
     sender(made.path, bucket)
     with pytest.raises(UnusableError, match="is the mirror of another run, a "):
-        owner.Writer(bucket, "another", "b", "now").take(print)
+        owner.Writer(bucket, "another", tmp_path / "b", "now").take(print)
 
 
 def test_of_two_hosts_the_later_one_writes(made, bucket, tmp_path) -> None:
@@ -214,6 +214,24 @@ def test_of_two_hosts_the_later_one_writes(made, bucket, tmp_path) -> None:
         first.round(is_last=False)
     assert second.round(is_last=False) == []
     assert second.steps == [4]
+
+
+def test_who_takes_over_from_another_place_waits_until_that_one_has_noticed(
+    made, bucket, tmp_path, monkeypatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(owner.time, "sleep", waited.append)
+    first = sender(made.path, bucket)
+    sender(made.path, bucket)  # of the same directory, whose lock it has
+    assert waited == []
+    other = Path(shutil.copytree(made.path, tmp_path / "elsewhere" / "a"))
+    second = sender(other, bucket)
+    assert waited == [0.0]
+    second._writer.release()
+    sender(made.path, bucket)
+    assert waited == [0.0]
+    with pytest.raises(TakenOverError):
+        first._writer.check()
 
 
 def test_a_commit_that_is_damaged_here_is_said_and_not_sent(made, bucket, capsys) -> None:
