@@ -9,8 +9,9 @@ from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.schema import Mirror
 from finetune.store.checkpoints.store import Store
 from finetune.store.mirror import owner, pulled
-from finetune.store.mirror.bucket import CLIENTS, Bucket, is_installed, opened
+from finetune.store.mirror.bucket import CLIENTS, Bucket, is_installed
 from finetune.store.mirror.following import CALL_SECONDS, writer_of
+from finetune.store.mirror.opening import opened
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training.trackers.processes import SILENT_SECONDS, Process, Work

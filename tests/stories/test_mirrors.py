@@ -91,6 +91,7 @@ def test_a_ref_of_a_mirror_is_fetched_and_used_like_one_of_a_run(place, finetune
     assert (tmp_path / "package" / "model.safetensors").exists()
     assert finetune("verify", place).stdout == "every byte is as it was committed\n"
     assert "loss" in finetune("curves", place).stdout
+    assert finetune("report", place, "--output", tmp_path / "report.html").returncode == 0
     refused = finetune("replay", place, "--steps", 5)
     assert refused.returncode == 2
     assert "is a mirror; name a directory on this disk, where `finetune train` restores the run" in refused.stderr

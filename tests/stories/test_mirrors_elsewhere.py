@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import MirrorError
-from finetune.store.mirror import bucket
+from finetune.store.mirror.opening import opened
 from tests.hub import Hub
 from tests.hub.client import environment, in_turn
 from tests.hub.writes import User
@@ -107,7 +107,7 @@ def test_a_run_goes_on_elsewhere_from_its_mirror(place, recipe_file, train, tmp_
 
 
 def test_objects_of_a_store_are_put_listed_and_removed(store) -> None:
-    objects = bucket.opened("s3://runs/a")
+    objects = opened("s3://runs/a")
     assert objects.sizes("blobs") == {}
     assert objects.read("mirror.json") is None
     objects.put("blobs/aa/one.bin", b"x" * 3000)
@@ -115,14 +115,14 @@ def test_objects_of_a_store_are_put_listed_and_removed(store) -> None:
     assert objects.sizes("blobs") == {"blobs/aa/one.bin": 3000}
     assert objects.read("mirror.json") == b"{}"
     objects.remove(["blobs/aa/one.bin", "blobs/never.bin"])
-    assert bucket.opened("s3://runs/a").sizes("blobs") == {}
+    assert opened("s3://runs/a").sizes("blobs") == {}
 
 
 def test_what_the_store_refuses_is_said_without_the_key(store, monkeypatch) -> None:
     with pytest.raises(MirrorError, match="there is no such bucket\nhint: make the bucket first"):
-        bucket.opened("s3://another-bucket/a").put("mirror.json", b"{}")
+        opened("s3://another-bucket/a").put("mirror.json", b"{}")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(MirrorError, match="the mirror does not answer as it should: ") as caught:
-        bucket.opened("s3://runs/a").read("mirror.json")
+        opened("s3://runs/a").read("mirror.json")
     assert "set AWS_ACCESS_KEY_ID" in caught.value.hint
     assert KEY not in str(caught.value)

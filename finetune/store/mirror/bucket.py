@@ -67,22 +67,6 @@ class Bucket(Protocol):
         made them visible in order."""
 
 
-def opened(place: str) -> Bucket:
-    """The bucket at an address like `s3://bucket/prefix`. MirrorError if its client is not installed."""
-    scheme = place.partition("://")[0]
-    client = CLIENTS[scheme]
-    if not is_installed(place):
-        hint = f"pip install 'finetune[{client.extra}]'"
-        raise MirrorError(
-            f"`{scheme}://` needs the package `{client.package}`, which is not installed", where=place, hint=hint
-        )
-    if scheme == "hf":
-        from finetune.store.mirror.repository import RepositoryBucket
-
-        return RepositoryBucket(place)
-    return ObjectStore(place, client) if scheme != "file" else Folder(place)
-
-
 def is_installed(place: str) -> bool:
     return find_spec(CLIENTS[place.partition("://")[0]].package) is not None
 

@@ -10,7 +10,7 @@ from typing import TypedDict
 from finetune.errors import MirrorError, RunError
 from finetune.recipe.schema import Mirror
 from finetune.store import lock
-from finetune.store.mirror.bucket import opened
+from finetune.store.mirror.opening import opened
 from finetune.store.mirror.owner import TakenOverError, UnusableError, Writer
 from finetune.store.mirror.sender import Sender
 from finetune.store.run import journal

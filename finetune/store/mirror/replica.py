@@ -17,7 +17,8 @@ from finetune.errors import MirrorError
 from finetune.store import cache, lock
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint
 from finetune.store.durable import make_directory, replace_file
-from finetune.store.mirror.bucket import Bucket, opened
+from finetune.store.mirror.bucket import Bucket
+from finetune.store.mirror.opening import opened
 from finetune.store.mirror.pulled import records, write
 from finetune.store.mirror.records import CommitRecord
 from finetune.store.mirror.records import parse as parse_record

@@ -3,7 +3,7 @@
 import pytest
 
 from finetune.errors import MirrorError
-from finetune.store.mirror import bucket
+from finetune.store.mirror.opening import opened
 from tests.hub import Hub
 from tests.hub.writes import User
 
@@ -29,7 +29,7 @@ def hub(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def repository(hub):
-    return bucket.opened("hf://owner/mirror/runs/a")
+    return opened("hf://owner/mirror/runs/a")
 
 
 def test_what_is_put_is_there_after_its_commit(repository, hub) -> None:
@@ -41,7 +41,7 @@ def test_what_is_put_is_there_after_its_commit(repository, hub) -> None:
     repository.settle("Two objects")
     repo = hub.repos["model", "owner/mirror"]
     assert repo.is_private
-    other = bucket.opened("hf://owner/mirror/runs/a")
+    other = opened("hf://owner/mirror/runs/a")
     assert other.sizes("blobs") == {"blobs/aa/one.bin": 3000}
     assert other.read("mirror.json") == b"{}"
     assert other.sizes("commits") == {}
@@ -54,7 +54,7 @@ def test_a_commit_of_another_host_in_between_is_noticed(repository) -> None:
     repository.put("mirror.json", b"first")
     repository.settle("First")
     assert repository.read("mirror.json") == b"first"
-    other = bucket.opened("hf://owner/mirror/runs/a")
+    other = opened("hf://owner/mirror/runs/a")
     other.put("mirror.json", b"second")
     other.settle("Second")
     repository.put("commits/one.json", b"{}")
@@ -67,7 +67,7 @@ def test_a_commit_of_another_host_in_between_is_noticed(repository) -> None:
 def test_a_piece_that_was_uploaded_before_a_cut_is_not_uploaded_again(repository, hub) -> None:
     repository.put("blobs/aa/one.bin", b"x" * 3000)
     sent = hub.uploaded_bytes
-    again = bucket.opened("hf://owner/mirror/runs/a")
+    again = opened("hf://owner/mirror/runs/a")
     again.read("mirror.json")
     again.put("blobs/aa/one.bin", b"x" * 3000)
     again.settle("One")
@@ -90,4 +90,4 @@ def test_refusals_are_explained_and_name_no_token(repository, hub, monkeypatch) 
 @pytest.mark.parametrize("place", ["hf://owner", "hf://buckets/owner/name", "hf://spaces/owner/name", "hf://a b/c"])
 def test_other_addresses_are_refused(place) -> None:
     with pytest.raises(MirrorError, match="is not the address of a repository"):
-        bucket.opened(place)
+        opened(place)

@@ -1,0 +1,17 @@
+"""From the address of a mirror to its bucket."""
+
+from finetune.errors import MirrorError
+from finetune.store.mirror.bucket import CLIENTS, Bucket, Folder, ObjectStore, is_installed
+from finetune.store.mirror.repository import RepositoryBucket
+
+
+def opened(place: str) -> Bucket:
+    """The bucket at an address like `s3://bucket/prefix`. MirrorError if its client is not installed."""
+    scheme = place.partition("://")[0]
+    client = CLIENTS[scheme]
+    if not is_installed(place):
+        message = f"`{scheme}://` needs the package `{client.package}`, which is not installed"
+        raise MirrorError(message, where=place, hint=f"pip install 'finetune[{client.extra}]'")
+    if scheme == "hf":
+        return RepositoryBucket(place)
+    return Folder(place) if scheme == "file" else ObjectStore(place, client)
