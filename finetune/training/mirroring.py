@@ -73,7 +73,10 @@ def claim(path: Path) -> None:
     """Before the first step of a run: MirrorError if its mirror cannot be written, or is that of another run."""
     mirror = RunDirectory(path).plan()[0].recipe.mirror
     if mirror and not Store(path).checkpoints():
-        writer_of(path, mirror).claim()
+        writer = writer_of(path, mirror)
+        # One that is of this run already was written before: its process takes it over in order.
+        if owner.refuse_other(writer.bucket, writer.owner.run, writer.owner.name) is None:
+            writer.claim()
 
 
 class Mirroring:

@@ -26,9 +26,10 @@ class DamagedHereError(CheckpointError):
 def send(
     run: RunDirectory, step: int, sending: Sending, known: Iterable[CommitRecord], seen: Seen
 ) -> tuple[Manifest, Files] | None:
-    """The manifest and all files by their paths in the run directory; None if the commit was removed meanwhile. What `known` and `seen`
+    """The manifest and all files by their paths in the run directory; None if the commit was removed or demoted meanwhile. What `known` and `seen`
     have is not read again. DamagedHereError if a file has other bytes than were committed."""
     path = run.checkpoint(step)
+    sign = sign_of(path)
     with ExitStack() as held:
         try:
             manifest = read(path).manifest
@@ -36,7 +37,7 @@ def send(
             # All at once: what is open can be read to its end, also if the keep rules remove the checkpoint.
             files = {name: held.enter_context((path / name).open("rb")) for name in names}
         except (OSError, CheckpointError) as error:
-            if not path.exists():
+            if not sign or sign_of(path) != sign:  # removed, or demoted, at this moment
                 return None
             raise DamagedHereError(f"step {step} is damaged here: {error}", where=str(path)) from error
         there = {file.digest: file for record in known for file in record.files.values()}
@@ -51,8 +52,15 @@ def send(
     return manifest, {**found, **_rest(run, sending, seen)}
 
 
-def sign_of(status: os.stat_result) -> str:
-    """What changes with a file."""
+def sign_of(checkpoint: Path) -> str:
+    """What changes with a manifest; empty if there is none."""
+    try:
+        return _sign((checkpoint / MANIFEST).stat())
+    except OSError:
+        return ""
+
+
+def _sign(status: os.stat_result) -> str:
     return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
@@ -67,7 +75,7 @@ def _rest(run: RunDirectory, sending: Sending, seen: Seen) -> Files:
         try:
             for path in (run.recipe, run.plan_file, *run.records()):
                 with path.open("rb") as file:
-                    name, sign = name_of(run, path), sign_of(os.fstat(file.fileno()))
+                    name, sign = name_of(run, path), _sign(os.fstat(file.fileno()))
                     before, same = seen.get(name, ("", None))
                     found[name] = same if same and before == sign and sending.has(same) else sending.file(file)
                     seen[name] = sign, found[name]

@@ -73,7 +73,7 @@ class Sender:
                     sent.append(step)
                     self._say(f"mirrored step {step}")
             except DamagedHereError as error:
-                self._damaged[step] = _sign(self._run.checkpoint(step))
+                self._damaged[step] = commit.sign_of(self._run.checkpoint(step))
                 self._say(f"{error.message}; it is not mirrored")
         if sent or not self._is_tidy:
             self._remove()
@@ -112,7 +112,7 @@ class Sender:
 
     def _is_settled(self, item: Summary) -> bool:
         """Whether there is nothing to send of a local commit."""
-        sign = _sign(item.path)
+        sign = commit.sign_of(item.path)
         if sign in ("", self._seen.get(item.step), self._damaged.get(item.step)):
             return True
         record = self._records.get(item.step)
@@ -131,7 +131,7 @@ class Sender:
 
     def _send(self, step: int) -> bool:
         """Whether the commit is in the mirror now: it may have been removed here meanwhile."""
-        sign = _sign(self._run.checkpoint(step))
+        sign = commit.sign_of(self._run.checkpoint(step))
         sending = Sending(self._bucket, self._sizes, self._alive)
         try:
             read = commit.send(self._run, step, sending, self._records.values(), self._read)
@@ -205,11 +205,3 @@ class Sender:
             for record in later
             if any(each["first"] <= record.step and each["time"] > record.created for each in rollbacks)
         }
-
-
-def _sign(checkpoint: Path) -> str:
-    """What changes with a manifest; empty if it was removed."""
-    try:
-        return commit.sign_of((checkpoint / MANIFEST).stat())
-    except OSError:
-        return ""

@@ -12,10 +12,11 @@ import pytest
 
 from finetune.errors import MirrorError, RunError
 from finetune.recipe.schema import KeepWhole, Mirror
-from finetune.store.checkpoints.manifest import Manifest
+from finetune.store.checkpoints.manifest import MANIFEST, Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.verify import verify
-from finetune.store.mirror import following, owner, pieces, pulled
+from finetune.store.durable import replace_file
+from finetune.store.mirror import commit, following, owner, pieces, pulled
 from finetune.store.mirror.bucket import Folder
 from finetune.store.mirror.owner import TakenOverError, UnusableError
 from finetune.store.mirror.sender import Sender
@@ -248,6 +249,30 @@ def test_a_commit_that_is_damaged_here_is_said_and_not_sent(made, bucket, capsys
     assert mirror.lacks() == [8]
 
 
+def test_a_commit_that_is_removed_or_demoted_while_it_is_sent_is_no_damage(made, bucket, monkeypatch, capsys) -> None:
+    made.commit(4)
+    made.commit(8)
+    begin, left = commit.read, [8, 4]
+
+    def read(path: Path):
+        checkpoint = begin(path)
+        if left and checkpoint.step == left[0]:
+            left.pop(0)
+            made.store.remove(checkpoint) if checkpoint.step == 8 else demote(checkpoint)
+        return checkpoint
+
+    def demote(checkpoint) -> None:
+        files = {"model.bin": checkpoint.manifest.files["model.bin"]}
+        replace_file(checkpoint.path / MANIFEST, replace(checkpoint.manifest, kind="weights", files=files).to_bytes())
+        (checkpoint.path / "frozen.bin").unlink()
+
+    monkeypatch.setattr(commit, "read", read)
+    assert sender(made.path, bucket, rules(last=9, every="4 steps")).round(is_last=False) == [4]
+    assert "damaged" not in capsys.readouterr().out
+    (record,) = pulled.records(bucket, None, print)
+    assert (record.step, record.kind) == (4, "weights")
+
+
 def test_a_record_may_not_lead_out_of_the_run(made, bucket, tmp_path) -> None:
     mirror = sender(made.path, bucket)
     made.commit(4)
@@ -367,3 +392,87 @@ def test_a_cut_at_any_byte_of_the_upload_leaves_a_whole_commit(made, tmp_path) -
 def test_cuts_at_random_bytes_of_the_upload(seed, made, tmp_path, capsys) -> None:
     assert cut_anywhere(made, tmp_path, 20, seed) >= 20
     assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1, -70])
+def test_a_torn_record_is_passed_over(size, made, bucket, tmp_path, capsys) -> None:
+    mirror = sender(made.path, bucket)
+    made.commit(4)
+    made.commit(8)
+    mirror.round(is_last=False)
+    name = mirror._records[8].object_name
+    whole = bucket.read(name)
+    bucket.put(name, whole[:size])
+    said: list[str] = []
+    assert pulled.restore(bucket, tmp_path / "b", said.append) == 4
+    assert said == [f"damaged: the record is torn or damaged: {name}"]
+    # The next writer sends the commit again, and removes the torn record.
+    again = sender(made.path, bucket)
+    assert again.round(is_last=False) == [8]
+    assert name not in names(bucket, "commits")
+    assert again.steps == [4, 8]
+
+
+def test_a_record_of_a_newer_version_is_no_damage(made, bucket, tmp_path) -> None:
+    mirror = sender(made.path, bucket)
+    made.commit(4)
+    mirror.round(is_last=False)
+    newer = replace(mirror._records[4], schema=2, number=5)
+    bucket.put(newer.object_name, newer.to_bytes())
+    with pytest.raises(MirrorError, match="was written by a newer version of finetune"):
+        pulled.restore(bucket, tmp_path / "b", print)
+
+
+class Interrupted(Folder):
+    """A folder in which something else happens right before the call of this number."""
+
+    def __init__(self, place: str, at: int, then):
+        super().__init__(place)
+        self.calls, self._at, self._then = 0, at, then
+
+    def put(self, name: str, content: bytes) -> None:
+        self._count()
+        super().put(name, content)
+
+    def remove(self, names) -> None:
+        self._count()
+        super().remove(names)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        self._count()
+        return super().sizes(folder)
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self._at:
+            self._then()
+
+
+def test_every_commit_is_whole_wherever_a_second_writer_comes(made, bucket, tmp_path) -> None:
+    for step in (4, 8, 12):
+        made.commit(step)
+    sender(made.path, bucket, rules(last=3)).round(is_last=False)
+    before = shutil.copytree(tmp_path / "bucket", tmp_path / "before")
+    made.commit(16)
+    other = Made(tmp_path / "elsewhere" / "a")
+    for step in (12, 20):
+        other.commit(step, seed=step)
+    at, calls, stopped = 1, 2, 0  # the first call is the first one's own claim
+    while at < calls:
+        at += 1
+        shutil.rmtree(tmp_path / "bucket")
+        shutil.copytree(before, tmp_path / "bucket")
+        second = owner.Writer(bucket, made.id, other.path, "now")
+        # It claims the mirror at this moment, and begins when the first one has had the time for its next look.
+        first = Interrupted(bucket.place, at, second.claim)
+        try:
+            sender(made.path, first).round(is_last=False)
+        except TakenOverError:
+            stopped += 1
+        calls = max(calls, first.calls)
+        Sender(other.path, rules(), second, print, lambda: None).round(is_last=False)
+        sizes = bucket.sizes("blobs")
+        found = list(pulled.records(bucket, made.id, print))
+        assert found[0].step == 20
+        assert {f"blobs/{piece[:2]}/{piece}.bin" for record in found for piece in record.pieces} == sizes.keys()
+    assert calls > 10 and stopped > 5
