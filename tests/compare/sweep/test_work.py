@@ -19,7 +19,7 @@ SPEC = Spec({"train.seed": Values((1, 2))}, "grid", 2, 0, None, (), (), threads=
 
 @pytest.fixture
 def loaded(recipe_file) -> LoadedRecipe:
-    return load(recipe_file(publish={"repo": "owner/name"}))
+    return load(recipe_file(publish={"repo": "owner/name"}, mirror="file:///mirror"))
 
 
 @pytest.fixture
@@ -64,11 +64,13 @@ def test_a_trial_that_is_killed_again_and_again_without_a_commit_fails(sweep: Sw
     assert reasons[4] == Reason("killed", "killed by SIGKILL 3 times at step 4; is there too little memory?")
 
 
-def test_trials_do_not_publish_and_are_evaluated_at_each_rung(sweep: Sweep, loaded: LoadedRecipe, tmp_path) -> None:
+def test_trials_are_neither_published_nor_mirrored_and_are_evaluated_at_each_rung(
+    sweep: Sweep, loaded: LoadedRecipe, tmp_path
+) -> None:
     trial = Trial(1, {"train.seed": 2}, {})
     words = trainings.command(sweep, trial, 4, sweep.run(1))
     assert "--set=train.seed=2" in words
-    assert "--set=publish=null" in words
+    assert {"--set=publish=null", "--set=mirror=null"} <= {*words}
     assert "--until=4" in words
     assert "--set=checkpoint.keep.best=1" not in words
     halved = Spec(**{**vars(SPEC), "halving": 2, "rungs": (4, 10)})

@@ -113,6 +113,11 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_trained(recipe_f
     assert not list(tmp_path.glob("run*"))
 
 
+def test_trainings_of_a_rehearsal_are_not_mirrored(recipe_file, tmp_path) -> None:
+    rehearsal = Rehearsal(load(recipe_file(mirror="file:///mirror")), (), tmp_path / "run")
+    assert "mirror=null" in rehearsal.command(tmp_path / "scratch", 4, 2)
+
+
 @pytest.mark.slow
 def test_a_plan_that_is_too_short_is_refused(recipe_file, tmp_path) -> None:
     with pytest.raises(RunError, match="the plan has 10 steps, and a rehearsal needs 12\nhint: use --steps 5"):
