@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from finetune.errors import MirrorError, RunError
+from finetune.recipe.addresses import problem_of
 from finetune.recipe.schema import Mirror
 from finetune.store import lock
 from finetune.store.mirror.opening import opened
@@ -50,6 +51,8 @@ def writer_of(run: Path, rules: Mirror) -> Writer:
 def send(run: Path, to: str | None) -> Mirrored:
     """Sends what the mirror of a run lacks; `to` names another one than the recipe. RunError if another process does it."""
     rules = rules_of(run)
+    if to and (problem := problem_of(to)):
+        raise MirrorError(f"the address of a mirror {problem}")
     if to:
         rules = Mirror(to=to) if rules is None else Mirror(to=to, every=rules.every, keep=rules.keep)
     if rules is None:

@@ -18,6 +18,7 @@ from finetune.store.checkpoints.verify import verify
 from finetune.store.durable import replace_file
 from finetune.store.mirror import commit, following, owner, pieces, pulled
 from finetune.store.mirror.bucket import Folder
+from finetune.store.mirror.opening import opened
 from finetune.store.mirror.owner import TakenOverError, UnusableError
 from finetune.store.mirror.sender import Sender
 from finetune.store.run import journal
@@ -476,3 +477,11 @@ def test_every_commit_is_whole_wherever_a_second_writer_comes(made, bucket, tmp_
         assert found[0].step == 20
         assert {f"blobs/{piece[:2]}/{piece}.bin" for record in found for piece in record.pieces} == sizes.keys()
     assert calls > 10 and stopped > 5
+
+
+@pytest.mark.parametrize("place", ["s3://key:word@bucket/a", "s3://bucket/a?token=word", "runs/word", "https://word"])
+def test_an_address_with_credentials_or_of_something_else_is_refused_and_not_repeated(place, made) -> None:
+    for ask in (lambda: following.send(made.path, place), lambda: opened(place)):
+        with pytest.raises(MirrorError, match="the address of a mirror must ") as caught:
+            ask()
+        assert "word" not in str(caught.value)
