@@ -25,10 +25,10 @@ from finetune.store.checkpoints.refs import Ref, find, parse, run_of
 from finetune.store.evaluations import About, Evaluation
 from finetune.store.run.directory import RunDirectory
 from finetune.tasks import TASKS
-from finetune.training.build import as_trained, check_packing
 from finetune.training.evaluation import evaluate as evaluate_objective
 from finetune.training.evaluation import evaluated
 from finetune.training.evaluation_sets import held_out_set, read_set, seen_by, with_sets
+from finetune.training.fitting import as_trained, check_packing
 from finetune.training.opened import open_model
 from finetune.training.resolve import Resolved, resolve, resolve_own
 from finetune.training.state import Objective

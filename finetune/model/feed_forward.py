@@ -5,7 +5,6 @@ the backward pass. The sum over tokens in the gradients of weights is then taken
 """
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import BaseError, of_libraries
+from finetune.model import shards
 from finetune.model.losses import unwrapped
 
 TOKENS = 8  # of the trial
@@ -23,7 +23,10 @@ TOLERANCE = 1e-3  # of its norm; in bf16 a product of four rows may be rounded o
 
 def in_pieces(model: PreTrainedModel, tokens: int) -> int:
     """Runs each feed-forward on at most so many tokens at once, and returns how many there are. BaseError where none is found."""
-    found = list(chain.from_iterable(_feed_forwards(layer, _hidden(model)) for layer in _layers(model)))
+    found: list[torch.nn.Module] = []
+    for layer in _layers(model):
+        with shards.whole(layer):
+            found += _feed_forwards(layer, _hidden(model))
     if not found:
         message, hint = "the layers of this base have no feed-forward that can be taken apart", "remove the key"
         raise BaseError(message, where="train.mlp_chunk_tokens", hint=hint)

@@ -56,7 +56,7 @@ def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
     if head is None:
         return full, "its head is not one linear layer"
     tokens = torch.arange(2, 10, device=head.weight.device)[None] % len(head.weight)
-    with torch.inference_mode():
+    with torch.no_grad():  # what FSDP makes in inference mode could not be trained
         with explained("transformers cannot run it", type(unwrapped(model)).__name__):
             logits = model(input_ids=tokens, use_cache=False).logits
         try:

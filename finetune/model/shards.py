@@ -1,11 +1,15 @@
 """What a rank holds of a tensor whose rows are spread over ranks (DTensor, sharded by its first dimension). A plain tensor is whole."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn import Module
 
 
 class Rows(NamedTuple):
@@ -39,11 +43,49 @@ def is_spread(tensors: dict[str, Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
+class Share(NamedTuple):
+    """Which of the equal shares of a tensor's rows a process holds."""
+
+    number: int
+    of_shares: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its rows of a tensor, in the same memory; the last shares may have fewer or none."""
+        if not tensor.ndim or self.of_shares == 1:
+            return tensor
+        size = -(-len(tensor) // self.of_shares)
+        return tensor[self.number * size : (self.number + 1) * size]
+
+
+WHOLE = Share(0, 1)
+
+
+def share_of(tensor: Tensor) -> Share:
+    """Of a tensor that is spread over ranks by its rows; `WHOLE` for one that is not."""
+    if not isinstance(tensor, DTensor):
+        return WHOLE
+    over = next(dimension for dimension, each in enumerate(tensor.placements) if each.is_shard())
+    return Share(tensor.device_mesh.get_local_rank(over), tensor.device_mesh.size(over))
+
+
 def placed(part: Tensor, like: Tensor) -> Tensor:
-    """What a rank holds of a tensor, as the tensor: on the device of one `like` it, and spread in the same way."""
-    part = part.to(like.device)
+    """What a rank holds of a tensor, as the tensor: spread as one `like` it, and on its device unless that has no memory."""
+    part = part if like.is_meta else part.to(like.device)
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(
         part.contiguous(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+@contextmanager
+def whole(layer: Module) -> Iterator[None]:
+    """Every rank has all weights of a layer meanwhile, where FSDP spreads them; all ranks enter together."""
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()

@@ -3,19 +3,24 @@
 `run` and the debugging tools wait here, `state` asks how many were declared, `cli` says what is lost.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from finetune.errors import LostRankError
+from finetune.errors import FinetuneError, LostRankError
+from finetune.store import cache
+
+FoundT = TypeVar("FoundT")
 
 LONGEST_WORK = timedelta(days=7)
 OF_LOST_PEERS = ("gloo/transport", "ncclRemoteError")  # neither has its own class
@@ -63,6 +68,61 @@ def of_rank_0(accelerator: Accelerator, number: int) -> int:
     told = torch.tensor([number])
     dist.broadcast(told, 0, group=_patient())
     return int(told)
+
+
+def text_of_rank_0(accelerator: Accelerator, text: str) -> str:
+    """Rank 0's text on every rank. Ranks exchange texts, never pickles."""
+    if accelerator.num_processes == 1:
+        return text
+    size = of_rank_0(accelerator, len(data := text.encode()))
+    told = _bytes(data, size)
+    dist.broadcast(told, 0, group=_patient())
+    return told.numpy().tobytes().decode()
+
+
+def found_by_all(accelerator: Accelerator, kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
+    """As `cache.found`, for what all ranks find together: rank 0 says whether it is in the cache."""
+    is_first = accelerator.is_main_process
+    known: list[FoundT] = json.loads(
+        text_of_rank_0(accelerator, json.dumps(cache.kept(kind, facts) if is_first else []))
+    )
+    if known:
+        return known[0]
+    found = find()
+    return cache.found(kind, facts, lambda: found) if is_first else found
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """All ranks get through the body, or none does: the others raise LostRankError with the message of one that failed."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except FinetuneError as failed:
+        error = failed
+    own = json.dumps([error.message, error.where, error.hint] if error else []).encode()
+    sizes = _gathered(accelerator, torch.tensor([len(own)]))
+    texts = _gathered(accelerator, _bytes(own, max(int(size) for size in sizes)))
+    if error:
+        raise error
+    for rank, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+        if said := json.loads(text[: int(size)].numpy().tobytes()):
+            raise LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+
+
+def _gathered(accelerator: Accelerator, own: torch.Tensor) -> list[torch.Tensor]:
+    """What each rank has, in the order of ranks, however long one of them works for it."""
+    found = [torch.empty_like(own) for _ in range(accelerator.num_processes)]
+    dist.all_gather(found, own, group=_patient())
+    return found
+
+
+def _bytes(data: bytes, size: int) -> torch.Tensor:
+    """These bytes in a tensor of so many."""
+    return torch.frombuffer(bytearray(data[:size].ljust(max(1, size), b"\0")), dtype=torch.uint8)
 
 
 @contextmanager

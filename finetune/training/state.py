@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from finetune.training.ema import Average
 from finetune.training.saving.buffers import Copy
 from finetune.training.slot_sums import SlotSums
 
+Found = TypeVar("Found")
 Loss = Callable[[PreTrainedModel, Batch, TokenLosses], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -28,6 +30,22 @@ class Objective(torch.nn.Module):
         self.routers = routers
         self._loss = loss
         self.token_losses = token_losses
+
+    def inside(self, find: Callable[[], Found]) -> Found:
+        """The result of `find`, which runs in a forward without gradients: there a layer of the model is whole on every rank that enters it."""
+        loss, found = self._loss, list[Found]()
+
+        def run(model: PreTrainedModel, batch: Batch, token_losses: TokenLosses) -> tuple[torch.Tensor, torch.Tensor]:
+            found.append(find())
+            return torch.zeros(()), torch.zeros(())
+
+        self._loss = run
+        try:
+            with torch.no_grad():
+                self({})
+        finally:
+            self._loss = loss
+        return found[0]
 
     def forward(self, batch: Batch, work: Work | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A collated micro-batch -> summed loss (nats) and the sum of each row. With `work` its routers count, and the loss has their

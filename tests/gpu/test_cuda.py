@@ -8,7 +8,7 @@ import torch
 from finetune.model import adapters, attention
 from finetune.model.attention import per_row
 from finetune.recipe.load import load
-from finetune.training import build
+from finetune.training import build, fitting
 from finetune.training.resolve import resolve
 from finetune.training.saving.buffers import Staging
 from finetune.training.strategy.start import start_accelerator
@@ -90,7 +90,7 @@ def test_a_base_beneath_an_adapter_is_made_on_the_device_as_it_stays(recipe_file
 def test_packing_is_tried_out_with_the_kernel_that_trains(recipe_file, monkeypatch):
     calls, kernel = [], attention._in_one_call
     monkeypatch.setattr(attention, "_in_one_call", lambda *given: calls.append(given) or kernel(*given))
-    monkeypatch.setattr(build.cache, "found", lambda kind, facts, find: find())
+    monkeypatch.setattr(fitting.cache, "found", lambda kind, facts, find: find())
     resolved = resolve(load(recipe_file(**BF16)))
     build.build(resolved.plan, resolved.base_directory, start_accelerator(resolved.plan.recipe.train))
     assert calls

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from finetune.model import adapters, attention, base, losses  # noqa: E402
 from finetune.recipe.load import load  # noqa: E402
 from finetune.training import build as building  # noqa: E402
-from finetune.training import loop  # noqa: E402
+from finetune.training import fitting, loop  # noqa: E402
 from finetune.training.evaluation import batches, row_results  # noqa: E402
 from finetune.training.resolve import resolve  # noqa: E402
 from finetune.training.saving import buffers as staging  # noqa: E402
@@ -85,8 +85,8 @@ def build(resolved):
     torch.nn.Module.to = lambda module, *_, **__: module  # all is there already, and fake tensors cannot be swapped
     building.trained_model = model_of
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    building.device_name = lambda _: "a device that is not there"
-    building.check_packing = lambda *_: None
+    fitting.device_name = lambda _: "a device that is not there"
+    fitting.check_packing = lambda *_: None
     losses.fitting = lambda _: (losses.chunked, None)
     real = torch.Generator
     torch.Generator = lambda device: real()  # without CUDA there is none for it, and no numbers are drawn

@@ -10,7 +10,7 @@ from finetune.model import decoder_layers, tiny
 from finetune.model.packing import OURS, Packing, without_leaks
 from finetune.model.row_by_row import MARK, Apart
 from finetune.training.arrangements import compared
-from finetune.training.build import check_packing
+from finetune.training.fitting import check_packing
 
 LENGTHS = (40, 8, 8, 24, 33)
 CHUNKED = {"attention_chunk_size": 16}

@@ -100,14 +100,49 @@ def linear_weights(model: PreTrainedModel) -> frozenset[str]:
 @contextmanager
 def taken_for_fp32(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
     """Use it around adding an adapter: peft draws its matrices in fp32, and rounds them to their layer's type."""
-    pairs = [(parameter, parameter.data) for name, parameter in model.named_parameters() if name in names]
+    pairs = [
+        (parameter, parameter.data)
+        for name, parameter in model.named_parameters()
+        if name in names and not parameter.is_meta
+    ]
     for parameter, tensor in pairs:
-        parameter.data = torch.zeros((), device=tensor.device).expand(tensor.shape)  # takes no memory
+        parameter.data = _of_no_memory(tensor.shape, torch.float32, tensor.device)
     try:
         yield
     finally:
         for parameter, tensor in pairs:
             parameter.data = tensor
+
+
+@contextmanager
+def taken_for_real(model: PreTrainedModel, in_fp32: Collection[str], device: torch.device) -> Iterator[None]:
+    """Use it around adding an adapter to a model on the meta device: peft draws its matrices on the device, as beside real weights.
+
+    `in_fp32` are taken for fp32, too. What is frozen meanwhile stays so.
+    """
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    standing: dict[int, torch.nn.Parameter] = {}
+    places = []
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.append((module, attribute, parameter))
+    for module, attribute, parameter in places:
+        if id(parameter) not in standing:
+            dtype = torch.float32 if named[id(parameter)] in in_fp32 else parameter.dtype
+            numbers = _of_no_memory(parameter.shape, dtype, device)
+            standing[id(parameter)] = torch.nn.Parameter(numbers, requires_grad=parameter.requires_grad)
+        module._parameters[attribute] = standing[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, attribute, parameter in places:
+            parameter.requires_grad_(standing[id(parameter)].requires_grad)
+            module._parameters[attribute] = parameter
+
+
+def _of_no_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 def _is_tied(module: torch.nn.Module, model: PreTrainedModel) -> bool:

@@ -1,5 +1,6 @@
 """Pins a base, finds it again, and loads it."""
 
+from finetune.model.base.by_rows import Unread, unread
 from finetune.model.base.files import Companions, has_tokenizer, read_ahead, tokenizer_files
 from finetune.model.base.foreign import refuse as refuse_foreign
 from finetune.model.base.likeness import difference
@@ -36,6 +37,7 @@ __all__ = [
     "Companions",
     "LoadingClass",
     "Place",
+    "Unread",
     "attach",
     "beneath",
     "beside_text",
@@ -70,6 +72,7 @@ __all__ = [
     "run_around",
     "small_files_of",
     "source_of",
+    "unread",
     "unscaled",
     "named_stops",
     "notes",

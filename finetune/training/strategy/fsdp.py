@@ -28,7 +28,9 @@ def prepare(
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Autocast decides the precision of products, as without sharding. Only sums over ranks are said here: in fp32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    objective = accelerator.prepare_model(objective, evaluation_mode=True)  # autocast alone; nothing is wrapped
+    # What is not read yet has no numbers to move. Beyond that it is autocast alone; nothing is wrapped.
+    is_unread = any(parameter.is_meta for parameter in objective.parameters())
+    objective = accelerator.prepare_model(objective, device_placement=not is_unread, evaluation_mode=True)
     layers = [module for module in objective.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

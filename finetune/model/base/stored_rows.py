@@ -1,0 +1,63 @@
+"""The numbers of tensors in safetensors files, whole or some rows of them, read without mapping the file.
+
+A mapped file that gets shorter ends the process, and its pages count as memory of the process; what is read here fails with an error.
+"""
+
+import os
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+
+import torch
+
+from finetune.errors import explained
+from finetune.model.base import outline
+from finetune.model.base.damaged import damaged, name_of
+from finetune.store.tensors import ITEM_BYTES, Place
+
+
+class StoredRows:
+    """The tensors of a model's files by name. Close it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.places: dict[str, Place] = {}
+        self._files: dict[str, str] = {}
+        self._open: dict[str, int] = {}
+        for file, places in outline.headers_by_file(path).items():
+            self.places |= places
+            self._files |= dict.fromkeys(places, file)
+
+    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """The rows from `first` up to `end` in the type of the file, on the CPU, in memory of their own; a scalar has no rows.
+
+        BaseError if the file ends before them or cannot be read.
+        """
+        place = self.places[name]
+        shape = place.shape
+        if shape:
+            shape = (len(range(first, shape[0] if end is None else end)), *shape[1:])
+        row_bytes = prod(place.shape[1:]) * ITEM_BYTES[place.dtype]
+        numbers = torch.empty(shape, dtype=outline.TYPES[place.dtype])
+        if numbers.numel():
+            self._fill(
+                memoryview(numbers.reshape(-1).view(torch.uint8).numpy().data), name, place.start + first * row_bytes
+            )
+        return numbers
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            with suppress(OSError):
+                os.close(descriptor)
+        self._open = {}
+
+    def _fill(self, view: memoryview, name: str, start: int) -> None:
+        path = self._path / self._files[name]
+        with explained("cannot be read", name_of(self._path), hint="download or copy it again"):
+            if path.name not in self._open:
+                self._open[path.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            while view:
+                count = os.preadv(self._open[path.name], [view], start)
+                if not count:
+                    raise damaged(path, "it ends before its last tensor")
+                view, start = view[count:], start + count
