@@ -1,18 +1,21 @@
-"""The checkpoint that all ranks go on from. Ranks that do not see the same run directory are refused."""
+"""What all ranks train, and the checkpoint that they go on from. Ranks that do not see the same are refused."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from finetune.errors import CheckpointError, RunError
+from finetune.plan.facts import Facts
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import holder
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
+from finetune.training.resume import Opened
 
 
 def same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:
@@ -37,3 +40,20 @@ def same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelera
             hint="give all hosts one run directory on a shared disk",
         )
     return mine
+
+
+def with_what_fits_all(opened: Opened, accelerator: Accelerator) -> Opened:
+    """With the micro-batches and the strategy that fit the smallest device: all ranks must train alike. RunError where one of them would
+    train on other bytes: each reads its own rows of the base."""
+    if accelerator.num_processes == 1:
+        return opened
+    resolved = opened.resolved
+    own = resolved.micro_batch_tokens, int(resolved.strategy == "ddp"), int(resolved.plan.plan_id[-15:], 16)
+    found = accelerator.gather(torch.tensor([own], device=accelerator.device))
+    if others := [rank for rank, plan in enumerate(found[:, 2].tolist()) if plan != found[0, 2]]:
+        hint = "give all hosts the same base and data; a copy may be damaged"
+        raise RunError(f"ranks {others} have another base, or other data, than rank 0", hint=hint)
+    tokens, is_whole, _ = found.amin(0).tolist()
+    resolved = replace(resolved, micro_batch_tokens=tokens, strategy="ddp" if is_whole else "fsdp")
+    facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, "strategy": resolved.strategy}
+    return Opened(resolved, facts, opened.changes)

@@ -118,7 +118,7 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_n
         if unread:
             with collectives.together(accelerator):
                 unread.fill(objective)
-            objective.to(device)  # FSDP looks at its tensors again
+            objective.load_state_dict({}, strict=False)  # loads nothing, and has FSDP take the new tensors for its own
         return optimizer.build(model, recipe.optimizer, recipe.train.seed)
 
     wrapped, prepared = strategy.prepare(accelerator, objective, optimizer_of_what_is_read)

@@ -10,7 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 
 from finetune.data.sources.open import fingerprint
@@ -196,17 +195,6 @@ def _is_moved(source: Source, was: Source, pin: PinnedSource) -> bool:
 def _under_the_name_of(source: Source, was: Source) -> Source:
     places.found(was.place, source.place, "data")
     return source.model_copy(update={"path": was.path})
-
-
-def with_what_fits_all(opened: Opened, accelerator: Accelerator) -> Opened:
-    """With the micro-batches and the strategy that fit the smallest device: all ranks must train alike."""
-    if accelerator.num_processes == 1:
-        return opened
-    own = opened.resolved.micro_batch_tokens, int(opened.resolved.strategy == "ddp")
-    tokens, is_whole = accelerator.gather(torch.tensor([own], device=accelerator.device)).amin(0).tolist()
-    resolved = replace(opened.resolved, micro_batch_tokens=tokens, strategy="ddp" if is_whole else "fsdp")
-    facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, "strategy": resolved.strategy}
-    return Opened(resolved, facts, opened.changes)
 
 
 def _sorted_out(earlier: Plan, recipe: Recipe) -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ from finetune.store.checkpoints.manifest import MANIFEST
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import lease
 from finetune.training import attempt, collectives, gradients, loop, mirroring, pins
+from finetune.training.agreement import with_what_fits_all
 from finetune.training.build import build
 from finetune.training.early_stopping import Patience
 from finetune.training.evaluated_step import evaluate_step
@@ -35,7 +36,7 @@ from finetune.training.readiness import refuse_unready
 from finetune.training.recorder import Recorder
 from finetune.training.resolve import Resolved
 from finetune.training.respond import SpikeError, judge_of, respond
-from finetune.training.resume import Opened, open_plan, with_what_fits_all
+from finetune.training.resume import Opened, open_plan
 from finetune.training.saving import reading
 from finetune.training.starving import Loads
 from finetune.training.state import TrainState

@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training import Shape, Work, write_recipe
@@ -40,20 +42,10 @@ def measured(recipe: Path) -> dict[str, float]:
     loaded = load(recipe)
     accelerator, resolved = start_accelerator(loaded.recipe.train), resolve(loaded)
     directory = base.directory(resolved.plan.recipe.base, resolved.plan.base)
-    before, peaks, is_over = _resident(), {"own": 0, "mapped": 0}, threading.Event()
-
-    def sample() -> None:
-        while not is_over.wait(SAMPLED_SECONDS):
-            for kind, value in _resident().items():
-                peaks[kind] = max(peaks[kind], value)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
     started = time.perf_counter()
-    state = build(resolved.plan, directory, accelerator)
+    with peaks_above() as peaks:
+        state = build(resolved.plan, directory, accelerator)
     seconds = time.perf_counter() - started
-    is_over.set()
-    sampler.join()
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in state.model.parameters()}
     shards = [file.stat().st_size for file in directory.glob("*.safetensors")]
     return {
@@ -61,11 +53,31 @@ def measured(recipe: Path) -> dict[str, float]:
         "weights": sum(weights.values()),
         "shard": max(shards),
         "shards": len(shards),
-        **{kind: peaks[kind] - before[kind] for kind in peaks},
+        **peaks,
     }
 
 
-def _resident() -> dict[str, int]:
+@contextmanager
+def peaks_above() -> Iterator[dict[str, int]]:
+    """The most bytes meanwhile above those before, once it is over."""
+    before, is_over = resident(), threading.Event()
+    peaks = dict.fromkeys(before, 0)
+
+    def sample() -> None:
+        while not is_over.wait(SAMPLED_SECONDS):
+            for kind, value in resident().items():
+                peaks[kind] = max(peaks[kind], value - before[kind])
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield peaks
+    finally:
+        is_over.set()
+        sampler.join()
+
+
+def resident() -> dict[str, int]:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {"own": int(lines["RssAnon"].split()[0]) << 10, "mapped": int(lines["RssFile"].split()[0]) << 10}
 
@@ -112,15 +124,15 @@ def _all(options: argparse.Namespace) -> None:
                 if options.only not in (None, name):
                     continue
                 recipe = write_recipe(Path(folder, "recipe.yaml"), shape, WORK, adapter)
-                place = _child("--shard", recipe, stored).strip()
-                _set(recipe, place, train)
-                found[f"{stored}: {name}"] = json.loads(_child("--measure", recipe).splitlines()[-1])
+                place = child(__file__, "--shard", recipe, stored).strip()
+                set_base(recipe, place, train)
+                found[f"{stored}: {name}"] = json.loads(child(__file__, "--measure", recipe).splitlines()[-1])
                 _show(f"{stored}: {name}", found[f"{stored}: {name}"])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _set(recipe: Path, place: str, train: dict[str, str]) -> None:
+def set_base(recipe: Path, place: str, train: dict[str, str]) -> None:
     import yaml
 
     sections = yaml.safe_load(recipe.read_text())
@@ -129,8 +141,8 @@ def _set(recipe: Path, place: str, train: dict[str, str]) -> None:
     recipe.write_text(yaml.safe_dump(sections))
 
 
-def _child(*words: object) -> str:
-    command = [sys.executable, __file__, *map(str, words)]
+def child(*words: object) -> str:
+    command = [sys.executable, *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -103,6 +103,7 @@ class Unread:
 
     model: PreTrainedModel
     _loading: _Loading
+    _rows: StoredRows
     _names: dict[str, str]
     """Of each tensor that the files have as the model does, but perhaps for its type: its name there."""
     _made: frozenset[str]
@@ -119,7 +120,7 @@ class Unread:
 
         Weights are new objects afterwards. BaseError if a file cannot be read.
         """
-        rows = StoredRows(self._loading.path)
+        rows = self._rows
         try:
             share = next((shards.share_of(each) for each in module.parameters() if each.is_meta), shards.WHOLE)
             made = self._cut(rows, share) if self._made else {}
@@ -175,7 +176,8 @@ def unread(
     empty = empty_model(path, kind)
     in_fp32 = outline.stored_in_fp32(empty, path) if keeps_fp32 else frozenset()
     loading = _Loading(type(empty), config, path, dtype, attention, place, in_fp32)
-    stored = {name: _Named(each.shape, outline.TYPES[each.dtype]) for name, each in outline.headers(path).items()}
+    rows = StoredRows(path)
+    stored = {name: _Named(each.shape, outline.TYPES[each.dtype]) for name, each in rows.places.items()}
     with _buffers_on(type(empty), place.device):
         model, info = loading.load(stored, device_map={"": "meta"})
     refuse_lacking(path, {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys")})
@@ -189,17 +191,16 @@ def unread(
             made.add(name)
         elif tensor.is_meta:
             return None
-    if not _tie_stored_twice(model, names, path):
+    if not _tie_stored_twice(model, names, rows):
         return None
     model.config.use_cache = False  # with a cache, packed rows would silently see one another
     owners = {(id(holder), name.rpartition(".")[2]): name for holder, name, _ in _tensors(model)}
-    return Unread(rotary.separate(model.eval()), loading, names, frozenset(made), owners)
+    return Unread(rotary.separate(model.eval()), loading, rows, names, frozenset(made), owners)
 
 
-def _tie_stored_twice(model: PreTrainedModel, names: dict[str, str], path: Path) -> bool:
+def _tie_stored_twice(model: PreTrainedModel, names: dict[str, str], rows: StoredRows) -> bool:
     """Ties what the files have under both names with equal numbers: transformers cannot compare them unread, and leaves them apart.
     Returns whether it could tell."""
-    rows = StoredRows(path)
     try:
         for target, source in list(model.all_tied_weights_keys.items()):
             pair = model.get_parameter(target), model.get_parameter(source)
