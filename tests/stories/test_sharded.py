@@ -1,6 +1,7 @@
 """Weights, gradients and moments spread over ranks: the steps of one process, and checkpoints that know no number of ranks."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -10,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune.model.base import Place, unread
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from tests import forks
-from tests.stories.workers import Workers
+from tests.stories.workers import Workers, two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -157,3 +159,54 @@ def test_the_same_ranks_replay_a_sharded_run_to_the_bit_and_write_no_state(write
     assert refused.returncode != 0
     assert "a state that is spread over ranks is written by a training alone" in refused.stderr
     assert [each.step for each in Store(tmp_path / "run").checkpoints()] == [2, 4]
+
+
+BAD_DISK = """
+import errno, os
+pread = os.preadv
+
+def fail(*arguments):
+    if os.environ["RANK"] == "RANK":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return pread(*arguments)
+
+os.preadv = fail
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_read_its_rows_ends_all_with_its_message(rank, write_recipe, tmp_path):
+    code = BAD_DISK.replace('== "RANK"', f'== "{rank}"')
+    both = two_ranks("-c", code, "train", write_recipe("fsdp"), "--run", tmp_path / "run")
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    told = "cannot be read (OSError: [Errno 5] Input/output error)"
+    assert told in said[rank] and f"rank {rank}: " not in said[rank]
+    assert f"rank {rank}: {told}" in said[1 - rank]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_rank_with_a_flipped_bit_in_its_copy_of_the_base_is_refused(write_recipe, bases, tmp_path):
+    hosts = [tmp_path / "host-0", tmp_path / "host-1"]
+    for host in hosts:
+        shutil.copytree(bases["tied"], host / "base")
+    weights = hosts[1] / "base" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    recipe = write_recipe("fsdp")
+    recipe.write_text(recipe.read_text().replace(str(bases["tied"]), "base"))
+    both = two_ranks("-m", "finetune", "train", recipe, "--run", tmp_path / "run", hosts=hosts)
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    assert all("ranks [1] have another base, or other data, than rank 0" in each for each in said), said
+
+
+def test_experts_are_read_whole_one_layer_at_a_time_and_dense_weights_by_rows(bases):
+    for name, made in (("tied", 0), ("untied", 0), ("experts", 2)):
+        found = unread(bases[name], torch.float32, None, Place(torch.device("cpu")))
+        layers = AutoConfig.from_pretrained(bases[name]).num_hidden_layers
+        assert len(found._made) == made * layers

@@ -109,6 +109,21 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def two_ranks(*command: object, hosts: list[Path] | None = None) -> list[subprocess.Popen]:
+    """What torchrun starts, in the folder of each one's host; on a port that was free a moment ago."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        forks.Popen(
+            [sys.executable, *map(str, command)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=hosts[rank] if hosts else None,
+        )
+        for rank in range(2)
+    ]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it (`test_processes` sends the real one)."""
 

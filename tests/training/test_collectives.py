@@ -1,16 +1,11 @@
 """What ranks do beside their steps: how many there should be, what Accelerate must not be told, and how long they wait for each other."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch.distributed as dist
 
 from finetune.store.run import journal
 from finetune.training import collectives
-from tests import forks
-from tests.stories.workers import free_port
+from tests.stories.workers import two_ranks
 
 IMPATIENT = """
 import sys, time
@@ -43,20 +38,6 @@ from finetune.cli import main
 from tests import forks
 main()
 """
-
-
-def two_ranks(*command: object) -> list[subprocess.Popen]:
-    """What torchrun starts; on a port that was free a moment ago."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        forks.Popen(
-            [sys.executable, *map(str, command)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
 
 
 @pytest.mark.slow
