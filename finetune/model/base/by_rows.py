@@ -141,7 +141,9 @@ class Unread:
     def _placed(self, part: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
         if part.shape != shards.local(like).shape:
             raise BaseError(f"`{name}` cannot be read by rows", where=name_of(self._loading.path))
-        placed = shards.placed(part.to(self._loading.place.device, like.dtype), like)
+        device = self._loading.place.device  # `cpu:0`, which torch takes for another one than `cpu`, and copies
+        part = part.to(like.dtype) if device.type == "cpu" else part.to(device, like.dtype)
+        placed = shards.placed(part, like)
         if isinstance(like, torch.nn.Parameter):
             return torch.nn.Parameter(placed, requires_grad=like.requires_grad)
         return placed
