@@ -6,6 +6,7 @@ from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -66,6 +67,19 @@ def share_of(tensor: Tensor) -> Share:
         return WHOLE
     over = next(dimension for dimension, each in enumerate(tensor.placements) if each.is_shard())
     return Share(tensor.device_mesh.get_local_rank(over), tensor.device_mesh.size(over))
+
+
+def sharing(tensor: Tensor) -> ProcessGroup | None:
+    """The ranks that together hold each row of a tensor once; None stands for all."""
+    return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1) if isinstance(tensor, DTensor) else None
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether the rows that this rank holds of a tensor are another rank's to save."""
+    if not isinstance(tensor, DTensor):
+        return False
+    pairs = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    return any(place > 0 for placement, place in pairs if placement.is_replicate())
 
 
 def placed(part: Tensor, like: Tensor) -> Tensor:

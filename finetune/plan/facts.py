@@ -15,6 +15,8 @@ class World(TypedDict, total=False):
     world_size: int
     strategy: str
     """How its devices shared the work."""
+    hosts: int
+    """Of a training whose rows are spread within each host (`hsdp`)."""
     threads: int
     micro_batch_tokens: int
     update_slice: int
@@ -43,4 +45,5 @@ class Extension(TypedDict):
 
 def world_of(facts: Facts) -> World:
     known = recorded(facts)
-    return cast(World, {name: known[name] for name in FACT_NAMES if name != "versions"})
+    absent = {"versions"} if known["hosts"] else {"versions", "hosts"}
+    return cast(World, {name: known[name] for name in FACT_NAMES if name not in absent})

@@ -11,7 +11,7 @@ from finetune.plan import activations
 from finetune.plan.activations import FLOAT, average_bytes, is_beside, stored_width, width
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
-from finetune.recipe.schema.rules import unshardable
+from finetune.recipe.schema.rules import SHARDED, unshardable
 
 # Bytes a parameter. nf4 and fp4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
 QUANTIZED = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.004}
@@ -44,7 +44,7 @@ class Device(NamedTuple):
     host_bytes: int = 0
     """Of a GPU: the memory of the host, which all its processes share."""
     processes: int = 1
-    """Processes of the training on that host."""
+    """Processes of the training on this host."""
     asked: str = ""
     """The strategy that the launcher asks for, where the recipe leaves it open."""
 
@@ -165,14 +165,21 @@ def micro_batch_tokens(plan: Plan, shape: Shape, device: Device) -> int:
     """The value of `auto`: the longest example, doubled while the forecast fits and a step or, on a CPU, the caches gain from it."""
     tokens = max(1, plan.counts.longest, plan.holdout_counts.longest)
     step = plan.recipe.train.batch_size * plan.counts.longest
-    is_sharded = strategy(plan, shape, device) == "fsdp"
+    shares = sharing(strategy(plan, shape, device), device)
     while tokens < step and (device.is_gpu or 2 * tokens <= CPU_TOKENS):
         work = Work(2 * tokens, step)
-        size = sharded_bytes if is_sharded else whole_bytes
-        if not fits(size(plan, shape, work, device), device):
+        size = sharded_bytes(plan, shape, work, shares) if shares else whole_bytes(plan, shape, work, device)
+        if not fits(size, device):
             break
         tokens *= 2
     return tokens
+
+
+def sharing(name: str, device: Device) -> Device | None:
+    """The device as one of those that share rows in a strategy; None where each holds the whole model."""
+    if name not in SHARDED:
+        return None
+    return device._replace(world_size=device.processes) if name == "hsdp" else device
 
 
 def whole_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:

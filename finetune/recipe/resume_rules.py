@@ -72,6 +72,7 @@ FACTS = (
     Rule(("device",), "said", "another device rounds otherwise"),
     Rule(("world_size",), "said", "every step has the same rows, and more or fewer processes add them up"),
     Rule(("strategy",), "said", "devices that share a model take its sums in another order"),
+    Rule(("hosts",), "said", "rows are spread within a host, and added up within it first"),
     Rule(("threads",), "said", "sums are divided among the threads"),
     Rule(("micro_batch_tokens",), "said", "every step has the same rows, in other groups"),
     Rule(("update_slice",), "said", "weights in bf16 are rounded by other random numbers"),

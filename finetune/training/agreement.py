@@ -15,7 +15,11 @@ from finetune.store.checkpoints.verify import verify
 from finetune.store.run import holder
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
+from finetune.training.facts import sharing_of
 from finetune.training.resume import Opened
+
+WIDEST = ("fsdp", "hsdp", "ddp")
+"""Strategies, by how many devices share the rows of a tensor."""
 
 
 def same_checkpoint(newest: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint | None:
@@ -48,12 +52,12 @@ def with_what_fits_all(opened: Opened, accelerator: Accelerator) -> Opened:
     if accelerator.num_processes == 1:
         return opened
     resolved = opened.resolved
-    own = resolved.micro_batch_tokens, int(resolved.strategy == "ddp"), int(resolved.plan.plan_id[-15:], 16)
+    own = resolved.micro_batch_tokens, WIDEST.index(resolved.strategy), int(resolved.plan.plan_id[-15:], 16)
     found = accelerator.gather(torch.tensor([own], device=accelerator.device))
     if others := [rank for rank, plan in enumerate(found[:, 2].tolist()) if plan != found[0, 2]]:
         hint = "give all hosts the same base and data; a copy may be damaged"
         raise RunError(f"ranks {others} have another base, or other data, than rank 0", hint=hint)
-    tokens, is_whole, _ = found.amin(0).tolist()
-    resolved = replace(resolved, micro_batch_tokens=tokens, strategy="ddp" if is_whole else "fsdp")
-    facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, "strategy": resolved.strategy}
+    tokens, widest, _ = found.amin(0).tolist()
+    resolved = replace(resolved, micro_batch_tokens=tokens, strategy=WIDEST[widest])
+    facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, **sharing_of(resolved.strategy)}
     return Opened(resolved, facts, opened.changes)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 import finetune
 from finetune import version
 from finetune.plan import memory
-from finetune.plan.facts import Machine
+from finetune.plan.facts import Machine, World
 from finetune.training.fitting import device_name
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
@@ -29,6 +29,14 @@ def software() -> dict[str, str]:
     lock = hashlib.sha256("\n".join(installed).encode()).hexdigest()
     image = os.environ.get("FINETUNE_IMAGE")
     return {"code": f"sha256:{code}", "lock": f"sha256:{lock}", **({"image": image} if image else {})}
+
+
+def sharing_of(strategy: str) -> World:
+    """How devices share the work, as `plan.json` records it."""
+    world_size, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if strategy == "hsdp":
+        return {"strategy": strategy, "hosts": world_size // beside}
+    return {"strategy": strategy}
 
 
 def facts_of(accelerator: Accelerator) -> Machine:

@@ -30,6 +30,7 @@ from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences
 from finetune.recipe.schema import Recipe
+from finetune.recipe.schema.rules import SHARDED
 from finetune.tasks import TASKS
 from finetune.training import base_fit
 from finetune.training.counted import counted as count
@@ -152,7 +153,7 @@ def open_base(loaded: LoadedRecipe, like: Plan | None, stand_in: Path | None, is
     # A branch on the same base keeps the pin, so that a new commit on the Hub does not change it under way.
     is_same = like is not None and like.recipe.base == recipe.base
     # Packed bits cannot be spread over devices by rows.
-    is_whole = recipe.is_adapted and recipe.train.strategy != "fsdp"
+    is_whole = recipe.is_adapted and recipe.train.strategy not in SHARDED
     pinned = like.base if like and is_same else base.pin(recipe.base, is_whole)
     directory = stand_in or base.directory(recipe.base, pinned, with_weights=False)
     if is_to_load:
@@ -212,7 +213,8 @@ def device() -> memory.Device:
         total = torch.accelerator.get_memory_info()[1]
         host = memory.machine_bytes()
         return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside, asked=asked)
-    return memory.Device(memory.machine_bytes() // beside, world_size=world_size, asked=asked)
+    own = memory.machine_bytes() // beside
+    return memory.Device(own, world_size=world_size, processes=beside, asked=asked)
 
 
 def _refuse_change(earlier: Plan, plan: Plan) -> None:

@@ -25,7 +25,7 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
 from finetune.training.evaluation_sets import sets_told, with_sets
-from finetune.training.facts import facts_of, software
+from finetune.training.facts import facts_of, sharing_of, software
 from finetune.training.older_rows import losses_of_older_rules
 from finetune.training.readiness import refuse_gated
 from finetune.training.resolve import Resolved, resolve
@@ -82,7 +82,7 @@ def open_plan(
     refuse_gated(resolved, loaded.file)
     facts: Facts = {
         **now,
-        "strategy": resolved.strategy,
+        **sharing_of(resolved.strategy),
         "micro_batch_tokens": resolved.micro_batch_tokens,
         # Random, and not the directory's name: a run that you move or copy stays the same run.
         "run": secrets.token_hex(8),
@@ -116,7 +116,7 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     resolved = replace(with_sets(resolved, earlier), stand_in=checkpoint)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
-    now["strategy"], now["micro_batch_tokens"] = resolved.strategy, resolved.micro_batch_tokens
+    now = {**now, **sharing_of(resolved.strategy), "micro_batch_tokens": resolved.micro_batch_tokens}
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)

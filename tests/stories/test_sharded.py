@@ -31,9 +31,13 @@ CHECKPOINT = {"every": "2 steps", "keep": {"last": 9}}
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
-    """A function of a world size: its workers."""
+    """A function of a world size, and of the hosts that it is on: its workers."""
     logs, started = tmp_path_factory.mktemp("logs"), {}
-    yield lambda world_size: started.setdefault(world_size, Workers(world_size, logs))
+
+    def of(world_size: int, hosts: int = 1) -> Workers:
+        return started.setdefault((world_size, hosts), Workers(world_size, logs, hosts))
+
+    yield of
     for each in started.values():
         each.close()
 
@@ -159,6 +163,41 @@ def test_the_same_ranks_replay_a_sharded_run_to_the_bit_and_write_no_state(write
     assert refused.returncode != 0
     assert "a state that is spread over ranks is written by a training alone" in refused.stderr
     assert [each.step for each in Store(tmp_path / "run").checkpoints()] == [2, 4]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_of_two_hosts_that_each_hold_all_rows_take_the_same_steps(method, write_recipe, workers, tmp_path):
+    """As 2 x 2: rows are spread within a host."""
+    workers(2).train(write_recipe("ddp", method, "experts"), tmp_path / "whole")
+    recipe = write_recipe("hsdp", method, "experts")
+    for name in ("first", "second"):
+        workers(4, hosts=2).train(recipe, tmp_path / name)
+    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+    manifest = Store(tmp_path / "first").find(4).manifest
+    assert (manifest.world["strategy"], manifest.world["hosts"]) == ("hsdp", 2)
+
+
+def test_a_checkpoint_of_two_hosts_is_that_of_one_process_and_resumed_by_any_number(write_recipe, workers, tmp_path):
+    recipe = write_recipe("hsdp", rate=1e-30, ema=0.9)
+    workers(4, hosts=2).train(recipe, tmp_path / "spread")
+    workers(1).train(recipe, tmp_path / "single")
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert files(tmp_path / "spread")[name] == files(tmp_path / "single")[name]
+    recipe, moved = write_recipe("hsdp", steps=8), tmp_path / "moved"
+    workers(1).train(recipe, tmp_path / "whole")
+    workers(4, hosts=2).train(recipe, moved, until=2)
+    for ranks, hosts, until in ((1, 1, 4), (4, 2, 6), (2, 1, 8)):
+        workers(ranks, hosts).train(recipe, moved, until=until)
+    assert losses(moved) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_of_two_hosts_only_one_writes(rank, write_recipe, workers, tmp_path):
+    recipe, run = write_recipe("hsdp", steps=4), tmp_path / "run"
+    assert workers(4, hosts=2).train(recipe, run, full_disk=(2, rank)) == "finished"
+    assert [each.step for each in Store(run).checkpoints()] == ([4] if rank == 1 else [2, 4])
 
 
 BAD_DISK = """

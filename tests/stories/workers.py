@@ -25,8 +25,9 @@ ROOT = Path(__file__).parents[2]
 class Workers:
     """The ranks of one world. Where one fails or dies all are ended, and the next training starts new ones."""
 
-    def __init__(self, world_size: int, logs: Path):
+    def __init__(self, world_size: int, logs: Path, hosts: int = 1):
         self.world_size = world_size
+        self._beside = world_size // hosts
         self._logs = [logs / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
         self._processes: list[subprocess.Popen] = []
 
@@ -88,9 +89,9 @@ class Workers:
         launched = {}
         if self.world_size > 1:
             local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-            launched = local | {"WORLD_SIZE": str(self.world_size), "LOCAL_WORLD_SIZE": str(self.world_size)}
+            launched = local | {"WORLD_SIZE": str(self.world_size), "LOCAL_WORLD_SIZE": str(self._beside)}
         for rank, log in enumerate(self._logs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank % self._beside)} if launched else {}
             with log.open("w") as file:
                 process = forks.Popen(
                     [sys.executable, "-m", "tests.stories.workers"],

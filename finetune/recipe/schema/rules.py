@@ -22,6 +22,10 @@ from finetune.recipe.schema.values import amount_of
 PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
 
 
+SHARDED = ("fsdp", "hsdp")
+"""The values of `train.strategy` that spread rows over devices."""
+
+
 @dataclass(frozen=True)
 class Unread:
     """Stands for an adapter section that is wrong, where None means that there is none."""
@@ -186,7 +190,7 @@ def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
 
 
 def what_is_sharded_has_rows(recipe: PartlyRead) -> str | None:
-    is_asked = recipe.train and recipe.train.strategy == "fsdp"
+    is_asked = recipe.train and recipe.train.strategy in SHARDED
     return f"train.strategy: {why}" if is_asked and (why := unshardable(recipe)) else None
 
 

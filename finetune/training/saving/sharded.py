@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from finetune.errors import FinetuneError
+from finetune.model import shards
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints import assembled
@@ -79,8 +80,12 @@ class OwnRows:
         self._live = snapshots.Live(state)
         self._staging = Staging()
         self.sets = staging_sets(plan, device())
+        self.is_copy = any(map(shards.is_copy, state.trainable.values()))
+        """Whether another host has the same rows, and writes them."""
 
     def warm(self, state: TrainState) -> None:
+        if self.is_copy:
+            return
         snapshots.warm(state, self._live, self._staging, self.sets)
 
     def begin(self, state: TrainState) -> Snapshot:
@@ -101,11 +106,25 @@ class OwnRows:
         finally:
             snapshot.copy.release()
 
+    def pass_on(self, report: Report, size: int) -> None:
+        """Writes nothing, whatever rank 0 asks for, until it says that the save of so many bytes is over, or is gone."""
+        with suppress(MissingReport):
+            report.wait()
+            while report.receive(0, patience(size)):
+                report.send(0, Answer(parts=[]), patience(size))
+
+    def whole_bytes(self) -> int:
+        """Of the tensors that a save copies, over all ranks that share them."""
+        return snapshots.whole_bytes(self._live)
+
 
 def work_beside(own_rows: OwnRows | None, state: TrainState, report: Report | None) -> tuple[int, Callable[[], None]]:
     """What a rank beside rank 0 does for a save, in its writer's thread, and the bytes that decide how long that may take."""
     if own_rows is None or report is None:
         return 0, partial(await_own, report)
+    if own_rows.is_copy:
+        size = own_rows.whole_bytes()
+        return TURNS * size, partial(own_rows.pass_on, report, size)
     snapshot = own_rows.begin(state)
     return TURNS * snapshot.bytes, partial(own_rows.write, snapshot, report)
 

@@ -100,8 +100,17 @@ def take(state: TrainState, live: Live, plan: Plan, staging: Staging) -> Snapsho
     config = adapters.config_of(state.model, plan) if adapters.is_adapter(state.model) else None
     # Small, and written by the next forward, which nothing makes wait: copied at once.
     buffers = {name: tensor.detach().clone().cpu() for name, tensor in live.buffers.items()}
-    size = sum(_whole_bytes(tensor, live.rows.get(name)) for name, tensor in tensors.items())
+    size = _whole_bytes_of(tensors, live)
     return Snapshot(state.step, config, state.copy, buffers, live.frozen, scalars, live.rows, size)
+
+
+def whole_bytes(live: Live) -> int:
+    """`Snapshot.bytes` of a snapshot that is not taken."""
+    return _whole_bytes_of(live.copied()[0], live)
+
+
+def _whole_bytes_of(tensors: dict[str, torch.Tensor], live: Live) -> int:
+    return sum(_whole_bytes(tensor, live.rows.get(name)) for name, tensor in tensors.items())
 
 
 def _whole_bytes(tensor: torch.Tensor, rows: shards.Rows | None) -> int:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from finetune.model import adapters
+from finetune.model import adapters, shards
 from finetune.model.shards import local
 from finetune.training.state import Strategy, TrainState
 from finetune.training.strategy import ddp
@@ -26,6 +26,16 @@ def prepare(
 ) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
     """Both, sharded over all ranks: parameters become DTensors in place, and keep their names."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    return prepare_on(mesh, accelerator, objective, optimizer)
+
+
+def prepare_on(
+    mesh: DeviceMesh,
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    optimizer: Callable[[], torch.optim.Optimizer],
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+    """Both, sharded over the last dimension of a mesh."""
     # Autocast decides the precision of products, as without sharding. Only sums over ranks are said here: in fp32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # What is not read yet has no numbers to move. Beyond that it is autocast alone; nothing is wrapped.
@@ -48,7 +58,7 @@ def prepare(
 def gradient_norms(state: TrainState) -> Tensor:
     """2-norm of the gradient of each of the state's modules over all ranks, fp64 on its device."""
     squares = ddp.gradient_squares(state)
-    dist.all_reduce(squares)
+    dist.all_reduce(squares, group=shards.sharing(next(iter(state.trainable.values()))))
     return squares.sqrt()
 
 
