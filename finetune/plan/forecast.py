@@ -7,6 +7,7 @@ from typing import cast
 import numpy as np
 
 from finetune.plan import cadence, memory
+from finetune.plan import strategy as strategies
 from finetune.plan.disk import checkpoint_bytes, free_bytes, run_bytes
 from finetune.plan.memory import Device, Work
 from finetune.plan.plan import Plan
@@ -25,7 +26,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
     of_run, of_epoch = (
         _tokens(plan, tokens, drawn) for drawn in (plan.order.drawn_after(plan.steps), plan.order.examples_per_epoch)
     )
-    held = memory.parts(plan, shape, work, device)
+    held = strategies.parts(plan, shape, work, device)
     return {
         "plan_id": plan.plan_id,
         "base": cast(BaseFacts, {"checkpoint": plan.recipe.base.checkpoint, **plan.base.model_dump()}),
@@ -55,6 +56,11 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
         "total_parameters": plan.total_parameters,
         "trainable_parameters": plan.trainable_parameters,
         "active_parameters": plan.active_parameters or plan.total_parameters,
+        "strategy": strategies.strategy(plan, shape, device),
+        "asked_strategy": device.asked
+        if plan.recipe.train.strategy == "auto" and device.asked
+        else plan.recipe.train.strategy,
+        "world_size": device.world_size,
         "micro_batch_tokens": work.micro_batch,
         "memory_bytes": sum(held.values()),
         "memory": held,
@@ -120,7 +126,7 @@ def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[
     for world_size in DEVICES:
         device = Device(device_bytes, is_gpu=True, world_size=world_size)
         replicated = sum(memory.parts(plan, shape, work, device).values())
-        sharded = memory.sharded_bytes(plan, shape, work, device)
+        sharded = strategies.sharded_bytes(plan, shape, work, device)
         rows.append(
             {
                 "devices": world_size,

@@ -9,6 +9,17 @@ COME_TOGETHER = {
     "padded": "padded: those of like length in one batch",
     "alone": "one by one",
 }
+TAKEN = {
+    "ddp": "each of {} devices holds the whole model",
+    "fsdp": "{} devices share the rows of weights, gradients and moments",
+    "hsdp": "of {} devices those of each host share the rows of weights, gradients and moments",
+}
+ON_SEVERAL = {
+    "auto": "each does if it fits, else they share its rows (auto)",
+    "ddp": "each does (ddp)",
+    "fsdp": "they share its rows (fsdp)",
+    "hsdp": "those of each host share its rows (hsdp)",
+}
 
 
 def table(facts: Forecast) -> str:
@@ -48,6 +59,7 @@ def table(facts: Forecast) -> str:
         ("steps", f"{facts['steps']:,} ({facts['steps_per_epoch']:,} an epoch), {facts['tokens']:,} tokens in all"),
         ("parameters", f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} are trained"),
         *_active_rows(facts),
+        ("strategy", _strategy(facts)),
         ("memory", f"about {readable(facts['memory_bytes'])}; there are {readable(facts['machine_memory_bytes'])}"),
         *(("", f"{readable(size):>10}  {name}") for name, size in facts["memory"].items() if size),
         ("", f"at {facts['micro_batch_tokens']:,} tokens a micro-batch"),
@@ -70,6 +82,14 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _strategy(facts: Forecast) -> str:
+    """How devices share the work: those of this launcher, or those of any other."""
+    ranks, taken, asked = facts["world_size"], facts["strategy"], facts["asked_strategy"]
+    if ranks > 1:
+        return f"{taken}: {TAKEN[taken].format(ranks)}"
+    return f"one device holds the whole model; on several {ON_SEVERAL[asked]}"
 
 
 def _active_rows(facts: Forecast) -> list[tuple[str, str]]:

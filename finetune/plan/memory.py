@@ -11,7 +11,6 @@ from finetune.plan import activations
 from finetune.plan.activations import FLOAT, average_bytes, is_beside, stored_width, width
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
-from finetune.recipe.schema.rules import SHARDED, unshardable
 
 # Bytes a parameter. nf4 and fp4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
 QUANTIZED = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.004}
@@ -138,19 +137,6 @@ def host_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     }
 
 
-def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
-    """The peak where `device.world_size` devices share weights, gradients and moments (`strategy: fsdp`)."""
-    found, world_size = step_parts(plan, shape, work, device._replace(world_size=1)), device.world_size
-    if world_size == 1:
-        return sum(found.values())
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
-    layer = (plan.total_parameters - plan.parameters_beside_text - embeddings) // shape.layers
-    gathered = width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
-    shared = found["weights"] + found["moments"] + average_bytes(plan) + trained_bytes(plan)
-    passing = gathered + found["activations"] + found["logits"]
-    return found["process"] + round((1 + SLACK) * passing) + -(-shared // world_size)
-
-
 def state_bytes(plan: Plan) -> int:
     """Bytes newly written by every full checkpoint and staged by a save: trained weights, their moments and their average."""
     return trained_bytes(plan) + _moments(plan) + average_bytes(plan)
@@ -159,44 +145,6 @@ def state_bytes(plan: Plan) -> int:
 def update_slice(device_type: str) -> int:
     """Weights in bf16 that an update holds in fp32 at once. It also decides the order of their random numbers."""
     return UPDATE_SLICES.get(device_type, 2**20)
-
-
-def micro_batch_tokens(plan: Plan, shape: Shape, device: Device) -> int:
-    """The value of `auto`: the longest example, doubled while the forecast fits and a step or, on a CPU, the caches gain from it."""
-    tokens = max(1, plan.counts.longest, plan.holdout_counts.longest)
-    step = plan.recipe.train.batch_size * plan.counts.longest
-    shares = sharing(strategy(plan, shape, device), device)
-    while tokens < step and (device.is_gpu or 2 * tokens <= CPU_TOKENS):
-        work = Work(2 * tokens, step)
-        size = sharded_bytes(plan, shape, work, shares) if shares else whole_bytes(plan, shape, work, device)
-        if not fits(size, device):
-            break
-        tokens *= 2
-    return tokens
-
-
-def sharing(name: str, device: Device) -> Device | None:
-    """The device as one of those that share rows in a strategy; None where each holds the whole model."""
-    if name not in SHARDED:
-        return None
-    return device._replace(world_size=device.processes) if name == "hsdp" else device
-
-
-def whole_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:
-    """The peak where each device holds the whole model (`strategy: ddp`)."""
-    return sum(parts(plan, shape, work, device).values())
-
-
-def strategy(plan: Plan, shape: Shape, device: Device) -> str:
-    """`train.strategy`. `auto` is `fsdp` where several devices train what does not fit one, and can share it."""
-    named = plan.recipe.train.strategy
-    if device.world_size == 1:
-        return "ddp"
-    if named != "auto" or device.asked:
-        return device.asked if named == "auto" else named
-    work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
-    fits_one = fits(whole_bytes(plan, shape, work, device), device)
-    return "fsdp" if not fits_one and unshardable(plan.recipe) is None and not plan.base.stored else "ddp"
 
 
 def fits(size: int, device: Device) -> bool:

@@ -90,6 +90,11 @@ class Forecast(TypedDict):
     trainable_parameters: int
     active_parameters: int
     """Those that a token uses: of experts only some."""
+    strategy: str
+    """How the processes of this launcher share the work; on one process `ddp`."""
+    asked_strategy: str
+    """`train.strategy`, or what the launcher asks for where it is `auto`."""
+    world_size: int
     micro_batch_tokens: int
     memory_bytes: int
     memory: dict[str, int]

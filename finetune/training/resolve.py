@@ -21,6 +21,7 @@ from finetune.data.row_set import RowSet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
 from finetune.plan import memory
+from finetune.plan import strategy as strategies
 from finetune.plan.curve import warmup_of
 from finetune.plan.kinds import OfKind, shaped
 from finetune.plan.older import keeps_fp32
@@ -133,7 +134,7 @@ def resolve(
         _refuse_change(earlier, plan)
     plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
     shape = shaped(shape_of(opened.config), counted.kinds)
-    strategy, tokens = memory.strategy(plan, shape, device()), _micro_batch_tokens(plan, shape)
+    strategy, tokens = strategies.strategy(plan, shape, device()), _micro_batch_tokens(plan, shape)
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
     return Resolved(plan, *base_of, train, holdout, strategy, tokens, held_out, encoding, found, counted.kinds)
@@ -202,7 +203,7 @@ def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dic
 
 def _micro_batch_tokens(plan: Plan, shape: Shape) -> int:
     named = plan.recipe.train.micro_batch_tokens
-    return memory.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
+    return strategies.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
 
 
 def device() -> memory.Device:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from finetune.model import base, losses
-from finetune.plan import activations, forecast, forecast_table, memory
+from finetune.plan import activations, forecast, forecast_table, memory, strategy
 from finetune.plan.memory import Device, Work
 from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import load
@@ -213,6 +213,30 @@ def test_the_table_says_what_the_host_of_a_gpu_holds(weightless, planned, tmp_pa
     assert lines[-1].startswith("warning: the host has less memory than saves need")
 
 
+def test_the_plan_names_the_strategy_and_shows_its_memory(weightless, planned, tmp_path):
+    base, work = weightless(LARGE["8B"]), Work(2048, 16384)
+    shown = {}
+    for name in ("auto", "ddp", "fsdp", "hsdp"):
+        plan, shape = planned(base=base, adapter=None, train={"steps": 4, "strategy": name})
+        for ranks in (1, 16):
+            device = CARD._replace(world_size=ranks, processes=4)
+            facts = forecast.forecast(plan, shape, work, device, tmp_path, [plan.counts.tokens])
+            [line] = [line for line in forecast_table.table(facts).splitlines() if line.startswith("strategy")]
+            shown[name, ranks] = line.removeprefix("strategy   "), facts["memory"]
+    alone = "one device holds the whole model; on several"
+    assert shown["auto", 1][0] == f"{alone} each does if it fits, else they share its rows (auto)"
+    assert shown["ddp", 1][0] == f"{alone} each does (ddp)"
+    assert shown["fsdp", 1][0] == f"{alone} they share its rows (fsdp)"
+    assert shown["hsdp", 1][0] == f"{alone} those of each host share its rows (hsdp)"
+    assert shown["ddp", 16][0] == "ddp: each of 16 devices holds the whole model"
+    fsdp = "fsdp: 16 devices share the rows of weights, gradients and moments"
+    assert shown["fsdp", 16][0] == shown["auto", 16][0] == fsdp
+    assert shown["hsdp", 16][0].startswith("hsdp: of 16 devices those of each host share the rows")
+    # of a share of 4 instead of 16
+    assert shown["hsdp", 16][1]["weights"] == 4 * shown["fsdp", 16][1]["weights"] == shown["ddp", 16][1]["weights"] / 4
+    assert shown["fsdp", 16][1]["gathered"] == shown["hsdp", 16][1]["gathered"] > 0
+
+
 def test_gradients_take_the_place_of_activations_where_a_step_is_one_micro_batch(planned):
     plan, shape = planned(adapter=None)
     alone, several = (memory.parts(plan, shape, Work(1024, step), Device(2**34)) for step in (1024, 1025))
@@ -254,7 +278,7 @@ def test_auto_leaves_room_for_the_evaluation(planned):
     counts = plan.holdout_counts.model_copy(update={"tokens": 10**6, "supervised_tokens": 10**6})
     held_out, large = plan.model_copy(update={"holdout_counts": counts}), shape._replace(vocabulary=10**6)
     device = Device(12 * 2**30, is_gpu=True)
-    tokens = memory.micro_batch_tokens(held_out, large, device)
+    tokens = strategy.micro_batch_tokens(held_out, large, device)
     found = memory.parts(held_out, large, Work(tokens, 10_000 * plan.counts.longest), device)
     assert memory.fits(sum(found.values()), device)
 
@@ -262,18 +286,18 @@ def test_auto_leaves_room_for_the_evaluation(planned):
 def test_auto_is_the_longest_example_doubled_while_it_fits(planned):
     plan, shape = planned(train={"steps": 1, "batch_size": 10_000})
     longest, roomy = plan.counts.longest, Device(2**40, is_gpu=True)
-    most = memory.micro_batch_tokens(plan, shape, roomy)
+    most = strategy.micro_batch_tokens(plan, shape, roomy)
     assert most // longest == 2 ** ((most // longest).bit_length() - 1) >= 10_000
     for size in (2**31, 3 * 2**30, 2**32):
         device = Device(size, is_gpu=True)
-        tokens = memory.micro_batch_tokens(plan, shape, device)
+        tokens = strategy.micro_batch_tokens(plan, shape, device)
         held, next_ = (
             sum(memory.parts(plan, shape, Work(each, 10_000 * longest), device).values())
             for each in (tokens, 2 * tokens)
         )
         assert memory.fits(held, device) and (tokens == most or not memory.fits(next_, device))
-    assert memory.micro_batch_tokens(plan, shape, Device(1)) == longest
-    assert memory.micro_batch_tokens(plan, shape, Device(2**40)) <= memory.CPU_TOKENS
+    assert strategy.micro_batch_tokens(plan, shape, Device(1)) == longest
+    assert strategy.micro_batch_tokens(plan, shape, Device(2**40)) <= memory.CPU_TOKENS
 
 
 def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
