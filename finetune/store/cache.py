@@ -71,21 +71,12 @@ def built(kind: str, key: str, build: Callable[[Path], None]) -> Path:
 
 def found(kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
     """The result of `find`, as JSON, for these facts (also JSON): computed once and kept. Errors are not kept."""
+    key = blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def build(directory: Path) -> None:
         (directory / FOUND).write_text(json.dumps(find()))
 
-    return cast(FoundT, json.loads((built(kind, _key(facts), build) / FOUND).read_bytes()))
-
-
-def kept(kind: str, facts: object) -> list[object]:
-    """What `found` has kept for these facts, in a list that is empty if it has nothing."""
-    entry = root() / kind / _key(facts)
-    return [json.loads((entry / FOUND).read_bytes())] if _is_verified(entry) else []
-
-
-def _key(facts: object) -> str:
-    return blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cast(FoundT, json.loads((built(kind, key, build) / FOUND).read_bytes()))
 
 
 def part(directory: Path, name: str, build: Callable[[Path], None]) -> Path:

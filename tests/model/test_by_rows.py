@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from finetune.errors import BaseError
 from finetune.model import shards
 from finetune.model.base import Place, empty_model, load_as_stored, load_model, unread
-from finetune.model.base.by_rows import ONE_BY_ONE
+from finetune.model.base.handed_on import ONE_BY_ONE
 from finetune.model.tiny import model_like
 
 CPU = torch.device("cpu")

@@ -228,6 +228,16 @@ def test_a_rank_that_cannot_read_its_rows_ends_all_with_its_message(rank, write_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_rank_that_is_killed_while_it_reads_ends_the_others(write_recipe, tmp_path):
+    code = BAD_DISK.replace('== "RANK"', '== "1"').replace(
+        "raise OSError(errno.EIO, os.strerror(errno.EIO))", "os.kill(os.getpid(), 9)"
+    )
+    both = two_ranks("-c", code, "train", write_recipe("fsdp"), "--run", tmp_path / "run")
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, -9], said
+    assert "rank 0: lost another rank" in said[0]
+
+
 def test_a_rank_with_a_flipped_bit_in_its_copy_of_the_base_is_refused(write_recipe, bases, tmp_path):
     hosts = [tmp_path / "host-0", tmp_path / "host-1"]
     for host in hosts:

@@ -4,97 +4,24 @@ Types, names, tied tensors, buffers and the making of tensors from several are t
 passes on as the files have it is read by rows. One that it makes, like experts that are stored one by one, is read whole and cut.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from finetune.errors import BaseError, explained
+from finetune.errors import BaseError
 from finetune.model import rotary, shards
 from finetune.model.base import outline, quantized
 from finetune.model.base.damaged import name_of
-from finetune.model.base.load import Place, empty_model, load_config
+from finetune.model.base.handed_on import Loading, Named, ToRead, buffers_on, cutting, left_as_it_is, one_by_one
+from finetune.model.base.load import Place, empty_model, load_config, names_of
 from finetune.model.base.loading_class import LoadingClass
-from finetune.model.base.quiet import quiet
 from finetune.model.base.stored_rows import StoredRows
 from finetune.model.base.weight_files import check_weight_files, refuse_lacking
 
-META = torch.device("meta")
 ROWS_AT_ONCE = 4096  # of two tensors that are compared
-ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
-"""Has transformers read the tensors of one parameter after those of another; else threads read all of them at once."""
-
-
-class _Named:
-    """Stands for a tensor of the files: what transformers hands on as it is can be told from what it makes."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
-        self._shape, self._dtype = shape, dtype
-        self.given: torch.Tensor | None = None
-
-    def __getitem__(self, _: object) -> "_Named":
-        return self
-
-    def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self.given = torch.empty(self._shape, dtype=dtype or self._dtype, device=META)
-        return self.given
-
-    def is_same(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is what was handed out: a view of a part, a copy or an operation in place makes it another one."""
-        given = self.given
-        return (
-            given is not None
-            and tensor.untyped_storage()._cdata == given.untyped_storage()._cdata
-            and (tensor.shape, tensor.stride(), tensor.storage_offset()) == (given.shape, given.stride(), 0)
-            and given._version == 0
-        )
-
-
-class _Read:
-    """Stands for a tensor of the files that is read when transformers wants it."""
-
-    def __init__(self, rows: StoredRows, name: str):
-        self._rows, self._name = rows, name
-
-    def __getitem__(self, _: object) -> torch.Tensor:
-        return self._rows.read(self._name)
-
-
-@dataclass(frozen=True)
-class _Loading:
-    """How transformers makes the model."""
-
-    model_class: type[PreTrainedModel]
-    config: PretrainedConfig
-    path: Path
-    dtype: torch.dtype
-    attention: str | None
-    place: Place
-    in_fp32: frozenset[str]
-
-    def load(self, tensors: Mapping[str, object], **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        with ExitStack() as stack:
-            stack.enter_context(quiet())
-            stack.enter_context(explained("transformers cannot open it", name_of(self.path)))
-            stack.enter_context(self.place.reading(self.model_class))
-            stack.enter_context(outline.keeping(self.model_class, self.in_fp32))
-            # with `output_loading_info` it is a pair, which its signature does not say
-            loaded: Any = self.model_class.from_pretrained(
-                None,
-                config=self.config,
-                state_dict=dict(tensors),
-                dtype=self.dtype,
-                attn_implementation=self.attention,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
-        return loaded
 
 
 @dataclass(frozen=True)
@@ -102,7 +29,7 @@ class Unread:
     """A model in eval mode whose weights are still in their files; its buffers are on the device."""
 
     model: PreTrainedModel
-    _loading: _Loading
+    _loading: Loading
     _rows: StoredRows
     _names: dict[str, str]
     """Of each tensor that the files have as the model does, but perhaps for its type: its name there."""
@@ -136,7 +63,8 @@ class Unread:
 
     def _rows_of(self, rows: StoredRows, name: str, tensor: torch.Tensor) -> torch.Tensor:
         own = shards.rows_of(tensor)
-        return rows.read(self._names[name], *((own.first, own.end) if own else ()))
+        first, end = (own.first, own.end) if own else (0, None)
+        return rows.read(self._names[name], first, end, tensor.dtype)
 
     def _placed(self, part: torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
         if part.shape != shards.local(like).shape:
@@ -151,8 +79,8 @@ class Unread:
     def _cut(self, rows: StoredRows, share: shards.Share) -> dict[str, torch.Tensor]:
         """What this process holds of the tensors that transformers makes: each is made whole, and cut before the next one."""
         used = set(self._names.values())
-        tensors = {name: _Read(rows, name) for name in rows.places if name not in used}
-        with _left_as_it_is(self._loading.model_class), _cutting(share), _one_by_one():
+        tensors = {name: ToRead(rows, name) for name in rows.places if name not in used}
+        with left_as_it_is(self._loading.model_class), cutting(share), one_by_one():
             model, _ = self._loading.load(tensors)
         found = {name: tensor for _, name, tensor in _tensors(model) if name in self._made and not tensor.is_meta}
         if missing := self._made - found.keys():
@@ -177,12 +105,14 @@ def unread(
     check_weight_files(path)
     empty = empty_model(path, kind)
     in_fp32 = outline.stored_in_fp32(empty, path) if keeps_fp32 else frozenset()
-    loading = _Loading(type(empty), config, path, dtype, attention, place, in_fp32)
+    loading = Loading(type(empty), config, path, dtype, attention, place, in_fp32)
     rows = StoredRows(path)
-    stored = {name: _Named(each.shape, outline.TYPES[each.dtype]) for name, each in rows.places.items()}
-    with _buffers_on(type(empty), place.device):
+    if any(each.dtype not in outline.TYPES for each in rows.places.values()):
+        return None
+    stored = {name: Named(each.shape, outline.TYPES[each.dtype]) for name, each in rows.places.items()}
+    with buffers_on(type(empty), place.device):
         model, info = loading.load(stored, device_map={"": "meta"})
-    refuse_lacking(path, {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys")})
+    refuse_lacking(path, {kind: names_of(info[kind]) for kind in ("missing_keys", "mismatched_keys")})
     by_memory = {each.given.untyped_storage()._cdata: name for name, each in stored.items() if each.given is not None}
     names, made = {}, set()
     for _, name, tensor in _tensors(model):
@@ -244,68 +174,3 @@ def _on_meta(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, tor
     for module, name, tensor in _tensors(model):
         if shards.local(tensor).is_meta:
             yield module, name.rpartition(".")[2], tensor
-
-
-@contextmanager
-def _buffers_on(model_class: type[PreTrainedModel], device: torch.device) -> Iterator[None]:
-    """Models of this class are made on the meta device, with buffers that no file has on this one: there transformers computes them."""
-    move = model_class._move_missing_keys_from_meta_to_device
-
-    def only_buffers(model: PreTrainedModel, missing: object, device_map: object, *rest: Any) -> None:
-        move(model, set(), {"": device}, *rest)  # type: ignore[arg-type] # it takes a set
-
-    with _replaced(model_class, "_move_missing_keys_from_meta_to_device", only_buffers):
-        yield
-
-
-@contextmanager
-def _left_as_it_is(model_class: type[PreTrainedModel]) -> Iterator[None]:
-    """What no file fills stays on the meta device."""
-    with (
-        _replaced(model_class, "_move_missing_keys_from_meta_to_device", lambda *_: None),
-        _replaced(model_class, "_initialize_missing_keys", lambda *_: None),
-    ):
-        yield
-
-
-@contextmanager
-def _replaced(model_class: type[PreTrainedModel], name: str, function: Callable[..., None]) -> Iterator[None]:
-    """A method of this class alone."""
-    own = vars(model_class).get(name)
-    setattr(model_class, name, function)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(model_class, name)
-        else:
-            setattr(model_class, name, own)
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    before = os.environ.get(ONE_BY_ONE)
-    os.environ[ONE_BY_ONE] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ONE_BY_ONE]
-        else:
-            os.environ[ONE_BY_ONE] = before
-
-
-@contextmanager
-def _cutting(share: shards.Share) -> Iterator[None]:
-    """A parameter that gets its numbers keeps this process's rows of them alone."""
-
-    def cut(_: torch.nn.Module, __: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return None
-        return torch.nn.Parameter(share.of(parameter.data).clone(), requires_grad=parameter.requires_grad)
-
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(cut)  # type: ignore[arg-type] # what it returns is taken
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -138,7 +138,7 @@ def load_model(
             **options,
         )
     model: PreTrainedModel = loaded[0]
-    refuse_lacking(path, {kind: _names(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
+    refuse_lacking(path, {kind: names_of(loaded[1][kind]) for kind in ("missing_keys", "mismatched_keys")})
     if own:
         stored.refuse_undeclared(model, name_of(path))
         stored.cast_others(model, dtype)
@@ -150,7 +150,8 @@ def load_model(
     return rotary.separate(model)
 
 
-def _names(keys: Iterable[object]) -> list[str]:
+def names_of(keys: Iterable[object]) -> list[str]:
+    """Sorted names in what transformers tells about its loading, which is names, or names with shapes."""
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 

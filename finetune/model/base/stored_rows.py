@@ -15,6 +15,8 @@ from finetune.model.base import outline
 from finetune.model.base.damaged import damaged, name_of
 from finetune.store.tensors import ITEM_BYTES, Place
 
+PIECE_NUMBERS = 2**20
+
 
 class StoredRows:
     """The tensors of a model's files by name. Close it."""
@@ -28,8 +30,9 @@ class StoredRows:
             self.places |= places
             self._files |= dict.fromkeys(places, file)
 
-    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """The rows from `first` up to `end` in the type of the file, on the CPU, in memory of their own; a scalar has no rows.
+    def read(self, name: str, first: int = 0, end: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The rows from `first` up to `end`, on the CPU, in memory of their own; a scalar has no rows. In the type of the file, or in
+        another: then only a piece is in memory in both.
 
         BaseError if the file ends before them or cannot be read.
         """
@@ -37,12 +40,17 @@ class StoredRows:
         shape = place.shape
         if shape:
             shape = (len(range(first, shape[0] if end is None else end)), *shape[1:])
-        row_bytes = prod(place.shape[1:]) * ITEM_BYTES[place.dtype]
-        numbers = torch.empty(shape, dtype=outline.TYPES[place.dtype])
-        if numbers.numel():
-            self._fill(
-                memoryview(numbers.reshape(-1).view(torch.uint8).numpy().data), name, place.start + first * row_bytes
-            )
+        size, stored = ITEM_BYTES[place.dtype], outline.TYPES[place.dtype]
+        numbers = torch.empty(shape, dtype=dtype or stored)
+        flat, start = numbers.reshape(-1), place.start + first * prod(place.shape[1:]) * size
+        if numbers.dtype == stored:
+            self._fill(flat, name, start)
+            return numbers
+        buffer = torch.empty(min(len(flat), PIECE_NUMBERS), dtype=stored)
+        for begin in range(0, len(flat), PIECE_NUMBERS):
+            piece = buffer[: len(flat) - begin]
+            self._fill(piece, name, start + begin * size)
+            flat[begin : begin + len(piece)].copy_(piece)
         return numbers
 
     def close(self) -> None:
@@ -51,7 +59,8 @@ class StoredRows:
                 os.close(descriptor)
         self._open = {}
 
-    def _fill(self, view: memoryview, name: str, start: int) -> None:
+    def _fill(self, flat: torch.Tensor, name: str, start: int) -> None:
+        view = memoryview(flat.view(torch.uint8).numpy().data) if len(flat) else memoryview(b"")
         path = self._path / self._files[name]
         with explained("cannot be read", name_of(self._path), hint="download or copy it again"):
             if path.name not in self._open:
