@@ -83,13 +83,26 @@ def text_of_rank_0(accelerator: Accelerator, text: str) -> str:
 def found_by_all(accelerator: Accelerator, kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
     """As `cache.found`, for what all ranks find together: rank 0 says whether it is in the cache."""
     is_first = accelerator.is_main_process
-    known: list[FoundT] = json.loads(
-        text_of_rank_0(accelerator, json.dumps(cache.kept(kind, facts) if is_first else []))
-    )
+    known: list[FoundT] = json.loads(text_of_rank_0(accelerator, json.dumps(_kept(kind, facts) if is_first else [])))
     if known:
         return known[0]
     found = find()
     return cache.found(kind, facts, lambda: found) if is_first else found
+
+
+class _UnknownError(Exception):
+    """Nothing is in the cache."""
+
+
+def _kept(kind: str, facts: object) -> list[object]:
+    """What `cache.found` has for these facts, in a list; none where it has nothing."""
+
+    def fail() -> object:
+        raise _UnknownError
+
+    with suppress(_UnknownError):
+        return [cache.found(kind, facts, fail)]
+    return []
 
 
 @contextmanager
