@@ -26,7 +26,7 @@ from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives, guard, loop
 from finetune.training.build import build
 from finetune.training.evaluation import batches
-from finetune.training.facts import facts_of
+from finetune.training.facts import facts_of, sharing_of
 from finetune.training.guard import Amendment, amendments
 from finetune.training.resolve import Resolved, resolve_own
 from finetune.training.resume import stand_in
@@ -100,7 +100,7 @@ class Rerun:
 
     def notes(self) -> list[str]:
         """A line for every recorded fact of the machine that differs here."""
-        own = {"micro_batch_tokens": self.facts["micro_batch_tokens"], "strategy": self.strategy}
+        own = {"micro_batch_tokens": self.facts["micro_batch_tokens"], **sharing_of(self.strategy)}
         now = facts_of(self.accelerator) | own
         found = that_may_cost_bits(self.facts, now, self.plan.recipe.train.reproducibility)
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]

@@ -151,8 +151,9 @@ def test_a_rank_that_cannot_write_costs_a_save_with_its_message(rank, write_reci
     assert losses(run) == losses(whole)
 
 
-def test_the_same_ranks_replay_a_sharded_run_to_the_bit_and_write_no_state(write_recipe, workers, tmp_path):
-    workers(2).train(write_recipe("fsdp"), tmp_path / "run")
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_the_same_ranks_replay_a_sharded_run_to_the_bit_and_write_no_state(strategy, write_recipe, workers, tmp_path):
+    workers(2).train(write_recipe(strategy), tmp_path / "run")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     replay = [*launcher, "finetune", "replay", str(tmp_path / "run"), "--steps"]
     replayed = forks.run([*replay, "2..4", "--json"], capture_output=True, text=True, timeout=240)
@@ -198,6 +199,37 @@ def test_of_two_hosts_only_one_writes(rank, write_recipe, workers, tmp_path):
     recipe, run = write_recipe("hsdp", steps=4), tmp_path / "run"
     assert workers(4, hosts=2).train(recipe, run, full_disk=(2, rank)) == "finished"
     assert [each.step for each in Store(run).checkpoints()] == ([4] if rank == 1 else [2, 4])
+
+
+def test_ranks_that_hold_rows_save_memory_in_the_other_ways_too(write_recipe, workers, tmp_path):
+    """Each looks at the layers of a model whose weights are not there when it is made."""
+    saving = {"activation_checkpointing": True, "mlp_chunk_tokens": 16, "ema": 0.9}
+    for strategy in ("ddp", "fsdp"):
+        workers(2).train(write_recipe(strategy, **saving), tmp_path / strategy)
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-5)
+
+
+LOADED_WHOLE = """
+from finetune.training import build
+build.unread_model = lambda *_: None
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_that_is_loaded_whole_first_gives_the_bits_of_one_that_is_read_by_rows(
+    method, write_recipe, workers, tmp_path
+):
+    recipe = write_recipe("fsdp", method, "experts", precision="bf16")
+    workers(2).train(recipe, tmp_path / "rows")
+    both = two_ranks("-c", LOADED_WHOLE, "train", recipe, "--run", tmp_path / "whole")
+    said = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "each rank loads the whole base before it keeps its rows" in said[0]
+    assert losses(tmp_path / "rows") == losses(tmp_path / "whole")
+    assert files(tmp_path / "rows") == files(tmp_path / "whole")
 
 
 BAD_DISK = """
