@@ -29,7 +29,7 @@ from finetune.store.checkpoints.verify import verify
 from finetune.store.run import lease
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
-from finetune.training.facts import facts_of, sharing_of
+from finetune.training.facts import facts_of
 from finetune.training.readiness import refuse_gated
 from finetune.training.resolve import Resolved, resolve
 from finetune.training.resume import stand_in
@@ -81,8 +81,7 @@ def branch(
             if (old.recipe.data, old.recipe.task) != (loaded.recipe.data, loaded.recipe.task):
                 refuse_gated(resolved, parent.ref)
             facts = {
-                **facts_of(accelerator),
-                **sharing_of(resolved.strategy),
+                **facts_of(accelerator, resolved.strategy),
                 "micro_batch_tokens": resolved.micro_batch_tokens,
                 "run": secrets.token_hex(8),
             }

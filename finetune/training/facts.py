@@ -39,10 +39,10 @@ def sharing_of(strategy: str) -> World:
     return {"strategy": strategy}
 
 
-def facts_of(accelerator: Accelerator) -> Machine:
-    """What the bits depend on, beside plan and code."""
+def facts_of(accelerator: Accelerator, strategy: str | None = None) -> Machine:
+    """What the bits depend on, beside plan and code; with a strategy once it is known."""
     device = accelerator.device
-    return {
+    found: Machine = {
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "device": device_name(device),
         "world_size": accelerator.num_processes,
@@ -51,3 +51,4 @@ def facts_of(accelerator: Accelerator) -> Machine:
         # It decides the order of random numbers for weights in bf16.
         "update_slice": memory.update_slice(device.type),
     }
+    return {**found, **sharing_of(strategy)} if strategy else found

@@ -1,4 +1,7 @@
-"""Weights, gradients and moments spread over ranks: the steps of one process, and checkpoints that know no number of ranks."""
+"""Weights, gradients and moments spread over ranks: the steps of one process, and checkpoints that know no number of ranks.
+
+Long because all of it shares workers and bases, which take longer to start and to make than to use.
+"""
 
 import json
 import shutil

@@ -15,7 +15,7 @@ from finetune.model.base import outline
 from finetune.model.base.damaged import damaged, name_of
 from finetune.store.tensors import ITEM_BYTES, Place
 
-PIECE_NUMBERS = 2**20
+PIECE_BYTES = 4 << 20
 
 
 class StoredRows:
@@ -26,6 +26,8 @@ class StoredRows:
         self.places: dict[str, Place] = {}
         self._files: dict[str, str] = {}
         self._open: dict[str, int] = {}
+        self._buffer: torch.Tensor | None = None
+        """One for all tensors: with another for each, their memory would lie between holes."""
         for file, places in outline.headers_by_file(path).items():
             self.places |= places
             self._files |= dict.fromkeys(places, file)
@@ -46,8 +48,10 @@ class StoredRows:
         if numbers.dtype == stored:
             self._fill(flat, name, start)
             return numbers
-        buffer = torch.empty(min(len(flat), PIECE_NUMBERS), dtype=stored)
-        for begin in range(0, len(flat), PIECE_NUMBERS):
+        if self._buffer is None:
+            self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+        buffer = self._buffer.view(stored)
+        for begin in range(0, len(flat), len(buffer)):
             piece = buffer[: len(flat) - begin]
             self._fill(piece, name, start + begin * size)
             flat[begin : begin + len(piece)].copy_(piece)
@@ -57,7 +61,7 @@ class StoredRows:
         for descriptor in self._open.values():
             with suppress(OSError):
                 os.close(descriptor)
-        self._open = {}
+        self._open, self._buffer = {}, None
 
     def _fill(self, flat: torch.Tensor, name: str, start: int) -> None:
         view = memoryview(flat.view(torch.uint8).numpy().data) if len(flat) else memoryview(b"")
