@@ -123,7 +123,9 @@ class _Home:
     def notes(self) -> list[str]:
         if self.run is None or base.run_around(self.output):
             return []
-        return ["outside its run: `evaluate` needs --recipe, and `package` a checkpoint in a run"]
+        return [
+            "outside its run: `evaluate` needs --recipe, for an adapter also --base, and `package` a checkpoint in a run"
+        ]
 
 
 def _home(named: Sequence[Named], choices: Choices, output: Path | None) -> _Home:

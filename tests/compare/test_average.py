@@ -14,6 +14,7 @@ from finetune.compare.average_choice import Choices
 from finetune.compare.evaluate import evaluate
 from finetune.data.heldout import lineage
 from finetune.errors import CheckpointError, FinetuneError, RunError
+from finetune.store import places
 from finetune.store.checkpoints.manifest import read
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import inspect
@@ -180,6 +181,17 @@ def test_members_of_two_runs_name_the_rows_of_both(trained, recipe_file, train, 
     made = average([f"{run}@8", f"{other}@2"], Choices())
     assert {stage.ref for stage in lineage.stages(made["ref"])} == {f"{run.name}@8", "other@2"}
     assert made["ref"].startswith(f"{run}/averages/")
+
+
+def test_an_adapter_outside_its_run_is_evaluated_where_its_base_is_named(trained, tiny_base, recipe_file, tmp_path):
+    run, recipe, out = trained("lora"), recipe_file("asked"), tmp_path / "outside/mean"
+    inside, outside = (average([f"{run}@4", f"{run}@8"], Choices(), where)["ref"] for where in (None, out))
+    with pytest.raises(CheckpointError, match="is an adapter whose run directory is not around it") as caught:
+        evaluate([outside], recipe, ())
+    assert caught.value.hint == "name its base with --base, or move it into `averages/` of its run"
+    with places.named([str(tiny_base)], {}):
+        found = [result["metrics"] for result in evaluate([inside, outside], recipe, ())]
+    assert found[0] == found[1]
 
 
 def test_a_disk_that_is_full_leaves_nothing(trained) -> None:

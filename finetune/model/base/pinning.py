@@ -84,7 +84,7 @@ def _as_published(ref: Ref, pinned: PinnedBase, with_weights: bool, is_drawn: bo
         if not with_weights and not is_drawn and not hub.has_files(ref.repo, pinned.revision, files.WEIGHTS):
             raise BaseError("has no safetensors weights", where=ref.repo, hint=CONVERT)
         return path
-    if ref.kind == "package" or ref.kind == "file":
+    if ref.kind in ("package", "file"):
         return gguf.converted(gguf.find(ref))
     path = _local(ref)
     if not is_drawn and not list(path.glob("*.safetensors")) and (known := foreign.describe(path)):
@@ -104,8 +104,8 @@ def beneath(path: Path, where: str) -> tuple[Base, PinnedBase]:
     with _explained(below, where):
         pinned, adapter = _pin_itself(below)
     if adapter is not None:
-        message, hint = f"is an adapter on another adapter, `{below.checkpoint}`", merge.MERGE_YOURSELF
-        raise BaseError(message, where=where, hint=hint)
+        message = f"is an adapter on another adapter, `{below.checkpoint}`"
+        raise BaseError(message, where=where, hint=merge.MERGE_YOURSELF)
     return below, pinned
 
 
@@ -166,7 +166,7 @@ def _path_here(ref: Ref) -> Path | None:
 
 def _place(ref: Ref) -> Path | None:
     """The directory or the file of a ref, if it has one; of a Hub checkpoint all files, as they are now."""
-    if ref.kind == "package" or ref.kind == "file":
+    if ref.kind in ("package", "file"):
         return gguf.find(ref)
     if ref.kind == "hub" and ref.file:
         return hub.file(ref.repo, hub.commit_of(ref.repo, ref.revision), ref.file)
@@ -191,14 +191,14 @@ def _adapter(ref: Ref, commit: str | None) -> Path:
 
 def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
     """The base that an adapter names, with the pin if it is the base of one of our runs."""
-    is_ours = (path / MANIFEST).exists()
-    if is_ours and (run := run_around(path)):
+    if (is_ours := (path / MANIFEST).exists()) and (run := run_around(path)):
         plan, _ = RunDirectory(run).plan()
         return plan.recipe.base, plan.base
     config = merge.read_config(path, where)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if is_ours and not revision and read(path).manifest.run:  # it names what only its run can find
-        raise CheckpointError("is an adapter whose run directory is not around it", where=where)
+    if is_ours and not (revision or places.bases()) and read(path).manifest.run:  # it names what only its run can find
+        hint = "name its base with --base, or move it into `averages/` of its run"
+        raise CheckpointError("is an adapter whose run directory is not around it", where=where, hint=hint)
     if not name:
         message, hint = (
             "is an adapter that does not name its base",
