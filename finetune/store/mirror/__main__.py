@@ -1,49 +1,19 @@
-"""The process that mirrors a run beside its training: `python -m finetune.store.mirror RUN`.
-
-It follows the commits until its stdin ends, then sends the rest. A client may fail, hang or crash here; the training never waits for it.
-"""
+"""The process that mirrors a run beside its training: `python -m finetune.store.mirror RUN`. At its end it sends the rest."""
 
 import os
-import select
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
+from finetune.store.companion import Follow, serve
 
-def main(run: Path) -> int:
-    # Before the imports: the training comes first.
-    os.nice(19)
-    from finetune.errors import FinetuneError
+
+def imported() -> Follow:
     from finetune.store.mirror.following import follow
-    from finetune.store.told import told
 
-    # Kills a process that stands in native code too, which an exception would not.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    ends, says = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # what clients print is not for the log of a training, and may hold a key
-        os.dup2(nothing, descriptor)
-
-    def has_ended(seconds: float) -> bool:
-        return bool(select.select([ends], [], [], seconds)[0])
-
-    def say(line: str) -> None:
-        try:
-            os.write(says, f"{line}\n".encode())
-        except OSError:  # the training is gone: nobody listens
-            return
-
-    try:
-        follow(run, has_ended, say, signal.alarm)
-    except FinetuneError as error:
-        say(error.message)
-        return 1
-    except Exception as error:  # noqa: BLE001 - the training hears why
-        say(told(error))
-        return 1
-    return 0
+    return partial(follow, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":
     # At once: threads of a client that hangs must not keep the process.
-    os._exit(main(Path(sys.argv[1])))
+    os._exit(serve(imported))

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -11,6 +11,7 @@ from finetune.errors import MirrorError, RunError
 from finetune.recipe.addresses import problem_of
 from finetune.recipe.schema import Mirror
 from finetune.store import lock
+from finetune.store.companion import Alarm, HasEnded, Say
 from finetune.store.mirror.opening import opened
 from finetune.store.mirror.owner import TakenOverError, UnusableError, Writer
 from finetune.store.mirror.sender import Sender
@@ -77,14 +78,8 @@ def listing(facts: Mirrored) -> str:
     return "\n".join(lines)
 
 
-def follow(
-    run: Path,
-    has_ended: Callable[[float], bool],
-    say: Callable[[str], object],
-    set_alarm: Callable[[int], object],
-) -> None:
-    """Until the training has ended and all is sent. `has_ended` waits some seconds for its end; `set_alarm` ends this process after so
-    many. Raises MirrorError if not all could be sent, or another process has taken the mirror over."""
+def follow(run: Path, has_ended: HasEnded, say: Say, set_alarm: Alarm) -> None:
+    """Until the training has ended and all is sent. MirrorError if not all could be sent, or another process has taken the mirror over."""
     rules = rules_of(run)
     if rules is None:
         return

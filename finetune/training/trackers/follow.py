@@ -3,11 +3,11 @@
 The journal is the queue: nothing is lost if this ends early, and the next one goes on.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from finetune.store import lock
+from finetune.store.companion import Alarm, HasEnded, Say
 from finetune.store.durable import make_directory
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.follow import Follower
@@ -23,14 +23,8 @@ CALL_SECONDS = 120
 BATCH = 1000  # records
 
 
-def follow(
-    run: Path,
-    name: str,
-    has_ended: Callable[[float], bool],
-    say: Callable[[str], None],
-    set_alarm: Callable[[int], object],
-) -> None:
-    """`has_ended` waits some seconds for the training's end; `set_alarm` ends this process after so many. Raises what the client does."""
+def follow(run: Path, name: str, has_ended: HasEnded, say: Say, set_alarm: Alarm) -> None:
+    """Until the training has ended and its figures are sent. Raises what the client does."""
     directory = RunDirectory(run)
     make_directory(directory.trackers)
     # One process feeds a tracker at a time: that of a killed training may still send its last figures.
