@@ -77,6 +77,9 @@ class Server:
         # as `launch` asks for; and what counts devices without what must not be forked
         env = env | {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "FORKS_ROOM": "-" * ROOM}
         env["PYTHONPATH"] = dict(imported_with(env))["finetune"]  # what else lies there is for the command
+        env["PYTHONCOERCECLOCALE"] = (
+            "0"  # without LANG Python would set LC_CTYPE, and no command that a fork starts would be a fork
+        )
         self._process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=ROOT
         )

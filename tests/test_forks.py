@@ -108,6 +108,13 @@ def test_others_see_the_command_and_its_signals_arrive(tmp_path) -> None:
     assert process.returncode == -signal.SIGTERM
 
 
+def test_what_a_fork_starts_is_a_fork_where_python_would_choose_a_locale_by_itself() -> None:
+    nested = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; print(len(sys.modules))'])"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LANG", "LC_"))}
+    done = forks.run([sys.executable, "-c", nested], capture_output=True, text=True, check=True, env=env)
+    assert int(done.stdout) > 1000  # a new Python has 60
+
+
 def test_what_a_fork_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="only subprocess starts"):
         forks.run(["true"])

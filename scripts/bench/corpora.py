@@ -139,8 +139,10 @@ class Turn:
 
 
 def compared(work: Path, options: argparse.Namespace) -> Part:
-    data, base = work / "corpus.jsonl", _random_base(work, TINY) if options.tiny else SMOLLM2
-    corpus(data, options.megabytes * 10**6)
+    base = _random_base(work, TINY) if options.tiny else SMOLLM2
+    data = options.text or work / "corpus.jsonl"
+    if not data.exists():
+        corpus(data, options.megabytes * 10**6)
     seconds, memory = Quantity("opened, tokenized and written", "s"), Quantity("most memory of all processes", "MB")
     work_done = Quantity("CPU seconds, imports included", "s")
     own_cache(work / "warm")  # the converted base, once for all
@@ -150,6 +152,7 @@ def compared(work: Path, options: argparse.Namespace) -> Part:
             made.watch()
             for kind, taken in made.seconds().items():
                 seconds.add(kind, taken)
+                print(f"turn {turn + 1}: {kind}: {taken:.1f} s", file=sys.stderr, flush=True)
             memory.add(name, float(made.most_bytes))
             work_done.add(name, made.cpu_seconds)
             shutil.rmtree(work / "cache")
@@ -202,6 +205,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="where text and caches are written, five times the text"
     )
     parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--text", type=Path, help="JSON Lines with `text`; made, and kept there, if there is none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="of each contestant")
     parser.add_argument("--shards-before-kill", type=int, default=4)

@@ -26,7 +26,7 @@ def loading(monkeypatch):
 def test_the_benchmark_of_loading_gives_every_figure(loading, stored, tmp_path: Path, capsys) -> None:
     adapter, train = loading.CASES["LoRA, bf16"]
     recipe = loading.write_recipe(tmp_path / "recipe.yaml", loading.SHAPES["tiny"], loading.WORK, adapter)
-    loading._set(recipe, str(loading.sharded(recipe, stored)), train)
+    loading.set_base(recipe, str(loading.sharded(recipe, stored)), train)
     found = loading.measured(recipe)
     assert found.keys() == {"seconds", "weights", "shard", "shards", "own", "mapped"}
     assert found["shards"] > 4 and found["weights"] > found["shard"]
