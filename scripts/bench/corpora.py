@@ -109,6 +109,8 @@ class Turn:
             "FINETUNE_CACHE": str(cache),
             "HF_DATASETS_CACHE": str(cache),
             "HF_HUB_OFFLINE": "1",
+            # of a long turn they fill the pipe, which nobody reads before its end, and the turn waits
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
         environment["PYTHONPATH"] = f"{Path(__file__).parents[2]}:{environment.get('PYTHONPATH', '')}"
         command = [sys.executable, __file__, "--work", ".", "--child", json.dumps([name, str(data), base, processes])]
