@@ -14,37 +14,33 @@ from dataclasses import dataclass
 
 MANIFEST_BYTES, TENSOR_BYTES = 2_200, 153
 """Of a manifest: for itself and its small files, and for each tensor that it names."""
-STEP_BYTES, ROW_BYTES, MODULE_BYTES = 420, 20, 8
+STEP_BYTES, ROW_BYTES, MODULE_BYTES = 300, 20, 8
 """Of a step's line in the journal; of each row and each group of modules beside it."""
 MASTER, MOMENTS = 4, 8
 """Bytes of a trained weight: fp32, and both moments of AdamW."""
 GPU_HOURS_A_FAILURE = 50_678
 """419 unexpected interruptions in 54 days of 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
-FLOPS, UTILIZATION = 989e12, 0.4
-"""Of an H100 in bf16, and the part of it that good trainers reach."""
 
 
 @dataclass(frozen=True)
 class Model:
     name: str
     parameters: float
-    active: float
-    """Parameters that a token passes."""
     tensors: int
     layers: int
 
 
 MODELS = (
-    Model("8B", 8.03e9, 8.03e9, 291, 32),  # Llama 3.1
-    Model("70B", 70.6e9, 70.6e9, 723, 80),
-    Model("400B MoE", 401e9, 17e9, 626, 48),  # Llama 4 Maverick's size, with fused experts
+    Model("8B", 8.03e9, 291, 32),  # Llama 3.1
+    Model("70B", 70.6e9, 723, 80),
+    Model("400B MoE", 401e9, 626, 48),  # Llama 4 Maverick's size, with fused experts
 )
 GPUS = (8, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second, but for the last three."""
+    """Bytes a second, and of the last three seconds."""
 
     shared_disk: float = 2e9
     """Of the disk that all hosts share, for one host; they add up to `most`."""
@@ -138,7 +134,7 @@ def rows(hours: float, seeds: int, rates: Rates) -> Iterator[list[str]]:
         for gpus in GPUS:
             of = cost(model, gpus, rates)
             if of.rank > 64e9:  # with gradients and activations more than a device of 80 GB
-                yield [model.name, str(gpus), "does not fit", *[""] * 8]
+                yield [model.name, str(gpus), "does not fit", *[""] * 9]
                 continue
             shares = [share_of_time(gpus, of, rates, hours, seed) for seed in range(seeds)]
             yield [
@@ -152,6 +148,7 @@ def rows(hours: float, seeds: int, rates: Rates) -> Iterator[list[str]]:
                 time_of(of.resumed),
                 time_of(of.mirrored),
                 size_of(of.manifest),
+                size_of(of.journal),
                 f"{statistics.mean(shares):.1%}",
             ]
 
@@ -167,7 +164,7 @@ def time_of(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-HEADER = "model | GPUs | checkpoint | of a rank | copy | write | read back | resume | to a mirror | manifest | trains"
+HEADER = "model | GPUs | checkpoint | of a rank | copy | write | read back | resume | to a mirror | manifest | journal | trains"
 
 
 def table(hours: float = 720, seeds: int = 20, rates: Rates = Rates()) -> list[str]:

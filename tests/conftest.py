@@ -95,7 +95,7 @@ STARTING = (
     "debug.rehearse.trainings",
     "compare.sweep.trainings",
     "debug.predicates",
-    "training.trackers.processes",
+    "training.companions",
 )
 
 

@@ -1,5 +1,5 @@
-"""Tests that try a fault at every place, or very often, have two lengths. CI runs the short one: a fair part of the places, chosen so that
-another part of them comes with other numbers. `scripts/test --long` tries all of them."""
+"""Tests that try a fault at every place, or very often, have two lengths. CI runs the short one, which takes every few of the places, always
+the same. `scripts/test --long` takes all."""
 
 import os
 from typing import TypeVar

@@ -35,7 +35,7 @@ def at_default(section: Section, key: str = "") -> Iterator[str]:
             if isinstance(item, Section):
                 found = list(at_default(item, place))
                 # `best: 1` asks for a section that is not there by itself: all its keys are at their defaults, and one must be said
-                asks_for_it = not is_default and len(found) == len(item.model_fields_set)
+                asks_for_it = not is_default and len(found) == len(item.model_fields_set) == 1
                 yield from [] if asks_for_it else found
 
 

@@ -111,6 +111,10 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     found["gradients"] = max(0, gradients - forward) if is_alone else gradients
     if device.world_size > 1:
         found["gradients"] += gradients  # the buckets in which ranks exchange them
+        if (
+            plan.recipe.train.reproducibility == "elastic"
+        ):  # those of one rank, of all ranks' slices, and the sum of a slice
+            found["gradients"] += 2 * gradients + gradients // device.world_size
     return found
 
 

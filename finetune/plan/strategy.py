@@ -1,5 +1,6 @@
 """How several devices share the work of a plan, and the memory of one that does: formulas, as in `memory`."""
 
+from finetune.errors import FinetuneError
 from finetune.plan import memory
 from finetune.plan.activations import average_bytes, width
 from finetune.plan.memory import CPU_TOKENS, SLACK, Device, Work, fits
@@ -9,15 +10,32 @@ from finetune.recipe.schema.rules import SHARDED, unshardable
 
 
 def strategy(plan: Plan, shape: Shape, device: Device) -> str:
-    """`train.strategy`. `auto` is `fsdp` where several devices train what does not fit one, and can share it."""
+    """`train.strategy`. `auto` is `fsdp` where several devices train what does not fit one, and can share it. FinetuneError where the
+    launcher asks for what the recipe cannot do."""
     named = plan.recipe.train.strategy
     if device.world_size == 1:
         return "ddp"
-    if named != "auto" or device.asked:
-        return device.asked if named == "auto" else named
-    work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
-    fits_one = fits(whole_bytes(plan, shape, work, device), device)
-    return "fsdp" if not fits_one and unshardable(plan.recipe) is None and not plan.base.stored else "ddp"
+    is_asked, why = named == "auto" and bool(device.asked), _unshardable(plan)
+    if named == "auto" and not is_asked:
+        work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
+        return "ddp" if why or fits(whole_bytes(plan, shape, work, device), device) else "fsdp"
+    name = device.asked if is_asked else named
+    if name in SHARDED and why:
+        where, message = (
+            ("environment", f"Accelerate is set to use FSDP: {why}") if is_asked else ("train.strategy", why)
+        )
+        raise FinetuneError(
+            message, where=where, hint="change the launcher's flags or its configuration file, or the recipe"
+        )
+    return name
+
+
+def _unshardable(plan: Plan) -> str | None:
+    """Why the weights of a plan cannot be spread over devices by rows."""
+    if why := unshardable(plan.recipe):
+        return why
+    kept = "`fsdp` cannot spread weights that stay as they are stored; use `ddp`, or `base.quantization: dequantized`"
+    return kept if plan.base.stored else None
 
 
 def sharing(name: str, device: Device) -> Device | None:

@@ -14,7 +14,7 @@ from finetune.store.mirror.following import CALL_SECONDS, writer_of
 from finetune.store.mirror.opening import opened
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
-from finetune.training.trackers.processes import SILENT_SECONDS, Process, Work
+from finetune.training.companions import SILENT_SECONDS, Process, Work
 
 FINISH_SECONDS = 600.0
 """How long the end of a training waits for its last commits to be mirrored."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import finetune
+from finetune.cli import functions
 from finetune.errors import FinetuneError
+from finetune.recipe.load import load as load_recipe
 from finetune.store import places
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +52,16 @@ def test_a_recipe_is_planned_trained_and_evaluated_in_python(recipe_file, tmp_pa
     assert finetune.FinetuneError is FinetuneError
 
 
-def test_a_function_knows_nothing_of_the_runs_that_earlier_calls_have_read(recipe_file, tmp_path) -> None:
+def test_a_function_knows_nothing_of_the_runs_that_earlier_calls_have_read(recipe_file, tmp_path, monkeypatch) -> None:
     places.found("data/train.jsonl", str(tmp_path), "the data")
+    known = []
+
+    def load(*arguments: object) -> object:
+        known.append(places.moved())
+        places.found("data/other.jsonl", str(tmp_path), "the data")
+        return load_recipe(*arguments)
+
+    monkeypatch.setattr(functions, "load", load)
     finetune.plan(recipe_file(), run=tmp_path / "run")
+    assert known == [{}]
     assert places.moved() == {"data/train.jsonl": str(tmp_path)}
-
-    @places.anew()
-    def within() -> dict[str, str]:
-        return places.moved()
-
-    assert within() == {}

@@ -192,6 +192,9 @@ def test_an_adapter_outside_its_run_is_evaluated_where_its_base_is_named(trained
     with places.named([str(tiny_base)], {}):
         found = [result["metrics"] for result in evaluate([inside, outside], recipe, ())]
     assert found[0] == found[1]
+    # the one that is named counts, also where the adapter's own name leads to one
+    with places.named([str(tmp_path / "nowhere")], {}), pytest.raises(FinetuneError, match="nowhere"):
+        evaluate([outside], recipe, (), is_again=True)
 
 
 def test_a_disk_that_is_full_leaves_nothing(trained) -> None:

@@ -44,7 +44,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_sound_checkpoint() -> None:
 
 
 @pytest.mark.slow
-def test_every_error_at_any_call_of_a_save_is_one_clear_error_and_loses_nothing() -> None:
+def test_an_error_at_a_call_of_a_save_is_one_clear_error_and_loses_nothing() -> None:
     run("syscalls", "--faults", "EIO,ENOSPC,EDQUOT,EROFS,EACCES", "--stride", length(3, 1))
 
 

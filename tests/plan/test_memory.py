@@ -9,6 +9,7 @@ from subprocess import run
 import pytest
 from transformers import AutoConfig
 
+from finetune.errors import FinetuneError
 from finetune.model import base, losses
 from finetune.plan import activations, forecast, forecast_table, memory, strategy
 from finetune.plan.memory import Device, Work
@@ -308,6 +309,39 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
     assert memory.machine_bytes() == machine > 2**28
     limit.write_text(f"{2**28}\n")
     assert memory.machine_bytes() == 2**28
+
+
+def test_elastic_sums_take_the_gradients_of_all_ranks_slices_beside_the_buckets(planned):
+    train = {"steps": 4, "batch_size": 6}
+    (plain, shape), (elastic, _) = planned(train=train), planned(train=train | {"reproducibility": "elastic"})
+    work, ranks = Work(64, 640), Device(2**40, world_size=4)
+    found = [memory.step_parts(plan, shape, work, ranks)["gradients"] for plan in (plain, elastic)]
+    assert found[1] - found[0] == 2.25 * memory.trained_bytes(plain)
+    alone = [memory.step_parts(plan, shape, work, Device(2**40)) for plan in (plain, elastic)]
+    assert alone[0] == alone[1]
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"train": {"reproducibility": "elastic"}}, "`fsdp` adds gradients by rank"),
+        (
+            {"optimizer": {"name": "adamw_8bit", "learning_rate": 0.01}},
+            "`fsdp` cannot spread the blocks of `adamw_8bit`",
+        ),
+        ({}, "`fsdp` cannot spread weights that stay as they are stored"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_where_the_launcher_asks_for_it(sections, why, planned):
+    train = {"steps": 4, "batch_size": 6} | sections.get("train", {})
+    plan, shape = planned(**sections | {"train": train})
+    if not sections:
+        plan = plan.model_copy(update={"base": plan.base.model_copy(update={"stored": "nf4"})})
+    device = Device(2**40, world_size=2, asked="fsdp")
+    with pytest.raises(FinetuneError) as caught:
+        strategy.strategy(plan, shape, device)
+    assert caught.value.where == "environment" and f"Accelerate is set to use FSDP: {why}" in caught.value.message
+    assert strategy.strategy(plan, shape, device._replace(asked="")) == "ddp"
 
 
 NEEDS_BF16 = pytest.mark.skipif(slow_numbers("bf16") is not None, reason="this CPU has no instructions for bf16")

@@ -45,6 +45,12 @@ def test_the_columns_beside_the_journal_take_as_much_as_is_said(tmp_path) -> Non
     assert scaling.step_bytes(rows, modules) - scaling.STEP_BYTES == pytest.approx(written, rel=0.1)
 
 
+def test_a_line_of_the_journal_takes_as_much_as_is_said() -> None:
+    journal = ROOT / "tests/fixtures/run_before_rooms/runs/older/journal.jsonl"
+    lines = [line for line in journal.read_bytes().splitlines(keepends=True) if b'"kind": "step"' in line]
+    assert scaling.STEP_BYTES == pytest.approx(sum(map(len, lines)) / len(lines), rel=0.15)
+
+
 def test_without_failures_all_time_after_the_start_is_training() -> None:
     rates = scaling.Rates()
     of = scaling.cost(scaling.MODELS[0], 8, rates)

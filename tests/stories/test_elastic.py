@@ -1,6 +1,7 @@
 """`train.reproducibility: elastic`: the same bits at every number of ranks, and a run that changes it on the way."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,16 +106,28 @@ def test_without_it_another_number_of_ranks_gives_other_bits(write_recipe, worke
 def test_a_run_goes_on_with_more_or_fewer_ranks_as_if_nothing_had_changed(write_recipe, workers, tmp_path):
     recipe, whole, moved = write_recipe(steps=8), tmp_path / "whole", tmp_path / "moved"
     workers(1).train(recipe, whole)
-    for ranks, until in ((4, 2), (1, 4), (2, 5), (4, 8)):
+    assert workers(4).train(recipe, moved, killed_after=3) == "killed"
+    for ranks, until in ((1, 4), (2, 5), (4, 8)):
         workers(ranks).train(recipe, moved, until=until)
     assert result(moved) == result(whole)
     assert [line for record in journal.read(moved) for line in record.get("changes", [])] == []
 
 
 def test_a_run_of_several_ranks_is_replayed_in_one_process_to_the_bit(write_recipe, workers, tmp_path):
-    workers(2).train(write_recipe(), tmp_path / "run")
-    command = [sys.executable, "-m", "finetune", "replay", str(tmp_path / "run"), "--steps", "2..4", "--json"]
-    replayed = forks.run(command, capture_output=True, text=True, timeout=240)
-    assert replayed.returncode == 0, replayed.stderr
-    found = json.loads(replayed.stdout)
+    run = tmp_path / "run"
+    workers(2).train(write_recipe(), run)
+
+    def replay(*words: str) -> dict[str, object]:
+        command = [sys.executable, "-m", "finetune", "replay", str(run), "--steps", *words, "--json"]
+        replayed = forks.run(command, capture_output=True, text=True, timeout=240)
+        assert replayed.returncode == 0, replayed.stderr
+        return json.loads(replayed.stdout)
+
+    found = replay("2..4")
     assert (found["identical"], found["notes"]) == (True, [])
+    # step 4 is gone, and comes back with its bytes
+    files, _ = result(run)
+    shutil.rmtree(Store(run).find(4).path)
+    replay("4", "--materialize")
+    assert Store(run).find(4).step == 4
+    assert result(run)[0] == files

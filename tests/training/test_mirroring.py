@@ -12,10 +12,9 @@ from finetune.errors import MirrorError, RecipeError
 from finetune.recipe.load import load
 from finetune.store.mirror import bucket, following, pulled
 from finetune.store.run.directory import RunDirectory
-from finetune.training import mirroring
+from finetune.training import companions, mirroring
 from finetune.training.mirroring import Mirroring
 from finetune.training.run import train as train_run
-from finetune.training.trackers import processes
 from tests import forks
 
 STEPS = {"steps": 4, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
@@ -77,7 +76,7 @@ def test_what_a_client_does_is_said_and_ends_in_bounded_time(program, reason, ru
         def Popen(command: list, **options: object) -> object:
             return start([sys.executable, str(tmp_path / "client.py")], **options)
 
-    monkeypatch.setattr(processes, "subprocess", Other)
+    monkeypatch.setattr(companions, "subprocess", Other)
     said: list[str] = []
     assert Mirroring(run, said.append).finish(1.0) == reason
     assert said[-1] == f"not all is mirrored ({reason}); `finetune mirror {run}` sends the rest"

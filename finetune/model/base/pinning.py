@@ -196,15 +196,14 @@ def _named(path: Path, where: str) -> tuple[Base, PinnedBase | None]:
         return plan.recipe.base, plan.base
     config = merge.read_config(path, where)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if is_ours and not (revision or places.bases()) and read(path).manifest.run:  # it names what only its run can find
+    if is_ours and not revision and read(path).manifest.run:  # it names what only its run can find
+        if given := places.bases():
+            return Base(checkpoint=given[0]), None
         hint = "name its base with --base, or move it into `averages/` of its run"
         raise CheckpointError("is an adapter whose run directory is not around it", where=where, hint=hint)
     if not name:
-        message, hint = (
-            "is an adapter that does not name its base",
-            f"set base_model_name_or_path in its {merge.CONFIG}",
-        )
-        raise BaseError(message, where=where, hint=hint)
+        hint = f"set base_model_name_or_path in its {merge.CONFIG}"
+        raise BaseError("is an adapter that does not name its base", where=where, hint=hint)
     return Base(checkpoint=name, revision=None if Path(name).is_dir() else revision), None
 
 

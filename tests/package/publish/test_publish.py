@@ -174,7 +174,7 @@ def test_what_the_hub_lost_or_changed_is_not_promoted(hub, env, package) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_at_any_request_the_target_is_old_or_new_and_a_second_call_finishes(hub, forks, package) -> None:
+def test_killed_at_requests_in_turn_the_target_is_old_or_new_and_a_second_call_finishes(hub, forks, package) -> None:
     repo = hub.add("model", "tiny/new")
     weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
     command = ("publish", package, "--to", "tiny/new", "--tag", "v1")

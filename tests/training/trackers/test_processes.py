@@ -11,6 +11,7 @@ import pytest
 from finetune.recipe.load import load
 from finetune.store.run import journal
 from finetune.store.told import told as told_of
+from finetune.training import companions
 from finetune.training.run import train as train_run
 from finetune.training.trackers import catching_up, processes, sent
 from finetune.training.trackers.processes import Tracked
@@ -45,7 +46,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             def Popen(command: list, **options: object) -> object:
                 return start([sys.executable, str(file)], **options)
 
-        monkeypatch.setattr(processes, "subprocess", Other)
+        monkeypatch.setattr(companions, "subprocess", Other)
 
     return client
 
@@ -78,7 +79,7 @@ def test_what_a_client_does_is_said_and_ends_in_bounded_time(program, reason, cl
 
 
 def test_a_failed_process_is_said_once_and_started_again(client, said, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(processes, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(companions, "RETRY_SECONDS", 0.0)
     client(FAILS)
     told = Told(tmp_path / "run", "csv")
     tracked = Tracked(told.run, ["csv"], said.append)
@@ -142,7 +143,7 @@ def test_a_process_that_cannot_be_started_ends_no_training(said, tmp_path, monke
     told = Told(tmp_path / "run", "csv")
     told.begin(0)
     told.train(2)
-    monkeypatch.setattr(processes.subprocess, "Popen", refuse)
+    monkeypatch.setattr(companions.subprocess, "Popen", refuse)
     tracked = Tracked(told.run, ["csv"], said.append)
     tracked.look()
     assert tracked.finish() == {"csv": "no process could be started"}
