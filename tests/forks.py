@@ -84,6 +84,7 @@ class Server:
             command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=ROOT
         )
         theirs.close()
+        self.pid = self._process.pid
 
     def fork(self, order: dict, descriptors: list[int]) -> tuple[socket.socket, int]:
         """Where the end of the new process will be told, and its id."""
@@ -189,6 +190,11 @@ def line_of(told: socket.socket) -> bytes:
             raise RuntimeError("the process that forks has ended")
         line += part
     return line
+
+
+def servers() -> set[int]:
+    """The process ids of what forks."""
+    return {server.pid for server in _servers.values()}
 
 
 def used_by_children() -> float:

@@ -3,8 +3,10 @@
 import resource
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import forks
@@ -13,6 +15,7 @@ SHOWN = 10
 _costs: Counter[str] = Counter()
 _workers: list[float] = []
 _before = 0.0
+_counts_living = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,10 +24,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    global _counts_living
+    _counts_living = bool(config.getoption("--prices"))
+
+
 def spent() -> float:
-    """CPU seconds of this process and of all that it has waited for, since it started."""
+    """CPU seconds of this process and of all that it has waited for, since it started; with `--prices`, of what still runs too.
+
+    Otherwise processes that several tests share would be on the account of the test that ends them.
+    """
     own = resource.getrusage(resource.RUSAGE_SELF)
-    return own.ru_utime + own.ru_stime + forks.used_by_children()
+    return own.ru_utime + own.ru_stime + forks.used_by_children() + (living() if _counts_living else 0.0)
+
+
+def living() -> float:
+    servers, seconds = forks.servers(), 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            used = process.cpu_times()
+            seconds += used.user + used.system
+            if process.pid not in servers:  # what these have waited for is counted where they tell it
+                seconds += used.children_user + used.children_system
+    return seconds
 
 
 @pytest.hookimpl(wrapper=True)
