@@ -84,7 +84,6 @@ class Server:
             command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=ROOT
         )
         theirs.close()
-        self.pid = self._process.pid
 
     def fork(self, order: dict, descriptors: list[int]) -> tuple[socket.socket, int]:
         """Where the end of the new process will be told, and its id."""
@@ -192,9 +191,9 @@ def line_of(told: socket.socket) -> bytes:
     return line
 
 
-def servers() -> set[int]:
-    """The process ids of what forks."""
-    return {server.pid for server in _servers.values()}
+def told_seconds() -> float:
+    """CPU seconds of ended commands of the processes that fork now. What a command has started is told to that command alone."""
+    return sum(server.told_seconds for server in _servers.values())
 
 
 def used_by_children() -> float:

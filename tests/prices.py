@@ -39,13 +39,11 @@ def spent() -> float:
 
 
 def living() -> float:
-    servers, seconds = forks.servers(), 0.0
+    seconds = -forks.told_seconds()  # of what the processes that fork have waited for; it is counted where they tell it
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
             used = process.cpu_times()
-            seconds += used.user + used.system
-            if process.pid not in servers:  # what these have waited for is counted where they tell it
-                seconds += used.children_user + used.children_system
+            seconds += used.user + used.system + used.children_user + used.children_system
     return seconds
 
 
