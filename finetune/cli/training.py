@@ -199,9 +199,12 @@ def health(run: Path | None, patience_seconds: float) -> Answer:
     """Tell a hung training from a slow one; without RUN, check all trainings here."""
     from finetune.hosts import health as looking
 
-    # 0: a run that you name is judged by its records alone.
-    runs = {run: 0.0} if run else looking.trainings(_run_of)
-    each = [looking.look(run, patience_seconds, since) for run, since in runs.items()]
+    # A run that you name is judged by its records alone.
+    each = (
+        [looking.look(run, patience_seconds)]
+        if run
+        else looking.look_at_all(looking.trainings(_run_of), patience_seconds)
+    )
     facts: looking.HealthReport = {"ok": all(one["ok"] for one in each), "runs": each}
     return Answer(facts, looking.listing(facts), is_good=facts["ok"])
 

@@ -1,6 +1,6 @@
 """Tells a hung training from a running one: compares the time since its last record with its own bound on silence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +66,31 @@ class HealthReport(TypedDict):
 
     ok: bool
     runs: list[Health]
+
+
+def look_at_all(found: Mapping[Path, float], patience_seconds: float) -> list[Health]:
+    """The state of each of `trainings`. One that cannot be read (a newer version trains it, or its journal is damaged) hides no other."""
+    looks = []
+    for run, since in found.items():
+        try:
+            looks.append(look(run, patience_seconds, since))
+        except RunError as error:
+            looks.append(_unreadable(run, error))
+    return looks
+
+
+def _unreadable(run: Path, error: RunError) -> Health:
+    where = f"{error.where}: " if error.where else ""
+    return {
+        "run": str(run),
+        "ok": False,
+        "state": "unreadable",
+        "step": None,
+        "quiet_seconds": 0.0,
+        "limit_seconds": None,
+        "is_finished": False,
+        "warnings": [f"{where}{error.message}"],
+    }
 
 
 def look(run: Path, patience_seconds: float, since: float = 0.0) -> Health:
@@ -167,6 +192,8 @@ def _line(
     warnings: Sequence[str] = (),
 ) -> str:
     told = "".join(f"\n  warning: {warning}" for warning in warnings)
+    if state == "unreadable":
+        return f"{run}: cannot be read{told}"
     if state == "ended":
         how = "finished" if is_finished else "stopped, and the same command resumes"
         return f"{run}: {how}: step {step}, {duration(quiet_seconds)} ago{told}"

@@ -133,6 +133,16 @@ def test_a_training_of_older_code_is_not_judged(finished) -> None:
     assert (facts["ok"], facts["state"], facts["limit_seconds"]) == (True, "unknown", None)
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(finished, tmp_path) -> None:
+    other = tmp_path / "of-a-newer-version"
+    shutil.copytree(finished, other)
+    (other / "plan.json").write_text('{"steps": 3, "a_key_of_tomorrow": 1}')
+    unreadable, readable = health.look_at_all({other: 0.0, finished: 0.0}, 300)
+    assert (unreadable["ok"], unreadable["state"], readable["state"]) == (False, "unreadable", "ended")
+    assert unreadable["warnings"][0].startswith(f"{other}/plan.json: is damaged: ")
+    assert health.listing({"ok": False, "runs": [unreadable]}).startswith(f"{other}: cannot be read\n  warning: ")
+
+
 @pytest.mark.slow
 def test_a_training_that_stands_still_is_found_where_it_runs_and_told(recipe_file, tmp_path, monkeypatch) -> None:
     recipe = recipe_file(train={"steps": 100_000, "precision": "fp32"}, checkpoint={"every": "99999 steps"})
