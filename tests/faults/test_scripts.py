@@ -18,6 +18,7 @@ def run(name: str, *arguments: object, seconds: float = 280, **variables: str) -
     for reason in ("cannot mount an image: ", "strace is not ", "ckpt-chaos is not installed"):
         if reason in result.stderr:
             pytest.skip(result.stderr.strip())
+    print(result.stdout)  # the figures of a long form, with `pytest -s`
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PASS: " in result.stdout
 
@@ -87,3 +88,15 @@ def test_ckpt_chaos_passes(group, points, modes, tmp_path) -> None:
 @pytest.mark.slow
 def test_bisect_names_the_step_and_the_row_of_faults_of_all_kinds(tmp_path) -> None:
     run("zoo", "--work", tmp_path / "zoo")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("strategy", "name", "counts"), [("ddp", "SIGKILL", (1, 50)), ("fsdp", "SIGKILL", (2, 50)), ("fsdp", "SIGSTOP", (1, 6))]
+)
+def test_a_rank_that_is_lost_ends_the_others_soon_and_restarts_end_as_if_it_had_not(
+    strategy, name, counts, tmp_path
+) -> None:
+    words = ("--signals", name, "--strategies", strategy, "--count", length(*counts), "--work", tmp_path)
+    run("rank_signals", *words, seconds=3500)
