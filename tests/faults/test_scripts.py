@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts/faults"
 def run(name: str, *arguments: object, seconds: float = 280, **variables: str) -> None:
     command = [str(word) for word in (sys.executable, SCRIPTS / f"{name}.py", *arguments)]
     result = forks.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ | variables)
-    for reason in ("cannot mount an image: ", "strace is not ", "ckpt-chaos is not installed"):
+    for reason in ("cannot mount an image: ", "cannot make network namespaces: ", "strace is not ", "ckpt-chaos is not installed"):
         if reason in result.stderr:
             pytest.skip(result.stderr.strip())
     print(result.stdout)  # the figures of a long form, with `pytest -s`
@@ -100,3 +100,10 @@ def test_a_rank_that_is_lost_ends_the_others_soon_and_restarts_end_as_if_it_had_
 ) -> None:
     words = ("--signals", name, "--strategies", strategy, "--count", length(*counts), "--work", tmp_path)
     run("rank_signals", *words, seconds=3500)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hosts_that_are_cut_off_from_each_other_end_soon_and_go_on_together(tmp_path) -> None:
+    words = ("--cuts", length(1, 6), "--strategies", length("fsdp", "ddp,fsdp"), "--work", tmp_path)
+    run("hosts_apart", *words, seconds=1700)
