@@ -38,6 +38,7 @@ class Watch:
     def __init__(self, accelerator: Accelerator, run: Path, recipe: Recipe, say: Callable[[str], None]):
         self._accelerator = accelerator
         self._run = RunDirectory(run)
+        self._left = set(self._run.saves())  # by a process that was killed
         self._grace_seconds = recipe.checkpoint.grace_seconds
         self._silence_seconds = recipe.train.lost_rank_seconds
         self._say = say
@@ -122,7 +123,7 @@ class Watch:
         if not loss.is_silent and self._has_raised.wait(RAISING_SECONDS):
             return
         deadline = time.monotonic() + self._grace_seconds
-        while any(self._run.saves()) and time.monotonic() < deadline and not self._has_raised.wait(LOOK_SECONDS):
+        while set(self._run.saves()) - self._left and time.monotonic() < deadline and not self._has_raised.wait(LOOK_SECONDS):
             pass
         if self._has_raised.is_set():
             return

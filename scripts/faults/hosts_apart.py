@@ -17,7 +17,7 @@ from pathlib import Path
 
 from network import CABLE, CannotConnect, Host, two_hosts
 from sigkill import last_step
-from training import add_arguments, differences, recipe_of, unsound, wait_until
+from training import add_arguments, command, differences, recipe_of, unsound, wait_until
 
 PORT, KEEP = 29_417, 3
 STEPS_BETWEEN = 10  # cuts
@@ -66,10 +66,9 @@ class Both:
         self.logs = [run.with_name(f"{run.name}-{place}.log") for place in range(2)]
         self._launchers = []
         for place, (host, log) in enumerate(zip(hosts, self.logs, strict=True)):
-            words = [sys.executable, "-m", "finetune", "launch", "--nnodes", "2", "--node-rank", str(place)]
-            words += ["--nproc-per-node", "1", "--master-addr", hosts[0].address, "--master-port", str(PORT)]
-            words += ["--restarts", str(restarts), str(recipe), "--run", str(run), "--quiet"]
-            words += [word for each in [*sets, *options.overrides] for word in ("--set", each)]
+            starter = ["launch", "--nnodes", "2", "--node-rank", str(place), "--nproc-per-node", "1"]
+            starter += ["--master-addr", hosts[0].address, "--master-port", str(PORT), "--restarts", str(restarts)]
+            words = command(recipe, run, [*sets, *options.overrides], starter)
             environment = os.environ | {"GLOO_SOCKET_IFNAME": CABLE}
             with log.open("a") as file:
                 self._launchers.append(subprocess.Popen(words, stderr=file, env=environment, preexec_fn=host.enter))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import psutil
 from sigkill import last_step
-from training import add_arguments, differences, is_saving, recipe_of, unsound, wait_until
+from training import add_arguments, command, differences, is_saving, ranks_of, recipe_of, unsound, wait_until
 
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
@@ -36,8 +36,10 @@ class Signal(NamedTuple):
     """One that was sent."""
 
     rank: int
-    step: int
     is_inside: bool
+    """Whether a save was under way."""
+    has_met: bool
+    """Whether the ranks had met: before, none can know of another."""
     seconds: float
     """Until the last of the other ranks had ended."""
 
@@ -71,9 +73,8 @@ def launch(recipe: Path, run: Path, strategy: str, options: argparse.Namespace) 
         "checkpoint.every=3 steps",
     ]
     sets += [f"checkpoint.keep.last={KEEP}", f"train.lost_rank_seconds={SILENCE_SECONDS}", *options.overrides]
-    words = [sys.executable, "-m", "finetune", "launch", "--nproc-per-node", str(options.ranks)]
-    words += ["--restarts", str(2 * options.count), str(recipe), "--run", str(run), "--quiet"]
-    return words + [word for each in sets for word in ("--set", each)]
+    starter = ["launch", "--nproc-per-node", str(options.ranks), "--restarts", str(2 * options.count)]
+    return command(recipe, run, sets, starter)
 
 
 def disturb(recipe: Path, whole: Path, strategy: str, number: signal.Signals, options: argparse.Namespace) -> list[str]:
@@ -82,7 +83,7 @@ def disturb(recipe: Path, whole: Path, strategy: str, number: signal.Signals, op
     log = run.with_suffix(".log")
     with log.open("w") as file:
         launcher = subprocess.Popen(launch(recipe, run, strategy, options), stderr=file)
-    sent, problems, ended = [], [], False
+    sent, problems, seen, ended = [], [], 0, False
     try:
         for turn in range(options.count):
             at = STEPS_BETWEEN * turn + chance.randint(1, STEPS_BETWEEN)
@@ -93,7 +94,8 @@ def disturb(recipe: Path, whole: Path, strategy: str, number: signal.Signals, op
                     f"signal {turn + 1}: the training ended before, with {launcher.poll()}:\n{log.read_text()[-2000:]}"
                 ]
             said = log.stat().st_size
-            sent.append(once(run, launcher, number, turn % 4 == 3, chance))
+            sent.append(once(run, launcher, number, seen, turn % 4 == 3, chance))
+            seen = starts(run)
             text = log.read_text()[said:]
             problems += [f"signal {turn + 1}: {each}" for each in wrong_ending(sent[-1], number, text)]
             problems += [f"signal {turn + 1}: {each}" for each in unsound(run, log.read_text(), KEEP)]
@@ -108,36 +110,33 @@ def disturb(recipe: Path, whole: Path, strategy: str, number: signal.Signals, op
 
 
 def once(
-    run: Path, launcher: subprocess.Popen, number: signal.Signals, wants_save: bool, chance: random.Random
+    run: Path, launcher: subprocess.Popen, number: signal.Signals, seen: int, wants_save: bool, chance: random.Random
 ) -> Signal:
-    """Signals a rank, and waits for the end of the others; a rank that was stopped is killed by the launcher."""
+    """Signals a rank, and waits for the end of the others; a rank that was stopped is killed by the launcher. `seen`: the starts of the
+    training before this one."""
+    if number == signal.SIGSTOP:  # nothing but torch's own limit of half an hour ends a start with a hung rank
+        wait_until(lambda: starts(run) > seen, launcher)
     if wants_save:
         wait_until(lambda: is_saving(run), launcher)
     else:
         time.sleep(chance.random() / 20)
     ranks = ranks_of(launcher)
     victim = chance.choice(sorted(ranks))
-    is_inside, step = is_saving(run), last_step(run)
+    is_inside, has_met = is_saving(run), starts(run) > seen
     ranks[victim].send_signal(number)
     began = time.monotonic()
     gone, _ = psutil.wait_procs([each for rank, each in ranks.items() if rank != victim], timeout=200)
     seconds = time.monotonic() - began
     psutil.wait_procs([ranks[victim]], timeout=200)
     wait_until(lambda: not any(each in ranks.values() for each in ranks_of(launcher).values()), launcher)
-    return Signal(victim, step, is_inside, seconds)
+    return Signal(victim, is_inside, has_met, seconds)
 
 
-def ranks_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
-    """The living ranks, once each has its place."""
-    found = {}
-    for child in psutil.Process(launcher.pid).children(recursive=True):
-        try:
-            environment, words = child.environ(), child.cmdline()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-        if "RANK" in environment and "train" in words:
-            found[int(environment["RANK"])] = child
-    return found
+def starts(run: Path) -> int:
+    """How often the training has begun to train: all ranks had met."""
+    return (
+        sum(record.get("event") == "started" for record in journal.read(run)) if (run / "journal.jsonl").exists() else 0
+    )
 
 
 def wrong_ending(sent: Signal, number: signal.Signals, said: str) -> list[str]:
@@ -145,7 +144,7 @@ def wrong_ending(sent: Signal, number: signal.Signals, said: str) -> list[str]:
     is_dead = number == signal.SIGKILL
     limit, what = (DEAD_SECONDS, "has ended") if is_dead else (SILENCE_SECONDS + DEAD_SECONDS, "gave no sign of life")
     found = [f"the others ended after {sent.seconds:.1f} seconds"] if sent.seconds > limit else []
-    if not re.search(rf"lost another rank: rank {sent.rank} on \S+ {what}", said):
+    if sent.has_met and not re.search(rf"lost another rank: rank {sent.rank} on \S+ {what}", said):
         found.append(f"no message names rank {sent.rank}:\n{said[-1000:]}")
     return found
 
@@ -167,8 +166,8 @@ def show(strategy: str, number: signal.Signals, sent: list[Signal]) -> None:
     ranks = ", ".join(
         f"rank {rank} {sum(each.rank == rank for each in sent)}" for rank in sorted({s.rank for s in sent})
     )
-    inside = sum(each.is_inside for each in sent)
-    print(f"{strategy}: {len(sent)} times {number.name} ({ranks}; {inside} inside a save)")
+    inside, before = sum(each.is_inside for each in sent), sum(not each.has_met for each in sent)
+    print(f"{strategy}: {len(sent)} times {number.name} ({ranks}; {inside} inside a save, {before} during a start)")
     print(
         f"  the last other rank ended after {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (longest)"
     )
