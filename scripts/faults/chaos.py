@@ -3,7 +3,8 @@
     python scripts/faults/chaos.py --points 40 --work /tmp/chaos
 
 Modes: `before` and `torn` end the process at an operation, or after half of a file; `term` sends SIGTERM there; `unsynced` first takes
-back what was not synced. One process, and two with the crash in either. It arms the main process of each rank only; what a child or
+back what was not synced. One process, and two with the crash in either, which each write their rows (fsdp) after every step: the
+second one has no other files. It arms the main process of each rank only; what a child or
 a thread without Python writes is for `syscalls.py`. Exits 1 unless every verdict is PASS: the resume works, begins at the newest
 checkpoint that was complete, and ends equal to the bit (weights, moments, every step's record and every row's loss).
 """
@@ -21,6 +22,7 @@ from training import add_arguments, command, recipe_of
 OVERRIDES = ["train.steps=12", "checkpoint.every=4 steps", "checkpoint.keep.last=1000"]
 FAIL_ON = "HARD_FAIL,SILENT_DIVERGENCE,CONTROL_FAIL,LOST_WORK"
 NOTHING_WRITTEN = "made no file changes"
+SHARDED = ["train.strategy=fsdp", "checkpoint.every=1 steps"]
 GROUPS = {"1": (1, 0), "2:0": (2, 0), "2:1": (2, 1)}  # processes, and which of them crashes
 
 
@@ -37,9 +39,10 @@ def main() -> None:
     if importlib.util.find_spec("ckpt_chaos") is None:
         raise SystemExit("ckpt-chaos is not installed: pip install ckpt-chaos")
     recipe = recipe_of(options)
-    train = command(recipe, "{out}", [*OVERRIDES, *options.overrides])
     counts, is_good = collections.Counter(), True
     for group in options.groups.split(","):
+        of_ranks = SHARDED if GROUPS[group][0] > 1 else []
+        train = command(recipe, "{out}", [*OVERRIDES, *of_ranks, *options.overrides])
         work = options.work / group.replace(":", "-")
         is_good &= crash(train, work, options, *GROUPS[group])
         for row in rows(work):
