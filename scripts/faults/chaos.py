@@ -12,6 +12,7 @@ checkpoint that was complete, and ends equal to the bit (weights, moments, every
 import argparse
 import collections
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def crash(train: list[str], work: Path, options: argparse.Namespace, ranks: int,
     words += ["--checkpoint-glob", "{out}/checkpoints/step-*", "--ckpt-ignore-size"]
     words += ["--step-regex", r"resumed from step (\d+)", "--result-cmd", shlex.join(digest), "--", *train]
     print(f"{ranks} process(es), the crash in number {crash_rank}", flush=True)
-    result = subprocess.run([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    # ckpt-chaos 0.1.8 gives the crash to this rank alone, and arms the one of this variable: without it only rank 0 would crash
+    environment = os.environ | {"CKPT_CHAOS_CRASH_RANK": str(crash_rank)}
+    result = subprocess.run([str(word) for word in words], stderr=subprocess.PIPE, text=True, env=environment)
     if NOTHING_WRITTEN in result.stderr:
         print("writes no file of the run: there is nothing to crash at")
         return True
