@@ -35,10 +35,6 @@ class Loss:
     why: str
     is_silent: bool = False
     """Whether it may still be connected: then no collective fails by itself."""
-    where: str | None = None
-    hint: str | None = None
-    is_error: bool = False
-    """Whether `why`, `where` and `hint` are its own message."""
 
 
 @dataclass
@@ -62,7 +58,7 @@ class Presence:
         self._silence_seconds = silence_seconds
         self._beat_seconds = min(LONGEST_BEAT_SECONDS, max(SHORTEST_BEAT_SECONDS, silence_seconds / BEATS))
         self._lost = lost
-        self._is_lost = False
+        self._loss: Loss | None = None
         self._token = ""
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, _Peer] = {}
@@ -99,9 +95,9 @@ class Presence:
             return
         raise UnreachableError("; ".join(problems))
 
-    def leave(self, error: tuple[str, str | None, str | None] | None = None, is_silent: bool = False) -> None:
+    def leave(self, error: str | None = None, is_silent: bool = False) -> None:
         """Ends the thread, after it has told the others that this rank ends: well or because another one was lost, or by an error of its
-        own (message, place, hint). `is_silent`: it tells nothing, so this rank counts as killed."""
+        own. `is_silent`: it tells nothing, so this rank counts as killed."""
         self._last_words = {} if is_silent else {"ended": error}
         with suppress(OSError):  # it has ended
             self._wake.send(b".")
@@ -171,8 +167,7 @@ class Presence:
             self._conclude(Loss(**lost))
         elif "ended" in said:
             if error := said["ended"]:
-                message, where, hint = error
-                self._conclude(Loss(peer.rank, peer.host, message, where=where, hint=hint, is_error=True))
+                self._conclude(Loss(peer.rank, peer.host, f"failed: {error}"))
             return False
         return True
 
@@ -182,6 +177,8 @@ class Presence:
             case {"rank": int(rank), "host": str(host), "token": str(token)}:
                 if secrets.compare_digest(token.encode(), self._token.encode()):
                     peer.rank, peer.host = rank, host
+                    if self._loss:  # it came late
+                        self._send(peer, {"lost": asdict(self._loss)})
         return peer.rank is not None
 
     def _judge_silence(self) -> None:
@@ -191,14 +188,14 @@ class Presence:
                 continue
             if peer.rank is None:
                 self._drop(peer)
-            elif not self._is_lost:
+            elif not self._loss:
                 why = f"gave no sign of life for {self._silence_seconds:g} seconds"
                 self._conclude(Loss(peer.rank, peer.host, why, is_silent=True))
 
     def _conclude(self, loss: Loss) -> None:
-        if self._is_lost:
+        if self._loss or self._last_words is not None:
             return
-        self._is_lost = True
+        self._loss = loss
         if self.rank == 0:  # it alone sees all
             for peer in list(self._peers.values()):
                 self._send(peer, {"lost": asdict(loss)})
@@ -218,7 +215,7 @@ class Presence:
             with suppress(OSError):
                 peer.connection.shutdown(socket.SHUT_WR)
         self._selector.unregister(self._woken)
-        self._is_lost, until = True, time.monotonic() + LINGER_SECONDS
+        until = time.monotonic() + LINGER_SECONDS
         while self._peers and (left := until - time.monotonic()) > 0:
             self._hear(left)
         for peer in list(self._peers.values()):

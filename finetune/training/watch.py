@@ -28,8 +28,8 @@ from finetune.training import collectives
 NAMING_SECONDS = 3.0  # for rank 0 to say which rank a broken connection belonged to
 RAISING_SECONDS = 5.0  # for the main thread to see a closed connection itself: NCCL may not
 LOOK_SECONDS = 0.2
+MOST_CHARACTERS = 300  # of an error, to the other ranks
 LOOPBACK = ("127.0.0.1", "localhost")
-AGAIN = "start the same command again on every host; it resumes from the last commit"
 
 
 class Watch:
@@ -82,9 +82,9 @@ class Watch:
         if lost or error is None or isinstance(error, LostRankError):
             self._presence.leave()
         elif isinstance(error, FinetuneError):
-            self._presence.leave((error.message, error.where, error.hint))
+            self._presence.leave(_first_line(error))
         elif isinstance(error, Exception):
-            self._presence.leave((f"{type(error).__name__}: {error}", None, None))
+            self._presence.leave(f"{type(error).__name__}: {_first_line(error)}")
         else:
             self._presence.leave(is_silent=True)
         if named:
@@ -110,20 +110,20 @@ class Watch:
 
     def _error_of(self, loss: Loss) -> LostRankError:
         own = self._accelerator.process_index
-        if loss.is_error:
-            return LostRankError(f"rank {loss.rank}: {loss.why}", where=loss.where, hint=loss.hint)
-        if loss.rank == own:
-            return LostRankError(f"the others ended: this rank {loss.why}", where=f"rank {own}", hint=AGAIN)
-        return LostRankError(
-            f"lost another rank: rank {loss.rank} on {loss.host} {loss.why}", where=f"rank {own}", hint=AGAIN
-        )
+        lost = f"lost another rank: rank {loss.rank} on {loss.host} {loss.why}"
+        is_own = loss.rank == own
+        return LostRankError(f"the others ended: this rank {loss.why}" if is_own else lost, where=f"rank {own}")
 
     def _end(self, loss: Loss) -> None:
         """In a thread: ends the process, unless the main thread does so."""
         if not loss.is_silent and self._has_raised.wait(RAISING_SECONDS):
             return
         deadline = time.monotonic() + self._grace_seconds
-        while set(self._run.saves()) - self._left and time.monotonic() < deadline and not self._has_raised.wait(LOOK_SECONDS):
+        while (
+            set(self._run.saves()) - self._left
+            and time.monotonic() < deadline
+            and not self._has_raised.wait(LOOK_SECONDS)
+        ):
             pass
         if self._has_raised.is_set():
             return
@@ -133,3 +133,8 @@ class Watch:
         if self._presence:
             self._presence.leave()
         os._exit(error.exit_code)
+
+
+def _first_line(error: Exception) -> str:
+    """For the other ranks: the one that failed says the rest."""
+    return str(error).partition("\n")[0][:MOST_CHARACTERS]
