@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 a FinetuneError, 2 usage or recipe, 143, 130 and 129 after signals.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -31,9 +30,9 @@ from finetune.cli import (
     training,
 )
 from finetune.errors import DataError, FinetuneError, RecipeError, Stopped
-from finetune.hosts import stderr
+from finetune.hosts import stderr, told
 from finetune.hosts.signals import PARENT, end_with
-from finetune.hosts.world import TOLD, prepare_allocator
+from finetune.hosts.world import prepare_allocator
 from finetune.store.rank import is_alone, is_first
 from finetune.training.saving.writer import WRITER
 
@@ -88,7 +87,7 @@ def cli() -> None:
 
 def main() -> None:
     """The console script: errors become messages and exit codes."""
-    told = os.environ.pop(TOLD, None)  # not for processes that this one starts
+    told.take(os.environ)
     stderr.secure()
     prepare_allocator(os.environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -99,7 +98,7 @@ def main() -> None:
     except click.exceptions.Exit as request:
         sys.exit(request.exit_code)
     except click.ClickException as error:
-        _tell(told, "usage")
+        told.tell("usage")
         if "--json" in sys.argv:
             _print_error({"code": "usage", "message": error.format_message(), "where": None, "hint": None})
         error.show()
@@ -113,7 +112,7 @@ def main() -> None:
         if known is None:
             raise
         _report(known)
-        _tell(told, known.code)
+        told.tell(known.code)
         _leave(known.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `finetune log … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,13 +135,6 @@ def _lost_rank(error: RuntimeError) -> FinetuneError | None:
     from finetune.training.collectives import lost_rank
 
     return lost_rank(error)
-
-
-def _tell(told: str | None, code: str) -> None:
-    """Lets `launch` know that this is no crash: it would start the training again."""
-    if told:
-        with contextlib.suppress(OSError):  # it is gone
-            os.write(int(told), code.encode())
 
 
 def _report(error: FinetuneError) -> None:

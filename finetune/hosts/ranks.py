@@ -37,11 +37,14 @@ class Ranks:
         """The pid of rank 0, if it is on this host."""
         self._told: dict[int, int] = {}
         """The pipe with the error codes of each local rank."""
+        self._left: set[Path] = set()
+        """Saves that were cut short before this start."""
         self._deadline: float | None = None
         """When to kill the living ranks, even during a save, on the clock `time.monotonic`; None until the end is asked for."""
 
     def start(self, world: World | None, command: Sequence[str]) -> None:
         self.codes, self.killed, self._ranks, self._writer = {}, set(), {}, None
+        self._left = set(RunDirectory(self.run).saves())
         if self.stopped_by is None:
             self._deadline = None
         inherited = {
@@ -87,7 +90,7 @@ class Ranks:
     def kill(self, *_: object) -> None:
         """Kills the living ranks; after a crash it first waits for the running save, or for the end of the grace."""
         may_save = self.stopped_by is None and self._writer in self.alive
-        if may_save and self.seconds_left and any(RunDirectory(self.run).saves()):
+        if may_save and self.seconds_left and set(RunDirectory(self.run).saves()) - self._left:
             signal.setitimer(signal.ITIMER_REAL, BETWEEN_LOOKS_SECONDS)
             return
         self.killed |= {self._ranks[pid] for pid in self.alive}

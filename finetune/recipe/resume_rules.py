@@ -56,6 +56,9 @@ RECIPE = (
         "taken",
         "every step has the same rows; devices share its sums in another way, so bit equality may be lost",
     ),
+    Rule(
+        ("train.lost_rank_seconds",), "taken", "it decides when a training gives up on a process, and none of its steps"
+    ),
     Rule(("train.early_stopping",), "taken", "it decides when training ends, and none of its steps"),
     Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),

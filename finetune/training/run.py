@@ -42,6 +42,7 @@ from finetune.training.starving import Loads
 from finetune.training.state import TrainState
 from finetune.training.strategy.start import start_accelerator
 from finetune.training.trackers import refuse_absent
+from finetune.training.watch import Watch
 
 
 def train(
@@ -69,7 +70,7 @@ def train(
         accelerator = start_accelerator(loaded.recipe.train)
         is_writer = accelerator.is_main_process
         holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
-        with holding as held:
+        with Watch(accelerator, path, loaded.recipe, places.say) as watch, holding as held:
             opened, base_directory = _open(loaded, path, accelerator, schedule, ask)
             plan = opened.resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
@@ -84,7 +85,7 @@ def train(
                 progress.say(note)
             # After `build`: a damaged file of frozen weights is restored from the weights of this model.
             recorder, checkpoint = attempt.begin(path, opened, loaded.text, state, progress, held)
-            with closing(recorder), closing(progress):
+            with closing(recorder), closing(progress), watch.until_it_raises():
                 if checkpoint:
                     reading.read(state, plan, checkpoint)
                     progress.say(f"resumed from step {state.step}")

@@ -1,6 +1,6 @@
 """What checkpoints cost: every figure that is promised, side by side with other ways to save, in one run on this machine.
 
-    python scripts/bench/checkpoints.py --work DIRECTORY [--only a,b,c,d,e] [--json FILE]
+    python scripts/bench/checkpoints.py --work DIRECTORY [--only a,b,c,d,e,f] [--json FILE]
 
 a  blocked time per save of a full AdamW state of 500 MB and of a LoRA state: ours, torch.save, accelerate, torch's DCP, a bare copy
 b  wall-clock overhead of saving at every tenth step (SmolLM2-135M, all weights) and at every step (LoRA), beside a writer process;
@@ -8,6 +8,8 @@ b  wall-clock overhead of saving at every tenth step (SmolLM2-135M, all weights)
 c  time until a save is durable, beside a raw write and fsync of the same bytes
 d  resuming: verify, load, seek
 e  bytes on the disk after 50 saves, beside transformers' Trainer
+f  blocked time per save of the same state where two ranks hold rows of it and each writes its own (fsdp), beside two ranks of which one
+   writes all (ddp), and beside one process; each process has one thread
 
 Needs about 20 GB on the file system of DIRECTORY, which is removed at the end. `--tiny` runs every part on a tiny model.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 import machine
 import overhead
 import resume
+import sharded
 import size
 import stall
 import torch
@@ -68,7 +71,11 @@ def part_e(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, Part]
     yield "e", size.sizes(work, options.medium, options.saves)
 
 
-PARTS: dict[str, Callable] = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
+def part_f(work: Path, options: argparse.Namespace) -> Iterator[tuple[str, Part]]:
+    yield "f", sharded.beside_single(work, options.medium, options.short, options.rounds)
+
+
+PARTS: dict[str, Callable] = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f}
 
 
 def main() -> None:
@@ -112,7 +119,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", type=letters, default=list(PARTS), help="some of the parts, like a,c")
     parser.add_argument("--json", type=Path, help="also write every sample here")
-    parser.add_argument("--rounds", type=int, default=20, help="a, c, d: saves of each contestant")
+    parser.add_argument("--rounds", type=int, default=20, help="a, c, d, f: saves of each contestant")
     parser.add_argument("--cycles", type=int, default=5, help="b: blocks of each kind, in each of four settings")
     parser.add_argument("--block", type=int, default=1, help="b: steps of a block")
     parser.add_argument("--rows", type=int, default=LONG.rows, help="b: rows of 500 tokens in an update")

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from finetune.model import base
 from finetune.plan.plan import Plan
 from finetune.recipe.load import load
 from finetune.store.run import lease
-from finetune.training import loop
+from finetune.training import collectives, loop
+from finetune.training.agreement import with_what_fits_all
 from finetune.training.attempt import begin
 from finetune.training.build import build
 from finetune.training.evaluation import batches
@@ -77,15 +78,18 @@ class Training:
 
 @contextmanager
 def opened(recipe: Path, run: Path) -> Iterator[Training]:
-    """A new run of a recipe after its first step, as `finetune.training.run` makes it."""
+    """A new run of a recipe after its first step, as `finetune.training.run` makes it; on each rank, where a launcher started several."""
     loaded = load(recipe)
     accelerator = start_accelerator(loaded.recipe.train)
-    with lease.acquire(run, "bench") as held:
-        opened = open_plan(loaded, run, accelerator)
+    holding = lease.acquire(run, "bench") if accelerator.is_main_process else nullcontext()
+    with holding as held:
+        with collectives.rank_0_first(accelerator):
+            opened = open_plan(loaded, run, accelerator)
+        opened = with_what_fits_all(opened, accelerator)
         resolved, plan = opened.resolved, opened.resolved.plan
         if plan.counts.tokens != plan.recipe.train.batch_size * plan.recipe.task.max_length:
             raise ValueError(f"rows of unequal length: {plan.counts}")
-        state = build(plan, base.directory(plan.recipe.base, plan.base), accelerator)
+        state = build(plan, base.directory(plan.recipe.base, plan.base), accelerator, resolved.strategy)
         recorder, _ = begin(run, opened, loaded.text, state, Progress(plan.steps, is_silent=True), held)
         reports = loop.steps(state, plan, batches(resolved, resolved.train, accelerator), plan.steps, loop.Wishes)
         training = Training(state, plan, recorder, resolved.base_directory, reports)
@@ -98,7 +102,9 @@ def opened(recipe: Path, run: Path) -> Iterator[Training]:
             recorder.close()
 
 
-def write_recipe(path: Path, model: Shape | str, work: Work, adapter: dict | None = None, keep: int = 2) -> Path:
+def write_recipe(
+    path: Path, model: Shape | str, work: Work, adapter: dict | None = None, keep: int = 2, strategy: str = "auto"
+) -> Path:
     """A recipe beside its base and its rows; `model` is a shape to make at random, or what a recipe calls a base."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tokens = SMOLLM2_TOKENS if model == SMOLLM2 else "abcdefgh"
@@ -113,7 +119,7 @@ def write_recipe(path: Path, model: Shape | str, work: Work, adapter: dict | Non
         "adapter": adapter,
         # so low that the state stays what it is: no run should end in another regime than it began in
         "optimizer": {"learning_rate": 1e-6, "schedule": "constant", "warmup": 0},
-        "train": {"steps": 1_000_000, "batch_size": work.rows},
+        "train": {"steps": 1_000_000, "batch_size": work.rows, "strategy": strategy},
         "checkpoint": {"keep": {"last": keep}},
         "guard": {"spike": "ignore"},
     }

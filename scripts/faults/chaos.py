@@ -3,7 +3,8 @@
     python scripts/faults/chaos.py --points 40 --work /tmp/chaos
 
 Modes: `before` and `torn` end the process at an operation, or after half of a file; `term` sends SIGTERM there; `unsynced` first takes
-back what was not synced. One process, and two with the crash in either. It arms the main process of each rank only; what a child or
+back what was not synced. One process, and two with the crash in either, which each write their rows (fsdp) after every step: the
+second one has no other files. It arms the main process of each rank only; what a child or
 a thread without Python writes is for `syscalls.py`. Exits 1 unless every verdict is PASS: the resume works, begins at the newest
 checkpoint that was complete, and ends equal to the bit (weights, moments, every step's record and every row's loss).
 """
@@ -11,6 +12,7 @@ checkpoint that was complete, and ends equal to the bit (weights, moments, every
 import argparse
 import collections
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from training import add_arguments, command, recipe_of
 OVERRIDES = ["train.steps=12", "checkpoint.every=4 steps", "checkpoint.keep.last=1000"]
 FAIL_ON = "HARD_FAIL,SILENT_DIVERGENCE,CONTROL_FAIL,LOST_WORK"
 NOTHING_WRITTEN = "made no file changes"
+SHARDED = ["train.strategy=fsdp", "checkpoint.every=1 steps"]
 GROUPS = {"1": (1, 0), "2:0": (2, 0), "2:1": (2, 1)}  # processes, and which of them crashes
 
 
@@ -37,9 +40,10 @@ def main() -> None:
     if importlib.util.find_spec("ckpt_chaos") is None:
         raise SystemExit("ckpt-chaos is not installed: pip install ckpt-chaos")
     recipe = recipe_of(options)
-    train = command(recipe, "{out}", [*OVERRIDES, *options.overrides])
     counts, is_good = collections.Counter(), True
     for group in options.groups.split(","):
+        of_ranks = SHARDED if GROUPS[group][0] > 1 else []
+        train = command(recipe, "{out}", [*OVERRIDES, *of_ranks, *options.overrides])
         work = options.work / group.replace(":", "-")
         is_good &= crash(train, work, options, *GROUPS[group])
         for row in rows(work):
@@ -62,7 +66,9 @@ def crash(train: list[str], work: Path, options: argparse.Namespace, ranks: int,
     words += ["--checkpoint-glob", "{out}/checkpoints/step-*", "--ckpt-ignore-size"]
     words += ["--step-regex", r"resumed from step (\d+)", "--result-cmd", shlex.join(digest), "--", *train]
     print(f"{ranks} process(es), the crash in number {crash_rank}", flush=True)
-    result = subprocess.run([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    # ckpt-chaos 0.1.8 gives the crash to this rank alone, and arms the one of this variable: without it only rank 0 would crash
+    environment = os.environ | {"CKPT_CHAOS_CRASH_RANK": str(crash_rank)}
+    result = subprocess.run([str(word) for word in words], stderr=subprocess.PIPE, text=True, env=environment)
     if NOTHING_WRITTEN in result.stderr:
         print("writes no file of the run: there is nothing to crash at")
         return True

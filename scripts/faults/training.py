@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import blake3
+import psutil
 from safetensors.numpy import load_file
 
 from finetune.store.checkpoints.store import Store
@@ -28,6 +30,8 @@ from finetune.store.run import journal, row_losses
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal bytes need equal threads, and a tiny model is slower on several
 DEADLINE_SECONDS = 600  # of one start of the training
 ROWS = 64
+ALONE = ("train",)
+TWO_RANKS = ("launch", "--nproc-per-node", "2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,14 +48,27 @@ def recipe_of(options: argparse.Namespace) -> Path:
     return options.recipe or tiny_recipe(options.work / "tiny")
 
 
-def command(recipe: Path, run: Path | str, overrides: Sequence[str] = ()) -> list[str]:
+def command(recipe: Path, run: Path | str, overrides: Sequence[str] = (), starter: Sequence[str] = ALONE) -> list[str]:
     words = [word for override in overrides for word in ("--set", override)]
-    return [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run), "--quiet", *words]
+    return [sys.executable, "-m", "finetune", *starter, str(recipe), "--run", str(run), "--quiet", *words]
 
 
-def finish(recipe: Path, run: Path, overrides: Sequence[str] = ()) -> list[str]:
+def ranks_of(launcher: subprocess.Popen) -> dict[int, psutil.Process]:
+    """The living ranks that a launcher has started."""
+    found = {}
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            environment, words = child.environ(), child.cmdline()
+            if "RANK" in environment and "train" in words:
+                found[int(environment["RANK"])] = child
+    return found
+
+
+def finish(recipe: Path, run: Path, overrides: Sequence[str] = (), starter: Sequence[str] = ALONE) -> list[str]:
     """Trains, or resumes, to the end; a list of one problem where that fails."""
-    result = subprocess.run(command(recipe, run, overrides), capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    result = subprocess.run(
+        command(recipe, run, overrides, starter), capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     return [f"train ended with {result.returncode}: {result.stderr[-600:]}"] if result.returncode else []
 
 
@@ -80,8 +97,12 @@ def unsound(run: Path, said: str, keep: int) -> list[str]:
     found = [f"{item.path.name} is no checkpoint: {item.damage.message}" for item in store.unreadable()]
     for checkpoint in present.values():
         found += [f"{checkpoint.path.name}: {damage}" for damage in verify(checkpoint.path) if damage.check != "extra"]
+    # a kill may come between a commit and its message: then retention counts one that was not printed
+    newest_kept = sorted(present)[-keep:] if len(present) >= keep else [0]
     found += [
-        f"step {step} was printed as committed and is gone" for step in committed(said)[-keep:] if step not in present
+        f"step {step} was printed as committed and is gone"
+        for step in committed(said)[-keep:]
+        if step not in present and step >= newest_kept[0]
     ]
     newest = max(present, default=0)
     chosen = store.newest_sound()[0]

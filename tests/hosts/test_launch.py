@@ -139,6 +139,15 @@ def test_a_save_that_its_rank_has_left_is_not_waited_for(launched) -> None:
     assert ended(process)[0] == 137
 
 
+def test_what_a_killed_rank_has_left_in_an_earlier_start_is_no_save_under_way(launched) -> None:
+    first = "[ -e $RUN/attempts/step-1 ] || { mkdir -p $RUN/attempts/step-1; kill -9 $$; }"
+    process = launched(f"{first}; [ $RANK = 0 ] || kill -9 $$; exec sleep 1000", restarts=1)
+    started = time.monotonic()
+    code, said = ended(process)
+    assert code == 137 and said.count("starting again") == 1
+    assert time.monotonic() - started < 30
+
+
 def test_a_crash_is_begun_again_and_the_rank_that_began_it_is_named(launched) -> None:
     code, said = ended(launched('[ "$RANK" = 1 ] || exec sleep 1000; kill -9 $$', restarts=2))
     assert code == 137

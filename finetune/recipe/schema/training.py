@@ -83,6 +83,8 @@ class Train(Section):
     """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How devices share the work. `ddp`: each holds the whole model. `fsdp`: each holds its rows of all weights, gradients and moments, and a layer is whole only while it runs. `hsdp`: so do the devices of a host, and each host holds all rows. `auto`: `fsdp` if the forecast for a whole model is more than nine tenths of a device's memory."""
+    lost_rank_seconds: PositiveInt = 60
+    """With several processes: seconds without a sign of life from one, like a hung process or a host that was cut off, after which the others end and name it. A process that dies is noticed at once."""
     ema: Annotated[Ema, BeforeValidator(_ema), Short(DECAY)] | None = None
     """Keep an exponential moving average of the trained weights. A number is its `decay`. Checkpoints hold it as `ema.safetensors`, and evaluations give its figures as `ema_loss` and so on."""
     early_stopping: EarlyStopping | None = None
