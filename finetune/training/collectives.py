@@ -77,7 +77,7 @@ def text_of_rank_0(accelerator: Accelerator, text: str) -> str:
     size = of_rank_0(accelerator, len(data := text.encode()))
     told = _bytes(data, size)
     dist.broadcast(told, 0, group=_patient())
-    return told.numpy().tobytes().decode()
+    return told.numpy().tobytes()[:size].decode()
 
 
 def found_by_all(accelerator: Accelerator, kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
@@ -116,14 +116,20 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except FinetuneError as failed:
         error = failed
-    own = json.dumps([error.message, error.where, error.hint] if error else []).encode()
-    sizes = _gathered(accelerator, torch.tensor([len(own)]))
-    texts = _gathered(accelerator, _bytes(own, max(int(size) for size in sizes)))
+    texts = texts_of_all(accelerator, json.dumps([error.message, error.where, error.hint] if error else []))
     if error:
         raise error
-    for rank, (text, size) in enumerate(zip(texts, sizes, strict=True)):
-        if said := json.loads(text[: int(size)].numpy().tobytes()):
+    for rank, text in enumerate(texts):
+        if said := json.loads(text):
             raise LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+
+
+def texts_of_all(accelerator: Accelerator, text: str) -> list[str]:
+    """Each rank's text, in the order of ranks, however long one of them works for it."""
+    own = text.encode()
+    sizes = _gathered(accelerator, torch.tensor([len(own)]))
+    texts = _gathered(accelerator, _bytes(own, max(int(size) for size in sizes)))
+    return [each[: int(size)].numpy().tobytes().decode() for each, size in zip(texts, sizes, strict=True)]
 
 
 def _gathered(accelerator: Accelerator, own: torch.Tensor) -> list[torch.Tensor]:

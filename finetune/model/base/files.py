@@ -13,6 +13,7 @@ from threading import Thread
 import blake3
 
 from finetune.plan.encodings import TOKENIZER_FILES, VOCABULARIES
+from finetune.store.checkpoints.tensor_files import kind_of
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
@@ -143,4 +144,4 @@ def copy_small_files(below: Path, adapter: Path, target: Path) -> None:
 def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Sorted. A file that two patterns match (the index of sharded weights) comes twice: digests in plans count it so."""
     found = [file for pattern in patterns for file in directory.glob(pattern) if file.is_file()]
-    return sorted(file for file in found if file.name not in NOT_THE_MODEL)
+    return sorted(file for file in found if kind_of(file.name) not in NOT_THE_MODEL)
