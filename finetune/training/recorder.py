@@ -229,8 +229,7 @@ class Recorder:
         record = Record(evaluated.get(step, {}), columns, history, evaluated, self.past.newest_step, waited, amendments)
         lease, journal, saver, _ = self.pen
         save = saver.begin(state, record)
-        work = partial(saver.commit, save, journal, lease, report)
-        self._writer.submit(step, save.snapshot.bytes, work)
+        self._writer.submit(step, save.snapshot.bytes, partial(saver.commit, save, journal, lease, report))
 
     def finish(self, state: TrainState) -> None:
         """Returns when everything that was begun is durable; raises why, where the last save was given up."""

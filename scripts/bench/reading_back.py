@@ -86,10 +86,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         found = measured(*options.measure)
+        torch.distributed.barrier()  # the launcher ends the others as soon as one has ended
         if os.environ["RANK"] == "0":
             print(json.dumps(found), flush=True)
-        torch.distributed.destroy_process_group()
-        return
+        os._exit(0)  # as the command line ends: a thread of gloo may abort the end of the interpreter
     found = {str(ranks): _of(ranks, options.tiny) for ranks in options.ranks}
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

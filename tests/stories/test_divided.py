@@ -11,20 +11,12 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.tensor_files import INDEX, kind_of
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal
-from tests.stories.workers import Workers, two_ranks
+from tests.stories.workers import two_ranks
 
 pytestmark = pytest.mark.slow
 
 SIZE = 20_000
 FROZEN = {"name": "frozen", "freeze": ["model.layers.0.*"]}
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    logs, started = tmp_path_factory.mktemp("logs"), {}
-    yield lambda ranks: started.setdefault(ranks, Workers(ranks, logs))
-    for each in started.values():
-        each.close()
 
 
 @pytest.fixture
