@@ -27,13 +27,12 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.failed:
             self.found[report.nodeid.partition("::")[2]] = report.outcome
-            print(f"{report.outcome:7} {report.nodeid.partition('::')[2]}", flush=True)
 
 
 def main() -> int:
     outcomes = Outcomes()
     chosen = ["-k", " or ".join(sys.argv[1:])] if sys.argv[1:] else []
-    code = pytest.main(["-q", "--no-header", "-p", "no:terminal", f"--rootdir={ROOT}", *chosen, str(TESTS)], [outcomes])
+    code = pytest.main(["-v", "--tb=short", "-p", "no:xdist", f"--rootdir={ROOT}", *chosen, str(TESTS)], [outcomes])
     print("\n".join(["", *_table(outcomes.found)]))
     return code
 

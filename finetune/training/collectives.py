@@ -18,7 +18,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from finetune.errors import FinetuneError, LostRankError
+from finetune.model.base import files
 from finetune.store import cache
+from finetune.store.boot import boot_id
 
 FoundT = TypeVar("FoundT")
 
@@ -146,13 +148,24 @@ def _bytes(data: bytes, size: int) -> torch.Tensor:
 
 @contextmanager
 def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
-    """Rank 0 runs the body, then the others do, and all go on together."""
-    if not accelerator.is_main_process:
-        wait_for_everyone(accelerator)
-    yield
-    if accelerator.is_main_process:
-        wait_for_everyone(accelerator)
-    wait_for_everyone(accelerator)
+    """Rank 0 runs the body, then one rank of each other host, then the others, and all go on together. Files that a rank has digested
+    are not read again by those of its host."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    own_turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+    for turn in range(3):
+        if turn == own_turn:
+            yield
+        _hand_digests_on(accelerator)
+
+
+def _hand_digests_on(accelerator: Accelerator) -> None:
+    host = boot_id()
+    for text in texts_of_all(accelerator, json.dumps([host, list(files.digests.items())])):
+        of_host, found = json.loads(text)
+        if host and of_host == host:
+            files.digests.update((tuple(as_it_is), digest) for as_it_is, digest in found)
 
 
 def declared() -> int:

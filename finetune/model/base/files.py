@@ -6,7 +6,6 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
@@ -38,6 +37,10 @@ NOT_THE_MODEL = (
 _LICENCE_LINE = re.compile(r"^license:", re.MULTILINE)
 
 
+AsItIs = tuple[int, ...]
+"""What the system says of a file: other bytes in it give other numbers."""
+
+
 def digest(directory: Path) -> str:
     """The digest over names and contents of the checkpoint's files."""
     total = blake3.blake3()
@@ -53,15 +56,16 @@ def small_digest(directory: Path, with_index: bool = True) -> str:
     return "".join(f"{file.name}\0{file_digest(file)}\0" for file in small)
 
 
+digests: dict[AsItIs, str] = {}
+"""Of files that this process has read, or another one of the host for it: a start looks at a base several times."""
+
+
 def file_digest(file: Path) -> str:
     status = file.stat()
-    return _digest_of(file, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-
-
-@lru_cache(maxsize=1024)
-def _digest_of(file: Path, as_it_is: tuple[int, ...]) -> str:
-    """Read once a process while the file does not change: a start looks at a base several times."""
-    return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).hexdigest()
+    as_it_is = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if as_it_is not in digests:
+        digests[as_it_is] = blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).hexdigest()
+    return digests[as_it_is]
 
 
 def has_tokenizer(directory: Path) -> bool:
