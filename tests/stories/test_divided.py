@@ -148,3 +148,47 @@ def test_a_bit_that_the_disk_turned_in_rows_of_a_rank_is_found_and_its_rank_name
     assert f"does not read back as rank {rank} wrote it" in said[0]
     assert "hint: this disk cannot be trusted: use another one" in said[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+HELD = """
+import sys
+import numpy as np
+from finetune.training.saving import reading, snapshot as snapshots
+files_of, of_file = snapshots.files_of, reading._of_file
+
+def tell(what, own, whole):
+    print(what, f"{own / whole:.2f}", file=sys.stderr, flush=True)
+
+def saved(snapshot, *arguments, **settings):
+    files = files_of(snapshot, *arguments, **settings)
+    tensors = [tensor for each in files.values() for tensor in each]
+    parts = [np.frombuffer(tensor.data, np.uint8) for tensor in tensors if len(tensor.data)]
+    tell("saves", sum(part.nbytes for part in parts), sum(tensor.bytes for tensor in tensors))
+    copies = {tensor.data_ptr() for tensor in snapshot.copy.tensors.values()}
+    assert {part.ctypes.data for part in parts} <= copies  # it is no further copy
+    return files
+
+def read(path, rows):
+    found = of_file(path, rows)
+    tell("reads", sum(tensor.nbytes for tensor in found.values()), path.stat().st_size)
+    return found
+
+snapshots.files_of, reading._of_file = saved, read
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+def test_no_rank_holds_more_than_its_rows_while_it_saves_or_resumes(write_recipe, tmp_path):
+    told = []
+    for until in (2, 4):
+        command = ("train", write_recipe(), "--run", tmp_path / "run", "--until", until)
+        both = two_ranks("-c", HELD, *command)
+        said = [process.communicate(timeout=120)[1] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        told.append([re.findall(r"^(saves|reads) (\S+)$", each, re.MULTILINE) for each in said])
+    for rank in range(2):
+        assert [what for what, _ in told[0][rank]] == ["saves"]
+        assert [what for what, _ in told[1][rank]] == ["reads", "reads", "saves"]
+        assert all(float(share) <= 0.52 for _, share in told[0][rank] + told[1][rank])
