@@ -7,13 +7,16 @@ can set. The share of time is simulated: hosts fail at random, and a training go
 """
 
 import argparse
+import math
 import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MANIFEST_BYTES, TENSOR_BYTES = 2_200, 153
-"""Of a manifest: for itself and its small files, and for each tensor that it names."""
+from finetune.store.checkpoints.tensor_files import FILE_BYTES
+
+MANIFEST_BYTES, FILE_RECORD_BYTES, TENSOR_BYTES = 2_200, 165, 153
+"""Of a manifest: for itself and its small files, for each more file of tensors, and for each tensor that it names."""
 STEP_BYTES, ROW_BYTES, MODULE_BYTES = 300, 20, 8
 """Of a step's line in the journal; of each row and each group of modules beside it."""
 MASTER, MOMENTS = 4, 8
@@ -28,12 +31,14 @@ class Model:
     parameters: float
     tensors: int
     layers: int
+    largest: float
+    """Numbers of its largest tensor, which stays in one file."""
 
 
 MODELS = (
-    Model("8B", 8.03e9, 291, 32),  # Llama 3.1
-    Model("70B", 70.6e9, 723, 80),
-    Model("400B MoE", 401e9, 626, 48),  # Llama 4 Maverick's size, with fused experts
+    Model("8B", 8.03e9, 291, 32, 5.25e8),  # Llama 3.1
+    Model("70B", 70.6e9, 723, 80, 1.05e9),
+    Model("400B MoE", 401e9, 626, 48, 1.07e10),  # Llama 4 Maverick's size, with fused experts
 )
 GPUS = (8, 64, 256, 1024)
 
@@ -46,13 +51,13 @@ class Rates:
     """Of the disk that all hosts share, for one host; they add up to `most`."""
     most: float = 100e9
     read_back: float = 2e9
-    """Of rank 0, which reads a whole checkpoint and hashes it."""
+    """Of one host that reads files of a checkpoint and hashes them, on the disk that all share."""
     copy: float = 20e9
     """From a GPU to its host's memory."""
     bucket: float = 1e9
     """Of the host of rank 0 to a mirror."""
     start: float = 60
-    """Seconds until all ranks run again, without their reading."""
+    """Seconds until all ranks run again, without what they read."""
     replace: float = 300
     """Seconds until a failed host is replaced."""
     interval: float = 900
@@ -69,6 +74,7 @@ class Cost:
     copied: float
     written: float
     read_back: float
+    """All ranks read whole files: at the end of a save, and before a resume."""
     resumed: float
     mirrored: float
     manifest: float
@@ -84,23 +90,33 @@ class Cost:
 def cost(model: Model, gpus: int, rates: Rates) -> Cost:
     size = model.parameters * (MASTER + MOMENTS)
     hosts = max(1, gpus // 8)
-    disk = min(hosts * rates.shared_disk, rates.most)
+    disk, back = min(hosts * rates.shared_disk, rates.most), read_back_seconds(size, model, hosts, rates)
     return Cost(
         checkpoint=size,
         rank=size / gpus,
         copied=size / gpus / rates.copy,
         written=size / disk,
-        read_back=size / rates.read_back,
-        resumed=rates.start + size / disk,
+        read_back=back,
+        # Verified by all together, and then each rank reads its rows.
+        resumed=rates.start + back + size / disk,
         mirrored=size / rates.bucket,
-        manifest=manifest_bytes(model.tensors, is_full=True),
+        manifest=manifest_bytes(model.tensors, is_full=True, files=math.ceil(size / FILE_BYTES)),
         journal=10_000 * step_bytes(1_024, model.layers + 2),
     )
 
 
-def manifest_bytes(trained_tensors: int, is_full: bool) -> int:
-    """`is_full`: with two moments for each tensor."""
-    return MANIFEST_BYTES + TENSOR_BYTES * trained_tensors * (3 if is_full else 1)
+def read_back_seconds(size: float, model: Model, hosts: int, rates: Rates) -> float:
+    """Of the host that has most to read. No more than all together may read, and a tensor is one rank's to read."""
+    files = math.ceil(size / FILE_BYTES)
+    of_a_host = min(size, math.ceil(files / hosts) * FILE_BYTES)
+    largest = model.largest * MASTER
+    return max(of_a_host / rates.read_back, largest / rates.read_back, size / rates.most)
+
+
+def manifest_bytes(trained_tensors: int, is_full: bool, files: int = 2) -> int:
+    """`is_full`: with two moments for each tensor. `files`: of tensors."""
+    more = FILE_RECORD_BYTES * max(0, files - 2)
+    return MANIFEST_BYTES + more + TENSOR_BYTES * trained_tensors * (3 if is_full else 1)
 
 
 def step_bytes(rows: int, modules: int) -> int:

@@ -11,8 +11,8 @@ from finetune.errors import FinetuneError, counted
 from finetune.plan import disk, memory
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
+from finetune.store.checkpoints.tensor_files import ADAPTER, FROZEN, of_kind
 from finetune.store.tensors import read_header
-from finetune.training.saving.snapshot import ADAPTER, FROZEN
 
 
 def announced(averages: Path, found: Sequence[Usual], needed: int) -> str:
@@ -36,7 +36,7 @@ def _bytes(members: int, checkpoint: Checkpoint, plan: Plan) -> int:
     small = sum(record.bytes for name, record in files.items() if not name.endswith(".safetensors"))
     if _is_adapter(members, checkpoint):
         return small + members * memory.FLOAT * plan.trainable_parameters
-    changing = plan.trainable_parameters if FROZEN in files else plan.total_parameters
+    changing = plan.trainable_parameters if of_kind(files, FROZEN) else plan.total_parameters
     return small + memory.FLOAT * changing
 
 

@@ -19,10 +19,10 @@ from finetune.errors import FinetuneError
 from finetune.model import adapters, base
 from finetune.model.base import outline
 from finetune.recipe.schema import Base
-from finetune.store.checkpoints.manifest import FileRecord
+from finetune.store.checkpoints.manifest import Checkpoint, FileRecord
+from finetune.store.checkpoints.tensor_files import EMA, FROZEN, of_kind
 from finetune.store.tensors import Tensor, read_header
 from finetune.training.opened import open_model
-from finetune.training.saving.snapshot import EMA, FROZEN
 
 
 class Kind(NamedTuple):
@@ -91,12 +91,17 @@ def averaged(weights: Weighted, skipped: frozenset[str] = frozenset()) -> list[T
     ]
 
 
-def frozen_file(members: Sequence[Member]) -> tuple[Path, FileRecord] | None:
-    """The file of weights that cannot change, if every member but the base has the same one."""
-    trained = [member.checkpoint for member in members if not member.is_base]
-    records = [item.manifest.files.get(FROZEN) if item else None for item in trained]
-    first, record = trained[0], records[0]
-    return (first.path / FROZEN, record) if first and record and all(each == record for each in records) else None
+def frozen_files(members: Sequence[Member]) -> list[tuple[Path, FileRecord]]:
+    """The files of weights that cannot change, if every member but the base has the same ones."""
+    found = [frozen_of(member.checkpoint) if member.checkpoint else [] for member in members if not member.is_base]
+    records = [[record for _, record in each] for each in found]
+    return found[0] if all(each == records[0] for each in records) else []
+
+
+def frozen_of(checkpoint: Checkpoint) -> list[tuple[Path, FileRecord]]:
+    """The files of a checkpoint with weights that cannot change."""
+    files = checkpoint.manifest.files
+    return [(checkpoint.path / name, files[name]) for name in of_kind(files, FROZEN)]
 
 
 def of_model(ref: str, model: PreTrainedModel) -> Weights:
@@ -120,7 +125,7 @@ def _of_directory(member: Member, files: ExitStack, is_kept_ema: bool) -> Weight
     directory = whole_directory(member)
     places = {name: directory / file for file, found in outline.headers_by_file(directory).items() for name in found}
     if is_kept_ema:
-        places |= dict.fromkeys(read_header(kept_ema(member)), kept_ema(member))
+        places |= {name: path for path in kept_ema(member) for name in read_header(path)}
     opened = {path: files.enter_context(safe_open(path, "pt")) for path in sorted(set(places.values()))}
     headers = {path: read_header(path) for path in opened}
     kinds = {name: headers[path][name] for name, path in places.items()}
@@ -131,11 +136,11 @@ def _of_directory(member: Member, files: ExitStack, is_kept_ema: bool) -> Weight
     )
 
 
-def kept_ema(member: Member) -> Path:
-    path = member.directory / EMA
-    if not path.is_file():
-        raise FinetuneError("has no moving average", where=member.ref, hint="set train.ema in the recipe of a run")
-    return path
+def kept_ema(member: Member) -> list[Path]:
+    """The files of the moving average that a run kept; of an adapter it is one."""
+    if names := of_kind([path.name for path in member.directory.iterdir()], EMA):
+        return [member.directory / name for name in names]
+    raise FinetuneError("has no moving average", where=member.ref, hint="set train.ema in the recipe of a run")
 
 
 def _of_other(member: Member, like: Weights, files: ExitStack, is_kept_ema: bool) -> Weights:

@@ -19,8 +19,8 @@ from finetune.compare.average_full import as_bytes, kept_ema
 from finetune.compare.average_members import Member
 from finetune.model import base
 from finetune.model.adapters import NAME
+from finetune.store.checkpoints.tensor_files import ADAPTER
 from finetune.store.tensors import Tensor, read_header
-from finetune.training.saving.snapshot import ADAPTER
 
 CONFIG = "adapter_config.json"
 NAMES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -93,7 +93,7 @@ def adapters_of(members: Sequence[Member], files: ExitStack, is_kept_ema: bool =
             return f"{member.ref} is an adapter of the type {config['peft_type']}"
         if extra := beside_factors(config):
             return f"{member.ref} is more than factors of matrices ({', '.join(extra)})"
-        path = kept_ema(member) if is_kept_ema else member.directory / ADAPTER
+        path = kept_ema(member)[0] if is_kept_ema else member.directory / ADAPTER
         key = json.dumps([config.get(name) for name in (*RANKS, *REACH, *SCALES)])
         if key not in layers:
             layers[key] = layers_of(member)

@@ -21,8 +21,8 @@ from finetune.model.base.quiet import quiet
 from finetune.store import tensors as safetensors
 from finetune.store.checkpoints.attempt import Attempt
 from finetune.store.checkpoints.manifest import FileRecord
+from finetune.store.checkpoints.tensor_files import ADAPTER, INDEX, TRAINED, WHOLE
 from finetune.store.tensors import Tensor
-from finetune.training.saving.snapshot import ADAPTER, FROZEN, INDEX, TRAINED, WHOLE
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
@@ -34,8 +34,8 @@ class Parts:
     """Tokenizer, template and configs."""
     adapter_config: dict[str, Any] | None = None
     """None for whole weights."""
-    frozen: tuple[Path, FileRecord] | None = None
-    """A file of weights that cannot change: it is linked."""
+    frozen: Sequence[tuple[Path, FileRecord]] = ()
+    """Files of weights that cannot change: they are linked."""
     notes: tuple[str, ...] = ()
     """Lines about the form of the result."""
     lost: float | None = None
@@ -54,9 +54,11 @@ class Parts:
             return
         attempt.write_tensors(TRAINED if self.frozen else WHOLE, self.tensors, {"format": "pt"})
         if self.frozen:
-            attempt.link(FROZEN, *self.frozen)
-            names = {record.name: file for file in (TRAINED, FROZEN) for record in attempt.files[file].tensors}
-            total = sum(record.bytes for file in (TRAINED, FROZEN) for record in attempt.files[file].tensors)
+            for path, record in self.frozen:
+                attempt.link(path.name, path, record)
+            files = [TRAINED, *(path.name for path, _ in self.frozen)]
+            names = {record.name: file for file in files for record in attempt.files[file].tensors}
+            total = sum(record.bytes for file in files for record in attempt.files[file].tensors)
             attempt.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
 
 
@@ -115,7 +117,7 @@ def _whole(
     members: Sequence[Member], choices: Choices, files: ExitStack, companions: base.Companions, notes: tuple[str, ...]
 ) -> Parts:
     first = next(member for member in members if not member.is_base)
-    weights, frozen = average_full.of_members(members, files, choices.is_kept_ema), average_full.frozen_file(members)
+    weights, frozen = average_full.of_members(members, files, choices.is_kept_ema), average_full.frozen_files(members)
     config = (average_full.whole_directory(first) / CONFIG).read_bytes()
     small_files = _with_fp32({**companions.contents(with_config=False), CONFIG: config})
     return Parts(average_full.averaged(weights, _names(frozen)), small_files, frozen=frozen, notes=notes)
@@ -147,5 +149,5 @@ def _with_fp32(small_files: dict[str, bytes], changes: dict[str, Any] | None = N
     return small_files | {CONFIG: f"{json.dumps(config, indent=2)}\n".encode()}
 
 
-def _names(frozen: tuple[Path, FileRecord] | None) -> frozenset[str]:
-    return frozenset(tensor.name for tensor in frozen[1].tensors) if frozen else frozenset()
+def _names(frozen: Sequence[tuple[Path, FileRecord]]) -> frozenset[str]:
+    return frozenset(tensor.name for _, record in frozen for tensor in record.tensors)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.compare.average_choice import Named, step_of_run
-from finetune.compare.average_full import Sums, Weights
+from finetune.compare.average_full import Sums, Weights, frozen_of
 from finetune.compare.average_members import Member, opened
 from finetune.debug.reexecute import Rerun
 from finetune.errors import CheckpointError, FinetuneError, counted
@@ -20,11 +20,12 @@ from finetune.plan import memory
 from finetune.plan.disk import free_bytes, readable
 from finetune.store.checkpoints.manifest import FileRecord
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.tensor_files import ADAPTER
 from finetune.store.checkpoints.verify import is_as_recorded
 from finetune.store.run.directory import RunDirectory, step_name
 from finetune.store.run.records import MemberRecord
 from finetune.training.opened import open_model
-from finetune.training.saving.snapshot import ADAPTER, FROZEN, Live
+from finetune.training.saving.snapshot import Live
 
 SUM_BYTES = 8  # of a number
 
@@ -60,10 +61,10 @@ class Replayed:
     def __init__(self, window: Window, rerun: Rerun):
         self._window, self._rerun = window, rerun
         self.is_adapter = bool((adapter := rerun.plan.recipe.adapter) and adapter.is_peft)
-        stored = ((item.path / FROZEN, item.manifest.files.get(FROZEN)) for item in rerun.store.checkpoints())
-        sound = ((path, record) for path, record in stored if record and is_as_recorded(path, record))
-        self.frozen: tuple[Path, FileRecord] | None = next(sound, None)
-        """The file of weights that cannot change."""
+        stored = (frozen_of(item) for item in rerun.store.checkpoints())
+        sound = (files for files in stored if files and all(is_as_recorded(*each) for each in files))
+        self.frozen: list[tuple[Path, FileRecord]] = next(sound, [])
+        """The files of weights that cannot change."""
         self.companions = rerun.resolved.companions
         if lacking := sorted(window.named.keys() - rerun.steps.keys()):
             hint = f"the newest recorded step is {max(rerun.steps, default=0)}"

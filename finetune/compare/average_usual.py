@@ -11,8 +11,8 @@ from finetune.compare.average_choice import Choices, Named, OptionError, chosen,
 from finetune.plan.averaging import DECAYS
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.store.checkpoints.refs import find, parse
+from finetune.store.checkpoints.tensor_files import EMA, of_kind
 from finetune.store.run.directory import RunDirectory
-from finetune.training.saving.snapshot import EMA
 
 EMAS = {0.5: 2, 0.8: 5}
 """The decays of moving averages, and the commits that each takes at least: with fewer, most of the weight is on the first one."""
@@ -68,7 +68,7 @@ def usual(run: Path, checkpoint: Checkpoint, choices: Choices) -> list[Usual]:
     stored = stored_up_to(run, checkpoint.step)
     last = f"{run}@{checkpoint.step}"
     found: dict[object, Usual] = {}
-    for each in _all(run, last, stored, choices, has_ema=EMA in checkpoint.manifest.files):
+    for each in _all(run, last, stored, choices, has_ema=bool(of_kind(checkpoint.manifest.files, EMA))):
         members = frozenset((ref, round(weight, 9)) for ref, weight in each.named)
         if each.choices.is_kept_ema or members != {(last, 1.0)}:
             found.setdefault((each.choices.is_kept_ema, members), each)

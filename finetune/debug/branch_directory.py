@@ -15,7 +15,8 @@ from finetune.plan.plan import Parent, Plan, are_same_rows
 from finetune.recipe.load import dumps
 from finetune.recipe.schema import Recipe
 from finetune.store.checkpoints.manifest import Checkpoint, of_attempt
-from finetune.store.checkpoints.store import RESUME_FILES, Store
+from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.tensor_files import EMA, OPTIMIZER, is_for_resume, kind_of
 from finetune.store.checkpoints.trainer_state import HISTORY, without_evaluations
 from finetune.store.durable import failures, replace_file
 from finetune.store.run import journal, scan
@@ -23,7 +24,6 @@ from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import Lease
 from finetune.store.run.records import ParentRecord, Record
 from finetune.training import pins
-from finetune.training.saving.snapshot import EMA
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,15 @@ def _link(branch: Branch, checkpoint: Checkpoint, store: Store, held: Lease) -> 
     out."""
     plan = branch.plan
     attempt = store.begin(checkpoint.step, held.attempt)
-    left_out = {*(RESUME_FILES if branch.is_optimizer_reset else ()), *(() if branch.is_comparable else (HISTORY,))}
-    left_out |= set() if plan.recipe.train.ema else {EMA}
+    left_out = {*(() if branch.is_comparable else (HISTORY,)), *(() if plan.recipe.train.ema else (EMA,))}
     for name, record in checkpoint.manifest.files.items():
-        if name not in left_out:
+        if kind_of(name) not in left_out and not (branch.is_optimizer_reset and is_for_resume(name)):
             attempt.link(name, checkpoint.path / name, record)
     if not branch.is_comparable and HISTORY in checkpoint.manifest.files:
         history = json.loads((checkpoint.path / HISTORY).read_bytes())
         attempt.write_json(HISTORY, without_evaluations(history))
     if branch.is_optimizer_reset:
-        attempt.write_tensors("optimizer.safetensors", [], {})
+        attempt.write_tensors(OPTIMIZER, [], {})
         optimizer, scalars = plan.recipe.optimizer.name, dict[str, float]()
         attempt.write_json("state.json", {"step": checkpoint.step, "optimizer": optimizer, "scalars": scalars})
     parent: ParentRecord = {"ref": branch.parent.ref, "digest": checkpoint.manifest.digest}

@@ -16,6 +16,7 @@ from finetune.debug.inspection import Inspection
 from finetune.debug.reexecute import Rerun
 from finetune.errors import CheckpointError, RunError, counted
 from finetune.store.checkpoints.manifest import of_attempt
+from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal as journals
 from finetune.store.run import lease
 from finetune.store.run.lease import Lease
@@ -117,7 +118,7 @@ class Committer:
         if self._saver is None:
             about = rerun.run, rerun.plan, rerun.resolved.companions
             self._saver = Saver(*about, self._manifest, rerun.say, rerun.whole_state)
-            self._saver.recover()
+            self._saver.recover(verify)
         before, _ = rerun.store.newest_sound(before=step + 1)  # `nearest` asks all ranks
         if before and before.step == step:  # it is stored already
             rerun.store.pin(step, "materialized")

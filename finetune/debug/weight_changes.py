@@ -18,7 +18,7 @@ from safetensors import safe_open
 from finetune.errors import FinetuneError
 from finetune.model import base
 from finetune.model.decoder_layers import module_of
-from finetune.training.saving.snapshot import ADAPTER, EMA, OPTIMIZER
+from finetune.store.checkpoints.tensor_files import ADAPTER, EMA, OPTIMIZER, kind_of
 
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_embedding_A")
@@ -173,7 +173,7 @@ def _kind(name: str) -> str:
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name in (OPTIMIZER, EMA):
+        if kind_of(path.name) in (OPTIMIZER, EMA):
             continue
         with safe_open(path, "pt") as file:
             names = list(file.keys())

@@ -32,6 +32,7 @@ HINTS = {
 
 BUFFER_BYTES = 4 << 20  # whole pages; of larger ones the disk is no faster
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 class HashedFile:
@@ -116,6 +117,18 @@ def open_uncached(path: Path) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def is_on_nfs(path: Path) -> bool:
+    """Whether other hosts may write the file too, without locks of its pages. Elsewhere than on Linux it is taken for a local disk."""
+    try:
+        mounts = MOUNTS.read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    # `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw` (proc_pid_mountinfo(5))
+    device = os.stat(path).st_dev
+    own = f"{os.major(device)}:{os.minor(device)}"
+    return any(line.split()[2] == own and line.partition(" - ")[2].startswith("nfs") for line in mounts)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import blake3
 
 from finetune.recipe.schema import Base
 from finetune.store.checkpoints.manifest import FileRecord
-from finetune.store.checkpoints.store import RESUME_FILES
+from finetune.store.checkpoints.tensor_files import is_for_resume
 
 if TYPE_CHECKING:
     from finetune.plan.plan import PinnedBase, Plan
@@ -25,7 +25,7 @@ def weights(files: Mapping[str, FileRecord], below: str) -> str:
     model = {
         name: record.digest
         for name, record in files.items()
-        if name in CONFIGS or (name.endswith(".safetensors") and name not in RESUME_FILES)
+        if name in CONFIGS or (name.endswith(".safetensors") and not is_for_resume(name))
     }
     return _digest([model, below if "adapter_config.json" in files else None])
 

@@ -14,7 +14,7 @@ from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.run.lease import Lease
 from finetune.store.run.silence import Watch
 from finetune.training import mirroring
-from finetune.training.agreement import same_checkpoint
+from finetune.training.agreement import same_checkpoint, verified_together
 from finetune.training.followers import Followers
 from finetune.training.progress import Progress
 from finetune.training.recorder import Pen, Recorder
@@ -41,19 +41,22 @@ def begin(
     reports = Reports(accelerator.process_index, accelerator.num_processes) if several else None
     if lease is None:
         # The journal is read after rank 0 has put it right.
-        checkpoint = same_checkpoint(None, path, accelerator)
+        with verified_together(path, state):
+            pass
+        checkpoint = same_checkpoint(None, path, state)
         own_rows = OwnRows(path, plan, state) if state.strategy.is_sharded else None
         recorder = Recorder(path, plan, progress, Past(path, plan, checkpoint), reports, own_rows=own_rows)
         return Attempt(recorder, checkpoint)
     refuse_strangers(path, plan, opened.facts["run"])
     manifest = of_attempt(opened.facts, plan.plan_id, lease.attempt)
     saver = Saver(path, plan, opened.resolved.companions, manifest, progress.say, state)
-    # Damage is put right or passed over before anything else asks for the newest checkpoint.
-    damages, past = saver.recover(), Past(path, plan, saver.last)
-    # A rollback gave this checkpoint up, and a kill came before it was removed.
-    while saver.last and past.is_abandoned:
-        saver.give_up(saver.last.step)
-        past = Past(path, plan, saver.last)
+    with verified_together(path, state) as verify:
+        # Damage is put right or passed over before anything else asks for the newest checkpoint.
+        damages, past = saver.recover(verify), Past(path, plan, saver.last)
+        # A rollback gave this checkpoint up, and a kill came before it was removed.
+        while saver.last and past.is_abandoned:
+            saver.give_up(saver.last.step, saver.newest_before(saver.last.step, verify))
+            past = Past(path, plan, saver.last)
     run = RunDirectory(path)
     # The plan is written before the first step, so whatever a kill leaves can be resumed.
     replace_file(run.recipe, recipe_text.encode())
@@ -64,7 +67,7 @@ def begin(
     recorder = Recorder(path, plan, progress, past, reports, pen)
     _write_down(recorder, lease, manifest, opened.changes, saver.last, damages)
     _say_what_is_lost(recorder, past, damages)
-    return Attempt(recorder, same_checkpoint(saver.last, path, accelerator))
+    return Attempt(recorder, same_checkpoint(saver.last, path, state))
 
 
 def refuse_strangers(path: Path, plan: Plan, run: str) -> None:

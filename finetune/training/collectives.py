@@ -18,7 +18,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from finetune.errors import FinetuneError, LostRankError
+from finetune.model.base import files
 from finetune.store import cache
+from finetune.store.boot import boot_id
 
 FoundT = TypeVar("FoundT")
 
@@ -77,7 +79,7 @@ def text_of_rank_0(accelerator: Accelerator, text: str) -> str:
     size = of_rank_0(accelerator, len(data := text.encode()))
     told = _bytes(data, size)
     dist.broadcast(told, 0, group=_patient())
-    return told.numpy().tobytes().decode()
+    return told.numpy().tobytes()[:size].decode()
 
 
 def found_by_all(accelerator: Accelerator, kind: str, facts: object, find: Callable[[], FoundT]) -> FoundT:
@@ -116,14 +118,20 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except FinetuneError as failed:
         error = failed
-    own = json.dumps([error.message, error.where, error.hint] if error else []).encode()
-    sizes = _gathered(accelerator, torch.tensor([len(own)]))
-    texts = _gathered(accelerator, _bytes(own, max(int(size) for size in sizes)))
+    texts = texts_of_all(accelerator, json.dumps([error.message, error.where, error.hint] if error else []))
     if error:
         raise error
-    for rank, (text, size) in enumerate(zip(texts, sizes, strict=True)):
-        if said := json.loads(text[: int(size)].numpy().tobytes()):
+    for rank, text in enumerate(texts):
+        if said := json.loads(text):
             raise LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+
+
+def texts_of_all(accelerator: Accelerator, text: str) -> list[str]:
+    """Each rank's text, in the order of ranks, however long one of them works for it."""
+    own = text.encode()
+    sizes = _gathered(accelerator, torch.tensor([len(own)]))
+    texts = _gathered(accelerator, _bytes(own, max(int(size) for size in sizes)))
+    return [each[: int(size)].numpy().tobytes().decode() for each, size in zip(texts, sizes, strict=True)]
 
 
 def _gathered(accelerator: Accelerator, own: torch.Tensor) -> list[torch.Tensor]:
@@ -140,13 +148,24 @@ def _bytes(data: bytes, size: int) -> torch.Tensor:
 
 @contextmanager
 def rank_0_first(accelerator: Accelerator) -> Iterator[None]:
-    """Rank 0 runs the body, then the others do, and all go on together."""
-    if not accelerator.is_main_process:
-        wait_for_everyone(accelerator)
-    yield
-    if accelerator.is_main_process:
-        wait_for_everyone(accelerator)
-    wait_for_everyone(accelerator)
+    """Rank 0 runs the body, then one rank of each other host, then the others, and all go on together. Files that a rank has digested
+    are not read again by those of its host."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    own_turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+    for turn in range(3):
+        if turn == own_turn:
+            yield
+        _hand_digests_on(accelerator)
+
+
+def _hand_digests_on(accelerator: Accelerator) -> None:
+    host = boot_id()
+    for text in texts_of_all(accelerator, json.dumps([host, list(files.digests.items())])):
+        of_host, found = json.loads(text)
+        if host and of_host == host:
+            files.digests.update((tuple(as_it_is), digest) for as_it_is, digest in found)
 
 
 def declared() -> int:

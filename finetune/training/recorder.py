@@ -11,6 +11,7 @@ from finetune.plan import metrics as names
 from finetune.plan.facts import Metrics
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
+from finetune.store.checkpoints.verify import Verify
 from finetune.store.evaluations import Evaluation
 from finetune.store.run import journal as journals
 from finetune.store.run.lease import Lease
@@ -137,13 +138,13 @@ class Recorder:
         self.past.amend(amendment)
         self._say_amendment(amendment, report, verdict)
 
-    def before(self, amendment: Amendment) -> Checkpoint | None:
+    def before(self, amendment: Amendment, verify: Verify) -> Checkpoint | None:
         """The newest sound checkpoint that is not changed by a rollback, on rank 0, when all saves have ended."""
         # Saves under way may end with a newer checkpoint than is there now.
         self._writer.finish()
         if not self.pen:
             return None
-        checkpoint = self.pen.saver.newest_before(amendment.first)
+        checkpoint = self.pen.saver.newest_before(amendment.first, verify)
         if checkpoint is None:
             self.progress.say(f"no checkpoint before step {amendment.first} to roll back to")
         elif pinned := self.pen.saver.pinned_after(checkpoint.step):
@@ -160,7 +161,7 @@ class Recorder:
         self._say_amendment(amendment, report, verdict, to=checkpoint.step)
         # Durable before anything is removed: a resume then knows that these checkpoints were given up.
         self.pen.journal.sync()
-        self.pen.saver.give_up(checkpoint.step + 1)
+        self.pen.saver.give_up(checkpoint.step + 1, checkpoint)
 
     def _say_amendment(self, amendment: Amendment, report: StepReport, verdict: Verdict, **more: object) -> None:
         about = {"quantity": verdict.quantity, "message": verdict.message, **report.figures}
@@ -228,8 +229,7 @@ class Recorder:
         record = Record(evaluated.get(step, {}), columns, history, evaluated, self.past.newest_step, waited, amendments)
         lease, journal, saver, _ = self.pen
         save = saver.begin(state, record)
-        work = partial(saver.commit, save, journal, lease, report)
-        self._writer.submit(step, save.snapshot.bytes, work)
+        self._writer.submit(step, save.snapshot.bytes, partial(saver.commit, save, journal, lease, report))
 
     def finish(self, state: TrainState) -> None:
         """Returns when everything that was begun is durable; raises why, where the last save was given up."""

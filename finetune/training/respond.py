@@ -6,7 +6,7 @@ from finetune.errors import FinetuneError, NotFiniteError, RunError
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
 from finetune.training import blame, collectives, guard, incident, loop
-from finetune.training.agreement import same_checkpoint
+from finetune.training.agreement import same_checkpoint, verified_together
 from finetune.training.recorder import Recorder
 from finetune.training.resolve import Resolved
 from finetune.training.saving import reading
@@ -94,7 +94,9 @@ def _roll_back(
     """Moves the state to the newest checkpoint before an amendment; False where there is none."""
     state.await_snapshot()
     # A collective, so every rank calls it; those that write nothing pass None.
-    checkpoint = same_checkpoint(recorder.before(amendment), recorder.path, state.accelerator)
+    with verified_together(recorder.path, state) as verify:
+        found = recorder.before(amendment, verify)
+    checkpoint = same_checkpoint(found, recorder.path, state)
     if checkpoint is None:
         return False
     recorder.roll_back(amendment, report, verdict, checkpoint)

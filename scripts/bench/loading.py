@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,8 +141,9 @@ def set_base(recipe: Path, place: str, train: dict[str, str]) -> None:
     recipe.write_text(yaml.safe_dump(sections))
 
 
-def child(*words: object) -> str:
-    command = [sys.executable, *map(str, words)]
+def child(*words: object, before: Sequence[str] = ()) -> str:
+    """What a Python prints; `before` are words of a command that starts it."""
+    command = [*before, sys.executable, *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -1,10 +1,13 @@
 """`scripts/scaling.py`: its sizes are those of real files, and its page has its table."""
 
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from finetune.store.checkpoints.assembled import shared_out
 from finetune.store.checkpoints.manifest import FileRecord, Manifest
 from finetune.store.run.row_losses import Columns, ModuleNorms, RowLoss
 from finetune.store.tensors import TensorRecord
@@ -29,6 +32,20 @@ def test_the_size_of_a_manifest_is_that_of_one_with_so_many_tensors() -> None:
     }
     manifest = Manifest(run="a", attempt="b", step=1, parent=None, plan_id="c", files=large | small)
     assert scaling.manifest_bytes(len(names), is_full=True) == pytest.approx(len(manifest.to_bytes()), rel=0.05)
+    divided = {f"model-{number:05}-of-00170.safetensors": replace(large[FILES[0]], tensors=()) for number in range(170)}
+    more = len(replace(manifest, files=divided).to_bytes()) - len(replace(manifest, files={}).to_bytes())
+    assert 170 * scaling.FILE_RECORD_BYTES == pytest.approx(more, rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "hosts"), [(1, 8), (1, 32), (2, 32), (2, 100)])
+def test_what_a_host_reads_back_is_what_the_ranks_share_out(model: int, hosts: int) -> None:
+    """Files of one size, and a disk that all hosts together do not fill."""
+    of, rates = scaling.MODELS[model], scaling.Rates(most=1e15)
+    size = of.parameters * (scaling.MASTER + scaling.MOMENTS)
+    sizes = {str(number): scaling.FILE_BYTES for number in range(math.ceil(size / scaling.FILE_BYTES))}
+    shares = shared_out(sizes, range(hosts))
+    most = max(sum(sizes[name] for name in names) for names in shares.values())
+    assert scaling.read_back_seconds(size, of, hosts, rates) == pytest.approx(most / rates.read_back)
 
 
 def test_the_columns_beside_the_journal_take_as_much_as_is_said(tmp_path) -> None:

@@ -14,21 +14,11 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
 from finetune.store.run.records import StepFigures
 from tests import forks
-from tests.stories.workers import Workers
 
 pytestmark = pytest.mark.slow
 
 LORA = {"name": "lora", "rank": 2, "alpha": 4, "dropout": 0.1}
 TRAIN = {"steps": 4, "batch_size": 13, "precision": "fp32", "micro_batch_tokens": 96, "reproducibility": "elastic"}
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    """A function of a world size: its workers."""
-    logs, started = tmp_path_factory.mktemp("logs"), {}
-    yield lambda world_size: started.setdefault(world_size, Workers(world_size, logs))
-    for each in started.values():
-        each.close()
 
 
 @pytest.fixture(scope="module")

@@ -39,12 +39,16 @@ class Workers:
         killed_after: int | None = None,
         signalled: tuple[int, int] | None = None,
         full_disk: tuple[int, int] | None = None,
+        unreadable: tuple[int, int] | None = None,
+        file_bytes: int | None = None,
         until: int | None = None,
     ) -> str:
         """Starts or resumes the run on all ranks, and returns how it ended: "finished", "killed" or "stopped".
 
         `killed_after`: the step whose record is the last thing that happens on every rank.
         `full_disk`: a step, and the rank that finds no room for its rows of that step's checkpoint.
+        `unreadable`: a step, and the rank for which the disk fails while it reads files of that step's checkpoint back.
+        `file_bytes`: the size from which on files of a checkpoint are divided.
         `signalled`: a step, and the rank that gets SIGTERM while the checkpoint of that step is half written.
         """
         if not self._processes:
@@ -57,6 +61,8 @@ class Workers:
             "killed_after": killed_after,
             "until": until,
             "full_disk": full_disk,
+            "unreadable": unreadable,
+            "file_bytes": file_bytes,
         }
         line = json.dumps(command | {"signalled": signalled and (step, process_id)})
         answers = self._ask(line)
@@ -178,6 +184,31 @@ def no_room(step: int, rank: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def bad_disk(step: int, rank: int) -> Iterator[None]:
+    """Within, a rank cannot read files of a step's checkpoint back."""
+    from finetune.store.checkpoints import assembled
+
+    read_back = assembled.read_back
+
+    def fail(path: Path, *arguments: object) -> object:
+        if f"step-{step:08d}" in str(path) and rank == int(os.environ.get("RANK", "0")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_back(path, *arguments)
+
+    with patch.object(assembled, "read_back", fail):
+        yield
+
+
+@contextmanager
+def divided(size: int) -> Iterator[None]:
+    """Within, files of a checkpoint have at most so many bytes, or one tensor."""
+    from finetune.store.checkpoints import tensor_files
+
+    with patch.object(tensor_files, "FILE_BYTES", size):
+        yield
+
+
 def main() -> None:
     """One rank. Prints of the libraries go to stderr; stdout is for answers."""
     answers = os.fdopen(os.dup(1), "w")
@@ -201,8 +232,10 @@ def _train(command: dict) -> str:
     dies = killed(command["killed_after"]) if command["killed_after"] else nullcontext()
     stops = signalled(*command["signalled"]) if command["signalled"] else nullcontext()
     fails = no_room(*command["full_disk"]) if command["full_disk"] else nullcontext()
+    cannot = bad_disk(*command["unreadable"]) if command["unreadable"] else nullcontext()
+    size = divided(command["file_bytes"]) if command["file_bytes"] else nullcontext()
     try:
-        with dies, stops, fails:
+        with dies, stops, fails, cannot, size:
             train(load(Path(command["recipe"])), Path(command["run"]), is_quiet=True, until=command["until"])
     except Killed:
         return "killed"

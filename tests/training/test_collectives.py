@@ -78,3 +78,30 @@ def test_an_error_of_one_rank_alone_is_a_bug() -> None:
 )
 def test_accelerate_launch_is_known_by_its_command(words, after) -> None:
     assert collectives._after_accelerate(words.split()) == (None if after is None else after.split())
+
+
+DIGESTED = """
+import os, sys
+from finetune.model.base import files
+
+class Noted(dict):
+    def __setitem__(self, as_it_is, digest):  # `update`, which takes over what another rank found, does not come here
+        super().__setitem__(as_it_is, digest)
+        print("digested", as_it_is[2], file=sys.stderr, flush=True)
+
+files.digests = Noted()
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_of_a_host_read_a_base_once_to_digest_it(recipe_file, tiny_base, tmp_path) -> None:
+    recipe = recipe_file(train={"steps": 1, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128})
+    both = two_ranks("-c", DIGESTED, "train", recipe, "--run", tmp_path / "run")
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    size = (tiny_base / "model.safetensors").stat().st_size
+    assert said[0].count(f"digested {size}") == 1
+    assert "digested" not in said[1]

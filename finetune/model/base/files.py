@@ -6,13 +6,13 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
 import blake3
 
 from finetune.plan.encodings import TOKENIZER_FILES, VOCABULARIES
+from finetune.store.checkpoints.tensor_files import kind_of
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 AHEAD_BYTES = 1 << 20  # Linux reads no more than its read-ahead window at one request
@@ -37,6 +37,10 @@ NOT_THE_MODEL = (
 _LICENCE_LINE = re.compile(r"^license:", re.MULTILINE)
 
 
+AsItIs = tuple[int, ...]
+"""What the system says of a file: other bytes in it give other numbers."""
+
+
 def digest(directory: Path) -> str:
     """The digest over names and contents of the checkpoint's files."""
     total = blake3.blake3()
@@ -52,15 +56,16 @@ def small_digest(directory: Path, with_index: bool = True) -> str:
     return "".join(f"{file.name}\0{file_digest(file)}\0" for file in small)
 
 
+digests: dict[AsItIs, str] = {}
+"""Of files that this process has read, or another one of the host for it: a start looks at a base several times."""
+
+
 def file_digest(file: Path) -> str:
     status = file.stat()
-    return _digest_of(file, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-
-
-@lru_cache(maxsize=1024)
-def _digest_of(file: Path, as_it_is: tuple[int, ...]) -> str:
-    """Read once a process while the file does not change: a start looks at a base several times."""
-    return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).hexdigest()
+    as_it_is = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    if as_it_is not in digests:
+        digests[as_it_is] = blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).hexdigest()
+    return digests[as_it_is]
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -143,4 +148,4 @@ def copy_small_files(below: Path, adapter: Path, target: Path) -> None:
 def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Sorted. A file that two patterns match (the index of sharded weights) comes twice: digests in plans count it so."""
     found = [file for pattern in patterns for file in directory.glob(pattern) if file.is_file()]
-    return sorted(file for file in found if file.name not in NOT_THE_MODEL)
+    return sorted(file for file in found if kind_of(file.name) not in NOT_THE_MODEL)

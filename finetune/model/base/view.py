@@ -12,6 +12,7 @@ import blake3
 
 from finetune.model.base.files import NOT_THE_MODEL
 from finetune.store import cache
+from finetune.store.checkpoints.tensor_files import kind_of
 
 ORIGIN = ".origin"
 NATIVE, SCALED = "native", "scaled"
@@ -89,4 +90,4 @@ def source_of(directory: Path) -> Path:
 def _is_linked(file: Path) -> bool:
     if file.is_dir():
         return file.name == MORE_TEMPLATES
-    return file.is_file() and file.suffix not in CODE and file.name not in (ORIGIN, cache.SEAL, *NOT_THE_MODEL)
+    return file.is_file() and file.suffix not in CODE and kind_of(file.name) not in (ORIGIN, cache.SEAL, *NOT_THE_MODEL)

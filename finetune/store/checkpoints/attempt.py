@@ -11,7 +11,7 @@ from typing import Protocol
 from finetune.errors import CheckpointError
 from finetune.store import tensors as safetensors
 from finetune.store.checkpoints import assembled
-from finetune.store.checkpoints.assembled import Part
+from finetune.store.checkpoints.assembled import Digests, Layout, Part, Written
 from finetune.store.checkpoints.manifest import FileRecord, check_name
 from finetune.store.durable import HashedFile, durable, failures
 from finetune.store.strict_json import to_json
@@ -20,14 +20,27 @@ from finetune.store.tensors import PIECE_BYTES, Tensor, pieces
 NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+Contents = tuple[Sequence[Tensor], dict[str, str]]
+"""Of a safetensors file: tensors and metadata."""
+
+
 class Ranks(Protocol):
-    """The other processes that write rows of the files of a save."""
+    """The other processes, which write rows of the files of a save and read files back."""
 
-    def ask(self, path: Path) -> None:
-        """Has each write its rows of a file that has its size."""
+    def shared_out(self, sizes: Mapping[str, int]) -> Mapping[int, Sequence[str]]:
+        """The files that each rank reads back; this process is rank 0."""
 
-    def answers(self) -> Mapping[int, Sequence[Part]]:
-        """What each wrote. CheckpointError where one could not."""
+    def ask_to_write(self, directory: Path, names: Sequence[str]) -> None:
+        """Has each write its rows of files that have their size."""
+
+    def written(self) -> Mapping[int, Mapping[str, Sequence[Part]]]:
+        """What each wrote of each file. CheckpointError where one could not."""
+
+    def ask_to_read(self, directory: Path, files: Mapping[int, Mapping[str, Written]]) -> None:
+        """Has each read these files back."""
+
+    def read(self) -> Mapping[str, Digests]:
+        """What they found. CheckpointError where one could not, or found other bytes."""
 
 
 class Attempt:
@@ -59,10 +72,17 @@ class Attempt:
     def write_json(self, name: str, value: object) -> None:
         self.write_bytes(name, f"{to_json(value)}\n".encode())
 
-    def write_tensors(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
+    def write_files(self, files: Mapping[str, Contents]) -> None:
+        """Safetensors files, of which other ranks may have the rest of the rows. Then they are read back at once: that gives their
+        digests."""
         if self.ranks:
-            self._assemble(name, tensors, metadata, self.ranks)
+            self._assemble(files, self.ranks)
             return
+        for name, contents in files.items():
+            self.write_tensors(name, *contents)
+
+    def write_tensors(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
+        """A file of which this process has all."""
         with self._create(name) as file:
             file.tensors = tuple(safetensors.write(file, tensors, metadata))
 
@@ -103,20 +123,41 @@ class Attempt:
             self.discard()
             raise
 
-    def _assemble(self, name: str, tensors: Sequence[Tensor], metadata: dict[str, str], ranks: Ranks) -> None:
-        """A file of which every rank writes its rows. It is read back at once: that gives its digest."""
-        path = self.path / check_name(name)
-        with self.saving(path):
-            made = assembled.layout(tensors, metadata)
-            assembled.create(path, made)
-            ranks.ask(path)
+    def _assemble(self, files: Mapping[str, Contents], ranks: Ranks) -> None:
+        """Files of which every rank writes its rows, and then every rank reads some of them back."""
+        paths = {name: self.path / check_name(name) for name in files}
+        with self.saving(self.path):
+            made = {name: assembled.layout(*contents) for name, contents in files.items()}
+            for name, path in paths.items():
+                assembled.create(path, made[name])
+            ranks.ask_to_write(self.path, list(files))
             try:
-                own = assembled.write_rows(path, made)
+                own = {name: assembled.write_rows(path, made[name]) for name, path in paths.items()}
             finally:
                 # Heard whatever happens here: an answer that is left would be taken for one about the next save.
-                others = ranks.answers()
-            self.files[name] = assembled.finished(path, made, {0: own, **others})
-        self._assembled.add(name)
+                parts = ranks.written()
+            of_all = {0: own, **parts}
+            rows = {name: {rank: each[name] for rank, each in of_all.items()} for name in files}
+            whole = {name: assembled.written(paths[name], made[name], rows[name]) for name in files}
+            found = self._read_back(whole, made, ranks)
+            for name, path in paths.items():
+                self.files[name] = assembled.finished(path, made[name], found[name])
+        self._assembled |= files.keys()
+
+    def _read_back(
+        self, whole: Mapping[str, Written], made: Mapping[str, Layout], ranks: Ranks
+    ) -> Mapping[str, Digests]:
+        """Every rank whole files: of most of their rows it reads what others wrote, on other hosts perhaps."""
+        shares = ranks.shared_out({name: each.starts[-1] for name, each in made.items()})
+        own = shares.get(0, [])
+        ranks.ask_to_read(
+            self.path, {rank: {name: whole[name] for name in names} for rank, names in shares.items() if rank}
+        )
+        try:
+            found = {name: assembled.read_back(self.path / name, made[name], whole[name].parts) for name in own}
+        finally:
+            others = ranks.read()
+        return {**found, **others}
 
     @contextmanager
     def _create(self, name: str) -> Iterator["HashedFile"]:

@@ -10,8 +10,9 @@ from finetune.plan.retention import Saved, keep
 from finetune.recipe.schema import Keep, Publish
 from finetune.store.checkpoints import best
 from finetune.store.checkpoints.manifest import read
-from finetune.store.checkpoints.store import RESUME_FILES, Store
+from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.stored import Summary
+from finetune.store.checkpoints.tensor_files import is_for_resume
 from finetune.store.run import journal as journals
 from finetune.store.run import lease, scan
 from finetune.store.run.directory import RunDirectory
@@ -107,5 +108,5 @@ def apply(store: Store, actions: list[tuple[Summary, str]], record: Callable[[st
 
 
 def _freed(checkpoint: Summary, action: str) -> int:
-    files = [path for path in checkpoint.path.iterdir() if action == "remove" or path.name in RESUME_FILES]
+    files = [path for path in checkpoint.path.iterdir() if action == "remove" or is_for_resume(path.name)]
     return sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)  # linked ones live on elsewhere

@@ -16,12 +16,11 @@ from finetune.errors import CheckpointError
 from finetune.store.checkpoints.attempt import Attempt, Ranks
 from finetune.store.checkpoints.manifest import MANIFEST, Checkpoint, Manifest, read
 from finetune.store.checkpoints.stored import Summary, Unreadable, is_whole, opened
-from finetune.store.checkpoints.verify import Damage, verify
+from finetune.store.checkpoints.tensor_files import is_for_resume
+from finetune.store.checkpoints.verify import Damage, Verify, verify
 from finetune.store.durable import durable, failures, make_directory, rename, replace_file, sync_directory
 from finetune.store.run.directory import RunDirectory, step_of
 from finetune.store.tensors import pieces
-
-RESUME_FILES = ("optimizer.safetensors", "state.json")  # what only a resume reads, and a demotion drops
 
 
 class Store:
@@ -112,7 +111,9 @@ class Store:
         hint = "name one of these steps, `last` or `best`" if steps else "`finetune train` commits checkpoints"
         raise CheckpointError(f"{self.run} has no step {step}; committed: {steps or 'none'}", hint=hint)
 
-    def newest_sound(self, before: int | None = None) -> tuple[Checkpoint | None, list[Damage]]:
+    def newest_sound(
+        self, before: int | None = None, verify: Verify = verify
+    ) -> tuple[Checkpoint | None, list[Damage]]:
         """The newest full checkpoint with every byte intact, and the damage in newer ones (`file` begins with `step-…/`). `before` a step
         if you give one."""
         damages: list[Damage] = []
@@ -146,7 +147,7 @@ class Store:
     def demote(self, checkpoint: Checkpoint) -> Checkpoint:
         """Keeps only the model of a checkpoint. Renaming the new manifest over the old one decides; after a crash right then, `sweep`
         removes the unlisted files."""
-        files = {name: record for name, record in checkpoint.manifest.files.items() if name not in RESUME_FILES}
+        files = {name: record for name, record in checkpoint.manifest.files.items() if not is_for_resume(name)}
         demoted = replace(checkpoint.manifest, kind="weights", demoted_from=checkpoint.manifest.digest, files=files)
         with failures(checkpoint.path):
             replace_file(checkpoint.path / MANIFEST, demoted.to_bytes())
@@ -155,8 +156,9 @@ class Store:
 
     def _remove_resume_files(self, path: Path) -> None:
         with failures(path):
-            for name in RESUME_FILES:
-                (path / name).unlink(missing_ok=True)
+            for file in path.iterdir():
+                if is_for_resume(file.name):
+                    file.unlink()
 
     def pin(self, step: int, reason: str) -> None:
         """Protects the checkpoint of a step from the keep rules, by the file `pins/step-<step>-<reason>`. Users may read and remove it."""

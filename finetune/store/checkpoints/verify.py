@@ -29,6 +29,9 @@ class Damage:
     message: str
 
 
+Verify = Callable[[Path], list[Damage]]
+
+
 def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
     """All damage in the checkpoint of a directory; an empty list means it is sound.
 

@@ -11,33 +11,49 @@ from finetune.errors import CheckpointError
 from finetune.model import adapters, shards
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints.manifest import Checkpoint
-from finetune.training.saving.snapshot import ADAPTER, EMA, FROZEN, OPTIMIZER, TRAINED, WHOLE
+from finetune.store.checkpoints.tensor_files import (
+    ADAPTER,
+    EMA,
+    FROZEN,
+    OPTIMIZER,
+    TRAINED,
+    WHOLE,
+    kind_of,
+    of_kind,
+)
 from finetune.training.state import TrainState
 
 
 def read(state: TrainState, plan: Plan, checkpoint: Checkpoint) -> None:
     """Brings a state, at whatever step it is, to the checkpoint's step."""
     state.await_snapshot()
-    names = [ADAPTER] if adapters.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
+    kinds = [ADAPTER] if adapters.is_adapter(state.model) else [WHOLE, TRAINED, FROZEN]
     rows = {name: shards.rows_of(tensor) for name, tensor in adapters.weights(state.model).items()}
+    files = checkpoint.manifest.files
     tensors: dict[str, torch.Tensor] = {}
-    for name in names:
-        if name in checkpoint.manifest.files:
-            tensors |= _own(checkpoint.path / name, rows)
+    for kind in kinds:
+        tensors |= _own(checkpoint, kind, rows)
     adapters.load_weights(state.model, tensors)
     if state.average:
-        state.average.restore(_own(checkpoint.path / EMA, rows) if EMA in checkpoint.manifest.files else None)
+        state.average.restore(_own(checkpoint, EMA, rows) if of_kind(files, EMA) else None)
     record = json.loads((checkpoint.path / "state.json").read_bytes())
     of_parameters = {name: shards.rows_of(parameter) for name, parameter in state.trainable.items()}
-    with safe_open(checkpoint.path / OPTIMIZER, "pt") as file:
-        # names of parameters have dots, keys of a state have none
-        rows = {name: of_parameters.get(name.rpartition(".")[0]) for name in file.keys()}  # noqa: SIM118 it is no dictionary
-    _restore_optimizer(state, _own(checkpoint.path / OPTIMIZER, rows), record["scalars"], checkpoint)
+    moments = [each.name for name in of_kind(files, OPTIMIZER) for each in files[name].tensors]
+    # Names of parameters have dots, keys of a state have none.
+    rows = {name: of_parameters.get(name.rpartition(".")[0]) for name in moments}
+    _restore_optimizer(state, _own(checkpoint, OPTIMIZER, rows), record["scalars"], checkpoint)
     state.step = record["step"]
 
 
-def _own(path: Path, rows: dict[str, shards.Rows | None]) -> dict[str, torch.Tensor]:
-    """The tensors of a file; of those with rows here, these rows alone."""
+def _own(checkpoint: Checkpoint, kind: str, rows: dict[str, shards.Rows | None]) -> dict[str, torch.Tensor]:
+    """The tensors of the files of a kind; of those with rows here, these rows alone."""
+    found: dict[str, torch.Tensor] = {}
+    for name in of_kind(checkpoint.manifest.files, kind):
+        found |= _of_file(checkpoint.path / name, rows)
+    return found
+
+
+def _of_file(path: Path, rows: dict[str, shards.Rows | None]) -> dict[str, torch.Tensor]:
     if not any(rows.values()):
         return load_file(path)
     with safe_open(path, "pt") as file:
@@ -51,7 +67,7 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by the names that `Live.copied` gives them."""
     found: dict[str, torch.Tensor] = {}
     for path in checkpoint.path.glob("*.safetensors"):
-        kind = {OPTIMIZER: "moments", EMA: "ema"}.get(path.name, "weights")
+        kind = {OPTIMIZER: "moments", EMA: "ema"}.get(kind_of(path.name), "weights")
         found |= {f"{kind}/{name}": tensor for name, tensor in load_file(path).items()}
     return found
 

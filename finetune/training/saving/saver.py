@@ -18,8 +18,9 @@ from finetune.plan.plan import Plan
 from finetune.store.checkpoints import pruning
 from finetune.store.checkpoints.manifest import Checkpoint, Manifest
 from finetune.store.checkpoints.store import Store
+from finetune.store.checkpoints.tensor_files import FROZEN, of_kind
 from finetune.store.checkpoints.trainer_state import History
-from finetune.store.checkpoints.verify import Damage, is_as_recorded
+from finetune.store.checkpoints.verify import Damage, Verify, is_as_recorded
 from finetune.store.durable import replace_file
 from finetune.store.run import journal as journals
 from finetune.store.run.journal import Journal
@@ -33,7 +34,7 @@ from finetune.training.saving.buffers import Staging
 from finetune.training.saving.rank_reports import Report
 from finetune.training.saving.room import is_passing, refuse_small
 from finetune.training.saving.sharded import OtherRanks
-from finetune.training.saving.snapshot import FROZEN, Snapshot
+from finetune.training.saving.snapshot import Snapshot
 from finetune.training.state import TrainState
 
 
@@ -92,26 +93,26 @@ class Saver:
         self._damaged: set[str] = set()
         self._left_over = Columns()  # of saves that were given up; the next one writes them
 
-    def recover(self) -> list[Damage]:
+    def recover(self, verify: Verify) -> list[Damage]:
         """Finds the newest sound checkpoint, once what the base still has is restored; returns what is wrong with newer ones."""
         # First: it may put back the newest checkpoint.
         self._store.sweep()
-        self.last, damages = self._store.newest_sound()
+        self.last, damages = self._store.newest_sound(verify=verify)
         if damages and self._restore():
-            self.last, damages = self._store.newest_sound()
+            self.last, damages = self._store.newest_sound(verify=verify)
         self._damaged = {damage.file.partition("/")[0] for damage in damages}
         return damages
 
-    def newest_before(self, step: int) -> Checkpoint | None:
+    def newest_before(self, step: int, verify: Verify) -> Checkpoint | None:
         """The newest full and sound checkpoint before a step."""
-        return self._store.newest_sound(before=step)[0]
+        return self._store.newest_sound(before=step, verify=verify)[0]
 
-    def give_up(self, first: int) -> None:
-        """Removes the checkpoints from a step on; when no save is under way."""
+    def give_up(self, first: int, before: Checkpoint | None) -> None:
+        """Removes the checkpoints from a step on; when no save is under way. `before` is the newest sound one that stays."""
         for checkpoint in self._store.checkpoints():
             if checkpoint.step >= first:
                 self._store.remove(checkpoint)
-        self.last, self._left_over = self._store.newest_sound()[0], Columns()
+        self.last, self._left_over = before, Columns()
 
     def pinned_after(self, step: int) -> list[int]:
         """The stored steps after one that have to stay: branches begin with them, or somebody asked for them."""
@@ -230,10 +231,11 @@ class Saver:
                 if record and record.digest == digests[name] and not is_as_recorded(kept, record):
                     replace_file(kept, content)
                     restored.append(kept)
-            record = checkpoint.manifest.files.get(FROZEN)
-            is_damaged = record and not is_as_recorded(checkpoint.path / FROZEN, record)
-            if is_damaged and not self._live.rows and snapshots.restore_frozen(self._live, checkpoint):
-                restored.append(checkpoint.path / FROZEN)
+            for name in of_kind(checkpoint.manifest.files, FROZEN):
+                record, kept = checkpoint.manifest.files[name], checkpoint.path / name
+                is_damaged = not is_as_recorded(kept, record)
+                if is_damaged and not self._live.rows and snapshots.restore_frozen(self._live, kept, record):
+                    restored.append(kept)
         for kept in restored:
             self._say(f"restored {kept.relative_to(self._run)} from the base")
         return bool(restored)

@@ -15,9 +15,10 @@ from finetune.model import shards
 from finetune.plan.memory import staging_sets
 from finetune.plan.plan import Plan
 from finetune.store.checkpoints import assembled
-from finetune.store.checkpoints.assembled import Part
+from finetune.store.checkpoints.assembled import Digests, Part, Written
 from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS, failures
 from finetune.store.run.directory import RunDirectory
+from finetune.store.tensors import Tensor
 from finetune.training.resolve import device
 from finetune.training.saving import snapshot as snapshots
 from finetune.training.saving.buffers import Staging
@@ -25,24 +26,30 @@ from finetune.training.saving.rank_reports import MissingReport, Report, await_o
 from finetune.training.saving.snapshot import Snapshot
 from finetune.training.state import TrainState
 
-TURNS = 4  # rank 0 writes its rows, reads all of them back and syncs: as many times the bytes of a save may pass between two texts
+TURNS = 4  # rank 0 writes its rows, reads files back and syncs: as many times the bytes of a save may pass between two texts
 
 
 class Order(TypedDict, total=False):
-    """What rank 0 asks: rows of a file of an attempt. An empty one ends the save."""
+    """What rank 0 asks about files of an attempt. An empty one ends the save."""
 
     attempt: str
-    file: str
+    write: list[str]
+    """Files, of which the rank writes its rows."""
+    read: Mapping[str, Written]
+    """Files, which it reads back."""
 
 
 class Answer(TypedDict, total=False):
-    parts: list[Part]
+    parts: dict[str, list[Part]]
     """As lists, once they were JSON."""
+    digests: dict[str, Digests]
     error: str
+    place: str
+    """With an error of a disk that cannot be trusted: the file."""
 
 
 class FailedRank(MissingReport):
-    """Another rank could not write its rows."""
+    """Another rank could not write its rows, or read a file back."""
 
 
 class OtherRanks:
@@ -52,23 +59,40 @@ class OtherRanks:
         self._report = report
         self._seconds = patience(size)
 
-    def ask(self, path: Path) -> None:
-        for rank in self._report.others:
-            self._report.send(rank, Order(attempt=path.parent.name, file=path.name), self._seconds)
+    def shared_out(self, sizes: Mapping[str, int]) -> Mapping[int, Sequence[str]]:
+        return assembled.shared_out(sizes, assembled.readers(len(self._report.others) + 1))
 
-    def answers(self) -> Mapping[int, Sequence[Part]]:
-        # All are heard, so that the texts of the next save are not taken for these.
-        said: dict[int, Answer] = {rank: self._report.receive(rank, self._seconds) for rank in self._report.others}
-        for rank, answer in said.items():
-            if "error" in answer:
-                raise FailedRank(f"rank {rank}: {answer['error']}")
-        return {rank: [Part(*part) for part in answer["parts"]] for rank, answer in said.items()}
+    def ask_to_write(self, directory: Path, names: Sequence[str]) -> None:
+        for rank in self._report.others:
+            self._report.send(rank, Order(attempt=directory.name, write=list(names)), self._seconds)
+
+    def written(self) -> Mapping[int, Mapping[str, Sequence[Part]]]:
+        said = self._answers().items()
+        return {rank: {name: [Part(*part) for part in each] for name, each in a["parts"].items()} for rank, a in said}
+
+    def ask_to_read(self, directory: Path, files: Mapping[int, Mapping[str, Written]]) -> None:
+        for rank in self._report.others:
+            self._report.send(rank, Order(attempt=directory.name, read=files.get(rank, {})), self._seconds)
+
+    def read(self) -> Mapping[str, Digests]:
+        return {name: Digests(*each) for answer in self._answers().values() for name, each in answer["digests"].items()}
 
     def end(self) -> None:
         """The save is over, well or not."""
         for rank in self._report.others:
             with suppress(MissingReport):
                 self._report.send(rank, Order(), self._seconds)
+
+    def _answers(self) -> dict[int, Answer]:
+        # All are heard, so that the texts of the next save are not taken for these.
+        said: dict[int, Answer] = {rank: self._report.receive(rank, self._seconds) for rank in self._report.others}
+        for answer in said.values():
+            if "place" in answer:
+                raise assembled.untrusted(answer["place"], answer["error"])
+        for rank, answer in said.items():
+            if "error" in answer:
+                raise FailedRank(f"rank {rank}: {answer['error']}")
+        return said
 
 
 class OwnRows:
@@ -98,24 +122,23 @@ class OwnRows:
             with suppress(MissingReport):  # rank 0 says so, and gives the save up
                 report.wait()
                 files = snapshots.files_of(snapshot, is_first=False)
-                while order := report.receive(0, patience(snapshot.bytes)):
-                    tensors = files[order["file"]]
-                    made = assembled.layout(tensors, snapshots.metadata_of(order["file"]))
-                    path = self._attempts / order["attempt"] / order["file"]
-                    report.send(0, _written(path, made), patience(snapshot.bytes))
+                self._obey(report, snapshot.bytes, lambda path: _rows_written(path, files[path.name]))
         finally:
             snapshot.copy.release()
 
     def pass_on(self, report: Report, size: int) -> None:
-        """Writes nothing, whatever rank 0 asks for, until it says that the save of so many bytes is over, or is gone."""
+        """Writes nothing and reads files back, until rank 0 says that the save of so many bytes is over, or is gone."""
         with suppress(MissingReport):
             report.wait()
-            while report.receive(0, patience(size)):
-                report.send(0, Answer(parts=[]), patience(size))
+            self._obey(report, size, lambda path: [])
 
     def whole_bytes(self) -> int:
         """Of the tensors that a save copies, over all ranks that share them."""
         return snapshots.whole_bytes(self._live)
+
+    def _obey(self, report: Report, size: int, write: Callable[[Path], list[Part]]) -> None:
+        while order := report.receive(0, patience(size)):
+            report.send(0, _answer(order, self._attempts / order["attempt"], write), patience(size))
 
 
 def work_beside(own_rows: OwnRows | None, state: TrainState, report: Report | None) -> tuple[int, Callable[[], None]]:
@@ -129,12 +152,26 @@ def work_beside(own_rows: OwnRows | None, state: TrainState, report: Report | No
     return TURNS * snapshot.bytes, partial(own_rows.write, snapshot, report)
 
 
-def _written(path: Path, made: assembled.Layout) -> Answer:
+def _answer(order: Order, directory: Path, write: Callable[[Path], list[Part]]) -> Answer:
     try:
-        with failures(path):
-            return {"parts": assembled.write_rows(path, made)}
+        if "write" in order:
+            with failures(directory):
+                return {"parts": {name: write(directory / name) for name in order["write"]}}
+        with failures(directory, what="cannot read"):
+            return {"digests": {name: _read_back(directory / name, each) for name, each in order["read"].items()}}
+    except assembled.UntrustedDiskError as error:
+        return {"error": error.message, "place": str(error.where)}
     except FinetuneError as error:
         return {"error": error.message}
+
+
+def _rows_written(path: Path, tensors: Sequence[Tensor]) -> list[Part]:
+    return assembled.write_rows(path, assembled.layout(tensors, snapshots.metadata_of(path.name)))
+
+
+def _read_back(path: Path, written: Written) -> Digests:
+    of_all = Written.again(*written)
+    return assembled.read_back(path, of_all.layout(snapshots.metadata_of(path.name)), of_all.parts)
 
 
 def patience(size: int) -> float:

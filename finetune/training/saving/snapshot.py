@@ -7,7 +7,9 @@ attempt of the store, and `reading` brings them back.
 import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import prod
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,22 @@ from finetune.plan.plan import Plan
 from finetune.store import tensors as safetensors
 from finetune.store.checkpoints.manifest import FileRecord
 from finetune.store.checkpoints.store import Attempt, Checkpoint
+from finetune.store.checkpoints.tensor_files import (
+    ADAPTER,
+    EMA,
+    FROZEN,
+    INDEX,
+    OPTIMIZER,
+    TRAINED,
+    WHOLE,
+    divided,
+    kind_of,
+    of_kind,
+)
 from finetune.store.durable import failures, replacing
 from finetune.store.tensors import Tensor
 from finetune.training.saving.buffers import Copy, Staging
 from finetune.training.state import TrainState
-
-# Weights that are trained, and those that cannot change, when there are both; the index names them for `from_pretrained`.
-WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "model-frozen.safetensors"
-INDEX = f"{WHOLE}.index.json"
-ADAPTER, OPTIMIZER, EMA = "adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,14 @@ def write(
     """All files of a checkpoint but its manifest. What cannot change is linked from the checkpoint before."""
     # This is the writer's thread, so training does not wait here.
     snapshot.copy.wait()
+    earlier = of_kind(previous.manifest.files, FROZEN) if previous else []
     files = files_of(snapshot)
-    earlier = previous.manifest.files.get(FROZEN) if previous else None
-    for name, tensors in files.items():
-        if name == FROZEN and previous and earlier:
-            attempt.link(FROZEN, previous.path / FROZEN, earlier)
-        else:
-            attempt.write_tensors(name, tensors, metadata_of(name))
-    if FROZEN in files:
-        _write_index(files, attempt)
+    new = {name: files[name] for name in files if not (earlier and kind_of(name) == FROZEN)}
+    attempt.write_files({name: (tensors, metadata_of(name)) for name, tensors in new.items()})
+    if previous:
+        for name in earlier:
+            attempt.link(name, previous.path / name, previous.manifest.files[name])
+    _write_index(attempt)
     if snapshot.adapter_config is not None:
         attempt.write_json("adapter_config.json", snapshot.adapter_config)
     else:
@@ -161,12 +169,12 @@ class _OtherWeightsError(Exception):
     """The base has other weights than were committed."""
 
 
-def restore_frozen(live: Live, checkpoint: Checkpoint) -> bool:
-    """Rewrites the frozen weights of a checkpoint from the base's, if they are what its manifest speaks of."""
-    record = checkpoint.manifest.files[FROZEN]
-    path = checkpoint.path / FROZEN
+def restore_frozen(live: Live, path: Path, record: FileRecord) -> bool:
+    """Rewrites a file of frozen weights of a checkpoint from the base's, if they are what its manifest speaks of."""
+    names = {each.name for each in record.tensors}
+    frozen = [tensor for tensor in _tensors(live.frozen, live.rows) if tensor.name in names]
     with suppress(_OtherWeightsError), failures(path), replacing(path) as file:
-        records = safetensors.write(file, _tensors(live.frozen, live.rows), {"format": "pt"})
+        records = safetensors.write(file, frozen, {"format": "pt"})
         # Raised within `replacing`, so that the damaged file stays for you to look at.
         if FileRecord(file.bytes, file.digest(), tuple(records)) != record:
             raise _OtherWeightsError
@@ -180,9 +188,13 @@ def stored_bytes(snapshot: Snapshot, previous: Checkpoint | None) -> int:
     return snapshot.bytes + shared
 
 
-def _write_index(files: dict[str, list[Tensor]], attempt: Attempt) -> None:
-    places = {tensor.name: name for name in (TRAINED, FROZEN) for tensor in files[name]}
-    total = sum(record.bytes for name in (TRAINED, FROZEN) for record in attempt.files[name].tensors)
+def _write_index(attempt: Attempt) -> None:
+    """Where each weight is; a single file needs none."""
+    files = [name for kind in (WHOLE, TRAINED, FROZEN) for name in of_kind(attempt.files, kind)]
+    if len(files) < 2:
+        return
+    places = {tensor.name: name for name in files for tensor in attempt.files[name].tensors}
+    total = sum(record.bytes for name in files for record in attempt.files[name].tensors)
     attempt.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 
@@ -210,14 +222,16 @@ def files_of(snapshot: Snapshot, is_first: bool = True) -> dict[str, list[Tensor
         [replace(each, name=each.name.removeprefix(kind)) for each in copied if each.name.startswith(kind)]
         for kind in ("weights/", "moments/", "ema/")
     )
-    name = ADAPTER if snapshot.adapter_config is not None else TRAINED if frozen else WHOLE
-    beside = {FROZEN: frozen, EMA: average}
-    return {name: weights + buffers, **{file: each for file, each in beside.items() if each}, OPTIMIZER: moments}
+    if snapshot.adapter_config is not None:  # one file: peft reads no other
+        return {ADAPTER: weights + buffers, **({EMA: average} if average else {}), **divided(OPTIMIZER, moments)}
+    beside = [divided(kind, tensors) for kind, tensors in ((FROZEN, frozen), (EMA, average)) if tensors]
+    of_model = divided(TRAINED if frozen else WHOLE, weights + buffers)
+    return reduce(or_, [of_model, *beside, divided(OPTIMIZER, moments)])
 
 
 def metadata_of(name: str) -> dict[str, str]:
     """What the header of a safetensors file says beside its tensors."""
-    return {} if name == OPTIMIZER else {"format": "pt"}
+    return {} if kind_of(name) == OPTIMIZER else {"format": "pt"}
 
 
 def _tensors(live: dict[str, torch.Tensor], rows: dict[str, shards.Rows], is_first: bool = True) -> list[Tensor]:
