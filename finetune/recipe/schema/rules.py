@@ -183,6 +183,11 @@ def pieces_are_not_compiled(recipe: PartlyRead) -> str | None:
     return "train.mlp_chunk_tokens: does not go with `train.compile`" if is_both else None
 
 
+def fused_kernels_are_not_compiled(recipe: PartlyRead) -> str | None:
+    is_both = recipe.train and recipe.train.compile and recipe.train.kernels == "fused"
+    return "train.kernels: `fused` does not go with `train.compile`, which fuses the same parts" if is_both else None
+
+
 def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
     if recipe.train and recipe.train.compile and recipe.train.reproducibility != "fast":
         return "train.compile: kernels depend on which lengths came first; it needs `train.reproducibility: fast`"
@@ -241,6 +246,7 @@ RULES = (
     bf16_weights_keep_small_updates,
     offloaded_inputs_are_checkpointed,
     pieces_are_not_compiled,
+    fused_kernels_are_not_compiled,
     compiled_kernels_are_not_exact,
     what_is_sharded_has_rows,
     routers_are_seen,
