@@ -7,6 +7,7 @@ For each line on its stdin, a recipe or a cell of `scripts/bench/traced.py`, it 
 Fake tensors have shapes and devices, no values; an operation over tensors of two devices is an error, as on a GPU.
 """
 
+import gc
 import json
 import os
 import sys
@@ -20,9 +21,14 @@ from tracing import no_device
 
 no_device.load(Path(sys.argv[1]))
 
+# what traces import: once, and not in each fork
+import fsspec.core  # noqa: E402, F401
+import peft  # noqa: E402, F401
 import torch  # noqa: E402
 import traced  # noqa: E402
-from tracing import fake_step  # noqa: E402
+from tracing import fake_step, roofline  # noqa: E402, F401
+from transformers import GenerationMixin, PreTrainedTokenizerFast  # noqa: E402, F401
+from transformers.models.llama import modeling_llama  # noqa: E402, F401
 
 from finetune.recipe.load import load  # noqa: E402
 from finetune.training import loop  # noqa: E402
@@ -95,6 +101,7 @@ def trace(recipe):
 
 
 def main():
+    gc.freeze()  # forks need not look through what was imported
     for line in sys.stdin:
         if process_id := os.fork():
             _, status = os.waitpid(process_id, 0)
