@@ -6,6 +6,8 @@ A model, not a measurement: no GPU runs, and none is needed (not run here). The 
 shapes and types. Its time is that of its arithmetic or of its bytes, whichever is longer, at rates that good kernels reach
 (`tracing/roofline.py`). Time between kernels counts nothing, so where they are small, a GPU waits for its host and takes longer.
 
+`--set train.kernels=fused` counts Liger's kernels by what they read and write (`tracing/fused_ops.py`).
+
 A step has two micro-batches of whole rows, and every token is supervised. `ms` are those of one micro-batch; the update is
 beside it. MFU is of 989 TFLOP/s, and attention counts nothing. The peak is of tensors alive at once, without the allocator's
 gaps, the device's context and the scratch memory of kernels. `--set` changes the recipe, as in `finetune train`.
@@ -83,13 +85,15 @@ class Trace:
 
 def trace(cell: Cell, work: Path, settings: Sequence[str], is_tiny: bool) -> Trace:
     """In a process of its own, where `no_device` is loaded."""
-    from tracing import fake_step, roofline
+    from tracing import fake_step, fused_ops, roofline
 
     from finetune.training import loop
     from finetune.training.evaluation import batches
 
     workshop = shapes.Workshop(work, is_tiny)
     resolved = _resolved(cell, workshop, settings)
+    if resolved.kernels.parts:
+        fused_ops.define()
     meter = roofline.Meter()
     with fake_step.tracing(meter):
         state = fake_step.build(resolved)
@@ -109,9 +113,11 @@ def trace(cell: Cell, work: Path, settings: Sequence[str], is_tiny: bool) -> Tra
 
 def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) -> "Resolved":
     """The plan of the cell's recipe for a GPU, without any weights."""
+    from finetune.model import fused, tiny
     from finetune.plan.memory import Device
     from finetune.recipe.load import load
     from finetune.training import resolve
+    from finetune.training.kernels import Kernels
 
     directory = workshop.base(cell.shape)
     workshop.config(cell.shape).save_pretrained(directory)
@@ -122,7 +128,12 @@ def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) ->
     sections = {"train": train} | ({"adapter": LORA} if cell.is_lora else {})
     recipe = workshop.recipe(workshop.directory / "traced.yaml", cell.shape, rows=rows * STEPS, **sections)
     resolve.device = lambda: Device(CARD_BYTES, is_gpu=True, host_bytes=HOST_BYTES)
-    return resolve.resolve(load(recipe, settings))
+    resolved = resolve.resolve(load(recipe, settings))
+    if resolved.plan.recipe.train.kernels != "fused":
+        return resolved
+    # What a trial on a GPU would find.
+    parts = fused.parts_of(tiny.model_like(workshop.config(cell.shape), workshop.length))
+    return replace(resolved, kernels=Kernels("liger-kernel, traced", parts.told, parts))
 
 
 def _told(cell: Cell, workshop: shapes.Workshop, resolved: "Resolved", meter: object) -> Trace:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.model import adapters, attention, base, losses
+from finetune.model import adapters, attention, base, fused, losses
 from finetune.training import build as building
 from finetune.training import fitting
 from finetune.training.resolve import Resolved
@@ -85,13 +85,14 @@ def build(resolved: Resolved) -> TrainState:
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     fitting.device_name = lambda _: "a device that is not there"
     fitting.check_packing = lambda *_: None
+    fitting.check_kernels = lambda *_, **__: None
     losses.fitting = lambda _: (losses.chunked, None)
     real = torch.Generator
     torch.Generator = lambda device: real()  # without CUDA there is none for it, and no numbers are drawn
     accelerator = start_accelerator(resolved.plan.recipe.train)
     PartialState._shared_state["device"] = DEVICE
     directory = base.directory(resolved.plan.recipe.base, resolved.plan.base, with_weights=False)
-    return building.build(resolved.plan, directory, accelerator)
+    return building.build(resolved.plan, directory, accelerator, kernels=resolved.kernels)
 
 
 def _to(module: torch.nn.Module, *to: Any, **_: Any) -> torch.nn.Module:
@@ -104,7 +105,7 @@ def _to(module: torch.nn.Module, *to: Any, **_: Any) -> torch.nn.Module:
     return module
 
 
-def _model_of(plan: Any, directory: Any, _: torch.device) -> Any:
+def _model_of(plan: Any, directory: Any, _: torch.device, parts: fused.Parts | None = None) -> Any:
     """The model on the fake device, without its weights."""
     from transformers import AutoModelForCausalLM
 
@@ -113,4 +114,6 @@ def _model_of(plan: Any, directory: Any, _: torch.device) -> Any:
     settings = {"attn_implementation": implementation, "dtype": base.DTYPES[recipe.train.weights]}
     with DEVICE:
         model = AutoModelForCausalLM.from_config(base.load_config(directory), **settings)
+        if parts:
+            fused.apply(model, parts)
         return adapters.apply(model, recipe.adapter)
