@@ -56,7 +56,7 @@ def test_without_the_kernels_a_run_is_evaluated_and_goes_on_and_its_replay_is_re
     recipe, run = recipe_file(train=FUSED, checkpoint=OFTEN), tmp_path / "run"
     train(recipe, run)
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert evaluate([f"{run}@2"])["results"][0]["metrics"]["loss"] > 0
+    assert evaluate([f"{run}@2"])[0]["metrics"]["loss"] > 0
     message = "step 1: was trained with liger-kernel .*, and plain kernels round otherwise; fused ones cannot run here: this machine has no CUDA device"
     with pytest.raises(RunError, match=message):
         replay(run, 1, 2)
