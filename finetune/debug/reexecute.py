@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from finetune.data.batches import Batches
-from finetune.debug import against_record
+from finetune.debug import against_record, as_trained
 from finetune.debug.against_record import Difference
 from finetune.errors import CheckpointError, FinetuneError, NotFiniteError, RunError
 from finetune.model import base
@@ -74,6 +74,7 @@ class Rerun:
             record["attempt"]: record["world"] for record in self.events if record.get("event") == "started"
         }
         self._batches: dict[int, Batches] = {}
+        self.kernels = as_trained.kernels(self.plan, self._directory, (self.facts, *self._worlds.values()))
 
     @property
     def state(self) -> TrainState:
@@ -101,6 +102,7 @@ class Rerun:
     def notes(self) -> list[str]:
         """A line for every recorded fact of the machine that differs here."""
         own = {"micro_batch_tokens": self.facts["micro_batch_tokens"], **sharing_of(self.strategy)}
+        own["kernels"] = as_trained.name_here(self.facts, self.kernels)
         now = facts_of(self.accelerator) | own
         found = that_may_cost_bits(self.facts, now, self.plan.recipe.train.reproducibility)
         return [f"{name} was {old} and is {new}: bits may differ" for name, old, new in found]
@@ -141,7 +143,7 @@ class Rerun:
         if self._state is None or checkpoint is None:
             self._state = None
             self.accelerator.free_memory()  # before a second model is built
-            self._state = build(self.plan, self._directory, self.accelerator, self.strategy)
+            self._state = build(self.plan, self._directory, self.accelerator, self.strategy, self.kernels)
         if checkpoint:
             try:
                 reading.read(self._state, self.plan, checkpoint)
@@ -193,6 +195,7 @@ class Rerun:
         step = self.state.step + 1
         if self.accelerator.device.type == "cpu":
             torch.set_num_threads(self._world_of(step)["threads"])  # sums are divided among the threads
+        as_trained.switch(self.state, step, self._world_of(step), self.kernels)
         report = loop.train_step(self.state, self.plan, self.batches_of(step), judge=self.judge)
         if not self.columns.rows(step):
             self.unwritten[step] = report.columns

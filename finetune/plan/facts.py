@@ -20,6 +20,8 @@ class World(TypedDict, total=False):
     threads: int
     micro_batch_tokens: int
     update_slice: int
+    kernels: str
+    """`plain`, or the packages of fused kernels with their versions."""
 
 
 class Machine(World):

@@ -59,6 +59,11 @@ RECIPE = (
     Rule(
         ("train.lost_rank_seconds",), "taken", "it decides when a training gives up on a process, and none of its steps"
     ),
+    Rule(
+        ("train.kernels",),
+        "taken",
+        "every step has the same rows; fused kernels round otherwise, so bit equality may be lost",
+    ),
     Rule(("train.early_stopping",), "taken", "it decides when training ends, and none of its steps"),
     Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
@@ -79,10 +84,13 @@ FACTS = (
     Rule(("threads",), "said", "sums are divided among the threads"),
     Rule(("micro_batch_tokens",), "said", "every step has the same rows, in other groups"),
     Rule(("update_slice",), "said", "weights in bf16 are rounded by other random numbers"),
+    Rule(("kernels",), "said", "fused kernels round otherwise than plain ones, and versions may differ"),
 )
 FACT_NAMES = tuple(name for rule in FACTS for name in rule.keys)
+PLAIN = "plain"
+"""The fact `kernels` of a run without fused ones."""
 # What held where a run was recorded by code that did not write the fact down.
-UNRECORDED = {"update_slice": 2**20, "strategy": "ddp"}
+UNRECORDED = {"update_slice": 2**20, "strategy": "ddp", "kernels": PLAIN}
 
 
 def recorded(facts: Mapping[str, object]) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What all ranks train, and the checkpoint that they go on from. Ranks that do not see the same are refused."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -108,12 +109,17 @@ def with_what_fits_all(opened: Opened, accelerator: Accelerator) -> Opened:
     if accelerator.num_processes == 1:
         return opened
     resolved = opened.resolved
-    own = resolved.micro_batch_tokens, WIDEST.index(resolved.strategy), int(resolved.plan.plan_id[-15:], 16)
+    # Ranks that round otherwise would still train one model, whose bits no other machine could give again.
+    kernels = int(hashlib.sha256(resolved.kernels.name.encode()).hexdigest()[:15], 16)
+    own = resolved.micro_batch_tokens, WIDEST.index(resolved.strategy), int(resolved.plan.plan_id[-15:], 16), kernels
     found = accelerator.gather(torch.tensor([own], device=accelerator.device))
     if others := [rank for rank, plan in enumerate(found[:, 2].tolist()) if plan != found[0, 2]]:
         hint = "give all hosts the same base and data; a copy may be damaged"
         raise RunError(f"ranks {others} have another base, or other data, than rank 0", hint=hint)
-    tokens, widest, _ = found.amin(0).tolist()
+    if others := [rank for rank, name in enumerate(found[:, 3].tolist()) if name != found[0, 3]]:
+        hint = "install the same packages on all hosts, or set train.kernels: plain"
+        raise RunError(f"ranks {others} have other kernels than rank 0, {resolved.kernels.told}", hint=hint)
+    tokens, widest, *_ = found.amin(0).tolist()
     resolved = replace(resolved, micro_batch_tokens=tokens, strategy=WIDEST[widest])
     facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, **sharing_of(resolved.strategy)}
     return Opened(resolved, facts, opened.changes)

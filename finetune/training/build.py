@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from finetune.model import adapters, base, decoder_layers, feed_forward, losses, optimizer, routing
+from finetune.model import adapters, base, decoder_layers, feed_forward, fused, losses, optimizer, routing
 from finetune.model.packing import Packing
 from finetune.plan.plan import Plan
 from finetune.plan.row_order import derive
@@ -17,11 +17,13 @@ from finetune.tasks import TASKS
 from finetune.training import collectives
 from finetune.training.ema import Average
 from finetune.training.fitting import fitting_loss, packing_in
+from finetune.training.kernels import Kernels
 from finetune.training.saving import snapshot
 from finetune.training.slot_sums import SlotSums
 from finetune.training.state import Objective, TrainState
 from finetune.training.strategy import STRATEGIES
 
+PLAIN = Kernels()
 WHOLE_FIRST = "each rank loads the whole base before it keeps its rows: the base's files do not hold its weights as they are trained"
 
 
@@ -42,8 +44,10 @@ def notes_here(settings: Train) -> list[str]:
     return [*([slow] if slow else []), *([idle] if is_host and settings.activation_offload else [])]
 
 
-def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> PreTrainedModel:
-    """The base's model with the recipe's adapter on it, as it is at step 0, made on the device."""
+def trained_model(
+    plan: Plan, base_directory: Path, device: torch.device, parts: fused.Parts | None = None
+) -> PreTrainedModel:
+    """The base's model with the recipe's adapter on it, as it is at step 0, made on the device; with `parts` in kernels."""
     recipe, packing = plan.recipe, packing_in(plan, base_directory)
     kind = base.class_named(plan.text_of)
     place = _place(plan, base_directory, device, kind)
@@ -57,10 +61,12 @@ def trained_model(plan: Plan, base_directory: Path, device: torch.device) -> Pre
         place,
         kind=kind,
     )
-    return _adapted(model, plan, packing, adapters.taken_for_fp32(model, place.names))
+    return _adapted(model, plan, packing, adapters.taken_for_fp32(model, place.names), parts)
 
 
-def unread_model(plan: Plan, base_directory: Path, device: torch.device) -> tuple[PreTrainedModel, base.Unread] | None:
+def unread_model(
+    plan: Plan, base_directory: Path, device: torch.device, parts: fused.Parts | None = None
+) -> tuple[PreTrainedModel, base.Unread] | None:
     """As `trained_model`, with the base's weights still in their files, and what reads them; None where they cannot be read by rows."""
     kind, packing = base.class_named(plan.text_of), packing_in(plan, base_directory)
     dtype, place = base.DTYPES[plan.recipe.train.weights], base.Place(device, _halved(plan, base_directory, kind))
@@ -69,14 +75,20 @@ def unread_model(plan: Plan, base_directory: Path, device: torch.device) -> tupl
     if unread is None:
         return None
     model = unread.model
-    return _adapted(model, plan, packing, adapters.taken_for_real(model, place.names, device)), unread
+    return _adapted(model, plan, packing, adapters.taken_for_real(model, place.names, device), parts), unread
 
 
 def _adapted(
-    model: PreTrainedModel, plan: Plan, packing: Packing | None, taken: AbstractContextManager[None]
+    model: PreTrainedModel,
+    plan: Plan,
+    packing: Packing | None,
+    taken: AbstractContextManager[None],
+    parts: fused.Parts | None,
 ) -> PreTrainedModel:
     if plan.text_of:
         model = base.freeze_beside_text(model)
+    if parts:
+        fused.apply(model, parts)
     if packing:
         packing.apply(model)
     # The initial matrices depend on the recipe's seed alone, and not on what was drawn before.
@@ -102,15 +114,17 @@ def _halved(plan: Plan, base_directory: Path, kind: base.LoadingClass) -> frozen
     return adapters.linear_weights(base.empty_model(base_directory, kind))
 
 
-def build(plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_name: str = "ddp") -> TrainState:
+def build(
+    plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_name: str = "ddp", kernels: Kernels = PLAIN
+) -> TrainState:
     """The state at step 0."""
     recipe, strategy, device = plan.recipe, STRATEGIES[strategy_name], accelerator.device
     made = None
     is_spread = strategy.is_sharded and accelerator.num_processes > 1
     if is_spread:
         with collectives.together(accelerator):
-            made = unread_model(plan, base_directory, device)
-    model, unread = made or (trained_model(plan, base_directory, device), None)
+            made = unread_model(plan, base_directory, device, kernels.parts)
+    model, unread = made or (trained_model(plan, base_directory, device, kernels.parts), None)
     objective = Objective(model, TASKS[recipe.task.name].loss, losses.chunked)
     reason = None if unread else _complete(objective, plan, base_directory)
 
@@ -125,7 +139,8 @@ def build(plan: Plan, base_directory: Path, accelerator: Accelerator, strategy_n
     if unread:
         reason = _complete(objective, plan, base_directory, accelerator)
     whole = WHOLE_FIRST if is_spread and not unread else None
-    notes = tuple(filter(None, [losses.note(reason), whole, *notes_here(recipe.train)]))
+    fast = f"kernels are {kernels.told}" if kernels.parts else None
+    notes = tuple(filter(None, [fast, losses.note(reason), whole, *notes_here(recipe.train)]))
     state = TrainState(accelerator, wrapped, model, prepared, strategy, routers=objective.routers, notes=notes)
     if recipe.train.reproducibility == "elastic" and accelerator.num_processes > 1:
         trained = list(state.trainable.values())

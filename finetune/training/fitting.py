@@ -11,15 +11,18 @@ from transformers import PreTrainedModel
 
 from finetune import version
 from finetune.errors import FinetuneError, explained
-from finetune.model import attention, losses, rotary, row_by_row
+from finetune.model import attention, fused, losses, rotary, row_by_row
 from finetune.model import packing as packed
 from finetune.model.packing import OURS, Packing
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Train
 from finetune.store import cache
 from finetune.training import collectives
+from finetune.training.counted import text_of_code
 from finetune.training.state import Objective
 from finetune.training.trial import packing_of
+
+FUSED_OFF = "set train.kernels: plain"
 
 
 def packing_in(plan: Plan, base_directory: Path) -> Packing | None:
@@ -49,6 +52,7 @@ def fitting_loss(
         "numbers": [recipe.train.weights, plan.keeps_fp32, recipe.train.precision, device_name(device)],
         "code": [*ours, *(version(package) for package in ("finetune", "torch", "transformers", "peft"))],
         **({"spread": True} if spread_by else {}),
+        **({"fused": text_of_code(fused), "kernels": fused.liger.versions()} if fused.switch_of(model) else {}),
     }
 
     def find() -> str | None:
@@ -57,6 +61,7 @@ def fitting_loss(
         with as_trained(recipe.train, device), mixed:
             if packing:
                 check_packing(model, recipe.task.max_length, packing)
+            check_kernels(model, is_whole=not spread_by)
             return losses.fitting(model)[1]
 
     if spread_by:
@@ -64,6 +69,55 @@ def fitting_loss(
     else:
         reason = cache.found("checks", facts, find)
     return (losses.full, reason) if reason else (losses.chunked, None)
+
+
+def check_kernels(model: PreTrainedModel, is_whole: bool = True) -> None:
+    """Runs short rows in kernels and by the model's own code, forward and, of a whole model, backward. FinetuneError where they differ."""
+    switch = fused.switch_of(model)
+    if switch is None:
+        return
+    model.eval()
+    found = []
+    with explained("fused kernels fail on this base", "train.kernels", FUSED_OFF):
+        for is_on in (False, True):
+            switch.is_on = is_on
+            found.append(_answers(model, is_whole))
+    for (plain, ours), tolerance in zip(zip(*found, strict=True), (1, 4), strict=False):
+        # of the norm, as in `check_packing`; a gradient in bf16 was rounded in twice as many places
+        allowed = tolerance * (0.05 if _is_rounded(model, plain.device) else 1e-3)
+        if not (ours - plain).norm() <= allowed * plain.norm():
+            message = "fused kernels do not give what this base gives"
+            raise FinetuneError(message, where="train.kernels", hint=FUSED_OFF)
+
+
+def _answers(model: PreTrainedModel, is_whole: bool) -> list[torch.Tensor]:
+    """Logits of a row, fp32, and the gradient of their squares by the embeddings."""
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+    rows = _spread_tokens(embeddings.num_embeddings)[None].to(next(model.parameters()).device)
+    begun: list[torch.Tensor] = []
+
+    def begin(_: torch.nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+        begun.append(output.detach().requires_grad_(is_whole))
+        return begun[0]
+
+    hook = embeddings.register_forward_hook(begin)
+    try:
+        with torch.set_grad_enabled(is_whole):
+            logits = model(input_ids=rows, use_cache=False).logits.float()
+            gradient = torch.autograd.grad(logits.square().mean(), begun[:1]) if is_whole else ()
+    finally:
+        hook.remove()
+    return [logits.detach(), *(each.float() for each in gradient)]
+
+
+def _spread_tokens(count: int) -> torch.Tensor:
+    """Tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does."""
+    return torch.arange(1, 17) * 2_654_435_761 % count
+
+
+def _is_rounded(model: PreTrainedModel, device: torch.device) -> bool:
+    is_mixed = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    return torch.is_autocast_enabled(device.type) or is_mixed
 
 
 def as_trained(settings: Train, device: torch.device) -> torch.autocast:
@@ -80,9 +134,8 @@ def check_packing(model: PreTrainedModel, max_length: int, packing: Packing = OU
 
     So would one whose window does not reach our attention: short rows do not show that, so its layers are asked.
     """
-    # tokens from everywhere: control tokens in a row make some models chaotic, which in bf16 shows as much as mixing does
     count = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
-    rows = (torch.arange(1, 17) * 2_654_435_761 % count)[None].to(next(model.parameters()).device)
+    rows = _spread_tokens(count)[None].to(next(model.parameters()).device)
     # of unlike lengths: rows of one length are one call
     bounds = [0, 9, 16]
     positions = torch.cat([torch.arange(9), torch.arange(7)])[None].to(rows.device)
@@ -105,8 +158,6 @@ def check_packing(model: PreTrainedModel, max_length: int, packing: Packing = OU
         if packing.attention:
             model.set_attn_implementation(packing.attention)
     # of the norm: seen on SmolLM2 are 0 in fp32, 0.004 to 0.02 with bf16 or 4-bit weights, and 0.17 where rows are mixed
-    is_rounded = torch.is_autocast_enabled(rows.device.type)
-    is_rounded = is_rounded or any(parameter.dtype != torch.float32 for parameter in model.parameters())
-    tolerance = 0.05 if is_rounded else 1e-3
+    tolerance = 0.05 if _is_rounded(model, rows.device) else 1e-3
     if (together - alone).float().norm() > tolerance * alone.float().norm():
         raise FinetuneError("this base mixes packed rows", where="task.packing", hint="set task.packing: false")

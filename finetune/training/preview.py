@@ -1,7 +1,7 @@
 """What a recipe will do, before it is trained: the plan with its forecast, as `finetune plan` shows it. Loads no weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,7 +22,7 @@ from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.directory import RunDirectory
 from finetune.store.run.lease import refuse_other_directory
-from finetune.training import mirroring
+from finetune.training import kernels, mirroring
 from finetune.training.build import notes_here
 from finetune.training.detectable import Detectable, detectable, line
 from finetune.training.evaluation_sets import with_sets
@@ -49,6 +49,8 @@ class PlanFacts(WithDevices, Unused, Readings):
     """The smallest difference that the held-out rows can show."""
     sets: list[SetFacts]
     """The named evaluation sets."""
+    kernels: str
+    """`fused` or `plain`, and why."""
     choosing_rows: dict[str, int]
     """The sets by which checkpoints are chosen, with their number of rows; none where only the ends of the training are evaluated."""
 
@@ -75,6 +77,7 @@ class Preview:
         noted = [*([line(shown, rows)] if shown else []), *(f"base: {note}" for note in resolved.notes)]
         lines = [
             forecast_table.table(facts),
+            f"{'kernels':11}{facts['kernels']}",
             *listed,
             *sets,
             *noted,
@@ -110,6 +113,8 @@ def preview(
     resolved = with_sets(resolve(loaded))
     if not is_of_devices:  # that table is made from the config alone, so the weights may be elsewhere
         refuse_unfit_base(resolved)
+    took = kernels.chosen(loaded.recipe, resolved.base_directory, is_refused=not is_of_devices)
+    resolved = replace(resolved, kernels=took)
     ask(resolved)
     return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib), loaded)
 
@@ -133,6 +138,7 @@ def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts
         "base_notes": list(resolved.notes),
         "weights": kinds.facts_of(plan, resolved.kinds),
         "sets": [_set(each, plan) for each in plan.sets],
+        "kernels": resolved.kernels.told,
         "choosing_rows": choosing_rows(plan),
         "device_memory_bytes": device_bytes,
         "devices": forecast.on_devices(plan, shape, work, device_bytes),

@@ -36,6 +36,7 @@ from finetune.tasks import TASKS
 from finetune.training import base_fit
 from finetune.training.counted import counted as count
 from finetune.training.encoding import Encoding, encoding_of, read
+from finetune.training.kernels import Kernels
 from finetune.training.strategy.asked import ASKED
 from finetune.training.trial import arranged_like
 
@@ -67,6 +68,8 @@ class Resolved:
     """A checkpoint with all weights, where the base is gone: what is loaded to be trained on."""
     sets: tuple[RowSet, ...] = ()
     """The named evaluation sets, once they are read."""
+    kernels: Kernels = Kernels()
+    """Chosen for what is trained here; else plain."""
 
     @property
     def companions(self) -> base.Companions:

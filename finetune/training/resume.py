@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from finetune.data.sources.open import fingerprint
 from finetune.errors import BaseError, CheckpointError, RunError, counted
 from finetune.model import base
-from finetune.plan.facts import Facts, Machine
+from finetune.plan.facts import Facts, Machine, World
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.resume_rules import differences, outcome, rule_of, that_may_cost_bits
+from finetune.recipe.resume_rules import differences, outcome, recorded, rule_of, that_may_cost_bits
 from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import scan
 from finetune.store.run.directory import RunDirectory
+from finetune.training import kernels
 from finetune.training.evaluation_sets import sets_told, with_sets
 from finetune.training.facts import facts_of, sharing_of, software
 from finetune.training.older_rows import losses_of_older_rules
@@ -79,11 +80,13 @@ def open_plan(
     if schedule:
         raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
     resolved = with_sets(resolve(loaded, is_to_load=True, today=today))
+    resolved = replace(resolved, kernels=kernels.chosen(loaded.recipe, resolved.base_directory))
     refuse_gated(resolved, loaded.file)
     facts: Facts = {
         **now,
         **sharing_of(resolved.strategy),
         "micro_batch_tokens": resolved.micro_batch_tokens,
+        "kernels": resolved.kernels.name,
         # Random, and not the directory's name: a run that you move or copy stays the same run.
         "run": secrets.token_hex(8),
         "software": software(),
@@ -116,7 +119,11 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     resolved = replace(with_sets(resolved, earlier), stand_in=checkpoint)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
         resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
-    now = {**now, **sharing_of(resolved.strategy), "micro_batch_tokens": resolved.micro_batch_tokens}
+    is_kept = earlier.recipe.train.kernels == loaded.recipe.train.kernels
+    took = kernels.chosen(loaded.recipe, resolved.base_directory, str(recorded(facts)["kernels"]) if is_kept else None)
+    resolved = replace(resolved, kernels=took)
+    decided: World = {"micro_batch_tokens": resolved.micro_batch_tokens, "kernels": took.name}
+    now = {**now, **sharing_of(resolved.strategy), **decided}
     if lines["extended"]:
         plan = resolved.plan.extended(loaded.recipe.train, _recorded(path), schedule or "continue")
         resolved = replace(resolved, plan=plan)

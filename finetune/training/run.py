@@ -80,8 +80,9 @@ def train(
                 refuse_unready(opened.resolved, path)
             for change in opened.changes:
                 progress.say(change)
-            state = build(plan, base_directory, accelerator, opened.resolved.strategy)
-            for note in dict.fromkeys([*opened.resolved.notes, *state.notes]):
+            resolved = opened.resolved
+            state = build(plan, base_directory, accelerator, resolved.strategy, resolved.kernels)
+            for note in dict.fromkeys([*resolved.notes, *state.notes]):
                 progress.say(note)
             # After `build`: a damaged file of frozen weights is restored from the weights of this model.
             recorder, checkpoint = attempt.begin(path, opened, loaded.text, state, progress, held)

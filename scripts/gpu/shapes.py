@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 RANK = 16
 LETTERS = "abcdefgh ijklmnop"
@@ -67,11 +67,23 @@ class Workshop:
     def make(self, name: str) -> None:
         """A model in bf16, as such models are published, with a tokenizer of bytes."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        directory, shape = self.base(name), self.shapes[name]
-        config = AutoConfig.for_model(
+        directory = self.base(name)
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(self.config(name), dtype=torch.bfloat16)
+        logging.disable_progress_bar()
+        model.save_pretrained(directory, max_shard_size="4GB")
+        byte_tokenizer().save_pretrained(directory)
+        (directory / "made").touch()
+
+    def config(self, name: str) -> "PretrainedConfig":
+        from transformers import AutoConfig
+
+        shape = self.shapes[name]
+        return AutoConfig.for_model(
             shape.kind,
             num_hidden_layers=shape.layers,
             hidden_size=shape.hidden,
@@ -86,13 +98,6 @@ class Workshop:
             pad_token_id=0,
             bos_token_id=None,
         )
-        torch.manual_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        logging.disable_progress_bar()
-        model.save_pretrained(directory, max_shard_size="4GB")
-        byte_tokenizer().save_pretrained(directory)
-        (directory / "made").touch()
 
     def rows(self, count: int, is_mixed: bool = False) -> Path:
         """Rows that fill the length, or of lengths as chats have them."""

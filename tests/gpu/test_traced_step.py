@@ -5,31 +5,25 @@ Nothing is computed: tensors are fake. What a GPU computes is tested by `test_cu
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+from scripts.bench.tracing import no_device
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-TORCH = Path(torch.__file__).parent
 ADAPTERS = [None, {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """`no_device.cpp`, compiled in two seconds."""
-    if torch.version.cuda or shutil.which("g++") is None:
-        pytest.skip("needs g++, and a torch built without CUDA, whose place the library takes")
-    path = tmp_path_factory.mktemp("gpu") / "no_device.so"
-    compiler = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{TORCH}/include", HERE / "no_device.cpp", "-o", path]
-    linked = [f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{TORCH}/lib"]
-    subprocess.run([*compiler, *linked], check=True, capture_output=True)
-    return path
+    if reason := no_device.why_not():
+        pytest.skip(reason)
+    return no_device.compiled(tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +44,29 @@ def traces() -> dict[str, str]:
 
 
 @pytest.fixture
-def traced(tracer, traces, recipe_file):
+def asked(tracer, traces):
+    """A function that has the process trace something, and returns its report."""
+
+    def asked(key: str, **what: object) -> dict:
+        process, said = tracer
+        if key not in traces:
+            print(json.dumps(what), file=process.stdin, flush=True)
+            traces[key] = process.stdout.readline().strip()
+        assert traces[key], said.read_text()[-4000:]
+        return json.loads(traces[key])
+
+    return asked
+
+
+@pytest.fixture
+def traced(asked, recipe_file):
     """A function that traces two steps of a recipe and what a snapshot after them reads."""
 
     def traced(**sections) -> dict:
         train = {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 64}
         optimizer = {"learning_rate": 0.01, "max_grad_norm": 0.5}
         recipe = recipe_file(**{"train": train, "optimizer": optimizer} | sections)
-        process, said = tracer
-        if (text := recipe.read_text()) not in traces:
-            print(recipe, file=process.stdin, flush=True)
-            traces[text] = process.stdout.readline().strip()
-        assert traces[text], said.read_text()[-4000:]
-        return json.loads(traces[text])
+        return asked(recipe.read_text(), recipe=str(recipe))
 
     return traced
 
@@ -106,3 +110,18 @@ def test_fp32_attends_row_by_row(traced):
     report = traced(train={"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64})
     assert "_varlen_attn" not in report["kernels"]
     assert report["steps"][0]["device to host: tolist"] == 1
+
+
+def test_the_bench_knows_the_kernels_of_a_step_and_what_lives_at_its_peak(asked, tmp_path):
+    found = asked("bench", cell="8b-lora", work=str(tmp_path), settings=[])
+    tokens, (layers, hidden, wide, vocabulary) = 128, (2, 64, 128, 512)
+    names = {name: count for kind, name, count, _ in found["largest"] if kind == "GEMM"}
+    head = f"mm bfloat16[{tokens - 2},{hidden}] bfloat16[{hidden},{vocabulary}]"
+    up = f"mm bfloat16[{tokens},{hidden}] bfloat16[{hidden},{wide}]"
+    # gate and up forward, and down backward
+    assert names[head] == 1 and names[up] == 3 * layers, names
+    assert [kind for kind, *_ in found["largest"]].count("attention") == 2
+    assert all(found[f"{kind}_ms"] > 0 for kind in ("gemm", "attention", "elementwise", "update"))
+    logits = 4 * tokens * vocabulary
+    assert logits < found["peak_bytes"] < found["forecast_bytes"]
+    assert found["tokens_per_second"] > 0 and 0 < found["mfu"] < 1

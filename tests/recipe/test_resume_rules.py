@@ -128,5 +128,6 @@ def test_a_run_is_bound_to_all_keys_but_those_that_are_taken(recipe_file):
         "mlp_chunk_tokens",
         "strategy",
         "compile",
+        "kernels",
     }
     assert all(bound[name] == recipe[name] for name in bound if name != "train")

@@ -178,9 +178,12 @@ def offloaded_inputs_are_checkpointed(recipe: PartlyRead) -> str | None:
     return "train.activation_offload: needs `train.activation_checkpointing: true`" if is_alone else None
 
 
-def pieces_are_not_compiled(recipe: PartlyRead) -> str | None:
-    is_both = recipe.train and recipe.train.compile and recipe.train.mlp_chunk_tokens
-    return "train.mlp_chunk_tokens: does not go with `train.compile`" if is_both else None
+def what_is_compiled_has_no_other_form(recipe: PartlyRead) -> str | None:
+    if not recipe.train or not recipe.train.compile:
+        return None
+    if recipe.train.kernels == "fused":
+        return "train.kernels: `fused` does not go with `train.compile`, which fuses the same parts"
+    return "train.mlp_chunk_tokens: does not go with `train.compile`" if recipe.train.mlp_chunk_tokens else None
 
 
 def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
@@ -240,7 +243,7 @@ RULES = (
     bf16_weights_have_bf16_products,
     bf16_weights_keep_small_updates,
     offloaded_inputs_are_checkpointed,
-    pieces_are_not_compiled,
+    what_is_compiled_has_no_other_form,
     compiled_kernels_are_not_exact,
     what_is_sharded_has_rows,
     routers_are_seen,

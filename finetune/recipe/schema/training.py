@@ -81,6 +81,8 @@ class Train(Section):
     """Run the feed-forward of each decoder layer on at most this many tokens at a time, and compute each piece again in the backward pass. For rows of tens of thousands of tokens, together with `activation_checkpointing`. Experts stay whole. Default: all tokens at once."""
     compile: bool = False
     """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
+    kernels: Literal["auto", "plain", "fused"] = "auto"
+    """The code of norms, rotary positions and gated feed-forwards. `fused`: a kernel of `liger-kernel` for each (`pip install 'finetune[kernels]'`), which needs a CUDA device. `plain`: the model's own. `auto`: `fused` on a CUDA device if the package is there and a trial finds the same numbers; decided once a run, and kept on resume. Fused kernels give equal bits on resume and replay, but not those of plain ones."""
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How devices share the work. `ddp`: each holds the whole model. `fsdp`: each holds its rows of all weights, gradients and moments, and a layer is whole only while it runs. `hsdp`: so do the devices of a host, and each host holds all rows. `auto`: `fsdp` if the forecast for a whole model is more than nine tenths of a device's memory."""
     lost_rank_seconds: PositiveInt = 60

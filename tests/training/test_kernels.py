@@ -1,0 +1,118 @@
+"""Which kernels a training runs, and that no wrong one gets through. Formulas stand for the kernels here; `test_fused` has the real ones."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from finetune.errors import FinetuneError
+from finetune.model import base, fused
+from finetune.model.fused import formulas, liger
+from finetune.recipe.load import load
+from finetune.training import fitting, kernels
+from finetune.training.kernels import Kernels, chosen, compared
+
+
+@pytest.fixture
+def by_formula(monkeypatch):
+    """As if the kernels could run here."""
+    monkeypatch.setattr(liger, "norm", formulas.norm)
+    monkeypatch.setattr(liger, "gated", formulas.gated)
+    monkeypatch.setattr(
+        liger, "rotated", lambda *states: tuple(formulas.rotated(each, *states[2:]) for each in states[:2])
+    )
+    monkeypatch.setattr(liger, "versions", lambda: "liger-kernel 1, triton 2")
+    monkeypatch.setattr(kernels, "_device", lambda _: torch.device("cpu"))
+
+
+class Halved(torch.autograd.Function):
+    """The right numbers, and half of their gradient."""
+
+    @staticmethod
+    def forward(ctx, made):
+        return made.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_trial_finds_what_can_be_fused(by_formula, family):
+    found = compared(AutoConfig.for_model(family), 64, torch.device("cpu"))
+    parts = kernels.as_parts(json.loads(json.dumps(found["parts"])))
+    assert (found["reason"], parts.told) == (None, "norms, rotary positions, feed-forward")
+    assert parts == found["parts"]
+
+
+def test_a_kernel_with_a_wrong_gradient_is_not_taken(by_formula, monkeypatch):
+    monkeypatch.setattr(liger, "gated", lambda *given: Halved.apply(formulas.gated(*given)))
+    found = compared(AutoConfig.for_model("llama"), 64, torch.device("cpu"))
+    assert found == {"parts": None, "reason": "fused kernels give another gradient of model.embed_tokens.weight"}
+
+
+def test_a_kernel_that_fails_and_a_base_without_parts_are_reasons(by_formula, monkeypatch):
+    found = compared(AutoConfig.for_model("gpt2"), 64, torch.device("cpu"))
+    assert found["reason"] == "this base has nothing that a kernel knows"
+    monkeypatch.setattr(liger, "norm", lambda *_: torch.zeros(3) + torch.zeros(4))
+    found = compared(AutoConfig.for_model("llama"), 64, torch.device("cpu"))
+    assert "fused kernels fail (RuntimeError: The size of tensor a" in found["reason"]
+
+
+def choice(recipe_file, tiny_base, *changes, recorded=None, **options):
+    return chosen(load(recipe_file(), changes).recipe, tiny_base, recorded, **options)
+
+
+def test_a_cpu_has_plain_kernels_and_says_why(recipe_file, tiny_base):
+    why = "this machine has no CUDA device"
+    assert choice(recipe_file, tiny_base) == Kernels("plain", why)
+    assert choice(recipe_file, tiny_base, "train.kernels=plain").told == "plain: the recipe says so"
+    with pytest.raises(FinetuneError, match=f"train.kernels: `fused` kernels cannot run: {why}"):
+        choice(recipe_file, tiny_base, "train.kernels=fused")
+    assert choice(recipe_file, tiny_base, "train.kernels=fused", is_refused=False).why == why
+
+
+def test_without_the_packages_the_extra_is_named(recipe_file, tiny_base, by_formula, monkeypatch):
+    monkeypatch.setattr(liger, "versions", lambda: None)
+    assert choice(recipe_file, tiny_base).told == "plain: liger-kernel and triton are not installed"
+    with pytest.raises(FinetuneError, match="not installed\nhint: pip install 'finetune\\[kernels\\]'"):
+        choice(recipe_file, tiny_base, "train.kernels=fused")
+
+
+def test_auto_takes_them_where_they_run_and_keeps_those_of_a_run(recipe_file, tiny_base, by_formula):
+    found = choice(recipe_file, tiny_base)
+    assert (found.name, found.told) == (liger.versions(), "fused: norms, rotary positions, feed-forward")
+    assert choice(recipe_file, tiny_base, recorded="plain").told == "plain: the run began so"
+    assert choice(recipe_file, tiny_base, recorded="liger-kernel 0, triton 1") == found
+    assert choice(recipe_file, tiny_base, "train.kernels=fused", recorded="plain") == found
+    compiling = ("train.compile=true", "train.reproducibility=fast")
+    assert choice(recipe_file, tiny_base, *compiling).told == "plain: train.compile fuses the same parts"
+
+
+def test_the_base_itself_is_tried_forward_and_backward(tiny_base, by_formula, monkeypatch):
+    model = base.load_model(tiny_base)
+    fitting.check_kernels(model)  # nothing to check
+    fused.apply(model, fused.parts_of(model))
+    fitting.check_kernels(model)
+    assert fused.switch_of(model).calls == {"norms": 5, "rotary": 2, "gated": 2}
+    message = "train.kernels: fused kernels do not give what this base gives\nhint: set train.kernels: plain"
+    for wrong in (lambda made: 1.1 * made, Halved.apply):
+        monkeypatch.setattr(liger, "norm", lambda *given, wrong=wrong: wrong(formulas.norm(*given)))
+        with pytest.raises(FinetuneError, match=message):
+            fitting.check_kernels(model)
+    fitting.check_kernels(model, is_whole=False)  # without gradients this one shows nothing
+
+
+@pytest.mark.slow
+def test_a_run_records_its_kernels_and_says_where_they_change(recipe_file, tmp_path, by_formula, monkeypatch, capfd):
+    recipe, run = recipe_file(train={"steps": 2, "batch_size": 4, "kernels": "auto"}), tmp_path / "run"
+    from finetune.training.run import train as train_run
+
+    train_run(load(recipe), run)
+    assert "kernels are fused: norms, rotary positions, feed-forward" in capfd.readouterr().err
+    assert json.loads((run / "plan.json").read_text())["facts"]["kernels"] == "liger-kernel 1, triton 2"
+    monkeypatch.setattr(liger, "versions", lambda: "liger-kernel 3, triton 4")
+    train_run(load(recipe, ["train.steps=3"]), run)
+    told = "kernels changed: liger-kernel 1, triton 2 -> liger-kernel 3, triton 4; bit equality may be lost"
+    assert told in capfd.readouterr().err
