@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from finetune.errors import FinetuneError, LostRankError
+from finetune.hosts.launch import PASSING
 from finetune.store import cache
 
 FoundT = TypeVar("FoundT")
@@ -116,14 +117,16 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except FinetuneError as failed:
         error = failed
-    own = json.dumps([error.message, error.where, error.hint] if error else []).encode()
+    own = json.dumps([error.message, error.where, error.hint, error.code] if error else []).encode()
     sizes = _gathered(accelerator, torch.tensor([len(own)]))
     texts = _gathered(accelerator, _bytes(own, max(int(size) for size in sizes)))
     if error:
         raise error
     for rank, (text, size) in enumerate(zip(texts, sizes, strict=True)):
         if said := json.loads(text[: int(size)].numpy().tobytes()):
-            raise LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+            lost = LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+            lost.code = lost.code if said[3] in PASSING else said[3]  # no launcher tries again what you have to fix
+            raise lost
 
 
 def _gathered(accelerator: Accelerator, own: torch.Tensor) -> list[torch.Tensor]:
