@@ -35,6 +35,8 @@ class Loss:
     why: str
     is_silent: bool = False
     """Whether it may still be connected: then no collective fails by itself."""
+    code: str = ""
+    """That of its error, if it is one for you to fix."""
 
 
 @dataclass
@@ -95,10 +97,15 @@ class Presence:
             return
         raise UnreachableError("; ".join(problems))
 
-    def leave(self, error: str | None = None, is_silent: bool = False) -> None:
+    @property
+    def is_connected(self) -> bool:
+        """Whether any other rank still is."""
+        return bool(self._peers)
+
+    def leave(self, error: str | None = None, code: str = "", is_silent: bool = False) -> None:
         """Ends the thread, after it has told the others that this rank ends: well or because another one was lost, or by an error of its
-        own. `is_silent`: it tells nothing, so this rank counts as killed."""
-        self._last_words = {} if is_silent else {"ended": error}
+        own, with its code. `is_silent`: it tells nothing, so this rank counts as killed."""
+        self._last_words = {} if is_silent else {"ended": error and [error, code]}
         with suppress(OSError):  # it has ended
             self._wake.send(b".")
         self._thread.join()
@@ -167,7 +174,7 @@ class Presence:
             self._conclude(Loss(**lost))
         elif "ended" in said:
             if error := said["ended"]:
-                self._conclude(Loss(peer.rank, peer.host, f"failed: {error}"))
+                self._conclude(Loss(peer.rank, peer.host, f"failed: {error[0]}", code=error[1]))
             return False
         return True
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from finetune.errors import FinetuneError, LostRankError
+from finetune.hosts.launch import PASSING
 from finetune.model.base import files
 from finetune.store import cache
 from finetune.store.boot import boot_id
@@ -118,12 +119,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except FinetuneError as failed:
         error = failed
-    texts = texts_of_all(accelerator, json.dumps([error.message, error.where, error.hint] if error else []))
+    own = [error.message, error.where, error.hint, error.code] if error else []
+    texts = texts_of_all(accelerator, json.dumps(own))
     if error:
         raise error
     for rank, text in enumerate(texts):
         if said := json.loads(text):
-            raise LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+            lost = LostRankError(f"rank {rank}: {said[0]}", where=said[1], hint=said[2])
+            lost.code = lost.code if said[3] in PASSING else said[3]  # no launcher tries again what you have to fix
+            raise lost
 
 
 def texts_of_all(accelerator: Accelerator, text: str) -> list[str]:

@@ -86,7 +86,7 @@ def train(
                 progress.say(note)
             # After `build`: a damaged file of frozen weights is restored from the weights of this model.
             recorder, checkpoint = attempt.begin(path, opened, loaded.text, state, progress, held)
-            with closing(recorder), closing(progress), watch.until_it_raises():
+            with closing(recorder), closing(progress), watch.until_it_raises(recorder.reports):
                 if checkpoint:
                     reading.read(state, plan, checkpoint)
                     progress.say(f"resumed from step {state.step}")

@@ -20,10 +20,12 @@ from accelerate import Accelerator
 
 from finetune.errors import FinetuneError, LostRankError
 from finetune.hosts import told
+from finetune.hosts.launch import PASSING
 from finetune.hosts.presence import Loss, Presence, UnreachableError
 from finetune.recipe.schema import Recipe
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
+from finetune.training.saving.rank_reports import Reports
 
 NAMING_SECONDS = 3.0  # for rank 0 to say which rank a broken connection belonged to
 RAISING_SECONDS = 5.0  # for the main thread to see a closed connection itself: NCCL may not
@@ -45,6 +47,7 @@ class Watch:
         self._presence: Presence | None = None
         self._loss: Loss | None = None
         self._is_known = threading.Event()
+        self._reports: Reports | None = None
         self._has_raised = threading.Event()
         """Whether the main thread is on its way out by itself."""
 
@@ -82,7 +85,7 @@ class Watch:
         if lost or error is None or isinstance(error, LostRankError):
             self._presence.leave()
         elif isinstance(error, FinetuneError):
-            self._presence.leave(_first_line(error))
+            self._presence.leave(_first_line(error), "" if error.code in PASSING else error.code)
         elif isinstance(error, Exception):
             self._presence.leave(f"{type(error).__name__}: {_first_line(error)}")
         else:
@@ -91,8 +94,9 @@ class Watch:
             raise named from error
 
     @contextmanager
-    def until_it_raises(self) -> Iterator[None]:
+    def until_it_raises(self, reports: Reports | None) -> Iterator[None]:
         """Within, the main thread may wait for another rank. What it does after an error, like closing files, is left to it."""
+        self._reports = reports
         try:
             yield
         finally:
@@ -112,18 +116,17 @@ class Watch:
         own = self._accelerator.process_index
         lost = f"lost another rank: rank {loss.rank} on {loss.host} {loss.why}"
         is_own = loss.rank == own
-        return LostRankError(f"the others ended: this rank {loss.why}" if is_own else lost, where=f"rank {own}")
+        error = LostRankError(f"the others ended: this rank {loss.why}" if is_own else lost, where=f"rank {own}")
+        # What one rank cannot do, all of them would fail at again: no launcher of another host starts again either.
+        error.code = loss.code or error.code
+        return error
 
     def _end(self, loss: Loss) -> None:
         """In a thread: ends the process, unless the main thread does so."""
         if not loss.is_silent and self._has_raised.wait(RAISING_SECONDS):
             return
         deadline = time.monotonic() + self._grace_seconds
-        while (
-            set(self._run.saves()) - self._left
-            and time.monotonic() < deadline
-            and not self._has_raised.wait(LOOK_SECONDS)
-        ):
+        while self._is_save_worth_it(loss) and time.monotonic() < deadline and not self._has_raised.wait(LOOK_SECONDS):
             pass
         if self._has_raised.is_set():
             return
@@ -133,6 +136,14 @@ class Watch:
         if self._presence:
             self._presence.leave()
         os._exit(error.exit_code)
+
+    def _is_save_worth_it(self, loss: Loss) -> bool:
+        """Whether a save is under way that may still be committed: rank 0 commits, and may wait for rows of the lost rank."""
+        if not set(self._run.saves()) - self._left:
+            return False
+        if self._accelerator.process_index == 0:
+            return self._reports is None or self._reports.awaited != loss.rank
+        return loss.rank != 0 and self._presence is not None and self._presence.is_connected
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
     python scripts/faults/hosts_apart.py --cuts 6 --strategies ddp,fsdp --work /tmp/apart
 
 The hosts are network namespaces (`network.py`) with one rank each; they share the run's directory, as over a shared disk. After a cut
-both must end within `train.lost_rank_seconds` and ten seconds more, and name the rank that they lost. Every second cut is healed before
+both must end within `train.lost_rank_seconds` and ten seconds more, and name the rank that they lost. Every third cut comes inside a save, and every second one is healed before
 the launchers give up, which then go on by themselves (`--restarts`). Exits 1 unless both runs end with equal bytes and equal records.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from network import CABLE, CannotConnect, Host, two_hosts
 from sigkill import last_step
-from training import add_arguments, command, differences, recipe_of, unsound, wait_until
+from training import add_arguments, command, differences, is_saving, recipe_of, unsound, wait_until
 
 PORT, KEEP = 29_417, 3
 STEPS_BETWEEN = 10  # cuts
@@ -72,6 +72,10 @@ class Both:
             environment = os.environ | {"GLOO_SOCKET_IFNAME": CABLE}
             with log.open("a") as file:
                 self._launchers.append(subprocess.Popen(words, stderr=file, env=environment, preexec_fn=host.enter))
+
+    @property
+    def first(self) -> subprocess.Popen:
+        return self._launchers[0]
 
     def said(self, place: int) -> str:
         return self.logs[place].read_text()
@@ -140,7 +144,10 @@ def one_cut(
     at, before = STEPS_BETWEEN * turn + chance.randint(2, STEPS_BETWEEN), last_step(run)
     if not both.wait_for_step(run, max(at, before + 1)):
         return [f"the training ended before: {both.said(0)[-1500:]}\n{both.said(1)[-1500:]}"]
-    time.sleep(chance.random() / 20)
+    if turn % 3 == 0:
+        wait_until(lambda: is_saving(run), both.first)
+    else:
+        time.sleep(chance.random() / 20)
     since, step = [len(both.said(place)) for place in range(2)], last_step(run)
     hosts[1].plug(False)
     words = [

@@ -105,13 +105,17 @@ def test_a_rank_that_is_killed_or_hangs_is_named_to_all_others(how, begin, proce
 
 def test_a_rank_that_fails_says_why_to_all_others(begin) -> None:
     (_, found), (failing, _), (_, found_of_2) = begin(0), begin(1), begin(2)
-    failing.leave("runs/a: cannot write: no space left on device")
+    failing.leave("runs/a: cannot write: no space left on device", "checkpoint")
     late = begin(3)[1]
     for each in (found, found_of_2, late):
         assert each.is_there.wait(20)
     assert found.losses == found_of_2.losses == late.losses
     (loss,) = found.losses
-    assert (loss.rank, loss.why) == (1, "failed: runs/a: cannot write: no space left on device")
+    assert (loss.rank, loss.why, loss.code) == (
+        1,
+        "failed: runs/a: cannot write: no space left on device",
+        "checkpoint",
+    )
 
 
 def test_when_rank_0_ends_the_others_know(begin) -> None:

@@ -125,6 +125,7 @@ def test_a_run_is_bound_to_all_keys_but_those_that_are_taken(recipe_file):
         "activation_checkpointing",
         "activation_offload",
         "early_stopping",
+        "lost_rank_seconds",
         "mlp_chunk_tokens",
         "strategy",
         "compile",

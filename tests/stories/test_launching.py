@@ -22,6 +22,7 @@ from finetune.store.run.directory import RunDirectory
 from tests import forks
 from tests.lengths import length
 from tests.stories.same_run import assert_same_run
+from tests.stories.workers import free_port
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 SHORT = LONG | {"steps": 12}
@@ -101,6 +102,40 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(reci
         assert f"launch: rank {rank} crashed (killed by SIGKILL); starting again from the last commit" in said
     assert "Traceback" not in said
     assert_same_run(tmp_path / "whole", run)
+
+
+BAD_DISK = """
+import errno, os
+pread = os.preadv
+
+def fail(*arguments):
+    if os.environ.get("RANK") == "1":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return pread(*arguments)
+
+os.preadv = fail
+"""
+
+
+@pytest.mark.slow
+def test_an_error_on_one_host_is_started_again_on_none(recipe_file, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BAD_DISK)
+    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
+    recipe = recipe_file(adapter=None, train=SHORT | {"strategy": "fsdp"})
+    where = ("--nnodes", 2, "--master-addr", "localhost", "--master-port", free_port(), "--run", tmp_path / "run")
+    hosts = [
+        forks.Popen(
+            launch(*where, "--node-rank", place, "--restarts", 3, recipe),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+        )
+        for place in range(2)
+    ]
+    said = [host.communicate(timeout=200)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [1, 1], said
+    assert "rank 1: cannot be read" in said[0] and "cannot be read" in said[1], said
+    assert not any("starting again" in each for each in said), said
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ training: a rank that is stuck costs a checkpoint, not the training.
 """
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,8 @@ class Reports:
     def __init__(self, rank: int, world_size: int):
         self.rank = rank
         self.world_size = world_size
+        self.awaited: int | None = None
+        """The rank that the running save waits for."""
         self.renew()
 
     def renew(self) -> None:
@@ -69,8 +72,9 @@ class Report:
             raise MissingReport("a rank missed an earlier report")
         for rank, theirs, work in self._under_way:
             try:
-                if work:
-                    work.wait()
+                with self._awaiting(rank):
+                    if work:
+                        work.wait()
             except RuntimeError as error:  # gloo's timeouts and closed connections
                 self._break()
                 raise MissingReport(f"rank {rank} did not report within {REPORT_SECONDS:g} seconds") from error
@@ -89,7 +93,8 @@ class Report:
         try:
             for tensor, tag in ((torch.tensor([len(data)]), LENGTH), (data, WORDS)):
                 if work := dist.isend(tensor, rank, group=self._group, tag=tag):
-                    work.wait(timedelta(seconds=seconds))
+                    with self._awaiting(rank):
+                        work.wait(timedelta(seconds=seconds))
         except RuntimeError as error:
             self._break()
             raise MissingReport(f"rank {rank} is gone, or did not listen for {seconds:.0f} seconds") from error
@@ -109,7 +114,16 @@ class Report:
     def _receive(self, into: torch.Tensor, rank: int, tag: int, seconds: float) -> None:
         work = dist.irecv(into, rank, group=self._group, tag=tag)
         if work:
-            work.wait(timedelta(seconds=seconds))
+            with self._awaiting(rank):
+                work.wait(timedelta(seconds=seconds))
+
+    @contextmanager
+    def _awaiting(self, rank: int) -> Iterator[None]:
+        self._reports.awaited = rank
+        try:
+            yield
+        finally:
+            self._reports.awaited = None
 
     def _break(self) -> None:
         self._under_way = []
