@@ -150,6 +150,31 @@ def test_a_bit_that_the_disk_turned_in_rows_of_a_rank_is_found_and_its_rank_name
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+KILLED = """
+import os
+from finetune.store.checkpoints import assembled
+read_back = assembled.read_back
+
+def die(*arguments):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return read_back(*arguments)
+
+assembled.read_back = die
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+def test_a_rank_that_is_killed_while_it_reads_back_ends_the_others_and_commits_nothing(write_recipe, tmp_path):
+    both = two_ranks("-c", KILLED, "train", write_recipe(), "--run", tmp_path / "run")
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [1, -9], said
+    assert "rank 1 is gone" in said[0] or "lost another rank" in said[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 HELD = """
 import sys
 import numpy as np
