@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -26,16 +27,17 @@ APART = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up &
 
 
 def measured(recipe: Path, run: Path, steps: int) -> dict[str, float]:
-    """Of the steps after the first two: seconds (median), bytes of both ranks a step, and the most memory of a rank."""
+    """Of the steps after the first two: seconds and CPU seconds (medians), bytes of both ranks a step, and the most memory of a rank."""
     from finetune.recipe.load import load
     from finetune.store.run import journal
     from finetune.training import loop
     from finetune.training.run import train
 
-    sent, train_step = [_sent_bytes()], loop.train_step
+    sent, used, train_step = [_sent_bytes()], [time.process_time()], loop.train_step
 
     def counted(*arguments: object, **settings: object) -> object:
         report = train_step(*arguments, **settings)
+        used.append(time.process_time())
         torch.distributed.barrier()
         sent.append(_sent_bytes())
         return report
@@ -46,6 +48,7 @@ def measured(recipe: Path, run: Path, steps: int) -> dict[str, float]:
     later = [found[step] for step in range(3, steps + 1)]
     return {
         "seconds": statistics.median(each["seconds"] for each in later),
+        "cpu": statistics.median(after - before for before, after in zip(used[2:], used[3:], strict=False)),
         "bytes": statistics.median(after - before for before, after in zip(sent[2:], sent[3:], strict=False)),
         "memory": max(each["memory_bytes"] for each in later),
         "tokens": later[0]["tokens"],
@@ -81,6 +84,7 @@ def main() -> None:
         speed = {way: each["tokens"] / each["seconds"] for way, each in (("exact", exact), ("elastic", elastic))}
         print(
             f"{name:5} {speed['exact']:.0f} -> {speed['elastic']:.0f} tokens/s ({speed['elastic'] / speed['exact']:.2f}),"
+            f" {exact['cpu']:.3f} -> {elastic['cpu']:.3f} CPU s a step of rank 0 ({elastic['cpu'] / exact['cpu']:.2f}),"
             f" {exact['memory'] / 1e6:.0f} -> {elastic['memory'] / 1e6:.0f} MB ({elastic['memory'] / exact['memory']:.2f}),"
             f" {exact['bytes'] / 1e6:.3g} -> {elastic['bytes'] / 1e6:.3g} MB a step ({elastic['bytes'] / exact['bytes']:.2f})",
             flush=True,

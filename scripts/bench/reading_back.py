@@ -1,6 +1,6 @@
 """The bytes that each rank reads in a sharded save and in a resume from it, on the CPU.
 
-`python scripts/bench/reading_back.py` trains all weights of a random Llama (86 MB, and 172 MB of moments) on 2 and on 4 ranks, commits
+`python scripts/bench/reading_back.py` trains all weights of a random Llama (111 MB, and 222 MB of moments) on 2 and on 4 ranks, commits
 and resumes. Files are divided at 8 MB, so that there are as many as of a large model. The bytes are those that the system counts for the
 thread (`/proc/thread-self/io`). One rank that reads everything reads 1.0 of a checkpoint, and so did each on a resume.
 """

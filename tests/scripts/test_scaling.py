@@ -32,9 +32,14 @@ def test_the_size_of_a_manifest_is_that_of_one_with_so_many_tensors() -> None:
     }
     manifest = Manifest(run="a", attempt="b", step=1, parent=None, plan_id="c", files=large | small)
     assert scaling.manifest_bytes(len(names), is_full=True) == pytest.approx(len(manifest.to_bytes()), rel=0.05)
-    divided = {f"model-{number:05}-of-00170.safetensors": replace(large[FILES[0]], tensors=()) for number in range(170)}
-    more = len(replace(manifest, files=divided).to_bytes()) - len(replace(manifest, files={}).to_bytes())
-    assert 170 * scaling.FILE_RECORD_BYTES == pytest.approx(more, rel=0.1)
+    records = tuple(map(record, names))
+    whole = {FILES[0]: replace(large[FILES[0]], tensors=records)}
+    divided = {
+        f"model-{number:05}-of-00723.safetensors": replace(large[FILES[0]], tensors=(each,))
+        for number, each in enumerate(records)
+    }
+    sizes = [len(replace(manifest, files=files).to_bytes()) for files in (whole, divided)]
+    assert scaling.FILE_RECORD_BYTES == pytest.approx((sizes[1] - sizes[0]) / (len(records) - 1), rel=0.05)
 
 
 @pytest.mark.parametrize(("model", "hosts"), [(1, 8), (1, 32), (2, 32), (2, 100)])

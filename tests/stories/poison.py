@@ -36,6 +36,8 @@ def poison(monkeypatch, tokenizer, value: float) -> None:
 
     def forward(self: state.Objective, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         total, rows = sound(self, batch)
+        if not batch:  # `inside`
+            return total, rows
         inputs = batch["model_inputs"]
         bounds, tokens = inputs["row_bounds"], inputs["input_ids"].flatten()
         is_marked = [bool((tokens[a:b] == mark).any()) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.store.checkpoints.store import Store
@@ -74,6 +75,52 @@ def test_any_number_of_ranks_divides_a_checkpoint_alike_and_transformers_loads_i
     frozen = next(name for name in found[2] if kind_of(name) == "model-frozen.safetensors")
     assert (stored.path / frozen).samefile(Store(tmp_path / "2").find(2).path / frozen)
     assert INDEX in stored.manifest.files
+
+
+def tensors(directory: Path, kind: str = "") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob(f"{kind}*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def test_what_is_made_of_divided_files_is_what_is_made_of_whole_ones(write_recipe, workers, finetune, tmp_path):
+    recipe, made = write_recipe(adapter=FROZEN, ema=0.9), {}
+    for name, size in (("whole", None), ("divided", SIZE)):
+        run = tmp_path / name
+        workers(1).train(recipe, run, file_bytes=size)
+        for words in (("--last", 2), ("--kept-ema",)):
+            told = finetune("average", f"{run}@4", *words, "--no-evaluate", "--output", run / "averages" / words[0][2:])
+            assert told.returncode == 0, told.stderr
+        told = finetune("package", f"{run}@4", tmp_path / f"{name}-package")
+        assert told.returncode == 0, told.stderr
+        found = [tensors(run / "averages" / each, "model") for each in ("last", "kept-ema")]
+        made[name] = [*found, tensors(tmp_path / f"{name}-package")]
+    assert all(len(each) > 10 for each in made["whole"])
+    for divided, whole in zip(made["divided"], made["whole"], strict=True):
+        assert divided.keys() == whole.keys()
+        assert all(torch.equal(divided[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_divided_checkpoint_is_branched_demoted_and_restored(write_recipe, workers, finetune, tmp_path):
+    run = tmp_path / "run"
+    workers(1).train(write_recipe(adapter=FROZEN), run, file_bytes=SIZE)
+    told = finetune("branch", f"{run}@2", "--run", tmp_path / "branch", "--set", "optimizer.learning_rate=0.01")
+    assert told.returncode == 0, told.stderr
+    assert losses(tmp_path / "branch")[-2:] == losses(run)[-2:]
+    store = Store(run)
+    demoted = store.demote(store.find(2))
+    assert verify(demoted.path) == [] and demoted.manifest.kind == "weights"
+    assert not list(demoted.path.glob("optimizer*")) and list(demoted.path.glob("model-trained-*"))
+    frozen = next(store.find(4).path.glob("model-frozen-*"))
+    frozen.chmod(0o644)
+    data = bytearray(frozen.read_bytes())
+    data[-1] ^= 1
+    frozen.write_bytes(data)
+    told = finetune("train", write_recipe(steps=6, adapter=FROZEN), "--run", run)
+    assert told.returncode == 0, told.stderr
+    assert f"restored checkpoints/step-00000004/{frozen.name} from the base" in told.stderr
+    assert "resumed from step 4" in told.stderr
 
 
 def test_a_run_goes_on_from_files_that_are_divided_in_another_way_to_the_bit(write_recipe, workers, tmp_path):
@@ -147,6 +194,31 @@ def test_a_bit_that_the_disk_turned_in_rows_of_a_rank_is_found_and_its_rank_name
     assert [process.returncode for process in both] == [1, 1], said
     assert f"does not read back as rank {rank} wrote it" in said[0]
     assert "hint: this disk cannot be trusted: use another one" in said[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+KILLED = """
+import os
+from finetune.store.checkpoints import assembled
+read_back = assembled.read_back
+
+def die(*arguments):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return read_back(*arguments)
+
+assembled.read_back = die
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+def test_a_rank_that_is_killed_while_it_reads_back_ends_the_others_and_commits_nothing(write_recipe, tmp_path):
+    both = two_ranks("-c", KILLED, "train", write_recipe(), "--run", tmp_path / "run")
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [1, -9], said
+    assert "rank 1 is gone" in said[0] or "lost another rank" in said[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

@@ -165,15 +165,21 @@ def test_a_rollback_with_no_checkpoint_before_it_stops(poisoned, train, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("value", "guard"), [("nan", {"not_finite": "skip"}), ("30", {"spike": "rollback", "span": 7})]
+    ("value", "guard", "strategy"),
+    [
+        ("nan", {"not_finite": "skip"}, "ddp"),
+        ("30", {"spike": "rollback", "span": 7}, "ddp"),
+        ("30", {"spike": "rollback", "span": 7}, "fsdp"),  # whose ranks verify the checkpoint together
+    ],
 )
-def test_two_processes_decide_alike(value, guard, poisoned, train, tmp_path, tiny_base, monkeypatch) -> None:
+def test_two_processes_decide_alike(value, guard, strategy, poisoned, train, tmp_path, tiny_base, monkeypatch) -> None:
     recipe, _ = poisoned(float(value), [45], guard=guard)
     one = train(recipe, tmp_path / "one")
     monkeypatch.setenv("POISON_BASE", str(tiny_base))
     monkeypatch.setenv("POISON", value)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command = [*launcher, "tests.stories.poison", "train", recipe, "--run", tmp_path / "two", "--quiet"]
+    command += ["--set", f"train.strategy={strategy}"]
     result = forks.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     (first,), (second,) = (events(run, "amended") for run in (one, tmp_path / "two"))

@@ -72,7 +72,7 @@ class Store:
 
     def read_back(self, checkpoint: Checkpoint, written: Collection[str]) -> None:
         """Reads back and compares every written byte of a save; CheckpointError if one differs. Call it before removing anything."""
-        if damage := verify(checkpoint.path, only=written):
+        if damage := verify(checkpoint.path, only=written, is_from_disk=True):
             hint = "this disk cannot be trusted: use another one; earlier checkpoints were not touched"
             message = f"does not read back as it was written: {damage[0].file}: {damage[0].message}"
             raise CheckpointError(message, where=str(checkpoint.path), hint=hint)

@@ -32,10 +32,11 @@ class Damage:
 Verify = Callable[[Path], list[Damage]]
 
 
-def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
+def verify(path: Path, *, only: Collection[str] | None = None, is_from_disk: bool = False) -> list[Damage]:
     """All damage in the checkpoint of a directory; an empty list means it is sound.
 
-    Reads every byte. With `only`, it reads the bytes of those files, from the disk itself, and checks names and sizes of the others.
+    Reads every byte. With `only`, it reads the bytes of those files, and checks names and sizes of the others. `is_from_disk`: it
+    reads past the page cache.
     """
     try:
         files = read(path).manifest.files
@@ -48,7 +49,7 @@ def verify(path: Path, *, only: Collection[str] | None = None) -> list[Damage]:
     for name, record in files.items():
         try:
             if only is None or name in only:
-                damage += _verify_file(path / name, record, _file_digest if only is None else _digest_on_disk)
+                damage += _verify_file(path / name, record, _digest_on_disk if is_from_disk else _file_digest)
             else:
                 damage += _verify_file(path / name, record, None)
         except OSError as error:
