@@ -29,9 +29,7 @@ def kernels():
     interpreted.prepare()
 
 
-@pytest.mark.parametrize(
-    ("method", "is_packed"), [("lora", True), ("full", False)], ids=["lora-packed", "full-padded"]
-)
+@pytest.mark.parametrize(("method", "is_packed"), [("lora", True), ("full", False)], ids=["lora-packed", "full-padded"])
 def test_a_run_with_fused_kernels_resumes_and_replays_to_the_bit(
     kernels, recipe_file, train, tiny_sections, tmp_path, method, is_packed
 ):
