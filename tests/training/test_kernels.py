@@ -10,6 +10,7 @@ from finetune.errors import FinetuneError
 from finetune.model import base, fused
 from finetune.model.fused import formulas, liger
 from finetune.recipe.load import load
+from finetune.store.run import journal
 from finetune.training import fitting, kernels
 from finetune.training.kernels import Kernels, chosen, compared
 
@@ -116,3 +117,28 @@ def test_a_run_records_its_kernels_and_says_where_they_change(recipe_file, tmp_p
     train_run(load(recipe, ["train.steps=3"]), run)
     told = "kernels changed: liger-kernel 1, triton 2 -> liger-kernel 3, triton 4; bit equality may be lost"
     assert told in capfd.readouterr().err
+
+
+FROZEN = {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "settings"),
+    [
+        ({"name": "lora", "rank": 4, "targets": ["gate_proj", "down_proj"]}, {"activation_checkpointing": True}),
+        (FROZEN, {"mlp_chunk_tokens": 16, "activation_checkpointing": True}),
+        (None, {"ema": 0.9}),
+    ],
+    ids=["lora, checkpointed", "frozen, in pieces", "full, averaged"],
+)
+def test_fused_parts_go_with_what_else_changes_a_model(recipe_file, tmp_path, by_formula, adapter, settings):
+    from finetune.training.run import train as train_run
+
+    losses = []
+    for kernels_ in ("fused", "plain"):
+        train = {"steps": 2, "batch_size": 4, "precision": "fp32", "kernels": kernels_, **settings}
+        train_run(load(recipe_file(adapter=adapter, train=train)), tmp_path / kernels_, is_quiet=True)
+        steps = journal.steps(journal.read(tmp_path / kernels_))
+        losses.append([(steps[step]["loss"], steps[step]["grad_norm"]) for step in sorted(steps)])
+    assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]
