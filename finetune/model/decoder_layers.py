@@ -12,7 +12,7 @@ from finetune.model.losses import unwrapped
 from finetune.model.row_by_row import MARK
 
 PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modules in
-MOST_LENGTHS = 128  # of micro-batches, with gradients and without: eight an octave
+MOST_FORMS = 1024  # of a layer's code: eight lengths an octave, with gradients and without
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
 
 
@@ -59,7 +59,8 @@ def compile_layers(model: PreTrainedModel, is_fixed: bool = False) -> None:
         from torch import _dynamo as dynamo  # here: it takes a second
 
         # Else the ninth length would silently run by the model's own code, whichever that is.
-        dynamo.config.recompile_limit, dynamo.config.fail_on_recompile_limit_hit = MOST_LENGTHS, True
+        dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = MOST_FORMS
+        dynamo.config.fail_on_recompile_limit_hit = True
     for part in parts:
         # random numbers as they are without, so that dropout is the same
         part.compile(dynamic=not is_fixed, options={"fallback_random": True, "deterministic": is_fixed})

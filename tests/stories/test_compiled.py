@@ -19,8 +19,8 @@ def test_a_compiled_run_resumes_and_replays_to_the_bit(recipe_file, train, tmp_p
         decoder_layers.check_compiler()
     except FinetuneError as error:
         pytest.skip(error.message)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back afterwards
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    for name in ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))  # put back afterwards
     sections = {"steps": 3, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128, "compile": True}
     recipe = recipe_file(train=sections, checkpoint={"every": "1 steps", "keep": {"last": 9}})
     whole = train(recipe, tmp_path / "whole")
