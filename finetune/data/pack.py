@@ -13,6 +13,14 @@ import numpy as np
 PADDING_SHARE = 0.1
 MICRO_BATCH_COST = 128  # in tokens: reading all weights twice and adding to all gradients takes a device about as long
 
+LEAST_STEP = 64  # tokens between two fixed lengths
+
+
+def fixed_length(tokens: int) -> int:
+    """The next of eight lengths between two powers of two: few of them, and at most an eighth of a micro-batch is filled up."""
+    step = max(LEAST_STEP, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return -(-tokens // step) * step
+
 
 def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best-fit decreasing: the longest example first, each into the fullest micro-batch that still has room.

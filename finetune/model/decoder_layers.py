@@ -12,6 +12,7 @@ from finetune.model.losses import unwrapped
 from finetune.model.row_by_row import MARK
 
 PEFT_PARTS = ("base_layer", "default", "modules_to_save")  # what it wraps modules in
+MOST_FORMS = 1024  # of a layer's code: eight lengths an octave, with gradients and without
 COMPILERS = ("g++", "clang++")  # what inductor looks for, unless CXX names another
 
 
@@ -40,8 +41,11 @@ def check_compiler() -> None:
         raise FinetuneError("there is no C++ compiler", where="train.compile", hint=hint)
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, is_fixed: bool = False) -> None:
     """Compiles norms and feed-forward of decoder layers. Layers share graphs, and so do lengths of more than one token.
+
+    `is_fixed`: each length is compiled for itself, so that its code, and with it every bit, depends on nothing that came before.
+    Without it, code depends on the first lengths. Nothing is timed to choose code. A length too many is an error.
 
     It skips attention, and what runs by row: both depend on the bounds of rows, and would be compiled again for every number of rows.
     """
@@ -51,9 +55,15 @@ def compile_layers(model: PreTrainedModel) -> None:
     if not parts:
         hint = "set train.compile: false"
         raise BaseError("the layers of this base are not known", where="train.compile", hint=hint)
+    if is_fixed:
+        from torch import _dynamo as dynamo  # here: it takes a second
+
+        # Else the ninth length would silently run by the model's own code, whichever that is.
+        dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = MOST_FORMS
+        dynamo.config.fail_on_recompile_limit_hit = True
     for part in parts:
         # random numbers as they are without, so that dropout is the same
-        part.compile(dynamic=True, options={"fallback_random": True})
+        part.compile(dynamic=not is_fixed, options={"fallback_random": True, "deterministic": is_fixed})
 
 
 def _depends_on_rows(part: torch.nn.Module) -> bool:

@@ -65,7 +65,7 @@ RECIPE = (
         "every step has the same rows; fused kernels round otherwise, so bit equality may be lost",
     ),
     Rule(("train.early_stopping",), "taken", "it decides when training ends, and none of its steps"),
-    Rule(("train.compile",), "taken", "compiled kernels take sums in another order, which `fast` allows"),
+    Rule(("train.compile",), "taken", "compiled kernels take sums in another order, so bit equality may be lost"),
     Rule(("evaluate",), "taken", "evaluation leaves no trace in training"),
     Rule(("checkpoint",), "taken", "a save leaves no trace in training"),
     Rule(("guard",), "taken", "it decides which updates are not made; what was decided before is recorded, and stays"),

@@ -36,6 +36,21 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
     return {"model_inputs": model_inputs, **_supervised(examples, tokens, bounds[:-1])}
 
 
+def filled(batch: Batch, size: int) -> Batch:
+    """A packed batch with rows of zeros after its own, up to `size` tokens. Nothing in them is supervised; none is longer than its own."""
+    inputs = batch["model_inputs"]
+    bounds, longest = inputs["row_bounds"], int(inputs["position_ids"].max()) + 1
+    more = [*range(bounds[-1] + longest, size, longest), size] if size > bounds[-1] else []
+    places = np.arange(size - bounds[-1]) % longest
+    inputs = inputs | {
+        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, len(places))),
+        "position_ids": torch.cat([inputs["position_ids"], torch.from_numpy(places[None])], dim=1),
+        "row_bounds": [*bounds, *more],
+        "cu_seq_lens": torch.tensor([*bounds, *more], dtype=torch.int32),
+    }
+    return {**batch, "model_inputs": inputs}
+
+
 def collate_padded(examples: Sequence[Example]) -> Batch:
     """A sequence a row, filled up on the right. It needs no mask: in a causal model no real token sees what is on its right."""
     longest = max(len(example.tokens) for example in examples)

@@ -118,7 +118,8 @@ def with_what_fits_all(opened: Opened, accelerator: Accelerator) -> Opened:
         raise RunError(f"ranks {others} have another base, or other data, than rank 0", hint=hint)
     if others := [rank for rank, name in enumerate(found[:, 3].tolist()) if name != found[0, 3]]:
         hint = "install the same packages on all hosts, or set train.kernels: plain"
-        raise RunError(f"ranks {others} have other kernels than rank 0, {resolved.kernels.told}", hint=hint)
+        mine = resolved.kernels.name
+        raise RunError(f"ranks {others} have other kernels than rank 0; this one has {mine}", hint=hint)
     tokens, widest, *_ = found.amin(0).tolist()
     resolved = replace(resolved, micro_batch_tokens=tokens, strategy=WIDEST[widest])
     facts: Facts = {**opened.facts, "micro_batch_tokens": tokens, **sharing_of(resolved.strategy)}

@@ -171,7 +171,7 @@ def _complete(
     if settings.mlp_chunk_tokens:
         feed_forward.in_pieces(model, settings.mlp_chunk_tokens)
     if settings.compile:
-        decoder_layers.compile_layers(model)
+        decoder_layers.compile_layers(model, settings.has_fixed_lengths)
     # transformers loads models in eval mode, without dropout.
     model.train()
     objective.routers = routing.watched(model, settings.router_loss, settings.compile)

@@ -1,7 +1,7 @@
 """Micro-batches by the plan, and held-out figures from them. An evaluation leaves no trace in training."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -9,12 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from finetune.data import pack
-from finetune.data.batches import Batches, Examples
+from finetune.data.batches import Batch, Batches, Examples
+from finetune.data.example import Example
 from finetune.data.row_set import RowSet
 from finetune.store import evaluated as digests
 from finetune.store.evaluations import SCHEMA, About, Evaluation
 from finetune.store.run.journal import now
-from finetune.tasks import TASKS
+from finetune.tasks import TASKS, causal
 from finetune.tasks.task import RowResults
 from finetune.training.loop import Wishes, agree
 from finetune.training.resolve import Resolved
@@ -27,15 +28,20 @@ def batches(resolved: Resolved, examples: Examples, accelerator: Accelerator) ->
     """The micro-batches of this rank, arranged and collated as the plan says."""
     plan = resolved.plan
     task = TASKS[plan.recipe.task.name]
+    collate = task.collate_packed if plan.arrangement == "packed" else task.collate_padded
     is_older = plan.arrangement == "padded" and not plan.pads_least
     return Batches(
         examples,
         arrange=pack.ARRANGEMENTS["filled" if is_older else plan.arrangement],
-        collate=task.collate_packed if plan.arrangement == "packed" else task.collate_padded,
+        collate=partial(_of_fixed_length, collate) if plan.recipe.train.has_fixed_lengths else collate,
         budget=resolved.micro_batch_tokens,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+
+
+def _of_fixed_length(collate: Callable[[Sequence[Example]], Batch], examples: Sequence[Example]) -> Batch:
+    return causal.filled(collate(examples), pack.fixed_length(sum(len(example.tokens) for example in examples)))
 
 
 def evaluate(

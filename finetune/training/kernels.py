@@ -68,7 +68,7 @@ def available(recipe: Recipe, directory: Path, is_asked: bool = False) -> Kernel
     if device is None:
         return Kernels(why="this machine has no CUDA device")
     if (name := liger.versions()) is None:
-        return Kernels(why=f"{' and '.join(liger.PACKAGES)} are not installed")
+        return Kernels(why="liger-kernel and triton are not both installed")
     config, max_length = base.load_config(directory), recipe.task.max_length
     code = [*text_of_code(fused, tiny), Path(__file__).read_text(), *map(version, ("torch", "transformers"))]
     facts = [(directory / "config.json").read_text(), max_length, name, device_name(device), code]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import version
 from finetune.data import gates
-from finetune.errors import RunError
+from finetune.errors import BaseError, RunError
 from finetune.model import base, decoder_layers, optimizer, routing
 from finetune.plan import disk
 from finetune.store import cache
@@ -27,6 +27,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
         decoder_layers.check_compiler()
+        _refuse_varied_lengths(resolved)
     if recipe.train.router_loss != "off":
         routing.coefficient_of(base.empty_model(resolved.base_directory), recipe.train.router_loss)
     _refuse_place(run)
@@ -54,6 +55,13 @@ def refuse_unfit_base(resolved: Resolved) -> None:
     facts += filter(None, [resolved.plan.text_of])
     # Cached: it makes an empty model of the base, which is slow for a large one.
     base.refuse_lacking(directory, cache.found("lacking", facts, lambda: base.lacking(directory, kind)))
+
+
+def _refuse_varied_lengths(resolved: Resolved) -> None:
+    """BaseError where compiled code would depend on the order of lengths: the trial found that rows of this base cannot be packed."""
+    if resolved.plan.recipe.train.has_fixed_lengths and resolved.plan.arrangement != "packed":
+        message = "rows of this base cannot be packed, so lengths are not fixed"
+        raise BaseError(message, where="train.compile", hint="set train.reproducibility: fast, or train.compile: false")
 
 
 def _refuse_place(run: Path) -> None:

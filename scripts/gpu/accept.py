@@ -102,6 +102,9 @@ def _further(few: int, some: int) -> list[Item]:
     beside = {"batch": few, "steps": 7, "micro": 2, "is_lora": True, "dtype": "bfloat16"}
     return [
         Item("exact/bf16", 50, partial(proofs.exact, what="bf16", has_package=False, train=BF16)),
+        # The others take fused kernels, if Liger is there.
+        Item("exact/plain", 50, partial(proofs.exact, what="plain", has_package=False, train={"kernels": "plain"})),
+        Item("exact/compiled", 90, partial(proofs.exact, what="compiled", has_package=False, train={"compile": True})),
         _ours("small/finetune, fast", 30, "small", batch=some, steps=12, train={"reproducibility": "fast"}),
         _ours("middle/finetune, bf16", 45, "middle", batch=some, steps=8, micro=4, train=BF16),
         _ours("large/finetune, bf16, auto", 50, "large", **large),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.pack import MICRO_BATCH_COST, PADDING_SHARE, filled, packed, padded
+from finetune.data.pack import MICRO_BATCH_COST, PADDING_SHARE, filled, fixed_length, packed, padded
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 BUDGETS = st.integers(1, 400)
@@ -117,3 +117,12 @@ def by_definition(lengths, budget):
 @given(st.lists(st.integers(1, 100), max_size=200), st.integers(1, 300))
 def test_packing_is_best_fit_decreasing(lengths, budget):
     assert packed(lengths, budget) == by_definition(lengths, budget)
+
+
+def test_there_are_eight_fixed_lengths_an_octave_and_each_covers_its_tokens():
+    found = [fixed_length(tokens) for tokens in range(1, 8193)]
+    assert all(
+        tokens <= size <= max(64, tokens * 9 / 8 + 1) or size - tokens < 64 for tokens, size in enumerate(found, 1)
+    )
+    assert sorted({size for size in found if size > 4096}) == list(range(4608, 8193, 512))
+    assert found == sorted(found) and [fixed_length(size) for size in found] == found

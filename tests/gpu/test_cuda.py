@@ -65,6 +65,19 @@ def test_a_bf16_run_resumes_to_the_bit(recipe_file, finetune, tmp_path):
     assert [file.read_bytes() for file in files] == contents
 
 
+@pytest.mark.parametrize("sections", [{}, {"adapter": None}], ids=["lora", "full"])
+def test_a_run_with_fused_kernels_resumes_to_the_bit(recipe_file, finetune, tmp_path, sections):
+    pytest.importorskip("liger_kernel")
+    recipe, run = recipe_file(train=EXACT["train"] | {"kernels": "fused"}, **sections), tmp_path / "run"
+    trained = finetune("train", recipe, "--run", run)
+    assert trained.returncode == 0 and "kernels are fused" in trained.stderr, trained.stderr
+    [weights] = (run / "checkpoints/step-00000010").glob("*model.safetensors")
+    content = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    assert "resumed from step 8" in finetune("train", recipe, "--run", run).stderr
+    assert weights.read_bytes() == content
+
+
 def test_a_copy_for_a_save_is_whole_and_in_page_locked_memory():
     live = {name: torch.randn(size, device="cuda") for name, size in (("a", 3), ("b", 1_000_001), ("c", 70_000))}
     expected = {name: tensor.cpu() for name, tensor in live.items()}

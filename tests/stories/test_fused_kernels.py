@@ -16,6 +16,7 @@ from finetune.training.strategy.start import start_accelerator
 from tests import interpreted
 from tests.conftest import copied
 from tests.stories.same_run import assert_same_run
+from tests.stories.workers import Workers
 
 FUSED = {"steps": 2, "batch_size": 1, "precision": "bf16", "micro_batch_tokens": 64, "kernels": "fused"}
 OFTEN = {"every": "1 steps", "keep": {"last": 9}}
@@ -29,9 +30,7 @@ def kernels():
     interpreted.prepare()
 
 
-@pytest.mark.parametrize(
-    ("method", "is_packed"), [("lora", True), ("full", False)], ids=["lora-packed", "full-padded"]
-)
+@pytest.mark.parametrize(("method", "is_packed"), [("lora", True), ("full", False)], ids=["lora-packed", "full-padded"])
 def test_a_run_with_fused_kernels_resumes_and_replays_to_the_bit(
     kernels, recipe_file, train, tiny_sections, tmp_path, method, is_packed
 ):
@@ -67,3 +66,16 @@ def test_without_the_kernels_a_run_is_evaluated_and_goes_on_and_its_replay_is_re
     assert opened.changes == ["taken from the recipe: train.kernels: fused -> auto", told]
     train(recipe, run, "train.kernels=plain", "train.steps=3")
     assert (run / "checkpoints/step-00000003").is_dir()
+
+
+def test_ranks_that_share_the_rows_of_weights_take_the_step_of_one(kernels, recipe_file, train, tmp_path):
+    settings = FUSED | {"steps": 1, "batch_size": 2, "micro_batch_tokens": 32, "precision": "fp32"}
+    alone = train(recipe_file(train=settings, adapter=None), tmp_path / "alone")
+    spread, workers = tmp_path / "spread", Workers(2, tmp_path)
+    try:
+        workers.train(recipe_file(train={**settings, "strategy": "fsdp"}, adapter=None), spread)
+    finally:
+        workers.close()
+    one, two = ([record for record in journal.read(run) if "loss" in record][0] for run in (alone, spread))
+    assert (two["loss"], two["grad_norm"]) == pytest.approx((one["loss"], one["grad_norm"]), rel=1e-5)
+    assert json.loads((spread / "plan.json").read_text())["facts"]["kernels"] == liger.versions()

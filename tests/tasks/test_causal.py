@@ -10,7 +10,7 @@ from finetune.data.example import Example
 from finetune.model.attention import PER_ROW
 from finetune.model.base import load_model
 from finetune.model.losses import chunked
-from finetune.tasks.causal import collate_packed, collate_padded, loss, score
+from finetune.tasks.causal import collate_packed, collate_padded, filled, loss, score
 from finetune.tasks.task import RowResults
 
 
@@ -105,6 +105,17 @@ def test_a_packed_batch_tells_where_its_rows_are():
     assert batch["positions_N"].tolist() == [1, 3]  # those that predict tokens 7 and 9
     assert batch["labels_N"].tolist() == [7, 9]
     assert batch["tokens_of_rows"] == [1, 1]
+
+
+def test_a_packed_batch_is_filled_up_with_rows_that_nothing_is_learned_from():
+    rows = [Example(np.array(tokens, dtype=np.int32), np.ones(len(tokens), bool)) for tokens in ([5, 6, 7], [8, 9])]
+    batch = collate_packed(rows)
+    inputs = (made := filled(batch, 12))["model_inputs"]
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, *[0] * 7]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 0]]
+    assert inputs["row_bounds"] == inputs["cu_seq_lens"].tolist() == [0, 3, 5, 8, 11, 12]
+    assert all(made[name] is batch[name] for name in batch if name != "model_inputs")
+    assert filled(batch, 5)["model_inputs"]["row_bounds"] == [0, 3, 5]
 
 
 def test_a_padded_batch_is_filled_up_on_the_right():

@@ -1,17 +1,22 @@
 """Which kernels a training runs, and that no wrong one gets through. Formulas stand for the kernels here; `test_fused` has the real ones."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, RunError
 from finetune.model import base, fused
 from finetune.model.fused import formulas, liger
 from finetune.recipe.load import load
+from finetune.store.run import journal
 from finetune.training import fitting, kernels
+from finetune.training.agreement import with_what_fits_all
 from finetune.training.kernels import Kernels, chosen, compared
+from finetune.training.resolve import resolve
+from finetune.training.resume import Opened
 
 
 @pytest.fixture
@@ -75,8 +80,8 @@ def test_a_cpu_has_plain_kernels_and_says_why(recipe_file, tiny_base):
 
 def test_without_the_packages_the_extra_is_named(recipe_file, tiny_base, by_formula, monkeypatch):
     monkeypatch.setattr(liger, "versions", lambda: None)
-    assert choice(recipe_file, tiny_base).told == "plain: liger-kernel and triton are not installed"
-    with pytest.raises(FinetuneError, match="not installed\nhint: pip install 'finetune\\[kernels\\]'"):
+    assert choice(recipe_file, tiny_base).told == "plain: liger-kernel and triton are not both installed"
+    with pytest.raises(FinetuneError, match="not both installed\nhint: pip install 'finetune\\[kernels\\]'"):
         choice(recipe_file, tiny_base, "train.kernels=fused")
 
 
@@ -116,3 +121,37 @@ def test_a_run_records_its_kernels_and_says_where_they_change(recipe_file, tmp_p
     train_run(load(recipe, ["train.steps=3"]), run)
     told = "kernels changed: liger-kernel 1, triton 2 -> liger-kernel 3, triton 4; bit equality may be lost"
     assert told in capfd.readouterr().err
+
+
+def test_ranks_with_other_kernels_are_refused(recipe_file):
+    resolved = resolve(load(recipe_file()))
+    others = torch.tensor([[0, 0, 0, 1]])  # added to the number that stands for their name
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.cat([own, own + others]))
+    message = "ranks \\[1\\] have other kernels than rank 0; this one has plain\nhint: install the same packages"
+    with pytest.raises(RunError, match=message):
+        with_what_fits_all(Opened(resolved, {}, []), accelerator)
+
+
+FROZEN = {"name": "frozen", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "settings"),
+    [
+        ({"name": "lora", "rank": 4, "targets": ["gate_proj", "down_proj"]}, {"activation_checkpointing": True}),
+        (FROZEN, {"mlp_chunk_tokens": 16, "activation_checkpointing": True}),
+        (None, {"ema": 0.9}),
+    ],
+    ids=["lora, checkpointed", "frozen, in pieces", "full, averaged"],
+)
+def test_fused_parts_go_with_what_else_changes_a_model(recipe_file, tmp_path, by_formula, adapter, settings):
+    from finetune.training.run import train as train_run
+
+    losses = []
+    for kernels_ in ("fused", "plain"):
+        train = {"steps": 2, "batch_size": 4, "precision": "fp32", "kernels": kernels_, **settings}
+        train_run(load(recipe_file(adapter=adapter, train=train)), tmp_path / kernels_, is_quiet=True)
+        steps = journal.steps(journal.read(tmp_path / kernels_))
+        losses.append([(steps[step]["loss"], steps[step]["grad_norm"]) for step in sorted(steps)])
+    assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]

@@ -5,6 +5,7 @@ function of shapes and device.
 """
 
 import os
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
@@ -12,15 +13,21 @@ from torch import Tensor
 
 from finetune.model.fused.formulas import Activation, Norm
 
-PACKAGES = ("liger-kernel", "triton")
+PACKAGES = (("liger-kernel",), ("triton", "pytorch-triton", "pytorch-triton-rocm"))
+"""Each by any of its names: other builds of torch bring Triton under their own."""
 
 
 def versions() -> str | None:
     """Both packages with their versions, as runs record them; None where one is missing."""
-    try:
-        return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    except PackageNotFoundError:
-        return None
+    found = [_version(names) for names in PACKAGES]
+    return ", ".join(each for each in found if each) if all(found) else None
+
+
+def _version(names: tuple[str, ...]) -> str | None:
+    for name in names:
+        with suppress(PackageNotFoundError):
+            return f"{name} {version(name)}"
+    return None
 
 
 def is_interpreted() -> bool:

@@ -20,8 +20,6 @@ from finetune.recipe.schema.training import Checkpoint, Guard, Train
 from finetune.recipe.schema.values import amount_of
 
 PEFT = " or ".join(f"`adapter: {{name: {name}}}`" for name, adapter in SECTIONS.items() if adapter.is_peft)
-
-
 SHARDED = ("fsdp", "hsdp")
 """The values of `train.strategy` that spread rows over devices."""
 
@@ -186,10 +184,10 @@ def what_is_compiled_has_no_other_form(recipe: PartlyRead) -> str | None:
     return "train.mlp_chunk_tokens: does not go with `train.compile`" if recipe.train.mlp_chunk_tokens else None
 
 
-def compiled_kernels_are_not_exact(recipe: PartlyRead) -> str | None:
-    if recipe.train and recipe.train.compile and recipe.train.reproducibility != "fast":
-        return "train.compile: kernels depend on which lengths came first; it needs `train.reproducibility: fast`"
-    return None
+def compiled_rows_are_packed(recipe: PartlyRead) -> str | None:
+    if recipe.train is None or recipe.task is None or not recipe.train.has_fixed_lengths or recipe.task.packing:
+        return None
+    return "train.compile: without packing, lengths are not fixed; it needs `train.reproducibility: fast`"
 
 
 def what_is_sharded_has_rows(recipe: PartlyRead) -> str | None:
@@ -244,7 +242,7 @@ RULES = (
     bf16_weights_keep_small_updates,
     offloaded_inputs_are_checkpointed,
     what_is_compiled_has_no_other_form,
-    compiled_kernels_are_not_exact,
+    compiled_rows_are_packed,
     what_is_sharded_has_rows,
     routers_are_seen,
     elastic_sums_are_of_gradients,

@@ -80,7 +80,7 @@ class Train(Section):
     mlp_chunk_tokens: PositiveInt | None = None
     """Run the feed-forward of each decoder layer on at most this many tokens at a time, and compute each piece again in the backward pass. For rows of tens of thousands of tokens, together with `activation_checkpointing`. Experts stay whole. Default: all tokens at once."""
     compile: bool = False
-    """Compile the decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler, and `reproducibility: fast` because kernels depend on the order of lengths."""
+    """Compile norms and feed-forwards of decoder layers with `torch.compile`. The gain is unmeasured. You pay a compilation at every start. It needs a C++ compiler and, unless `reproducibility` is `fast`, packed rows: micro-batches are then filled up to fixed lengths, so that kernels do not depend on the order of lengths."""
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """The code of norms, rotary positions and gated feed-forwards. `fused`: a kernel of `liger-kernel` for each (`pip install 'finetune[kernels]'`), which needs a CUDA device. `plain`: the model's own. `auto`: `fused` on a CUDA device if the package is there and a trial finds the same numbers; decided once a run, and kept on resume. Fused kernels give equal bits on resume and replay, but not those of plain ones."""
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
@@ -93,6 +93,12 @@ class Train(Section):
     """Without this section the run goes to its last step."""
     reproducibility: Literal["exact", "elastic", "fast"] = "exact"
     """`exact`: deterministic kernels, so resume and replay are equal to the bit (slower on a GPU). `elastic`: also at another number of processes. They then exchange gradients with every micro-batch, which suits adapters. `fast`: the fastest kernels."""
+
+    @property
+    def has_fixed_lengths(self) -> bool:
+        """Whether micro-batches are filled up, so that each length is compiled for itself. With `fast`, lengths share code that depends on
+        which of them came first."""
+        return self.compile and self.reproducibility != "fast"
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
