@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from finetune.plan.shown import BaseFacts, Forecast, MixtureFacts, OfDevices, Ra
 from finetune.recipe.schema import Publish
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
+HOST_DEVICES = 8  # of a host: they share rows where the strategy is `hsdp`
 CARD_BYTES = 80 * 2**30  # of a GPU, if this machine has none
 
 
@@ -121,22 +122,40 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[OfDevices]:
-    """The memory of each of several GPUs, with the whole model on each and with a shared one; computed without weights."""
+    """The memory of each of several GPUs, with the whole model on each and with a shared one, and what fits: the strategy and the
+    micro-batch that `auto` takes there. Computed without weights."""
     rows: list[OfDevices] = []
+    is_shared = strategies.unshardable_plan(plan) is None
     for world_size in DEVICES:
-        device = Device(device_bytes, is_gpu=True, world_size=world_size)
+        device = Device(device_bytes, is_gpu=True, world_size=world_size, processes=min(world_size, HOST_DEVICES))
         replicated = sum(memory.parts(plan, shape, work, device).values())
-        sharded = strategies.sharded_bytes(plan, shape, work, device)
+        sharded = strategies.sharded_bytes(plan, shape, work, device) if is_shared or world_size == 1 else None
         rows.append(
             {
                 "devices": world_size,
                 "replicated_bytes": replicated,
                 "replicated_fits": memory.fits(replicated, device),
                 "sharded_bytes": sharded,
-                "sharded_fits": memory.fits(sharded, device),
+                "sharded_fits": sharded is not None and memory.fits(sharded, device),
+                **_taken(plan, shape, device),
             }
         )
     return rows
+
+
+class _Taken(TypedDict):
+    """The last keys of `OfDevices`."""
+
+    strategy: str
+    micro_batch_tokens: int | None
+
+
+def _taken(plan: Plan, shape: Shape, device: Device) -> _Taken:
+    """What the recipe's own keys lead to on some devices, with micro-batches as `auto` chooses them."""
+    name, step = strategies.strategy(plan, shape, device), plan.recipe.train.batch_size * plan.counts.longest
+    tokens = strategies.micro_batch_tokens(plan, shape, device)
+    size = sum(strategies.parts(plan, shape, Work(tokens, step), device).values())
+    return {"strategy": name, "micro_batch_tokens": tokens if memory.fits(size, device) else None}
 
 
 def _copies(plan: Plan) -> int:

@@ -111,13 +111,18 @@ class Forecast(TypedDict):
 
 
 class OfDevices(TypedDict):
-    """The memory of each of several GPUs, where each holds the whole model, and where they share it."""
+    """The memory of each of several GPUs, where each holds the whole model, and where they share it. Hosts have 8 each."""
 
     devices: int
     replicated_bytes: int
     replicated_fits: bool
-    sharded_bytes: int
+    sharded_bytes: int | None
+    """None where rows cannot be shared."""
     sharded_fits: bool
+    strategy: str
+    """The recipe's, or what `auto` takes there."""
+    micro_batch_tokens: int | None
+    """What `auto` takes with that strategy; None where not even the longest row fits."""
 
 
 class WithDevices(Forecast):
