@@ -41,7 +41,9 @@ TEMPLATE = (
 SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}{{ '' }}{% endif %}"  # as Qwen3's has
 
 
-def llama(layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int, **others: object) -> dict[str, object]:
+def llama(
+    layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int, **others: object
+) -> dict[str, object]:
     """Keys of config.json, by the names that most families share."""
     return {
         "num_hidden_layers": layers,
@@ -61,7 +63,9 @@ CONFIGS: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
     "smollm3-3b": (
         *("smollm3", "SmolLM3ForCausalLM"),
-        llama(36, 2048, 11008, 16, 128256, num_key_value_heads=4, max_position_embeddings=65536, tie_word_embeddings=True),
+        llama(
+            36, 2048, 11008, 16, 128256, num_key_value_heads=4, max_position_embeddings=65536, tie_word_embeddings=True
+        ),
     ),
     "llama-8b": ("llama", "LlamaForCausalLM", llama(32, 4096, 14336, 32, 128256, **LONG)),
     "llama-70b": ("llama", "LlamaForCausalLM", llama(80, 8192, 28672, 64, 128256, **LONG)),
@@ -99,15 +103,11 @@ class Need(NamedTuple):
     device: Device
     strategy: str
     tokens: int
-    """Of a micro-batch, as `auto` takes."""
+    """Of a micro-batch: the recipe's, or what `auto` takes."""
     parts: dict[str, int]
     """Bytes of the device, by what holds them."""
     host: dict[str, int]
     """Bytes of its host."""
-
-    @property
-    def work(self) -> Work:
-        return Work(self.tokens, self.plan.recipe.train.batch_size * self.plan.counts.longest)
 
     @property
     def bytes(self) -> int:
@@ -121,7 +121,10 @@ def main() -> None:
 
 def lines(found: list[Need]) -> list[str]:
     """The table, in Markdown."""
-    heading = ["| recipe | hardware | strategy | tokens a micro-batch | a GPU | of that, weights | its host |", "|---" * 7 + "|"]
+    heading = [
+        "| recipe | hardware | strategy | tokens a micro-batch | a GPU | of that, weights | its host |",
+        "|---" * 7 + "|",
+    ]
     return [*heading, *map(_line, found)]
 
 
@@ -146,7 +149,8 @@ def need_of(path: Path, place: Path) -> Need | None:
     if device is None:
         return None
     plan, shape = planned(path, place)
-    tokens = strategy.micro_batch_tokens(plan, shape, device)
+    named = plan.recipe.train.micro_batch_tokens
+    tokens = strategy.micro_batch_tokens(plan, shape, device) if named == "auto" else named
     work = Work(tokens, plan.recipe.train.batch_size * plan.counts.longest)
     return Need(
         str(path.relative_to(ROOT / "recipes").with_suffix("")),
@@ -184,7 +188,12 @@ def base_of(folder: str, place: Path) -> Path:
     if not directory.exists():
         kind, architecture, sizes = CONFIGS[folder]
         byte_tokenizer(TEMPLATE + SWITCH * folder.startswith("qwen3")).save_pretrained(directory)
-        config = {"model_type": kind, "architectures": [architecture], "tie_word_embeddings": False, "dtype": "bfloat16"}
+        config = {
+            "model_type": kind,
+            "architectures": [architecture],
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        }
         if kind == "gemma3":
             config["tie_word_embeddings"] = True
         (directory / "config.json").write_text(json.dumps(config | sizes))

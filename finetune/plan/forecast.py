@@ -8,11 +8,20 @@ import numpy as np
 
 from finetune.plan import cadence, memory
 from finetune.plan import strategy as strategies
-from finetune.plan.disk import checkpoint_bytes, free_bytes, run_bytes
+from finetune.plan.disk import checkpoint_bytes, commit_bytes, free_bytes, run_bytes
 from finetune.plan.memory import Device, Work
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
-from finetune.plan.shown import BaseFacts, Forecast, MixtureFacts, OfDevices, RateFacts, SourceFacts, Target
+from finetune.plan.shown import (
+    BaseFacts,
+    Forecast,
+    MirrorFacts,
+    MixtureFacts,
+    OfDevices,
+    RateFacts,
+    SourceFacts,
+    Target,
+)
 from finetune.recipe.schema import Publish
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -73,6 +82,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
         "run_bytes": run_bytes(plan, shape.layers),
         "free_bytes": free_bytes(run),
         "guard": {"spike": plan.recipe.guard.spike, "not_finite": plan.recipe.guard.not_finite},
+        "mirror": _mirror(plan, shape, run),
         "publish": _target(plan.recipe.publish),
         "warnings": warnings(plan),
     }
@@ -163,6 +173,25 @@ def _copies(plan: Plan) -> int:
     is_by_content = plan.split is not None
     rows = sum(pin.rows for pin in plan.train) - plan.counts.bad_rows
     return rows - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
+
+
+def _mirror(plan: Plan, shape: Shape, run: Path) -> MirrorFacts | None:
+    """Where the run is copied to, and how much of it."""
+    rules = plan.recipe.mirror
+    if rules is None:
+        return None
+    best, every = rules.keep.best, rules.keep.every
+    kept = [
+        f"the last {rules.keep.last}" if rules.keep.last > 1 else "the last",
+        f"the best {best.count} by {best.metric}" if best else "the best",
+        *([f"every {every}"] if every else []),
+    ]
+    return {
+        "to": rules.place_of(run.absolute().name),
+        "every": f"every {rules.every}, and the last" if rules.every else "every commit",
+        "keep": kept,
+        "commit_bytes": commit_bytes(plan, shape.layers),
+    }
 
 
 def _target(publish: Publish | None) -> Target | None:

@@ -2,7 +2,7 @@
 
 from finetune.errors import counted
 from finetune.plan.disk import readable
-from finetune.plan.shown import Forecast, OfDevices, RateFacts, WithDevices
+from finetune.plan.shown import Forecast, MirrorFacts, OfDevices, RateFacts, WithDevices
 
 COME_TOGETHER = {
     "packed": "packed: several in one sequence, each apart from the others",
@@ -66,6 +66,7 @@ def table(facts: Forecast) -> str:
         *_host_rows(facts),
         ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
         ("disk", f"{readable(facts['free_bytes'])} free"),
+        *([("mirror", _mirror(facts["mirror"]))] if facts["mirror"] else []),
         ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
         ("plan", facts["plan_id"]),
     ]
@@ -82,6 +83,11 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _mirror(facts: MirrorFacts) -> str:
+    sent = f"{readable(facts['commit_bytes'])} a commit"
+    return f"{facts['to']}: {sent}; copies {facts['every']}; keeps {', '.join(facts['keep'])}"
 
 
 def _strategy(facts: Forecast) -> str:

@@ -119,16 +119,16 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     return found
 
 
-def passing_parts(
-    plan: Plan, shape: Shape, tokens: int, is_gpu: bool, is_spread: bool = False
-) -> dict[str, int]:
+def passing_parts(plan: Plan, shape: Shape, tokens: int, is_gpu: bool, is_spread: bool = False) -> dict[str, int]:
     """What a micro-batch needs beside the state, at its peak. `is_spread`: weights are whole only while a layer runs."""
     share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
     casts, kept = _casts(plan, shape), activations.kept(plan, shape, tokens, is_gpu)
     sums, running = activations.of_sums(plan, shape), activations.while_running(plan, shape, tokens)
     logits, of_head = _logits(plan, shape, round(share * tokens)), _head_gradient(plan, shape)
     is_checkpointed = plan.recipe.train.activation_checkpointing
-    if is_checkpointed and is_spread:  # where layers are whole, autocast keeps their casts until the end of the forward pass
+    if (
+        is_checkpointed and is_spread
+    ):  # where layers are whole, autocast keeps their casts until the end of the forward pass
         casts //= shape.layers
     whole = {"casts": casts, "sums": sums, "activations": kept + running, "logits": logits}
     # glibc does not give the memory of the one to the other: on a CPU both count (docs/long-rows.md)

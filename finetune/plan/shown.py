@@ -57,6 +57,18 @@ class Target(TypedDict):
     private: bool
 
 
+class MirrorFacts(TypedDict):
+    """The copy of the run in a bucket."""
+
+    to: str
+    every: str
+    """Which commits are copied."""
+    keep: list[str]
+    """The commits that stay there."""
+    commit_bytes: int
+    """What one sends; the first one also sends frozen weights, if checkpoints have any."""
+
+
 class Forecast(TypedDict):
     """Sizes in bytes, counts of all epochs unless named otherwise."""
 
@@ -106,6 +118,7 @@ class Forecast(TypedDict):
     run_bytes: int
     free_bytes: int
     guard: GuardFacts
+    mirror: MirrorFacts | None
     publish: Target | None
     warnings: list[str]
 

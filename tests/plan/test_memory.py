@@ -151,7 +151,9 @@ def test_the_table_says_what_fits_and_that_packed_bits_are_not_shared(weightless
     assert tokens == sorted(tokens) and tokens[-1] > tokens[0]
     plan, shape = planned(base=base, adapter=None, train=train | {"strategy": "hsdp"})
     assert not any(row["micro_batch_tokens"] for row in on_devices(plan, shape).values())  # of 8, however many hosts
-    plan, shape = planned(base=base | {"quantization": "nf4"}, adapter={"name": "lora"}, train=train | {"weights": "bf16"})
+    plan, shape = planned(
+        base=base | {"quantization": "nf4"}, adapter={"name": "lora"}, train=train | {"weights": "bf16"}
+    )
     rows = on_devices(plan, shape)
     assert [row["sharded_bytes"] is None for row in rows.values()] == [False, *[True] * 6]
     assert rows[8]["strategy"] == "ddp" and rows[8]["replicated_fits"] and not rows[8]["sharded_fits"]
