@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.model.losses import unwrapped
-from finetune.plan.kinds import BESIDE_TEXT, EMBEDDINGS, HEAD, OfKind
+from finetune.plan.kinds import BESIDE_TEXT, EMBEDDINGS, HEAD, SINKS, OfKind
 
 # The first kind whose pattern is found in a parameter's name; what has none is `other`.
 KINDS = {
+    SINKS: re.compile(r"\.sinks$"),
     "norms": re.compile(r"norm|layernorm|(^|\.)ln_?\w*\."),
     "experts": re.compile(r"(?<!shared_)experts?\."),
     "attention": re.compile(r"attn|attention"),

@@ -24,19 +24,45 @@ def stored_width(plan: Plan) -> int:
     return 2 if plan.recipe.train.weights == "bf16" else FLOAT
 
 
+def kept(plan: Plan, shape: Shape, tokens: int, is_gpu: bool) -> int:
+    """Of a micro-batch, what all decoder layers keep for the backward pass."""
+    settings = plan.recipe.train
+    if settings.activation_checkpointing:
+        return 0 if is_gpu and settings.activation_offload else tokens * shape.layers * _input(plan, shape)
+    layer, wide, _ = running(plan, shape), *_wide(plan, shape, tokens)
+    return shape.layers * (tokens * (layer - wide) + _scores(plan, shape, tokens, plan.counts.longest))
+
+
+def while_running(plan: Plan, shape: Shape, tokens: int) -> int:
+    """Beside that, what exists of a layer while it runs; a checkpointed one runs again before its backward pass."""
+    layer, wide, piece = running(plan, shape), *_wide(plan, shape, tokens)
+    times = 2 if plan.recipe.train.activation_checkpointing else 1
+    scores, passing = _scores(plan, shape, tokens, plan.counts.longest), _score(shape, tokens, plan.counts.longest)
+    return tokens * times * (layer - wide) + 2 * piece + (times - 1) * scores + width(plan) * passing
+
+
 def of_step(plan: Plan, shape: Shape, tokens: int, is_gpu: bool) -> int:
     """Kept by decoder layers for the backward pass of a micro-batch, and by one of them while it runs."""
-    layer, wide, piece = running(plan, shape), *_wide(plan, shape, tokens)
-    if plan.recipe.train.activation_checkpointing:
-        kept = 0 if is_gpu and plan.recipe.train.activation_offload else shape.layers * _input(plan, shape)
-        return tokens * (kept + 2 * (layer - wide)) + 2 * piece
-    return tokens * (shape.layers + 1) * (layer - wide) + 2 * piece
+    return kept(plan, shape, tokens, is_gpu) + while_running(plan, shape, tokens)
 
 
 def of_evaluation(plan: Plan, shape: Shape, tokens: int) -> int:
     """Of one running layer: nothing is kept for a backward pass."""
     wide, piece = _wide(plan, shape, tokens)
-    return tokens * (running(plan, shape) - wide) + piece
+    longest = plan.holdout_counts.longest
+    scores = _scores(plan, shape, tokens, longest) + width(plan) * _score(shape, tokens, longest)
+    return tokens * (running(plan, shape) - wide) + piece + scores
+
+
+def _scores(plan: Plan, shape: Shape, tokens: int, longest: int) -> int:
+    """What a layer keeps of scores that no fused kernel computes: their softmax, and that as the product takes it. Soft-capped ones have
+    it in fp32 as well."""
+    return _score(shape, tokens, longest) * (2 * width(plan) + FLOAT * shape.is_capped)
+
+
+def _score(shape: Shape, tokens: int, longest: int) -> int:
+    """How many scores: of every token and every head, those with all tokens of a row."""
+    return tokens * min(tokens, longest) * shape.scored
 
 
 def of_sums(plan: Plan, shape: Shape) -> int:

@@ -32,6 +32,11 @@ def checkpoint_bytes(plan: Plan) -> int:
     return shared_bytes(plan) + state_bytes(plan)
 
 
+def commit_bytes(plan: Plan, layers: int = LAYERS) -> int:
+    """What each commit adds to the ones before it, as on this disk and in a mirror."""
+    return state_bytes(plan) + _small_bytes(plan, layers)
+
+
 def run_bytes(plan: Plan, layers: int = LAYERS) -> int:
     """Most disk space at once, with one checkpoint being written and one milestone packaged; linked files count once."""
     rule, publish = plan.recipe.checkpoint.keep, plan.recipe.publish

@@ -2,20 +2,30 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, cast
 
 import numpy as np
 
 from finetune.plan import cadence, memory
 from finetune.plan import strategy as strategies
-from finetune.plan.disk import checkpoint_bytes, free_bytes, run_bytes
+from finetune.plan.disk import checkpoint_bytes, commit_bytes, free_bytes, run_bytes
 from finetune.plan.memory import Device, Work
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
-from finetune.plan.shown import BaseFacts, Forecast, MixtureFacts, OfDevices, RateFacts, SourceFacts, Target
+from finetune.plan.shown import (
+    BaseFacts,
+    Forecast,
+    MirrorFacts,
+    MixtureFacts,
+    OfDevices,
+    RateFacts,
+    SourceFacts,
+    Target,
+)
 from finetune.recipe.schema import Publish
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
+HOST_DEVICES = 8  # of a host: they share rows where the strategy is `hsdp`
 CARD_BYTES = 80 * 2**30  # of a GPU, if this machine has none
 
 
@@ -72,6 +82,7 @@ def forecast(plan: Plan, shape: Shape, work: Work, device: Device, run: Path, to
         "run_bytes": run_bytes(plan, shape.layers),
         "free_bytes": free_bytes(run),
         "guard": {"spike": plan.recipe.guard.spike, "not_finite": plan.recipe.guard.not_finite},
+        "mirror": _mirror(plan, shape, run),
         "publish": _target(plan.recipe.publish),
         "warnings": warnings(plan),
     }
@@ -121,22 +132,40 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def on_devices(plan: Plan, shape: Shape, work: Work, device_bytes: int) -> list[OfDevices]:
-    """The memory of each of several GPUs, with the whole model on each and with a shared one; computed without weights."""
+    """The memory of each of several GPUs, with the whole model on each and with a shared one, and what fits: the strategy and the
+    micro-batch that `auto` takes there. Computed without weights."""
     rows: list[OfDevices] = []
+    is_shared = strategies.unshardable_plan(plan) is None
     for world_size in DEVICES:
-        device = Device(device_bytes, is_gpu=True, world_size=world_size)
+        device = Device(device_bytes, is_gpu=True, world_size=world_size, processes=min(world_size, HOST_DEVICES))
         replicated = sum(memory.parts(plan, shape, work, device).values())
-        sharded = strategies.sharded_bytes(plan, shape, work, device)
+        sharded = strategies.sharded_bytes(plan, shape, work, device) if is_shared or world_size == 1 else None
         rows.append(
             {
                 "devices": world_size,
                 "replicated_bytes": replicated,
                 "replicated_fits": memory.fits(replicated, device),
                 "sharded_bytes": sharded,
-                "sharded_fits": memory.fits(sharded, device),
+                "sharded_fits": sharded is not None and memory.fits(sharded, device),
+                **_taken(plan, shape, device),
             }
         )
     return rows
+
+
+class _Taken(TypedDict):
+    """The last keys of `OfDevices`."""
+
+    strategy: str
+    micro_batch_tokens: int | None
+
+
+def _taken(plan: Plan, shape: Shape, device: Device) -> _Taken:
+    """What the recipe's own keys lead to on some devices, with micro-batches as `auto` chooses them."""
+    name, step = strategies.strategy(plan, shape, device), plan.recipe.train.batch_size * plan.counts.longest
+    tokens = strategies.micro_batch_tokens(plan, shape, device)
+    size = sum(strategies.parts(plan, shape, Work(tokens, step), device).values())
+    return {"strategy": name, "micro_batch_tokens": tokens if memory.fits(size, device) else None}
 
 
 def _copies(plan: Plan) -> int:
@@ -144,6 +173,25 @@ def _copies(plan: Plan) -> int:
     is_by_content = plan.split is not None
     rows = sum(pin.rows for pin in plan.train) - plan.counts.bad_rows
     return rows - plan.counts.rows - plan.holdout_counts.rows if is_by_content else 0
+
+
+def _mirror(plan: Plan, shape: Shape, run: Path) -> MirrorFacts | None:
+    """Where the run is copied to, and how much of it."""
+    rules = plan.recipe.mirror
+    if rules is None:
+        return None
+    best, every = rules.keep.best, rules.keep.every
+    kept = [
+        f"the last {rules.keep.last}" if rules.keep.last > 1 else "the last",
+        f"the best {best.count} by {best.metric}" if best else "the best",
+        *([f"every {every}"] if every else []),
+    ]
+    return {
+        "to": rules.place_of(run.absolute().name),
+        "every": f"every {rules.every}, and the last" if rules.every else "every commit",
+        "keep": kept,
+        "commit_bytes": commit_bytes(plan, shape.layers),
+    }
 
 
 def _target(publish: Publish | None) -> Target | None:

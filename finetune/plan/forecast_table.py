@@ -2,7 +2,7 @@
 
 from finetune.errors import counted
 from finetune.plan.disk import readable
-from finetune.plan.shown import Forecast, RateFacts, WithDevices
+from finetune.plan.shown import Forecast, MirrorFacts, OfDevices, RateFacts, WithDevices
 
 COME_TOGETHER = {
     "packed": "packed: several in one sequence, each apart from the others",
@@ -66,6 +66,7 @@ def table(facts: Forecast) -> str:
         *_host_rows(facts),
         ("checkpoint", f"{readable(facts['checkpoint_bytes'])} each, {readable(facts['run_bytes'])} for the run"),
         ("disk", f"{readable(facts['free_bytes'])} free"),
+        *([("mirror", _mirror(facts["mirror"]))] if facts["mirror"] else []),
         ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
         ("plan", facts["plan_id"]),
     ]
@@ -82,6 +83,11 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _mirror(facts: MirrorFacts) -> str:
+    sent = f"{readable(facts['commit_bytes'])} a commit"
+    return f"{facts['to']}: {sent}; copies {facts['every']}; keeps {', '.join(facts['keep'])}"
 
 
 def _strategy(facts: Forecast) -> str:
@@ -131,12 +137,23 @@ def devices_table(facts: WithDevices) -> str:
     """The forecast for GPUs, for a reader."""
     card = readable(facts["device_memory_bytes"])
     lines = [f"devices    memory a device at {facts['micro_batch_tokens']:,} tokens a micro-batch, of {card} each"]
-    lines.append(f"{'':11}{'replicated':>11}{'':8}{'sharded':>11}")
+    lines.append(f"{'':11}{'replicated':>11}{'':8}{'sharded':>11}{'':8}fits")
     for row in facts["devices"]:
         pairs = (
             (row["replicated_bytes"], row["replicated_fits"]),
             (row["sharded_bytes"], row["sharded_fits"]),
         )
-        cells = [f"{readable(size):>11}  {'fits' if fits else '-':6}" for size, fits in pairs]
-        lines.append(f"{row['devices']:>7}    {''.join(cells)}".rstrip())
+        cells = [f"{_size(size):>11}  {'fits' if fits else '-':6}" for size, fits in pairs]
+        lines.append(f"{row['devices']:>7}    {''.join(cells)}{_fitting(row)}")
     return "\n".join(lines)
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else readable(size)
+
+
+def _fitting(row: OfDevices) -> str:
+    """The strategy and the micro-batch that the recipe takes on some devices."""
+    tokens = row["micro_batch_tokens"]
+    alone = "" if row["devices"] == 1 else f"{row['strategy']}, "
+    return "not a row" if tokens is None else f"{alone}{tokens:,} tokens"

@@ -8,7 +8,7 @@ from finetune.plan.memory import QUANTIZED
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
 
-BESIDE_TEXT, EMBEDDINGS, HEAD = "beside text", "embeddings", "head"
+BESIDE_TEXT, EMBEDDINGS, HEAD, SINKS = "beside text", "embeddings", "head", "sinks"
 HEADING = ("kind", "parameters", "trained", "under adapters", "quantized", "bytes")
 
 
@@ -55,7 +55,10 @@ def shaped(shape: Shape, kinds: dict[str, OfKind]) -> Shape:
     """A shape from a config, with what only the modules tell."""
     others = [one for kind, one in kinds.items() if kind not in (BESIDE_TEXT, EMBEDDINGS, HEAD)]
     not_linear = sum(one["parameters"] - one["linear"] for one in others)
-    return shape._replace(not_linear=not_linear, summed=sum(one["summed"] for one in others))
+    sinks = kinds[SINKS]["parameters"] // shape.layers if SINKS in kinds else 0  # one a head
+    return shape._replace(
+        not_linear=not_linear, summed=sum(one["summed"] for one in others), scored=max(shape.scored, sinks)
+    )
 
 
 def _bytes(plan: Plan, kind: str, one: OfKind) -> int:

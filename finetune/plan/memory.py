@@ -19,6 +19,7 @@ PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the da
 # Of the host, for one that trains on a GPU: a guess, with CUDA's libraries and data; never measured.
 HOST_PROCESS_BYTES = 4 * 2**30
 CONTEXT_BYTES = 2**30  # of a GPU's libraries, beside tensors
+EXCHANGE_BYTES = 2**30  # of NCCL's buffers, where GPUs exchange anything: half a GiB to one and a half; never measured
 # Holes that freed tensors leave between live ones, as a share of what a micro-batch needs. With glibc 13 % (bf16) and 22 % (fp32)
 # of a full fine-tune were seen, and 51 % and 63 to 150 % of LoRA, whose sums of products are short-lived tensors among those that stay: the same training
 # of 12 layers took 106 to 150 % in four runs on one machine. Of a model of 42 M parameters with a small vocabulary it was 176 %. Not measured on a GPU.
@@ -80,12 +81,19 @@ def evaluation_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> di
 def _lasting(plan: Plan, shape: Shape, device: Device) -> dict[str, int]:
     """Parts that exist at every moment after the first save."""
     return {
-        "process": CONTEXT_BYTES if device.is_gpu else PROCESS_BYTES,
+        "process": process_bytes(device),
         "weights": trained_bytes(plan) + sum(_frozen(plan, shape).values()),
         "moments": _moments(plan) + (_scratch(plan, shape) if device.is_gpu else 0),
         **({"average": average_bytes(plan)} if plan.recipe.train.ema else {}),
         **({} if device.is_gpu else {"staging": state_bytes(plan)}),
     }
+
+
+def process_bytes(device: Device) -> int:
+    """Of a process, beside the training's own tensors."""
+    if not device.is_gpu:
+        return PROCESS_BYTES
+    return CONTEXT_BYTES + (EXCHANGE_BYTES if device.world_size > 1 else 0)
 
 
 def _slack(plan: Plan, device: Device, passing: int) -> int:
@@ -95,16 +103,9 @@ def _slack(plan: Plan, device: Device, passing: int) -> int:
 
 def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
     """In the forward and backward of a step, while the one before is saved."""
-    share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
-    tokens = _tokens(plan, work)
-    found = _lasting(plan, shape, device) | {
-        "casts": _casts(plan, shape),
-        "sums": activations.of_sums(plan, shape),
-        "activations": activations.of_step(plan, shape, tokens, device.is_gpu),
-        "logits": _logits(plan, shape, round(share * tokens)),
-    }
-    forward = found["casts"] + found["sums"] + found["activations"] + found["logits"]
-    found["slack"] = _slack(plan, device, forward)
+    passing = passing_parts(plan, shape, tokens_of(plan, work), device.is_gpu)
+    forward = sum(passing.values())
+    found = _lasting(plan, shape, device) | passing | {"slack": _slack(plan, device, forward)}
     gradients = trained_bytes(plan)
     is_alone = work.step <= work.micro_batch * device.world_size
     # with one micro-batch, its activations are freed while gradients are made
@@ -118,7 +119,28 @@ def step_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     return found
 
 
-def _tokens(plan: Plan, work: Work) -> int:
+def passing_parts(plan: Plan, shape: Shape, tokens: int, is_gpu: bool, is_spread: bool = False) -> dict[str, int]:
+    """What a micro-batch needs beside the state, at its peak. `is_spread`: weights are whole only while a layer runs."""
+    share = plan.counts.supervised_tokens / max(1, plan.counts.tokens)
+    casts, kept = _casts(plan, shape), activations.kept(plan, shape, tokens, is_gpu)
+    sums, running = activations.of_sums(plan, shape), activations.while_running(plan, shape, tokens)
+    logits, of_head = _logits(plan, shape, round(share * tokens)), _head_gradient(plan, shape)
+    is_checkpointed = plan.recipe.train.activation_checkpointing
+    if (
+        is_checkpointed and is_spread
+    ):  # where layers are whole, autocast keeps their casts until the end of the forward pass
+        casts //= shape.layers
+    whole = {"casts": casts, "sums": sums, "activations": kept + running, "logits": logits}
+    # glibc does not give the memory of the one to the other: on a CPU both count (docs/long-rows.md)
+    if not is_checkpointed or not is_gpu:
+        return whole
+    # the end of the forward pass, or the layer that runs again: what the one needs is gone in the other
+    forward = whole | {"sums": 0, "activations": kept}
+    backward = whole | {"casts": casts if is_spread else casts // shape.layers, "logits": of_head}
+    return max(forward, backward, key=lambda found: sum(found.values()))
+
+
+def tokens_of(plan: Plan, work: Work) -> int:
     """Of the largest micro-batch: a longer row is alone."""
     return min(max(work.micro_batch, plan.counts.longest), work.step)
 
@@ -133,7 +155,7 @@ def host_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str
     """Bytes of the host beside a GPU, by what holds them; page-locked memory of it cannot be swapped. On a CPU `parts` has it all."""
     if not device.is_gpu:
         return {}
-    offloaded = activations.on_host(plan, shape, _tokens(plan, work))
+    offloaded = activations.on_host(plan, shape, tokens_of(plan, work))
     return {
         "process": device.processes * HOST_PROCESS_BYTES,
         "staging": staging_sets(plan, device) * state_bytes(plan),
@@ -206,4 +228,9 @@ def _logits(plan: Plan, shape: Shape, supervised_tokens: int, is_trained: bool =
     chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * copies
     is_stored_so = is_beside(plan) and not shape.is_tied
     cast = head * each if each < stored_width(plan) and not is_stored_so else 0
-    return chunk + cast + (0 if is_beside(plan) or not is_trained else head * FLOAT + cast)
+    return chunk + cast + (0 if is_beside(plan) or not is_trained else _head_gradient(plan, shape) + cast)
+
+
+def _head_gradient(plan: Plan, shape: Shape) -> int:
+    """In fp32: made with the loss, and kept until the backward pass takes it."""
+    return 0 if is_beside(plan) else shape.vocabulary * shape.hidden * FLOAT

@@ -27,6 +27,10 @@ class Shape(NamedTuple):
     """Parameters of the text side that are neither in linear layers nor embeddings, like experts in one tensor."""
     summed: int = 0
     """Parameters to which an adapter's matrices are added before the product, as to those of experts."""
+    scored: int = 0
+    """Heads whose scores no fused kernel computes, so that all those of a row are in memory: soft-capped ones, and those with sinks."""
+    is_capped: bool = False
+    """Whether they are soft-capped."""
 
 
 def shape_of(config: "PretrainedConfig") -> Shape:
@@ -44,6 +48,7 @@ def shape_of(config: "PretrainedConfig") -> Shape:
     experts = size_of("num_experts_per_tok")
     wide = size_of("intermediate_size") or 4 * hidden
     each = size_of("moe_intermediate_size") or wide
+    is_capped = bool(getattr(text, "attn_logit_softcapping", None))
     shared = size_of("shared_expert_intermediate_size") or size_of("n_shared_experts", "num_shared_experts") * each
     return Shape(
         layers=size_of("num_hidden_layers", "num_blocks") or 1,
@@ -55,6 +60,8 @@ def shape_of(config: "PretrainedConfig") -> Shape:
         is_tied=bool(getattr(config, "tie_word_embeddings", False)),
         routed=experts * each,
         experts=experts,
+        scored=heads * is_capped,
+        is_capped=is_capped,
     )
 
 

@@ -57,6 +57,18 @@ class Target(TypedDict):
     private: bool
 
 
+class MirrorFacts(TypedDict):
+    """The copy of the run in a bucket."""
+
+    to: str
+    every: str
+    """Which commits are copied."""
+    keep: list[str]
+    """The commits that stay there."""
+    commit_bytes: int
+    """What one sends; the first one also sends frozen weights, if checkpoints have any."""
+
+
 class Forecast(TypedDict):
     """Sizes in bytes, counts of all epochs unless named otherwise."""
 
@@ -106,18 +118,24 @@ class Forecast(TypedDict):
     run_bytes: int
     free_bytes: int
     guard: GuardFacts
+    mirror: MirrorFacts | None
     publish: Target | None
     warnings: list[str]
 
 
 class OfDevices(TypedDict):
-    """The memory of each of several GPUs, where each holds the whole model, and where they share it."""
+    """The memory of each of several GPUs, where each holds the whole model, and where they share it. Hosts have 8 each."""
 
     devices: int
     replicated_bytes: int
     replicated_fits: bool
-    sharded_bytes: int
+    sharded_bytes: int | None
+    """None where rows cannot be shared."""
     sharded_fits: bool
+    strategy: str
+    """The recipe's, or what `auto` takes there."""
+    micro_batch_tokens: int | None
+    """What `auto` takes with that strategy; None where not even the longest row fits."""
 
 
 class WithDevices(Forecast):

@@ -1,8 +1,7 @@
 """How several devices share the work of a plan, and the memory of one that does: formulas, as in `memory`."""
 
 from finetune.errors import FinetuneError
-from finetune.plan import memory
-from finetune.plan.activations import average_bytes, width
+from finetune.plan import gathered, memory
 from finetune.plan.memory import CPU_TOKENS, SLACK, Device, Work, fits
 from finetune.plan.plan import Plan
 from finetune.plan.shape import Shape
@@ -15,7 +14,7 @@ def strategy(plan: Plan, shape: Shape, device: Device) -> str:
     named = plan.recipe.train.strategy
     if device.world_size == 1:
         return "ddp"
-    is_asked, why = named == "auto" and bool(device.asked), _unshardable(plan)
+    is_asked, why = named == "auto" and bool(device.asked), unshardable_plan(plan)
     if named == "auto" and not is_asked:
         work = Work(max(1, plan.counts.longest), plan.recipe.train.batch_size * plan.counts.longest)
         return "ddp" if why or fits(whole_bytes(plan, shape, work, device), device) else "fsdp"
@@ -30,7 +29,7 @@ def strategy(plan: Plan, shape: Shape, device: Device) -> str:
     return name
 
 
-def _unshardable(plan: Plan) -> str | None:
+def unshardable_plan(plan: Plan) -> str | None:
     """Why the weights of a plan cannot be spread over devices by rows."""
     if why := unshardable(plan.recipe):
         return why
@@ -53,27 +52,34 @@ def parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int
 
 
 def sharded_parts(plan: Plan, shape: Shape, work: Work, device: Device) -> dict[str, int]:
-    """At the peak where `device.world_size` devices share weights, gradients and moments."""
-    found, world_size = memory.step_parts(plan, shape, work, device._replace(world_size=1)), device.world_size
-    if world_size == 1:
-        return found
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)
-    layer = (plan.total_parameters - plan.parameters_beside_text - embeddings) // shape.layers
-    gathered = width(plan) * (2 * layer + embeddings)  # the current layer, the next one, and the parts around them
+    """At the peak where `device.world_size` devices share weights, gradients and moments: in a step, at the end of its backward pass, or
+    in an evaluation."""
+    if device.world_size == 1:
+        return memory.parts(plan, shape, work, device)
+    alone = device._replace(world_size=1)
+    evaluation = memory.evaluation_parts(plan, shape, work, alone)
     shared = {
-        "weights": found["weights"],
-        "moments": found["moments"],
-        "average": average_bytes(plan),
+        "weights": evaluation["weights"],
+        "moments": evaluation["moments"],
+        "average": evaluation.get("average", 0),
         "gradients": memory.trained_bytes(plan),
-        "staging": 0 if device.is_gpu else found["staging"],
+        "staging": evaluation.get("staging", 0),
     }
-    passing = {"gathered": gathered, "activations": found["activations"], "logits": found["logits"]}
-    return {
-        "process": found["process"],
-        **{name: -(-size // world_size) for name, size in shared.items() if size},
-        **passing,
-        "slack": round(SLACK * sum(passing.values())),
-    }
+    lasting = {"process": memory.process_bytes(device)}
+    lasting |= {name: -(-size // device.world_size) for name, size in shared.items() if size}
+    moments = (
+        {
+            "gathered": gathered.in_a_step(plan, shape),
+            **memory.passing_parts(plan, shape, memory.tokens_of(plan, work), device.is_gpu, is_spread=True),
+        },
+        {"gathered": gathered.at_the_end(plan, shape)},
+        {
+            "gathered": gathered.in_a_forward(plan, shape),
+            **{name: evaluation[name] for name in ("activations", "logits")},
+        },
+    )
+    passing = max(moments, key=lambda each: sum(each.values()))
+    return lasting | passing | {"slack": round(SLACK * sum(passing.values()))}
 
 
 def sharded_bytes(plan: Plan, shape: Shape, work: Work, device: Device) -> int:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from finetune.errors import FinetuneError
 from finetune.model import base, losses
 from finetune.plan import activations, forecast, forecast_table, memory, strategy
+from finetune.plan.kinds import OfKind, shaped
 from finetune.plan.memory import Device, Work
 from finetune.plan.shape import Shape, shape_of
 from finetune.recipe.load import load
@@ -99,7 +100,7 @@ def test_a_shape_is_found_in_configs_without_attention_and_in_those_whose_layers
     assert shape_of(AutoConfig.for_model(kind)) == shape
 
 
-@pytest.mark.parametrize(("name", "parameters", "fits_from"), [("8B", 8_030_261_248, 4), ("70B", 70_553_706_496, None)])
+@pytest.mark.parametrize(("name", "parameters", "fits_from"), [("8B", 8_030_261_248, 8), ("70B", 70_553_706_496, None)])
 def test_a_large_model_is_forecast_for_many_devices_without_its_weights(
     weightless, planned, name, parameters, fits_from
 ):
@@ -119,7 +120,7 @@ def test_a_large_model_is_forecast_for_many_devices_without_its_weights(
 
 
 @pytest.mark.slow
-def test_lora_fits_one_card_where_all_weights_need_four(weightless, planned):
+def test_lora_fits_one_card_where_all_weights_need_eight(weightless, planned):
     plan, shape = planned(base=weightless(LARGE["8B"]), adapter={"name": "lora"})
     assert on_devices(plan, shape)[1]["replicated_fits"]
 
@@ -131,9 +132,57 @@ def test_the_table_shows_each_number_of_devices(recipe_file, weightless, finetun
     assert result.returncode == 0, result.stderr  # a disk too small for it here is no reason to refuse
     heading, names, *rows = result.stdout.partition("\n\n")[2].splitlines()
     assert heading == "devices    memory a device at 128 tokens a micro-batch, of 48.0 GiB each"
-    assert names.split() == ["replicated", "sharded"]
+    assert names.split() == ["replicated", "sharded", "fits"]
     assert [line.split()[0] for line in rows] == ["1", "2", "4", "8", "16", "32", "64"]
-    assert rows[0].split()[3::3] == ["-", "-"] and rows[-1].split()[3::3] == ["-", "fits"]
+    assert rows[0].split()[3:7:3] == ["-", "-"] and rows[-1].split()[3:7:3] == ["-", "fits"]
+    assert rows[0].endswith("not a row") and rows[-1].endswith("fsdp, 352 tokens")
+
+
+@pytest.mark.slow
+def test_the_table_says_what_fits_and_that_packed_bits_are_not_shared(weightless, planned):
+    base, train = weightless(LARGE["70B"]), {"steps": 4, "batch_size": 64, "activation_checkpointing": True}
+    plan, shape = planned(base=base, adapter=None, train=train | {"weights": "bf16"})
+    rows = on_devices(plan, shape)
+    assert [(row["strategy"], row["micro_batch_tokens"] is not None) for row in rows.values()] == [
+        *(("ddp", False), ("fsdp", False), ("fsdp", False), ("fsdp", False)),
+        *(("fsdp", True), ("fsdp", True), ("fsdp", True)),
+    ]
+    tokens = [row["micro_batch_tokens"] for row in rows.values() if row["micro_batch_tokens"]]
+    assert tokens == sorted(tokens) and tokens[-1] > tokens[0]
+    plan, shape = planned(base=base, adapter=None, train=train | {"strategy": "hsdp"})
+    assert not any(row["micro_batch_tokens"] for row in on_devices(plan, shape).values())  # of 8, however many hosts
+    plan, shape = planned(
+        base=base | {"quantization": "nf4"}, adapter={"name": "lora"}, train=train | {"weights": "bf16"}
+    )
+    rows = on_devices(plan, shape)
+    assert [row["sharded_bytes"] is None for row in rows.values()] == [False, *[True] * 6]
+    assert rows[8]["strategy"] == "ddp" and rows[8]["replicated_fits"] and not rows[8]["sharded_fits"]
+
+
+def test_scores_that_no_fused_kernel_computes_are_in_memory(planned):
+    """As traced over fake CUDA tensors: of 8 heads with sinks and rows of 4,096 tokens, three copies in a layer that runs."""
+    train = {"steps": 4, "batch_size": 64, "precision": "bf16", "activation_checkpointing": True}
+    (plan, shape), (whole, _) = planned(train=train), planned(train=train | {"activation_checkpointing": False})
+    plan, whole = (
+        each.model_copy(update={"counts": each.counts.model_copy(update={"longest": 4096})}) for each in (plan, whole)
+    )
+
+    def activations(plan, **fields):
+        found = shape._replace(**fields)
+        return memory.step_parts(plan, found, Work(8192, 2**20), CARD)["activations"]
+
+    a_copy = 8 * 8192 * 4096 * 2
+    assert activations(plan, scored=8) - activations(plan) == 3 * a_copy
+    assert activations(plan, scored=8, is_capped=True) - activations(plan) == 5 * a_copy
+    assert activations(whole, scored=8) - activations(whole) == (2 * shape.layers + 1) * a_copy
+
+
+def test_sinks_and_soft_caps_are_found():
+    gemma2 = shape_of(AutoConfig.for_model("gemma2"))
+    assert (gemma2.scored, gemma2.is_capped) == (8, True)
+    assert shape_of(AutoConfig.for_model("gemma3_text")).scored == 0
+    sinks = OfKind(parameters=24 * 64, trained=0, under_adapter=0, summed=0, linear=0)
+    assert shaped(shape_of(AutoConfig.for_model("gpt_oss", num_hidden_layers=24)), {"sinks": sinks}).scored == 64
 
 
 def test_the_parts_add_up_and_say_what_each_setting_costs(planned):

@@ -2,6 +2,7 @@
 
 import json
 
+from finetune.plan.disk import readable, state_bytes
 from finetune.recipe.load import load
 from finetune.training.preview import preview
 from tests.conftest import chat_row
@@ -60,3 +61,23 @@ def test_plan_says_which_rows_choose_and_which_are_for_the_card(recipe_file, tmp
     assert plain.resolved.plan.plan_id == found.resolved.plan.plan_id
     alone = shown(recipe_file(checkpoint={"every": "4 steps"}), tmp_path)
     assert alone.facts["choosing_rows"] == {} and "chosen" not in alone.text
+
+
+def test_plan_says_where_the_mirror_is_and_what_it_sends_and_keeps(recipe_file, tmp_path):
+    def line(mirror):
+        found = shown(recipe_file(mirror=mirror), tmp_path)
+        lines = [line for line in found.text.splitlines() if line.startswith("mirror")]
+        return found, lines
+
+    found, lines = line({"to": "file:///mnt/{run}"})
+    sent = readable(found.facts["mirror"]["commit_bytes"])
+    assert lines == [f"mirror     file:///mnt/run: {sent} a commit; copies every commit; keeps the last 2, the best"]
+    keep = {"last": 1, "best": {"count": 3, "metric": "perplexity"}, "every": "500 steps"}
+    found, lines = line({"to": "file:///mnt/a", "every": "50 steps", "keep": keep})
+    assert lines[0].endswith(
+        "copies every 50 steps, and the last; keeps the last, the best 3 by perplexity, every 500 steps"
+    )
+    # tensors and the small files beside them
+    assert state_bytes(found.resolved.plan) < found.facts["mirror"]["commit_bytes"] < found.facts["run_bytes"]
+    found, lines = line(None)
+    assert lines == [] and found.facts["mirror"] is None

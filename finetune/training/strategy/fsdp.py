@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -38,6 +39,8 @@ def prepare_on(
     """Both, sharded over the last dimension of a mesh."""
     # Autocast decides the precision of products, as without sharding. Only sums over ranks are said here: in fp32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Autocast's cache would keep a bf16 copy of every weight until the end of the forward pass: the whole model on each device.
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     # What is not read yet has no numbers to move. Beyond that it is autocast alone; nothing is wrapped.
     is_unread = any(parameter.is_meta for parameter in objective.parameters())
     objective = accelerator.prepare_model(objective, device_placement=not is_unread, evaluation_mode=True)
