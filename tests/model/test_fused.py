@@ -46,6 +46,16 @@ def test_a_class_whose_modules_differ_is_left_alone():
     assert not found.norms and not found.gated and found.rotary
 
 
+def test_a_module_with_dropout_or_another_input_is_left_alone():
+    model = small("llama")
+    narrow = model.model.layers[0].mlp.down_proj
+    narrow.register_forward_hook(lambda *given: torch.nn.functional.dropout(given[2], 0.1, narrow.training))
+    norm = model.model.norm
+    norm.forward = lambda hidden, gate=None: type(norm).forward(norm, hidden)
+    found = fused.parts_of(model)
+    assert not found.norms and not found.gated and found.rotary
+
+
 def test_weights_and_their_names_stay_and_other_models_of_a_class_keep_their_code():
     model, other = small("llama"), small("llama")
     names, forward = list(model.state_dict()), type(model.model.layers[0].self_attn).forward

@@ -69,7 +69,7 @@ def test_without_the_kernels_a_run_is_evaluated_and_goes_on_and_its_replay_is_re
 
 
 def test_ranks_that_share_the_rows_of_weights_take_the_step_of_one(kernels, recipe_file, train, tmp_path):
-    settings = FUSED | {"steps": 1, "batch_size": 2, "micro_batch_tokens": 32, "precision": "fp32"}
+    settings = FUSED | {"steps": 1, "batch_size": 4, "precision": "fp32"}
     alone = train(recipe_file(train=settings, adapter=None), tmp_path / "alone")
     spread, workers = tmp_path / "spread", Workers(2, tmp_path)
     try:
