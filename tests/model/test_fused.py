@@ -133,3 +133,13 @@ def test_positions_turn_heads_as_the_formula_has_it(kernels, size):
     )
     expected = torch.autograd.grad([formulas.rotated(each, cos, sin) for each in inputs], inputs, seeds)
     assert all(distance(*pair) < 1e-6 for pair in zip(made, expected, strict=True))
+
+
+def test_an_error_of_triton_is_one_that_the_boundary_around_libraries_knows():
+    pytest.importorskip("triton")
+    from triton.runtime.errors import OutOfResources
+
+    with pytest.raises(RuntimeError, match="OutOfResources: out of resource: shared memory"), liger.told_as_usual():
+        raise OutOfResources(2, 1, "shared memory")
+    with pytest.raises(ZeroDivisionError), liger.told_as_usual():
+        1 / 0  # noqa: B018

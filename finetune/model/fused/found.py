@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from itertools import permutations
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from finetune.errors import of_libraries
 from finetune.model.fused import formulas
 from finetune.model.fused.formulas import Activation, Casting, Gated, Norm
 
+FoundT = TypeVar("FoundT")
 OFFSETS, CASTINGS, ACTIVATIONS = (0.0, 1.0), ("gemma", "llama"), ("silu", "gelu_tanh")
 TOLERANCE = 1e-5  # of the norm, in fp32
 
@@ -37,13 +38,15 @@ class Parts(NamedTuple):
 
 def parts_of(model: torch.nn.Module) -> Parts:
     """The parts of a small model, on the CPU in fp32 and eval mode. A class counts if all of its modules are alike."""
-    kinds: tuple[Callable[[torch.nn.Module], object], ...] = (_norm, _gated, _rotary)
-    seen: tuple[dict[str, set[object]], ...] = ({}, {}, {})
-    for module in model.modules():
-        if not _is_bare(module):
-            for find, found in zip(kinds, seen, strict=True):
-                found.setdefault(type(module).__name__, set()).add(find(module))
-    return Parts(*({name: each for name, (each, *others) in found.items() if each and not others} for found in seen))  # type: ignore[misc]
+    modules = [module for module in model.modules() if not _is_bare(module)]
+    return Parts(_alike(modules, _norm), _alike(modules, _gated), _alike(modules, _rotary))
+
+
+def _alike(modules: list[torch.nn.Module], find: Callable[[torch.nn.Module], FoundT | None]) -> dict[str, FoundT]:
+    seen: dict[str, set[FoundT | None]] = {}
+    for module in modules:
+        seen.setdefault(type(module).__name__, set()).add(find(module))
+    return {name: one for name, (one, *others) in seen.items() if one is not None and not others}
 
 
 def _is_bare(module: torch.nn.Module) -> bool:
@@ -84,7 +87,7 @@ def _casting(module: torch.nn.Module, found: Norm, hidden: Tensor) -> Casting:
 def _gated(module: torch.nn.Module) -> Gated | None:
     layers = {name: child for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
     others = [child for name, child in module.named_children() if name not in layers and not _is_bare(child)]
-    if others or len(layers) not in (2, 3) or list(module.parameters(recurse=False)):
+    if others or len(layers) not in (2, 3) or any(True for _ in module.parameters(recurse=False)):
         return None
     hidden = _numbers(8, next(iter(layers.values())).in_features)[None]
     given = _of(module, hidden)
