@@ -78,7 +78,7 @@ def check_kernels(model: PreTrainedModel, is_whole: bool = True) -> None:
         return
     model.eval()
     found = []
-    with explained("fused kernels fail on this base", "train.kernels", FUSED_OFF):
+    with explained("fused kernels fail on this base", "train.kernels", FUSED_OFF), fused.liger.told_as_usual():
         for is_on in (False, True):
             switch.is_on = is_on
             found.append(_answers(model, is_whole))

@@ -4,7 +4,7 @@ The trial runs on the device, on a small model of the base's kind. `fitting` the
 """
 
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -102,13 +102,15 @@ def compared(config: PretrainedConfig, max_length: int, device: torch.device) ->
         parts = fused.parts_of(tiny.model_like(config, max_length))
         if not parts.told:
             return {"parts": None, "reason": "this base has nothing that a kernel knows"}
-        model = tiny.model_like(config, max_length).to(device)
+        model = tiny.model_like(config, max_length)
+        cast(torch.nn.Module, model).to(device)
         switch = fused.apply(model, parts)
-        with explained("fused kernels fail", type(model).__name__):
+        with explained("fused kernels fail", type(model).__name__), liger.told_as_usual():
             reason = _difference(model, switch)
     except BaseError as error:
         return {"parts": None, "reason": error.message}
-    used = Parts(*(each if switch.calls.get(kind) else {} for kind, each in zip(Parts._fields, parts, strict=True)))
+    unused: dict[str, Any] = {kind: {} for kind in Parts._fields if not switch.calls.get(kind)}
+    used = parts._replace(**unused)
     if reason or not used.told:
         return {"parts": None, "reason": reason or "this base has nothing that a kernel knows"}
     return {"parts": used, "reason": None}

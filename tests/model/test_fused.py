@@ -46,6 +46,16 @@ def test_a_class_whose_modules_differ_is_left_alone():
     assert not found.norms and not found.gated and found.rotary
 
 
+def test_a_module_with_dropout_or_another_input_is_left_alone():
+    model = small("llama")
+    narrow = model.model.layers[0].mlp.down_proj
+    narrow.register_forward_hook(lambda *given: torch.nn.functional.dropout(given[2], 0.1, narrow.training))
+    norm = model.model.norm
+    norm.forward = lambda hidden, gate=None: type(norm).forward(norm, hidden)
+    found = fused.parts_of(model)
+    assert not found.norms and not found.gated and found.rotary
+
+
 def test_weights_and_their_names_stay_and_other_models_of_a_class_keep_their_code():
     model, other = small("llama"), small("llama")
     names, forward = list(model.state_dict()), type(model.model.layers[0].self_attn).forward
@@ -123,3 +133,13 @@ def test_positions_turn_heads_as_the_formula_has_it(kernels, size):
     )
     expected = torch.autograd.grad([formulas.rotated(each, cos, sin) for each in inputs], inputs, seeds)
     assert all(distance(*pair) < 1e-6 for pair in zip(made, expected, strict=True))
+
+
+def test_an_error_of_triton_is_one_that_the_boundary_around_libraries_knows():
+    pytest.importorskip("triton")
+    from triton.runtime.errors import OutOfResources
+
+    with pytest.raises(RuntimeError, match="OutOfResources: out of resource: shared memory"), liger.told_as_usual():
+        raise OutOfResources(2, 1, "shared memory")
+    with pytest.raises(ZeroDivisionError), liger.told_as_usual():
+        1 / 0  # noqa: B018

@@ -1,7 +1,11 @@
 """A run trained with fused kernels, and what its user does with it afterwards on a machine without them."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -16,9 +20,17 @@ from finetune.training.strategy.start import start_accelerator
 from tests import interpreted
 from tests.conftest import copied
 from tests.stories.same_run import assert_same_run
-from tests.stories.workers import Workers
 
 FUSED = {"steps": 2, "batch_size": 1, "precision": "bf16", "micro_batch_tokens": 64, "kernels": "fused"}
+RANK = """
+import sys
+from pathlib import Path
+from tests import interpreted
+interpreted.prepare()
+from finetune.recipe.load import load
+from finetune.training.run import train
+train(load(Path(sys.argv[1])), Path(sys.argv[2]), is_quiet=True)
+"""
 OFTEN = {"every": "1 steps", "keep": {"last": 9}}
 
 pytestmark = pytest.mark.slow
@@ -69,13 +81,18 @@ def test_without_the_kernels_a_run_is_evaluated_and_goes_on_and_its_replay_is_re
 
 
 def test_ranks_that_share_the_rows_of_weights_take_the_step_of_one(kernels, recipe_file, train, tmp_path):
-    settings = FUSED | {"steps": 1, "batch_size": 2, "micro_batch_tokens": 32, "precision": "fp32"}
+    settings = FUSED | {"steps": 1, "batch_size": 4, "precision": "fp32"}
     alone = train(recipe_file(train=settings, adapter=None), tmp_path / "alone")
-    spread, workers = tmp_path / "spread", Workers(2, tmp_path)
-    try:
-        workers.train(recipe_file(train={**settings, "strategy": "fsdp"}, adapter=None), spread)
-    finally:
-        workers.close()
-    one, two = ([record for record in journal.read(run) if "loss" in record][0] for run in (alone, spread))
+    spread = tmp_path / "spread"
+    recipe, place = recipe_file(train={**settings, "strategy": "fsdp"}, adapter=None), {"WORLD_SIZE": "2"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "LOCAL_WORLD_SIZE": "2"}
+    # Forks of our server would have an interpreter without what `prepare` adds.
+    command = [sys.executable, "-c", RANK, str(recipe), str(spread)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    one, two = (journal.steps(journal.read(run))[1] for run in (alone, spread))
     assert (two["loss"], two["grad_norm"]) == pytest.approx((one["loss"], one["grad_norm"]), rel=1e-5)
     assert json.loads((spread / "plan.json").read_text())["facts"]["kernels"] == liger.versions()

@@ -3,10 +3,11 @@
 Nothing here knows a family, and no name of a layer: what computes the same is the same.
 """
 
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from itertools import permutations
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from finetune.errors import of_libraries
 from finetune.model.fused import formulas
 from finetune.model.fused.formulas import Activation, Casting, Gated, Norm
 
+FoundT = TypeVar("FoundT")
 OFFSETS, CASTINGS, ACTIVATIONS = (0.0, 1.0), ("gemma", "llama"), ("silu", "gelu_tanh")
 TOLERANCE = 1e-5  # of the norm, in fp32
 
@@ -36,17 +38,15 @@ class Parts(NamedTuple):
 
 def parts_of(model: torch.nn.Module) -> Parts:
     """The parts of a small model, on the CPU in fp32 and eval mode. A class counts if all of its modules are alike."""
-    parts = Parts({}, {}, {})
-    differing = set[str]()
-    for module in model.modules():
-        name = type(module).__name__
-        for kind, found in (("norms", _norm(module)), ("gated", _gated(module)), ("rotary", _rotary(module))):
-            before = getattr(parts, kind)
-            if name not in before and found is not None:
-                before[name] = found
-            elif name in before and found != before[name] and not _is_bare(module):
-                differing.add(name)
-    return Parts(*({name: one for name, one in kind.items() if name not in differing} for kind in parts))  # type: ignore[arg-type]
+    modules = [module for module in model.modules() if not _is_bare(module)]
+    return Parts(_alike(modules, _norm), _alike(modules, _gated), _alike(modules, _rotary))
+
+
+def _alike(modules: list[torch.nn.Module], find: Callable[[torch.nn.Module], FoundT | None]) -> dict[str, FoundT]:
+    seen: dict[str, set[FoundT | None]] = {}
+    for module in modules:
+        seen.setdefault(type(module).__name__, set()).add(find(module))
+    return {name: one for name, (one, *others) in seen.items() if one is not None and not others}
 
 
 def _is_bare(module: torch.nn.Module) -> bool:
@@ -86,8 +86,8 @@ def _casting(module: torch.nn.Module, found: Norm, hidden: Tensor) -> Casting:
 
 def _gated(module: torch.nn.Module) -> Gated | None:
     layers = {name: child for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
-    others = [child for name, child in module.named_children() if name not in layers and [*child.parameters()]]
-    if others or len(layers) not in (2, 3) or [*module.parameters(recurse=False)]:
+    others = [child for name, child in module.named_children() if name not in layers and not _is_bare(child)]
+    if others or len(layers) not in (2, 3) or any(True for _ in module.parameters(recurse=False)):
         return None
     hidden = _numbers(8, next(iter(layers.values())).in_features)[None]
     given = _of(module, hidden)
@@ -152,12 +152,17 @@ def _turned(function: Callable[..., object], size: int) -> bool | None:
 
 
 def _of(module: torch.nn.Module, hidden: Tensor) -> Tensor | None:
+    """What it makes of hidden states; None where it takes something else too, or makes something else in training, as dropout does."""
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None
     try:
         with torch.no_grad():
-            given = module(hidden)
+            given, trained = module(hidden), module.train()(hidden)
     except of_libraries():  # it wants something else
         return None
-    return given if isinstance(given, Tensor) else None
+    finally:
+        module.eval()
+    return given if isinstance(given, Tensor) and torch.equal(given, trained) else None
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -5,7 +5,9 @@ function of shapes and device.
 """
 
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
@@ -33,6 +35,21 @@ def _version(names: tuple[str, ...]) -> str | None:
 def is_interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on any device: thousands of times slower, to look into them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def told_as_usual() -> Iterator[None]:
+    """What Triton raises for a kernel that it cannot compile or start, as the RuntimeError that torch would raise."""
+    try:
+        yield
+    except _errors_of_triton() as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _errors_of_triton() -> tuple[type[Exception], ...]:
+    """None if it is not loaded: then it raised nothing."""
+    loaded = sys.modules.get("triton.errors")
+    return (loaded.TritonError,) if loaded else ()
 
 
 def norm(hidden: Tensor, weight: Tensor, found: Norm, eps: float) -> Tensor:

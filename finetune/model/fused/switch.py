@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finetune.model.fused import liger
 from finetune.model.fused.formulas import Gated, Norm
 from finetune.model.fused.found import Parts, halves
 from finetune.model.losses import unwrapped
@@ -50,8 +51,6 @@ def apply(model: PreTrainedModel, parts: Parts) -> Switch:
 
 
 def _norm(module: torch.nn.Module, found: Norm, switch: Switch) -> Callable[[Tensor], Tensor]:
-    from finetune.model.fused import liger  # the package may be absent
-
     plain = module.forward
 
     def forward(hidden: Tensor) -> Tensor:
@@ -67,8 +66,6 @@ def _norm(module: torch.nn.Module, found: Norm, switch: Switch) -> Callable[[Ten
 
 
 def _gated(module: torch.nn.Module, found: Gated, switch: Switch) -> Callable[[Tensor], Tensor]:
-    from finetune.model.fused import liger
-
     plain = module.forward
 
     def forward(hidden: Tensor) -> Tensor:
@@ -85,8 +82,6 @@ def _gated(module: torch.nn.Module, found: Gated, switch: Switch) -> Callable[[T
 
 def _rotary(module: torch.nn.Module, name: str, switch: Switch) -> Callable[..., Any]:
     """The module's own forward, in whose code that name means the kernel: other models of its class keep theirs."""
-    from finetune.model.fused import liger
-
     own = cast(types.FunctionType, type(module).forward)
     plain = own.__globals__[name]
 
