@@ -1,6 +1,6 @@
 """What `train.reproducibility: elastic` costs beside `exact`: tokens a second, memory and bytes between ranks, on two CPUs.
 
-`python scripts/bench/elastic.py` trains a random Llama of 21 M parameters on two gloo ranks, in turns: with LoRA, and all of its weights.
+`python scripts/bench/elastic.py` trains a random Llama of 26 M parameters on two gloo ranks, in turns: with LoRA, and all of its weights.
 Each step has four micro-batches a rank. Bytes are what the loopback of a network namespace carries, so nothing else counts. Ratios are
 those of `elastic` to `exact`, of the medians.
 """

@@ -12,28 +12,10 @@ from finetune.store.checkpoints.store import Store
 from finetune.store.checkpoints.tensor_files import INDEX, kind_of
 from finetune.store.checkpoints.verify import verify
 from finetune.store.run import journal
-from tests.stories.workers import two_ranks
 
 pytestmark = pytest.mark.slow
 
 SIZE = 20_000
-FROZEN = {"name": "frozen", "freeze": ["model.layers.0.*"]}
-
-
-@pytest.fixture
-def write_recipe(recipe_file, tiny_base):
-    def write(rate: float = 0.01, steps: int = 4, adapter: object = None, **train: object) -> Path:
-        return recipe_file(
-            name="divided",
-            base={"checkpoint": str(tiny_base)},
-            adapter=adapter,
-            optimizer={"learning_rate": rate},
-            task={"name": "chat", "max_length": 64},
-            train={"batch_size": 8, "precision": "fp32", "strategy": "fsdp", "steps": steps, **train},
-            checkpoint={"every": "2 steps", "keep": {"last": 9}},
-        )
-
-    return write
 
 
 def files(run: Path, step: int) -> dict[str, bytes]:
@@ -55,7 +37,7 @@ def losses(run: Path) -> list[float]:
 
 def test_any_number_of_ranks_divides_a_checkpoint_alike_and_transformers_loads_it(write_recipe, workers, tmp_path):
     """A learning rate of almost nothing: every update is far below a weight's last bit."""
-    recipe = write_recipe(1e-30, adapter=FROZEN, ema=0.9)
+    recipe = write_recipe("fsdp", "frozen", rate=1e-30, ema=0.9)
     for ranks in (1, 2, 3):
         workers(ranks).train(recipe, tmp_path / str(ranks), file_bytes=SIZE)
     found = {ranks: files(tmp_path / str(ranks), 4) for ranks in (1, 2, 3)}
@@ -85,7 +67,7 @@ def tensors(directory: Path, kind: str = "") -> dict[str, torch.Tensor]:
 
 
 def test_what_is_made_of_divided_files_is_what_is_made_of_whole_ones(write_recipe, workers, finetune, tmp_path):
-    recipe, made = write_recipe(adapter=FROZEN, ema=0.9), {}
+    recipe, made = write_recipe("fsdp", "frozen", ema=0.9), {}
     for name, size in (("whole", None), ("divided", SIZE)):
         run = tmp_path / name
         workers(1).train(recipe, run, file_bytes=size)
@@ -104,7 +86,7 @@ def test_what_is_made_of_divided_files_is_what_is_made_of_whole_ones(write_recip
 
 def test_a_divided_checkpoint_is_branched_demoted_and_restored(write_recipe, workers, finetune, tmp_path):
     run = tmp_path / "run"
-    workers(1).train(write_recipe(adapter=FROZEN), run, file_bytes=SIZE)
+    workers(1).train(write_recipe("fsdp", "frozen"), run, file_bytes=SIZE)
     told = finetune("branch", f"{run}@2", "--run", tmp_path / "branch", "--set", "optimizer.learning_rate=0.01")
     assert told.returncode == 0, told.stderr
     assert losses(tmp_path / "branch")[-2:] == losses(run)[-2:]
@@ -117,30 +99,21 @@ def test_a_divided_checkpoint_is_branched_demoted_and_restored(write_recipe, wor
     data = bytearray(frozen.read_bytes())
     data[-1] ^= 1
     frozen.write_bytes(data)
-    told = finetune("train", write_recipe(steps=6, adapter=FROZEN), "--run", run)
+    told = finetune("train", write_recipe("fsdp", "frozen", steps=6), "--run", run)
     assert told.returncode == 0, told.stderr
     assert f"restored checkpoints/step-00000004/{frozen.name} from the base" in told.stderr
     assert "resumed from step 4" in told.stderr
 
 
 def test_a_run_goes_on_from_files_that_are_divided_in_another_way_to_the_bit(write_recipe, workers, tmp_path):
-    recipe, whole, run = write_recipe(steps=8, ema=0.9), tmp_path / "whole", tmp_path / "run"
+    recipe, whole, run = write_recipe("fsdp", steps=8, ema=0.9), tmp_path / "whole", tmp_path / "run"
     workers(2).train(recipe, whole)
     for size, until in ((SIZE, 2), (None, 4), (2 * SIZE, 8)):
         workers(2).train(recipe, run, file_bytes=size, until=until)
     assert losses(run) == losses(whole)
-    workers(2).train(write_recipe(steps=10, ema=0.9), run)
-    workers(2).train(write_recipe(steps=10, ema=0.9), whole)
+    workers(2).train(write_recipe("fsdp", steps=10, ema=0.9), run)
+    workers(2).train(write_recipe("fsdp", steps=10, ema=0.9), whole)
     assert files(run, 10) == files(whole, 10)
-
-
-def test_a_rank_that_cannot_read_back_costs_a_save_with_its_message(write_recipe, workers, tmp_path):
-    run = tmp_path / "run"
-    assert workers(2).train(write_recipe(), run, unreadable=(2, 1)) == "finished"
-    skipped = [record for record in journal.read(run) if record.get("event") == "skipped_save"]
-    assert [(each["step"], each["message"]) for each in skipped] == [(2, "rank 1: cannot read: input/output error")]
-    assert [each.step for each in Store(run).checkpoints()] == [4]
-    assert not list((run / "attempts").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
@@ -148,7 +121,7 @@ def test_a_bit_that_turned_in_one_file_of_many_costs_the_steps_since_the_checkpo
     kind, write_recipe, workers, tmp_path
 ):
     """The ranks verify a checkpoint together: each of these files is another rank's to read."""
-    recipe, run = write_recipe(steps=4), tmp_path / "run"
+    recipe, run = write_recipe("fsdp"), tmp_path / "run"
     workers(2).train(recipe, run, file_bytes=SIZE)
     before = losses(run), files(run, 4)
     damaged = sorted(path for path in Store(run).find(4).path.glob(f"{kind}-*.safetensors"))[-1]
@@ -161,106 +134,3 @@ def test_a_bit_that_turned_in_one_file_of_many_costs_the_steps_since_the_checkpo
     assert [each["file"] for each in told] == [f"step-00000004/{damaged.name}"]
     assert re.fullmatch("tensor .* has other bytes than were committed", told[0]["message"])
     assert (losses(run), files(run, 4)) == before
-
-
-TURNED = """
-import os
-from finetune.store.checkpoints import assembled
-write_rows = assembled.write_rows
-
-def turned(path, made):
-    parts = write_rows(path, made)
-    if os.environ["RANK"] == "RANK":
-        with open(path, "r+b") as file:
-            file.seek(parts[-1].end - 1)
-            last = file.read(1)[0]
-            file.seek(parts[-1].end - 1)
-            file.write(bytes([last ^ 1]))
-            os.fsync(file.fileno())
-    return parts
-
-assembled.write_rows = turned
-from finetune.cli import main
-from tests import forks
-main()
-"""
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_bit_that_the_disk_turned_in_rows_of_a_rank_is_found_and_its_rank_named(rank, write_recipe, tmp_path):
-    code = TURNED.replace('== "RANK"', f'== "{rank}"')
-    both = two_ranks("-c", code, "train", write_recipe(), "--run", tmp_path / "run")
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [1, 1], said
-    assert f"does not read back as rank {rank} wrote it" in said[0]
-    assert "hint: this disk cannot be trusted: use another one" in said[0]
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-KILLED = """
-import os
-from finetune.store.checkpoints import assembled
-read_back = assembled.read_back
-
-def die(*arguments):
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    return read_back(*arguments)
-
-assembled.read_back = die
-from finetune.cli import main
-from tests import forks
-main()
-"""
-
-
-def test_a_rank_that_is_killed_while_it_reads_back_ends_the_others_and_commits_nothing(write_recipe, tmp_path):
-    both = two_ranks("-c", KILLED, "train", write_recipe(), "--run", tmp_path / "run")
-    said = [process.communicate(timeout=60)[1] for process in both]
-    assert [process.returncode for process in both] == [1, -9], said
-    assert "rank 1 is gone" in said[0] or "lost another rank" in said[0]
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-HELD = """
-import sys
-import numpy as np
-from finetune.training.saving import reading, snapshot as snapshots
-files_of, of_file = snapshots.files_of, reading._of_file
-
-def tell(what, own, whole):
-    print(what, f"{own / whole:.2f}", file=sys.stderr, flush=True)
-
-def saved(snapshot, *arguments, **settings):
-    files = files_of(snapshot, *arguments, **settings)
-    tensors = [tensor for each in files.values() for tensor in each]
-    parts = [np.frombuffer(tensor.data, np.uint8) for tensor in tensors if len(tensor.data)]
-    tell("saves", sum(part.nbytes for part in parts), sum(tensor.bytes for tensor in tensors))
-    copies = {tensor.data_ptr() for tensor in snapshot.copy.tensors.values()}
-    assert {part.ctypes.data for part in parts} <= copies  # it is no further copy
-    return files
-
-def read(path, rows):
-    found = of_file(path, rows)
-    tell("reads", sum(tensor.nbytes for tensor in found.values()), path.stat().st_size)
-    return found
-
-snapshots.files_of, reading._of_file = saved, read
-from finetune.cli import main
-from tests import forks
-main()
-"""
-
-
-def test_no_rank_holds_more_than_its_rows_while_it_saves_or_resumes(write_recipe, tmp_path):
-    told = []
-    for until in (2, 4):
-        command = ("train", write_recipe(), "--run", tmp_path / "run", "--until", until)
-        both = two_ranks("-c", HELD, *command)
-        said = [process.communicate(timeout=120)[1] for process in both]
-        assert [process.returncode for process in both] == [0, 0], said
-        told.append([re.findall(r"^(saves|reads) (\S+)$", each, re.MULTILINE) for each in said])
-    for rank in range(2):
-        assert [what for what, _ in told[0][rank]] == ["saves"]
-        assert [what for what, _ in told[1][rank]] == ["reads", "reads", "saves"]
-        assert all(float(share) <= 0.52 for _, share in told[0][rank] + told[1][rank])

@@ -1,6 +1,6 @@
-"""Weights, gradients and moments spread over ranks: the steps of one process, and checkpoints that know no number of ranks.
+"""Weights, gradients and moments spread over ranks: each reads its rows of the base and writes its rows of a checkpoint.
 
-Long because all of it shares workers and bases, which take longer to start and to make than to use.
+`test_rank_matrix` compares their steps with those of one process.
 """
 
 import json

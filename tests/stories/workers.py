@@ -1,7 +1,8 @@
 """Processes that have the libraries imported and train what they are told: only a death costs a start-up.
 
 `Workers` starts one a rank, with the environment that torchrun would give it, and is what tests use. Run as a module,
-this file is one of them: it reads a command a line, and answers each with a line that says how its training ended.
+this file is one of them: it reads a command a line, and answers each with a line that says how its training ended. Long because every
+fault that a test does to a rank is here: ranks are told of it by their command.
 """
 
 import errno
