@@ -24,14 +24,7 @@ ON_SEVERAL = {
 
 def table(facts: Forecast) -> str:
     """The forecast for a reader."""
-    base = facts["base"]
-    pin = base["revision"] or f"{(base['digest'] or '')[:19]}…"
-    rows = [("base", f"{base['checkpoint']}  {pin}")]
-    for part, sources in (("train", facts["train"]), ("holdout", facts["holdout"])):
-        for one in sources:
-            content = one["revision"] or f"{one['fingerprint'][:19]}…"
-            rows.append((part, f"{one['name']}  {counted(one['rows'], 'row')}  {content}"))
-            rows += [("", one["read"])] if one["read"] else []
+    rows = _origins(facts)
     share = facts["supervised_tokens_per_epoch"] / facts["tokens_per_epoch"]
     rows += [
         (
@@ -83,6 +76,19 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _origins(facts: Forecast) -> list[tuple[str, str]]:
+    """The base and the sources."""
+    base = facts["base"]
+    pin = base["revision"] or f"{(base['digest'] or '')[:19]}…"
+    rows = [("base", f"{base['checkpoint']}  {pin}")]
+    for part, sources in (("train", facts["train"]), ("holdout", facts["holdout"])):
+        for one in sources:
+            content = one["revision"] or f"{one['fingerprint'][:19]}…"
+            rows.append((part, f"{one['name']}  {counted(one['rows'], 'row')}  {content}"))
+            rows += [("", one["read"])] if one["read"] else []
+    return rows
 
 
 def _mirror(facts: MirrorFacts) -> str:

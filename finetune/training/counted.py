@@ -1,10 +1,12 @@
 """The parameters of a base, with the adapter of a recipe on it, from its config alone: how many, which are trained, which never are."""
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TypedDict
 
+import torch
 from transformers import PreTrainedModel
 
 from finetune import version
@@ -109,6 +111,11 @@ def count_parameters(
     ]
     found = cache.found("counted", facts, count)
     return Counted(**{**found, "notes": tuple(found["notes"])})  # type: ignore[arg-type] # the fields are those of `_Counted`
+
+
+def device_name(device: torch.device) -> str:
+    """As runs record it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def text_of_code(*modules: ModuleType) -> list[str]:

@@ -13,7 +13,7 @@ import finetune
 from finetune import version
 from finetune.plan import memory
 from finetune.plan.facts import Machine, World
-from finetune.training.fitting import device_name
+from finetune.training.counted import device_name
 
 PACKAGES = ("finetune", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 

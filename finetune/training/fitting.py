@@ -1,6 +1,5 @@
 """A loaded model, tried before it is trained: whether packed rows stay apart, and which form of the loss fits it."""
 
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -18,7 +17,7 @@ from finetune.plan.plan import Plan
 from finetune.recipe.schema import Train
 from finetune.store import cache
 from finetune.training import collectives
-from finetune.training.counted import text_of_code
+from finetune.training.counted import device_name, text_of_code
 from finetune.training.state import Objective
 from finetune.training.trial import packing_of
 
@@ -123,10 +122,6 @@ def _is_rounded(model: PreTrainedModel, device: torch.device) -> bool:
 def as_trained(settings: Train, device: torch.device) -> torch.autocast:
     """The products of training, for what is tried out on a GPU: its kernels, and weights of two types. On a CPU fp32 tells more, and is kept."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and settings.precision == "bf16")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def check_packing(model: PreTrainedModel, max_length: int, packing: Packing = OURS) -> None:

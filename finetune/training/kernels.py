@@ -18,8 +18,7 @@ from finetune.recipe.resume_rules import PLAIN
 from finetune.recipe.schema import Recipe
 from finetune.store import cache
 from finetune.training.arrangements import rows_for
-from finetune.training.counted import text_of_code
-from finetune.training.fitting import device_name
+from finetune.training.counted import device_name, text_of_code
 
 INSTALL = "pip install 'finetune[kernels]'"
 TOLERANCE = 1e-3  # of the norm of each gradient, in fp32

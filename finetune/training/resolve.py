@@ -19,6 +19,7 @@ from finetune.data.heldout import draw
 from finetune.data.heldout.draw import HeldOut
 from finetune.data.row_set import RowSet
 from finetune.errors import DataError, RecipeError, RunError
+from finetune.hosts.asked import ASKED
 from finetune.model import base
 from finetune.plan import memory
 from finetune.plan import strategy as strategies
@@ -37,7 +38,6 @@ from finetune.training import base_fit
 from finetune.training.counted import counted as count
 from finetune.training.encoding import Encoding, encoding_of, read
 from finetune.training.kernels import Kernels
-from finetune.training.strategy.asked import ASKED
 from finetune.training.trial import arranged_like
 
 # what a resume keeps of a plan, and a new plan does not have

@@ -50,11 +50,13 @@ def test_help_and_a_recipe_error_import_nothing_heavy(tmp_path: Path) -> None:
 
 
 def imported_by(module: str) -> set[str]:
-    """All that is imported with a module of ours, here and in other packages."""
+    """All that is imported with a module of ours, here and in other packages; the packages that a module lies in come before it."""
     found, left = set(), {module}
     while left:
         found |= left
-        left = {each for one in left & MODULES.keys() for each in imports(MODULES[one], only_at_start=True)} - found
+        named = {each for one in left & MODULES.keys() for each in imports(MODULES[one], only_at_start=True)}
+        around = {one.rpartition(".")[0] for one in left} - {""}
+        left = (named | around) - found
     return found
 
 

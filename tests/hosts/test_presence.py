@@ -93,12 +93,13 @@ def test_ranks_that_live_and_leave_are_not_lost(begin) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_killed_or_hangs_is_named_to_all_others(how, begin, process) -> None:
-    (first, found), (_, found_of_2) = begin(0), begin(2)
+    # On a busy machine a living rank may be late by more than half a second.
+    (first, found), (_, found_of_2) = begin(0, 3), begin(2, 3)
     one = process(1, first.port)
     assert introduced(first, 1)
     one.send_signal(how)
     assert found.is_there.wait(20) and found_of_2.is_there.wait(20)
-    why = "has ended" if how == signal.SIGKILL else "gave no sign of life for 0.5 seconds"
+    why = "has ended" if how == signal.SIGKILL else "gave no sign of life for 3 seconds"
     expected = Loss(1, socket.gethostname(), why, is_silent=how == signal.SIGSTOP)
     assert found.losses == found_of_2.losses == [expected]
 

@@ -9,10 +9,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.errors import FinetuneError
+from finetune.hosts import asked
 from finetune.hosts.world import cores, refuse_half
 from finetune.recipe.schema import Train
 from finetune.training import collectives
-from finetune.training.strategy import asked
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 

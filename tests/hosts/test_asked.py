@@ -3,8 +3,8 @@
 import pytest
 
 from finetune.errors import FinetuneError
+from finetune.hosts import asked
 from finetune.recipe.schema import Train
-from finetune.training.strategy import asked
 
 SETTINGS = {"steps": 1}
 # what `accelerate launch --use_fsdp --fsdp_version 2` sets
