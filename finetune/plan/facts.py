@@ -21,7 +21,7 @@ class World(TypedDict, total=False):
     micro_batch_tokens: int
     update_slice: int
     kernels: str
-    """`plain`, or the packages of fused kernels with their versions."""
+    """`plain`, `compiled`, or the packages of fused kernels with their versions."""
 
 
 class Machine(World):

@@ -87,8 +87,8 @@ FACTS = (
     Rule(("kernels",), "said", "fused kernels round otherwise than plain ones, and versions may differ"),
 )
 FACT_NAMES = tuple(name for rule in FACTS for name in rule.keys)
-PLAIN = "plain"
-"""The fact `kernels` of a run without fused ones."""
+PLAIN, COMPILED = "plain", "compiled"
+"""The fact `kernels` of a run without fused ones; the second of one with `train.compile` that promises equal bits."""
 # What held where a run was recorded by code that did not write the fact down.
 UNRECORDED = {"update_slice": 2**20, "strategy": "ddp", "kernels": PLAIN}
 

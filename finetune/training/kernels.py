@@ -14,7 +14,7 @@ from finetune import version
 from finetune.errors import BaseError, FinetuneError, explained
 from finetune.model import base, fused, tiny
 from finetune.model.fused import Parts, formulas, liger
-from finetune.recipe.resume_rules import PLAIN
+from finetune.recipe.resume_rules import COMPILED, PLAIN
 from finetune.recipe.schema import Recipe
 from finetune.store import cache
 from finetune.training.arrangements import rows_for
@@ -26,14 +26,14 @@ TOLERANCE = 1e-3  # of the norm of each gradient, in fp32
 
 class Kernels(NamedTuple):
     name: str = PLAIN
-    """As runs record it: `plain`, or packages with their versions."""
+    """As runs record it: `plain`, `compiled`, or packages with their versions."""
     why: str = "the recipe says so"
     """Of plain ones; else what is fused."""
     parts: Parts | None = None
 
     @property
     def told(self) -> str:
-        return f"{'fused' if self.parts else 'plain'}: {self.why}"
+        return f"{'fused' if self.parts else self.name}: {self.why}"
 
 
 class Compared(TypedDict):
@@ -48,6 +48,8 @@ def chosen(recipe: Recipe, directory: Path, recorded: str | None = None, is_refu
     """The kernels of a training here, of a run with these recorded ones, or of a new one. FinetuneError where the recipe says `fused`, and
     they cannot run, if that `is_refused`."""
     named = recipe.train.kernels
+    if recipe.train.has_fixed_lengths:
+        return Kernels(COMPILED, "norms, feed-forward")
     if named == "plain":
         return Kernels()
     if named == "auto" and recorded == PLAIN:

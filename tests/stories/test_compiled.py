@@ -1,5 +1,6 @@
 """Compiled layers under `exact`: a run that stops and goes on in a process that compiles again ends with the same bits."""
 
+import json
 import shutil
 
 import pytest
@@ -31,6 +32,7 @@ def test_a_compiled_run_resumes_and_replays_to_the_bit(recipe_file, train, tmp_p
     train(recipe, again)
     assert_same_run(again, whole)
     assert replay(whole, 3, 3)["identical"]
+    assert json.loads((whole / "plan.json").read_text())["facts"]["kernels"] == "compiled"
     plain = train(recipe, tmp_path / "plain", "train.compile=false")
     losses = [[record["loss"] for record in journal.read(run) if "loss" in record] for run in (whole, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # other dropout: a filled-up sequence draws other masks

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from finetune.debug import as_trained
 from finetune.errors import FinetuneError, RunError
 from finetune.model import base, fused
 from finetune.model.fused import formulas, liger
@@ -91,6 +92,7 @@ def test_auto_takes_them_where_they_run_and_keeps_those_of_a_run(recipe_file, ti
     assert choice(recipe_file, tiny_base, recorded="plain").told == "plain: the run began so"
     assert choice(recipe_file, tiny_base, recorded="liger-kernel 0, triton 1") == found
     assert choice(recipe_file, tiny_base, "train.kernels=fused", recorded="plain") == found
+    assert choice(recipe_file, tiny_base, "train.compile=true").told == "compiled: norms, feed-forward"
     compiling = ("train.compile=true", "train.reproducibility=fast")
     assert choice(recipe_file, tiny_base, *compiling).told == "plain: train.compile fuses the same parts"
 
@@ -121,6 +123,18 @@ def test_a_run_records_its_kernels_and_says_where_they_change(recipe_file, tmp_p
     train_run(load(recipe, ["train.steps=3"]), run)
     told = "kernels changed: liger-kernel 1, triton 2 -> liger-kernel 3, triton 4; bit equality may be lost"
     assert told in capfd.readouterr().err
+
+
+def test_a_step_runs_again_with_kernels_of_its_kind_or_not_at_all(recipe_file, tiny_base):
+    compiled = load(recipe_file(), ["train.compile=true"]).recipe
+    here = as_trained.kernels(SimpleNamespace(recipe=compiled), tiny_base, [{"kernels": "plain"}])
+    assert here.name == as_trained.name_here({"kernels": "plain"}, here) == "compiled"
+    message = "step 3: was trained with plain kernels, and the run has compiled ones since, which round otherwise"
+    with pytest.raises(RunError, match=message):
+        as_trained.switch(None, 3, {}, here)
+    plain = as_trained.kernels(SimpleNamespace(recipe=load(recipe_file()).recipe), tiny_base, [{}])
+    with pytest.raises(RunError, match="step 4: was trained with compiled kernels, and the run has plain ones since"):
+        as_trained.switch(None, 4, {"kernels": "compiled"}, plain)
 
 
 def test_ranks_with_other_kernels_are_refused(recipe_file):
