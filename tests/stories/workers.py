@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -155,17 +155,25 @@ def killed(after: int) -> Iterator[None]:
 @contextmanager
 def signalled(step: int, process_id: int) -> Iterator[None]:
     """Within, SIGTERM goes to the process when the first tensors of the step's checkpoint are written, and the rest is not."""
+    from finetune.store.checkpoints import assembled
     from finetune.store.checkpoints.store import Attempt
 
-    write, is_sent = Attempt.write_tensors, threading.Event()
+    is_sent = threading.Event()
 
-    def send(self: Attempt, *arguments: object) -> None:
-        write(self, *arguments)
-        if self.step == step and not is_sent.is_set():
-            is_sent.set()
-            os.kill(process_id, signal.SIGTERM)
+    def sending(write: Callable[..., object], is_it: Callable[..., bool]) -> Callable[..., object]:
+        def send(*arguments: object) -> object:
+            written = write(*arguments)
+            if is_it(arguments[0]) and not is_sent.is_set():
+                is_sent.set()
+                os.kill(process_id, signal.SIGTERM)
+            return written
 
-    with patch.object(Attempt, "write_tensors", send):
+        return send
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    alone = sending(Attempt.write_tensors, lambda attempt: attempt.step == step)
+    rows = sending(assembled.write_rows, lambda path: is_first and f"step-{step:08d}" in str(path))
+    with patch.object(Attempt, "write_tensors", alone), patch.object(assembled, "write_rows", rows):
         yield
 
 
