@@ -100,10 +100,7 @@ def resolve(
     like = earlier or like
     loaded = replace(loaded, recipe=on_device.with_weights(loaded.recipe, like, device().is_gpu))
     recipe = loaded.recipe
-    # The rows of a run are pinned: its files are compared with these pins later, not looked at as new ones.
-    is_same = like is not None and like.recipe.data == recipe.data
-    if not is_same:
-        preflight.check(loaded)
+    is_same = _has_rows_of(like, loaded)
     opened = open_base(loaded, like, stand_in, is_to_load)
     encoding = encoding_of(recipe, opened.directory, opened.tokenizer, earlier, like, today)
     rows = _read_rows(recipe, encoding, like if is_same else None, like)
@@ -139,11 +136,18 @@ def resolve(
     if earlier is not None:
         _refuse_change(earlier, plan)
     plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
-    shape = shaped(shape_of(opened.config), counted.kinds)
-    strategy, tokens = strategies.strategy(plan, shape, device()), _micro_batch_tokens(plan, shape)
+    strategy, tokens = _shared(plan, shaped(shape_of(opened.config), counted.kinds))
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
     return Resolved(plan, *base_of, train, holdout, strategy, tokens, held_out, encoding, found, counted.kinds)
+
+
+def _has_rows_of(like: Plan | None, loaded: LoadedRecipe) -> bool:
+    """Whether a recipe has the rows of a plan. They are pinned: their files are compared with the pins later. New ones are looked at now."""
+    is_same = like is not None and like.recipe.data == loaded.recipe.data
+    if not is_same:
+        preflight.check(loaded)
+    return is_same
 
 
 @dataclass(frozen=True)
@@ -207,9 +211,10 @@ def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dic
     return {"steps": steps, "warmup_steps": warmup_of(recipe, steps, start, orders), **kept}
 
 
-def _micro_batch_tokens(plan: Plan, shape: Shape) -> int:
-    named = plan.recipe.train.micro_batch_tokens
-    return strategies.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
+def _shared(plan: Plan, shape: Shape) -> tuple[str, int]:
+    """How devices share the work, and the tokens of a micro-batch."""
+    strategy, named = strategies.strategy(plan, shape, device()), plan.recipe.train.micro_batch_tokens
+    return strategy, strategies.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
 
 
 def device() -> memory.Device:
