@@ -65,8 +65,16 @@ def running(plan: Plan, shape: Shape) -> int:
     # attention's inputs and outputs, and the gated layer's
     products = 2 * shape.queries + 2 * shape.keys + 4 * (shape.intermediate - shape.routed)
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
-    hidden = (2 if is_beside(plan) else 4) * stored + (6 if width(plan) == 2 else 3) * width(plan)
+    hidden = (2 if is_beside(plan) else 4) * stored + _uses(plan) * width(plan)
     return hidden * shape.hidden + products * width(plan) + stored * _of_experts(plan, shape) + _wider(plan, shape)
+
+
+def _uses(plan: Plan) -> int:
+    """How often products keep what a norm made. Those of one input share it where nothing casts it on the way."""
+    if width(plan) == FLOAT:
+        return 3
+    is_shared = plan.gpu_sums and is_beside(plan) and stored_width(plan) == width(plan) and not plan.quantization
+    return 3 if is_shared else 6
 
 
 def _of_experts(plan: Plan, shape: Shape) -> int:

@@ -29,7 +29,7 @@ ROW_RULES = 2
 OPTIONAL = (
     *("schedule_start", "segments", "parent", "earlier_orders", "skipped_rows", "skipped_examples", "date"),
     *("split", "held_out", "seen", "arranged", "pads_least", "reaches_all", "text_of", "parameters_beside_text"),
-    *("sets", "active_parameters"),
+    *("sets", "active_parameters", "gpu_sums"),
 )
 
 
@@ -91,6 +91,9 @@ class Plan(Pin):
     """The parameters of that class that are not of its text side: they stay as in the base, to the byte."""
     active_parameters: int = 0
     """Parameters that a token uses, with the adapter's; 0 where it uses all, and in plans of older code. It decides nothing."""
+    gpu_sums: bool = False
+    """Whether sums are taken as a GPU takes them fastest, which rounds otherwise: of a plan made on a GPU. Runs of older code took them as
+    on a CPU."""
 
     @property
     def plan_id(self) -> str:

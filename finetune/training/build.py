@@ -155,6 +155,8 @@ def _complete(
 ) -> str | None:
     """Does to an objective what needs its weights, which may be spread over ranks; returns the reason of `losses.fitting`."""
     model, settings = objective.model, plan.recipe.train
+    if plan.gpu_sums and adapters.is_adapter(model):
+        adapters.sum_as_a_gpu(model)
 
     def is_mixed() -> bool:
         kind, device = base.class_named(plan.text_of), next(model.parameters()).device

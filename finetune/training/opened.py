@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.model import base
+from finetune.model import adapters, base
 from finetune.model.base import templates
 from finetune.plan.plan import Plan
 from finetune.recipe.schema import Base
@@ -130,6 +130,8 @@ def _open_adapter(path: Path, asked: _Settings, plan: Plan | None) -> Opened:
     model = _loaded(base_directory, plan, {**asked, "kind": kind})
     # Not merged: merging rounds, so the figures would not be those of training.
     model = base.attach(model, path, str(path))
+    if plan and plan.gpu_sums:
+        adapters.sum_as_a_gpu(model)
     return Opened(model, base.tokenizer_directory(path, base_directory), base_directory, None, None)
 
 

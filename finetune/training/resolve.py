@@ -4,7 +4,7 @@ On resume the pins of the run's own plan are used again, and the plan that comes
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from finetune.data.heldout.draw import HeldOut
 from finetune.data.row_set import RowSet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.model import base
-from finetune.plan import memory
+from finetune.plan import memory, on_device
 from finetune.plan import strategy as strategies
 from finetune.plan.curve import warmup_of
 from finetune.plan.kinds import OfKind, shaped
@@ -97,7 +97,9 @@ def resolve(
     off: its pins hold for what the recipe has not changed, and `stages` are the runs that trained what the branch begins with. `today` is
     the day of a new plan, where it is not the clock's. `stand_in` has config and tokenizer of the base, which then is not needed.
     """
-    recipe, like = loaded.recipe, earlier or like
+    like = earlier or like
+    loaded = replace(loaded, recipe=on_device.with_weights(loaded.recipe, like, device().is_gpu))
+    recipe = loaded.recipe
     # The rows of a run are pinned: its files are compared with these pins later, not looked at as new ones.
     is_same = like is not None and like.recipe.data == recipe.data
     if not is_same:
@@ -132,6 +134,7 @@ def resolve(
         pads_least=like is None or like.pads_least,
         date=encoding.day,
         keeps_fp32=keeps_fp32(recipe, like),
+        gpu_sums=on_device.has_gpu_sums(like, device().is_gpu),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)

@@ -16,6 +16,7 @@ from finetune.data.sources.open import fingerprint
 from finetune.errors import BaseError, CheckpointError, RunError, counted
 from finetune.model import base
 from finetune.plan.facts import Facts, Machine, World
+from finetune.plan.on_device import with_weights
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
 from finetune.recipe.resume_rules import differences, outcome, recorded, rule_of, that_may_cost_bits
@@ -161,8 +162,8 @@ def _differences_told(facts: Machine, now: Machine, reproducibility: str) -> lis
 
 
 def _as_recorded(earlier: Plan, recipe: Recipe) -> Recipe:
-    """The recipe with the run's own names for base and data where its names lead to the same content."""
-    old = earlier.recipe
+    """The recipe with the run's own names for base and data where its names lead to the same content, and the types that it chose."""
+    old, recipe = earlier.recipe, with_weights(recipe, earlier, is_gpu=False)
     names = {name: getattr(old.base, name) for name in ("checkpoint", "revision")}
     is_renamed = recipe.base.model_copy(update=names) != recipe.base
     if is_renamed and _is_same_base(recipe.base, earlier.base):

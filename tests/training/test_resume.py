@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from finetune.errors import DataError, RunError
+from finetune.plan.memory import Device
 from finetune.recipe.load import load
 from finetune.recipe.resume_rules import FACT_NAMES
 from finetune.store.run.journal import Journal
+from finetune.training import resolve as resolving
 from finetune.training.resume import open_plan
 
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
@@ -210,3 +212,37 @@ def test_a_run_of_older_row_rules_goes_on_and_says_what_they_lose(opened, tmp_pa
         "rows are read by the rules that the run began with; today's rules differ for 2 of the first 3: "
         f"{file}:1: the rendered text lacks `messages[1].thinking`"
     )
+
+
+def test_a_run_planned_on_a_gpu_keeps_a_base_in_bf16_wherever_it_goes_on(opened, monkeypatch):
+    def plan_on(is_gpu, **train):
+        monkeypatch.setattr(resolving, "device", lambda: Device(80 * 2**30, is_gpu=is_gpu))
+        sections = {"train": {"steps": 10, "batch_size": 6, "micro_batch_tokens": 128, "precision": "bf16"} | train}
+        return opened(sections=sections)
+
+    plan, _, _ = plan_on(True)
+    assert plan.recipe.train.weights == "bf16"
+    again, _, changes = plan_on(False)
+    assert (again.plan_id, changes) == (plan.plan_id, [])
+    longer, _, [change] = plan_on(False, steps=12)
+    assert longer.recipe.train.weights == "bf16" and change.startswith("extended after step 0")
+    with pytest.raises(RunError, match="train.weights: bf16 -> fp32"):
+        plan_on(True, weights="fp32")
+
+
+def test_a_run_planned_on_a_cpu_or_by_older_code_keeps_its_base_in_fp32_on_a_gpu(opened, monkeypatch):
+    sections = {"train": {"steps": 10, "batch_size": 6, "micro_batch_tokens": 128, "precision": "bf16"}}
+    plan, _, _ = opened(sections=sections)
+    assert plan.recipe.train.weights == "fp32"
+    monkeypatch.setattr(resolving, "device", lambda: Device(80 * 2**30, is_gpu=True))
+    again, _, changes = opened(sections=sections)
+    assert (again.plan_id, changes) == (plan.plan_id, [])
+
+
+@pytest.mark.parametrize(
+    "sections", [{"adapter": None}, {"train": {"steps": 10, "batch_size": 6, "precision": "fp32"}}]
+)
+def test_weights_are_in_bf16_by_default_only_under_an_adapter_and_with_bf16_products(opened, monkeypatch, sections):
+    monkeypatch.setattr(resolving, "device", lambda: Device(80 * 2**30, is_gpu=True))
+    plan, _, _ = opened(sections=sections)
+    assert plan.recipe.train.weights == "fp32"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
 from finetune.model import shards
+from finetune.model.adapters.in_product import sum_as_a_gpu as sum_as_a_gpu
 from finetune.model.adapters.member import Member, quoted
 from finetune.plan.plan import Plan
 from finetune.recipe.schema.adapters import SECTIONS, Adapter

@@ -68,7 +68,7 @@ class Train(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: matrix products in bfloat16; `fp32`: all in single precision."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """`fp32`: master weights; `bf16`: weights and gradients in half the memory, moments in fp32, and stochastic rounding of every update, so that small ones add up: noisier than `fp32`. Matrices of an adapter stay in fp32."""
+    """`fp32`: master weights; `bf16`: weights and gradients in half the memory, moments in fp32, and stochastic rounding of every update, so that small ones add up: noisier than `fp32`. Matrices of an adapter stay in fp32. Default: `fp32`; under an adapter `bf16`, if you plan on a GPU and `precision` is `bf16`. A run keeps what it began with."""
     router_loss: RouterLoss = "off"
     """The weight of the loss that balances experts, as the base's family defines it: a number, `base` for the `router_aux_loss_coef` of its config, or `off`. It is the mean over the tokens of a step of what their micro-batch gives; the loss in the journal and the held-out loss are without it."""
     micro_batch_tokens: AutoOrCount = "auto"

@@ -133,7 +133,7 @@ def _size(tensor: torch.Tensor) -> int:
 def _arithmetic(name: str, args: tuple[Any, ...], given: Sequence[torch.Tensor]) -> tuple[int, str, float]:
     """Operations, the kind, and how many a second."""
     if name.rstrip("_") in MATRIX_PRODUCTS:
-        left, right = [tensor for tensor in given if tensor.ndim >= 2][-2:]
+        left, right = [tensor for tensor in fake_step.tensors_of(args) if tensor.ndim >= 2][-2:]
         return 2 * left.numel() * right.shape[-1], "GEMM", PRODUCTS * FLOPS[left.dtype]
     if "attn" in name or "attention" in name:
         # (tokens, heads, size), and the length of the longest row: all are taken to be as long; half of the scores are masked
