@@ -31,7 +31,7 @@ def switch(state: TrainState, step: int, world: World, found: Kernels) -> None:
     if name != found.name and COMPILED in (name, found.name):
         message = f"was trained with {name} kernels, and the run has {found.name} ones since, which round otherwise"
         raise RunError(message, where=where, hint=f"name steps that were trained with {found.name} ones")
-    if name != PLAIN and found.parts is None:
+    if name not in (PLAIN, COMPILED) and found.parts is None:
         message = f"was trained with {name}, and plain kernels round otherwise; fused ones cannot run here: {found.why}"
         raise RunError(message, where=where, hint=f"run it again on a CUDA device, after {INSTALL}")
     if here := fused.switch_of(state.model):

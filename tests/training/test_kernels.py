@@ -132,6 +132,7 @@ def test_a_step_runs_again_with_kernels_of_its_kind_or_not_at_all(recipe_file, t
     message = "step 3: was trained with plain kernels, and the run has compiled ones since, which round otherwise"
     with pytest.raises(RunError, match=message):
         as_trained.switch(None, 3, {}, here)
+    as_trained.switch(SimpleNamespace(model=base.load_model(tiny_base)), 3, {"kernels": "compiled"}, here)
     plain = as_trained.kernels(SimpleNamespace(recipe=load(recipe_file()).recipe), tiny_base, [{}])
     with pytest.raises(RunError, match="step 4: was trained with compiled kernels, and the run has plain ones since"):
         as_trained.switch(None, 4, {"kernels": "compiled"}, plain)
