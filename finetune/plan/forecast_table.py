@@ -69,11 +69,8 @@ def table(facts: Forecast) -> str:
         *([("mirror", _mirror(facts["mirror"]))] if facts["mirror"] else []),
         ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
         ("plan", facts["plan_id"]),
+        *_publish_rows(facts),
     ]
-    if facts["publish"]:
-        rows.append(
-            ("publish", f"{facts['publish']['repo']}, {'private' if facts['publish']['private'] else 'public'}")
-        )
     lines = [f"{name:11}{text}" for name, text in rows]
     lines += [f"warning: {warning}" for warning in facts["warnings"]]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
@@ -83,6 +80,11 @@ def table(facts: Forecast) -> str:
     if facts["host_memory_bytes"] > facts["host_bytes"]:
         lines.append("warning: the host has less memory than saves need; use adapter: {name: lora}, or weights: bf16")
     return "\n".join(lines)
+
+
+def _publish_rows(facts: Forecast) -> list[tuple[str, str]]:
+    target = facts["publish"]
+    return [("publish", f"{target['repo']}, {'private' if target['private'] else 'public'}")] if target else []
 
 
 def _mirror(facts: MirrorFacts) -> str:

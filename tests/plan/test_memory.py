@@ -401,6 +401,35 @@ def test_what_cannot_be_sharded_is_refused_where_the_launcher_asks_for_it(sectio
     assert strategy.strategy(plan, shape, device._replace(asked="")) == "ddp"
 
 
+def test_offloaded_inputs_of_layers_are_on_the_host_of_a_gpu_and_nowhere_else_on_a_cpu(weightless, planned):
+    base, work = weightless(LARGE["8B"]), Work(8192, 16384)
+    device = CARD._replace(host_bytes=2**40)
+    train = {"steps": 4, "activation_checkpointing": True}
+    plan, shape = planned(base=base, adapter=None, train=train)
+    moved, _ = planned(base=base, adapter=None, train=train | {"activation_offload": True})
+    inputs = 8192 * 32 * 4096 * 4
+    kept, left = (memory.step_parts(each, shape, work, device)["activations"] for each in (plan, moved))
+    assert kept - left == inputs == memory.host_parts(moved, shape, work, device)["activations"]
+    assert "activations" not in memory.host_parts(plan, shape, work, device)
+    here = Device(2**40)
+    assert memory.step_parts(moved, shape, work, here) == memory.step_parts(plan, shape, work, here)
+
+
+def test_a_feed_forward_in_pieces_takes_its_wide_part_once_a_piece(planned):
+    long, here = Work(131_072, 131_072), Device(2**40)
+    one_b = Shape(16, 2048, 8192, 128_256, 2048, 512, True)
+    train = {"steps": 4, "precision": "bf16", "activation_checkpointing": True}
+    (whole, _), (pieces, _) = planned(train=train), planned(train=train | {"mlp_chunk_tokens": 4096})
+    wide = 4 * 8192 * 2
+    before, after = (memory.step_parts(plan, one_b, long, here)["activations"] for plan in (whole, pieces))
+    assert before - after == 2 * (131_072 - 4096) * wide
+    assert after < 0.7 * before
+    with_experts = one_b._replace(experts=2)
+    assert memory.step_parts(pieces, with_experts, long, here)["activations"] == before
+    short = Work(4096, 4096)
+    assert memory.step_parts(pieces, one_b, short, here) == memory.step_parts(whole, one_b, short, here)
+
+
 NEEDS_BF16 = pytest.mark.skipif(slow_numbers("bf16") is not None, reason="this CPU has no instructions for bf16")
 
 
@@ -446,32 +475,3 @@ def test_the_forecast_is_within_15_percent_of_a_real_trainings_peak(
     forecast = preview(load(recipe), tmp_path / "run", lambda resolved: None).facts["memory_bytes"]
     peak = peak_of("train", recipe, "--run", tmp_path / "run", "--quiet")
     assert forecast == pytest.approx(peak, rel=0.15)
-
-
-def test_offloaded_inputs_of_layers_are_on_the_host_of_a_gpu_and_nowhere_else_on_a_cpu(weightless, planned):
-    base, work = weightless(LARGE["8B"]), Work(8192, 16384)
-    device = CARD._replace(host_bytes=2**40)
-    train = {"steps": 4, "activation_checkpointing": True}
-    plan, shape = planned(base=base, adapter=None, train=train)
-    moved, _ = planned(base=base, adapter=None, train=train | {"activation_offload": True})
-    inputs = 8192 * 32 * 4096 * 4
-    kept, left = (memory.step_parts(each, shape, work, device)["activations"] for each in (plan, moved))
-    assert kept - left == inputs == memory.host_parts(moved, shape, work, device)["activations"]
-    assert "activations" not in memory.host_parts(plan, shape, work, device)
-    here = Device(2**40)
-    assert memory.step_parts(moved, shape, work, here) == memory.step_parts(plan, shape, work, here)
-
-
-def test_a_feed_forward_in_pieces_takes_its_wide_part_once_a_piece(planned):
-    long, here = Work(131_072, 131_072), Device(2**40)
-    one_b = Shape(16, 2048, 8192, 128_256, 2048, 512, True)
-    train = {"steps": 4, "precision": "bf16", "activation_checkpointing": True}
-    (whole, _), (pieces, _) = planned(train=train), planned(train=train | {"mlp_chunk_tokens": 4096})
-    wide = 4 * 8192 * 2
-    before, after = (memory.step_parts(plan, one_b, long, here)["activations"] for plan in (whole, pieces))
-    assert before - after == 2 * (131_072 - 4096) * wide
-    assert after < 0.7 * before
-    with_experts = one_b._replace(experts=2)
-    assert memory.step_parts(pieces, with_experts, long, here)["activations"] == before
-    short = Work(4096, 4096)
-    assert memory.step_parts(pieces, one_b, short, here) == memory.step_parts(whole, one_b, short, here)
