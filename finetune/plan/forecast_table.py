@@ -62,11 +62,8 @@ def table(facts: Forecast) -> str:
         *([("mirror", _mirror(facts["mirror"]))] if facts["mirror"] else []),
         ("guard", f"spike: {facts['guard']['spike']}, not finite: {facts['guard']['not_finite']}"),
         ("plan", facts["plan_id"]),
+        *_publish_rows(facts),
     ]
-    if facts["publish"]:
-        rows.append(
-            ("publish", f"{facts['publish']['repo']}, {'private' if facts['publish']['private'] else 'public'}")
-        )
     lines = [f"{name:11}{text}" for name, text in rows]
     lines += [f"warning: {warning}" for warning in facts["warnings"]]
     if facts["memory_bytes"] > facts["machine_memory_bytes"]:
@@ -89,6 +86,11 @@ def _origins(facts: Forecast) -> list[tuple[str, str]]:
             rows.append((part, f"{one['name']}  {counted(one['rows'], 'row')}  {content}"))
             rows += [("", one["read"])] if one["read"] else []
     return rows
+
+
+def _publish_rows(facts: Forecast) -> list[tuple[str, str]]:
+    target = facts["publish"]
+    return [("publish", f"{target['repo']}, {'private' if target['private'] else 'public'}")] if target else []
 
 
 def _mirror(facts: MirrorFacts) -> str:
