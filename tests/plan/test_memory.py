@@ -82,6 +82,7 @@ def on_devices(plan, shape):
 
 def test_chunks_of_logits_are_as_long_as_those_of_the_loss():
     assert memory.CHUNK_TOKENS == losses.CHUNK_TOKENS
+    assert memory.LARGE_CHUNK_TOKENS == losses.LARGE_CHUNK_TOKENS
 
 
 @pytest.mark.parametrize(
