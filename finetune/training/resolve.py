@@ -95,8 +95,8 @@ def resolve(
     the day of a new plan, where it is not the clock's. `stand_in` has config and tokenizer of the base, which then is not needed.
     """
     like = earlier or like
-    loaded = replace(loaded, recipe=on_device.with_weights(loaded.recipe, like, device().is_gpu))
-    recipe = loaded.recipe
+    recipe = on_device.with_weights(loaded.recipe, like, device().is_gpu)
+    loaded = replace(loaded, recipe=recipe)
     # The rows of a run are pinned: its files are compared with these pins later, not looked at as new ones.
     is_same = like is not None and like.recipe.data == recipe.data
     if not is_same:
@@ -128,10 +128,8 @@ def resolve(
         held_out=held_out.digest if earlier is None or earlier.held_out else "",
         stages=stages,
         arranged=arranged,
-        pads_least=like is None or like.pads_least,
         date=encoding.day,
-        keeps_fp32=keeps_fp32(recipe, like),
-        gpu_sums=on_device.has_gpu_sums(like, device().is_gpu),
+        **_ways(recipe, like),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -202,6 +200,15 @@ def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dic
     steps = steps_of(recipe.train, order_of(recipe, sizes, orders))
     kept = {name: getattr(earlier, name) for name in KEPT} if earlier else {}
     return {"steps": steps, "warmup_steps": warmup_of(recipe, steps, start, orders), **kept}
+
+
+def _ways(recipe: Recipe, like: Plan | None) -> dict[str, bool]:
+    """What newer code, or a GPU, does in another way: a run that exists keeps its own."""
+    return {
+        "pads_least": like is None or like.pads_least,
+        "keeps_fp32": keeps_fp32(recipe, like),
+        "gpu_sums": on_device.has_gpu_sums(like, device().is_gpu),
+    }
 
 
 def _micro_batch_tokens(plan: Plan, shape: Shape) -> int:
