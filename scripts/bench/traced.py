@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from finetune.training.resolve import Resolved
 
 MARKETED_FLOPS = 989e12
-CARD_BYTES, HOST_BYTES = 80 * 2**30, 512 * 2**30
 STEPS, MICRO_BATCHES = 2, 2
 LORA = {"name": "lora", "rank": shapes.RANK, "alpha": 2 * shapes.RANK}
 
@@ -109,9 +108,9 @@ def trace(cell: Cell, work: Path, settings: Sequence[str], is_tiny: bool) -> Tra
 
 def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) -> "Resolved":
     """The plan of the cell's recipe for a GPU, without any weights."""
-    from finetune.plan.memory import Device
+    from tracing import fake_step
+
     from finetune.recipe.load import load
-    from finetune.training import resolve
 
     directory = workshop.base(cell.shape)
     workshop.config(cell.shape).save_pretrained(directory)
@@ -121,19 +120,20 @@ def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) ->
     train = {"steps": STEPS, "batch_size": rows, "micro_batch_tokens": tokens}
     sections = {"train": train} | ({"adapter": LORA} if cell.is_lora else {})
     recipe = workshop.recipe(workshop.directory / "traced.yaml", cell.shape, rows=rows * STEPS, **sections)
-    resolve.device = lambda: Device(CARD_BYTES, is_gpu=True, host_bytes=HOST_BYTES)
-    return resolve.resolve(load(recipe, settings))
+    return fake_step.resolve(load(recipe, settings))
 
 
 def _told(cell: Cell, workshop: shapes.Workshop, resolved: "Resolved", meter: object) -> Trace:
+    from tracing import fake_step
+
     from finetune.plan.kinds import shaped
-    from finetune.plan.memory import Device, Work, parts
+    from finetune.plan.memory import Work, parts
     from finetune.plan.shape import shape_of
 
     ms = [1000 * meter.seconds("micro-batch", kind) / MICRO_BATCHES for kind in ("GEMM", "attention", "elementwise")]
     tokens = resolved.micro_batch_tokens
     shape = shaped(shape_of(workshop.config(cell.shape)), resolved.kinds)
-    forecast = parts(resolved.plan, shape, Work(tokens, MICRO_BATCHES * tokens), Device(CARD_BYTES, is_gpu=True))
+    forecast = parts(resolved.plan, shape, Work(tokens, MICRO_BATCHES * tokens), fake_step.CARD)
     largest = meter.largest("micro-batch")
     rate = tokens / sum(ms) * 1000
     return Trace(
