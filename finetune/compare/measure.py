@@ -227,7 +227,9 @@ def _evaluations(text: str, resolved: Resolved, sets: Sequence[RowSet]) -> list[
 
 
 def _objective(model: PreTrainedModel, resolved: Resolved, accelerator: Accelerator) -> Objective:
-    token_losses, _ = losses.fitting(model)
+    token_losses, reason = losses.fitting(model)
+    if resolved.plan.gpu_sums and not reason:
+        token_losses = losses.in_large_chunks
     objective = Objective(model, TASKS[resolved.plan.recipe.task.name].loss, token_losses)
     return cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
 

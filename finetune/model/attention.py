@@ -88,7 +88,8 @@ def _capability(tensor: Tensor) -> tuple[int, int]:
 
 def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """(1, heads, T, size) as the (T, heads, size) of the kernel."""
-    return tensor[0].transpose(0, 1).to(dtype)
+    # not `tensor[0]`, whose gradient is a copy of the whole tensor
+    return tensor.squeeze(0).transpose(0, 1).to(dtype)
 
 
 def _in_one_call(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, longest: int, shape: Shape) -> Tensor:

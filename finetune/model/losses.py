@@ -22,6 +22,7 @@ Inputs = dict[str, Any]
 # (model, its inputs, places of supervised tokens among B * T, labels) -> summed nats (fp32 scalar), nats of each token (fp32, (N,))
 TokenLosses = Callable[[PreTrainedModel, Inputs, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK_TOKENS = 512  # on two CPU cores 128 is 40 % slower: every chunk is one more pass over the gradient of the head
+LARGE_CHUNK_TOKENS = 4096  # of a trained head on a GPU, where that pass takes as long as the chunk's own product
 
 
 def full(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,9 @@ def full(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: 
     return losses_N.sum(), losses_N
 
 
-def chunked(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def chunked(
+    model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor, is_large: bool = False
+) -> tuple[Tensor, Tensor]:
     """The same from the decoder's output and the head's weight: never more than `CHUNK_TOKENS` rows of logits at once."""
     hidden_ND = decoder_of(model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     # Where every token is supervised, the selection would only copy all hidden states.
@@ -47,7 +50,14 @@ def chunked(model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_
     head = head_of(model)
     if head is None:
         raise ValueError("the head of this model is not one linear layer")
-    return LinearCrossEntropy.apply(hidden_ND, head.weight, head.bias, labels_N, head.scale, head.cap)
+    return LinearCrossEntropy.apply(hidden_ND, head.weight, head.bias, labels_N, head.scale, head.cap, is_large)
+
+
+def in_large_chunks(
+    model: PreTrainedModel, inputs: Inputs, positions_N: Tensor, labels_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `chunked`, in fewer passes over memory (`Plan.gpu_sums`): `LARGE_CHUNK_TOKENS` rows of logits at once, if the head is trained."""
+    return chunked(model, inputs, positions_N, labels_N, is_large=True)
 
 
 def fitting(model: PreTrainedModel) -> tuple[TokenLosses, str | None]:
@@ -142,6 +152,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         scale: float,
         cap: float | None,
+        is_large: bool = False,
     ) -> tuple[Tensor, Tensor]:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -153,19 +164,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             # In fp32, because a sum over many chunks would lose digits in bf16.
             weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
             bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-            losses = []
-            for start in range(0, len(labels_N), CHUNK_TOKENS):
-                chunk = slice(start, start + CHUNK_TOKENS)
+            losses, tokens = [], LARGE_CHUNK_TOKENS if is_large and wants_weight else CHUNK_TOKENS
+            for start in range(0, len(labels_N), tokens):
+                chunk = slice(start, start + tokens)
                 hidden_CD = hidden_ND[chunk].to(dtype)
                 # An evaluation wants no gradients, which are two of the three products.
-                losses_C, logits_grad_CV = _chunk(hidden_CD, head, labels_N[chunk], any(ctx.needs_input_grad))
+                wants_grad = any(ctx.needs_input_grad)
+                losses_C, logits_grad_CV = _chunk(hidden_CD, head, labels_N[chunk], wants_grad, is_large)
                 losses.append(losses_C)
                 if logits_grad_CV is None:
                     continue
                 if hidden_grad_ND is not None:
                     hidden_grad_ND[chunk] = logits_grad_CV @ head.weight
                 if weight_grad_VD is not None:
-                    _add_product(weight_grad_VD, logits_grad_CV.T, hidden_CD)
+                    _add_product(weight_grad_VD, logits_grad_CV.T, hidden_CD, is_large)
                 if bias_grad_V is not None:
                     bias_grad_V += logits_grad_CV.sum(0, dtype=torch.float32)
                 del logits_grad_CV  # else it lives while the next chunk's is made
@@ -178,19 +190,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, sum_grad: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
         # in place: the gradient of a head may be the largest tensor of all, and nothing else reads it
         grads = [None if grad is None else grad.mul_(sum_grad).to(dtype) for grad, dtype in pairs]
-        return grads[0], grads[1], grads[2], None, None, None
+        return grads[0], grads[1], grads[2], None, None, None, None
 
 
-def _chunk(hidden_CD: Tensor, head: Head, labels_C: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _chunk(
+    hidden_CD: Tensor, head: Head, labels_C: Tensor, wants_grad: bool, is_large: bool
+) -> tuple[Tensor, Tensor | None]:
     """Nats of each token, and the gradient of their sum with respect to the bare product, in its own type."""
     product_CV = F.linear(hidden_CD, head.weight, head.bias)
-    # In fp32, as in transformers' own loss.
-    logits_CV = _shaped(product_CV.float(), head.scale, head.cap)
-    log_probabilities_CV = F.log_softmax(logits_CV, dim=-1)
+    is_bare = is_large and head.scale == 1.0 and head.cap is None
+    # In fp32, as in transformers' own loss; a bare product is cast within the softmax.
+    logits_CV = product_CV if is_bare else _shaped(product_CV.float(), head.scale, head.cap)
+    log_probabilities_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
     losses_C = -log_probabilities_CV.gather(1, labels_C[:, None])[:, 0]
     if not wants_grad:
         return losses_C, None
@@ -205,8 +220,10 @@ def _chunk(hidden_CD: Tensor, head: Head, labels_C: Tensor, wants_grad: bool) ->
     return losses_C, grad_CV.to(product_CV.dtype)
 
 
-def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(sum_: Tensor, left: Tensor, right: Tensor, is_large: bool) -> None:
     if left.dtype == sum_.dtype:
         sum_.addmm_(left, right)
+    elif is_large and sum_.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads():
+        torch.addmm(sum_, left, right, out_dtype=sum_.dtype, out=sum_)  # a CPU has no such kernel
     else:
         sum_ += left @ right  # the product is rounded once, the sum over chunks is not

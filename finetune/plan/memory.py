@@ -14,7 +14,7 @@ from finetune.plan.shape import Shape
 
 # Bytes a parameter. nf4 and fp4: 4 bits, and an fp32 scale for every 64; int8: a byte, and an fp32 scale for every row, of 1,024 and more.
 QUANTIZED = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.004}
-CHUNK_TOKENS = 512  # of `model.losses`: rows of logits that exist at once
+CHUNK_TOKENS, LARGE_CHUNK_TOKENS = 512, 4096  # of `model.losses`: rows of logits that exist at once
 PROCESS_BYTES = 480 * 2**20  # interpreter, torch, transformers, peft and the data's buffers, on a CPU
 # Of the host, for one that trains on a GPU: a guess, with CUDA's libraries and data; never measured.
 HOST_PROCESS_BYTES = 4 * 2**30
@@ -224,8 +224,11 @@ def _casts(plan: Plan, shape: Shape) -> int:
 def _logits(plan: Plan, shape: Shape, supervised_tokens: int, is_trained: bool = True) -> int:
     """A chunk of logits, its fp32 log-probabilities and, in training, their gradients; the head's cast, and its gradient where it is trained."""
     each, head = width(plan), shape.vocabulary * shape.hidden
-    copies = 2 * FLOAT + (each * (1 + is_trained) if each == 2 else 0)
-    chunk = min(CHUNK_TOKENS, supervised_tokens) * shape.vocabulary * copies
+    # with `gpu_sums` the products' fp32 copy is gone before there are gradients
+    halves = 1 + (is_trained and not plan.gpu_sums) if each == 2 else 0
+    copies = 2 * FLOAT + each * halves
+    tokens = LARGE_CHUNK_TOKENS if plan.gpu_sums and is_trained and not is_beside(plan) else CHUNK_TOKENS
+    chunk = min(tokens, supervised_tokens) * shape.vocabulary * copies
     is_stored_so = is_beside(plan) and not shape.is_tied
     cast = head * each if each < stored_width(plan) and not is_stored_so else 0
     return chunk + cast + (0 if is_beside(plan) or not is_trained else _head_gradient(plan, shape) + cast)

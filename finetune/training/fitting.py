@@ -67,7 +67,7 @@ def fitting_loss(
         reason = collectives.found_by_all(spread_by, "checks", facts, lambda: objective.inside(find))
     else:
         reason = cache.found("checks", facts, find)
-    return (losses.full, reason) if reason else (losses.chunked, None)
+    return (losses.full, reason) if reason else (losses.in_large_chunks if plan.gpu_sums else losses.chunked, None)
 
 
 def check_kernels(model: PreTrainedModel, is_whole: bool = True) -> None:

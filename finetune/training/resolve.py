@@ -128,10 +128,8 @@ def resolve(
         held_out=held_out.digest if earlier is None or earlier.held_out else "",
         stages=stages,
         arranged=arranged,
-        pads_least=like is None or like.pads_least,
         date=encoding.day,
-        keeps_fp32=keeps_fp32(recipe, like),
-        gpu_sums=on_device.has_gpu_sums(like, device().is_gpu),
+        **_ways(recipe, like),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -215,6 +213,15 @@ def _shared(plan: Plan, shape: Shape) -> tuple[str, int]:
     """How devices share the work, and the tokens of a micro-batch."""
     strategy, named = strategies.strategy(plan, shape, device()), plan.recipe.train.micro_batch_tokens
     return strategy, strategies.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
+
+
+def _ways(recipe: Recipe, like: Plan | None) -> dict[str, bool]:
+    """What newer code, or a GPU, does in another way: a run that exists keeps its own."""
+    return {
+        "pads_least": like is None or like.pads_least,
+        "keeps_fp32": keeps_fp32(recipe, like),
+        "gpu_sums": on_device.has_gpu_sums(like, device().is_gpu),
+    }
 
 
 def device() -> memory.Device:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from finetune.training.resolve import Resolved
 
 MARKETED_FLOPS = 989e12
-CARD_BYTES, HOST_BYTES = 80 * 2**30, 512 * 2**30
 STEPS, MICRO_BATCHES = 2, 2
 LORA = {"name": "lora", "rank": shapes.RANK, "alpha": 2 * shapes.RANK}
 
@@ -113,10 +112,10 @@ def trace(cell: Cell, work: Path, settings: Sequence[str], is_tiny: bool) -> Tra
 
 def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) -> "Resolved":
     """The plan of the cell's recipe for a GPU, without any weights."""
+    from tracing import fake_step
+
     from finetune.model import fused, tiny
-    from finetune.plan.memory import Device
     from finetune.recipe.load import load
-    from finetune.training import resolve
     from finetune.training.kernels import Kernels
 
     directory = workshop.base(cell.shape)
@@ -127,8 +126,7 @@ def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) ->
     train = {"steps": STEPS, "batch_size": rows, "micro_batch_tokens": tokens}
     sections = {"train": train} | ({"adapter": LORA} if cell.is_lora else {})
     recipe = workshop.recipe(workshop.directory / "traced.yaml", cell.shape, rows=rows * STEPS, **sections)
-    resolve.device = lambda: Device(CARD_BYTES, is_gpu=True, host_bytes=HOST_BYTES)
-    resolved = resolve.resolve(load(recipe, settings))
+    resolved = fake_step.resolve(load(recipe, settings))
     if resolved.plan.recipe.train.kernels != "fused":
         return resolved
     # What a trial on a GPU would find.
@@ -137,14 +135,16 @@ def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) ->
 
 
 def _told(cell: Cell, workshop: shapes.Workshop, resolved: "Resolved", meter: object) -> Trace:
+    from tracing import fake_step
+
     from finetune.plan.kinds import shaped
-    from finetune.plan.memory import Device, Work, parts
+    from finetune.plan.memory import Work, parts
     from finetune.plan.shape import shape_of
 
     ms = [1000 * meter.seconds("micro-batch", kind) / MICRO_BATCHES for kind in ("GEMM", "attention", "elementwise")]
     tokens = resolved.micro_batch_tokens
     shape = shaped(shape_of(workshop.config(cell.shape)), resolved.kinds)
-    forecast = parts(resolved.plan, shape, Work(tokens, MICRO_BATCHES * tokens), Device(CARD_BYTES, is_gpu=True))
+    forecast = parts(resolved.plan, shape, Work(tokens, MICRO_BATCHES * tokens), fake_step.CARD)
     largest = meter.largest("micro-batch")
     rate = tokens / sum(ms) * 1000
     return Trace(

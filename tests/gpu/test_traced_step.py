@@ -63,7 +63,7 @@ def traced(asked, recipe_file):
     """A function that traces two steps of a recipe and what a snapshot after them reads."""
 
     def traced(**sections) -> dict:
-        train = {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 64}
+        train = {"steps": 10, "batch_size": 4, "precision": "bf16", "micro_batch_tokens": 64}
         optimizer = {"learning_rate": 0.01, "max_grad_norm": 0.5}
         recipe = recipe_file(**{"train": train, "optimizer": optimizer} | sections)
         return asked(recipe.read_text(), recipe=str(recipe))
@@ -90,7 +90,7 @@ def test_a_step_reads_the_device_once_and_never_waits_for_a_copy(traced, adapter
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "rank": 4, "alpha": 8}])
 def test_memory_savers_read_the_device_once_as_well(traced, adapter):
     saving = {"weights": "bf16", "activation_checkpointing": True}
-    train = {"steps": 10, "batch_size": 6, "precision": "bf16", "micro_batch_tokens": 64} | saving
+    train = {"steps": 10, "batch_size": 4, "precision": "bf16", "micro_batch_tokens": 64} | saving
     report = traced(adapter=adapter, train=train)
     assert report["devices"] == ["cuda:0"]
     for step in report["steps"]:
@@ -107,7 +107,7 @@ def test_a_snapshot_reads_the_counters_of_the_optimizer_at_once(traced, adapter)
 
 
 def test_fp32_attends_row_by_row(traced):
-    report = traced(train={"steps": 10, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 64})
+    report = traced(train={"steps": 10, "batch_size": 4, "precision": "fp32", "micro_batch_tokens": 64})
     assert "_varlen_attn" not in report["kernels"]
     assert report["steps"][0]["device to host: tolist"] == 1
 

@@ -33,7 +33,6 @@ from transformers.models.llama import modeling_llama  # noqa: E402, F401
 from finetune.recipe.load import load  # noqa: E402
 from finetune.training import loop  # noqa: E402
 from finetune.training.evaluation import batches, row_results  # noqa: E402
-from finetune.training.resolve import resolve  # noqa: E402
 from finetune.training.saving import buffers as staging  # noqa: E402
 from finetune.training.saving.snapshot import Live  # noqa: E402
 
@@ -64,7 +63,7 @@ class Watch(fake_step.Kernels):
 
 
 def trace(recipe):
-    resolved = resolve(load(recipe))
+    resolved = fake_step.resolve(load(recipe))
     watch = Watch()
     with fake_step.tracing(watch):
         built = fake_step.build(resolved)

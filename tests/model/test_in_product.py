@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetune.model.adapters import apply, sum_as_a_gpu, weights
+from finetune.model.adapters.in_product import Added
 from finetune.model.base import load_model
 from finetune.recipe.schema import LoraAdapter
 
@@ -101,3 +102,14 @@ def test_names_copies_and_a_disabled_adapter_are_as_with_peft(tiny_base):
             assert torch.equal(copied(tokens).logits, plain(tokens).logits)
         merged = copied.merge_and_unload()
         torch.testing.assert_close(merged(tokens).logits, logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_its_gradients_are_the_derivatives(has_bias):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"input": (5, 6), "weight": (4, 6), "down": (2, 6), "up": (4, 2)}
+    given = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    for name in ("input", "down", "up"):
+        given[name].requires_grad_()
+    bias = torch.randn(4, generator=generator, dtype=torch.float64) if has_bias else None
+    assert torch.autograd.gradcheck(Added.apply, (*given.values(), bias, 0.7))

@@ -57,6 +57,12 @@ def model(request):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(losses, "LARGE_CHUNK_TOKENS", 6)
+
+
+@pytest.fixture(params=["chunked", "in_large_chunks"])
+def chunked(request):
+    return getattr(losses, request.param)
 
 
 def sum_tokens_gradients(model, loss, precision="fp32"):
@@ -67,8 +73,8 @@ def sum_tokens_gradients(model, loss, precision="fp32"):
     return total.detach(), tokens.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_the_chunked_loss_and_its_gradients_are_those_of_the_models_own_logits(model, small_chunks):
-    total, tokens, gradients = sum_tokens_gradients(model, losses.chunked)
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_models_own_logits(model, chunked, small_chunks):
+    total, tokens, gradients = sum_tokens_gradients(model, chunked)
     expected_total, expected_tokens, expected_gradients = sum_tokens_gradients(model, losses.full)
     torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(tokens, expected_tokens, rtol=2e-6, atol=2e-6)
@@ -76,10 +82,10 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_models_own_logits(m
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_under_autocast_it_is_as_near_to_fp32_as_the_models_own_logits_are(model, small_chunks):
+def test_under_autocast_it_is_as_near_to_fp32_as_the_models_own_logits_are(model, chunked, small_chunks):
     """Both round products to bf16; scale and cap are in fp32 here and in bf16 there."""
     exact = sum_tokens_gradients(model, losses.full)
-    ours = sum_tokens_gradients(model, losses.chunked, "bf16")
+    ours = sum_tokens_gradients(model, chunked, "bf16")
     plain = sum_tokens_gradients(model, losses.full, "bf16")
     assert ours[1].dtype == torch.float32
     for name in exact[2]:

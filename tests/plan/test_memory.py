@@ -91,6 +91,7 @@ def on_devices(plan, shape):
 
 def test_chunks_of_logits_are_as_long_as_those_of_the_loss():
     assert memory.CHUNK_TOKENS == losses.CHUNK_TOKENS
+    assert memory.LARGE_CHUNK_TOKENS == losses.LARGE_CHUNK_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -428,6 +429,24 @@ def test_a_feed_forward_in_pieces_takes_its_wide_part_once_a_piece(planned):
     assert memory.step_parts(pieces, with_experts, long, here)["activations"] == before
     short = Work(4096, 4096)
     assert memory.step_parts(pieces, one_b, short, here) == memory.step_parts(whole, one_b, short, here)
+
+
+def test_sums_of_a_gpu_share_the_inputs_of_lora_and_hold_larger_chunks_of_a_trained_head(planned):
+    """As traced: 61.5 GiB for LoRA on 8B, 64.5 for 1.7B; `scripts/bench/traced.py` compares."""
+    shape, tokens = LARGE["8B"], 8192
+    train = {"steps": 4, "batch_size": 6, "precision": "bf16", "weights": "bf16"}
+    lora, _ = planned(train=train)
+    summed = lora.model_copy(update={"gpu_sums": True})
+    saved = activations.running(lora, shape) - activations.running(summed, shape)
+    assert saved == 3 * 2 * shape.hidden, "q, k and v share one input, gate and up another"
+    full, _ = planned(adapter=None, train=train)
+    for plan, rows in ((lora, memory.CHUNK_TOKENS), (full, memory.LARGE_CHUNK_TOKENS)):
+        plan = plan.model_copy(update={"gpu_sums": True})
+        head = shape.vocabulary * shape.hidden
+        fixed = 0 if plan.recipe.adapter else 4 * head  # its gradient, in fp32
+        found = memory.parts(plan, shape, Work(tokens, 2 * tokens), CARD)["logits"]
+        share = plan.counts.supervised_tokens / plan.counts.tokens
+        assert found == min(rows, round(share * tokens)) * shape.vocabulary * 10 + fixed
 
 
 NEEDS_BF16 = pytest.mark.skipif(slow_numbers("bf16") is not None, reason="this CPU has no instructions for bf16")

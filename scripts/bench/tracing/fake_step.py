@@ -14,13 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.model import adapters, attention, base, fused, losses
+from finetune.plan.memory import Device
+from finetune.recipe.load import LoadedRecipe
 from finetune.training import build as building
 from finetune.training import fitting
+from finetune.training import resolve as resolving
 from finetune.training.resolve import Resolved
 from finetune.training.state import TrainState
 from finetune.training.strategy.start import start_accelerator
 
 DEVICE = torch.device("cuda", 0)
+CARD = Device(80 * 2**30, is_gpu=True, host_bytes=512 * 2**30)
 ONE_KERNEL = ("silu_backward", "mish_backward")
 """On CUDA. Where that is not built, torch makes several of each."""
 
@@ -76,6 +80,12 @@ def tracing(kernels: Kernels) -> Iterator[None]:
 
 def _without_values(*given: Any) -> Any:
     raise NotImplementedError("fake tensors have no values")
+
+
+def resolve(loaded: LoadedRecipe) -> Resolved:
+    """The plan of a recipe as a GPU makes it."""
+    resolving.device = lambda: CARD
+    return resolving.resolve(loaded)
 
 
 def build(resolved: Resolved) -> TrainState:
