@@ -21,11 +21,10 @@ from finetune.data.row_set import RowSet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.hosts.asked import ASKED
 from finetune.model import base
-from finetune.plan import memory, on_device
+from finetune.plan import memory, older, on_device
 from finetune.plan import strategy as strategies
 from finetune.plan.curve import warmup_of
 from finetune.plan.kinds import OfKind, shaped
-from finetune.plan.older import keeps_fp32
 from finetune.plan.pinned import Counts
 from finetune.plan.plan import PinnedBase, PinnedSource, Plan, Stage, order_of, steps_of
 from finetune.plan.shape import Shape, shape_of
@@ -129,7 +128,7 @@ def resolve(
         stages=stages,
         arranged=arranged,
         date=encoding.day,
-        **_ways(recipe, like),
+        **older.ways(recipe, like, device().is_gpu),
     )
     if earlier is not None:
         _refuse_change(earlier, plan)
@@ -213,15 +212,6 @@ def _shared(plan: Plan, shape: Shape) -> tuple[str, int]:
     """How devices share the work, and the tokens of a micro-batch."""
     strategy, named = strategies.strategy(plan, shape, device()), plan.recipe.train.micro_batch_tokens
     return strategy, strategies.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
-
-
-def _ways(recipe: Recipe, like: Plan | None) -> dict[str, bool]:
-    """What newer code, or a GPU, does in another way: a run that exists keeps its own."""
-    return {
-        "pads_least": like is None or like.pads_least,
-        "keeps_fp32": keeps_fp32(recipe, like),
-        "gpu_sums": on_device.has_gpu_sums(like, device().is_gpu),
-    }
 
 
 def device() -> memory.Device:
