@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import CheckpointError, FinetuneError
 from finetune.store import durable
 from finetune.store.checkpoints import assembled
-from finetune.store.checkpoints.assembled import Part
+from finetune.store.checkpoints.assembled import Digests, Part, Written
 from finetune.store.checkpoints.manifest import Manifest
 from finetune.store.checkpoints.store import Store
 from finetune.store.durable import failures
@@ -35,16 +36,31 @@ class OtherRank:
     def __init__(self, connection: socket.socket):
         self._file = connection.makefile("rw", buffering=1)
 
-    def ask(self, path: Path) -> None:
-        with self._or_gone():
-            self._file.write(f"{path}\n")
+    def shared_out(self, sizes: Mapping[str, int]) -> Mapping[int, Sequence[str]]:
+        return assembled.shared_out(sizes, [1, 0])
 
-    def answers(self) -> Mapping[int, Sequence[Part]]:
+    def ask_to_write(self, directory: Path, names: Sequence[str]) -> None:
+        self._ask({"directory": str(directory), "write": list(names)})
+
+    def written(self) -> Mapping[int, Mapping[str, Sequence[Part]]]:
+        return {1: {name: [Part(*part) for part in parts] for name, parts in self._answer().items()}}
+
+    def ask_to_read(self, directory: Path, files: Mapping[int, Mapping[str, Written]]) -> None:
+        self._ask({"directory": str(directory), "read": files.get(1, {})})
+
+    def read(self) -> Mapping[str, Digests]:
+        return {name: Digests(*found) for name, found in self._answer().items()}
+
+    def _ask(self, order: Mapping[str, object]) -> None:
+        with self._or_gone():
+            self._file.write(json.dumps(order) + "\n")
+
+    def _answer(self) -> Any:
         with self._or_gone():
             said = json.loads(self._file.readline() or '{"error": "is gone"}')
         if "error" in said:
             raise CheckpointError(f"rank 1: {said['error']}")
-        return {1: [Part(*part) for part in said["parts"]]}
+        return said["found"]
 
     @contextmanager
     def _or_gone(self) -> Iterator[None]:
@@ -70,8 +86,9 @@ def save(run: Path, connection: socket.socket | None) -> None:
     journal.append({"kind": "step", "step": 200})
     journal.sync()
     attempt = store.begin(200, "a2", OtherRank(connection) if connection else None)
-    for name, (tensors, metadata) in FILES.items():
-        attempt.write_tensors(name, rows(tensors, 0) if connection else tensors, metadata)
+    attempt.write_files(
+        {name: (rows(tensors, 0) if connection else tensors, metadata) for name, (tensors, metadata) in FILES.items()}
+    )
     attempt.write_json("state.json", {"step": 200})
     attempt.link("tokenizer.json", first.path / "tokenizer.json", first.manifest.files["tokenizer.json"])
     store.commit(attempt, Manifest(run="r", attempt="a2", step=200, parent=None, plan_id="p"))
@@ -81,15 +98,27 @@ def save(run: Path, connection: socket.socket | None) -> None:
     store.demote(second)
 
 
+def obeyed(directory: Path, order: Mapping[str, Any]) -> Mapping[str, object]:
+    """What rank 1 wrote, or found when it read back."""
+    if "write" in order:
+        mine = {name: assembled.layout(rows(FILES[name][0], 1), FILES[name][1]) for name in order["write"]}
+        return {name: assembled.write_rows(directory / name, made) for name, made in mine.items()}
+    whole = {name: Written.again(*each) for name, each in order["read"].items()}
+    return {
+        name: assembled.read_back(directory / name, each.layout(FILES[name][1]), each.parts)
+        for name, each in whole.items()
+    }
+
+
 def write_beside(connection: socket.socket) -> None:
     """What rank 1 does until rank 0 has ended."""
     with connection.makefile("rw", buffering=1) as file:
         for line in file:
-            path = Path(line.rstrip("\n"))
-            tensors, metadata = FILES[path.name]
+            order = json.loads(line)
+            directory = Path(order["directory"])
             try:
-                with failures(path):
-                    said = {"parts": assembled.write_rows(path, assembled.layout(rows(tensors, 1), metadata))}
+                with failures(directory):
+                    said = {"found": obeyed(directory, order)}
             except FinetuneError as error:
                 said = {"error": error.message}
             file.write(json.dumps(said) + "\n")

@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from typing import cast
 
 from torch import Tensor
 
+from finetune import version
 from finetune.model.fused.formulas import Activation, Norm
 
 PACKAGES = (("liger-kernel",), ("triton", "pytorch-triton", "pytorch-triton-rocm"))
