@@ -86,7 +86,7 @@ def test_power_cuts_leave_every_step_that_was_printed_and_trainings_end_as_if_no
     ("group", "points", "modes"),
     [
         ("1", (8, 40), "before,torn,term,unsynced"),
-        ("2:0", (2, 24), length("torn,term", "before,torn,term,unsynced")),
+        ("2:0", (2, 28), length("torn,term", "before,torn,term,unsynced")),
         ("2:1", (2, 24), length("before,unsynced", "before,term,unsynced")),
     ],
 )
