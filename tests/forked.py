@@ -170,6 +170,9 @@ def _fork_exec(*all: object) -> int:
     is_ours = os.fsdecode(executables[0]) == words[0] and is_python(words) and imported_with(env) in _imported_with
     if not is_ours or (gid, gids, uid, umask) != (None, None, None, -1):
         return _of_subprocess(*all)
+    for stream in (sys.stdout, sys.stderr):  # else the child writes what its parent has printed and not flushed, too
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     pid = os.fork()
     if pid:
         return pid

@@ -115,6 +115,14 @@ def test_what_a_fork_starts_is_a_fork_where_python_would_choose_a_locale_by_itse
     assert int(done.stdout) > 1000  # a new Python has 60
 
 
+def test_what_a_fork_starts_does_not_write_what_its_parent_has_printed() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    started = "import subprocess, sys; print('parent'); subprocess.run([sys.executable, '-c', 'print(1)'], stdout=subprocess.DEVNULL)"
+    assert python("-c", started, env=env).stdout == "parent\n"
+    heard = started.replace("stdout=subprocess.DEVNULL", "stdout=sys.stderr")
+    assert python("-c", heard, env=env).stderr == "1\n"
+
+
 def test_what_a_fork_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="only subprocess starts"):
         forks.run(["true"])
