@@ -20,6 +20,7 @@ from tests import forks
 from tests.prices import (  # noqa: F401 - hooks
     pytest_addoption,
     pytest_collection_finish,
+    pytest_configure,
     pytest_runtest_logreport,
     pytest_runtest_makereport,
     pytest_sessionfinish,
