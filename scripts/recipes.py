@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetune.model import base
 from finetune.plan import memory, strategy
 from finetune.plan.disk import readable
-from finetune.plan.kinds import shaped
 from finetune.plan.memory import Device, Work
 from finetune.plan.plan import Plan
-from finetune.plan.shape import Shape, shape_of
+from finetune.plan.shape import Shape
 from finetune.recipe.load import load
 from finetune.training.resolve import resolve
 
@@ -178,8 +176,7 @@ def planned(path: Path, place: Path) -> tuple[Plan, Shape]:
     longest = resolved.plan.recipe.task.max_length
     full = {"longest": longest, "tokens": longest * 200, "supervised_tokens": longest * 200}
     counts = {name: getattr(resolved.plan, name).model_copy(update=full) for name in ("counts", "holdout_counts")}
-    shape = shaped(shape_of(base.load_config(resolved.base_directory)), resolved.kinds)
-    return resolved.plan.model_copy(update=counts), shape
+    return resolved.plan.model_copy(update=counts), resolved.shape
 
 
 def base_of(folder: str, place: Path) -> Path:

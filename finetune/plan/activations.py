@@ -76,7 +76,7 @@ def _wide(plan: Plan, shape: Shape, tokens: int) -> tuple[int, int]:
     limit = plan.recipe.train.mlp_chunk_tokens
     if limit is None or limit >= tokens or shape.experts:
         return 0, 0
-    each = 4 * shape.intermediate * width(plan) + _wider(plan, shape)
+    each = _gated(shape) * shape.intermediate * width(plan) + _wider(plan, shape)
     return each, limit * each
 
 
@@ -89,10 +89,17 @@ def running(plan: Plan, shape: Shape) -> int:
     """Bytes a token of one running gated decoder layer."""
     stored = stored_width(plan)
     # attention's inputs and outputs, and the gated layer's
-    products = 2 * shape.queries + 2 * shape.keys + 4 * (shape.intermediate - shape.routed)
+    products = 2 * shape.queries + 2 * shape.keys + _gated(shape) * (shape.intermediate - shape.routed)
     # a norm keeps its input, and its output where its weight is trained; a product keeps its input once for each use
-    hidden = (2 if is_beside(plan) else 4) * stored + _uses(plan) * width(plan)
+    plain = (2 if is_beside(plan) else 4) * stored + _uses(plan) * width(plan)
+    # a fused one keeps its input; its output has the type of products, which share it
+    hidden = 2 * (stored + width(plan)) if shape.has_fused_norms else plain
     return hidden * shape.hidden + products * width(plan) + stored * _of_experts(plan, shape) + _wider(plan, shape)
+
+
+def _gated(shape: Shape) -> int:
+    """How many tensors as wide as a gated layer it keeps: gate, up, what stands between them in plain code, and their product."""
+    return 3 if shape.has_fused_feed_forward else 4
 
 
 def _uses(plan: Plan) -> int:
@@ -111,12 +118,12 @@ def _of_experts(plan: Plan, shape: Shape) -> int:
 
 
 def _wider(plan: Plan, shape: Shape) -> int:
-    """What a gated layer takes more of a quantized base: three of its four outputs come in the type of the residual stream.
+    """What a gated layer takes more of a quantized base: all of its tensors but the last come in the type of the residual stream.
 
     Products of int8 also keep their input in bf16, beside the adapter's cast of it.
     """
     kind, stored = plan.quantization, stored_width(plan)
-    outputs = 3 * shape.intermediate * (max(stored, width(plan)) - width(plan)) if kind else 0
+    outputs = (_gated(shape) - 1) * shape.intermediate * (max(stored, width(plan)) - width(plan)) if kind else 0
     inputs = (2 * shape.hidden + shape.intermediate) * stored if kind == "int8" and stored == 2 else 0
     return outputs + inputs
 

@@ -31,6 +31,9 @@ class Shape(NamedTuple):
     """Heads whose scores no fused kernel computes, so that all those of a row are in memory: soft-capped ones, and those with sinks."""
     is_capped: bool = False
     """Whether they are soft-capped."""
+    has_fused_norms: bool = False
+    has_fused_feed_forward: bool = False
+    """Whether one kernel computes what stands between its products."""
 
 
 def shape_of(config: "PretrainedConfig") -> Shape:

@@ -14,6 +14,7 @@ from finetune import version
 from finetune.errors import BaseError, FinetuneError, explained
 from finetune.model import base, fused, tiny
 from finetune.model.fused import Parts, formulas, liger
+from finetune.plan.shape import Shape
 from finetune.recipe.resume_rules import COMPILED, PLAIN
 from finetune.recipe.schema import Recipe
 from finetune.store import cache
@@ -34,6 +35,12 @@ class Kernels(NamedTuple):
     @property
     def told(self) -> str:
         return f"{'fused' if self.parts else self.name}: {self.why}"
+
+    def shaped(self, shape: Shape) -> Shape:
+        """A shape, with what these kernels fuse."""
+        if self.parts is None:
+            return shape
+        return shape._replace(has_fused_norms=bool(self.parts.norms), has_fused_feed_forward=bool(self.parts.gated))
 
 
 class Compared(TypedDict):

@@ -1,7 +1,7 @@
 """What a recipe will do, before it is trained: the plan with its forecast, as `finetune plan` shows it. Loads no weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -9,7 +9,6 @@ from finetune.data import readings, unused
 from finetune.data.readings import Readings
 from finetune.data.unused import Unused
 from finetune.errors import counted
-from finetune.model import base
 from finetune.plan import forecast, forecast_table, kinds
 from finetune.plan.choosing import choosing_rows
 from finetune.plan.kinds import KindFacts
@@ -17,7 +16,6 @@ from finetune.plan.memory import Work
 from finetune.plan.pace import largest_step
 from finetune.plan.pinned import PinnedSet
 from finetune.plan.plan import Plan
-from finetune.plan.shape import shape_of
 from finetune.plan.shown import WithDevices
 from finetune.recipe.load import LoadedRecipe
 from finetune.store.run.directory import RunDirectory
@@ -25,9 +23,10 @@ from finetune.store.run.lease import refuse_other_directory
 from finetune.training import kernels, mirroring
 from finetune.training.build import notes_here
 from finetune.training.detectable import Detectable, detectable, line
+from finetune.training.device import device
 from finetune.training.evaluation_sets import with_sets
 from finetune.training.readiness import refuse_gated, refuse_unfit_base, refuse_unready
-from finetune.training.resolve import Resolved, device, resolve
+from finetune.training.resolve import Resolved, in_kernels, resolve
 from finetune.training.trackers import refuse_absent
 
 
@@ -114,14 +113,14 @@ def preview(
     if not is_of_devices:  # that table is made from the config alone, so the weights may be elsewhere
         refuse_unfit_base(resolved)
     took = kernels.chosen(loaded.recipe, resolved.base_directory, is_refused=not is_of_devices)
-    resolved = replace(resolved, kernels=took)
+    resolved = in_kernels(resolved, took)
     ask(resolved)
     return Preview(resolved, run, is_of_devices, _facts(resolved, run, device_gib), loaded)
 
 
 def _facts(resolved: Resolved, run: Path, device_gib: float | None) -> PlanFacts:
     plan, here = resolved.plan, device()
-    shape = kinds.shaped(shape_of(base.load_config(resolved.base_directory)), resolved.kinds)
+    shape = resolved.shape
     work = Work(resolved.micro_batch_tokens, largest_step(plan, resolved.train.lengths))
     device_bytes = round(device_gib * 2**30) if device_gib else here.bytes if here.is_gpu else forecast.CARD_BYTES
     facts = forecast.forecast(plan, shape, work, here, run, resolved.train.tokens_of_sources())

@@ -3,13 +3,11 @@
 On resume the pins of the run's own plan are used again, and the plan that comes out must be the same.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from finetune.data import preflight
@@ -19,10 +17,8 @@ from finetune.data.heldout import draw
 from finetune.data.heldout.draw import HeldOut
 from finetune.data.row_set import RowSet
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.hosts.asked import ASKED
 from finetune.model import base
-from finetune.plan import memory, older, on_device
-from finetune.plan import strategy as strategies
+from finetune.plan import older, on_device
 from finetune.plan.curve import warmup_of
 from finetune.plan.kinds import OfKind, shaped
 from finetune.plan.pinned import Counts
@@ -35,6 +31,7 @@ from finetune.recipe.schema.rules import SHARDED
 from finetune.tasks import TASKS
 from finetune.training import base_fit
 from finetune.training.counted import counted as count
+from finetune.training.device import device, shared
 from finetune.training.encoding import Encoding, encoding_of, read
 from finetune.training.kernels import Kernels
 from finetune.training.trial import arranged_like
@@ -69,6 +66,12 @@ class Resolved:
     """The named evaluation sets, once they are read."""
     kernels: Kernels = Kernels()
     """Chosen for what is trained here; else plain."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of its model, in the kernels that were chosen."""
+        found = shaped(shape_of(base.load_config(self.base_directory)), self.kinds)
+        return self.kernels.shaped(found)
 
     @property
     def companions(self) -> base.Companions:
@@ -133,7 +136,7 @@ def resolve(
     if earlier is not None:
         _refuse_change(earlier, plan)
     plan = plan if earlier is not None else draw.with_seen(plan, held_out, loaded.file)
-    strategy, tokens = _shared(plan, shaped(shape_of(opened.config), counted.kinds))
+    strategy, tokens = shared(plan, shaped(shape_of(opened.config), counted.kinds))
     found = (*opened.pinned.notes, *base.notes(opened.directory), *encoding.notes(train_counts), *counted.notes, *notes)
     base_of = opened.directory, opened.tokenizer, encoding.template
     return Resolved(plan, *base_of, train, holdout, strategy, tokens, held_out, encoding, found, counted.kinds)
@@ -208,22 +211,13 @@ def _course(recipe: Recipe, sizes: tuple[int, ...], earlier: Plan | None) -> dic
     return {"steps": steps, "warmup_steps": warmup_of(recipe, steps, start, orders), **kept}
 
 
-def _shared(plan: Plan, shape: Shape) -> tuple[str, int]:
-    """How devices share the work, and the tokens of a micro-batch."""
-    strategy, named = strategies.strategy(plan, shape, device()), plan.recipe.train.micro_batch_tokens
-    return strategy, strategies.micro_batch_tokens(plan, shape, device()) if named == "auto" else named
-
-
-def device() -> memory.Device:
-    """What this process trains on. Its whole memory, not what is free now: `plan`, `train` and all ranks must see the same."""
-    world_size, beside = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    asked = os.environ.get(ASKED, "")
-    if torch.accelerator.is_available():
-        total = torch.accelerator.get_memory_info()[1]
-        host = memory.machine_bytes()
-        return memory.Device(total, is_gpu=True, world_size=world_size, host_bytes=host, processes=beside, asked=asked)
-    own = memory.machine_bytes() // beside
-    return memory.Device(own, world_size=world_size, processes=beside, asked=asked)
+def in_kernels(resolved: Resolved, took: Kernels) -> Resolved:
+    """What is resolved, in these kernels. Fused ones keep less, so more fits a device."""
+    resolved = replace(resolved, kernels=took)
+    if took.parts is None:
+        return resolved
+    strategy, tokens = shared(resolved.plan, resolved.shape)
+    return replace(resolved, strategy=strategy, micro_batch_tokens=tokens)
 
 
 def _refuse_change(earlier: Plan, plan: Plan) -> None:

@@ -30,7 +30,7 @@ from finetune.training.evaluation_sets import sets_told, with_sets
 from finetune.training.facts import facts_of, sharing_of, software
 from finetune.training.older_rows import losses_of_older_rules
 from finetune.training.readiness import refuse_gated
-from finetune.training.resolve import Resolved, resolve
+from finetune.training.resolve import Resolved, in_kernels, resolve
 
 
 class Opened(NamedTuple):
@@ -81,7 +81,7 @@ def open_plan(
     if schedule:
         raise _idle_schedule(path, schedule, "there is no run yet that could be extended")
     resolved = with_sets(resolve(loaded, is_to_load=True, today=today))
-    resolved = replace(resolved, kernels=kernels.chosen(loaded.recipe, resolved.base_directory))
+    resolved = in_kernels(resolved, kernels.chosen(loaded.recipe, resolved.base_directory))
     refuse_gated(resolved, loaded.file)
     facts: Facts = {
         **now,
@@ -118,11 +118,11 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     # At the old length first: what it trains on is compared with the plan, and only then extended.
     resolved = resolve(_with_length_of(earlier, loaded), earlier, True, today=today, stand_in=small_files)
     resolved = replace(with_sets(resolved, earlier), stand_in=checkpoint)
-    if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
-        resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     is_kept = earlier.recipe.train.kernels == loaded.recipe.train.kernels
     took = kernels.chosen(loaded.recipe, resolved.base_directory, str(recorded(facts)["kernels"]) if is_kept else None)
-    resolved = replace(resolved, kernels=took)
+    resolved = in_kernels(resolved, took)
+    if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
+        resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
     decided: World = {"micro_batch_tokens": resolved.micro_batch_tokens, "kernels": took.name}
     now = {**now, **sharing_of(resolved.strategy), **decided}
     if lines["extended"]:

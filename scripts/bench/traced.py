@@ -137,14 +137,11 @@ def _resolved(cell: Cell, workshop: shapes.Workshop, settings: Sequence[str]) ->
 def _told(cell: Cell, workshop: shapes.Workshop, resolved: "Resolved", meter: object) -> Trace:
     from tracing import fake_step
 
-    from finetune.plan.kinds import shaped
     from finetune.plan.memory import Work, parts
-    from finetune.plan.shape import shape_of
 
     ms = [1000 * meter.seconds("micro-batch", kind) / MICRO_BATCHES for kind in ("GEMM", "attention", "elementwise")]
     tokens = resolved.micro_batch_tokens
-    shape = shaped(shape_of(workshop.config(cell.shape)), resolved.kinds)
-    forecast = parts(resolved.plan, shape, Work(tokens, MICRO_BATCHES * tokens), fake_step.CARD)
+    forecast = parts(resolved.plan, resolved.shape, Work(tokens, MICRO_BATCHES * tokens), fake_step.CARD)
     largest = meter.largest("micro-batch")
     rate = tokens / sum(ms) * 1000
     return Trace(

@@ -168,6 +168,15 @@ def test_the_table_says_what_fits_and_that_packed_bits_are_not_shared(weightless
     assert rows[8]["strategy"] == "ddp" and rows[8]["replicated_fits"] and not rows[8]["sharded_fits"]
 
 
+@pytest.mark.parametrize(("adapter", "fewer"), [(None, 16), ({"name": "lora", "rank": 2, "alpha": 4}, 8)])
+def test_fused_kernels_keep_less_of_a_layer(planned, adapter, fewer):
+    """Of a gated layer one tensor less; norms keep their inputs, and outputs in bf16 that products share: 12 bytes of 28, or of 20."""
+    plan, shape = planned(adapter=adapter, train={"steps": 4, "batch_size": 6, "precision": "bf16"})
+    fused = shape._replace(has_fused_norms=True, has_fused_feed_forward=True)
+    less = activations.running(plan, shape) - activations.running(plan, fused)
+    assert less == fewer * shape.hidden + 2 * shape.intermediate
+
+
 def test_scores_that_no_fused_kernel_computes_are_in_memory(planned):
     """As traced over fake CUDA tensors: of 8 heads with sinks and rows of 4,096 tokens, three copies in a layer that runs."""
     train = {"steps": 4, "batch_size": 64, "precision": "bf16", "activation_checkpointing": True}

@@ -11,12 +11,14 @@ from finetune.debug import as_trained
 from finetune.errors import FinetuneError, RunError
 from finetune.model import base, fused
 from finetune.model.fused import formulas, liger
+from finetune.plan import memory
+from finetune.plan.memory import Device, Work
 from finetune.recipe.load import load
 from finetune.store.run import journal
-from finetune.training import fitting, kernels
+from finetune.training import device, fitting, kernels
 from finetune.training.agreement import with_what_fits_all
 from finetune.training.kernels import Kernels, chosen, compared
-from finetune.training.resolve import resolve
+from finetune.training.resolve import in_kernels, resolve
 from finetune.training.resume import Opened
 
 
@@ -170,3 +172,17 @@ def test_fused_parts_go_with_what_else_changes_a_model(recipe_file, tmp_path, by
         steps = journal.steps(journal.read(tmp_path / kernels_))
         losses.append([(steps[step]["loss"], steps[step]["grad_norm"]) for step in sorted(steps)])
     assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]
+
+
+def test_auto_fills_what_fused_kernels_leave_free(recipe_file, tiny_base, by_formula, monkeypatch):
+    loaded = load(recipe_file(train={"steps": 2, "batch_size": 600, "precision": "bf16"}))
+    plain = resolve(loaded)
+    took = chosen(loaded.recipe, tiny_base)
+    tokens = 4 * plain.plan.counts.longest
+    step = 600 * plain.plan.counts.longest
+    needed = memory.parts(plain.plan, took.shaped(plain.shape), Work(tokens, step), Device(2**40, is_gpu=True))
+    card = Device(1 + round(sum(needed.values()) / memory.MARGIN), is_gpu=True)
+    monkeypatch.setattr(device, "device", lambda: card)
+    assert device.shared(plain.plan, plain.shape) == ("ddp", tokens // 2)
+    fused_ = in_kernels(plain, took)
+    assert (fused_.strategy, fused_.micro_batch_tokens) == ("ddp", tokens)

@@ -16,13 +16,12 @@ from finetune.compare.sweep.space import Settings, told
 from finetune.compare.sweep.spec import Spec
 from finetune.errors import DataError, Problem, RecipeError, RunError, counted
 from finetune.hosts.world import cores, devices_here
-from finetune.model import base
 from finetune.plan import disk, memory, pace
 from finetune.plan.memory import Work
 from finetune.plan.plan import Plan, are_same_rows, order_of, steps_of
-from finetune.plan.shape import shape_of
+from finetune.training.device import device
 from finetune.training.readiness import refuse_gated, refuse_unready
-from finetune.training.resolve import Resolved, device, resolve
+from finetune.training.resolve import Resolved, resolve
 
 FIRST = 0.2
 """The first rung's part of the length. Earlier losses favour learning rates that turn out too high: see docs/sweeps.md."""
@@ -117,7 +116,7 @@ def _planned(question: Question, path: Path, ask: Callable[[Resolved], None]) ->
 
 def _bytes_of(resolved: Resolved) -> tuple[int, int]:
     """Memory of the device, and disk of the run."""
-    plan, shape = resolved.plan, shape_of(base.load_config(resolved.base_directory))
+    plan, shape = resolved.plan, resolved.shape
     work = Work(resolved.micro_batch_tokens, pace.largest_step(plan, resolved.train.lengths))
     return sum(memory.parts(plan, shape, work, device()).values()), disk.run_bytes(plan, shape.layers)
 

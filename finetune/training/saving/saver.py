@@ -27,7 +27,7 @@ from finetune.store.run.journal import Journal
 from finetune.store.run.lease import Lease
 from finetune.store.run.records import AmendmentRecord, EventRecord, ParentRecord
 from finetune.store.run.row_losses import Columns
-from finetune.training.resolve import device
+from finetune.training.device import device
 from finetune.training.saving import evaluated_rows
 from finetune.training.saving import snapshot as snapshots
 from finetune.training.saving.buffers import Staging

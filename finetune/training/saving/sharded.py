@@ -19,7 +19,7 @@ from finetune.store.checkpoints.assembled import Digests, Part, Written
 from finetune.store.durable import SLOWEST_DISK, STALL_SECONDS, failures
 from finetune.store.run.directory import RunDirectory
 from finetune.store.tensors import Tensor
-from finetune.training.resolve import device
+from finetune.training.device import device
 from finetune.training.saving import snapshot as snapshots
 from finetune.training.saving.buffers import Staging
 from finetune.training.saving.rank_reports import MissingReport, Report, await_own
