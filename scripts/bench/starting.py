@@ -57,7 +57,7 @@ def started(prepared: cells.Prepared, options: argparse.Namespace, measure: Call
     seconds = Quantity("start of the process to the end of its first step, warm cache", "s")
     of_cpu = Quantity("CPU time of the whole process of one step; of ours with the commit of it", "s")
     runs: dict[str, list[dict]] = {OURS: [], BARE: []}
-    for turn in range(-1, options.rounds):
+    for turn in _turns(options):
         for name in rotated((OURS, BARE), turn):
             run = measure(name, prepared, options)
             if turn >= 0:
@@ -82,7 +82,7 @@ def resumed(work: Path, options: argparse.Namespace) -> Part:
             run = work / f"run-{position}-{has_records}"
             _advance(recipe, run, position, has_records)
             runs[quantity.title, position] = (quantity, run)
-    for turn in range(-1, options.rounds):
+    for turn in _turns(options):
         for key in rotated(list(runs), turn):
             quantity, run = runs[key]
             seconds = _resume(recipe, run, options, key[1] + turn + 2)
@@ -95,6 +95,11 @@ def resumed(work: Path, options: argparse.Namespace) -> Part:
             ratio = quantity.median(_named(position)) / nearest
             goals.append(Goal(f"resume at {position:,} / at {positions[0]}, {about}", ratio, 1.05, "x"))
     return Part([with_records, without], goals)
+
+
+def _turns(options: argparse.Namespace) -> range:
+    """A round before the first warms what is kept; the short form asks for no figures worth it."""
+    return range(0 if options.tiny else -1, options.rounds)
 
 
 def _named(position: int) -> str:

@@ -1,6 +1,6 @@
 """Faults of all kinds, put into a small but real training at a step drawn by a seed; whether `bisect` names the step, and of data the row.
 
-    python scripts/faults/zoo.py --work DIR [--seeds 1] [--only NAME,...]
+    python scripts/faults/zoo.py --work DIR [--seeds 1] [--only NAME,...] [--stride 1]
 
 The base is a Llama of two layers that was trained on the standard library's docstrings, so that rows which are no prose stand out. A run has
 64 steps and 8 checkpoints. A fault is in a row of the data, in the code that trains (not in the code that bisects), or in both.
@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="a new directory")
     parser.add_argument("--seeds", type=int, default=1, help="how many steps to try for each fault")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(FAULTS))
+    parser.add_argument("--stride", type=int, default=1, help="of these, every which")
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = options.work.resolve()
@@ -147,7 +148,7 @@ def main() -> int:
     path = recipe(work / "sound.yaml", base, write(work / "sound.jsonl", chosen), work / "holdout.jsonl", STEPS, {})
     train(load(path), work / "sound", is_quiet=True)
     sound, named, lines = Sound(work, base, chosen, figures_of(work / "sound")), 0, []
-    for name in options.only:
+    for name in options.only[:: options.stride]:
         for seed in range(options.seeds):
             is_named, line = attempt(name, seed, sound)
             named += is_named

@@ -124,8 +124,10 @@ def write_recipe(recipe_file, dropout_base, tiny_sections):
 
 
 def cells() -> list:
-    """Every cell. By default run the packed ones of one process with LoRA, and with other methods the two that have most; the rest is slow."""
+    """Every cell. By default run the packed ones of one process with LoRA, and with other methods the two that have most; the rest is slow.
+    The short form has each method and each packing on several ranks, but not each of both."""
     combinations = list(product(METHODS, PACKING))
+    of_ranks = length([("lora", "packed"), ("full", "padded"), ("frozen", "packed")], combinations)
     return [
         pytest.param(
             world_size,
@@ -135,13 +137,13 @@ def cells() -> list:
             id=f"{world_size}-{strategy}-{'-'.join(combination)}-{feature}",
             marks=() if (world_size, *combination, feature) in BY_DEFAULT else pytest.mark.slow,
         )
-        for world_size, strategy, features in (
-            (1, "ddp", FEATURES),
-            (2, "ddp", FEATURES),
-            (3, "ddp", length(MOST, FEATURES)),
-            (2, "fsdp", MOST),
+        for world_size, strategy, methods, features in (
+            (1, "ddp", combinations, FEATURES),
+            (2, "ddp", of_ranks, FEATURES),
+            (3, "ddp", of_ranks, length(MOST, FEATURES)),
+            (2, "fsdp", of_ranks, MOST),
         )
-        for combination, feature in product(combinations, features)
+        for combination, feature in product(methods, features)
     ]
 
 
