@@ -17,7 +17,8 @@ LEAST_STEP = 64  # tokens between two fixed lengths
 
 
 def fixed_length(tokens: int) -> int:
-    """The next of eight lengths between two powers of two: few of them, and at most an eighth of a micro-batch is filled up."""
+    """The next of eight lengths between two powers of two, or the next multiple of 64: so there are few, and beyond 512 tokens at most an
+    eighth is filled up."""
     step = max(LEAST_STEP, 1 << max(0, (tokens - 1).bit_length() - 4))
     return -(-tokens // step) * step
 

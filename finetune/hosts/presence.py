@@ -130,7 +130,8 @@ class Presence:
                     self._send(peer, {})
                 beat_at = time.monotonic() + self._beat_seconds
             self._hear(max(0.0, beat_at - time.monotonic()))
-            # After everything that has arrived was read: this process may have been paused itself.
+            if time.monotonic() > beat_at + self._beat_seconds:  # this process was paused itself, and perhaps all were
+                self._forgive_silence()
             self._judge_silence()
         self._say_goodbye()
 
@@ -182,11 +183,15 @@ class Presence:
         """Whether it belongs to this training. Anybody may connect and say anything."""
         match said:
             case {"rank": int(rank), "host": str(host), "token": str(token)}:
-                if secrets.compare_digest(token.encode(), self._token.encode()):
+                if secrets.compare_digest(token.encode(errors="surrogatepass"), self._token.encode()):
                     peer.rank, peer.host = rank, host
                     if self._loss:  # it came late
                         self._send(peer, {"lost": asdict(self._loss)})
         return peer.rank is not None
+
+    def _forgive_silence(self) -> None:
+        for peer in self._peers.values():
+            peer.heard = time.monotonic()
 
     def _judge_silence(self) -> None:
         now = time.monotonic()

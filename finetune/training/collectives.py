@@ -146,7 +146,7 @@ def _gathered(accelerator: Accelerator, own: torch.Tensor) -> list[torch.Tensor]
 
 
 def _bytes(data: bytes, size: int) -> torch.Tensor:
-    """These bytes in a tensor of so many."""
+    """These bytes as a tensor, padded to `size`."""
     return torch.frombuffer(bytearray(data[:size].ljust(max(1, size), b"\0")), dtype=torch.uint8)
 
 

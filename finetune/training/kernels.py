@@ -80,7 +80,10 @@ def available(recipe: Recipe, directory: Path, is_asked: bool = False) -> Kernel
     config, max_length = base.load_config(directory), recipe.task.max_length
     code = [*text_of_code(fused, tiny), Path(__file__).read_text(), *map(version, ("torch", "transformers"))]
     facts = [(directory / "config.json").read_text(), max_length, name, device_name(device), code]
-    found = cache.found("kernels", facts, lambda: compared(config, max_length, device))
+    try:
+        found = cache.found("kernels", facts, lambda: compared(config, max_length, device))
+    except BaseError as error:
+        return Kernels(why=error.message)
     if found["reason"]:
         return Kernels(why=found["reason"])
     parts = as_parts(found["parts"])
@@ -105,18 +108,16 @@ def as_parts(json: object) -> Parts:
 
 
 def compared(config: PretrainedConfig, max_length: int, device: torch.device) -> Compared:
-    """What of a base's kind a kernel can stand for, and that gradients are the same then, in fp32 and in bf16."""
-    try:
-        parts = fused.parts_of(tiny.model_like(config, max_length))
-        if not parts.told:
-            return {"parts": None, "reason": "this base has nothing that a kernel knows"}
-        model = tiny.model_like(config, max_length)
-        cast(torch.nn.Module, model).to(device)
-        switch = fused.apply(model, parts)
-        with explained("fused kernels fail", type(model).__name__), liger.told_as_usual():
-            reason = _difference(model, switch)
-    except BaseError as error:
-        return {"parts": None, "reason": error.message}
+    """Finds the modules of a base's kind that kernels can replace, and checks that gradients stay the same in fp32 and bf16. BaseError
+    where the kernels fail, which another start may not see again."""
+    parts = fused.parts_of(tiny.model_like(config, max_length))
+    if not parts.told:
+        return {"parts": None, "reason": "this base has nothing that a kernel knows"}
+    model = tiny.model_like(config, max_length)
+    cast(torch.nn.Module, model).to(device)
+    switch = fused.apply(model, parts)
+    with explained("fused kernels fail", type(model).__name__), liger.told_as_usual():
+        reason = _difference(model, switch)
     unused: dict[str, Any] = {kind: {} for kind in Parts._fields if not switch.calls.get(kind)}
     used = parts._replace(**unused)
     if reason or not used.told:

@@ -27,7 +27,7 @@ def refuse_unready(resolved: Resolved, run: Path) -> None:
     optimizer.check(recipe.optimizer)
     if recipe.train.compile:
         decoder_layers.check_compiler()
-        _refuse_varied_lengths(resolved)
+        refuse_varied_lengths(resolved)
     if recipe.train.router_loss != "off":
         routing.coefficient_of(base.empty_model(resolved.base_directory), recipe.train.router_loss)
     _refuse_place(run)
@@ -57,7 +57,7 @@ def refuse_unfit_base(resolved: Resolved) -> None:
     base.refuse_lacking(directory, cache.found("lacking", facts, lambda: base.lacking(directory, kind)))
 
 
-def _refuse_varied_lengths(resolved: Resolved) -> None:
+def refuse_varied_lengths(resolved: Resolved) -> None:
     """BaseError where compiled code would depend on the order of lengths: the trial found that rows of this base cannot be packed."""
     if resolved.plan.recipe.train.has_fixed_lengths and resolved.plan.arrangement != "packed":
         message = "rows of this base cannot be packed, so lengths are not fixed"

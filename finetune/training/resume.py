@@ -19,7 +19,7 @@ from finetune.plan.facts import Facts, Machine, World
 from finetune.plan.on_device import with_weights
 from finetune.plan.plan import ROW_RULES, PinnedBase, PinnedSource, Plan
 from finetune.recipe.load import LoadedRecipe
-from finetune.recipe.resume_rules import differences, outcome, recorded, rule_of, that_may_cost_bits
+from finetune.recipe.resume_rules import COMPILED, PLAIN, differences, outcome, recorded, rule_of, that_may_cost_bits
 from finetune.recipe.schema import Base, Recipe, Source, is_drawn
 from finetune.store import places
 from finetune.store.checkpoints.store import Store
@@ -122,7 +122,10 @@ def _open_again(loaded: LoadedRecipe, path: Path, now: Machine, schedule: str | 
     took = kernels.chosen(loaded.recipe, resolved.base_directory, str(recorded(facts)["kernels"]) if is_kept else None)
     resolved = in_kernels(resolved, took)
     if earlier.recipe.train.micro_batch_tokens == loaded.recipe.train.micro_batch_tokens == "auto":
-        resolved = replace(resolved, micro_batch_tokens=facts["micro_batch_tokens"])  # decided once
+        tokens = facts["micro_batch_tokens"]  # decided once
+        if took.parts is None and recorded(facts)["kernels"] not in (PLAIN, COMPILED):  # fused kernels keep less
+            tokens = min(tokens, resolved.micro_batch_tokens)
+        resolved = replace(resolved, micro_batch_tokens=tokens)
     decided: World = {"micro_batch_tokens": resolved.micro_batch_tokens, "kernels": took.name}
     now = {**now, **sharing_of(resolved.strategy), **decided}
     if lines["extended"]:

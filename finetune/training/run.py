@@ -32,7 +32,7 @@ from finetune.training.early_stopping import Patience
 from finetune.training.evaluated_step import evaluate_step
 from finetune.training.evaluation import batches
 from finetune.training.progress import Progress
-from finetune.training.readiness import refuse_unready
+from finetune.training.readiness import refuse_unready, refuse_varied_lengths
 from finetune.training.recorder import Recorder
 from finetune.training.resolve import Resolved
 from finetune.training.respond import SpikeError, judge_of, respond
@@ -70,11 +70,12 @@ def train(
         accelerator = start_accelerator(loaded.recipe.train)
         is_writer = accelerator.is_main_process
         holding = lease.acquire(path, secrets.token_hex(4), take_over) if is_writer else nullcontext()
-        with Watch(accelerator, path, loaded.recipe, places.say) as watch, holding as held:
+        with Watch(accelerator, path, loaded.recipe) as watch, holding as held:
             opened, base_directory = _open(loaded, path, accelerator, schedule, ask)
             plan = opened.resolved.plan
             progress = Progress(plan.steps, is_quiet, is_silent=not is_writer)
             signals.say = progress.say
+            refuse_varied_lengths(opened.resolved)
             # Only before the first commit: a run with one has shown that base, machine and disk fit.
             if not Store(path).checkpoints():
                 refuse_unready(opened.resolved, path)

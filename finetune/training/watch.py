@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -37,13 +37,12 @@ LOOPBACK = ("127.0.0.1", "localhost")
 class Watch:
     """A context; within, the loss of another rank ends this one. Does nothing where there is one rank."""
 
-    def __init__(self, accelerator: Accelerator, run: Path, recipe: Recipe, say: Callable[[str], None]):
+    def __init__(self, accelerator: Accelerator, run: Path, recipe: Recipe):
         self._accelerator = accelerator
         self._run = RunDirectory(run)
         self._left = set(self._run.saves())  # by a process that was killed
         self._grace_seconds = recipe.checkpoint.grace_seconds
         self._silence_seconds = recipe.train.lost_rank_seconds
-        self._say = say
         self._presence: Presence | None = None
         self._loss: Loss | None = None
         self._is_known = threading.Event()
@@ -70,7 +69,8 @@ class Watch:
                 presence.connect(["127.0.0.1"] if is_local else [address, host], port, token, host)
             except UnreachableError as error:
                 late = "a process that hangs is noticed late"
-                self._say(f"warning: rank {rank} cannot show rank 0 that it is alive ({error}): {late}")
+                text = f"warning: rank {rank} cannot show rank 0 that it is alive ({error}): {late}"
+                print(text, file=sys.stderr, flush=True)
                 return None
         return presence
 
@@ -82,7 +82,9 @@ class Watch:
             return
         lost = collectives.lost_rank(error) if isinstance(error, RuntimeError) else None
         named = lost and self._named()
-        if lost or error is None or isinstance(error, LostRankError):
+        if error and lost and not named:  # the others know no more
+            self._presence.leave(_first_line(error))
+        elif lost or error is None or isinstance(error, LostRankError):
             self._presence.leave()
         elif isinstance(error, FinetuneError):
             self._presence.leave(_first_line(error), "" if error.code in PASSING else error.code)
@@ -146,6 +148,6 @@ class Watch:
         return loss.rank != 0 and self._presence is not None and self._presence.is_connected
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """For the other ranks: the one that failed says the rest."""
     return str(error).partition("\n")[0][:MOST_CHARACTERS]

@@ -138,6 +138,7 @@ def test_a_stranger_and_garbage_change_nothing(begin) -> None:
         b'{"lost": {}}\n',
         b"x" * 100_000,
         b'{"rank": "x", "host": "", "token": "secret"}\n',
+        b'{"rank": 1, "host": "", "token": "\\ud800"}\n',
         b"[" * 19_000 + b"\n",
         b"",
     )
@@ -150,6 +151,16 @@ def test_a_stranger_and_garbage_change_nothing(begin) -> None:
     assert quiet.recv(1000) == b""
     quiet.close()
     assert found.losses == [] and first._thread.is_alive()
+
+
+def test_ranks_that_were_all_paused_blame_no_one(begin, monkeypatch) -> None:
+    (first, found), (_, others) = begin(0), begin(1)
+    assert introduced(first, 1)
+    monotonic, paused = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + paused)
+    paused = 100.0
+    time.sleep(2 * SILENCE_SECONDS)
+    assert found.losses == others.losses == []
 
 
 def test_an_address_without_a_rank_0_is_an_error_with_its_reason() -> None:

@@ -1,6 +1,7 @@
 """Which kernels a training runs, and that no wrong one gets through. Formulas stand for the kernels here; `test_fused` has the real ones."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from finetune.debug import as_trained
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import BaseError, FinetuneError, RunError
 from finetune.model import base, fused
 from finetune.model.fused import formulas, liger
 from finetune.plan import memory
@@ -64,8 +65,18 @@ def test_a_kernel_that_fails_and_a_base_without_parts_are_reasons(by_formula, mo
     found = compared(AutoConfig.for_model("gpt2"), 64, torch.device("cpu"))
     assert found["reason"] == "this base has nothing that a kernel knows"
     monkeypatch.setattr(liger, "norm", lambda *_: torch.zeros(3) + torch.zeros(4))
-    found = compared(AutoConfig.for_model("llama"), 64, torch.device("cpu"))
-    assert "fused kernels fail (RuntimeError: The size of tensor a" in found["reason"]
+    with pytest.raises(BaseError, match="fused kernels fail .RuntimeError: The size of tensor a"):
+        compared(AutoConfig.for_model("llama"), 64, torch.device("cpu"))
+
+
+def test_a_failure_of_kernels_is_not_kept_for_the_next_start(recipe_file, tiny_base, by_formula, monkeypatch):
+    def without_compiler(*_):
+        raise subprocess.CalledProcessError(1, "cc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(liger, "norm", without_compiler)
+        assert "CalledProcessError" in choice(recipe_file, tiny_base).why
+    assert choice(recipe_file, tiny_base).parts
 
 
 def choice(recipe_file, tiny_base, *changes, recorded=None, **options):

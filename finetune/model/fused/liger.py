@@ -5,6 +5,7 @@ function of shapes and device.
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +41,7 @@ def is_interpreted() -> bool:
 
 @contextmanager
 def told_as_usual() -> Iterator[None]:
-    """What Triton raises for a kernel that it cannot compile or start, as the RuntimeError that torch would raise."""
+    """What Triton raises for a kernel that it cannot compile or start, as the RuntimeError that torch would raise. It also runs a compiler."""
     try:
         yield
     except _errors_of_triton() as error:
@@ -48,9 +49,9 @@ def told_as_usual() -> Iterator[None]:
 
 
 def _errors_of_triton() -> tuple[type[Exception], ...]:
-    """None if it is not loaded: then it raised nothing."""
+    """Those of the compiler that it starts, and its own, if it is loaded: else it raised nothing."""
     loaded = sys.modules.get("triton.errors")
-    return (loaded.TritonError,) if loaded else ()
+    return (subprocess.SubprocessError, *((loaded.TritonError,) if loaded else ()))
 
 
 def norm(hidden: Tensor, weight: Tensor, found: Norm, eps: float) -> Tensor:

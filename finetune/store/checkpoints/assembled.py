@@ -78,7 +78,8 @@ def layout(tensors: Sequence[Tensor], metadata: dict[str, str]) -> Layout:
 
 def create(path: Path, made: Layout) -> None:
     """The file with its header, at its full size."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MADE)
+    # Where a disk cannot reserve room, glibc reads what is there and writes a byte to each block (NFS before 4.2).
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MADE)
     try:
         _write(descriptor, made.head, 0)
         os.posix_fallocate(descriptor, 0, made.starts[-1])  # a full disk is noticed now

@@ -13,7 +13,7 @@ WHOLE, TRAINED, FROZEN = "model.safetensors", "model-trained.safetensors", "mode
 INDEX = f"{WHOLE}.index.json"
 ADAPTER, OPTIMIZER, EMA = "adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors"
 FILE_BYTES = 5_000_000_000
-"""A file has at most these, or one tensor that is larger. transformers divided models at this size for years."""
+"""Bytes of a file at most; a larger tensor has its own file. transformers divided models at this size for years."""
 _OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 

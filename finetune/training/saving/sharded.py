@@ -26,7 +26,7 @@ from finetune.training.saving.rank_reports import MissingReport, Report, await_o
 from finetune.training.saving.snapshot import Snapshot
 from finetune.training.state import TrainState
 
-TURNS = 4  # rank 0 writes its rows, reads files back and syncs: as many times the bytes of a save may pass between two texts
+TURNS = 4  # between two texts, rank 0 may move the bytes of a save this many times: it writes, reads back and syncs
 
 
 class Order(TypedDict, total=False):
@@ -127,7 +127,7 @@ class OwnRows:
             snapshot.copy.release()
 
     def pass_on(self, report: Report, size: int) -> None:
-        """Writes nothing and reads files back, until rank 0 says that the save of so many bytes is over, or is gone."""
+        """Reads files back and writes nothing, until rank 0 ends the save of `size` bytes, or is gone."""
         with suppress(MissingReport):
             report.wait()
             self._obey(report, size, lambda path: [])
@@ -175,5 +175,5 @@ def _read_back(path: Path, written: Written) -> Digests:
 
 
 def patience(size: int) -> float:
-    """Seconds that a rank waits for another one's text in a save of so many bytes."""
+    """Seconds to wait for another rank's text, in a save of `size` bytes."""
     return STALL_SECONDS + TURNS * size / SLOWEST_DISK

@@ -80,6 +80,20 @@ def test_a_file_of_several_processes_has_the_bytes_and_the_record_of_one(ranks, 
     assert record == alone.files["one.safetensors"]
 
 
+def test_a_disk_that_cannot_reserve_room_is_written_to_as_glibc_does(tmp_path, monkeypatch):
+    """posix_fallocate(3): a byte of each block is read and written again, as with NFS 3."""
+
+    def emulated(descriptor: int, offset: int, size: int) -> None:
+        for place in range(offset, size, 16):
+            os.pwrite(descriptor, os.pread(descriptor, 1, place) or b"\0", place)
+        os.ftruncate(descriptor, max(size, os.fstat(descriptor).st_size))
+
+    _assembled(tmp_path / "whole", 2)
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    _assembled(tmp_path / "emulated", 2)
+    assert (tmp_path / "emulated").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_rows_that_no_rank_wrote_or_two_did_are_an_error(tmp_path):
     made, parts = _assembled(tmp_path / "file", 3)
     for wrong in ({0: parts[0], 1: parts[1]}, {**parts, 3: parts[1]}, {**parts, 2: parts[2][1:]}):
