@@ -133,6 +133,7 @@ def test_following_needs_a_terminal_and_ends_with_the_run(tmp_path, finetune) ->
     assert written.startswith(b"\x1b[H\x1b[J") and b"step 8 of 8" in written
 
 
+@pytest.mark.slow
 def test_piped_output_has_no_colors(tmp_path, finetune) -> None:
     run = whole(tmp_path / "run", 8)
     assert "\x1b" not in finetune("curves", run, run).stdout

@@ -71,8 +71,9 @@ def test_a_command_whose_data_nobody_takes_fails(tmp_path) -> None:
     assert done.returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", EACH)
-@pytest.mark.parametrize("kind", [pytest.param("pipe", marks=pytest.mark.slow), "terminal"])
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
 def test_a_training_whose_reader_stalls_goes_on(kind, what, recipe, tmp_path) -> None:
     """A pager, a log driver that blocks, a terminal behind a connection that sleeps."""
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()

@@ -197,7 +197,7 @@ def test_what_the_base_stores_in_fp32_beside_bf16_is_packaged_so(packaged, tiny_
     ("kind", "adapter"),
     [
         ("qwen3_5", None),
-        ("gemma3", {"name": "lora", "rank": 2}),
+        pytest.param("gemma3", {"name": "lora", "rank": 2}, marks=pytest.mark.slow),
         pytest.param("gemma3", None, marks=pytest.mark.slow),
     ],
 )

@@ -76,7 +76,8 @@ def recipe_of(directory: Path, **sections: object) -> dict:
     }
 
 
-@pytest.mark.parametrize("adapter", [pytest.param(LORA, marks=pytest.mark.slow), None])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [LORA, None])
 def test_the_mapping_is_in_no_checkpoint_and_no_package_and_no_code_is_run(
     trained, mapped, tiny_base, adapter, tmp_path
 ) -> None:

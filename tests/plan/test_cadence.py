@@ -61,7 +61,8 @@ def test_the_best_evaluation_is_committed_also_by_default(overfits, train, tmp_p
     assert committed(run) == [2, 12] == [checkpoint.step for checkpoint in Store(run).checkpoints()]
 
 
-@pytest.mark.parametrize("after", [3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [3, 8])
 def test_a_killed_run_commits_the_same_bests_and_the_disk_is_bounded(recipe_file, train, tmp_path, after) -> None:
     recipe = recipe_file(evaluate={"every": "2 steps"}, checkpoint={"every": "5 steps"}, train=TRAIN)
     whole = train(recipe, tmp_path / "whole")

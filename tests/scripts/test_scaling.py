@@ -53,6 +53,7 @@ def test_what_a_host_reads_back_is_what_the_ranks_share_out(model: int, hosts: i
     assert scaling.read_back_seconds(size, of, hosts, rates) == pytest.approx(most / rates.read_back)
 
 
+@pytest.mark.slow
 def test_the_columns_beside_the_journal_take_as_much_as_is_said(tmp_path) -> None:
     chance, steps, rows, modules = random.Random(0), 50, 1024, 34
     columns = Columns()
