@@ -19,6 +19,7 @@ from finetune.store.checkpoints.verify import Damage, Verify, verify
 from finetune.store.run import holder
 from finetune.store.run.directory import RunDirectory
 from finetune.training import collectives
+from finetune.training.device import device
 from finetune.training.facts import sharing_of
 from finetune.training.resume import Opened
 from finetune.training.state import TrainState
@@ -56,11 +57,11 @@ def verified_together(path: Path, state: TrainState) -> Iterator[Verify]:
 def _verify_share(checkpoint: Path, accelerator: Accelerator) -> list[Damage]:
     """All damage that the ranks find together; each reads some of the files. Collective."""
     own: Sequence[str] = ()
+    beside = collectives.of_rank_0(accelerator, device().processes)
     with suppress(CheckpointError):  # `verify` says it
         sizes = {name: record.bytes for name, record in read(checkpoint).manifest.files.items()}
-        own = assembled.shared_out(sizes, assembled.readers(accelerator.num_processes)).get(
-            accelerator.process_index, ()
-        )
+        shares = assembled.shared_out(sizes, assembled.readers(accelerator.num_processes, beside))
+        own = shares.get(accelerator.process_index, ())
     found = [asdict(damage) for damage in verify(checkpoint, only=own)]
     texts = collectives.texts_of_all(accelerator, json.dumps(found))
     damages = (Damage(**each) for text in texts for each in json.loads(text))

@@ -84,7 +84,7 @@ def test_families_are_trained_as_plain_transformers_would_or_refused_in_one_line
     families = script()
     assert set(OF_THEIR_OWN_KIND) <= set(families.TYPES)
     kinds = [
-        kind for kind in families.TYPES if kind in OF_THEIR_OWN_KIND or zlib.crc32(kind.encode()) % length(24, 1) == 0
+        kind for kind in families.TYPES if kind in OF_THEIR_OWN_KIND or zlib.crc32(kind.encode()) % length(12, 1) == 0
     ]
     trained = 0
     for kind, outcomes in families.combinations(kinds, tmp_path, ways=families.FEW_WAYS):
@@ -92,4 +92,4 @@ def test_families_are_trained_as_plain_transformers_would_or_refused_in_one_line
         assert not wrong, f"{kind}: {wrong}"
         assert all("\n" not in each.told for each in outcomes)
         trained += any(each.state == "trained" for each in outcomes)
-    assert trained >= 25
+    assert trained >= length(30, 200)

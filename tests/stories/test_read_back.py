@@ -6,7 +6,7 @@ import pytest
 
 from finetune.store.checkpoints.store import Store
 from finetune.store.run import journal
-from tests.stories.workers import two_ranks
+from tests.stories.workers import ranks_on_hosts, two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +77,19 @@ def test_a_rank_that_is_killed_while_it_reads_back_ends_the_others_and_commits_n
     assert [process.returncode for process in both] == [1, -9], said
     assert "rank 1 is gone" in said[0] or "lost another rank" in said[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_damage_is_found_where_hosts_have_different_numbers_of_ranks(write_recipe, tmp_path):
+    recipe, run = write_recipe("fsdp"), tmp_path / "run"
+    for damaged in (None, "optimizer.safetensors", "model.safetensors"):
+        if damaged:
+            file = Store(run).checkpoints()[-1].path / damaged
+            file.chmod(0o600)
+            file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+        ranks = ranks_on_hosts([2, 1], "-m", "finetune", "train", recipe, "--run", run)
+        said = [process.communicate(timeout=120)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0, 0], said
+        assert not damaged or f"damaged: step-00000004/{damaged}" in said[0], said[0]
 
 
 HELD = """

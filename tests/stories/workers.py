@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -119,16 +119,24 @@ def free_port() -> int:
 
 def two_ranks(*command: object, hosts: list[Path] | None = None) -> list[subprocess.Popen]:
     """What torchrun starts, in the folder of each one's host; on a port that was free a moment ago."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return ranks_on_hosts([2], *command, folders=hosts)
+
+
+def ranks_on_hosts(
+    processes: Sequence[int], *command: object, folders: Sequence[Path] | None = None
+) -> list[subprocess.Popen]:
+    """Those of each host, which a launcher for each of them may start; in the folder of each rank."""
+    shared = {"WORLD_SIZE": str(sum(processes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [(beside, rank) for beside in processes for rank in range(beside)]
     return [
         forks.Popen(
             [sys.executable, *map(str, command)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(beside)},
             stderr=subprocess.PIPE,
             text=True,
-            cwd=hosts[rank] if hosts else None,
+            cwd=folders[number] if folders else None,
         )
-        for rank in range(2)
+        for number, (beside, rank) in enumerate(places)
     ]
 
 

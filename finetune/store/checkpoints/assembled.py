@@ -164,9 +164,9 @@ def shared_out(sizes: Mapping[str, int], ranks: Sequence[int]) -> dict[int, list
     return found
 
 
-def readers(ranks: int) -> list[int]:
-    """All ranks in the order in which they get files to read: one of each host before a second, and rank 0 last, which has more to do."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def readers(ranks: int, beside: int) -> list[int]:
+    """All ranks, of which a host has `beside`, in the order in which they get files to read: one of each host before a second, and rank 0
+    last, which has more to do. All must be told the same number: hosts may have different ones."""
     ordered = sorted(range(ranks), key=lambda rank: (rank % beside, rank))
     return [*ordered[1:], 0]
 

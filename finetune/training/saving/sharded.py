@@ -60,7 +60,7 @@ class OtherRanks:
         self._seconds = patience(size)
 
     def shared_out(self, sizes: Mapping[str, int]) -> Mapping[int, Sequence[str]]:
-        return assembled.shared_out(sizes, assembled.readers(len(self._report.others) + 1))
+        return assembled.shared_out(sizes, assembled.readers(len(self._report.others) + 1, device().processes))
 
     def ask_to_write(self, directory: Path, names: Sequence[str]) -> None:
         for rank in self._report.others:

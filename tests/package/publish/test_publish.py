@@ -178,7 +178,7 @@ def test_killed_at_requests_in_turn_the_target_is_old_or_new_and_a_second_call_f
     repo = hub.add("model", "tiny/new")
     weights = sum(path.stat().st_size for path in package.glob("*.safetensors"))
     command = ("publish", package, "--to", "tiny/new", "--tag", "v1")
-    stride, killed, number = length(5, 1), 0, 0
+    stride, killed, number = length(3, 1), 0, 0
     while True:
         repo.commits, repo.branches, repo.tags, repo.objects = {}, {}, {}, {}
         repo.__post_init__()

@@ -130,7 +130,7 @@ def test_killed_at_a_request_a_second_call_publishes_what_is_missing(where, hub,
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_requests_in_turn_a_second_call_publishes_what_is_missing(hub, forks, whole, tmp_path) -> None:
-    stride, tried, number = length(5, 1), 0, 0
+    stride, tried, number = length(3, 1), 0, 0
     while True:
         hub.repos, hub.faults, hub.requests = {}, [], []
         run = shutil.copytree(whole, tmp_path / "run")

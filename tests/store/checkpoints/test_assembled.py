@@ -129,12 +129,11 @@ def test_an_empty_file_of_tensors_is_read_back_too(tmp_path):
     assert found == Digests(f"blake3:{blake3.blake3((tmp_path / 'file').read_bytes()).hexdigest()}", [])
 
 
-def test_files_are_shared_out_by_their_bytes_and_rank_0_has_least(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert readers(4) == [2, 1, 3, 0]
+def test_files_are_shared_out_by_their_bytes_and_rank_0_has_least():
+    assert readers(4, 2) == [2, 1, 3, 0]
     sizes = {"a": 5, "b": 5, "c": 5, "d": 4, "e": 1}
-    assert assembled.shared_out(sizes, readers(4)) == {2: ["a"], 1: ["b"], 3: ["c"], 0: ["d", "e"]}
-    assert assembled.shared_out({"a": 0, "b": 7}, readers(4)) == {2: ["b"], 1: ["a"]}
+    assert assembled.shared_out(sizes, readers(4, 2)) == {2: ["a"], 1: ["b"], 3: ["c"], 0: ["d", "e"]}
+    assert assembled.shared_out({"a": 0, "b": 7}, readers(4, 2)) == {2: ["b"], 1: ["a"]}
 
 
 MOUNTED = "22 1 {device} / /runs rw,relatime shared:1 - {kind} server:/runs rw,vers=4.2\n"
