@@ -22,7 +22,7 @@ from finetune.store.run.directory import RunDirectory
 from tests import forks
 from tests.lengths import length
 from tests.stories.same_run import assert_same_run
-from tests.stories.workers import free_port
+from tests.stories.workers import free_port, two_ranks
 
 LONG = {"steps": 400, "batch_size": 6, "precision": "fp32", "micro_batch_tokens": 128}
 SHORT = LONG | {"steps": 12}
@@ -57,6 +57,27 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
             if "train" in one.cmdline() and (environ := one.environ()).get(TOLD):
                 found.append((int(environ.get("RANK", "0")), one))
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+UNREACHABLE = """
+from finetune.hosts.presence import Presence, UnreachableError
+
+def refuse(*_):
+    raise UnreachableError("connection refused")
+
+Presence.connect = refuse
+from finetune.cli import main
+from tests import forks
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_show_that_it_is_alive_says_so_and_trains(recipe_file, tmp_path) -> None:
+    both = two_ranks("-c", UNREACHABLE, "train", recipe_file(), "--run", tmp_path / "run")
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "warning: rank 1 cannot show rank 0 that it is alive (connection refused)" in said[1]
 
 
 @pytest.mark.slow

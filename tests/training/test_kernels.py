@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig
 
 from finetune.debug import as_trained
@@ -20,7 +21,7 @@ from finetune.training import device, fitting, kernels
 from finetune.training.agreement import with_what_fits_all
 from finetune.training.kernels import Kernels, chosen, compared
 from finetune.training.resolve import in_kernels, resolve
-from finetune.training.resume import Opened
+from finetune.training.resume import Opened, open_plan
 
 
 @pytest.fixture
@@ -136,6 +137,14 @@ def test_a_run_records_its_kernels_and_says_where_they_change(recipe_file, tmp_p
     train_run(load(recipe, ["train.steps=3"]), run)
     told = "kernels changed: liger-kernel 1, triton 2 -> liger-kernel 3, triton 4; bit equality may be lost"
     assert told in capfd.readouterr().err
+    record = json.loads((run / "plan.json").read_text())
+    record["facts"]["micro_batch_tokens"] = 10**6  # which fit while fused kernels kept less
+    (run / "plan.json").write_text(json.dumps(record))
+    found = [
+        open_plan(load(recipe, ["train.steps=3", f"train.kernels={kind}"]), run, Accelerator()).resolved
+        for kind in ("auto", "plain")
+    ]
+    assert found[0].micro_batch_tokens == 10**6 > found[1].micro_batch_tokens
 
 
 def test_a_step_runs_again_with_kernels_of_its_kind_or_not_at_all(recipe_file, tiny_base):

@@ -140,6 +140,9 @@ def test_the_way_that_was_found_belongs_to_the_plan_and_is_taken_again(based, ki
     assert "rows are" in capsys.readouterr().err
     again = resolve(loaded, RunDirectory(run).plan()[0])
     assert again.plan.arrangement == arrangement and again.plan.plan_id == record["plan_id"]
+    if kind == PADDED:  # the recipe of the other one refuses it
+        with pytest.raises(BaseError, match="train.compile: rows of this base cannot be packed"):
+            train(tmp_path / "tiny.yaml", run, "train.compile=true")
 
 
 def test_a_branch_packs_only_if_that_is_exact_on_its_base(based):
